@@ -1,0 +1,53 @@
+// The sampled-softmax loss and its gradients.
+//
+//   z(i, j) = scale * cos(input_i, weight_j) + bias_j                 (or the dot product)
+//   o(i, t) = z(i, t) - target_log_expected_count_i
+//   o(i, j) = z(i, class_ids_j) - log_expected_count_j                for every j with class_ids_j != t
+//   loss_i  = -o(i, t) + logsumexp(o(i, t), every o(i, j))
+//
+// Deterministic: every sum has a fixed order, whatever the number of threads. Memory: besides the gradients, a bounded
+// block of logits for all threads together, and O(B D + S) numbers; never B x S, and no copy of `weight`.
+#pragma once
+
+#include <cstdint>
+
+#include "tensor_view.hpp"
+
+namespace fedss {
+
+enum class Reduction { none, mean, sum };
+enum class Rounding { none, to_float16, to_bfloat16 };
+
+struct SampledSoftmax {
+  Matrix input;                      // (B, D) floating
+  Matrix weight;                     // (C, D) floating
+  Vector target;                     // (B,) int64 in [0, C), or ignore_index
+  Vector class_ids;                  // (S,) int64 in [0, C)
+  bool all_classes = false;          // class_ids is every row of weight, and not given
+  Vector log_expected_count;         // (S,) floating, or empty: zeros
+  Vector target_log_expected_count;  // (B,) floating, or empty: zeros
+  Vector bias;                       // (C,) floating, or empty: zeros
+  double scale = 1;
+  bool cosine = true;
+  int64_t ignore_index = -100;
+  Rounding rounding = Rounding::none;  // applied to input and weight as they are read, unless they are float64
+  Reduction reduction = Reduction::mean;
+  Vector grad_loss;  // (B,) floating: the upstream gradient of each row's loss; only for gradients of Reduction::none
+};
+
+// Where results go; what is null is not computed. Accumulating type: float64 if input is float64, else float32.
+struct SampledSoftmaxResult {
+  void* loss = nullptr;           // (B,) for Reduction::none, else (1,)
+  void* grad_input = nullptr;     // (B, D)
+  void* grad_rows = nullptr;      // (capacity, D): the gradient of the rows of weight that were touched ...
+  void* grad_bias = nullptr;      // (capacity,): ... and of their biases
+  int64_t* row_ids = nullptr;     // (capacity,): ... and which rows they are, ascending; then -1. Unused for all_classes
+  int64_t capacity = 0;           // min(S + B, C); C for all_classes
+  double* grad_scale = nullptr;   // (1,)
+};
+
+// Fills `result`. Throws std::out_of_range for an id out of range and std::invalid_argument for a NaN or -inf
+// correction, naming position and value, before anything is written.
+void sampled_softmax(const SampledSoftmax& problem, const SampledSoftmaxResult& result, int threads);
+
+}  // namespace fedss

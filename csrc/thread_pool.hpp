@@ -1,0 +1,16 @@
+// A small pool of std::thread. Not OpenMP: torch brings an OpenMP runtime of its own, and race detectors cannot see
+// through it.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+namespace fedss {
+
+// Calls body(task, worker) once for every task in [0, tasks), on at most `threads` threads, the caller's among them;
+// worker is in [0, threads) and no two running bodies share one. Which worker gets which task is not fixed, so results
+// must not depend on it. A call made while another is running (from another thread of Python, say) runs on its
+// own thread alone. Usable after fork: the child starts a pool of its own. `body` must not throw.
+void parallel_for(int64_t tasks, int threads, const std::function<void(int64_t task, int worker)>& body);
+
+}  // namespace fedss

@@ -1,0 +1,36 @@
+"""Checks of arguments at the public edge: every message names the argument, what was expected and what came."""
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Raises TypeError unless `value` is a dense tensor of one of `dtypes`."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name}: expected {expected}, got {str(value.dtype).removeprefix('torch.')}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {value.layout}")
+
+
+def check_shape(name: str, value: Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    """Raises ValueError unless `value` has `shape`; `meaning` says what the shape stands for, e.g. "(S,)"."""
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name}: expected shape {tuple(shape)} = {meaning}, got {tuple(value.shape)}")
+
+
+def check_device(name: str, value: Tensor, device: torch.device, of: str) -> None:
+    """Raises ValueError unless `value` lies on `device`, which is that of the argument `of`."""
+    if value.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device} as {of} is, got one on {value.device}")
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raises ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        expected = " or ".join(f'"{choice}"' for choice in choices)
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")

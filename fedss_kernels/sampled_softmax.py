@@ -1,0 +1,591 @@
+"""The sampled-softmax loss: the registered operator, the function and the module.
+
+    z(i, j) = scale * cos(input_i, weight_j) + bias_j                 (or the dot product)
+    o(i, t) = z(i, t) - target_log_expected_count_i
+    o(i, j) = z(i, class_ids_j) - log_expected_count_j                for every j with class_ids_j != t
+    loss_i  = -o(i, t) + logsumexp(o(i, t), every o(i, j))
+
+One hop each: `sampled_softmax_loss` checks its arguments and calls the operator `fedss_kernels::sampled_softmax_loss`; the
+operator calls the kernel for the tensors' device. For "mean" and "sum" the kernel makes the gradients in the same pass as
+the loss, in float32 and for the touched rows of `weight` only; the backward operator scales and rounds them. For "none"
+it runs the kernel again, with each row's upstream gradient.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import _C
+from .checks import FLOATING, check_choice, check_device, check_shape, check_tensor
+from .class_sets import draw_batch_class_set
+from .reference import sampled_softmax_loss as _reference_loss
+
+_library = torch.library.Library("fedss_kernels", "FRAGMENT")
+_ARGUMENTS = (
+    "Tensor input, Tensor weight, Tensor target, Tensor? class_ids, Tensor? log_expected_count, "
+    "Tensor? target_log_expected_count, Tensor? bias, Tensor scale, str similarity, int ignore_index, "
+    "str reduction, bool sparse_grad, bool[4] wanted, ScalarType? rounding"
+)
+# wanted: make the gradients of (input, weight, bias, scale) in the forward pass; rounding: autocast's dtype.
+_library.define(
+    f"sampled_softmax_loss({_ARGUMENTS}) -> "
+    "(Tensor loss, Tensor grad_input, Tensor grad_rows, Tensor row_ids, Tensor grad_bias, Tensor grad_scale)"
+)
+_library.define(
+    f"sampled_softmax_loss_backward(Tensor grad_loss, Tensor[] made, bool[4] needed, {_ARGUMENTS}) -> "
+    "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_scale)"
+)
+
+
+def sampled_softmax_loss(
+    input: Tensor,  # (..., D) float16 | bfloat16 | float32 | float64
+    weight: Tensor,  # (C, D) floating; its dtype may differ from input's
+    target: Tensor,  # (...,) int64 in [0, C), or ignore_index
+    class_ids: Tensor | None = None,  # (S,) int64 in [0, C); None: all C rows, S = C
+    log_expected_count: Tensor | None = None,  # (S,) floating; None: zeros; +inf leaves the entry out
+    *,
+    target_log_expected_count: Tensor | None = None,  # (...,) floating; None: zeros
+    bias: Tensor | None = None,  # (C,) weight's dtype
+    scale: float | Tensor = 20.0,
+    similarity: str = "cosine",
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    sparse_grad: bool = False,
+    impl: str = "auto",
+) -> Tensor:
+    """Cross-entropy over the target and the classes in `class_ids`, without storing the logits (Eq. 6 of FedSS).
+
+        loss_i = -o(i, t) + logsumexp(o(i, t), o(i, j) for every j with class_ids_j != t)
+        o(i, j) = scale * cos(input_i, weight_j) + bias_j - log_expected_count_j
+
+    The target is in the denominator exactly once, whether or not `class_ids` lists it; each copy of a repeated class is
+    a term of its own. With `class_ids=None` this is the full softmax.
+
+    Args:
+        scale: multiplies the cosine (an inverse temperature); a 0-d tensor may require grad.
+        similarity: "cosine", or "dot" (`scale` then multiplies the dot product).
+        ignore_index: rows with this target cost nothing and are not counted by "mean".
+        reduction: "mean" over the rows that are not ignored (0 where there are none; torch gives NaN), "sum" or "none".
+        sparse_grad: weight.grad as a sparse COO tensor over the rows touched: unique, ascending.
+        impl: "cpp", "reference" (plain PyTorch, stores the logits), or "auto": by the tensors' device.
+
+    Returns:
+        float32, or float64 for a float64 `input`: a 0-d tensor, or target's shape for "none". Differentiable once, in
+        `input`, `weight`, `bias` and a tensor `scale`; bit-identical for any number of threads.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape, device or name; a correction that requires grad, is NaN or -inf.
+        IndexError: a class out of range, by position and value, before anything is computed.
+        RuntimeError: when differentiated twice.
+
+    >>> eye = torch.eye(2)
+    >>> sampled_softmax_loss(eye[:1], eye, torch.tensor([0]), scale=1.0)
+    tensor(0.3133)
+    """
+    _check(input, weight, target, class_ids, log_expected_count, target_log_expected_count, bias, scale)
+    check_choice("similarity", similarity, ("cosine", "dot"))
+    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    backend = _backend(impl, input.device)
+    shape = target.shape
+    input, target = input.reshape(-1, input.shape[-1]), target.reshape(-1)
+    if target_log_expected_count is not None:
+        target_log_expected_count = target_log_expected_count.reshape(-1)
+    corrections = (class_ids, log_expected_count, target_log_expected_count)
+    if backend == "reference":
+        loss = _plain_loss(
+            input, weight, target, corrections, bias, scale, similarity, ignore_index, reduction
+        )
+    else:
+        scale_tensor = scale if isinstance(scale, Tensor) else torch.full((), scale, dtype=torch.float64)
+        grad = torch.is_grad_enabled() and reduction != "none"
+        wanted = [grad and t is not None and t.requires_grad for t in (input, weight, bias, scale_tensor)]
+        loss = torch.ops.fedss_kernels.sampled_softmax_loss(
+            *(input, weight, target, *corrections, bias, scale_tensor),
+            *(similarity, ignore_index, reduction, sparse_grad, wanted, None),
+        )[0]
+    return loss.reshape(shape) if reduction == "none" else loss
+
+
+# ---- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _check(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    class_ids: Tensor | None,
+    log_expected_count: Tensor | None,
+    target_log_expected_count: Tensor | None,
+    bias: Tensor | None,
+    scale: float | Tensor,
+) -> None:
+    """What can be told from shapes, dtypes and devices alone; values are checked by the kernel."""
+    check_tensor("input", input, FLOATING)
+    check_tensor("weight", weight, FLOATING)
+    check_tensor("target", target, (torch.int64,))
+    if input.dim() < 1:
+        raise ValueError(f"input: expected shape (..., D), got {tuple(input.shape)}")
+    D = input.shape[-1]
+    if weight.dim() != 2 or weight.shape[1] != D:
+        raise ValueError(f"weight: expected shape (C, D) with D = {D}, got {tuple(weight.shape)}")
+    check_shape("target", target, input.shape[:-1], "input's without its last dimension")
+    if class_ids is not None:
+        check_tensor("class_ids", class_ids, (torch.int64,))
+        if class_ids.dim() != 1:
+            raise ValueError(f"class_ids: expected shape (S,), got {tuple(class_ids.shape)}")
+    S = len(weight) if class_ids is None else len(class_ids)
+    _check_constant("log_expected_count", log_expected_count, (S,), "(S,)")
+    _check_constant("target_log_expected_count", target_log_expected_count, target.shape, "target's")
+    if bias is not None:
+        check_tensor("bias", bias, (weight.dtype,))
+        check_shape("bias", bias, (len(weight),), "(C,)")
+    others = {
+        "weight": weight,
+        "target": target,
+        "class_ids": class_ids,
+        "log_expected_count": log_expected_count,
+        "target_log_expected_count": target_log_expected_count,
+        "bias": bias,
+    }
+    for name, value in others.items():
+        if value is not None:
+            check_device(name, value, input.device, "input")
+    _check_scale(scale, input.device)
+
+
+def _check_constant(name: str, value: Tensor | None, shape: tuple[int, ...], meaning: str) -> None:
+    if value is None:
+        return
+    check_tensor(name, value, FLOATING)
+    check_shape(name, value, shape, meaning)
+    if value.requires_grad:
+        raise ValueError(f"{name}: expected a constant, got a tensor that requires grad; pass {name}.detach()")
+
+
+def _check_scale(scale: float | Tensor, device: torch.device) -> None:
+    if isinstance(scale, Tensor):
+        check_tensor("scale", scale, FLOATING)
+        check_shape("scale", scale, (), "() = a number")
+        if scale.device != device and scale.device.type != "cpu":
+            raise ValueError(f"scale: expected a tensor on {device} or cpu, got one on {scale.device}")
+    elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale: expected a number or a 0-d tensor, got {type(scale).__name__}")
+    elif not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale}")
+
+
+def _backend(impl: str, device: torch.device) -> str:
+    check_choice("impl", impl, ("auto", "cpp", "reference"))
+    if impl != "reference" and device.type != "cpu":
+        raise ValueError(
+            f'input: expected a CPU tensor for impl="{impl}", got one on {device}; impl="reference" runs on any device'
+        )
+    return "cpp" if impl == "auto" else impl
+
+
+def _plain_loss(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    corrections: tuple[Tensor | None, Tensor | None, Tensor | None],
+    bias: Tensor | None,
+    scale: float | Tensor,
+    similarity: str,
+    ignore_index: int,
+    reduction: str,
+) -> Tensor:
+    """impl="reference": the definition, in float32 or better, after the same checks of values."""
+    class_ids, log_expected_count, target_log_expected_count = corrections
+    _check_ids("target", target, len(weight), ignore_index)
+    if class_ids is not None:
+        _check_ids("class_ids", class_ids, len(weight), None)
+    for name, count in zip(("log_expected_count", "target_log_expected_count"), corrections[1:], strict=True):
+        if count is not None and not (count > -torch.inf).all():
+            raise ValueError(f"{name}: expected numbers or +inf, which leaves the entry out, got NaN or -inf")
+    return _reference_loss(
+        input,
+        weight,
+        target,
+        class_ids,
+        log_expected_count,
+        target_log_expected_count=target_log_expected_count,
+        bias=bias,
+        scale=scale,
+        similarity=similarity,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        dtype=torch.promote_types(input.dtype, torch.float32),
+    )
+
+
+def _check_ids(name: str, ids: Tensor, C: int, ignore_index: int | None) -> None:
+    bad = (ids < 0) | (ids >= C)
+    if ignore_index is not None:
+        bad &= ids != ignore_index
+    if bad.any():
+        i = int(bad.nonzero()[0, 0])
+        also = "" if ignore_index is None else f" or ignore_index {ignore_index}"
+        raise IndexError(f"{name}[{i}] = {int(ids[i])}, expected a class in [0, {C}){also}")
+
+
+# ---- the registered operator -----------------------------------------------------------------------------------------
+
+
+class _Gradients(NamedTuple):
+    """Gradients as the kernel makes them: in the accumulating type, those of `weight` and `bias` for touched rows only.
+
+    What is not made has no elements. For a class set, rows U, U + 1, ... of the last three are zeros and ids -1.
+    """
+
+    input: Tensor  # (B, D)
+    rows: Tensor  # (capacity, D)
+    row_ids: Tensor  # (capacity,) ascending, then -1; empty for all classes: row i is class i
+    bias: Tensor  # (capacity,)
+    scale: Tensor  # () float64
+
+
+def _empty_gradients(
+    input: Tensor, weight: Tensor, class_ids: Tensor | None, made: list[bool]
+) -> tuple[torch.dtype, _Gradients]:
+    (B, D), C = input.shape, len(weight)
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    capacity = C if class_ids is None else min(len(class_ids) + B, C)
+    ids = capacity if class_ids is not None and (made[1] or made[2]) else 0
+    return dtype, _Gradients(
+        input.new_empty((B, D) if made[0] else (0,), dtype=dtype),
+        input.new_empty((capacity, D) if made[1] else (0,), dtype=dtype),
+        input.new_empty((ids,), dtype=torch.int64),
+        input.new_empty((capacity,) if made[2] else (0,), dtype=dtype),
+        input.new_empty(() if made[3] else (0,), dtype=torch.float64),
+    )
+
+
+def _run_kernel(
+    made: list[bool],
+    grad_loss: Tensor | None,
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    class_ids: Tensor | None,
+    log_expected_count: Tensor | None,
+    target_log_expected_count: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor,
+    similarity: str,
+    ignore_index: int,
+    reduction: str,
+    rounding: torch.dtype | None,
+) -> tuple[Tensor, _Gradients]:
+    """(loss, the gradients in `made`); `grad_loss` (B,) weighs the rows' losses for reduction "none"."""
+    dtype, gradients = _empty_gradients(input, weight, class_ids, made)
+    loss = input.new_empty((len(input),) if reduction == "none" else (), dtype=dtype)
+    _C.sampled_softmax(
+        *(input, weight, target, class_ids, log_expected_count, target_log_expected_count, bias, scale.item()),
+        *(similarity, ignore_index, "none" if rounding is None else str(rounding).removeprefix("torch.")),
+        reduction,
+        grad_loss=grad_loss,
+        loss=loss,
+        grad_input=gradients.input if made[0] else None,
+        grad_rows=gradients.rows if made[1] else None,
+        row_ids=gradients.row_ids if made[1] or made[2] else None,
+        grad_bias=gradients.bias if made[2] else None,
+        grad_scale=gradients.scale if made[3] else None,
+        threads=torch.get_num_threads(),
+    )
+    return loss, gradients
+
+
+@torch.library.impl(_library, "sampled_softmax_loss", "CPU")
+def _loss_cpu(*arguments):
+    *inputs, similarity, ignore_index, reduction, _sparse_grad, wanted, rounding = arguments
+    loss, gradients = _run_kernel(wanted, None, *inputs, similarity, ignore_index, reduction, rounding)
+    return loss, *gradients
+
+
+@torch.library.register_fake("fedss_kernels::sampled_softmax_loss", lib=_library)
+def _loss_fake(*arguments):
+    input, weight, _target, class_ids, *_, reduction, _sparse_grad, wanted, _rounding = arguments
+    dtype, gradients = _empty_gradients(input, weight, class_ids, wanted)
+    return input.new_empty((len(input),) if reduction == "none" else (), dtype=dtype), *gradients
+
+
+@torch.library.impl(_library, "sampled_softmax_loss_backward", "CPU")
+def _backward_cpu(grad_loss, made, needed, *arguments):
+    *inputs, similarity, ignore_index, reduction, sparse_grad, wanted, rounding = arguments
+    input, weight, _target, class_ids, *_, bias, scale = inputs
+    gradients, upstream = _Gradients(*made), grad_loss
+    if reduction == "none":
+        _, gradients = _run_kernel(needed, grad_loss, *inputs, similarity, ignore_index, "none", rounding)
+        upstream = None
+    elif any(need and not was for need, was in zip(needed, wanted, strict=True)):
+        _, gradients = _run_kernel(needed, None, *inputs, similarity, ignore_index, reduction, rounding)
+    return (
+        _finish(gradients.input, upstream, input.dtype) if needed[0] else _nothing(input),
+        _grad_weight(gradients, upstream, weight, class_ids, sparse_grad) if needed[1] else _nothing(input),
+        _grad_bias(gradients, upstream, bias, class_ids) if needed[2] else _nothing(input),
+        _finish(gradients.scale, upstream, scale.dtype) if needed[3] else _nothing(input),
+    )
+
+
+@torch.library.register_fake("fedss_kernels::sampled_softmax_loss_backward", lib=_library)
+def _backward_fake(grad_loss, made, needed, *arguments):
+    input, weight, _target, class_ids, _, _, bias, scale, *_, sparse_grad, _wanted, _rounding = arguments
+    if needed[1] and sparse_grad:
+        raise RuntimeError(
+            "sampled_softmax_loss: sparse_grad=True cannot be compiled, as the number of touched rows depends on the data; "
+            "compile with sparse_grad=False, or leave the loss out of the compiled region"
+        )
+    return (
+        torch.empty_like(input, memory_format=torch.contiguous_format) if needed[0] else _nothing(input),
+        weight.new_empty(weight.shape) if needed[1] else _nothing(input),
+        weight.new_empty(weight.shape[:1]) if needed[2] else _nothing(input),
+        scale.new_empty(()) if needed[3] else _nothing(input),
+    )
+
+
+def _nothing(like: Tensor) -> Tensor:
+    return like.new_empty((0,))
+
+
+def _finish(gradient: Tensor, upstream: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Scales before it rounds: a float16 gradient of 2e-9 survives a GradScaler's 65536."""
+    return (gradient if upstream is None else gradient * upstream).to(dtype)
+
+
+def _grad_weight(
+    gradients: _Gradients, upstream: Tensor | None, weight: Tensor, class_ids: Tensor | None, sparse: bool
+) -> Tensor:
+    if class_ids is None:
+        grad = _finish(gradients.rows, upstream, weight.dtype)
+        if not sparse:
+            return grad
+        ids = torch.arange(len(weight))
+    else:
+        ids = _touched(gradients)
+        grad = _finish(gradients.rows[: len(ids)], upstream, weight.dtype)
+    if sparse:
+        return torch.sparse_coo_tensor(
+            ids[None], grad, weight.shape, check_invariants=False, is_coalesced=True
+        )
+    return weight.new_zeros(weight.shape).index_copy_(0, ids, grad)
+
+
+def _grad_bias(
+    gradients: _Gradients, upstream: Tensor | None, bias: Tensor, class_ids: Tensor | None
+) -> Tensor:
+    if class_ids is None:
+        return _finish(gradients.bias, upstream, bias.dtype)
+    ids = _touched(gradients)
+    return bias.new_zeros(bias.shape).index_copy_(
+        0, ids, _finish(gradients.bias[: len(ids)], upstream, bias.dtype)
+    )
+
+
+def _touched(gradients: _Gradients) -> Tensor:
+    return gradients.row_ids[: int((gradients.row_ids >= 0).sum())]
+
+
+# ---- autograd and autocast -------------------------------------------------------------------------------------------
+
+_TENSORS = 8  # the leading arguments of both operators that are tensors: input ... scale
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    _loss, *made = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*made)
+    ctx.save_for_backward(*inputs[:_TENSORS], *made)
+    ctx.options = inputs[_TENSORS:]
+
+
+def _backward(ctx, grad_loss, *_):
+    tensors, made = ctx.saved_tensors[:_TENSORS], ctx.saved_tensors[_TENSORS:]
+    positions = (0, 1, 6, 7)  # of input, weight, bias and scale
+    needed = [ctx.needs_input_grad[position] for position in positions]
+    result: list[Tensor | None] = [None] * (_TENSORS + len(ctx.options))
+    if grad_loss is not None:
+        gradients = torch.ops.fedss_kernels.sampled_softmax_loss_backward(
+            grad_loss, list(made), needed, *tensors, *ctx.options
+        )
+        for position, need, gradient in zip(positions, needed, gradients, strict=True):
+            result[position] = gradient if need else None
+    return tuple(result)
+
+
+def _refuse_double_backward(ctx, *_):
+    raise RuntimeError(
+        "sampled_softmax_loss cannot be differentiated twice (a gradient penalty does that too); "
+        'impl="reference" can'
+    )
+
+
+torch.library.register_autograd(
+    "fedss_kernels::sampled_softmax_loss", _backward, setup_context=_setup_context, lib=_library
+)
+torch.library.register_autograd(
+    "fedss_kernels::sampled_softmax_loss_backward", _refuse_double_backward, lib=_library
+)
+
+
+def _register_autocast(device_type: str, key: str) -> None:
+    """Rounds rows to the autocast dtype as they are read; nothing is cast as a whole."""
+    without_autocast = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def with_rounding(*arguments):
+        *others, rounding = arguments
+        if rounding is None and torch.is_autocast_enabled(device_type):
+            rounding = torch.get_autocast_dtype(device_type)
+        if rounding not in (None, torch.float16, torch.bfloat16):
+            rounding = None
+        with torch._C._ExcludeDispatchKeyGuard(without_autocast):
+            return torch.ops.fedss_kernels.sampled_softmax_loss(*others, rounding)
+
+    _library.impl("sampled_softmax_loss", with_rounding, key)
+
+
+_register_autocast("cpu", "AutocastCPU")
+
+
+# ---- the module ------------------------------------------------------------------------------------------------------
+
+
+class TopK(NamedTuple):
+    """The k best classes of each row, best first."""
+
+    values: Tensor  # (..., k) logits, float32 or float64
+    indices: Tensor  # (..., k) int64 classes
+
+
+class SampledSoftmaxLoss(nn.Module):
+    """A classifier's last layer and its loss: owns `weight`, trains on sampled classes, evaluates on all of them.
+
+    In training mode each call's class set is the batch's own classes (expected count 1) and `num_sampled` uniform
+    negatives among the others (expected count num_sampled / others); see `draw_batch_class_set`. In eval mode, and for
+    `num_sampled=None` or >= num_classes, it is the full softmax. No host synchronisation; compiles fullgraph.
+
+    Args:
+        num_classes: C.
+        embedding_dim: D.
+        num_sampled: m, negatives for each batch.
+        scale: multiplies the cosine; with `learn_scale=True` the initial value of a parameter.
+        similarity: "cosine" or "dot".
+        bias: one learned number for each class, initially zero.
+        sparse_grad: weight.grad as a sparse COO tensor over the rows touched.
+        generator: source of the initial weight and the negatives; None: torch's default one.
+
+    Raises ValueError for sizes that are not positive or an unknown name, and as `sampled_softmax_loss` does.
+
+    >>> criterion = SampledSoftmaxLoss(num_classes=1000, embedding_dim=16, num_sampled=50)
+    >>> criterion(torch.randn(4, 16), torch.tensor([3, 1, 4, 1])).shape
+    torch.Size([])
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_dim: int,
+        num_sampled: int | None = None,
+        *,
+        scale: float = 20.0,
+        learn_scale: bool = False,
+        similarity: str = "cosine",
+        bias: bool = False,
+        sparse_grad: bool = False,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        generator: torch.Generator | None = None,
+        impl: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("num_classes", num_classes), ("embedding_dim", embedding_dim)):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        if num_sampled is not None and num_sampled < 0:
+            raise ValueError(f"num_sampled: expected at least 0 or None, got {num_sampled}")
+        check_choice("similarity", similarity, ("cosine", "dot"))
+        check_choice("reduction", reduction, ("mean", "sum", "none"))
+        _check_scale(scale, torch.device("cpu"))
+        self.num_classes, self.embedding_dim, self.num_sampled = num_classes, embedding_dim, num_sampled
+        self.similarity, self.sparse_grad, self.ignore_index = similarity, sparse_grad, ignore_index
+        self.reduction, self.generator, self.impl = reduction, generator, impl
+        self.weight = nn.Parameter(torch.empty(num_classes, embedding_dim, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(num_classes, device=device, dtype=dtype)) if bias else None
+        self.scale = nn.Parameter(torch.tensor(float(scale), device=device)) if learn_scale else scale
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Gaussian rows of about unit length; zero bias."""
+        with torch.no_grad():
+            self.weight.normal_(std=self.embedding_dim**-0.5, generator=self.generator)
+            if self.bias is not None:
+                self.bias.zero_()
+
+    def forward(
+        self,
+        input: Tensor,  # (..., D)
+        target: Tensor,  # (...,) int64
+    ) -> Tensor:
+        class_ids = log_expected_count = None
+        if self.training and self.num_sampled is not None and self.num_sampled < self.num_classes:
+            class_ids, log_expected_count = draw_batch_class_set(
+                target.reshape(-1), self.num_classes, self.num_sampled, self.generator, self.ignore_index
+            )
+        return sampled_softmax_loss(
+            input,
+            self.weight,
+            target,
+            class_ids,
+            log_expected_count,
+            bias=self.bias,
+            scale=self.scale,
+            similarity=self.similarity,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            sparse_grad=self.sparse_grad,
+            impl=self.impl,
+        )
+
+    @torch.no_grad()
+    def topk(
+        self,
+        input: Tensor,  # (..., D)
+        k: int,
+        block_size: int = 16384,
+    ) -> TopK:
+        """The k largest logits scale * cos(input, weight_j) + bias_j of each row and their classes, best first.
+
+        Goes over the classes in blocks: memory is rows x (block_size + k), never rows x C. Raises ValueError for a k
+        outside [1, C].
+        """
+        if not 1 <= k <= self.num_classes:
+            raise ValueError(f"k: expected 1 to {self.num_classes}, got {k}")
+        if input.shape[-1] != self.embedding_dim:
+            raise ValueError(f"input: expected shape (..., {self.embedding_dim}), got {tuple(input.shape)}")
+        dtype = torch.promote_types(torch.promote_types(input.dtype, self.weight.dtype), torch.float32)
+        rows = self._unit(input.reshape(-1, self.embedding_dim).to(dtype))
+        values = rows.new_empty((len(rows), 0))
+        indices = torch.empty((len(rows), 0), dtype=torch.int64, device=rows.device)
+        for first in range(0, self.num_classes, block_size):
+            block = slice(first, first + block_size)
+            logits = self.scale * (rows @ self._unit(self.weight[block].to(dtype)).T)
+            if self.bias is not None:
+                logits = logits + self.bias[block]
+            best = logits.topk(min(k, logits.shape[1]))
+            values, order = torch.cat([values, best.values], 1).topk(min(k, values.shape[1] + logits.shape[1]))
+            indices = torch.cat([indices, best.indices + first], 1).gather(1, order)
+        shape = (*input.shape[:-1], k)
+        return TopK(values.reshape(shape), indices.reshape(shape))
+
+    def _unit(self, rows: Tensor) -> Tensor:
+        return rows if self.similarity == "dot" else nn.functional.normalize(rows, eps=1e-12)
+
+    def extra_repr(self) -> str:
+        scale = "learned" if isinstance(self.scale, nn.Parameter) else self.scale
+        return (
+            f"{self.num_classes}, {self.embedding_dim}, num_sampled={self.num_sampled}, scale={scale}, "
+            f"similarity={self.similarity!r}, bias={self.bias is not None}, sparse_grad={self.sparse_grad}"
+        )

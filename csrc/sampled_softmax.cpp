@@ -95,12 +95,11 @@ struct ClassRows {
   }
 };
 
-template <class T>
-void round_row(Rounding rounding, DType dtype, T* row, int64_t n) {
+void round_row(Rounding rounding, DType dtype, double* row, int64_t n) {
   if (rounding == Rounding::none || dtype == DType::float64) return;
   for (int64_t d = 0; d < n; ++d) {
     const float value = float(row[d]);
-    row[d] = T(rounding == Rounding::to_bfloat16 ? round_to_bfloat16(value) : round_to_float16(value));
+    row[d] = rounding == Rounding::to_bfloat16 ? round_to_bfloat16(value) : round_to_float16(value);
   }
 }
 
@@ -111,9 +110,8 @@ struct Norm {
   double inverse_scaled = 1;  // 1 / |scaled row|
 };
 
-// `T` is the type of products, of stored logits and of the results. What is one number for a row or a class (norms,
-// logsumexp, projections) is float64.
-template <class T>
+// Everything is computed in float64 and rounded once, to `Out`, the type of the results.
+template <class Out>
 class Solver {
  public:
   Solver(const SampledSoftmax& problem, const SampledSoftmaxResult& result, int threads)
@@ -157,19 +155,19 @@ class Solver {
   bool wants_gradient_;
 
   std::vector<Row> row_;                 // (wave,)
-  std::vector<T> x_, grad_x_;            // (wave, D_pad) scaled input rows; gradient with respect to them
-  std::vector<T> similarity_, dlogits_;  // (wave, chunk) cosines or dot products; gradient of the logits
+  std::vector<double> x_, grad_x_;            // (wave, D_pad) scaled input rows; gradient with respect to them
+  std::vector<double> similarity_, dlogits_;  // (wave, chunk) cosines or dot products; gradient of the logits
   std::vector<Norm> norm_;               // (chunk,) of the chunk's class rows
   std::vector<double> offset_;           // (U,) bias_j - log_expected_count_j: o_j = scale * similarity_j + offset_j
   std::vector<double> grad_bias_;        // (U,)
-  std::vector<std::vector<T>> scratch_;  // one for each worker
+  std::vector<std::vector<double>> scratch_;  // one for each worker
   double loss_sum_ = 0, grad_scale_ = 0;
 
   void clear_results() {
-    if (out_.grad_input) std::fill_n(static_cast<T*>(out_.grad_input), B_ * D_, T(0));
-    if (out_.grad_rows) std::fill_n(static_cast<T*>(out_.grad_rows), out_.capacity * D_, T(0));
-    if (out_.grad_bias) std::fill_n(static_cast<T*>(out_.grad_bias), out_.capacity, T(0));
-    if (out_.loss) std::fill_n(static_cast<T*>(out_.loss), p_.reduction == Reduction::none ? B_ : 1, T(0));
+    if (out_.grad_input) std::fill_n(static_cast<Out*>(out_.grad_input), B_ * D_, Out(0));
+    if (out_.grad_rows) std::fill_n(static_cast<Out*>(out_.grad_rows), out_.capacity * D_, Out(0));
+    if (out_.grad_bias) std::fill_n(static_cast<Out*>(out_.grad_bias), out_.capacity, Out(0));
+    if (out_.loss) std::fill_n(static_cast<Out*>(out_.loss), p_.reduction == Reduction::none ? B_ : 1, Out(0));
     if (out_.row_ids) {
       std::copy(classes_.ids.begin(), classes_.ids.end(), out_.row_ids);
       std::fill(out_.row_ids + classes_.ids.size(), out_.row_ids + out_.capacity, int64_t(-1));
@@ -178,10 +176,10 @@ class Solver {
 
   void allocate() {
     row_.resize(wave_rows_);
-    x_.assign(wave_rows_ * D_pad_, T(0));
+    x_.assign(wave_rows_ * D_pad_, 0.0);
     similarity_.resize(wave_rows_ * chunk_);
     norm_.resize(chunk_);
-    scratch_.assign(threads_, std::vector<T>(kClassTile * (D_pad_ + kRowTile) + D_pad_));
+    scratch_.assign(threads_, std::vector<double>(kClassTile * (D_pad_ + kRowTile) + D_pad_));
     offset_.resize(U_);
     for (int64_t u = 0; u < U_; ++u) offset_[u] = bias(u) - classes_.log_count[u];
     if (!wants_gradient_) return;
@@ -192,9 +190,9 @@ class Solver {
 
   void store_scalars() {
     const double count = p_.reduction == Reduction::mean ? double(std::max<int64_t>(V_, 1)) : 1.0;
-    if (out_.loss && p_.reduction != Reduction::none) *static_cast<T*>(out_.loss) = T(loss_sum_ / count);
+    if (out_.loss && p_.reduction != Reduction::none) *static_cast<Out*>(out_.loss) = Out(loss_sum_ / count);
     if (out_.grad_scale) *out_.grad_scale = grad_scale_;
-    for (size_t u = 0; u < grad_bias_.size(); ++u) static_cast<T*>(out_.grad_bias)[u] = T(grad_bias_[u]);
+    for (size_t u = 0; u < grad_bias_.size(); ++u) static_cast<Out*>(out_.grad_bias)[u] = Out(grad_bias_[u]);
   }
 
   // A wave of rows meets the classes chunk by chunk: once for the logsumexp, once for the gradient. Where all the
@@ -208,7 +206,7 @@ class Solver {
     }
     store_loss(first, rows);
     if (!wants_gradient_) return;
-    std::fill_n(grad_x_.begin(), rows * D_pad_, T(0));
+    std::fill_n(grad_x_.begin(), rows * D_pad_, 0.0);
     for (int64_t c = 0; c < U_; c += chunk_) {
       const int64_t columns = std::min(chunk_, U_ - c);
       if (chunk_ < U_) compute_similarity(c, columns, rows);
@@ -223,18 +221,18 @@ class Solver {
   double bias(int64_t slot) const { return p_.bias ? p_.bias[classes_.id(slot)] : 0.0; }
 
   // Reads one row, rounded if asked, and scales it as Norm says.
-  Norm load(const Matrix& from, int64_t row, T* out) const {
+  Norm load(const Matrix& from, int64_t row, double* out) const {
     from.read_row(row, out);
     round_row(p_.rounding, from.dtype, out, D_);
     if (!p_.cosine) return Norm{};
     double squares = 0;
-    for (int64_t d = 0; d < D_; ++d) squares += double(out[d]) * double(out[d]);
+    for (int64_t d = 0; d < D_; ++d) squares += out[d] * out[d];
     const double norm = std::sqrt(squares);
     if (norm < kZeroNorm) return Norm{0.0, 0.0};
     if (!(norm < kInf)) return Norm{kNaN, kNaN};
     int exponent;
     const double scaled = std::frexp(norm, &exponent), shrink = std::ldexp(1.0, -exponent);
-    for (int64_t d = 0; d < D_; ++d) out[d] = T(double(out[d]) * shrink);
+    for (int64_t d = 0; d < D_; ++d) out[d] *= shrink;
     return Norm{1 / norm, 1 / scaled};
   }
 
@@ -252,28 +250,28 @@ class Solver {
   void compute_similarity(int64_t chunk, int64_t columns, int64_t rows) {
     parallel_for((columns + kClassTile - 1) / kClassTile, threads_, [&](int64_t task, int worker) {
       const int64_t j0 = task * kClassTile, tile = std::min(kClassTile, columns - j0);
-      T* w = scratch_[worker].data();  // (D,)
-      T* w_columns = w + D_pad_;       // (D, kClassTile)
-      std::fill_n(w_columns, D_ * kClassTile, T(0));
+      double* w = scratch_[worker].data();  // (D,)
+      double* w_columns = w + D_pad_;       // (D, kClassTile)
+      std::fill_n(w_columns, D_ * kClassTile, 0.0);
       for (int64_t j = 0; j < tile; ++j) {
         norm_[j0 + j] = load(p_.weight, classes_.id(chunk + j0 + j), w);
         for (int64_t d = 0; d < D_; ++d) w_columns[d * kClassTile + j] = w[d];
       }
-      for (int64_t r = 0; r < rows; ++r) std::fill_n(&similarity_[r * chunk_ + j0], kClassTile, T(0));
+      for (int64_t r = 0; r < rows; ++r) std::fill_n(&similarity_[r * chunk_ + j0], kClassTile, 0.0);
       multiply_add(rows, kClassTile, D_, x_.data(), D_pad_, 1, w_columns, kClassTile, &similarity_[j0], chunk_);
       if (!p_.cosine) return;
       for (int64_t r = 0; r < rows; ++r) {
-        T* similarity = &similarity_[r * chunk_ + j0];
+        double* similarity = &similarity_[r * chunk_ + j0];
         const double inverse = row_[r].norm.inverse_scaled;
         for (int64_t j = 0; j < tile; ++j) {
-          similarity[j] = T(double(similarity[j]) * inverse * norm_[j0 + j].inverse_scaled);
+          similarity[j] *= inverse * norm_[j0 + j].inverse_scaled;
         }
       }
     });
   }
 
   // exp(o_j - max), and 0 for an entry that is left out, whatever its row holds.
-  double term(double offset, T similarity, double max) const {
+  double term(double offset, double similarity, double max) const {
     return offset == -kInf ? 0.0 : std::exp(p_.scale * double(similarity) + offset - max);
   }
 
@@ -281,23 +279,23 @@ class Solver {
   void accumulate_logsumexp(int64_t first, int64_t chunk, int64_t columns, int64_t rows) {
     parallel_for(rows, threads_, [&](int64_t r, int) {
       Row& row = row_[r];
-      const T* similarity = &similarity_[r * chunk_];
+      const double* similarity = &similarity_[r * chunk_];
       const double* offset = &offset_[chunk];
       const int64_t t = classes_.target_slot[first + r] - chunk;
       double max = row.max;
       if (t >= 0 && t < columns) {
-        row.target_logit = p_.scale * double(similarity[t]) + bias(chunk + t) - target_log_count(first + r);
+        row.target_logit = p_.scale * similarity[t] + bias(chunk + t) - target_log_count(first + r);
         max = std::max(max, row.target_logit);
       }
       for (int64_t j = 0; j < columns; ++j) {
-        if (j != t && offset[j] != -kInf) max = std::max(max, p_.scale * double(similarity[j]) + offset[j]);
+        if (j != t && offset[j] != -kInf) max = std::max(max, p_.scale * similarity[j] + offset[j]);
       }
       if (max == -kInf) return;  // so far nothing but entries that are left out
       double sum = row.sum_others * std::exp(row.max - max);
       for (int64_t j = 0; j < columns; ++j) {
         const double value = j == t ? 0.0 : term(offset[j], similarity[j], max);
         sum += value;
-        if (keeps_terms()) dlogits_[r * chunk_ + j] = T(value);
+        if (keeps_terms()) dlogits_[r * chunk_ + j] = value;
       }
       row.max = max, row.sum_others = sum;
     });
@@ -320,7 +318,7 @@ class Solver {
                               : row.max - row.target_logit + std::log(of_target + row.sum_others);
       loss_sum_ += loss;
       if (out_.loss && p_.reduction == Reduction::none) {
-        static_cast<T*>(out_.loss)[classes_.batch_rows[first + r]] = T(loss);
+        static_cast<Out*>(out_.loss)[classes_.batch_rows[first + r]] = Out(loss);
       }
     }
   }
@@ -330,15 +328,15 @@ class Solver {
   void compute_dlogits(int64_t first, int64_t chunk, int64_t columns, int64_t rows) {
     parallel_for(rows, threads_, [&](int64_t r, int) {
       Row& row = row_[r];
-      const T* similarity = &similarity_[r * chunk_];
-      T* dlogits = &dlogits_[r * chunk_];
+      const double* similarity = &similarity_[r * chunk_];
+      double* dlogits = &dlogits_[r * chunk_];
       const int64_t t = classes_.target_slot[first + r] - chunk;
       const double share = row.upstream / (std::exp(row.target_logit - row.max) + row.sum_others);
       for (int64_t j = 0; j < columns; ++j) {
-        const double value = keeps_terms() ? double(dlogits[j]) : term(offset_[chunk + j], similarity[j], row.max);
+        const double value = keeps_terms() ? dlogits[j] : term(offset_[chunk + j], similarity[j], row.max);
         const double gradient = share * (j == t ? -row.sum_others : value);
-        row.sum_gradient_similarity += gradient * double(similarity[j]);
-        dlogits[j] = T(gradient);
+        row.sum_gradient_similarity += gradient * similarity[j];
+        dlogits[j] = gradient;
       }
     });
   }
@@ -347,15 +345,15 @@ class Solver {
   void accumulate_grad_input(int64_t chunk, int64_t columns, int64_t rows) {
     parallel_for((rows + kRowTile - 1) / kRowTile, threads_, [&](int64_t task, int worker) {
       const int64_t r0 = task * kRowTile, count = std::min(kRowTile, rows - r0);
-      T* w = scratch_[worker].data();             // (kClassTile, D_pad); columns past D stay zero
-      T* coefficients = w + kClassTile * D_pad_;  // (kRowTile, kClassTile)
-      std::fill_n(w, kClassTile * D_pad_, T(0));
+      double* w = scratch_[worker].data();             // (kClassTile, D_pad); columns past D stay zero
+      double* coefficients = w + kClassTile * D_pad_;  // (kRowTile, kClassTile)
+      std::fill_n(w, kClassTile * D_pad_, 0.0);
       for (int64_t j0 = 0; j0 < columns; j0 += kClassTile) {
         const int64_t tile = std::min(kClassTile, columns - j0);
         for (int64_t j = 0; j < tile; ++j) {
           const double inverse = load(p_.weight, classes_.id(chunk + j0 + j), w + j * D_pad_).inverse_scaled;
           for (int64_t r = 0; r < count; ++r) {
-            coefficients[r * kClassTile + j] = T(double(dlogits_[(r0 + r) * chunk_ + j0 + j]) * inverse);
+            coefficients[r * kClassTile + j] = dlogits_[(r0 + r) * chunk_ + j0 + j] * inverse;
           }
         }
         multiply_add(count, D_pad_, tile, coefficients, kClassTile, 1, w, D_pad_, &grad_x_[r0 * D_pad_], D_pad_);
@@ -369,9 +367,9 @@ class Solver {
       const Row& row = row_[r];
       const double along = p_.cosine ? row.sum_gradient_similarity * row.norm.inverse_scaled : 0.0;
       const double factor = p_.scale * row.norm.inverse;
-      T* out = static_cast<T*>(out_.grad_input) + classes_.batch_rows[first + r] * D_;
+      Out* out = static_cast<Out*>(out_.grad_input) + classes_.batch_rows[first + r] * D_;
       for (int64_t d = 0; d < D_; ++d) {
-        out[d] = T(factor * (double(grad_x_[r * D_pad_ + d]) - along * double(x_[r * D_pad_ + d])));
+        out[d] = Out(factor * (grad_x_[r * D_pad_ + d] - along * x_[r * D_pad_ + d]));
       }
     });
   }
@@ -381,20 +379,20 @@ class Solver {
   void accumulate_grad_rows(int64_t chunk, int64_t columns, int64_t rows) {
     parallel_for((columns + kClassTile - 1) / kClassTile, threads_, [&](int64_t task, int worker) {
       const int64_t j0 = task * kClassTile, tile = std::min(kClassTile, columns - j0);
-      T* grad = scratch_[worker].data();             // (kClassTile, D_pad)
-      T* coefficients = grad + kClassTile * D_pad_;  // (kRowTile, kClassTile)
-      T* w = coefficients + kRowTile * kClassTile;   // (D,)
+      double* grad = scratch_[worker].data();             // (kClassTile, D_pad)
+      double* coefficients = grad + kClassTile * D_pad_;  // (kRowTile, kClassTile)
+      double* w = coefficients + kRowTile * kClassTile;   // (D,)
       double along[kClassTile] = {}, sum[kClassTile] = {};
-      std::fill_n(grad, kClassTile * D_pad_, T(0));
+      std::fill_n(grad, kClassTile * D_pad_, 0.0);
       for (int64_t r0 = 0; r0 < rows; r0 += kRowTile) {
         const int64_t count = std::min(kRowTile, rows - r0);
         for (int64_t r = 0; r < count; ++r) {
           const double inverse = row_[r0 + r].norm.inverse_scaled;
           for (int64_t j = 0; j < tile; ++j) {
             const int64_t at = (r0 + r) * chunk_ + j0 + j;
-            along[j] += double(dlogits_[at]) * double(similarity_[at]);
-            sum[j] += double(dlogits_[at]);
-            coefficients[r * kClassTile + j] = T(double(dlogits_[at]) * inverse);
+            along[j] += dlogits_[at] * similarity_[at];
+            sum[j] += dlogits_[at];
+            coefficients[r * kClassTile + j] = dlogits_[at] * inverse;
           }
         }
         multiply_add(tile, D_pad_, count, coefficients, 1, kClassTile, &x_[r0 * D_pad_], D_pad_, grad, D_pad_);
@@ -406,12 +404,12 @@ class Solver {
     });
   }
 
-  void add_grad_row(int64_t slot, const T* grad, double along, T* w) const {
+  void add_grad_row(int64_t slot, const double* grad, double along, double* w) const {
     const Norm norm = load(p_.weight, classes_.id(slot), w);
     const double factor = p_.scale * norm.inverse;
     along = p_.cosine ? along * norm.inverse_scaled : 0.0;
-    T* out = static_cast<T*>(out_.grad_rows) + slot * D_;
-    for (int64_t d = 0; d < D_; ++d) out[d] += T(factor * (double(grad[d]) - along * double(w[d])));
+    Out* out = static_cast<Out*>(out_.grad_rows) + slot * D_;
+    for (int64_t d = 0; d < D_; ++d) out[d] += Out(factor * (grad[d] - along * w[d]));
   }
 };
 

@@ -5,7 +5,7 @@
 //   o(i, j) = z(i, class_ids_j) - log_expected_count_j                for every j with class_ids_j != t
 //   loss_i  = -o(i, t) + logsumexp(o(i, t), every o(i, j))
 //
-// Deterministic: every sum has a fixed order, whatever the number of threads. Memory: besides the gradients, a bounded
+// Computed in float64. Deterministic: every sum has a fixed order, whatever the number of threads. Memory: besides the gradients, a bounded
 // block of logits for all threads together, and O(B D + S) numbers; never B x S, and no copy of `weight`.
 #pragma once
 
@@ -35,7 +35,7 @@ struct SampledSoftmax {
   Vector grad_loss;  // (B,) floating: the upstream gradient of each row's loss; only for gradients of Reduction::none
 };
 
-// Where results go; what is null is not computed. Accumulating type: float64 if input is float64, else float32.
+// Where results go, in float64 if input is float64, else in float32; what is null is not computed.
 struct SampledSoftmaxResult {
   void* loss = nullptr;           // (B,) for Reduction::none, else (1,)
   void* grad_input = nullptr;     // (B, D)

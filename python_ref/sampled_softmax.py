@@ -1,7 +1,8 @@
-"""The sampled-softmax loss, Eq. 6 of the FedSS paper, one line of PyTorch per line of the definition."""
+"""The sampled-softmax loss, Eq. 6 of the FedSS paper, about one line of PyTorch per line of the definition."""
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 
 def sampled_softmax_loss(
@@ -25,6 +26,8 @@ def sampled_softmax_loss(
         o(i, t) = z(i, t) - target_log_expected_count_i
         o(i, j) = z(i, class_ids_j) - log_expected_count_j
 
+    It is written as Eq. 6 is, loss_i = log(1 + sum_j exp(o(i, j) - o(i, t))): the same number, but right to the last digits
+    where the target's probability is nearly 1 and the difference of two large numbers would have none left.
     `dtype` defaults to input's. Stores the B x S logits. Worked example: one row, unit vectors, scale 1, target 0,
     class 1 orthogonal to the row: o = (1, 0), so the loss is log(1 + exp(0 - 1)) = 0.3133.
 
@@ -52,7 +55,7 @@ def sampled_softmax_loss(
     z_target = scale * (x * w[t]).sum(dim=1) + b[t]
     o = (z - count.to(dtype)).masked_fill(class_ids == t[:, None], -torch.inf)
     o_target = z_target - target_count.to(dtype)
-    loss = torch.logsumexp(torch.cat([o_target[:, None], o], dim=1), dim=1) - o_target
+    loss = softplus(torch.logsumexp(o, dim=1) - o_target, threshold=40.0)  # log(1 + exp(.)), to float64's last digit
     return _reduce(loss, counted, reduction).reshape(_shape(shape, reduction))
 
 

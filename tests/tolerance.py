@@ -1,0 +1,53 @@
+"""What every comparison of a kernel with the truth goes through."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FLOOR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+
+def excess(kernel: Tensor, truth: Tensor, plain: Tensor, dtype: torch.dtype) -> float:
+    """err(kernel) / (2 err(plain) + floor max|truth|): at most 1 for a good kernel.
+
+    Where plain PyTorch isn't finite, truth and floor alone.
+    """
+    if truth.numel() == 0:
+        return 0.0
+    kernel, plain = kernel.double(), plain.double()
+    largest = truth.abs().max().item()
+    error = (kernel - truth).abs().max().item()
+    plain_error = (plain - truth).abs().max().item() if plain.isfinite().all() else 0.0
+    allowed = 2 * plain_error + FLOOR[dtype] * largest
+    if error == 0.0:
+        return 0.0
+    return error / allowed if allowed > 0 and error == error else float("inf")
+
+
+def eager_loss(
+    input, weight, target, class_ids=None, log_expected_count=None, *, target_log_expected_count=None,
+    bias=None, scale=20.0, similarity="cosine", ignore_index=-100, reduction="mean",
+):
+    """The loss as a user of plain PyTorch writes it, in the dtype of `input` throughout."""
+    dtype = input.dtype
+    D, C = input.shape[-1], len(weight)
+    x, t = input.reshape(-1, D), target.reshape(-1)
+    counted = t != ignore_index
+    t = torch.where(counted, t, 0)
+    ids = torch.arange(C) if class_ids is None else class_ids
+    rows, target_rows = weight[ids].to(dtype), weight[t].to(dtype)
+    if similarity == "cosine":
+        x, rows, target_rows = (F.normalize(r, dim=1, eps=1e-12) for r in (x, rows, target_rows))
+    o, o_target = scale * (x @ rows.T), scale * (x * target_rows).sum(1)
+    if bias is not None:
+        o, o_target = o + bias[ids], o_target + bias[t]
+    if log_expected_count is not None:
+        o = o - log_expected_count
+    if target_log_expected_count is not None:
+        o_target = o_target - target_log_expected_count.reshape(-1)
+    logits = torch.cat([o_target[:, None], o.masked_fill(ids == t[:, None], -torch.inf)], 1).to(dtype)
+    first = torch.where(counted, 0, -100)
+    if reduction == "mean":
+        return F.cross_entropy(logits, first, reduction="sum") / counted.sum().clamp(min=1)
+    loss = F.cross_entropy(logits, first, reduction=reduction)
+    return loss.reshape(target.shape) if reduction == "none" else loss

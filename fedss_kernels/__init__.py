@@ -1,22 +1,22 @@
-"""A sampled-softmax loss for very many classes, a deterministic row aggregator, and federated learning with them."""
+"""A sampled-softmax loss for very many classes, a deterministic row aggregator, and federated learning with
+them."""
 
 import re
 
 import torch
 
-_REQUIRED_TORCH = (2, 11)
 _found = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
-if _found < _REQUIRED_TORCH:
+if _found < (2, 11):
     raise ImportError(
-        f"fedss-kernels needs torch >= {'.'.join(map(str, _REQUIRED_TORCH))}, found torch {torch.__version__}: "
+        f"fedss-kernels needs torch >= 2.11, found torch {torch.__version__}: "
         'pip install --upgrade "torch>=2.11"'
     )
 try:
     from . import _C as _C
 except ImportError as error:
     raise ImportError(
-        "fedss-kernels' C++ kernels are not built in this folder, or for another Python "
-        f"({error}): install the package with pip install fedss-kernels, or from a source tree with pip install -e ."
+        f"fedss-kernels' C++ kernels are not built, or built for another Python ({error}): "
+        "pip install fedss-kernels, or in a source tree pip install -e ."
     ) from error
 
 from .class_sets import ClassSet, draw_batch_class_set, draw_class_set, draw_negatives

@@ -1,4 +1,5 @@
-"""Checks of arguments at the public edge: every message names the argument, what was expected and what came."""
+"""Checks of arguments at the public edge: every message names the argument, what was expected and what
+came."""
 
 import torch
 from torch import Tensor

@@ -1,9 +1,9 @@
 """Class sets: which rows of the class matrix a loss sees, and how often each was expected to be there.
 
-The denominator of the full softmax is a sum over C classes. A class set estimates it from S of them: the positives P,
-always present (expected count 1), and negatives N drawn uniformly from the others (expected count |N| / (C - |P|)).
-Subtracting log_expected_count from each logit makes the expected denominator the full one.
-"""
+The denominator of the full softmax is a sum over C classes. A class set estimates it from S of them: the
+positives P, always present (expected count 1), and negatives N drawn uniformly from the others (expected
+count |N| / (C - |P|)). Subtracting log_expected_count from each logit makes the expected denominator the full
+one."""
 
 import math
 from dataclasses import dataclass
@@ -28,10 +28,12 @@ def draw_negatives(
     num_negatives: int,
     rng: np.random.Generator,
 ) -> Tensor:
-    """min(m, C - |P|) classes, uniform without replacement from [0, C) outside `positives`, ascending, in O(m + |P|).
+    """min(m, C - |P|) classes, uniform without replacement from [0, C) outside `positives`, ascending, in O(m
+    + |P|).
 
-    Draws ranks among the C - |P| classes that are not held; the r-th of these is r + #{i : P_i - i <= r}, P ascending,
-    as P_i - i of them lie below P_i. Raises ValueError if a positive is repeated or outside [0, C).
+    Draws ranks among the C - |P| classes that are not held; the r-th of these is r + #{i : P_i - i <= r}, P
+    ascending, as P_i - i of them lie below P_i. Raises ValueError if a positive is repeated or outside [0,
+    C).
 
     >>> draw_negatives(5, torch.tensor([1, 3]), 10, np.random.default_rng(0))
     tensor([0, 2, 4])
@@ -55,9 +57,9 @@ def draw_class_set(
 ) -> ClassSet:
     """The class set of one client in one round: its positives and min(m, C - |P|) fresh negatives.
 
-    `correction="negatives"` subtracts log(|N| / (C - |P|)) from each negative's logit; `"none"` is the reading in which
-    one constant stands on every member, the target included, and cancels. Raises ValueError as `draw_negatives` does.
-    """
+    `correction="negatives"` subtracts log(|N| / (C - |P|)) from each negative's logit; `"none"` is the
+    reading in which one constant stands on every member, the target included, and cancels. Raises ValueError
+    as `draw_negatives` does."""
     if correction not in ("negatives", "none"):
         raise ValueError(f'correction: expected "negatives" or "none", got {correction!r}')
     negatives = draw_negatives(num_classes, positives, num_negatives, rng)
@@ -65,7 +67,8 @@ def draw_class_set(
     class_ids, order = torch.cat([positives, negatives]).sort()
     is_negative = order >= len(positives)
     log_count = math.log(m / others) if m and correction == "negatives" else 0.0
-    return ClassSet(class_ids, is_negative, torch.where(is_negative, log_count, 0.0).to(torch.float64))
+    log_expected_count = torch.zeros(len(class_ids), dtype=torch.float64).masked_fill_(is_negative, log_count)
+    return ClassSet(class_ids, is_negative, log_expected_count)
 
 
 def draw_batch_class_set(
@@ -75,14 +78,14 @@ def draw_batch_class_set(
     generator: torch.Generator | None = None,
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor]:
-    """(class_ids (B + m,), log_expected_count (B + m,) float32): a batch's own classes and m uniform negatives.
+    """(class_ids (B + m,), log_expected_count (B + m,) float32): a batch's own classes and m uniform
+    negatives.
 
-    For centralised training: no size depends on the data and nothing is read back to the host, so it compiles and never
-    stalls a GPU. A repeated or ignored target stays as a placeholder whose log_expected_count is +inf: the loss
-    leaves it out. The negatives are a stratified sample: the C - |P| other classes are cut into m equal strata and one
-    class is drawn from each, so every class has expected count m / (C - |P|) exactly, few are drawn twice, and
-    m = C - |P| draws each once. O((B + m) log B).
-    """
+    For centralised training: no size depends on the data and nothing is read back to the host, so it compiles
+    and never stalls a GPU. A repeated or ignored target stays as a placeholder whose log_expected_count is
+    +inf: the loss leaves it out. The negatives are a stratified sample: the C - |P| other classes are cut
+    into m equal strata and one class is drawn from each, so every class has expected count m / (C - |P|)
+    exactly, few are drawn twice, and m = C - |P| draws each once. O((B + m) log B)."""
     B = len(target)
     ignored = num_classes  # a rank past every class, so that ignored rows sort last
     held = torch.where(target == ignore_index, ignored, target).sort().values
@@ -91,16 +94,19 @@ def draw_batch_class_set(
     positive = first & (held != ignored)
     others = num_classes - positive.sum()
 
-    # rank = floor((i * others + v) / m), v uniform in [0, others): of the m * others equally likely (i, v), exactly m
-    # give each rank.
+    # rank = floor((i * others + v) / m), v uniform in [0, others): of the m * others equally likely (i, v),
+    # exactly m give each rank.
     uniform = torch.randint(2**62, (num_sampled,), device=target.device, generator=generator)
     stratum = torch.arange(num_sampled, device=target.device)
     rank = (stratum * others + uniform % others.clamp(min=1)) // max(num_sampled, 1)
-    # The r-th class outside P is r + #{i : P_i - i <= r}; what is not a first occurrence must count for nothing.
+    # The r-th class outside P is r + #{i : P_i - i <= r}; what is not a first occurrence must count for
+    # nothing.
     below = torch.where(positive, held - (positive.cumsum(0) - 1), torch.iinfo(torch.int64).max).sort().values
     negatives = rank + torch.searchsorted(below, rank, right=True)
 
-    log_count = torch.log(num_sampled / others.to(torch.float32))  # +inf when there is no other class: all left out
+    log_count = torch.log(
+        num_sampled / others.to(torch.float32)
+    )  # +inf when there is no other class: all left out
     class_ids = torch.cat([torch.where(positive, held, 0), negatives.clamp(max=num_classes - 1)])
     log_expected_count = torch.cat([torch.where(positive, 0.0, torch.inf), log_count.expand(num_sampled)])
     assert len(class_ids) == B + num_sampled
@@ -113,5 +119,7 @@ def _sorted_positives(num_classes: int, positives: Tensor) -> np.ndarray:
         bad = held[0] if held[0] < 0 else held[-1]
         raise ValueError(f"positives: expected classes in [0, {num_classes}), got {bad}")
     if len(held) > 1 and (held[1:] == held[:-1]).any():
-        raise ValueError(f"positives: expected each class once, got {held[1:][held[1:] == held[:-1]][0]} twice")
+        raise ValueError(
+            f"positives: expected each class once, got {held[1:][held[1:] == held[:-1]][0]} twice"
+        )
     return held

@@ -5,11 +5,11 @@
     o(i, j) = z(i, class_ids_j) - log_expected_count_j                for every j with class_ids_j != t
     loss_i  = -o(i, t) + logsumexp(o(i, t), every o(i, j))
 
-One hop each: `sampled_softmax_loss` checks its arguments and calls the operator `fedss_kernels::sampled_softmax_loss`; the
-operator calls the kernel for the tensors' device. For "mean" and "sum" the kernel makes the gradients in the same pass as
-the loss, in float32 and for the touched rows of `weight` only; the backward operator scales and rounds them. For "none"
-it runs the kernel again, with each row's upstream gradient.
-"""
+One hop each: `sampled_softmax_loss` checks its arguments and calls the operator
+`fedss_kernels::sampled_softmax_loss`; the operator calls the kernel for the tensors' device. For "mean" and
+"sum" the kernel makes the gradients in the same pass as the loss, in float32 and for the touched rows of
+`weight` only; the backward operator scales and rounds them. For "none" it runs the kernel again, with each
+row's upstream gradient."""
 
 import math
 from typing import NamedTuple
@@ -55,29 +55,30 @@ def sampled_softmax_loss(
     sparse_grad: bool = False,
     impl: str = "auto",
 ) -> Tensor:
-    """Cross-entropy over the target and the classes in `class_ids`, without storing the logits (Eq. 6 of FedSS).
+    """Cross-entropy over the target and the classes in `class_ids`, without storing the logits (Eq. 6 of
+    FedSS).
 
         loss_i = -o(i, t) + logsumexp(o(i, t), o(i, j) for every j with class_ids_j != t)
         o(i, j) = scale * cos(input_i, weight_j) + bias_j - log_expected_count_j
 
-    The target is in the denominator exactly once, whether or not `class_ids` lists it; each copy of a repeated class is
-    a term of its own. With `class_ids=None` this is the full softmax.
+    The target is in the denominator exactly once, whether or not `class_ids` lists it; each copy of a
+    repeated class is a term of its own. With `class_ids=None` this is the full softmax.
 
     Args:
-        scale: multiplies the cosine (an inverse temperature); a 0-d tensor may require grad.
-        similarity: "cosine", or "dot" (`scale` then multiplies the dot product).
-        ignore_index: rows with this target cost nothing and are not counted by "mean".
-        reduction: "mean" over the rows that are not ignored (0 where there are none; torch gives NaN), "sum" or "none".
-        sparse_grad: weight.grad as a sparse COO tensor over the rows touched: unique, ascending.
-        impl: "cpp", "reference" (plain PyTorch, stores the logits), or "auto": by the tensors' device.
+        scale: multiplies the cosine (an inverse temperature); a 0-d tensor may require grad. similarity:
+        "cosine", or "dot" (`scale` then multiplies the dot product). ignore_index: rows with this target cost
+        nothing and are not counted by "mean". reduction: "mean" over the rows that are not ignored (0 where
+        there are none; torch gives NaN), "sum" or "none". sparse_grad: weight.grad as a sparse COO tensor
+        over the rows touched: unique, ascending. impl: "cpp", "reference" (plain PyTorch, stores the logits),
+        or "auto": by the tensors' device.
 
     Returns:
-        float32, or float64 for a float64 `input`: a 0-d tensor, or target's shape for "none". Differentiable once, in
-        `input`, `weight`, `bias` and a tensor `scale`; bit-identical for any number of threads.
+        float32, or float64 for a float64 `input`: a 0-d tensor, or target's shape for "none". Differentiable
+        once, in `input`, `weight`, `bias` and a tensor `scale`; bit-identical for any number of threads.
 
     Raises:
-        TypeError, ValueError: a wrong dtype, shape, device or name; a correction that requires grad, is NaN or -inf.
-        IndexError: a class out of range, by position and value, before anything is computed.
+        TypeError, ValueError: a wrong dtype, shape, device or name; a correction that requires grad, is NaN
+        or -inf. IndexError: a class out of range, by position and value, before anything is computed.
         RuntimeError: when differentiated twice.
 
     >>> eye = torch.eye(2)
@@ -108,7 +109,7 @@ def sampled_softmax_loss(
     return loss.reshape(shape) if reduction == "none" else loss
 
 
-# ---- checks ----------------------------------------------------------------------------------------------------------
+# ---- checks ------------------------------------------------------------------------------------------------
 
 
 def _check(
@@ -161,7 +162,9 @@ def _check_constant(name: str, value: Tensor | None, shape: tuple[int, ...], mea
     check_tensor(name, value, FLOATING)
     check_shape(name, value, shape, meaning)
     if value.requires_grad:
-        raise ValueError(f"{name}: expected a constant, got a tensor that requires grad; pass {name}.detach()")
+        raise ValueError(
+            f"{name}: expected a constant, got a tensor that requires grad; pass {name}.detach()"
+        )
 
 
 def _check_scale(scale: float | Tensor, device: torch.device) -> None:
@@ -172,7 +175,7 @@ def _check_scale(scale: float | Tensor, device: torch.device) -> None:
             raise ValueError(f"scale: expected a tensor on {device} or cpu, got one on {scale.device}")
     elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale: expected a number or a 0-d tensor, got {type(scale).__name__}")
-    elif not math.isfinite(scale):
+    elif not abs(scale) < math.inf:  # NaN too; math.isfinite cannot be traced with a symbolic scale
         raise ValueError(f"scale: expected a finite number, got {scale}")
 
 
@@ -180,7 +183,8 @@ def _backend(impl: str, device: torch.device) -> str:
     check_choice("impl", impl, ("auto", "cpp", "reference"))
     if impl != "reference" and device.type != "cpu":
         raise ValueError(
-            f'input: expected a CPU tensor for impl="{impl}", got one on {device}; impl="reference" runs on any device'
+            f'input: expected a CPU tensor for impl="{impl}", got one on {device}; '
+            'impl="reference" runs on any device'
         )
     return "cpp" if impl == "auto" else impl
 
@@ -201,9 +205,8 @@ def _plain_loss(
     _check_ids("target", target, len(weight), ignore_index)
     if class_ids is not None:
         _check_ids("class_ids", class_ids, len(weight), None)
-    for name, count in zip(("log_expected_count", "target_log_expected_count"), corrections[1:], strict=True):
-        if count is not None and not (count > -torch.inf).all():
-            raise ValueError(f"{name}: expected numbers or +inf, which leaves the entry out, got NaN or -inf")
+    _check_counts("log_expected_count", log_expected_count)
+    _check_counts("target_log_expected_count", target_log_expected_count)
     return _reference_loss(
         input,
         weight,
@@ -230,13 +233,41 @@ def _check_ids(name: str, ids: Tensor, C: int, ignore_index: int | None) -> None
         raise IndexError(f"{name}[{i}] = {int(ids[i])}, expected a class in [0, {C}){also}")
 
 
-# ---- the registered operator -----------------------------------------------------------------------------------------
+def _check_counts(name: str, counts: Tensor | None) -> None:
+    if counts is None or (counts > -torch.inf).all():
+        return
+    i = int((~(counts > -torch.inf)).nonzero()[0, 0])
+    raise ValueError(
+        f"{name}[{i}] = {float(counts[i])}, expected a number or +inf, which leaves the entry out"
+    )
+
+
+# ---- the registered operator -------------------------------------------------------------------------------
+
+
+class _Arguments(NamedTuple):
+    """The operator's arguments, in the order of its schema."""
+
+    input: Tensor
+    weight: Tensor
+    target: Tensor
+    class_ids: Tensor | None
+    log_expected_count: Tensor | None
+    target_log_expected_count: Tensor | None
+    bias: Tensor | None
+    scale: Tensor
+    similarity: str
+    ignore_index: int
+    reduction: str
+    sparse_grad: bool
+    wanted: list[bool]
+    rounding: torch.dtype | None
 
 
 class _Gradients(NamedTuple):
-    """Gradients as the kernel makes them: in the accumulating type, those of `weight` and `bias` for touched rows only.
+    """What the kernel makes, in float32 or float64, of `weight` and `bias` of touched rows only.
 
-    What is not made has no elements. For a class set, rows U, U + 1, ... of the last three are zeros and ids -1.
+    What is not made has no elements. For a class set, rows U, U + 1, ... are zeros and ids -1.
     """
 
     input: Tensor  # (B, D)
@@ -246,45 +277,41 @@ class _Gradients(NamedTuple):
     scale: Tensor  # () float64
 
 
-def _empty_gradients(
-    input: Tensor, weight: Tensor, class_ids: Tensor | None, made: list[bool]
-) -> tuple[torch.dtype, _Gradients]:
-    (B, D), C = input.shape, len(weight)
-    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    capacity = C if class_ids is None else min(len(class_ids) + B, C)
-    ids = capacity if class_ids is not None and (made[1] or made[2]) else 0
-    return dtype, _Gradients(
-        input.new_empty((B, D) if made[0] else (0,), dtype=dtype),
-        input.new_empty((capacity, D) if made[1] else (0,), dtype=dtype),
-        input.new_empty((ids,), dtype=torch.int64),
-        input.new_empty((capacity,) if made[2] else (0,), dtype=dtype),
-        input.new_empty(() if made[3] else (0,), dtype=torch.float64),
+def _result_dtype(input: Tensor) -> torch.dtype:
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
+def _empty_loss(p: _Arguments) -> Tensor:
+    shape = (len(p.input),) if p.reduction == "none" else ()
+    return p.input.new_empty(shape, dtype=_result_dtype(p.input))
+
+
+def _empty_gradients(p: _Arguments, made: list[bool]) -> _Gradients:
+    (B, D), C = p.input.shape, len(p.weight)
+    capacity = C if p.class_ids is None else min(len(p.class_ids) + B, C)
+    ids = capacity if p.class_ids is not None and (made[1] or made[2]) else 0
+    dtype = _result_dtype(p.input)
+    return _Gradients(
+        p.input.new_empty((B, D) if made[0] else (0,), dtype=dtype),
+        p.input.new_empty((capacity, D) if made[1] else (0,), dtype=dtype),
+        p.input.new_empty((ids,), dtype=torch.int64),
+        p.input.new_empty((capacity,) if made[2] else (0,), dtype=dtype),
+        p.input.new_empty(() if made[3] else (0,), dtype=torch.float64),
     )
 
 
 def _run_kernel(
+    p: _Arguments,
     made: list[bool],
-    grad_loss: Tensor | None,
-    input: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    class_ids: Tensor | None,
-    log_expected_count: Tensor | None,
-    target_log_expected_count: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor,
-    similarity: str,
-    ignore_index: int,
-    reduction: str,
-    rounding: torch.dtype | None,
+    grad_loss: Tensor | None = None,  # (B,) upstream gradient of each row's loss, for reduction "none"
 ) -> tuple[Tensor, _Gradients]:
-    """(loss, the gradients in `made`); `grad_loss` (B,) weighs the rows' losses for reduction "none"."""
-    dtype, gradients = _empty_gradients(input, weight, class_ids, made)
-    loss = input.new_empty((len(input),) if reduction == "none" else (), dtype=dtype)
+    """(loss, the gradients in `made`)"""
+    loss, gradients = _empty_loss(p), _empty_gradients(p, made)
     _C.sampled_softmax(
-        *(input, weight, target, class_ids, log_expected_count, target_log_expected_count, bias, scale.item()),
-        *(similarity, ignore_index, "none" if rounding is None else str(rounding).removeprefix("torch.")),
-        reduction,
+        *(p.input, p.weight, p.target, p.class_ids, p.log_expected_count, p.target_log_expected_count),
+        *(p.bias, p.scale.item(), p.similarity, p.ignore_index),
+        "none" if p.rounding is None else str(p.rounding).removeprefix("torch."),
+        p.reduction,
         grad_loss=grad_loss,
         loss=loss,
         grad_input=gradients.input if made[0] else None,
@@ -299,49 +326,46 @@ def _run_kernel(
 
 @torch.library.impl(_library, "sampled_softmax_loss", "CPU")
 def _loss_cpu(*arguments):
-    *inputs, similarity, ignore_index, reduction, _sparse_grad, wanted, rounding = arguments
-    loss, gradients = _run_kernel(wanted, None, *inputs, similarity, ignore_index, reduction, rounding)
+    p = _Arguments(*arguments)
+    loss, gradients = _run_kernel(p, p.wanted)
     return loss, *gradients
 
 
 @torch.library.register_fake("fedss_kernels::sampled_softmax_loss", lib=_library)
 def _loss_fake(*arguments):
-    input, weight, _target, class_ids, *_, reduction, _sparse_grad, wanted, _rounding = arguments
-    dtype, gradients = _empty_gradients(input, weight, class_ids, wanted)
-    return input.new_empty((len(input),) if reduction == "none" else (), dtype=dtype), *gradients
+    p = _Arguments(*arguments)
+    return _empty_loss(p), *_empty_gradients(p, p.wanted)
 
 
 @torch.library.impl(_library, "sampled_softmax_loss_backward", "CPU")
-def _backward_cpu(grad_loss, made, needed, *arguments):
-    *inputs, similarity, ignore_index, reduction, sparse_grad, wanted, rounding = arguments
-    input, weight, _target, class_ids, *_, bias, scale = inputs
-    gradients, upstream = _Gradients(*made), grad_loss
-    if reduction == "none":
-        _, gradients = _run_kernel(needed, grad_loss, *inputs, similarity, ignore_index, "none", rounding)
-        upstream = None
-    elif any(need and not was for need, was in zip(needed, wanted, strict=True)):
-        _, gradients = _run_kernel(needed, None, *inputs, similarity, ignore_index, reduction, rounding)
+def _backward_cpu(grad_loss: Tensor, made: list[Tensor], needed: list[bool], *arguments):
+    p, gradients = _Arguments(*arguments), _Gradients(*made)
+    upstream: Tensor | None = grad_loss
+    if p.reduction == "none":
+        gradients, upstream = _run_kernel(p, needed, grad_loss)[1], None
+    elif any(need and not was for need, was in zip(needed, p.wanted, strict=True)):
+        gradients = _run_kernel(p, needed)[1]
     return (
-        _finish(gradients.input, upstream, input.dtype) if needed[0] else _nothing(input),
-        _grad_weight(gradients, upstream, weight, class_ids, sparse_grad) if needed[1] else _nothing(input),
-        _grad_bias(gradients, upstream, bias, class_ids) if needed[2] else _nothing(input),
-        _finish(gradients.scale, upstream, scale.dtype) if needed[3] else _nothing(input),
+        _finish(gradients.input, upstream, p.input) if needed[0] else _nothing(p.input),
+        _grad_weight(p, gradients, upstream) if needed[1] else _nothing(p.input),
+        _grad_bias(p, gradients, upstream) if needed[2] else _nothing(p.input),
+        _finish(gradients.scale, upstream, p.scale) if needed[3] else _nothing(p.input),
     )
 
 
 @torch.library.register_fake("fedss_kernels::sampled_softmax_loss_backward", lib=_library)
-def _backward_fake(grad_loss, made, needed, *arguments):
-    input, weight, _target, class_ids, _, _, bias, scale, *_, sparse_grad, _wanted, _rounding = arguments
-    if needed[1] and sparse_grad:
+def _backward_fake(grad_loss: Tensor, made: list[Tensor], needed: list[bool], *arguments):
+    p = _Arguments(*arguments)
+    if needed[1] and p.sparse_grad:
         raise RuntimeError(
-            "sampled_softmax_loss: sparse_grad=True cannot be compiled, as the number of touched rows depends on the data; "
-            "compile with sparse_grad=False, or leave the loss out of the compiled region"
+            "sampled_softmax_loss: sparse_grad=True cannot be compiled, as torch.compile has no sparse "
+            "tensors; compile with sparse_grad=False, or leave the loss out of the compiled region"
         )
     return (
-        torch.empty_like(input, memory_format=torch.contiguous_format) if needed[0] else _nothing(input),
-        weight.new_empty(weight.shape) if needed[1] else _nothing(input),
-        weight.new_empty(weight.shape[:1]) if needed[2] else _nothing(input),
-        scale.new_empty(()) if needed[3] else _nothing(input),
+        torch.empty_like(p.input, memory_format=torch.contiguous_format) if needed[0] else _nothing(p.input),
+        p.weight.new_empty(p.weight.shape) if needed[1] else _nothing(p.input),
+        p.weight.new_empty(p.weight.shape[:1]) if needed[2] else _nothing(p.input),
+        p.scale.new_empty(()) if needed[3] else _nothing(p.input),
     )
 
 
@@ -349,45 +373,39 @@ def _nothing(like: Tensor) -> Tensor:
     return like.new_empty((0,))
 
 
-def _finish(gradient: Tensor, upstream: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Scales before it rounds: a float16 gradient of 2e-9 survives a GradScaler's 65536."""
-    return (gradient if upstream is None else gradient * upstream).to(dtype)
+def _finish(gradient: Tensor, upstream: Tensor | None, of: Tensor) -> Tensor:
+    """Scales before it rounds to `of`'s dtype: a float16 gradient of 2e-9 survives a GradScaler's 65536."""
+    return (gradient if upstream is None else gradient * upstream).to(of.dtype)
 
 
-def _grad_weight(
-    gradients: _Gradients, upstream: Tensor | None, weight: Tensor, class_ids: Tensor | None, sparse: bool
-) -> Tensor:
-    if class_ids is None:
-        grad = _finish(gradients.rows, upstream, weight.dtype)
-        if not sparse:
-            return grad
-        ids = torch.arange(len(weight))
-    else:
-        ids = _touched(gradients)
-        grad = _finish(gradients.rows[: len(ids)], upstream, weight.dtype)
-    if sparse:
+def _grad_weight(p: _Arguments, gradients: _Gradients, upstream: Tensor | None) -> Tensor:
+    ids = _touched(p, gradients)
+    rows = _finish(gradients.rows[: len(ids)], upstream, p.weight)
+    if p.sparse_grad:
         return torch.sparse_coo_tensor(
-            ids[None], grad, weight.shape, check_invariants=False, is_coalesced=True
+            ids[None], rows, p.weight.shape, check_invariants=False, is_coalesced=True
         )
-    return weight.new_zeros(weight.shape).index_copy_(0, ids, grad)
+    return rows if p.class_ids is None else _spread(ids, rows, p.weight)
 
 
-def _grad_bias(
-    gradients: _Gradients, upstream: Tensor | None, bias: Tensor, class_ids: Tensor | None
-) -> Tensor:
-    if class_ids is None:
-        return _finish(gradients.bias, upstream, bias.dtype)
-    ids = _touched(gradients)
-    return bias.new_zeros(bias.shape).index_copy_(
-        0, ids, _finish(gradients.bias[: len(ids)], upstream, bias.dtype)
-    )
+def _grad_bias(p: _Arguments, gradients: _Gradients, upstream: Tensor | None) -> Tensor:
+    assert p.bias is not None
+    ids = _touched(p, gradients)
+    return _spread(ids, _finish(gradients.bias[: len(ids)], upstream, p.bias), p.bias)
 
 
-def _touched(gradients: _Gradients) -> Tensor:
+def _touched(p: _Arguments, gradients: _Gradients) -> Tensor:
+    """(U,) the classes whose rows have a gradient, ascending."""
+    if p.class_ids is None:
+        return torch.arange(len(p.weight))
     return gradients.row_ids[: int((gradients.row_ids >= 0).sum())]
 
 
-# ---- autograd and autocast -------------------------------------------------------------------------------------------
+def _spread(ids: Tensor, rows: Tensor, like: Tensor) -> Tensor:
+    return like.new_zeros(like.shape).index_copy_(0, ids, rows)
+
+
+# ---- autograd and autocast ---------------------------------------------------------------------------------
 
 _TENSORS = 8  # the leading arguments of both operators that are tensors: input ... scale
 
@@ -448,7 +466,7 @@ def _register_autocast(device_type: str, key: str) -> None:
 _register_autocast("cpu", "AutocastCPU")
 
 
-# ---- the module ------------------------------------------------------------------------------------------------------
+# ---- the module --------------------------------------------------------------------------------------------
 
 
 class TopK(NamedTuple):
@@ -459,11 +477,13 @@ class TopK(NamedTuple):
 
 
 class SampledSoftmaxLoss(nn.Module):
-    """A classifier's last layer and its loss: owns `weight`, trains on sampled classes, evaluates on all of them.
+    """A classifier's last layer and its loss: owns `weight`, trains on sampled classes, evaluates on all of
+    them.
 
-    In training mode each call's class set is the batch's own classes (expected count 1) and `num_sampled` uniform
-    negatives among the others (expected count num_sampled / others); see `draw_batch_class_set`. In eval mode, and for
-    `num_sampled=None` or >= num_classes, it is the full softmax. No host synchronisation; compiles fullgraph.
+    In training mode each call's class set is the batch's own classes (expected count 1) and `num_sampled`
+    uniform negatives among the others (expected count num_sampled / others); see `draw_batch_class_set`. In
+    eval mode, and for `num_sampled=None` or >= num_classes, it is the full softmax. No host synchronisation;
+    compiles fullgraph.
 
     Args:
         num_classes: C.
@@ -556,11 +576,11 @@ class SampledSoftmaxLoss(nn.Module):
         k: int,
         block_size: int = 16384,
     ) -> TopK:
-        """The k largest logits scale * cos(input, weight_j) + bias_j of each row and their classes, best first.
+        """The k largest logits scale * cos(input, weight_j) + bias_j of each row and their classes, best
+        first.
 
-        Goes over the classes in blocks: memory is rows x (block_size + k), never rows x C. Raises ValueError for a k
-        outside [1, C].
-        """
+        Goes over the classes in blocks: memory is rows x (block_size + k), never rows x C. Raises ValueError
+        for a k outside [1, C]."""
         if not 1 <= k <= self.num_classes:
             raise ValueError(f"k: expected 1 to {self.num_classes}, got {k}")
         if input.shape[-1] != self.embedding_dim:
@@ -575,7 +595,9 @@ class SampledSoftmaxLoss(nn.Module):
             if self.bias is not None:
                 logits = logits + self.bias[block]
             best = logits.topk(min(k, logits.shape[1]))
-            values, order = torch.cat([values, best.values], 1).topk(min(k, values.shape[1] + logits.shape[1]))
+            values, order = torch.cat([values, best.values], 1).topk(
+                min(k, values.shape[1] + logits.shape[1])
+            )
             indices = torch.cat([indices, best.indices + first], 1).gather(1, order)
         shape = (*input.shape[:-1], k)
         return TopK(values.reshape(shape), indices.reshape(shape))

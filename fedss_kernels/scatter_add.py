@@ -18,14 +18,16 @@ def scatter_add_(
 ) -> Tensor:
     """out[class_ids[i]] += scale[i] * rows[i] for i = 0, 1, ..., M - 1, in place; returns `out`.
 
-    The order of addition is the order of i, and each step is multiply, round, add, round in out's dtype, so the bits
-    are the same for any number of threads and any instruction set. Strided tensors are used as they are.
+    The order of addition is the order of i, and each step is multiply, round, add, round in out's dtype, so
+    the bits are the same for any number of threads and any instruction set. Strided tensors are used as they
+    are.
 
-    Raises TypeError or ValueError for a wrong dtype, shape or device, for `rows`, `scale` or `class_ids` sharing memory
-    with `out`, and for a tensor that requires grad; IndexError for an id out of range, naming position and value. A call
-    that raises leaves `out` untouched.
+    Raises TypeError or ValueError for a wrong dtype, shape or device, for `rows`, `scale` or `class_ids`
+    sharing memory with `out`, and for a tensor that requires grad; IndexError for an id out of range, naming
+    position and value. A call that raises leaves `out` untouched.
 
-    >>> scatter_add_(torch.zeros(3, 1), torch.tensor([2, 0, 2]), torch.tensor([[1.0], [2.0], [3.0]])).flatten()
+    >>> rows = torch.tensor([[1.0], [2.0], [3.0]])
+    >>> scatter_add_(torch.zeros(3, 1), torch.tensor([2, 0, 2]), rows).flatten()
     tensor([2., 0., 4.])
     """
     _check(out, class_ids, rows, scale)
@@ -80,13 +82,15 @@ def _byte_range(tensor: Tensor) -> tuple[int, int]:
 
 
 def _overlaps_itself(out: Tensor) -> bool:
-    """Whether two elements of a matrix share an address: the faster axis must end before the slower one steps."""
+    """Whether two elements of a matrix share an address: the faster axis must end before the slower one
+    steps."""
     (small, size), (large, steps) = sorted(zip(out.stride(), out.shape, strict=True))
     return (size > 1 and small == 0) or (steps > 1 and large < (size - 1) * small + 1)
 
 
 def _may_overlap(out: Tensor, other: Tensor) -> bool:
-    """Whether `other` may share memory with `out`: no for disjoint ranges, and for column blocks of one matrix."""
+    """Whether `other` may share memory with `out`: no for disjoint ranges, and for column blocks of one
+    matrix."""
     if not (out.numel() and other.numel()):
         return False
     (first, last), (other_first, other_last) = _byte_range(out), _byte_range(other)

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 
-def draw_negatives(num_classes: int, positives: Tensor, num_negatives: int, rng: np.random.Generator) -> Tensor:
+def draw_negatives(
+    num_classes: int, positives: Tensor, num_negatives: int, rng: np.random.Generator
+) -> Tensor:
     """min(m, C - |P|) classes, uniform without replacement from [0, C) outside `positives`, ascending.
 
     >>> draw_negatives(5, torch.tensor([1, 3]), 10, np.random.default_rng(0))
@@ -22,8 +24,8 @@ def draw_negatives(num_classes: int, positives: Tensor, num_negatives: int, rng:
 def class_set(num_classes: int, positives: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(class_ids, is_negative, log_expected_count) of S = P u N, ascending.
 
-    A positive is always in the set, so its expected count is 1 and the logarithm 0; a negative's is |N| / (C - |P|).
-    """
+    A positive is always in the set, so its expected count is 1 and the logarithm 0; a negative's is |N| / (C
+    - |P|)."""
     P, N = set(positives.tolist()), set(negatives.tolist())
     assert not P & N, "a negative is a class that the client does not hold"
     class_ids = sorted(P | N)

@@ -1,4 +1,5 @@
-"""One federated round (Algorithm 1 of the FedSS paper, with the sign of line 11 and the index of line 13 mended)."""
+"""One federated round (Algorithm 1 of the FedSS paper, with the sign of line 11 and the index of line 13
+mended)."""
 
 from dataclasses import dataclass
 
@@ -60,10 +61,11 @@ def federated_round(
 ) -> tuple[Parameters, Tensor, tuple[Parameters, Tensor]]:
     """(phi, W, velocity) after one round.
 
-        Delta_k = theta_t - theta_k;  g_t = sum_k (n_k / n) Delta_k;  v <- beta v + g_t;  theta_{t+1} = theta_t - alpha v
+        Delta_k = theta_t - theta_k;  g_t = sum_k (n_k / n) Delta_k;  v <- beta v + g_t;  theta_{t+1} =
+        theta_t - alpha v
 
-    with n = sum n_k over the cohort, or for a class row over the clients that held it (`denominator="holders"`).
-    """
+    with n = sum n_k over the cohort, or for a class row over the clients that held it
+    (`denominator="holders"`)."""
     n = sum(len(client.labels) for client in clients)
     holders = torch.zeros(len(weight), dtype=weight.dtype)
     for client in clients:

@@ -9,10 +9,12 @@ def scatter_add_(
     rows: Tensor,  # (M, D)
     scale: Tensor | None = None,  # (M,)
 ) -> Tensor:
-    """out[class_ids[i]] += scale[i] * rows[i], for i = 0, 1, ..., M - 1: multiply, round, add, round, in out's dtype.
+    """out[class_ids[i]] += scale[i] * rows[i], for i = 0, 1, ..., M - 1: multiply, round, add, round, in
+    out's dtype.
 
     >>> import torch
-    >>> scatter_add_(torch.zeros(3, 1), torch.tensor([2, 0, 2]), torch.tensor([[1.0], [2.0], [3.0]])).flatten()
+    >>> rows = torch.tensor([[1.0], [2.0], [3.0]])
+    >>> scatter_add_(torch.zeros(3, 1), torch.tensor([2, 0, 2]), rows).flatten()
     tensor([2., 0., 4.])
     """
     for i, class_id in enumerate(class_ids.tolist()):

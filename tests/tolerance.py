@@ -8,33 +8,44 @@ FLOOR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 2.0**-11, tor
 
 
 def excess(kernel: Tensor, truth: Tensor, plain: Tensor, dtype: torch.dtype) -> float:
-    """err(kernel) / (2 err(plain) + floor max|truth|): at most 1 for a good kernel.
+    """err(kernel) / (2 err(plain) + floor max|truth|), at most 1 for a good kernel.
 
-    Where plain PyTorch isn't finite, truth and floor alone.
+    Where plain PyTorch isn't finite, truth and floor alone. A truth past the largest number of the kernel's
+    dtype is that dtype's infinity.
     """
     if truth.numel() == 0:
         return 0.0
+    truth = truth.to(kernel.dtype).double() if truth.abs().max() > torch.finfo(kernel.dtype).max else truth
     kernel, plain = kernel.double(), plain.double()
-    largest = truth.abs().max().item()
-    error = (kernel - truth).abs().max().item()
-    plain_error = (plain - truth).abs().max().item() if plain.isfinite().all() else 0.0
-    allowed = 2 * plain_error + FLOOR[dtype] * largest
-    if error == 0.0:
+    same = kernel == truth  # infinities too
+    if same.all():
         return 0.0
+    error = (kernel - truth)[~same].abs().max().item()
+    plain_error = (plain - truth).abs().max().item() if plain.isfinite().all() else 0.0
+    allowed = 2 * plain_error + FLOOR[dtype] * truth.abs().max().item()
     return error / allowed if allowed > 0 and error == error else float("inf")
 
 
 def eager_loss(
-    input, weight, target, class_ids=None, log_expected_count=None, *, target_log_expected_count=None,
-    bias=None, scale=20.0, similarity="cosine", ignore_index=-100, reduction="mean",
-):
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    class_ids: Tensor | None = None,
+    log_expected_count: Tensor | None = None,
+    *,
+    target_log_expected_count: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | Tensor = 20.0,
+    similarity: str = "cosine",
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
     """The loss as a user of plain PyTorch writes it, in the dtype of `input` throughout."""
     dtype = input.dtype
-    D, C = input.shape[-1], len(weight)
-    x, t = input.reshape(-1, D), target.reshape(-1)
+    x, t = input.reshape(-1, input.shape[-1]), target.reshape(-1)
     counted = t != ignore_index
     t = torch.where(counted, t, 0)
-    ids = torch.arange(C) if class_ids is None else class_ids
+    ids = torch.arange(len(weight)) if class_ids is None else class_ids
     rows, target_rows = weight[ids].to(dtype), weight[t].to(dtype)
     if similarity == "cosine":
         x, rows, target_rows = (F.normalize(r, dim=1, eps=1e-12) for r in (x, rows, target_rows))

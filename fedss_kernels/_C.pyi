@@ -1,0 +1,30 @@
+"""The C++ kernels. Internal: the functions of fedss_kernels check and explain what these only refuse."""
+
+from torch import Tensor
+
+def sampled_softmax(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    class_ids: Tensor | None,
+    log_expected_count: Tensor | None,
+    target_log_expected_count: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    similarity: str,
+    ignore_index: int,
+    rounding: str,
+    reduction: str,
+    *,
+    grad_loss: Tensor | None = None,
+    loss: Tensor | None = None,
+    grad_input: Tensor | None = None,
+    grad_rows: Tensor | None = None,
+    row_ids: Tensor | None = None,
+    grad_bias: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    threads: int = 1,
+) -> None: ...
+def scatter_add(
+    out: Tensor, class_ids: Tensor, rows: Tensor, scale: Tensor | None, threads: int = 1
+) -> None: ...

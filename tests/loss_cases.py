@@ -1,0 +1,114 @@
+"""Random problems for the loss, and the comparison of a kernel with the truth on one of them."""
+
+from dataclasses import dataclass
+
+import torch
+from fedss_kernels.reference import sampled_softmax_loss as reference_loss
+from tolerance import eager_loss, excess
+from torch import Tensor
+
+from fedss_kernels import sampled_softmax_loss
+
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem, drawn from its seed. The kernel's tiles: 64 classes, 16 rows, 4 rows of registers, D
+    padded to 16."""
+
+    seed: int
+    B: int = 17
+    S: int | None = 65  # None: class_ids=None
+    C: int = 80
+    D: int = 33
+    dtype: torch.dtype = F32
+    weight_dtype: torch.dtype | None = None  # None: dtype
+    similarity: str = "cosine"
+    reduction: str = "mean"
+    scale: float = 20.0
+    learned_scale: bool = True
+    bias: bool = False
+    corrections: float = 1.0  # their standard deviation
+    left_out: float = 0.0  # share of entries whose correction is +inf
+    distinct: int | None = None  # class_ids and target draw from so few classes: many duplicates and hits
+    ignored: float = 0.0  # share of the rows
+    zero_rows: float = 0.0  # share of the rows of input and of weight
+    strided: bool = False
+    weight_norm: float = 1.0
+
+    def build(self) -> tuple[dict[str, Tensor | None], dict[str, object], Tensor]:
+        """(tensors, options, upstream gradient)"""
+        g = torch.Generator().manual_seed(self.seed)
+        weight_dtype = self.weight_dtype or self.dtype
+        x = _rows(self.B, self.D, self.dtype, self.zero_rows, self.strided, g)
+        w = _rows(self.C, self.D, weight_dtype, self.zero_rows, self.strided, g, self.weight_norm)
+        among = min(self.distinct or self.C, self.C)
+        target = torch.randint(among, (self.B,), generator=g)
+        target[torch.rand(self.B, generator=g) < self.ignored] = -100
+        ids = None if self.S is None else torch.randint(among, (self.S,), generator=g)
+        S = self.C if ids is None else len(ids)
+        counts = torch.randn(S, generator=g) * self.corrections
+        counts[torch.rand(S, generator=g) < self.left_out] = torch.inf
+        scale = torch.tensor(self.scale, requires_grad=True) if self.learned_scale else None
+        tensors = {
+            "input": x.requires_grad_(),
+            "weight": w.requires_grad_(),
+            "bias": torch.randn(self.C, generator=g).to(weight_dtype).requires_grad_() if self.bias else None,
+            "scale": scale,
+        }
+        target_counts = torch.randn(self.B, generator=g) * self.corrections
+        if self.strided:
+            target, target_counts = (torch.stack([t, t], 1)[:, 0] for t in (target, target_counts))
+            ids = None if ids is None else torch.stack([ids, ids], 1)[:, 1]
+        options = {
+            "target": target,
+            "class_ids": ids,
+            "log_expected_count": counts,
+            "target_log_expected_count": target_counts,
+            "similarity": self.similarity,
+            "reduction": self.reduction,
+        }
+        upstream = torch.randn(self.B if self.reduction == "none" else (), generator=g)
+        return tensors, options, upstream
+
+    def results(self, loss_function, in_float64: bool = False, **extra) -> dict[str, Tensor]:
+        """The loss and every gradient, by name."""
+        tensors, options, upstream = self.build()
+        if in_float64:
+            tensors = {
+                name: None if t is None else t.detach().double().requires_grad_()
+                for name, t in tensors.items()
+            }
+        given = {name: t for name, t in tensors.items() if t is not None}
+        given.setdefault("scale", self.scale)
+        loss = loss_function(**given, **options, **extra)
+        wanted = {name: t for name, t in tensors.items() if t is not None}
+        gradients = torch.autograd.grad(loss, list(wanted.values()), upstream.to(loss.dtype))
+        return {"loss": loss.detach(), **dict(zip(wanted, gradients, strict=True))}
+
+
+def _rows(n, D, dtype, zero_share, strided, g, norm=1.0) -> Tensor:
+    rows = torch.randn(n, D, generator=g, dtype=F64) * norm
+    rows[torch.rand(n, generator=g) < zero_share] = 0
+    rows = rows.to(dtype)
+    if strided:  # neither axis contiguous
+        room = torch.full((D * 2, n + 3), torch.nan, dtype=dtype)
+        room[::2, 1:-2] = rows.T
+        rows = room[::2, 1:-2].T
+    return rows
+
+
+def check(case: Case, **options) -> None:
+    """Every result of the kernel is within the tolerance of the contract, in the dtype it should have."""
+    tensors, _, _ = case.build()
+    kernel = case.results(sampled_softmax_loss, **options)
+    truth = case.results(reference_loss, in_float64=True)
+    plain = case.results(eager_loss)
+    assert kernel["loss"].dtype == (F64 if case.dtype == F64 else F32)
+    for name, result in kernel.items():
+        if name != "loss":
+            assert result.dtype == tensors[name].dtype, f"gradient of {name}"
+        dtype = case.dtype if name in ("loss", "scale") else result.dtype
+        over = excess(result, truth[name], plain[name], dtype)
+        assert over <= 1, f"{name}: {over:.3g} times the tolerance in {case}"

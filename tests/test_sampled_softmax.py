@@ -1,0 +1,329 @@
+"""The loss kernel against the definition in float64, the limits it must keep, and the bits it must repeat."""
+
+import random
+
+import pytest
+import torch
+from fedss_kernels.reference import sampled_softmax_loss as reference_loss
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from loss_cases import BF16, F16, F32, F64, Case, check
+
+from fedss_kernels import sampled_softmax_loss
+
+DTYPES = (F32, F64, BF16, F16)
+
+# Every family draws its other sizes at random; sizes cross the kernel's edges (64 classes, 16 rows, 4
+# registers, 16 of D).
+FAMILIES = {
+    "past a tile of classes": {"S": (63, 64, 65, 127, 129, 200, 321), "C": (130, 350)},
+    "odd D": {"D": (3, 15, 17, 31, 33, 63, 65, 129)},
+    "duplicates with accidental hits": {"distinct": (1, 2, 3, 5), "S": (2, 9, 70), "B": (5, 17, 33)},
+    "strided": {"strided": (True,)},
+    "none with random upstream": {"reduction": ("none",)},
+    "mixed dtypes": {"dtype": (BF16, F16, F64), "weight_dtype": (F32,)},
+    "everything at once": {"ignored": (0.3,), "zero_rows": (0.2,), "left_out": (0.3,), "bias": (True,)},
+}
+
+
+def random_case(seed: int, family: dict) -> Case:
+    rng = random.Random(seed)
+    fields = {
+        "B": (1, 2, 5, 15, 16, 17, 33),
+        "S": (0, 1, 2, 30, 64, 65, 150, None),
+        "C": (1, 2, 17, 64, 65, 200),
+        "D": (2, 3, 16, 17, 64, 100),
+        "dtype": (F32, F32, F32, F64, BF16, F16),
+        "similarity": ("cosine", "cosine", "dot"),
+        "reduction": ("mean", "sum", "none"),
+        "scale": (1.0, 20.0, 20.0, 100.0, -5.0),
+        "bias": (False, True),
+        "corrections": (0.0, 1.0, 4.0),
+        "weight_norm": (0.01, 1.0, 30.0),
+    } | family
+    drawn = {name: rng.choice(choices) for name, choices in fields.items()}
+    if drawn["similarity"] == "dot":  # keep logits in the range that the cosine has
+        drawn["scale"] /= 3 * drawn["D"] ** 0.5 * drawn["weight_norm"]
+    return Case(seed, **drawn)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_within_tolerance_on_random_cases(family):
+    for seed in range(110):
+        check(random_case(seed, FAMILIES[family]))
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    st.builds(
+        Case,
+        seed=st.integers(0, 2**32),
+        B=st.integers(0, 40),
+        S=st.none() | st.integers(0, 150),
+        C=st.integers(1, 100),
+        D=st.integers(2, 70),
+        dtype=st.sampled_from(DTYPES),
+        weight_dtype=st.none() | st.just(F32),
+        reduction=st.sampled_from(("mean", "sum", "none")),
+        scale=st.sampled_from((0.0, 0.5, 20.0, -20.0, 500.0)),
+        bias=st.booleans(),
+        left_out=st.sampled_from((0.0, 0.5, 1.0)),
+        distinct=st.none() | st.integers(1, 5),
+        ignored=st.sampled_from((0.0, 0.5, 1.0)),
+        zero_rows=st.sampled_from((0.0, 0.3, 1.0)),
+        strided=st.booleans(),
+    )
+)
+def test_within_tolerance_on_any_problem(case):
+    check(case)
+
+
+# Sizes that take the kernel's other road: classes in several chunks, logits computed again for the gradient.
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("B, S, C", [(3, 530_000, 540_000), (300, 9_000, 10_000), (70, None, 20_000)])
+def test_within_tolerance_in_several_chunks(B, S, C, reduction):
+    check(Case(0, B=B, S=S, C=C, D=5, reduction=reduction))
+
+
+def test_hand_worked_example():
+    """Orthogonal unit rows, scale 2: o = 2 - 0.5 for the target, 0 - log 0.25 and 0 for the others."""
+    loss = sampled_softmax_loss(
+        torch.tensor([[3.0, 0.0, 0.0]]),
+        torch.eye(3) * 5,
+        torch.tensor([0]),
+        torch.tensor([0, 1, 2]),  # 0 is an accidental hit: its correction must not matter
+        torch.log(torch.tensor([0.125, 0.25, 1.0])),
+        target_log_expected_count=torch.tensor([0.5]),
+        scale=2.0,
+    )
+    e = torch.tensor([1.5, torch.log(torch.tensor(4.0)), 0.0], dtype=F64)
+    assert loss.item() == pytest.approx((torch.logsumexp(e, 0) - e[0]).item(), rel=1e-6)
+
+
+def gradients(loss, *tensors):
+    return torch.autograd.grad(loss, tensors, torch.ones_like(loss))
+
+
+def problem(B=6, C=12, D=8, dtype=F32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(B, D, generator=g, dtype=dtype).requires_grad_()
+    w = torch.randn(C, D, generator=g, dtype=dtype).requires_grad_()
+    return x, w, torch.randint(C, (B,), generator=g)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_gradcheck_in_float64(reduction):
+    x, w, t = problem(dtype=F64)
+    ids, counts = torch.tensor([0, 3, 3, 7]), torch.tensor([0.0, 0.5, -1.0, 0.2])
+    scale = torch.tensor(3.0, dtype=F64, requires_grad=True)
+    bias = torch.randn(len(w), dtype=F64, requires_grad=True)
+
+    def loss(x, w, bias, scale):
+        return sampled_softmax_loss(x, w, t, ids, counts, bias=bias, scale=scale, reduction=reduction)
+
+    assert torch.autograd.gradcheck(loss, (x, w, bias, scale))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(0, B=130, S=300, C=400, D=65, bias=True),
+        Case(1, B=300, S=9000, C=9001, D=17, reduction="none", distinct=3000),
+        Case(2, B=40, S=None, C=700, D=64, dtype=BF16),
+    ],
+    ids=["one chunk", "many chunks", "full softmax"],
+)
+def test_same_bits_for_any_number_of_threads(case, threads, set_threads):
+    set_threads(3)
+    expected = case.results(sampled_softmax_loss)
+    set_threads(threads)
+    for _ in range(3):
+        for name, result in case.results(sampled_softmax_loss).items():
+            assert torch.equal(result, expected[name]), name
+
+
+def test_empty_class_set_costs_nothing():
+    x, w, t = problem()
+    loss = sampled_softmax_loss(x, w, t, torch.empty(0, dtype=torch.int64))
+    assert loss.item() == 0
+    for gradient in gradients(loss, x, w):
+        assert not gradient.any()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("B", [0, 4])
+def test_no_row_that_counts_costs_nothing(B, reduction):
+    x, w, _ = problem(B=B)
+    loss = sampled_softmax_loss(x, w, torch.full((B,), -100), reduction=reduction)
+    assert loss.sum().item() == 0 and loss.shape == ((B,) if reduction == "none" else ())
+    for gradient in gradients(loss, x, w):
+        assert not gradient.any()
+
+
+def test_no_classes_at_all():
+    x = torch.randn(2, 3, requires_grad=True)
+    loss = sampled_softmax_loss(x, torch.empty(0, 3), torch.full((2,), -100))
+    assert loss.item() == 0 and not gradients(loss, x)[0].any()
+
+
+def test_ignored_rows_do_not_count():
+    x, w, t = problem(B=6)
+    t[[1, 4]] = 9
+    counted = t != 9
+    loss = sampled_softmax_loss(x, w, t, ignore_index=9)  # also a class: it wins
+    expected = sampled_softmax_loss(x[counted], w, t[counted])
+    assert torch.equal(loss, expected)
+    gradient, expected_gradient = gradients(loss, x)[0], gradients(expected, x)[0]
+    assert torch.equal(gradient, expected_gradient) and not gradient[~counted].any()
+
+
+def test_zero_rows_have_cosine_zero_and_pass_no_gradient():
+    x, w, t = problem()
+    with torch.no_grad():
+        x[2] = 1e-13
+        w[t[0]] = 0
+    loss = sampled_softmax_loss(x, w, t)
+    for gradient, row in zip(gradients(loss, x, w), (2, t[0]), strict=True):
+        assert gradient.isfinite().all() and not gradient[row].any() and gradient.any()
+
+
+def test_left_out_entries_may_hold_anything():
+    """A class that is left out (+inf) does not touch the loss, whatever its row holds."""
+    x, w, t = problem(C=12)
+    t.fill_(3)
+    ids = torch.arange(12)
+    counts = torch.zeros(12)
+    counts[5] = torch.inf
+    expected = sampled_softmax_loss(x, w, t, ids[ids != 5])
+    with torch.no_grad():
+        w[5] = torch.nan
+    assert torch.equal(sampled_softmax_loss(x, w, t, ids, counts), expected)
+
+
+@pytest.mark.parametrize("scale", [1e4, 1e30, 1e300])
+def test_large_logits_are_exact(scale):
+    """Orthogonal rows: the target leads by `scale` (loss 0) or trails by it (loss `scale`)."""
+    w = torch.eye(3, dtype=F64)
+    x = w[:1].clone().requires_grad_()
+    assert sampled_softmax_loss(x, w, torch.tensor([0]), scale=scale).item() == 0
+    loss = sampled_softmax_loss(x, w, torch.tensor([1]), torch.tensor([0]), scale=scale)
+    assert loss.item() == scale and gradients(loss, x)[0].isfinite().all()
+
+
+def test_rows_of_any_length_have_a_cosine():
+    """The squares of 1e30 pass float32's largest number; the cosine does not care."""
+    x, w, t = problem()
+    expected = sampled_softmax_loss(x, w, t)
+    loss = sampled_softmax_loss(x * 2.0**100, w * 2.0**-20, t)
+    assert torch.equal(loss, expected)
+
+
+@pytest.mark.parametrize("name", ["input", "weight"])
+def test_nan_in_gives_nan_out(name):
+    x, w, t = problem()
+    with torch.no_grad():
+        (x if name == "input" else w)[0, 0] = torch.nan
+    assert sampled_softmax_loss(x, w, t).isnan()
+
+
+def test_repeated_classes_equal_a_smaller_expected_count():
+    """k copies of a class are k terms: the same as one with log_expected_count - log k."""
+    x, w, t = problem(dtype=F64)
+    twice = sampled_softmax_loss(x, w, t, torch.tensor([1, 2, 2]), torch.tensor([0.1, 0.2, 0.2], dtype=F64))
+    once_counts = torch.tensor([0.1, 0.2 - torch.log(torch.tensor(2.0, dtype=F64))], dtype=F64)
+    once = sampled_softmax_loss(x, w, t, torch.tensor([1, 2]), once_counts)
+    torch.testing.assert_close(twice, once, rtol=1e-14, atol=0)
+
+
+def test_order_of_the_class_set_changes_no_bit():
+    x, w, t = problem()
+    ids, counts = torch.tensor([5, 1, 8, 3]), torch.tensor([0.1, 0.2, 0.3, 0.4])
+    order = torch.tensor([2, 0, 3, 1])
+    one = sampled_softmax_loss(x, w, t, ids, counts)
+    other = sampled_softmax_loss(x, w, t, ids[order], counts[order])
+    assert torch.equal(one, other)
+    for a, b in zip(gradients(one, x, w), gradients(other, x, w), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_all_classes_listed_equal_none():
+    x, w, t = problem()
+    full, listed = (sampled_softmax_loss(x, w, t, ids) for ids in (None, torch.arange(len(w))))
+    assert torch.equal(full, listed)
+    for a, b in zip(gradients(full, x, w), gradients(listed, x, w), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_leading_dimensions_are_flattened():
+    x, w, t = problem(B=6)
+    flat = sampled_softmax_loss(x, w, t, reduction="none")
+    counts = torch.zeros(2, 3)
+    shaped = sampled_softmax_loss(
+        x.view(2, 3, -1), w, t.view(2, 3), target_log_expected_count=counts, reduction="none"
+    )
+    assert shaped.shape == (2, 3) and torch.equal(shaped.flatten(), flat)
+    assert torch.equal(sampled_softmax_loss(x[0], w, t[0], reduction="none"), flat[0])
+
+
+@pytest.mark.parametrize("class_ids", [None, torch.tensor([7, 2, 2, 11])])
+def test_sparse_gradient_holds_the_touched_rows(class_ids):
+    x, w, t = problem()
+    dense = gradients(sampled_softmax_loss(x, w, t, class_ids), w)[0]
+    sparse = gradients(sampled_softmax_loss(x, w, t, class_ids, sparse_grad=True), w)[0]
+    assert sparse.layout == torch.sparse_coo and torch.equal(sparse.to_dense(), dense)
+    touched = torch.arange(len(w)) if class_ids is None else torch.cat([class_ids, t]).unique()
+    assert torch.equal(sparse._indices()[0], touched)
+
+
+def test_only_the_gradients_asked_for_are_made():
+    x, w, t = problem()
+    loss = sampled_softmax_loss(x.detach(), w, t)
+    assert gradients(loss, w)[0].any()
+    assert not sampled_softmax_loss(x.detach(), w.detach(), t).requires_grad
+
+
+def test_small_float16_gradient_survives_a_grad_scaler():
+    """Upstream 65536 meets the gradient in float32: 65536 * 2e-9 is a float16 number, 2e-9 is not."""
+    x, w, t = problem(dtype=F16)
+    sampled_softmax_loss(x, w, t, scale=1e-7).backward()
+    assert 0 < x.grad.float().abs().max() < 1e-7 or not x.grad.any()
+    x.grad = None
+    (sampled_softmax_loss(x, w, t, scale=1e-7) * 65536).backward()
+    xd, wd = (v.detach().double().requires_grad_() for v in (x, w))
+    expected = gradients(reference_loss(xd, wd, t, scale=1e-7) * 65536, xd)[0]
+    torch.testing.assert_close(x.grad.double(), expected, rtol=2e-3, atol=2.0**-24)
+
+
+def test_memory_stays_far_below_the_logits(peak_memory):
+    """Allowed: gradients (5 MiB, twice), a block of logits (8 MiB), O(B D + S). B x S would be 128 MiB."""
+    setup = """
+        import torch
+        from fedss_kernels import sampled_softmax_loss
+        B, S, C, D = 512, 65536, 4194304, 16
+        x = torch.randn(B, D, requires_grad=True)
+        weight = torch.ones(C, D).requires_grad_()  # 256 MiB: a copy would show
+        ids, target = torch.arange(S) * 3, torch.randint(C, (B,))
+        sampled_softmax_loss(x[:2], weight, target[:2], ids[:2], sparse_grad=True).backward()  # warm up
+        weight.grad = None
+    """
+    run = "sampled_softmax_loss(x, weight, target, ids, sparse_grad=True).backward()"
+    assert peak_memory(setup, run) < 40 * 2**20
+
+
+def test_offsets_past_two_to_the_31():
+    """C * D elements past 2^31, in memory that is only mapped where it is touched."""
+    C, D = 2**25 + 3, 65
+    weight = torch.zeros(1).expand(C, D)  # refuses nothing: strides of zero are strides
+    rows = torch.empty((C, D), dtype=BF16)  # 4.4 GB of address space, a few pages of it used
+    ids = torch.tensor([0, C - 2, C - 1])
+    rows[ids] = torch.randn(3, D).to(BF16)
+    x = torch.randn(4, D, requires_grad=True)
+    t = torch.tensor([C - 1, C - 2, C - 1, 0])
+    small = rows[ids].clone()
+    expected = sampled_softmax_loss(x, small, torch.tensor([2, 1, 2, 0]))
+    loss = sampled_softmax_loss(x, rows, t, ids)
+    assert torch.equal(loss, expected)
+    assert torch.equal(gradients(loss, x)[0], gradients(expected, x)[0])
+    of_equals = torch.log(torch.tensor(3.0)).item()
+    assert sampled_softmax_loss(x, weight, t, ids).item() == pytest.approx(of_equals)

@@ -1,0 +1,130 @@
+"""Every wrong argument gets an error that names it, says what was expected and what came; nothing is
+computed."""
+
+import re
+
+import pytest
+import torch
+
+from fedss_kernels import SampledSoftmaxLoss, sampled_softmax_loss
+
+B, C, D, S = 4, 9, 5, 3
+
+
+def arguments(**changed):
+    good = {
+        "input": torch.randn(B, D),
+        "weight": torch.randn(C, D),
+        "target": torch.randint(C, (B,)),
+        "class_ids": torch.randint(C, (S,)),
+        "log_expected_count": torch.randn(S),
+        "target_log_expected_count": torch.randn(B),
+        "bias": torch.randn(C),
+        "scale": 20.0,
+    }
+    return good | changed
+
+
+BAD = [
+    ({"input": [[1.0]]}, TypeError, "input: expected a tensor, got list"),
+    ({"input": torch.ones(B, D, dtype=torch.int64)}, TypeError, "input: expected float16 or .* got int64"),
+    ({"input": torch.ones(B, D).to_sparse()}, TypeError, "input: expected a dense tensor, got layout"),
+    ({"input": torch.tensor(1.0)}, ValueError, r"input: expected shape \(..., D\), got \(\)"),
+    ({"input": torch.ones(B, D, device="meta")}, ValueError, "expected a tensor on meta"),
+    ({"weight": torch.ones(C, D + 1)}, ValueError, r"weight: expected shape \(C, D\) with D = 5, got \(9, 6\)"),
+    ({"weight": torch.ones(D)}, ValueError, r"weight: expected shape \(C, D\)"),
+    ({"weight": torch.ones(C, D, dtype=torch.complex64)}, TypeError, "weight: expected .* got complex64"),
+    ({"target": torch.zeros(B)}, TypeError, "target: expected int64, got float32"),
+    ({"target": torch.zeros(B, dtype=torch.int32)}, TypeError, "target: expected int64, got int32"),
+    ({"target": torch.zeros(B + 1, dtype=torch.int64)}, ValueError, r"target: expected shape \(4,\)"),
+    ({"target": torch.tensor([0, 1, 9, 2])}, IndexError, r"target\[2\] = 9, expected a class in \[0, 9\) or ignore_index -100"),
+    ({"target": torch.tensor([0, -1, 8, 2])}, IndexError, r"target\[1\] = -1"),
+    ({"class_ids": torch.zeros(S)}, TypeError, "class_ids: expected int64, got float32"),
+    ({"class_ids": torch.zeros(S, 1, dtype=torch.int64)}, ValueError, r"class_ids: expected shape \(S,\)"),
+    ({"class_ids": torch.tensor([0, 1, 9])}, IndexError, r"class_ids\[2\] = 9, expected a class in \[0, 9\)$"),
+    ({"class_ids": torch.tensor([0, -100, 1])}, IndexError, r"class_ids\[1\] = -100"),
+    ({"log_expected_count": torch.zeros(S + 1)}, ValueError, r"log_expected_count: expected shape \(3,\) = \(S,\), got \(4,\)"),
+    ({"log_expected_count": torch.zeros(S, dtype=torch.int64)}, TypeError, "log_expected_count: expected float"),
+    ({"log_expected_count": torch.zeros(S, requires_grad=True)}, ValueError, "log_expected_count: expected a constant"),
+    ({"log_expected_count": torch.tensor([0, torch.nan, 0])}, ValueError, r"log_expected_count.*nan"),
+    ({"log_expected_count": torch.tensor([0, 0, -torch.inf])}, ValueError, r"log_expected_count.*-inf"),
+    ({"target_log_expected_count": torch.zeros(S)}, ValueError, r"target_log_expected_count: expected shape \(4,\)"),
+    ({"target_log_expected_count": torch.full((B,), torch.nan)}, ValueError, "target_log_expected_count"),
+    ({"target_log_expected_count": torch.zeros(B, requires_grad=True)}, ValueError, "target_log_expected_count: expected a c"),
+    ({"bias": torch.zeros(C, dtype=torch.float64)}, TypeError, "bias: expected float32, got float64"),
+    ({"bias": torch.zeros(C, 1)}, ValueError, r"bias: expected shape \(9,\) = \(C,\), got \(9, 1\)"),
+    ({"scale": torch.ones(1)}, ValueError, r"scale: expected shape \(\)"),
+    ({"scale": torch.tensor(1)}, TypeError, "scale: expected .* got int64"),
+    ({"scale": "20"}, TypeError, "scale: expected a number or a 0-d tensor, got str"),
+    ({"scale": torch.nan}, ValueError, "scale: expected a finite number, got nan"),
+    ({"scale": float("inf")}, ValueError, "scale: expected a finite number, got inf"),
+    ({"similarity": "euclid"}, ValueError, """similarity: expected "cosine" or "dot", got 'euclid'"""),
+    ({"reduction": "avg"}, ValueError, """reduction: expected "mean" or "sum" or "none", got 'avg'"""),
+    ({"impl": "cuda"}, ValueError, "impl: expected .* got 'cuda'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("changed, error, message", BAD, ids=[message for *_, message in BAD])
+def test_bad_argument(changed, error, message, impl):
+    with pytest.raises(error, match=message):
+        sampled_softmax_loss(**arguments(**{"impl": impl, **changed}))
+
+
+def test_good_arguments_pass():
+    assert sampled_softmax_loss(**arguments()).isfinite()
+    assert sampled_softmax_loss(**arguments(impl="reference")).isfinite()
+
+
+def test_ids_are_checked_even_where_no_row_counts():
+    with pytest.raises(IndexError, match=r"class_ids\[0\] = 77"):
+        sampled_softmax_loss(**arguments(target=torch.full((B,), -100), class_ids=torch.tensor([77, 0, 0])))
+
+
+def test_the_position_is_that_of_the_flattened_target():
+    with pytest.raises(IndexError, match=re.escape("target[5] = 10")):
+        sampled_softmax_loss(torch.randn(2, 3, D), torch.randn(C, D), torch.tensor([[0, 1, 2], [3, 4, 10]]))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("wrt", ["input", "weight"])
+@pytest.mark.parametrize("with_loss", [False, True])
+def test_double_backward_raises(reduction, wrt, with_loss):
+    """A gradient penalty, alone or added to the loss, must not silently lose its part of the gradient."""
+    given = arguments(reduction=reduction)
+    leaf = given[wrt].requires_grad_()
+    loss = sampled_softmax_loss(**given).sum()
+    (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        (gradient.square().sum() + (loss if with_loss else 0)).backward()
+
+
+def test_reference_can_be_differentiated_twice():
+    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    w, t = torch.randn(4, 3, dtype=torch.float64), torch.tensor([1, 2])
+    assert torch.autograd.gradgradcheck(lambda x: sampled_softmax_loss(x, w, t, impl="reference"), (x,))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"num_classes": 0}, "num_classes: expected at least 1, got 0"),
+        ({"embedding_dim": 0}, "embedding_dim: expected at least 1, got 0"),
+        ({"num_sampled": -1}, "num_sampled: expected at least 0 or None, got -1"),
+        ({"similarity": "l2"}, "similarity: expected"),
+        ({"reduction": "avg"}, "reduction: expected"),
+        ({"scale": torch.inf}, "scale: expected a finite number"),
+    ],
+)
+def test_bad_module(options, message):
+    with pytest.raises(ValueError, match=message):
+        SampledSoftmaxLoss(**({"num_classes": 5, "embedding_dim": 3} | options))
+
+
+def test_bad_topk():
+    criterion = SampledSoftmaxLoss(5, 3)
+    for k in (0, 6):
+        with pytest.raises(ValueError, match=f"k: expected 1 to 5, got {k}"):
+            criterion.topk(torch.randn(2, 3), k)
+    with pytest.raises(ValueError, match=r"input: expected shape \(..., 3\), got \(2, 4\)"):
+        criterion.topk(torch.randn(2, 4), 1)

@@ -1,0 +1,219 @@
+"""The operator inside torch: its registration, compilation, autocast, gradient scaling, data parallelism,
+forks, threads."""
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+from fedss_kernels import SampledSoftmaxLoss, sampled_softmax_loss
+
+OPS = torch.ops.fedss_kernels
+B, C, D = 5, 9, 7
+
+
+def problem(dtype=torch.float32):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(B, D, generator=g).to(dtype).requires_grad_()
+    w = torch.randn(C, D, generator=g).requires_grad_()
+    ids, counts = torch.randint(C, (6,), generator=g), torch.randn(6, generator=g)
+    return x, w, torch.randint(C, (B,), generator=g), ids, counts
+
+
+def gradients(loss, *tensors):
+    return torch.autograd.grad(loss.sum(), tensors)
+
+
+@pytest.mark.parametrize("reduction, wanted", [("mean", True), ("sum", False), ("none", False)])
+@pytest.mark.parametrize("all_classes", [False, True])
+def test_opcheck_forward(reduction, wanted, all_classes):
+    x, w, t, ids, counts = problem()
+    ids, counts = (None, None) if all_classes else (ids, counts)
+    bias, scale = torch.randn(C, requires_grad=True), torch.tensor(20.0, requires_grad=True)
+    tensors = (x, w, t, ids, counts, None, bias, scale)
+    arguments = (*tensors, "cosine", -100, reduction, False, [wanted] * 4, None)
+    torch.library.opcheck(OPS.sampled_softmax_loss.default, arguments)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_opcheck_backward(reduction):
+    x, w, t, ids, counts = problem()
+    wanted = [reduction == "mean"] * 4
+    inputs = (x.detach(), w.detach(), t, ids, counts, None, torch.zeros(C), torch.tensor(20.0))
+    options = ("cosine", -100, reduction, False, wanted, None)
+    loss, *made = OPS.sampled_softmax_loss(*inputs, *options)
+    arguments = (torch.ones_like(loss), made, [True] * 4, *inputs, *options)
+    torch.library.opcheck(OPS.sampled_softmax_loss_backward.default, arguments)
+
+
+def test_operator_called_without_asking_for_gradients_still_has_them():
+    x, w, t, ids, counts = problem()
+    called = OPS.sampled_softmax_loss(
+        x, w, t, ids, counts, None, None, torch.tensor(20.0), "cosine", -100, "mean", False, [False] * 4, None
+    )[0]
+    asked = sampled_softmax_loss(x, w, t, ids, counts)
+    for a, b in zip(gradients(called, x, w), gradients(asked, x, w), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("scale", [20.0, torch.tensor(20.0, requires_grad=True)], ids=["number", "tensor"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_equals_eager(reduction, scale, dynamic):
+    x, w, t, ids, counts = problem()
+
+    def loss(x, w, t):
+        return sampled_softmax_loss(x * 2, w, t, ids, counts, scale=scale, reduction=reduction)
+
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic)
+    for rows in (B, B - 1):
+        some = x[:rows].detach().requires_grad_()
+        eager, traced = loss(some, w, t[:rows]), compiled(some, w, t[:rows])
+        assert torch.equal(eager, traced)
+        for a, b in zip(gradients(eager, some, w), gradients(traced, some, w), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_compiled_under_autocast_equals_eager():
+    x, w, t, ids, counts = problem()
+    compiled = torch.compile(lambda x: sampled_softmax_loss(x, w, t, ids, counts), fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(compiled(x), sampled_softmax_loss(x, w, t, ids, counts))
+
+
+@pytest.mark.filterwarnings("ignore:Error detected")
+def test_compiled_sparse_gradient_is_refused_in_words():
+    x, w, t, ids, counts = problem()
+    compiled = torch.compile(lambda w: sampled_softmax_loss(x, w, t, ids, sparse_grad=True), fullgraph=True)
+    with pytest.raises(Exception, match="sparse_grad=True cannot be compiled"):
+        compiled(w)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_rounds_rows_as_they_are_read(dtype):
+    x, w, t, ids, counts = problem()
+    bias = torch.randn(C, requires_grad=True)
+    with torch.autocast("cpu", dtype):
+        loss = sampled_softmax_loss(x, w, t, ids, counts, bias=bias, scale=20.3)
+    rounded = sampled_softmax_loss(
+        x.to(dtype).float(), w.to(dtype).float(), t, ids, counts, bias=bias, scale=20.3
+    )  # bias, scale and corrections are not rounded
+    assert loss.dtype == torch.float32 and torch.equal(loss, rounded)
+    (got, got_bias), (expected, expected_bias) = gradients(loss, x, bias), gradients(rounded, x, bias)
+    assert torch.equal(got_bias, expected_bias)
+    assert got.dtype == torch.float32
+    # .to(dtype) rounds the gradient on its way back, the kernel does not
+    torch.testing.assert_close(got, expected, rtol=2.0**-7, atol=1e-5)
+
+
+def test_autocast_rounds_to_the_nearest_of_every_16_bit_number():
+    """Ties, subnormals, overflow and infinities: the loss of rounded rows equals torch's own rounding."""
+    bits = torch.arange(2**16, dtype=torch.int32)
+    for dtype in (torch.bfloat16, torch.float16):
+        exact = bits.to(torch.int16).view(dtype).float()
+        exact = exact[exact.isfinite()]
+        step = torch.nextafter(exact.to(dtype), torch.tensor(torch.inf, dtype=dtype)).float()
+        between = torch.cat([exact + (step - exact) * part for part in (0.0, 0.49, 0.5, 0.51)])
+        between = between[between.isfinite() & (between.abs() > 1e-12)]
+        rows = torch.stack([between, torch.ones_like(between)], 1)
+        w, t = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.zeros(len(rows), dtype=torch.int64)
+        options = {"similarity": "dot", "scale": 1.0, "reduction": "none"}
+        with torch.autocast("cpu", dtype):
+            got = sampled_softmax_loss(rows, w, t, **options)
+        expected = sampled_softmax_loss(rows.to(dtype).float(), w, t, **options)
+        assert torch.equal(got.nan_to_num(-1), expected.nan_to_num(-1))
+
+
+def test_autocast_leaves_float64_alone():
+    x, w, t, ids, counts = problem(torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = sampled_softmax_loss(x, w.double(), t, ids, counts)
+    assert torch.equal(loss, sampled_softmax_loss(x, w.double(), t, ids, counts))
+
+
+def test_no_grad_and_inference_mode():
+    x, w, t, ids, counts = problem()
+    expected = sampled_softmax_loss(x, w, t, ids, counts)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            loss = sampled_softmax_loss(x, w, t, ids, counts)
+        assert torch.equal(loss, expected) and not loss.requires_grad
+
+
+@pytest.mark.parametrize("sparse_grad", [False, True])
+def test_grad_scaler(sparse_grad):
+    """A scaled step equals the unscaled one: powers of two pass through float32 gradients exactly."""
+    x, w, t, ids, counts = problem()
+    plain, scaled = (w.detach().clone().requires_grad_() for _ in range(2))
+    for weight, scaler in ((plain, None), (scaled, torch.amp.GradScaler("cpu", init_scale=2.0**16))):
+        optimizer = torch.optim.SGD([weight], lr=0.1)
+        loss = sampled_softmax_loss(x, weight, t, ids, counts, sparse_grad=sparse_grad)
+        if scaler is None:
+            loss.backward()
+            optimizer.step()
+        else:
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    assert torch.equal(plain, scaled) and not torch.equal(plain, w)
+
+
+def _train_in_parallel(rank: int, world: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    torch.manual_seed(0)
+    model = DistributedDataParallel(SampledSoftmaxLoss(C, D))
+    x, _, t, _, _ = problem()
+    model(x.detach()[rank::world], t[rank::world]).backward()
+    if rank == 0:
+        torch.save(model.module.weight.grad, folder / "gradient.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_data_parallel_averages_the_gradients(tmp_path):
+    mp.spawn(_train_in_parallel, args=(2, tmp_path), nprocs=2)
+    got = torch.load(tmp_path / "gradient.pt", weights_only=True)
+    torch.manual_seed(0)
+    criterion = SampledSoftmaxLoss(C, D)
+    x, _, t, _, _ = problem()
+    expected = sum(gradients(criterion(x[r::2], t[r::2]), criterion.weight)[0] for r in range(2)) / 2
+    torch.testing.assert_close(got, expected)
+
+
+def big_loss():
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(200, 64, generator=g), torch.randn(500, 64, generator=g)
+    return sampled_softmax_loss(x, w, torch.randint(500, (200,), generator=g)).item()
+
+
+def test_usable_after_fork(set_threads):
+    """A forked child has none of the parent's threads: it must start its own, not wait for theirs."""
+    set_threads(2)
+    expected = big_loss()
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(write_end, repr(big_loss()).encode())
+        os._exit(0)
+    os.close(write_end)
+    with os.fdopen(read_end) as pipe:
+        assert float(pipe.read()) == expected
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_called_from_several_threads_at_once(set_threads):
+    set_threads(2)
+    expected, got = big_loss(), []
+    threads = [threading.Thread(target=lambda: got.extend(big_loss() for _ in range(10))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert got == [expected] * 40

@@ -1,0 +1,38 @@
+"""The data sets: images held by clients. `load` one by name, or make a FederatedData of your own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .glyphs import load_glyphs
+from .omniglot import load_omniglot
+from .partition import TASKS, FederatedData
+
+__all__ = ["DATASETS", "TASKS", "FederatedData", "load"]
+
+DATASETS: dict[str, Callable[..., FederatedData]] = {"glyphs": load_glyphs, "omniglot": load_omniglot}
+
+
+def load(
+    name: str,
+    *,
+    data_dir: Path | None,
+    seed: int,
+    task: str = "classification",
+    cache_dir: Path | None = None,
+    **options: Any,
+) -> FederatedData:
+    """The data set `name`, one of DATASETS, partitioned among its clients.
+
+    data_dir: the folder that holds its files (glyphs needs none). seed: decides all that is random in it.
+    task: "classification", or "retrieval" whose test classes are disjoint from training's. cache_dir: where
+    made images are kept (default: $FEDSS_CACHE, else the user's cache folder). options: the keywords of the
+    loader in DATASETS.
+
+    Raises ValueError for a name, task or option out of range, FileNotFoundError where data isn't there.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"data set: expected one of {', '.join(DATASETS)}, got {name!r}")
+    return DATASETS[name](data_dir=data_dir, seed=seed, task=task, cache_dir=cache_dir, **options)

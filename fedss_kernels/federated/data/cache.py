@@ -1,0 +1,71 @@
+"""A folder of arrays that took a while to make."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
+
+
+def default_cache_dir() -> Path:
+    """$FEDSS_CACHE, else fedss-kernels in the user's cache folder ($XDG_CACHE_HOME, else ~/.cache)."""
+    if os.environ.get("FEDSS_CACHE"):
+        return Path(os.environ["FEDSS_CACHE"]).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "fedss-kernels"
+
+
+def cached_arrays(name: str, key: dict, make: Callable[[], Arrays], cache_dir: Path | None = None) -> Arrays:
+    """make(), or what it returned when it was last called with this `key`.
+
+    `key` names everything that the arrays depend on, versions of libraries included; it must survive json.
+    A file that is damaged, or is of another key, is made again; a folder that can't be written costs a
+    warning and no more.
+    """
+    text = json.dumps(key, sort_keys=True)
+    folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+    path = folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.npz"
+    arrays = _read(path, text)
+    if arrays is None:
+        arrays = make()
+        try:
+            _write(path, text, arrays)
+        except OSError as error:
+            warnings.warn(
+                f"{name} is not cached: {error}; set FEDSS_CACHE to a folder that can be written",
+                stacklevel=2,
+            )
+    return arrays
+
+
+def _read(path: Path, key: str) -> Arrays | None:
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+        return arrays if str(arrays.pop("key")) == key else None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def _write(path: Path, key: str, arrays: Arrays) -> None:
+    """Under another name first, so that no reader sees half of it, whoever else writes the same file."""
+    members: dict[str, Any] = {"key": np.array(key), **arrays}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez(file, **members)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

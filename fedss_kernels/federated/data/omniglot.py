@@ -1,0 +1,175 @@
+"""Omniglot: characters of many alphabets, each drawn once by each of 20 people (Lake et al., Science 350,
+2015).
+
+A character is a class. A client is an (alphabet, drawer) pair: drawer 3 of Tibetan and drawer 3 of Korean
+need not be the same person. Drawers 17 to 20 are the test split of classification; a retrieval holds out
+whole alphabets instead. Read from the authors' zip files (github.com/brendenlake/omniglot, folder python)
+or from what they unpack to:
+
+    images_background/<alphabet>/character<NN>/<id>_<drawer 01..20>.png      105x105, 1 bit, ink is 0
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from .cache import Arrays, cached_arrays
+from .partition import Drawings, FederatedData, partition
+
+VERSION = 1  # raise it whenever the same files would give other arrays
+PARTS = ("images_background", "images_evaluation")
+SOURCE = "https://github.com/brendenlake/omniglot/tree/master/python"
+DRAWERS = 20
+FIRST_TEST_DRAWER = 17
+ORIGINAL_SIZE = 105
+SIZE = 28
+# A pixel of the small image covers 105 / 28 = 15 / 4 of the original's in each direction: entry (i, j)
+# counts the quarters of original pixel j in small pixel i.
+OVERLAP = (np.arange(4 * ORIGINAL_SIZE) // 15 == np.arange(SIZE)[:, None]).astype(np.float32)
+OVERLAP = OVERLAP.reshape(SIZE, ORIGINAL_SIZE, 4).sum(2)
+FILE_NAME = re.compile(r"([^/]+)/(character\d+)/\d+_(\d\d)\.png")
+
+
+def load_omniglot(
+    *,
+    data_dir: Path | None,
+    seed: int,
+    task: str = "classification",
+    cache_dir: Path | None = None,
+    holdout: float = 0.25,
+) -> FederatedData:
+    """Reads what is in `data_dir`: images_background and images_evaluation, either or both, each zipped or
+    unpacked.
+
+    Images are averaged down to 28x28, ink is high. `seed` chooses the alphabets that a retrieval holds out,
+    a share `holdout` of them. Raises FileNotFoundError where neither part is there, ValueError where a file
+    isn't what it should be.
+    """
+    parts = find_parts(data_dir)
+    key = {"version": VERSION, "files": [file for part in parts for file in _fingerprint(part)]}
+    arrays = cached_arrays("omniglot", key, lambda: read(parts), cache_dir)
+    return partition("omniglot", _table(arrays), task, seed, holdout)
+
+
+def find_parts(data_dir: Path | None) -> list[Path]:
+    """The parts that `data_dir` holds, each a zip file or a folder; the folder where both are there."""
+    wanted = "Omniglot's images_background.zip or images_evaluation.zip (or what they unpack to)"
+    if data_dir is None:
+        raise FileNotFoundError(f"omniglot: no folder given to look for {wanted} in; get them from {SOURCE}")
+    folder = Path(data_dir)
+    found = []
+    for part in PARTS:
+        if (folder / part).is_dir():
+            found.append(folder / part)
+        elif (folder / f"{part}.zip").is_file():
+            found.append(folder / f"{part}.zip")
+    if not found:
+        reason = "" if folder.is_dir() else ", which is not a folder"
+        raise FileNotFoundError(f"omniglot: looked for {wanted} in {folder}{reason}; get them from {SOURCE}")
+    return found
+
+
+def _fingerprint(part: Path) -> list[tuple[str, int, int]]:
+    """(name, size, time of change) of a zip file, or of all files in a folder."""
+    files = [part] if part.is_file() else sorted(part.rglob("*.png"))
+    stats = ((str(file.absolute()), file.stat()) for file in files)
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+
+
+def read(parts: list[Path]) -> Arrays:
+    """Every image of `parts`, in the order of alphabet, character, drawer."""
+    drawings = sorted(
+        (alphabet, character, drawer, image)
+        for part in parts
+        for alphabet, character, drawer, image in (_from_zip(part) if part.is_file() else _from_folder(part))
+    )
+    if not drawings:
+        raise ValueError(
+            f"omniglot: no <alphabet>/character<NN>/<id>_<drawer>.png in {' or '.join(map(str, parts))}"
+        )
+    _check_complete(drawings)
+    characters = sorted({(alphabet, character) for alphabet, character, _, _ in drawings})
+    alphabets = sorted({alphabet for alphabet, _ in characters})
+    number = {name: i for i, name in enumerate(characters)}
+    packed = np.frombuffer(b"".join(image for *_, image in drawings), dtype=np.uint8)
+    return {
+        "images": packed.reshape(-1, SIZE, SIZE).copy(),
+        "character": np.array([number[a, c] for a, c, _, _ in drawings], dtype=np.int64),
+        "drawer": np.array([drawer for _, _, drawer, _ in drawings], dtype=np.int64),
+        "character_names": np.array([f"{a}/{c}" for a, c in characters]),
+        "alphabet": np.array([alphabets.index(a) for a, _ in characters], dtype=np.int64),
+        "alphabet_names": np.array(alphabets),
+    }
+
+
+def _table(arrays: Arrays) -> Drawings:
+    return Drawings(
+        images=arrays["images"],
+        character=arrays["character"],
+        person=arrays["drawer"],
+        in_test=arrays["drawer"] >= FIRST_TEST_DRAWER,
+        character_names=tuple(arrays["character_names"].tolist()),
+        alphabet=arrays["alphabet"],
+        alphabet_names=tuple(arrays["alphabet_names"].tolist()),
+    )
+
+
+Drawing = tuple[str, str, int, bytes]  # alphabet, character, drawer, the image's SIZE * SIZE bytes
+
+
+def _from_zip(path: Path) -> Iterator[Drawing]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                match = FILE_NAME.fullmatch(name.partition("/")[2])
+                if match and name.startswith(f"{path.stem}/"):
+                    yield match[1], match[2], int(match[3]), decode(archive.read(name), f"{path}: {name}")
+    except (zipfile.BadZipFile, EOFError, OSError) as error:
+        raise ValueError(f"omniglot: {path} is damaged ({error}); get it again from {SOURCE}") from error
+
+
+def _from_folder(path: Path) -> Iterator[Drawing]:
+    for file in path.rglob("*.png"):
+        match = FILE_NAME.fullmatch(file.relative_to(path).as_posix())
+        if match:
+            yield match[1], match[2], int(match[3]), decode(file.read_bytes(), str(file))
+
+
+def _check_complete(drawings: list[Drawing]) -> None:
+    """Every character once by each of the 20 drawers: fewer means files lost, more means two copies mixed."""
+    seen = Counter((alphabet, character, drawer) for alphabet, character, drawer, _ in drawings)
+    for alphabet, character in {name[:2] for name in seen}:
+        counts = [seen[alphabet, character, drawer] for drawer in range(1, DRAWERS + 1)]
+        if counts != [1] * DRAWERS:
+            raise ValueError(
+                f"omniglot: expected {DRAWERS} images of {alphabet}/{character}, one by each drawer, "
+                f"got {sum(counts)} by {sum(map(bool, counts))} drawers"
+            )
+
+
+def decode(png: bytes, name: str) -> bytes:
+    """A 105x105 1-bit PNG, ink 0, as SIZE * SIZE bytes of a 28x28 image, ink 255; `name` is for the error."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
+            image.load()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"omniglot: {name} is not a readable PNG ({error})") from error
+    if image.mode != "1" or image.size != (ORIGINAL_SIZE, ORIGINAL_SIZE):
+        raise ValueError(
+            f"omniglot: {name}: expected {ORIGINAL_SIZE}x{ORIGINAL_SIZE} pixels of 1 bit (mode '1'), got "
+            f"{image.width}x{image.height} of mode {image.mode!r}"
+        )
+    ink = (~np.asarray(image)).astype(np.float32)
+    quarters = (
+        OVERLAP @ ink @ OVERLAP.T
+    )  # whole numbers up to 15 * 15, so exact in whatever order they are added
+    return np.rint(quarters * (255 / 15**2)).astype(np.uint8).tobytes()

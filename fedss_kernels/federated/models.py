@@ -1,0 +1,75 @@
+"""Nets from images (B, channels, H, W), floats in [0, 1], to embeddings (B, D). Any such nn.Module serves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+class SmallConvNet(nn.Module):
+    """Four convolutions with GroupNorm, then a linear layer: images (B, in_channels, 28, 28) in [0, 1] to
+    (B, D).
+
+    Made for one core and small batches: the first convolution halves the image, so that the others work on
+    14x14 or less. GroupNorm, because federated averaging can't average the running statistics of BatchNorm.
+    127 thousand parameters.
+    """
+
+    def __init__(
+        self,
+        embedding_dim: int = 64,
+        in_channels: int = 1,
+        channels: tuple[int, int, int, int] = (16, 32, 64, 64),
+        groups: int = 4,
+    ) -> None:
+        super().__init__()
+        if embedding_dim < 1:
+            raise ValueError(f"embedding_dim: expected at least 1, got {embedding_dim}")
+        if len(channels) != 4 or any(c < 1 or c % groups for c in channels):
+            raise ValueError(f"channels: expected four multiples of groups {groups}, got {channels}")
+        layers: list[nn.Module] = []
+        for before, after, stride in zip((in_channels, *channels), channels, (2, 1, 2, 2), strict=False):
+            layers += [
+                nn.Conv2d(before, after, kernel_size=3, stride=stride, padding=1, bias=False),
+                nn.GroupNorm(groups, after),
+                nn.ReLU(inplace=True),
+            ]
+        self.features = nn.Sequential(*layers, nn.Flatten())  # 28 -> 14 -> 14 -> 7 -> 4
+        self.embedding = nn.Linear(channels[-1] * 4 * 4, embedding_dim)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.embedding(self.features(images))
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {"conv4": SmallConvNet}
+
+
+def build_model(name: str, embedding_dim: int, seed: int, **options: object) -> nn.Module:
+    """The model `name`, one of MODELS, with weights that are a function of `seed` alone; torch's own stream
+    is left as it was.
+
+    Raises ValueError for an unknown name, or for a model that `refuse_batch_norm` refuses.
+    """
+    if name not in MODELS:
+        raise ValueError(f"model: expected one of {', '.join(MODELS)}, got {name!r}")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model = MODELS[name](embedding_dim=embedding_dim, **options)
+    refuse_batch_norm(model)
+    return model
+
+
+def refuse_batch_norm(model: nn.Module) -> None:
+    """Raises ValueError, naming the module, if any norm of `model` keeps running statistics.
+
+    They are no parameters: no gradient moves them, and a client's are of its own few classes, so that their
+    average describes nobody's images.
+    """
+    for name, module in model.named_modules():
+        if getattr(module, "track_running_stats", False):
+            raise ValueError(
+                f"model: {name or 'the model itself'} ({type(module).__name__}) keeps running statistics of "
+                f"its batches, which clients with different classes can't average; use GroupNorm instead"
+            )

@@ -1,0 +1,221 @@
+import hashlib
+import io
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fedss_kernels.federated.data import load
+from fedss_kernels.federated.data.omniglot import decode
+
+DATA = Path(os.environ.get("FEDSS_TEST_DATA", Path(__file__).parents[2] / "shared" / "data")) / "omniglot"
+ALPHABETS = {"Latin": 3, "Greek": 2, "Runes": 2, "Ogham": 1}  # characters in each
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """(105, 105) bool, True is ink, as the authors save it: 1 bit, ink 0."""
+    file = io.BytesIO()
+    Image.fromarray(~pixels).convert("1").save(file, "PNG")
+    return file.getvalue()
+
+
+def drawing(alphabet: str, character: int, drawer: int) -> np.ndarray:
+    """A bar whose place says the character and whose length says the drawer."""
+    pixels = np.zeros((105, 105), dtype=bool)
+    top = 30 * (character - 1) + len(alphabet)
+    pixels[top : top + 12, : 4 * drawer] = True
+    return pixels
+
+
+def authors_files(part: str = "images_evaluation") -> dict[str, bytes]:
+    return {
+        f"{part}/{alphabet}/character{c:02d}/{c:04d}_{drawer:02d}.png": png(drawing(alphabet, c, drawer))
+        for alphabet, characters in ALPHABETS.items()
+        for c in range(1, characters + 1)
+        for drawer in range(1, 21)
+    }
+
+
+def write_zip(folder: Path, files: dict[str, bytes], part: str = "images_evaluation") -> Path:
+    with zipfile.ZipFile(folder / f"{part}.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(f"{part}/", "")
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return folder / f"{part}.zip"
+
+
+def write_folder(folder: Path, files: dict[str, bytes]) -> None:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+def read(folder: Path | None, task: str = "classification", seed: int = 0, **options):
+    cache = folder.parent / "cache" if folder else None
+    return load("omniglot", data_dir=folder, seed=seed, task=task, cache_dir=cache, **options)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "data").mkdir()
+    return tmp_path / "data"
+
+
+def test_classification_split(folder):
+    write_zip(folder, authors_files())
+    data = read(folder)
+    assert data.num_classes == 8 and data.class_names[0] == "Greek/character01"
+    assert data.images.shape == (8 * 16, 1, 28, 28) and data.test_images.shape == (8 * 4, 1, 28, 28)
+    assert len(data.clients) == 4 * 16 and data.client_names[0] == "Greek/01"
+    assert not {name for name in data.client_names if name.endswith(("/17", "/18", "/19", "/20"))}
+    for name, rows in zip(data.client_names, data.clients, strict=True):
+        held = [data.class_names[label] for label in data.labels[rows].tolist()]
+        assert held == [f"{name[:-3]}/character{c:02d}" for c in range(1, ALPHABETS[name[:-3]] + 1)]
+    assert torch.bincount(data.labels).tolist() == [16] * 8
+    assert torch.bincount(data.test_labels).tolist() == [4] * 8
+    assert torch.cat(data.clients).sort().values.equal(torch.arange(len(data.images)))
+
+
+def test_pixels_are_area_means_with_high_ink(folder):
+    write_zip(folder, authors_files())
+    data = read(folder)
+    client = data.client_names.index("Latin/05")
+    row = data.clients[client][1]
+    assert data.class_names[data.labels[row]] == "Latin/character02"
+    # 105 / 28 = 3.75 original pixels to one: the mean over each cell, computed here on a grid of a quarter
+    # pixel.
+    fine = drawing("Latin", 2, 5).repeat(4, 0).repeat(4, 1)
+    expected = 255 * fine.reshape(28, 15, 28, 15).mean((1, 3))
+    assert np.abs(data.images[row, 0].numpy() - expected).max() <= 0.5
+
+
+def test_zip_and_folder_give_the_same(folder, tmp_path):
+    write_zip(folder, authors_files())
+    unpacked = tmp_path / "unpacked"
+    write_folder(unpacked, authors_files())
+    a, b = read(folder), read(unpacked)
+    assert a.images.equal(b.images) and a.labels.equal(b.labels) and a.class_names == b.class_names
+
+
+def test_both_parts_are_read(folder):
+    write_zip(folder, authors_files())
+    background = {
+        name.replace("/", "/Old_", 1): content for name, content in authors_files("images_background").items()
+    }
+    write_folder(folder, background)
+    assert read(folder).num_classes == 16
+
+
+def test_retrieval_holds_out_whole_alphabets(folder):
+    write_zip(folder, authors_files())
+    data = read(folder, "retrieval")
+    trained = {name.split("/")[0] for name in data.class_names}
+    assert len(trained) == 3 and len(data.clients) == 3 * 20
+    test_classes = sum(ALPHABETS.values()) - data.num_classes
+    assert torch.bincount(data.test_labels).tolist() == [20] * test_classes
+    assert torch.bincount(data.labels).tolist() == [20] * data.num_classes
+    choices = {read(folder, "retrieval", seed).class_names for seed in range(12)}
+    assert len(choices) > 1
+    assert read(folder, "retrieval").class_names == data.class_names
+
+
+def test_cache_serves_until_a_file_changes(folder, monkeypatch):
+    files = authors_files()
+    path = write_zip(folder, files)
+    first = read(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr("fedss_kernels.federated.data.omniglot.read", None)
+        assert read(folder).images.equal(first.images)
+    blank = {name: png(np.zeros((105, 105), dtype=bool)) for name in files}
+    write_zip(folder, blank)
+    os.utime(path, ns=(1, 1))
+    assert int(read(folder).images.max()) == 0
+
+
+@pytest.mark.parametrize("part", ["nowhere", ""])
+def test_missing_data_says_what_where_and_whence(folder, part):
+    with pytest.raises(
+        FileNotFoundError, match=rf"images_evaluation\.zip.* in .*{part}.*github\.com/brendenlake/omniglot"
+    ):
+        read(folder / part)
+
+
+def test_no_folder_given():
+    with pytest.raises(FileNotFoundError, match=r"no folder given.*images_evaluation\.zip"):
+        read(None)
+
+
+def test_damaged_zip(folder):
+    path = write_zip(folder, authors_files())
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(ValueError, match=r"images_evaluation\.zip is damaged"):
+        read(folder)
+
+
+def test_damaged_member(folder):
+    path = write_zip(folder, authors_files())
+    content = bytearray(path.read_bytes())
+    content[2000:3000] = bytes(1000)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"is damaged|is not a readable PNG"):
+        read(folder)
+
+
+def test_a_missing_drawer(folder):
+    files = authors_files()
+    del files["images_evaluation/Greek/character02/0002_07.png"]
+    write_zip(folder, files)
+    with pytest.raises(ValueError, match=r"expected 20 images of Greek/character02.*got 19 by 19"):
+        read(folder)
+
+
+def test_a_drawer_twice(folder):
+    files = authors_files()
+    files["images_evaluation/Greek/character02/9999_07.png"] = files[
+        "images_evaluation/Greek/character02/0002_07.png"
+    ]
+    write_folder(folder, files)
+    with pytest.raises(ValueError, match=r"expected 20 images of Greek/character02.*got 21 by 20"):
+        read(folder)
+
+
+def test_empty_part(folder):
+    write_zip(folder, {})
+    with pytest.raises(ValueError, match=r"no <alphabet>/character<NN>"):
+        read(folder)
+
+
+def test_wrong_size_and_mode():
+    small, grey = io.BytesIO(), io.BytesIO()
+    Image.new("1", (28, 28)).save(small, "PNG")
+    Image.new("L", (105, 105)).save(grey, "PNG")
+    with pytest.raises(ValueError, match=r"some\.png: expected 105x105 .* got 28x28 of mode '1'"):
+        decode(small.getvalue(), "some.png")
+    with pytest.raises(ValueError, match=r"got 105x105 of mode 'L'"):
+        decode(grey.getvalue(), "some.png")
+    with pytest.raises(ValueError, match=r"some\.png is not a readable PNG"):
+        decode(b"nonsense", "some.png")
+
+
+@pytest.mark.skipif(
+    not (DATA / "images_evaluation.zip").is_file(),
+    reason=f"Omniglot's images_evaluation.zip is not in {DATA}; FEDSS_TEST_DATA names the folder above it",
+)
+def test_the_real_file(tmp_path):
+    data = load("omniglot", data_dir=DATA, seed=0, cache_dir=tmp_path)
+    names = {name.split("/")[0] for name in data.client_names}
+    if len(names) > 20:
+        pytest.skip("images_background is there too: other numbers")
+    assert data.num_classes == 659 and len(names) == 20
+    assert len(data.images) == 659 * 16 and len(data.test_images) == 659 * 4 and len(data.clients) == 320
+    sizes = [len(rows) for rows in data.clients]
+    assert (min(sizes), max(sizes)) == (20, 47)
+    ink = data.images.double().mean().item() / 255
+    assert 0.02 < ink < 0.2, "strokes on paper, not the other way round"
+    assert len({hashlib.sha256(image.numpy().tobytes()).digest() for image in data.images}) > 0.99 * len(
+        data.images
+    )

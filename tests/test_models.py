@@ -1,0 +1,84 @@
+import pytest
+import torch
+from torch import nn
+
+from fedss_kernels.federated.models import MODELS, SmallConvNet, build_model, refuse_batch_norm
+
+
+def test_maps_images_to_embeddings():
+    for batch in (1, 3):
+        assert build_model("conv4", 10, seed=0)(torch.rand(batch, 1, 28, 28)).shape == (batch, 10)
+    assert SmallConvNet(5, in_channels=3)(torch.rand(2, 3, 28, 28)).shape == (2, 5)
+
+
+def test_embedding_does_not_depend_on_the_rest_of_the_batch():
+    """What GroupNorm is for: a row's embedding is a function of that row."""
+    model, images = build_model("conv4", 64, seed=0).double(), torch.rand(5, 1, 28, 28, dtype=torch.float64)
+    torch.testing.assert_close(model(images)[3:4], model(images[3:4]))
+
+
+def test_weights_are_a_function_of_the_seed():
+    def weights(seed: int) -> torch.Tensor:
+        return nn.utils.parameters_to_vector(build_model("conv4", 64, seed).parameters())
+
+    first = weights(3)
+    torch.rand(7)
+    assert torch.equal(first, weights(3))
+    assert not torch.equal(first, weights(4))
+
+
+def test_torchs_own_stream_is_left_alone():
+    torch.manual_seed(11)
+    expected = torch.rand(4)
+    torch.manual_seed(11)
+    build_model("conv4", 64, seed=0)
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_every_parameter_gets_a_gradient():
+    model = build_model("conv4", 64, seed=0)
+    model(torch.rand(4, 1, 28, 28)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_unknown_model_names_the_choices():
+    with pytest.raises(ValueError, match=r"expected one of conv4, got 'resnet'"):
+        build_model("resnet", 64, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"embedding_dim": 0}, "embedding_dim: expected at least 1, got 0"),
+        ({"channels": (8, 8, 8)}, "channels: expected four multiples of groups 4"),
+        ({"channels": (8, 8, 8, 6)}, "channels: expected four multiples of groups 4"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SmallConvNet(**arguments)
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.BatchNorm2d(4), nn.SyncBatchNorm(4), nn.InstanceNorm2d(4, track_running_stats=True)]
+)
+def test_running_statistics_are_refused_by_name(norm):
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Sequential(norm))
+    with pytest.raises(ValueError, match=rf"1\.0 \({type(norm).__name__}\).*use GroupNorm"):
+        refuse_batch_norm(model)
+
+
+def test_a_model_that_is_itself_a_batch_norm(monkeypatch):
+    monkeypatch.setitem(MODELS, "norm", lambda embedding_dim: nn.BatchNorm1d(embedding_dim))
+    with pytest.raises(ValueError, match="the model itself"):
+        build_model("norm", 4, seed=0)
+
+
+def test_norms_without_running_statistics_pass():
+    norms = [
+        nn.GroupNorm(2, 4),
+        nn.LayerNorm(4),
+        nn.InstanceNorm2d(4),
+        nn.BatchNorm2d(4, track_running_stats=False),
+    ]
+    refuse_batch_norm(nn.Sequential(*norms))

@@ -1,0 +1,11 @@
+"""Federated learning with very many classes: a simulator of FedSS and the methods it is compared with.
+
+>>> from fedss_kernels.federated import Config, run
+>>> result = run(Config(method="fedss", num_negatives=40, rounds=300))  # doctest: +SKIP
+>>> result.summary.top1  # doctest: +SKIP
+"""
+
+from .config import Config, ConfigError
+from .rounds import Result, run
+
+__all__ = ["Config", "ConfigError", "Result", "run"]

@@ -1,0 +1,30 @@
+"""FedSS: Federated Sampled Softmax.
+
+Sagar M. Waghmare, Hang Qi, Huizhong Chen, Mikhail Sirotenko and Tomer Meron, "Efficient Image Representation
+Learning with Federated Sampled Softmax", arXiv:2203.04888, 2022. Algorithm 1; the loss is Eq. 6.
+
+The client gets the rows of its own classes P and of m others N, drawn afresh every round, and its loss sums
+over both.
+"""
+
+import numpy as np
+from torch import Tensor
+
+from ...class_sets import draw_class_set
+from .method import Method, Request
+
+
+def request(
+    num_classes: int, positives: Tensor, num_negatives: int, correction: str, rng: np.random.Generator
+) -> Request:
+    class_set = draw_class_set(num_classes, positives, num_negatives, rng, correction)
+    return Request(class_set.class_ids, None, class_set.log_expected_count)
+
+
+FEDSS = Method(
+    name="fedss",
+    label="FedSS",
+    summary="Each client receives the rows of its own classes and of a few random others, new ones every "
+    "round; the loss weighs the random ones up, so that they stand for all the classes left out.",
+    request=request,
+)

@@ -1,0 +1,27 @@
+"""FullSoftmax: federated averaging with every class on every client.
+
+FedAvg (McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS
+2017) on the softmax over all C classes, Eq. 2 of the FedSS paper (Waghmare et al., arXiv:2203.04888): what
+the other methods save on, and FedSS with m >= C - |P|.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .method import Method, Request
+
+
+def request(
+    num_classes: int, positives: Tensor, num_negatives: int, correction: str, rng: np.random.Generator
+) -> Request:
+    zeros = torch.zeros(num_classes, dtype=torch.float64)
+    return Request(torch.arange(num_classes), None, zeros, sends_ids=False)
+
+
+FULL_SOFTMAX = Method(
+    name="full_softmax",
+    label="FullSoftmax",
+    summary="Each client receives the rows of all the classes: nothing is left out and nothing is saved.",
+    request=request,
+)

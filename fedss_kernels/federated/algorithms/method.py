@@ -1,0 +1,28 @@
+"""What a federated method is, here: which class rows a client gets, and which of them its loss sums over."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one client asks the server for in one round, and how its loss uses it."""
+
+    class_ids: Tensor  # (S,) int64, ascending: the rows of W
+    denominator: Tensor | None  # positions in class_ids over which the loss sums; None: all of them
+    log_expected_count: Tensor  # one for each member of the denominator
+    sends_ids: bool = True  # whether class_ids travel to the server
+
+
+@dataclass(frozen=True)
+class Method:
+    """A federated method: all of them share the round, the client and the server, and differ in `request`."""
+
+    name: str
+    label: str  # its name in plots and tables
+    summary: str  # a sentence for readers who know none of this
+    request: Callable[[int, Tensor, int, str, np.random.Generator], Request]
+    # request(num_classes, positives (P,), num_negatives, correction, rng)

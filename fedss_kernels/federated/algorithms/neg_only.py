@@ -1,0 +1,29 @@
+"""NegOnly: the sampled softmax without the client's other classes in the denominator.
+
+A comparison of the FedSS paper (Waghmare et al., arXiv:2203.04888, Eq. 7): the same rows travel as in FedSS,
+but each image's loss sums over its own class and the negatives N only, so nothing tells the client's own
+classes apart.
+"""
+
+import numpy as np
+from torch import Tensor
+
+from ...class_sets import draw_class_set
+from .method import Method, Request
+
+
+def request(
+    num_classes: int, positives: Tensor, num_negatives: int, correction: str, rng: np.random.Generator
+) -> Request:
+    class_set = draw_class_set(num_classes, positives, num_negatives, rng, correction)
+    negatives = class_set.is_negative.nonzero().flatten()
+    return Request(class_set.class_ids, negatives, class_set.log_expected_count[negatives])
+
+
+NEG_ONLY = Method(
+    name="neg_only",
+    label="NegOnly",
+    summary="Each client receives the same rows as in FedSS, but compares an image's class with the random "
+    "others only, never with the client's other classes.",
+    request=request,
+)

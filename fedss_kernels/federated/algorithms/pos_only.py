@@ -1,0 +1,26 @@
+"""PosOnly: a softmax over the client's own classes.
+
+A comparison of the FedSS paper (Waghmare et al., arXiv:2203.04888, Eq. 8). It moves the least, and the client
+never sees a class that it doesn't hold. It is FedSS without negatives.
+"""
+
+import numpy as np
+from torch import Tensor
+
+from ...class_sets import draw_class_set
+from .method import Method, Request
+
+
+def request(
+    num_classes: int, positives: Tensor, num_negatives: int, correction: str, rng: np.random.Generator
+) -> Request:
+    class_set = draw_class_set(num_classes, positives, 0, rng, correction)
+    return Request(class_set.class_ids, None, class_set.log_expected_count)
+
+
+POS_ONLY = Method(
+    name="pos_only",
+    label="PosOnly",
+    summary="Each client receives the rows of its own classes only, and learns to tell those apart.",
+    request=request,
+)

@@ -1,0 +1,323 @@
+"""The command line: `fedss run`, `fedss compare`. A user's mistake is one line on stderr and exit code 2.
+
+The options are generated from Config. Nothing here imports matplotlib or rich before a command that needs
+them runs, so the command line can say what is missing.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .config import OWN, PRESETS, Config, ConfigError, did_you_mean, expectation, option_type, read_options
+from .rounds import check_data, load_data, run
+from .run_folder import RUN_FILES, check_folder
+
+
+class Mistake(Exception):
+    """What the user should put right, in one line."""
+
+
+@dataclass(frozen=True)
+class Command:
+    help: str
+    needs: tuple[str, ...]  # modules beyond what the package itself requires
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    main: Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, 1 (a run failed), 2 (a user's mistake), 130 (Ctrl-C)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    name = "fedss"
+    try:
+        if argv[:1] in (["-h"], ["--help"]):
+            print(_overview())
+            return 0
+        if argv[:1] == ["--version"]:
+            print(f"fedss-kernels {_version()}")
+            return 0
+        command = _command(argv)
+        name = f"fedss {argv[0]}"
+        arguments = _parse(name, command, argv[1:])
+        _require(name, command.needs)
+        return command.main(arguments)
+    except Mistake as mistake:
+        print(mistake if str(mistake).startswith("fedss") else f"{name}: {mistake}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{name}: stopped", file=sys.stderr)
+        return 130
+
+
+# ---- the commands ------------------------------------------------------------------------------------------
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_config_file(parser)
+    _add_options(parser)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from .progress import RunProgress
+    from .report import Run, percent, write_run_report
+
+    with _mistakes():
+        config = _config(arguments)
+        out = config.out or Path("runs") / f"{config.data}-{config.method}-seed{config.seed}"
+        config = dataclasses.replace(config, out=out)
+        data = load_data(config)
+        check_data(config, data)
+        check_folder(out, RUN_FILES, overwrite=config.overwrite)
+    with RunProgress([config.method], config.rounds) as progress:
+        result = run(config, data=data, on_round=lambda metrics: progress.advance(0, metrics))
+    write_run_report(out, Run(result.config, result.history, result.summary))
+    s = result.summary
+    accuracy = f"top-1 {percent(s.top1)}, MAP@10 {percent(s.map_at_10)}"
+    print(f"{accuracy}, {s.traffic.total / 1e6:,.1f} MB moved: {out / 'report.html'}")
+    return 0
+
+
+def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_config_file(parser)
+    parser.add_argument(
+        "--methods",
+        type=_names,
+        default=["fedss", "full_softmax", "pos_only", "neg_only"],
+        metavar="NAMES",
+        help="the methods, with commas between (default: fedss,full_softmax,pos_only,neg_only)",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=_numbers,
+        default=[0, 1, 2],
+        metavar="INTS",
+        help="the seeds, with commas between; every method is run with each (default: 0,1,2)",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=_reader(int, "an integer of at least 1", low=1),
+        default=os.cpu_count() or 1,
+        metavar="INT",
+        help="runs at a time, each in a process of its own (default: the number of cores)",
+    )
+    _add_options(parser, without=("method", "seed"))
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from .compare import COMPARISON_FILES, HEADER, cells, compare, job_name, plan
+    from .progress import RunProgress
+
+    with _mistakes():
+        config = _config(arguments)
+        out = config.out or Path("runs") / f"compare-{config.data}"
+        configs = plan(config, arguments.methods, arguments.seeds, out)
+        check_data(config, load_data(config))
+        check_folder(out, COMPARISON_FILES, overwrite=config.overwrite)
+    with RunProgress([job_name(c) for c in configs], config.rounds) as progress:
+        comparison = compare(
+            config,
+            arguments.methods,
+            arguments.seeds,
+            out,
+            jobs=arguments.jobs,
+            on_round=lambda job, metrics: progress.advance(job, metrics) if metrics else progress.start(job),
+        )
+    for line in comparison.failed:
+        print(f"fedss compare: {line}", file=sys.stderr)
+    if comparison.table:
+        _print_table(HEADER, [cells(line) for line in comparison.table])
+        print(f"the table, plots and report: {out / 'report.html'}")
+    return 1 if comparison.failed else 0
+
+
+COMMANDS: dict[str, Command] = {
+    "run": Command("train with one method", ("matplotlib", "rich"), _add_run_arguments, _run),
+    "compare": Command(
+        "run several methods and seeds, and compare them",
+        ("matplotlib", "rich"),
+        _add_compare_arguments,
+        _compare,
+    ),
+}
+
+
+# ---- options, generated from Config ------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise Mistake(message.removeprefix("argument "))
+
+
+def _parse(name: str, command: Command, argv: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(prog=name, description=command.help, allow_abbrev=False)
+    command.add_arguments(parser)
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        given = unknown[0].split("=")[0]
+        if not given.startswith("-"):
+            raise Mistake(f"unexpected argument {given!r}")
+        raise Mistake(f"no such option {given}{did_you_mean(given, list(parser._option_string_actions))}")
+    return arguments
+
+
+def _add_config_file(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="take the options from this file, a run's config.json; those on the command line win",
+    )
+
+
+def _add_options(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
+    """An option for each field of Config. What isn't given is left to Config: one place for the defaults."""
+    for field in dataclasses.fields(Config):
+        if field.name in without:
+            continue
+        kind, _ = option_type(field.name)
+        settings: dict[str, Any] = {
+            "dest": field.name,
+            "default": argparse.SUPPRESS,
+            "help": f"{_help(field)} (default: {_default(field)})".replace("%", "%%"),
+        }
+        if kind is bool:
+            settings["action"] = "store_true"
+        else:
+            settings |= {"type": _reader(kind, expectation(field)), "metavar": _METAVARS[kind]}
+        parser.add_argument(_flag(field.name), **settings)
+
+
+_METAVARS = {int: "INT", float: "NUMBER", str: "NAME", Path: "PATH"}
+
+
+def _flag(field_name: str) -> str:
+    return "--" + field_name.replace("_", "-")
+
+
+def _help(field: dataclasses.Field) -> str:
+    choices = field.metadata["choices"]
+    if choices is None or all(choice in field.metadata["help"] for choice in choices()):
+        return field.metadata["help"]
+    return f"{field.metadata['help']}: {', '.join(choice for choice in choices() if choice != OWN)}"
+
+
+def _default(field: dataclasses.Field) -> str:
+    if field.name in PRESETS[OWN]:
+        values = {name: str(preset[field.name]) for name, preset in PRESETS.items() if name != OWN}
+        if len(set(values.values())) == 1:
+            return values.popitem()[1]
+        return ", ".join(f"{value} for {name}" for name, value in values.items())
+    if isinstance(field.default, bool):
+        return "yes" if field.default else "no"
+    return "none" if field.default is None else str(field.default)
+
+
+def _reader(kind: type, expected: str, low: float | None = None) -> Callable[[str], Any]:
+    """Text -> kind, for argparse. Bounds are Config's to check, but for the options that aren't Config's."""
+
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}") from None
+        if low is not None and value < low:
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        return value
+
+    return read
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _numbers(text: str) -> list[int]:
+    return [
+        _reader(int, "integers of at least 0 with commas between", low=0)(number)
+        for number in text.split(",")
+    ]
+
+
+def _config(arguments: argparse.Namespace) -> Config:
+    """Config's defaults, overridden by the --config file, overridden by the command line."""
+    options = read_options(arguments.config) if arguments.config else {}
+    names = [field.name for field in dataclasses.fields(Config)]
+    return Config.from_dict(
+        options | {name: value for name, value in vars(arguments).items() if name in names}
+    )
+
+
+# ---- what the user sees ------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _mistakes() -> Iterator[None]:
+    """Wraps what reads and checks the user's choices, and nothing else: there, an error is a mistake."""
+    try:
+        yield
+    except ConfigError as error:
+        raise Mistake(f"{_flag(error.option)}: {error.message}") from None
+    except (ValueError, OSError) as error:
+        raise Mistake(" ".join(str(error).split())) from None
+
+
+def _command(argv: Sequence[str]) -> Command:
+    names = ", ".join(COMMANDS)
+    if not argv:
+        raise Mistake(f"expected a command: {names}; fedss --help explains them")
+    if argv[0] not in COMMANDS:
+        raise Mistake(
+            f"no such command {argv[0]!r}{did_you_mean(argv[0], list(COMMANDS))}: expected one of {names}"
+        )
+    return COMMANDS[argv[0]]
+
+
+def _overview() -> str:
+    lines = [f"  {name:<10} {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: fedss COMMAND [OPTIONS]",
+            "",
+            *lines,
+            "",
+            "fedss COMMAND --help explains a command's options.",
+        ]
+    )
+
+
+def _require(name: str, modules: Sequence[str]) -> None:
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        wanted = f"{name} needs {' and '.join(missing)}, which {verb} not installed"
+        raise Mistake(f'{wanted}: pip install "fedss-kernels[sim]"')
+
+
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for i, title in enumerate(header):
+        table.add_column(title, justify="left" if i == 0 else "right", no_wrap=i == 0)
+    for row in rows:
+        table.add_row(*row)
+    # Off a terminal rich would squeeze the table into 80 columns; a file or a log takes it as wide as it is.
+    console = Console()
+    (console if console.is_terminal else Console(width=160)).print(table)
+
+
+def _version() -> str:
+    try:
+        return version("fedss-kernels")
+    except PackageNotFoundError:
+        return "(not installed)"

@@ -1,0 +1,143 @@
+"""The client's half of a round: local SGD on its own images, from what came to what goes back."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..sampled_softmax import sampled_softmax_loss
+from .algorithms import Request
+from .data import FederatedData
+from .randomness import Purpose, generator
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a client sends back: how far it moved, as old minus new, so that the server can step along it."""
+
+    client: int
+    class_ids: Tensor  # (S,) int64, ascending
+    rows: Tensor  # (S, D): W[class_ids] as received minus as trained
+    extractor: Tensor  # (P,): phi as received minus as trained
+    num_examples: int  # n_k
+    loss: float  # mean over its images as they were trained on
+
+
+class Extractor:
+    """A module whose trainable parameters are views of one vector `flat`, phi, their gradients of `gradient`.
+
+    Loading phi, a step of SGD and the difference of two phi are then one operation each, whatever the module.
+    Frozen parameters and buffers are constants: they stay with the module and never travel.
+    """
+
+    def __init__(self, module: nn.Module):
+        trainable = [p for p in module.parameters() if p.requires_grad]
+        _check_dtypes(module)
+        self.module = module
+        self.flat = torch.cat([p.detach().reshape(-1) for p in trainable])
+        self.gradient = torch.zeros_like(self.flat)
+        sizes = [p.numel() for p in trainable]
+        for p, values, grad in zip(
+            trainable, self.flat.split(sizes), self.gradient.split(sizes), strict=True
+        ):
+            p.data, p.grad = values.view(p.shape), grad.view(p.shape)
+        self.constants = {name: buffer.clone() for name, buffer in module.named_buffers()}
+
+    def check_buffers(self) -> None:
+        """Raises ValueError if training changed a buffer: no client could agree with another on its value."""
+        for name, buffer in self.module.named_buffers():
+            if not torch.equal(buffer, self.constants[name]):
+                raise ValueError(
+                    f"model: expected buffers that training leaves alone, but it changed {name!r}"
+                )
+
+    @torch.no_grad()
+    def embed(self, images: Tensor, batch_size: int = 512) -> Tensor:  # (T, channels, H, W) uint8 -> (T, D)
+        self.module.eval()
+        return torch.cat([self.module(as_input(batch)) for batch in images.split(batch_size)])
+
+
+class Client:
+    """Plays any client of a data set: one resident model and one set of buffers serve them all, in turn."""
+
+    def __init__(
+        self,
+        extractor: Extractor,
+        data: FederatedData,
+        *,
+        local_epochs: int,
+        batch_size: int,
+        scale: float,
+        seed: int,
+    ):
+        self.extractor, self.data = extractor, data
+        self.local_epochs, self.batch_size, self.scale, self.seed = local_epochs, batch_size, scale, seed
+
+    def positives(self, client: int) -> Tensor:  # (P,) int64, ascending
+        """The classes in the client's data."""
+        return self.data.labels[self.data.clients[client]].unique()
+
+    def update(
+        self,
+        client: int,
+        round: int,
+        attempt: int,
+        request: Request,
+        phi: Tensor,  # (P,)
+        rows: Tensor,  # (S, D): W[request.class_ids]
+        lr: float,
+    ) -> Update:
+        """`local_epochs` passes of plain SGD over the client's images, in batches drawn for this round."""
+        model, held = self.extractor, self.data.clients[client]
+        model.flat.copy_(phi)
+        if not model.module.training:
+            model.module.train()
+        # Not torch.manual_seed, which formats a traceback each time for the sake of GPUs.
+        noise = generator(self.seed, round, attempt, client, Purpose.MODEL).integers(2**63)
+        torch.default_generator.manual_seed(int(noise))
+        shuffle = generator(self.seed, round, attempt, client, Purpose.BATCHES)
+        trained = rows.clone().requires_grad_()
+        total = 0.0
+        for _ in range(self.local_epochs):
+            order = held[torch.from_numpy(shuffle.permutation(len(held)))]
+            images = as_input(self.data.images[order])
+            target = torch.searchsorted(request.class_ids, self.data.labels[order])
+            for x, t in zip(images.split(self.batch_size), target.split(self.batch_size), strict=True):
+                total += len(t) * self._step(x, t, trained, request, lr)
+        moved = rows - trained.detach()
+        loss = total / (len(held) * self.local_epochs)
+        return Update(client, request.class_ids, moved, phi - model.flat, len(held), loss)
+
+    def _step(self, images: Tensor, target: Tensor, rows: Tensor, request: Request, lr: float) -> float:
+        """theta <- theta - lr * gradient of the batch's mean loss, in place; returns the loss before."""
+        model = self.extractor
+        model.gradient.zero_()
+        rows.grad = None
+        loss = sampled_softmax_loss(
+            model.module(images),
+            rows,
+            target,
+            request.denominator,
+            request.log_expected_count,
+            scale=self.scale,
+        )
+        loss.backward()
+        assert rows.grad is not None
+        with torch.no_grad():
+            model.flat.add_(model.gradient, alpha=-lr)
+            rows.add_(rows.grad, alpha=-lr)
+        return loss.item()
+
+
+def as_input(images: Tensor) -> Tensor:
+    """uint8 pixels as the model's input: float32 in [0, 1]."""
+    return images.to(torch.float32).div_(255)
+
+
+def _check_dtypes(module: nn.Module) -> None:
+    trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    if not trainable:
+        raise ValueError("model: expected a module with parameters to train, got one without")
+    for name, p in trainable:
+        if p.dtype != torch.float32:
+            raise ValueError(f"model: expected float32 parameters, got {p.dtype} in {name!r}")

@@ -1,0 +1,228 @@
+"""One federated run, described completely: what is learned, from which data, how, with which numbers.
+
+`Config` is the only list of the simulator's options. Each is declared once, with its default, its bounds and
+its help; the checks, the command line, the saved config.json and the report's table of settings are all made
+from that.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .algorithms import METHODS
+from .data import DATASETS, TASKS
+from .models import MODELS
+
+OWN = "own"  # the data set or model that a caller hands to run() as an object
+
+# Defaults that depend on the data set. An option left out takes its value from here; "own" data take those of
+# glyphs.
+PRESETS: dict[str, dict[str, Any]] = {
+    "glyphs": {
+        "num_negatives": 40,
+        "rounds": 300,
+        "cohort": 32,
+        "batch_size": 16,
+        "client_lr": 0.03,
+        "warmup_rounds": 20,
+        "lr_decay": "cosine",
+        "weight_init_scale": 0.1,
+    },
+    "omniglot": {
+        "num_negatives": 64,
+        "rounds": 500,
+        "cohort": 32,
+        "batch_size": 16,
+        "client_lr": 0.03,
+        "warmup_rounds": 20,
+        "lr_decay": "cosine",
+        "weight_init_scale": 0.1,
+    },
+}
+PRESETS[OWN] = PRESETS["glyphs"]
+PRESET = None  # the default of an option that PRESETS decides
+
+
+class ConfigError(ValueError):
+    """An option that cannot be: which one, what was expected, what came."""
+
+    def __init__(self, option: str, message: str):
+        super().__init__(f"{option}: {message}")
+        self.option, self.message = option, message
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,  # the least value allowed
+    above: float | None = None,  # the value must be greater than this
+    below: float | None = None,  # the value must be less than this
+    choices: Callable[[], Sequence[str]] | None = None,
+    saved: bool = True,
+) -> Any:
+    """A field of Config: its default, its help, and what it may be."""
+    bounds = {"low": low, "above": above, "below": below, "choices": choices, "saved": saved}
+    return dataclasses.field(default=default, metadata={"help": help, **bounds})
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings of one run. Raises ConfigError, a ValueError: the option, what was expected, what came.
+
+    Options whose default is decided by the data set (PRESETS) are filled in as the object is made.
+    """
+
+    data: str = option("glyphs", "the data set", choices=lambda: (*DATASETS, OWN))
+    data_dir: Path | None = option(None, "the folder that holds the data set's files, where it needs some")
+    data_seed: int = option(0, "the seed of a data set that is drawn; --seed does not touch it", low=0)
+    cache_dir: Path | None = option(None, "the folder for prepared data, none: the user's cache folder")
+    task: str = option(
+        "classification",
+        "classification: unseen images of known classes; retrieval: images of classes that nobody trained on",
+        choices=lambda: TASKS,
+    )
+    glyph_classes: int = option(600, "classes of the data set glyphs", low=2)
+    glyph_writers: int = option(400, "writers, that is clients, of the data set glyphs", low=1)
+
+    method: str = option("fedss", "how to train", choices=lambda: tuple(METHODS))
+    num_negatives: int = option(PRESET, "classes a client asks for besides its own", low=0)
+    correction: str = option(
+        "negatives",
+        "negatives: their logits are corrected for how rarely they are drawn; none: they are not",
+        choices=lambda: ("negatives", "none"),
+    )
+    denominator: str = option(
+        "cohort",
+        "what a class row's average divides by: the images of the whole cohort, or of the row's holders only",
+        choices=lambda: ("cohort", "holders"),
+    )
+
+    rounds: int = option(PRESET, "rounds of training", low=1)
+    cohort: int = option(PRESET, "clients drawn for each round", low=1)
+    local_epochs: int = option(1, "passes of a client over its images in one round", low=1)
+    batch_size: int = option(PRESET, "images in one local step of a client", low=1)
+    client_lr: float = option(PRESET, "learning rate of the clients, at its highest", above=0)
+    warmup_rounds: int = option(PRESET, "rounds over which the clients' rate rises to client_lr", low=0)
+    lr_decay: str = option(
+        PRESET, "the clients' rate after the warm-up", choices=lambda: ("constant", "linear", "cosine")
+    )
+    server_lr: float = option(1.0, "learning rate of the server", above=0)
+    server_momentum: float = option(0.9, "momentum of the server", low=0, below=1)
+
+    model: str = option("conv4", "the net that maps an image to an embedding", choices=lambda: (*MODELS, OWN))
+    embedding_dim: int = option(64, "numbers in one embedding, D", low=1)
+    scale: float = option(20.0, "the loss multiplies cosines by this", above=0)
+    weight_init_scale: float = option(PRESET, "standard deviation of the class matrix at the start", above=0)
+
+    seed: int = option(0, "the seed of everything but the data", low=0, below=2**63)
+    eval_every: int = option(10, "rounds between two looks at the test images", low=1)
+    threads: int = option(1, "torch threads; bits are reproducible at a fixed number", low=1)
+    out: Path | None = option(None, "the folder for the results, none: runs/DATA-METHOD-seedSEED")
+    overwrite: bool = option(False, "replace the results of an earlier run in the same folder", saved=False)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is None and field.name in PRESETS[OWN]:
+                value = PRESETS[self.data][field.name]
+            object.__setattr__(self, field.name, _checked(field, value))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every option with its resolved value, in JSON's types; the inverse of `from_dict`."""
+        saved = [field.name for field in dataclasses.fields(self) if field.metadata["saved"]]
+        values = {name: getattr(self, name) for name in saved}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Config":
+        """Raises ConfigError for a name that is not an option's."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in values:
+            if name not in names:
+                raise ConfigError(name, f"no such option{did_you_mean(name, names)}")
+        return cls(**values)
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> "Config":
+        return cls.from_dict(read_options(path))
+
+
+def read_options(path: Path) -> dict[str, Any]:
+    """The options in a JSON file. Raises ConfigError if it is not one."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError("config", f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError("config", f"{path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError("config", f"expected an object of options in {path}, got {type(values).__name__}")
+    return values
+
+
+def did_you_mean(name: str, names: Sequence[str]) -> str:
+    nearest = difflib.get_close_matches(name, names, n=1)
+    return f" (did you mean {nearest[0]}?)" if nearest else ""
+
+
+def option_type(name: str) -> tuple[type, bool]:
+    """(type, whether None is allowed) of an option of Config, from its annotation."""
+    hint = typing.get_type_hints(Config)[name]
+    if not isinstance(hint, types.UnionType):
+        return hint, False
+    return typing.get_args(hint)[0], True
+
+
+def _checked(field: dataclasses.Field, value: Any) -> Any:
+    """`value` as the field's type, or ConfigError."""
+    kind, optional = option_type(field.name)
+    if value is None and optional:
+        return None
+    if kind is Path and isinstance(value, str | Path):
+        return Path(value)
+    if kind is float and type(value) is int:
+        value = float(value)
+    finite = not isinstance(value, float) or math.isfinite(value)
+    if type(value) is not kind or not finite or not _in_bounds(field, value):
+        raise ConfigError(field.name, f"expected {expectation(field)}, got {value!r}{_nearest(field, value)}")
+    return value
+
+
+def _in_bounds(field: dataclasses.Field, value: Any) -> bool:
+    low, above, below, choices = (field.metadata[name] for name in ("low", "above", "below", "choices"))
+    return (
+        (low is None or value >= low)
+        and (above is None or value > above)
+        and (below is None or value < below)
+        and (choices is None or value in choices())
+    )
+
+
+def expectation(field: dataclasses.Field) -> str:
+    """What a field may be, in words: "an integer of at least 1"."""
+    kind, _ = option_type(field.name)
+    low, above, below, choices = (field.metadata[name] for name in ("low", "above", "below", "choices"))
+    if choices is not None:
+        return f"one of {', '.join(choices())}"
+    words = {int: "an integer", float: "a finite number", bool: "true or false", Path: "a path"}.get(
+        kind, "text"
+    )
+    bounds = [("of at least", low), ("greater than", above), ("less than", below)]
+    limits = " and ".join(f"{text} {bound}" for text, bound in bounds if bound is not None)
+    return f"{words} {limits}".rstrip()
+
+
+def _nearest(field: dataclasses.Field, value: Any) -> str:
+    choices = field.metadata["choices"]
+    return did_you_mean(value, choices()) if choices is not None and isinstance(value, str) else ""

@@ -1,0 +1,69 @@
+"""The byte ledger: what moves between the server and each client, by kind.
+
+Per client and round, with P numbers in the extractor phi, S class rows of D numbers, and 4 bytes a number:
+
+    down: phi (4 P) and the class rows (4 S D)
+    up:   the ids asked for (8 S), phi and the class rows again
+
+The rows come and go in the order of the ids, so the ids travel once. FullSoftmax needs none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+
+ID_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes moved, split by direction and kind. Sums with +."""
+
+    down_extractor: int = 0
+    down_rows: int = 0
+    up_ids: int = 0
+    up_extractor: int = 0
+    up_rows: int = 0
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    @property
+    def extractor(self) -> int:
+        return self.down_extractor + self.up_extractor
+
+    @property
+    def rows(self) -> int:
+        return self.down_rows + self.up_rows
+
+    @property
+    def classification(self) -> int:
+        """What the number of classes costs: class rows and ids."""
+        return self.rows + self.up_ids
+
+    @property
+    def total(self) -> int:
+        return self.extractor + self.classification
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One client's line in the ledger of one round."""
+
+    round: int
+    client: int
+    num_rows: int  # |S_k|
+    traffic: Traffic
+
+
+def client_traffic(
+    num_parameters: int, num_rows: int, embedding_dim: int, *, sends_ids: bool = True, number_bytes: int = 4
+) -> Traffic:
+    """What one client moves in one round, in bytes.
+
+    >>> client_traffic(1000, 10, 64)
+    Traffic(down_extractor=4000, down_rows=2560, up_ids=80, up_extractor=4000, up_rows=2560)
+    """
+    extractor, rows = number_bytes * num_parameters, number_bytes * num_rows * embedding_dim
+    ids = ID_BYTES * num_rows if sends_ids else 0
+    return Traffic(extractor, rows, ids, extractor, rows)

@@ -1,0 +1,82 @@
+"""What a run says while it goes on: a bar on a terminal, a plain line now and then where there is none."""
+
+import time
+from collections.abc import Sequence
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from .run_folder import RoundMetrics
+
+QUIET_SECONDS = 20.0  # between two plain lines of one job
+
+
+class RunProgress:
+    """Loss, accuracy and time left of one or more jobs. A context manager; `advance` it after every round."""
+
+    def __init__(self, names: Sequence[str], rounds: int, console: Console | None = None):
+        self.names, self.rounds = names, rounds
+        self.console = console or Console()
+        self.accuracy = ["–"] * len(names)
+        self.said: dict[int, float] = {}  # job -> when its last plain line was
+        self.bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}  {task.fields[accuracy]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        # A job's clock starts with its first round, so those that wait their turn show no time.
+        self.tasks = [
+            self.bars.add_task(name, total=rounds, loss="–", accuracy="–", start=len(names) == 1)
+            for name in names
+        ]
+
+    def __enter__(self) -> "RunProgress":
+        self.bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bars.stop()
+
+    def start(self, job: int) -> None:
+        self.bars.start_task(self.tasks[job])
+
+    def advance(self, job: int, metrics: RoundMetrics) -> None:
+        for label, value in (("MAP@10", metrics.map_at_10), ("top-1", metrics.top1)):
+            if value is not None:
+                self.accuracy[job] = f"{label} {100 * value:.1f}%"
+        self.bars.update(
+            self.tasks[job],
+            completed=metrics.round,
+            loss=f"{metrics.loss:.3f}",
+            accuracy=self.accuracy[job],
+        )
+        if not self.console.is_terminal:
+            self._say(job, metrics)
+
+    def _say(self, job: int, metrics: RoundMetrics) -> None:
+        last, now = metrics.round == self.rounds, time.monotonic()
+        if not last and now - self.said.setdefault(job, now) < QUIET_SECONDS:
+            return
+        self.said[job] = now
+        left = metrics.seconds / metrics.round * (self.rounds - metrics.round)
+        print(
+            f"{self.names[job]}: round {metrics.round}/{self.rounds}, loss {metrics.loss:.3f}, "
+            f"{self.accuracy[job]}, {metrics.seconds:.0f} s, {left:.0f} s left",
+            file=self.console.file,
+            flush=True,
+        )

@@ -1,0 +1,66 @@
+"""Every random choice of a run, as a pure function of (seed, round, attempt, client, purpose).
+
+No generator is carried from one draw to the next, so results depend neither on the order in which clients are
+played nor on how often a run was stopped and resumed.
+"""
+
+from enum import IntEnum
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Purpose(IntEnum):
+    """What a draw is for. The numbers are part of every seeded result: add new ones, never renumber."""
+
+    COHORT = 0
+    NEGATIVES = 1
+    BATCHES = 2  # the order in which a client goes through its images
+    MODEL = 3  # whatever the model itself draws in training, such as dropout
+
+
+NO_CLIENT = 0  # for draws that belong to the round and not to a client
+
+
+def generator(seed: int, round: int, attempt: int, client: int, purpose: Purpose) -> np.random.Generator:
+    """A fresh counter-based generator (Philox) for one choice; equal arguments give equal streams.
+
+    All arguments are non-negative integers of any size.
+    """
+    key = np.random.SeedSequence(seed, spawn_key=(int(purpose), round, attempt, client))
+    return np.random.Generator(np.random.Philox(key))
+
+
+def initial_rows(
+    seed: int,  # in [0, 2**64)
+    class_ids: Tensor,  # (S,) int64
+    dim: int,
+    scale: float,
+) -> Tensor:  # (S, D) float32
+    """Rows of the initial class matrix: `scale` times standard normals, row j a pure function of (seed, j).
+
+    Entry (j, c) comes from a hash of (seed, j, c // 2) alone, by Box-Muller: with the hash's two halves as
+    u in (0, 1] and v in [0, 1), entries 2p and 2p + 1 are sqrt(-2 log u) times cos(2 pi v) and sin(2 pi v).
+    So any rows can be drawn at any time, in any order, and O(S D) of work is all it takes.
+    """
+    row_key = splitmix64(splitmix64(np.array([seed], dtype=np.uint64)) ^ class_ids.numpy().astype(np.uint64))
+    pair = np.arange((dim + 1) // 2, dtype=np.uint64)
+    bits = splitmix64(row_key[:, None] + pair * _GOLDEN)  # (S, pairs), wrapping modulo 2**64
+    radius = np.sqrt(-2.0 * np.log(((bits >> np.uint64(32)).astype(np.float64) + 1.0) * 2.0**-32))
+    angle = (bits & np.uint64(2**32 - 1)).astype(np.float64) * (2.0 * np.pi * 2.0**-32)
+    normal = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1).reshape(
+        len(class_ids), 2 * len(pair)
+    )
+    return torch.from_numpy((scale * normal[:, :dim]).astype(np.float32))
+
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def splitmix64(x: np.ndarray) -> np.ndarray:
+    """Steele, Lea and Flood's 64-bit mixer (OOPSLA 2014), element by element: a bijection of uint64."""
+    x = x + _GOLDEN
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,423 @@
+"""Plots and a self-contained report.html, for readers who know nothing of the code."""
+
+import base64
+import dataclasses
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .algorithms import METHODS
+from .config import Config
+from .run_folder import RoundMetrics, Summary
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+)  # Okabe and Ito's, on light and dark
+MARKERS = ("o", "s", "^", "D", "v", "P")
+LIGHT = {"paper": "#ffffff", "ink": "#1c1e21", "grid": "#d9dce1"}
+DARK = {"paper": "#1b1e24", "ink": "#e6e8ec", "grid": "#3a3f49"}
+MEGABYTE = 10**6
+TASKS = {
+    "classification": ("top-1", "unseen images whose class is named rightly"),
+    "retrieval": ("MAP@10", "how right the ten nearest images are, for classes nobody trained on"),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a report is made of: one run's settings, course and figures."""
+
+    config: Config
+    history: list[RoundMetrics]
+    summary: Summary
+
+    @property
+    def updates(self) -> int:
+        """Clients times rounds: what a figure per client and round divides by."""
+        return self.summary.rounds * self.summary.cohort
+
+    @property
+    def saving(self) -> float:
+        """Share of all the bytes of FullSoftmax that this run did not move."""
+        return 1 - self.summary.traffic.total / self.summary.full_traffic.total
+
+    @property
+    def class_saving(self) -> float:
+        """The same for what depends on the number of classes: class rows and ids."""
+        return 1 - self.summary.traffic.classification / self.summary.full_traffic.classification
+
+
+def write_run_report(folder: Path, run: Run) -> None:
+    """accuracy_by_round.png, accuracy_by_bytes.png and report.html of one run."""
+    plots = _save_plots(folder, [run])
+    (folder / "report.html").write_text(_run_page(run, plots), encoding="utf-8")
+
+
+def write_comparison_report(
+    folder: Path,
+    runs: Sequence[Run],
+    header: Sequence[str],
+    table: Sequence[Sequence[str]],
+    failed: Sequence[str],
+) -> None:
+    """The same files over several runs; `table` has a row for each method, `failed` a line for each loss."""
+    plots = _save_plots(folder, runs)
+    (folder / "report.html").write_text(
+        _comparison_page(runs, header, table, failed, plots), encoding="utf-8"
+    )
+
+
+# ---- plots -------------------------------------------------------------------------------------------------
+
+
+def accuracy_by_round(runs: Sequence[Run], theme: dict[str, str]) -> "Figure":
+    """Accuracy over rounds: a line for each method, the mean over its seeds, in a band of one sd."""
+    figure, (axes,) = _figure(runs, theme, panels=1)
+    for style, group in _by_method(runs):
+        rounds, mean, sd = _curve(group)
+        _draw(axes, rounds, mean, sd, style)
+    axes.set_xlabel("rounds of training")
+    axes.set_xlim(left=0)
+    return _finish(figure, axes, runs, theme)
+
+
+def accuracy_by_bytes(runs: Sequence[Run], theme: dict[str, str]) -> "Figure":
+    """Accuracy over what was moved: everything on the left, what the classes cost on the right."""
+    figure, (left, right) = _figure(runs, theme, panels=2)
+    for style, group in _by_method(runs):
+        _, mean, sd = _curve(group)
+        total, classes = np.mean([_megabytes(run) for run in group], axis=0)
+        _draw(left, total, mean, sd, style)
+        _draw(right, classes, mean, sd, style)
+    left.set_xlabel("everything moved so far (MB)")
+    left.set_xlim(left=0)
+    right.set_xlabel("class rows and ids moved so far (MB)")
+    if len(left.lines) > 1:  # the methods are powers of ten apart
+        right.set_xlabel("class rows and ids moved so far (MB, log scale)")
+        right.set_xscale("log")
+        right.xaxis.set_major_formatter("{x:g}")
+    else:
+        right.set_xlim(left=0)
+    right.tick_params(labelleft=False)
+    return _finish(figure, left, runs, theme)
+
+
+def _figure(runs: Sequence[Run], theme: dict[str, str], panels: int) -> tuple["Figure", list]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 + 3.5 * panels, 4.6), layout="constrained", facecolor=theme["paper"])
+    axes = [figure.add_subplot(1, panels, 1)]
+    axes += [figure.add_subplot(1, panels, i, sharey=axes[0]) for i in range(2, panels + 1)]
+    for ax in axes:
+        ax.set_facecolor(theme["paper"])
+        ax.grid(color=theme["grid"], linewidth=0.6)
+        ax.tick_params(colors=theme["ink"], which="both")
+        ax.spines[:].set_color(theme["grid"])
+        ax.xaxis.label.set_color(theme["ink"])
+        ax.yaxis.label.set_color(theme["ink"])
+    return figure, axes
+
+
+def _draw(axes, x: np.ndarray, mean: np.ndarray, sd: np.ndarray, style: dict[str, str]) -> None:
+    axes.plot(x, mean, linewidth=1.8, markersize=4, markevery=max(1, len(x) // 12), **style)
+    axes.fill_between(x, mean - sd, mean + sd, color=style["color"], alpha=0.18, linewidth=0)
+
+
+def _finish(figure: "Figure", axes, runs: Sequence[Run], theme: dict[str, str]) -> "Figure":
+    measure, _ = TASKS[runs[0].summary.task]
+    axes.set_ylabel(f"{measure} on the test images (%)")
+    axes.set_ylim(bottom=0)
+    # Above the axes, not in them: wherever the curves go, the legend hides none.
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside upper center", ncols=4, frameon=False, labelcolor=theme["ink"]
+    )
+    return figure
+
+
+def _by_method(runs: Sequence[Run]) -> list[tuple[dict[str, str], list[Run]]]:
+    """(line style, runs) of each method; a method has the same style in every plot."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.summary.method, []).append(run)
+    places = {name: i for i, name in enumerate(METHODS)}
+    return [
+        (
+            {
+                "label": METHODS[name].label,
+                "color": COLOURS[places[name] % len(COLOURS)],
+                "marker": MARKERS[places[name] % len(MARKERS)],
+            },
+            group,
+        )
+        for name, group in groups.items()
+    ]
+
+
+def _evaluations(run: Run) -> list[RoundMetrics]:
+    classification = run.summary.task == "classification"
+    return [m for m in run.history if (m.top1 if classification else m.map_at_10) is not None]
+
+
+def _curve(group: Sequence[Run]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(rounds, mean, sd) in % at every evaluation; the runs of a group share their rounds."""
+    classification = group[0].summary.task == "classification"
+    rounds = np.array([m.round for m in _evaluations(group[0])])
+    values = [[m.top1 if classification else m.map_at_10 for m in _evaluations(run)] for run in group]
+    percent = 100 * np.array(values, dtype=np.float64)
+    return (
+        rounds,
+        percent.mean(axis=0),
+        percent.std(axis=0, ddof=1) if len(group) > 1 else np.zeros(len(rounds)),
+    )
+
+
+def _megabytes(run: Run) -> np.ndarray:
+    """(2, evaluations): all bytes, and those of class rows and ids, moved until each evaluation."""
+    done = [m.round - 1 for m in _evaluations(run)]
+    total = np.cumsum([m.traffic.total for m in run.history])[done]
+    classes = np.cumsum([m.traffic.classification for m in run.history])[done]
+    return np.stack([total, classes]) / MEGABYTE
+
+
+def _save_plots(folder: Path, runs: Sequence[Run]) -> list[str]:
+    """Writes the light PNG files; returns each plot's HTML, in the reader's light or dark theme."""
+    pictures = []
+    for plot, alt in (
+        (accuracy_by_round, "Accuracy by rounds of training"),
+        (accuracy_by_bytes, "Accuracy by megabytes moved"),
+    ):
+        light, dark = _png(plot(runs, LIGHT)), _png(plot(runs, DARK))
+        (folder / f"{plot.__name__}.png").write_bytes(light)
+        pictures.append(
+            f'<picture><source media="(prefers-color-scheme: dark)" srcset="{_data_uri(dark)}">'
+            f'<img alt="{alt}" src="{_data_uri(light)}"></picture>'
+        )
+    return pictures
+
+
+def _png(figure: "Figure") -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=140, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+
+
+# ---- pages -------------------------------------------------------------------------------------------------
+
+
+def _run_page(run: Run, plots: Sequence[str]) -> str:
+    summary, method = run.summary, METHODS[run.summary.method]
+    measure, meaning = TASKS[summary.task]
+    figures = [
+        (percent(summary.accuracy), f"{measure}: {meaning}"),
+        (f"{summary.mean_class_set:.0f} of {summary.num_classes:,}", "classes on a client, on average"),
+        (percent(run.class_saving), "saved of what the classes cost to move, against FullSoftmax"),
+        (percent(run.saving), "saved of everything moved, against FullSoftmax"),
+    ]
+    return _page(
+        f"{method.label} on {summary.data}",
+        [
+            _what_was_run([run]),
+            _cards(figures),
+            "<h2>What came out</h2>",
+            f"<figure>{plots[0]}<figcaption>{_ROUND_CAPTION}</figcaption></figure>",
+            f"<figure>{plots[1]}<figcaption>{_BYTES_CAPTION}</figcaption></figure>",
+            "<h2>What was moved</h2>",
+            _traffic_table(run),
+            _methods([run.summary.method, "full_softmax"]),
+            _glossary(),
+            _settings(run.config),
+        ],
+    )
+
+
+def _comparison_page(
+    runs: Sequence[Run],
+    header: Sequence[str],
+    table: Sequence[Sequence[str]],
+    failed: Sequence[str],
+    plots: Sequence[str],
+) -> str:
+    names = list(dict.fromkeys(run.summary.method for run in runs))
+    band = _BAND if len({run.summary.seed for run in runs}) > 1 else ""
+    return _page(
+        f"{len(names)} methods on {runs[0].summary.data}",
+        [
+            _what_was_run(runs),
+            "".join(f'<p class="failed">{escape(line)}</p>' for line in failed),
+            "<h2>What came out</h2>",
+            _table(header, table),
+            f"<p>{_TABLE_NOTE}</p>",
+            f"<figure>{plots[0]}<figcaption>{_ROUND_CAPTION}{band}</figcaption></figure>",
+            f"<figure>{plots[1]}<figcaption>{_BYTES_CAPTION}</figcaption></figure>",
+            _methods(names),
+            _glossary(),
+            _settings(runs[0].config, without=("method", "seed", "out")),
+        ],
+    )
+
+
+def _what_was_run(runs: Sequence[Run]) -> str:
+    s = runs[0].summary
+    seeds = len({run.summary.seed for run in runs})
+    tested = (
+        f"{s.num_test_images:,} images that no client holds"
+        if s.task == "classification"
+        else f"{s.num_test_images:,} images of classes that no client holds"
+    )
+    repeated = f" Every method was run {seeds} times, with different random numbers." if seeds > 1 else ""
+    return (
+        f"<p>{s.num_clients:,} clients, such as phones, each hold a few images of a few classes, and keep "
+        f"them. Together they train one net that maps an image to {s.embedding_dim} numbers, its "
+        f"<em>embedding</em>, and one row of {s.embedding_dim} numbers for each of {s.num_classes:,} "
+        f"classes. In each of {s.rounds:,} rounds {s.cohort} clients, drawn at random, download the net and "
+        f"some class rows, train on their own images, and upload what changed; the server averages. There "
+        f"are {s.num_train_images:,} training images; the result is tested on {tested}. The more classes, "
+        f"the more the rows cost to move: the methods differ in which rows a client gets.{repeated}</p>"
+    )
+
+
+def _traffic_table(run: Run) -> str:
+    """Bytes per client and round by kind, next to FullSoftmax's."""
+    own, full, n = run.summary.traffic, run.summary.full_traffic, run.updates
+    kinds = [
+        ("the net, down and up", own.extractor, full.extractor),
+        ("class rows, down and up", own.rows, full.rows),
+        ("ids of the classes asked for, up", own.up_ids, full.up_ids),
+        ("all", own.total, full.total),
+    ]
+    rows = [
+        (
+            name,
+            f"{a / n / 1e3:,.1f}",
+            f"{b / n / 1e3:,.1f}",
+            percent(1 - a / b) if b else "–",
+            f"{a / MEGABYTE:,.1f}",
+        )
+        for name, a, b in kinds
+    ]
+    label = METHODS[run.summary.method].label
+    header = ("", f"{label}, kB per client and round", "FullSoftmax, kB", "saved", f"{label}, MB in all")
+    return _table(header, rows)
+
+
+def _methods(names: Sequence[str]) -> str:
+    items = "".join(
+        f"<dt>{escape(METHODS[name].label)}</dt><dd>{escape(METHODS[name].summary)}</dd>"
+        for name in dict.fromkeys(names)
+    )
+    return f"<h2>The methods</h2><dl>{items}</dl>"
+
+
+def _glossary() -> str:
+    items = "".join(
+        f"<dt>{escape(term)}</dt><dd>{escape(meaning)}</dd>" for term, meaning in GLOSSARY.items()
+    )
+    return f"<h2>Glossary</h2><dl>{items}</dl>"
+
+
+def _settings(config: Config, without: Sequence[str] = ()) -> str:
+    rows = [
+        (
+            field.name,
+            "–" if (value := getattr(config, field.name)) is None else str(value),
+            field.metadata["help"],
+        )
+        for field in dataclasses.fields(config)
+        if field.metadata["saved"] and field.name not in without
+    ]
+    return f"<h2>Settings</h2>{_table(('option', 'value', 'meaning'), rows, words=True)}"
+
+
+def _cards(figures: Sequence[tuple[str, str]]) -> str:
+    cards = "".join(f"<div><strong>{escape(value)}</strong>{escape(text)}</div>" for value, text in figures)
+    return f'<div class="cards">{cards}</div>'
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], words: bool = False) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    kind = "words" if words else "figures"
+    head, body = f"<thead><tr>{head}</tr></thead>", f"<tbody>{body}</tbody>"
+    return f'<div class="wide"><table class="{kind}">{head}{body}</table></div>'
+
+
+def _page(title: str, sections: Sequence[str]) -> str:
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{_STYLE}</style></head><body><main><h1>{escape(title)}</h1>\n"
+        + "\n".join(sections)
+        + "\n</main></body></html>\n"
+    )
+
+
+def percent(share: float | None) -> str:
+    """A share in [0, 1] as a percentage with one decimal; – for one that was not measured."""
+    return "–" if share is None else f"{100 * share:.1f}%"
+
+
+GLOSSARY = {
+    "class row": "The numbers that stand for one class. An image is given the class whose row points most "
+    "nearly the way its embedding does.",
+    "class matrix W": "All the class rows, C of them. The server keeps it.",
+    "extractor φ": "The net that maps an image to its embedding.",
+    "positives": "The classes in a client's own data.",
+    "negatives": "Classes drawn at random from those that a client does not hold.",
+    "|S_k|": "How many class rows a client gets in a round: its positives and its negatives.",
+    "round": "One exchange: some clients download, train and upload; the server averages what they send.",
+    "top-1": "The share of test images whose largest cosine, of all classes, is with their own class.",
+    "MAP@10": "Every test image looks for its ten nearest among the others; 100% if all ten are of its "
+    "class, and the more, the earlier the right ones come.",
+    "sd": "Standard deviation over the seeds, that is over repetitions with different random numbers.",
+    "MB, kB": "A million and a thousand bytes. Numbers travel as 4 bytes, ids as 8.",
+}
+_ROUND_CAPTION = "Accuracy on the test images as training goes on."
+_BAND = " A line is the mean over the seeds, its band one standard deviation."
+_BYTES_CAPTION = (
+    "The same accuracy by what had been moved until then, down and up, by all clients together: on the left "
+    "everything; on the right only what depends on the number of classes. Further left is cheaper."
+)
+_TABLE_NOTE = (
+    "± is the standard deviation over the seeds. |S_k| is the mean number of class rows that a client gets. "
+    "Savings are against FullSoftmax in as many rounds: of everything, and of class rows and ids alone, the "
+    "part that grows with the number of classes."
+)
+_STYLE = """
+:root { color-scheme: light dark; --paper: #ffffff; --ink: #1c1e21; --soft: #5b6270; --line: #d9dce1; --card:
+#f4f5f7; } @media (prefers-color-scheme: dark) {
+  :root { --paper: #1b1e24; --ink: #e6e8ec; --soft: #a4abb8; --line: #3a3f49; --card: #262a32; } }
+body { margin: 0; background: var(--paper); color: var(--ink);
+  font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
+main { max-width: 60rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
+h1 { font-size: 1.9rem; line-height: 1.25; margin: 0 0 1rem; }
+h2 { font-size: 1.25rem; margin: 2.5rem 0 .75rem; }
+p, dd, figcaption { max-width: 46rem; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(12rem, 1fr)); gap: 1rem; margin: 1.5rem
+0; } .cards div { background: var(--card); border-radius: .6rem; padding: 1rem; color: var(--soft); font-size:
+.9rem; } .cards strong { display: block; color: var(--ink); font-size: 1.6rem; } .failed { border-left: 4px
+solid #D55E00; padding-left: .75rem; } figure { margin: 1.5rem 0; } img { max-width: 100%; height: auto; }
+figcaption { color: var(--soft); font-size: .9rem; } .wide { overflow-x: auto; } table { border-collapse:
+collapse; font-size: .92rem; font-variant-numeric: tabular-nums; } th, td { padding: .4rem .8rem;
+border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; } th { color: var(--soft);
+font-weight: 600; vertical-align: bottom; } .figures td:not(:first-child), .figures th:not(:first-child) {
+text-align: right; } .figures td:not(:first-child) { white-space: nowrap; } dt { font-weight: 600; margin-top:
+.6rem; } dd { margin: 0 0 0 1rem; color: var(--soft); }
+"""

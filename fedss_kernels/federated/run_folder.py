@@ -1,0 +1,170 @@
+"""The folder of one run: what it holds, and how it is written and read back.
+
+config.json   every option, resolved
+metrics.csv   one line for each round
+ledger.csv    one line for each client of each round: bytes by kind
+summary.json  the figures at the end
+model.pt      {"extractor": state dict, "weight": W}, for torch.load(path, weights_only=True)
+report.html, accuracy_by_round.png, accuracy_by_bytes.png
+error.txt     the traceback, where a run of `fedss compare` failed
+"""
+
+import csv
+import dataclasses
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import Config
+from .ledger import Entry, Traffic
+
+RUN_FILES = (
+    "config.json",
+    "metrics.csv",
+    "ledger.csv",
+    "summary.json",
+    "model.pt",
+    "report.html",
+    "accuracy_by_round.png",
+    "accuracy_by_bytes.png",
+    "error.txt",
+)
+
+
+@dataclass(frozen=True)
+class RoundMetrics:
+    """One line of metrics.csv. Accuracies are shares in [0, 1], None in rounds without an evaluation."""
+
+    round: int  # rounds done, from 1
+    loss: float  # mean over the cohort's images of the clients' training loss
+    client_lr: float
+    top1: float | None
+    map_at_10: float | None
+    mean_class_set: float  # mean |S_k| over the cohort
+    bytes_down_extractor: int
+    bytes_down_rows: int
+    bytes_up_ids: int
+    bytes_up_extractor: int
+    bytes_up_rows: int
+    bytes_so_far: int  # of this and all earlier rounds
+    seconds: float  # since the run began, evaluations included
+
+    @property
+    def traffic(self) -> Traffic:
+        return Traffic(*(getattr(self, f"bytes_{field.name}") for field in fields(Traffic)))
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The figures at the end of a run. Bytes are those of all clients and rounds."""
+
+    method: str
+    data: str
+    task: str
+    seed: int
+    top1: float | None
+    map_at_10: float | None
+    rounds: int
+    cohort: int
+    num_classes: int  # C
+    num_clients: int
+    num_train_images: int
+    num_test_images: int
+    num_parameters: int  # of the extractor
+    embedding_dim: int
+    mean_class_set: float  # mean |S_k|
+    traffic: Traffic
+    full_traffic: Traffic  # what full_softmax moves in as many rounds
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Summary":
+        traffic = {name: Traffic(**values[name]) for name in ("traffic", "full_traffic")}
+        return cls(**{**values, **traffic})
+
+    @property
+    def accuracy(self) -> float | None:
+        """The measure of the task: top-1 of classification, MAP@10 of retrieval."""
+        return self.top1 if self.task == "classification" else self.map_at_10
+
+
+class RunFolder:
+    """Writes a run's files as it goes: every round's lines are on disk before the next round begins."""
+
+    def __init__(self, path: Path, config: Config):
+        prepare(path, RUN_FILES, overwrite=config.overwrite)
+        self.path = path
+        config.save(path / "config.json")
+        _append(path / "metrics.csv", [[field.name for field in fields(RoundMetrics)]])
+        _append(path / "ledger.csv", [["round", "client", "num_rows", *(f.name for f in fields(Traffic))]])
+
+    def add(self, metrics: RoundMetrics, entries: list[Entry]) -> None:
+        _append(self.path / "metrics.csv", [dataclasses.astuple(metrics)])
+        lines = [(e.round, e.client, e.num_rows, *dataclasses.astuple(e.traffic)) for e in entries]
+        _append(self.path / "ledger.csv", lines)
+
+    def finish(self, summary: Summary, extractor: nn.Module, weight: Tensor) -> None:
+        state = {name: value.detach().clone() for name, value in extractor.state_dict().items()}
+        torch.save({"extractor": state, "weight": weight.clone()}, self.path / "model.pt")
+        (self.path / "summary.json").write_text(
+            json.dumps(summary.to_dict(), indent=2) + "\n", encoding="utf-8"
+        )
+
+
+def check_folder(path: Path, files: tuple[str, ...], *, overwrite: bool) -> None:
+    """Raises FileExistsError if results can't go there.
+
+    What is in the folder is kept, unless `overwrite` is set and an earlier run left it, as the first of
+    `files` shows.
+    """
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} is a file, not a folder")
+    if path.exists() and any(path.iterdir()):
+        if not overwrite:
+            raise FileExistsError(
+                f"the folder {path} is not empty: choose another, or replace it with --overwrite"
+            )
+        if not (path / files[0]).is_file():
+            raise FileExistsError(
+                f"the folder {path} holds no earlier results ({files[0]}): it is not overwritten"
+            )
+
+
+def prepare(path: Path, files: tuple[str, ...], *, overwrite: bool) -> None:
+    """Makes the folder, or frees it of an earlier run's `files` alone. Raises as `check_folder`."""
+    check_folder(path, files, overwrite=overwrite)
+    path.mkdir(parents=True, exist_ok=True)
+    for name in files:
+        (path / name).unlink(missing_ok=True)
+
+
+def read_run(path: Path) -> tuple[Config, list[RoundMetrics], Summary]:
+    """What a finished run left in its folder."""
+    summary = Summary.from_dict(json.loads((path / "summary.json").read_text(encoding="utf-8")))
+    return Config.load(path / "config.json"), read_metrics(path / "metrics.csv"), summary
+
+
+def read_metrics(path: Path) -> list[RoundMetrics]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return [
+            RoundMetrics(**{name: _number(text) for name, text in line.items()})
+            for line in csv.DictReader(file)
+        ]
+
+
+def _number(text: str) -> Any:
+    if not text:
+        return None
+    return int(text) if text.lstrip("-").isdigit() else float(text)
+
+
+def _append(path: Path, lines: list) -> None:
+    with path.open("a", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(lines)

@@ -1,0 +1,86 @@
+"""The server's half of a round: the model (phi, W), the average of the clients' updates, the step along it.
+
+    g = sum_k (n_k / n) (theta_t - theta_k);   v <- beta v + g;   theta <- theta - alpha v
+
+W and its velocity are dense here. Everything that goes through `select`, `aggregate` and `step` is
+row-sparse: O(M D) numbers for M rows uploaded in the round.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..scatter_add import scatter_add_
+from .client import Update
+from .randomness import initial_rows
+
+
+@dataclass(frozen=True)
+class PseudoGradient:
+    """g: zero on every class row that is not listed."""
+
+    class_ids: Tensor  # (U,) int64, ascending, unique: the rows that some client held
+    rows: Tensor  # (U, D)
+    extractor: Tensor  # (P,)
+
+
+class Server:
+    def __init__(
+        self,
+        extractor: Tensor,  # (P,): the initial phi
+        num_classes: int,
+        embedding_dim: int,
+        *,
+        seed: int,
+        weight_init_scale: float,
+        lr: float = 1.0,
+        momentum: float = 0.9,
+        denominator: str = "cohort",
+    ):
+        self.lr, self.momentum, self.denominator = lr, momentum, denominator
+        self.extractor = extractor.clone()
+        self.extractor_velocity = torch.zeros_like(self.extractor)
+        self.weight = initial_rows(seed, torch.arange(num_classes), embedding_dim, weight_init_scale)
+        self.weight_velocity = torch.zeros_like(self.weight)
+
+    def select(self, class_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """(phi (P,), W[class_ids] (S, D)): what a client downloads. Not to be changed in place."""
+        return self.extractor, self.weight[class_ids]
+
+    def aggregate(self, updates: Sequence[Update]) -> PseudoGradient:
+        """g of the updates, added up in their order, so the bits depend on nothing else.
+
+        An update weighs n_k / n, n = sum n_k over the updates; for class rows and `denominator="holders"`, n
+        is the sum over the updates that hold the row.
+        """
+        class_ids = torch.cat([update.class_ids for update in updates]).unique()
+        places = [torch.searchsorted(class_ids, update.class_ids) for update in updates]
+        n = self._row_counts(updates, places, len(class_ids))
+        total = sum(update.num_examples for update in updates)
+        rows = self.weight.new_zeros(len(class_ids), self.weight.shape[1])
+        extractor = torch.zeros_like(self.extractor)
+        for update, place in zip(updates, places, strict=True):
+            scatter_add_(rows, place, update.rows, (update.num_examples / n[place]).to(rows.dtype))
+            share = torch.tensor([update.num_examples / total], dtype=extractor.dtype)
+            scatter_add_(extractor[None], torch.zeros(1, dtype=torch.int64), update.extractor[None], share)
+        return PseudoGradient(class_ids, rows, extractor)
+
+    def _row_counts(self, updates: Sequence[Update], places: Sequence[Tensor], num_rows: int) -> Tensor:
+        """(U,) float64: the n of each row's average. Counts are whole numbers, so their sum is exact."""
+        if self.denominator == "cohort":
+            total = float(sum(update.num_examples for update in updates))
+            return torch.full((num_rows,), total, dtype=torch.float64)
+        n = torch.zeros(num_rows, dtype=torch.float64)
+        for update, place in zip(updates, places, strict=True):
+            n[place] += update.num_examples
+        return n
+
+    def step(self, gradient: PseudoGradient) -> None:
+        """v <- beta v + g, theta <- theta - alpha v. A row that nobody held coasts on its velocity."""
+        self.extractor_velocity.mul_(self.momentum).add_(gradient.extractor)
+        self.extractor.sub_(self.extractor_velocity, alpha=self.lr)
+        self.weight_velocity.mul_(self.momentum)
+        self.weight_velocity[gradient.class_ids] += gradient.rows
+        self.weight.sub_(self.weight_velocity, alpha=self.lr)

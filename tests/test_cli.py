@@ -1,0 +1,211 @@
+"""The command line: what it generates, what it refuses in one line, and whole runs."""
+
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+
+from fedss_kernels.federated import Config, cli
+from fedss_kernels.federated.config import OWN, PRESETS
+
+
+def fails(capsys, *argv: str) -> str:
+    """The one line on stderr of a mistake."""
+    assert cli.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.endswith("\n") and err.count("\n") == 1
+    return err.rstrip()
+
+
+SMALL = ["--glyph-classes=12", "--glyph-writers=4", "--cohort=2", "--num-negatives=3", "--embedding-dim=8"]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """Glyphs are drawn once for all the tests here, and not where the user's are."""
+    monkeypatch.setenv("FEDSS_CACHE", str(tmp_path_factory.getbasetemp() / "glyph-cache"))
+
+
+@pytest.mark.parametrize(
+    "argv, line",
+    [
+        ([], "fedss: expected a command: run, compare; fedss --help explains them"),
+        (["rum"], "fedss: no such command 'rum' (did you mean run?): expected one of run, compare"),
+        (["run", "--roundz", "3"], "fedss run: no such option --roundz (did you mean --rounds?)"),
+        (["run", "--roundz=3"], "fedss run: no such option --roundz (did you mean --rounds?)"),
+        (["run", "--round", "3"], "fedss run: no such option --round (did you mean --rounds?)"),
+        (["run", "fedss"], "fedss run: unexpected argument 'fedss'"),
+        (["run", "--rounds"], "fedss run: --rounds: expected one argument"),
+        (["run", "--rounds", "ten"], "fedss run: --rounds: expected an integer of at least 1, got 'ten'"),
+        (["run", "--rounds", "0"], "fedss run: --rounds: expected an integer of at least 1, got 0"),
+        (
+            ["run", "--num-negatives", "-1"],
+            "fedss run: --num-negatives: expected an integer of at least 0, got -1",
+        ),
+        (
+            ["run", "--server-momentum", "1.5"],
+            "fedss run: --server-momentum: expected a finite number of at least 0 and less than 1, got 1.5",
+        ),
+        (
+            ["run", "--data", "glyph"],
+            "fedss run: --data: expected one of glyphs, omniglot, own, got 'glyph' (did you mean glyphs?)",
+        ),
+        (
+            ["run", "--method", "full"],
+            "fedss run: --method: expected one of fedss, full_softmax, pos_only, neg_only, got 'full'",
+        ),
+        (["run", "--data-dir", "/no/such"], "fedss run: --data-dir: no such folder: /no/such"),
+        (
+            ["run", "--data", "own"],
+            "fedss run: --data: 'own' data are handed over in Python, as run(config, data=...)",
+        ),
+        (
+            ["run", "--config", "/no/c.json"],
+            "fedss run: --config: cannot read /no/c.json: No such file or directory",
+        ),
+        (
+            ["run", *SMALL[:2], "--cohort=9"],
+            "fedss run: --cohort: expected at most 4, the clients there are, got 9",
+        ),
+        (
+            ["compare", "--methods", "fedss,foo"],
+            "fedss compare: --methods: expected some of fedss, full_softmax, pos_only, neg_only, got 'foo'",
+        ),
+        (
+            ["compare", "--seeds", "0,-1"],
+            "fedss compare: --seeds: expected integers of at least 0 with commas between, got '-1'",
+        ),
+        (["compare", "--jobs", "0"], "fedss compare: --jobs: expected an integer of at least 1, got '0'"),
+        (
+            ["compare", "--method", "fedss"],
+            "fedss compare: no such option --method (did you mean --methods?)",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line(argv, line, capsys):
+    assert fails(capsys, *argv) == line
+
+
+def test_missing_data_are_one_line(tmp_path, capsys):
+    assert fails(capsys, "run", "--data=omniglot", f"--data-dir={tmp_path}").startswith("fedss run: ")
+    assert fails(capsys, "run", "--data=omniglot").startswith("fedss run: ")
+
+
+def test_a_folder_in_use_is_one_line(tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    for command in ("run", "compare"):
+        line = fails(capsys, command, *SMALL, f"--out={tmp_path}")
+        assert line.endswith(
+            f"the folder {tmp_path} is not empty: choose another, or replace it with --overwrite"
+        )
+
+
+@pytest.mark.parametrize("command", ["run", "compare"])
+def test_help_has_every_option_with_its_default(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([command, "--help"])
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    generated = {"run": (), "compare": ("method", "seed")}[command]
+    for field in dataclasses.fields(Config):
+        option = "--" + field.name.replace("_", "-")
+        if field.name in generated:
+            continue
+        about = text.split(f" {option} ")[-1]
+        assert field.metadata["help"].split()[0] in about, option
+        default = about.split("(default: ")[1].split(")")[0]
+        if field.name in PRESETS[OWN]:
+            assert str(PRESETS["omniglot"][field.name]) in default, option
+        elif field.default is None or isinstance(field.default, bool):
+            assert default == {None: "none", False: "no", True: "yes"}[field.default], option
+        else:
+            assert default == str(field.default), option
+
+
+def test_the_overview_lists_the_commands(capsys):
+    assert cli.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out and command.help in out for name, command in cli.COMMANDS.items())
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("fedss-kernels ")
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "run", dataclasses.replace(cli.COMMANDS["run"], main=interrupted))
+    assert cli.main(["run"]) == 130
+    assert capsys.readouterr() == ("", "fedss run: stopped\n")
+
+
+def test_a_bug_is_not_called_a_mistake(monkeypatch, tmp_path):
+    def broken(*args, **kwargs):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(cli, "run", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        cli.main(["run", *SMALL, f"--out={tmp_path / 'run'}"])
+
+
+@pytest.mark.parametrize(
+    "missing, words",
+    [
+        (["matplotlib"], "matplotlib, which is not"),
+        (["matplotlib", "rich"], "matplotlib and rich, which are not"),
+    ],
+)
+@pytest.mark.parametrize("command", ["run", "compare"])
+def test_a_missing_extra_is_named(command, missing, words, monkeypatch, capsys):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name in missing else found(name, *rest)
+    )
+    assert (
+        fails(capsys, command) == f'fedss {command} needs {words} installed: pip install "fedss-kernels[sim]"'
+    )
+
+
+def test_the_command_line_starts_without_the_extras():
+    """As python -m, in a process where nothing of the extra can be imported."""
+    code = (
+        "import runpy, sys\n"
+        "for name in ('matplotlib', 'rich', 'tyro', 'safetensors', 'PIL'):\n"
+        "    sys.modules[name] = None\n"
+        "sys.argv = ['fedss', 'run', '--rounds', '0']\n"
+        "runpy.run_module('fedss_kernels', run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("fedss run needs matplotlib and rich, which are not installed")
+
+
+def test_a_whole_run_and_another_from_its_config(tmp_path, capsys):
+    first, second = tmp_path / "a", tmp_path / "b"
+    assert cli.main(["run", *SMALL, "--rounds=2", "--seed=3", f"--out={first}"]) == 0
+    out, err = capsys.readouterr()
+    assert err == "" and "round 2/2, loss " in out and str(first / "report.html") in out
+    assert len((first / "metrics.csv").read_text().splitlines()) == 1 + 2
+    config = json.loads((first / "config.json").read_text())
+    assert (config["data"], config["seed"], config["num_negatives"]) == ("glyphs", 3, 3)
+    assert (first / "report.html").stat().st_size > 0
+
+    assert cli.main(["run", f"--config={first / 'config.json'}", f"--out={second}"]) == 0
+
+    def without_seconds(folder):
+        return [line.rsplit(",", 1)[0] for line in (folder / "metrics.csv").read_text().splitlines()]
+
+    assert without_seconds(first) == without_seconds(second)
+    assert json.loads((second / "config.json").read_text()) == config | {"out": str(second)}
+
+
+def test_a_whole_comparison(tmp_path, capsys):
+    out = tmp_path / "c"
+    argv = ["compare", "--methods=pos_only", "--seeds=1", "--jobs=1", "--rounds=1", *SMALL, f"--out={out}"]
+    assert cli.main(argv) == 0
+    text, err = capsys.readouterr()
+    assert err == "" and "PosOnly" in text and str(out / "report.html") in text
+    assert (out / "table.md").is_file() and (out / "pos_only-seed1" / "model.pt").is_file()

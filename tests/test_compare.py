@@ -1,0 +1,119 @@
+"""Comparing: the table's arithmetic, runs in their own processes, and runs that fail."""
+
+import csv
+import multiprocessing
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+from tiny_federation import tiny_config, tiny_data, tiny_model
+
+from fedss_kernels.federated import Config, ConfigError, run
+from fedss_kernels.federated.compare import cells, compare, plan, tabulate, write_tables
+from fedss_kernels.federated.report import Run
+
+SMALL = {
+    "glyph_classes": 12,
+    "glyph_writers": 4,
+    "cohort": 2,
+    "rounds": 2,
+    "num_negatives": 3,
+    "embedding_dim": 8,
+}
+
+
+def play(method: str, **figures) -> Run:
+    result = run(tiny_config(method=method), data=tiny_data(), model=tiny_model())
+    return Run(result.config, result.history, replace(result.summary, **figures))
+
+
+def test_a_line_is_the_mean_and_the_sample_deviation_over_seeds():
+    runs = [
+        play("fedss", top1=0.5, map_at_10=0.2, seconds=10.0),
+        play("fedss", top1=0.7, map_at_10=0.2, seconds=20.0),
+    ]
+    (line,) = tabulate(runs)
+    # Two values: the sample deviation is half their difference times sqrt(2).
+    assert (line.top1, line.top1_sd) == pytest.approx((0.6, 0.1 * 2**0.5))
+    assert (line.map_at_10, line.map_at_10_sd, line.seeds, line.seconds) == (0.2, 0.0, 2, 15.0)
+    assert cells(line)[:3] == ["FedSS", "60.0 ± 14.1", "20.0 ± 0.0"]
+
+
+def test_a_line_counts_bytes_per_client_round_and_savings():
+    one = play("pos_only", top1=0.5)  # 3 rounds of 3 clients
+    (line,) = tabulate([one])
+    held = one.summary.mean_class_set
+    assert line.bytes_per_client_round == pytest.approx(148 * 8 + held * (4 * 8 + 8))
+    assert line.bytes_total == pytest.approx(9 * line.bytes_per_client_round)
+    assert line.class_saving == pytest.approx(1 - held * 40 / (7 * 32))
+    assert line.saving == pytest.approx(1 - (148 * 8 + held * 40) / (148 * 8 + 7 * 32))
+    assert line.class_set_share == pytest.approx(held / 7)
+    assert line.top1_sd is None and cells(line)[1] == "50.0"
+
+
+def test_the_tables_say_the_same(tmp_path):
+    table = tabulate([play("fedss"), play("full_softmax")])
+    write_tables(tmp_path, table)
+    with (tmp_path / "table.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["method"] for row in rows] == ["fedss", "full_softmax"]
+    assert [float(row["top1"]) for row in rows] == [line.top1 for line in table]
+    lines = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 4 and len({line.replace("\\|", "").count("|") for line in lines}) == 1
+    assert lines[3].startswith("| FullSoftmax |") and "| 0.0% | 0.0% |" in lines[3]
+
+
+@pytest.mark.parametrize(
+    "methods, seeds, message",
+    [
+        (["fedss", "fedsss"], [0], "methods: expected some of .*, got 'fedsss'.*did you mean fedss"),
+        ([], [0], "methods: expected at least one, each once, got none"),
+        (["fedss"], [1, 1], "seeds: expected at least one, each once, got 1, 1"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_refused(methods, seeds, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        plan(Config(), methods, seeds, tmp_path)
+
+
+def test_a_run_that_fails_leaves_the_others(tmp_path):
+    """An earlier comparison is replaced, but one of its folders now holds something that is nobody's run."""
+    out = tmp_path / "out"
+    (out / "pos_only-seed0").mkdir(parents=True)
+    (out / "comparison.json").write_text("{}")
+    (out / "pos_only-seed0" / "thesis.txt").write_text("mine")
+    config = Config(**SMALL, cache_dir=tmp_path / "cache", overwrite=True)
+    seen: dict[int, list] = {0: [], 1: []}
+    comparison = compare(
+        config,
+        ["fedss", "pos_only"],
+        [0],
+        out,
+        jobs=2,
+        on_round=lambda job, m: seen[job].append(m and m.round),
+    )
+    assert seen == {0: [None, 1, 2], 1: [None]}
+    (failure,) = comparison.failed
+    assert failure.startswith("PosOnly, seed 0 failed: FileExistsError: the folder ")
+    assert [line.method for line in comparison.table] == ["fedss"]
+    assert (out / "pos_only-seed0" / "thesis.txt").read_text() == "mine"
+    for name in ("table.csv", "table.md", "report.html", "accuracy_by_round.png", "fedss-seed0/report.html"):
+        assert (out / name).stat().st_size > 0
+    assert "PosOnly, seed 0 failed" in (out / "report.html").read_text(encoding="utf-8")
+    # A process of its own gives the bits of this one.
+    alone = run(replace(config, seed=0))
+    assert comparison.runs[0].summary == replace(alone.summary, seconds=comparison.runs[0].summary.seconds)
+
+
+def test_a_run_that_is_killed_is_told(tmp_path):
+    def kill(job, metrics):
+        if metrics:
+            (child,) = multiprocessing.active_children()
+            os.kill(child.pid, signal.SIGKILL)
+
+    config = Config(**(SMALL | {"rounds": 10**6}), cache_dir=tmp_path / "cache")
+    comparison = compare(config, ["fedss"], [0], tmp_path / "out", on_round=kill)
+    assert comparison.table == [] and comparison.failed == [
+        "FedSS, seed 0 failed: its process ended with exit code -9 (killed? out of memory?)"
+    ]

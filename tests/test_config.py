@@ -1,0 +1,125 @@
+"""Config: defaults, bounds, presets, and its file."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from fedss_kernels.federated import Config, ConfigError
+from fedss_kernels.federated.algorithms import METHODS
+from fedss_kernels.federated.config import OWN, PRESETS, read_options
+from fedss_kernels.federated.data import DATASETS
+
+
+def test_the_contracts_server_is_the_default():
+    config = Config()
+    assert (config.server_lr, config.server_momentum, config.scale, config.embedding_dim) == (
+        1.0,
+        0.9,
+        20.0,
+        64,
+    )
+    assert (config.correction, config.denominator, config.method) == ("negatives", "cohort", "fedss")
+
+
+def test_every_option_says_what_it_is():
+    for field in dataclasses.fields(Config):
+        assert len(field.metadata["help"]) > 10, field.name
+
+
+def test_every_data_set_has_a_preset_and_all_presets_decide_the_same_options():
+    assert {*DATASETS, OWN} == set(PRESETS)
+    decided = {field.name for field in dataclasses.fields(Config) if field.name in PRESETS[OWN]}
+    for preset in PRESETS.values():
+        assert set(preset) == decided == set(PRESETS[OWN])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_fills_what_is_left_out_and_only_that(name):
+    config = Config(data=name)
+    for option, value in PRESETS[name].items():
+        assert getattr(config, option) == value
+    assert Config(data=name, rounds=7).rounds == 7
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"rounds": 0}, "rounds: expected an integer of at least 1, got 0"),
+        ({"rounds": 2.0}, "rounds: expected an integer of at least 1, got 2.0"),
+        ({"rounds": True}, "rounds: expected an integer of at least 1, got True"),
+        ({"num_negatives": -1}, "num_negatives: expected an integer of at least 0, got -1"),
+        ({"client_lr": 0}, "client_lr: expected a finite number greater than 0, got 0.0"),
+        ({"client_lr": float("nan")}, "client_lr: expected a finite number greater than 0, got nan"),
+        ({"server_lr": float("inf")}, "server_lr: expected a finite number greater than 0, got inf"),
+        (
+            {"server_momentum": 1},
+            "server_momentum: expected a finite number of at least 0 and less than 1, got 1.0",
+        ),
+        ({"seed": "1"}, "seed: expected an integer of at least 0 and less than 9223372036854775808, got '1'"),
+        ({"overwrite": 1}, "overwrite: expected true or false, got 1"),
+        ({"out": 3}, "out: expected a path, got 3"),
+        ({"data": None}, "data: expected one of glyphs, omniglot, own, got None"),
+        (
+            {"data": "glyph"},
+            "data: expected one of glyphs, omniglot, own, got 'glyph' (did you mean glyphs?)",
+        ),
+        ({"denominator": "all"}, "denominator: expected one of cohort, holders, got 'all'"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(options, message):
+    with pytest.raises(ConfigError) as caught:
+        Config(**options)
+    assert str(caught.value) == message
+    assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize(
+    "option", ["data", "method", "model", "task", "correction", "denominator", "lr_decay"]
+)
+def test_an_unknown_name_is_refused(option):
+    with pytest.raises(ConfigError, match=f"^{option}: expected one of .*, got 'nothing'"):
+        Config(**{option: "nothing"})
+
+
+def test_the_bounds_themselves_are_allowed():
+    config = Config(rounds=1, num_negatives=0, server_momentum=0, warmup_rounds=0, seed=2**63 - 1)
+    assert config.server_momentum == 0.0 and isinstance(config.server_momentum, float)
+    for method in METHODS:
+        assert Config(method=method).method == method
+
+
+def test_it_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().rounds = 3  # type: ignore[misc]
+
+
+def test_the_file_gives_the_same_config_back(tmp_path):
+    config = Config(data="omniglot", rounds=12, client_lr=0.1, out=Path("a/b"), overwrite=True)
+    config.save(tmp_path / "config.json")
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["rounds"] == 12 and saved["cohort"] == PRESETS["omniglot"]["cohort"]  # resolved
+    assert saved["out"] == str(Path("a/b"))
+    assert "overwrite" not in saved  # or a second run from this file would replace the first's results
+    assert Config.load(tmp_path / "config.json") == dataclasses.replace(config, overwrite=False)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"roundz": 3}', "roundz: no such option (did you mean rounds?)"),
+        ("[1]", "config: expected an object of options in .*, got list"),
+        ("{", "config: .* is not JSON: "),
+        ('{"rounds": "3"}', "rounds: expected an integer of at least 1, got '3'"),
+    ],
+)
+def test_a_bad_file_is_refused(text, message, tmp_path):
+    (tmp_path / "c.json").write_text(text)
+    with pytest.raises(ConfigError, match=message.replace("(", r"\(").replace("?)", r"\?\)")):
+        Config.load(tmp_path / "c.json")
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="cannot read .*c.json: No such file"):
+        read_options(tmp_path / "c.json")

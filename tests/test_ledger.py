@@ -1,0 +1,66 @@
+"""The byte ledger, with every number worked out by hand."""
+
+import csv
+
+import pytest
+from tiny_federation import CLASSES_HELD, DIM, NUM_CLASSES, NUM_PARAMETERS, tiny_config, tiny_data, tiny_model
+
+from fedss_kernels.federated import run
+from fedss_kernels.federated.ledger import Traffic, client_traffic
+
+
+def test_a_client_of_the_paper():
+    """Landmarks with 170 classes and 64 dimensions, and an extractor of 3 million parameters.
+
+    phi: 4 * 3,000,000 = 12,000,000 each way; rows: 4 * 170 * 64 = 43,520 each way; ids: 8 * 170 = 1,360 up.
+    """
+    traffic = client_traffic(3_000_000, 170, 64)
+    assert traffic == Traffic(
+        down_extractor=12_000_000, down_rows=43_520, up_ids=1_360, up_extractor=12_000_000, up_rows=43_520
+    )
+    assert traffic.extractor == 24_000_000
+    assert traffic.rows == 87_040
+    assert traffic.classification == 88_400
+    assert traffic.total == 24_088_400
+
+
+def test_full_softmax_sends_no_ids_and_16_bit_numbers_halve():
+    assert client_traffic(10, 5, 2, sends_ids=False) == Traffic(40, 40, 0, 40, 40)
+    assert client_traffic(10, 5, 2, number_bytes=2) == Traffic(20, 20, 40, 20, 20)
+
+
+def test_traffic_adds_kind_by_kind():
+    assert Traffic(1, 2, 3, 4, 5) + Traffic(10, 20, 30, 40, 50) == Traffic(11, 22, 33, 44, 55)
+
+
+@pytest.mark.parametrize("method", ["fedss", "neg_only", "pos_only", "full_softmax"])
+def test_a_run_counts_what_each_client_moved(method, tmp_path):
+    """Every client plays every round; |S_k| is |P|, |P| + 2, or all 7 classes."""
+    rounds, held = 2, [len(classes) for classes in CLASSES_HELD]
+    config = tiny_config(
+        method=method, rounds=rounds, cohort=len(held), num_negatives=2, out=tmp_path / "run"
+    )
+    result = run(config, data=tiny_data(), model=tiny_model())
+    sizes = {
+        "fedss": [p + 2 for p in held],
+        "neg_only": [p + 2 for p in held],
+        "pos_only": held,
+        "full_softmax": [NUM_CLASSES] * len(held),
+    }[method]
+    phi = rounds * len(held) * NUM_PARAMETERS * 4
+    rows = rounds * sum(sizes) * DIM * 4
+    ids = 0 if method == "full_softmax" else rounds * sum(sizes) * 8
+    assert result.summary.traffic == Traffic(phi, rows, ids, phi, rows)
+    full_rows = rounds * len(held) * NUM_CLASSES * DIM * 4
+    assert result.summary.full_traffic == Traffic(phi, full_rows, 0, phi, full_rows)
+    assert result.summary.mean_class_set == sum(sizes) / len(sizes)
+    assert result.history[-1].bytes_so_far == 2 * phi + 2 * rows + ids
+
+    with (tmp_path / "run" / "ledger.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [(int(line["round"]), int(line["client"])) for line in lines] == [
+        (t, k) for t in (1, 2) for k in range(len(held))
+    ]
+    assert [int(line["num_rows"]) for line in lines] == sizes * rounds
+    for kind in ("down_extractor", "down_rows", "up_ids", "up_extractor", "up_rows"):
+        assert sum(int(line[kind]) for line in lines) == getattr(result.summary.traffic, kind)

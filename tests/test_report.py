@@ -1,0 +1,136 @@
+"""The report: whole in one file, with the figures in it, and plots that say what they show."""
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+from tiny_federation import tiny_config, tiny_data, tiny_model
+
+from fedss_kernels.federated import run
+from fedss_kernels.federated.compare import HEADER, cells, tabulate
+from fedss_kernels.federated.report import (
+    DARK,
+    LIGHT,
+    Run,
+    accuracy_by_bytes,
+    accuracy_by_round,
+    write_comparison_report,
+    write_run_report,
+)
+
+VOID = {"meta", "img", "source", "link", "br", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """Collects a page's text and links, and checks that every element is closed in order."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.words: list[str] = []
+        self.feed(html)
+        self.close()
+        assert not self.open
+        self.text = re.sub(r"\s+", " ", " ".join(self.words))
+
+    def handle_starttag(self, tag, attributes):
+        self.links += [
+            value for name, value in attributes if name in ("src", "srcset", "href", "action", "data")
+        ]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1:] != ["style"]:
+            self.words.append(data)
+
+
+def play(method: str, seed: int = 0, **options) -> Run:
+    config = tiny_config(method=method, seed=seed, rounds=4, **options)
+    result = run(config, data=tiny_data(options.get("task", "classification")), model=tiny_model())
+    return Run(result.config, result.history, result.summary)
+
+
+@pytest.fixture(scope="module")
+def runs() -> list[Run]:
+    return [play(method, seed) for method in ("fedss", "full_softmax", "pos_only") for seed in (0, 1)]
+
+
+def assert_self_contained(html: str, page: Page) -> None:
+    assert len(page.links) == 4 and all(link.startswith("data:image/png;base64,") for link in page.links)
+    assert "http" not in html and "@import" not in html and "url(" not in html and "<script" not in html
+
+
+def test_the_report_of_a_run_is_whole_and_has_its_figures(tmp_path, runs):
+    write_run_report(tmp_path, runs[0])
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    page, summary = Page(html), runs[0].summary
+    assert_self_contained(html, page)
+    assert f"{100 * summary.top1:.1f}%" in page.text
+    assert f"{summary.mean_class_set:.0f} of 7" in page.text
+    # In a round a client's rows and ids: |S_k| * (2 * 4 * 4 + 8) bytes, against 7 * 2 * 4 * 4 of FullSoftmax.
+    assert f"{100 * (1 - summary.mean_class_set * 40 / 224):.1f}%" in page.text
+    for word in ("FedSS", "FullSoftmax", "Glossary", "negatives", "MAP@10", "client_lr", "0.2", "7 classes"):
+        assert word in page.text, word
+    for name in ("accuracy_by_round.png", "accuracy_by_bytes.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_report_of_a_comparison_has_the_table_and_what_failed(tmp_path, runs):
+    table = [cells(line) for line in tabulate(runs)]
+    write_comparison_report(tmp_path, runs, HEADER, table, ["NegOnly, seed 0 failed: <out of memory>"])
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    page = Page(html)
+    assert_self_contained(html, page)
+    for cell in (*HEADER, *(cell for row in table for cell in row)):
+        assert cell in page.text, cell
+    assert "failed: <out of memory>" in page.text and "<out of memory>" not in html  # escaped
+    assert "run 2 times" in page.text
+
+
+def test_a_retrieval_reports_map(tmp_path):
+    write_run_report(tmp_path, retrieved := play("fedss", task="retrieval"))
+    text = Page((tmp_path / "report.html").read_text(encoding="utf-8")).text
+    assert f"{100 * retrieved.summary.map_at_10:.1f}%" in text
+    assert "classes that no client holds" in text
+
+
+@pytest.mark.parametrize("theme", [LIGHT, DARK])
+@pytest.mark.parametrize(
+    "plot, labels",
+    [
+        (accuracy_by_round, ["rounds of training"]),
+        (
+            accuracy_by_bytes,
+            ["everything moved so far (MB)", "class rows and ids moved so far (MB, log scale)"],
+        ),
+    ],
+)
+def test_plots_say_what_they_show_and_nothing_overlaps(plot, labels, theme, runs):
+    figure = plot(runs, theme)
+    assert [axes.get_xlabel() for axes in figure.axes] == labels
+    assert figure.axes[0].get_ylabel() == "top-1 on the test images (%)"
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["FedSS", "FullSoftmax", "PosOnly"]
+    assert len({line.get_color() for line in figure.axes[0].lines}) == 3
+    figure.draw_without_rendering()
+    boxes = [axes.get_tightbbox() for axes in figure.axes] + [legend.get_window_extent()]
+    for i, a in enumerate(boxes):
+        assert not any(a.overlaps(b) for b in boxes[:i])
+
+
+def test_a_curve_is_the_mean_over_seeds_by_what_was_moved(runs):
+    figure = accuracy_by_bytes(runs[:2], LIGHT)
+    total, classes = (axes.lines[0].get_xydata() for axes in figure.axes)
+    evaluated = [[m for m in r.history if m.top1 is not None] for r in runs[:2]]
+    assert len(total) == 2  # rounds 2 and 4
+    for i, (a, b) in enumerate(zip(*evaluated, strict=True)):
+        assert total[i] == pytest.approx(
+            [(a.bytes_so_far + b.bytes_so_far) / 2 / 1e6, 50 * (a.top1 + b.top1)]
+        )
+    # All but phi, which is 148 numbers of 4 bytes, down and up, for 3 clients a round.
+    assert total[:, 0] - classes[:, 0] == pytest.approx([2 * 3 * 148 * 8 / 1e6, 4 * 3 * 148 * 8 / 1e6])

@@ -1,0 +1,335 @@
+"""The round loop: against the reference, for its randomness, for what it writes and what it refuses."""
+
+import dataclasses
+
+import pytest
+import torch
+from tiny_federation import CLASSES_HELD, IMAGES_OF_EACH, NUM_CLASSES, tiny_config, tiny_data, tiny_model
+from torch import nn
+from torch.nn.functional import normalize
+
+from fedss_kernels import reference
+from fedss_kernels.federated import Config, ConfigError, Result, run
+from fedss_kernels.federated.metrics import map_at_r
+from fedss_kernels.federated.randomness import Purpose, generator, initial_rows
+from fedss_kernels.federated.rounds import draw_cohort, learning_rate
+from fedss_kernels.federated.run_folder import read_run
+
+
+def train(model: nn.Module | None = None, **options) -> Result:
+    return run(tiny_config(**options), data=tiny_data(), model=model or tiny_model())
+
+
+def bits(result: Result) -> list[torch.Tensor]:
+    return [result.weight, *result.extractor.state_dict().values()]
+
+
+def same_bits(a: Result, b: Result) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(bits(a), bits(b), strict=True))
+
+
+# ---- the reference -----------------------------------------------------------------------------------------
+
+
+def class_set_of(method: str, positives: torch.Tensor, m: int, rng) -> tuple:
+    """(class_ids, denominator, log_expected_count) as the table of methods writes it."""
+    if method == "full_softmax":
+        return torch.arange(NUM_CLASSES), None, None
+    if method == "pos_only":
+        return positives, None, None
+    negatives = reference.draw_negatives(NUM_CLASSES, positives, m, rng)
+    ids, is_negative, log_count = reference.class_set(NUM_CLASSES, positives, negatives)
+    if method == "neg_only":
+        return ids, is_negative.nonzero().flatten(), log_count[is_negative]
+    return ids, None, log_count
+
+
+def reference_client(config: Config, data, round: int, k: int) -> reference.ClientRound:
+    """Client k's round with its negatives and batches drawn from the streams that belong to them."""
+    rows, n = data.clients[k], len(data.clients[k])
+    rng = generator(config.seed, round, 0, k, Purpose.NEGATIVES)
+    ids, denominator, log_count = class_set_of(
+        config.method, torch.tensor(CLASSES_HELD[k]), config.num_negatives, rng
+    )
+    shuffle = generator(config.seed, round, 0, k, Purpose.BATCHES)
+    batches = []
+    for _ in range(config.local_epochs):
+        order = torch.from_numpy(shuffle.permutation(n))
+        batches += [order[i : i + config.batch_size] for i in range(0, n, config.batch_size)]
+    images = data.images[rows].double() / 255
+    return reference.ClientRound(images, data.labels[rows], batches, ids, denominator, log_count)
+
+
+def reference_run(config: Config, data, model: nn.Module) -> tuple[dict, torch.Tensor]:
+    """The whole run in float64, by the reference's rounds."""
+    model = model.double()
+    phi = {name: value.detach() for name, value in model.named_parameters()}
+    weight = initial_rows(
+        config.seed, torch.arange(NUM_CLASSES), config.embedding_dim, config.weight_init_scale
+    ).double()
+    velocity = ({name: torch.zeros_like(value) for name, value in phi.items()}, torch.zeros_like(weight))
+    for round in range(config.rounds):
+        cohort = draw_cohort(config.seed, round, 0, len(data.clients), config.cohort)
+        phi, weight, velocity = reference.federated_round(
+            model,
+            phi,
+            weight,
+            velocity,
+            [reference_client(config, data, round, k) for k in cohort],
+            lr=config.client_lr,
+            scale=config.scale,
+            server_lr=config.server_lr,
+            server_momentum=config.server_momentum,
+            denominator=config.denominator,
+        )
+    return phi, weight
+
+
+@pytest.mark.parametrize("denominator", ["cohort", "holders"])
+@pytest.mark.parametrize("method", ["fedss", "neg_only", "pos_only", "full_softmax"])
+def test_three_rounds_equal_the_reference(method, denominator):
+    """Three rounds, so that momentum counts; two epochs and batches of 3, so that some batches are ragged."""
+    options = {"method": method, "denominator": denominator, "local_epochs": 2, "server_lr": 0.7}
+    result = train(**options)
+    phi, weight = reference_run(result.config, tiny_data(), tiny_model())
+    start = initial_rows(0, torch.arange(NUM_CLASSES), 4, 0.5)
+    assert (result.weight - start).norm() > 0.2 * start.norm()  # it went somewhere
+    # float32 against float64, over some 30 steps of SGD: a few hundred roundings of 6e-8
+    torch.testing.assert_close(result.weight.double(), weight, rtol=2e-5, atol=2e-5)
+    for name, value in phi.items():
+        torch.testing.assert_close(result.extractor.state_dict()[name].double(), value, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("local_epochs", [1, 2])
+def test_the_loss_is_the_mean_over_images_as_they_are_trained_on(local_epochs):
+    """With a rate of almost 0 it is the reference's loss of all of the cohort's images, weighed alike."""
+    result = train(method="fedss", rounds=1, cohort=5, client_lr=1e-9, local_epochs=local_epochs)
+    data, model = tiny_data(), tiny_model()
+    weight = initial_rows(0, torch.arange(NUM_CLASSES), 4, 0.5)
+    total = 0.0
+    for k in range(5):
+        client = reference_client(result.config, data, 0, k)
+        total += reference.sampled_softmax_loss(
+            model(client.images.float()),
+            weight[client.class_ids],
+            torch.searchsorted(client.class_ids, client.labels),
+            None,
+            client.log_expected_count,
+            scale=5.0,
+            reduction="sum",
+        ).item()
+    images = sum(n * len(held) for n, held in zip(IMAGES_OF_EACH, CLASSES_HELD, strict=True))
+    assert result.history[0].loss == pytest.approx(total / images, rel=1e-5)
+
+
+def test_training_learns():
+    result = train(method="full_softmax", rounds=60, cohort=5, client_lr=0.02, eval_every=60)
+    assert result.history[-1].loss < 0.1 * result.history[0].loss
+    # The classes are well apart, and class 6 is in nobody's data: 6 of the 7 are all that can be learned.
+    assert result.summary.top1 >= 6 / 7
+
+
+# ---- randomness --------------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not():
+    first, again, other = train(), train(), train(seed=1)
+    assert same_bits(first, again)
+    assert [dataclasses.replace(m, seconds=0.0) for m in first.history] == [
+        dataclasses.replace(m, seconds=0.0) for m in again.history
+    ]
+    assert not same_bits(first, other)
+
+
+def test_a_model_that_draws_is_a_function_of_the_seed_and_leaves_the_callers_stream_alone():
+    dropout = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), *tiny_model()[1:])
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    first = train(dropout)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(8)
+    assert same_bits(first, train(dropout))
+    assert not same_bits(first, train())
+
+
+def test_the_number_of_threads_is_put_back():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        seen = []
+        run(
+            tiny_config(rounds=1, threads=1),
+            data=tiny_data(),
+            model=tiny_model(),
+            on_round=lambda metrics: seen.append(torch.get_num_threads()),
+        )
+        assert seen == [1] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_cohort_is_distinct_clients_in_order():
+    cohorts = [draw_cohort(0, t, 0, 20, 8) for t in range(500)]
+    for cohort in cohorts:
+        assert cohort == sorted(set(cohort)) and len(cohort) == 8 and 0 <= cohort[0] and cohort[-1] < 20
+    counts = torch.bincount(torch.tensor(cohorts).flatten(), minlength=20)
+    # Each client is in a cohort with probability 0.4: 200 times of 500, sd sqrt(500 * 0.4 * 0.6) = 11.
+    assert (counts - 200).abs().max() < 5 * 11
+    assert draw_cohort(0, 3, 0, 20, 20) == list(range(20))
+
+
+def test_a_cohort_depends_on_seed_round_and_attempt():
+    drawn = {tuple(draw_cohort(*key, 1000, 10)) for key in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))}
+    assert len(drawn) == 4
+    assert draw_cohort(0, 1, 0, 1000, 10) == draw_cohort(0, 1, 0, 1000, 10)
+
+
+@pytest.mark.parametrize(
+    "decay, expected",
+    [
+        ("constant", [1, 2, 3, 4, 4, 4, 4, 4]),
+        ("linear", [1, 2, 3, 4, 4, 3, 2, 1]),
+        ("cosine", [1, 2, 3, 4, 4, 2 + 2 * 0.5**0.5, 2, 2 - 2 * 0.5**0.5]),
+    ],
+)
+def test_the_rate_rises_and_decays(decay, expected):
+    """Four rounds of warm-up to 4, then quarters of the way down: cos(pi/4) = sqrt(1/2)."""
+    config = Config(rounds=8, client_lr=4, warmup_rounds=4, lr_decay=decay)
+    assert [learning_rate(config, t) for t in range(8)] == pytest.approx(expected)
+
+
+# ---- what comes out ----------------------------------------------------------------------------------------
+
+
+def test_it_evaluates_every_few_rounds_and_at_the_end():
+    history = train(rounds=5, eval_every=2).history
+    assert [m.round for m in history] == [1, 2, 3, 4, 5]
+    assert [m.round for m in history if m.top1 is not None] == [2, 4, 5]
+    assert [m.round for m in history if m.map_at_10 is not None] == [5]
+
+
+def test_a_retrieval_is_measured_by_map_alone():
+    result = run(tiny_config(rounds=4), data=tiny_data("retrieval"), model=tiny_model())
+    assert result.config.task == "retrieval"
+    assert [m.round for m in result.history if m.map_at_10 is not None] == [2, 4]
+    assert all(m.top1 is None for m in result.history)
+    assert result.summary.accuracy == result.summary.map_at_10 is not None
+
+
+def test_the_folder_says_what_the_result_says(tmp_path):
+    result = train(out=tmp_path / "run")
+    config, history, summary = read_run(tmp_path / "run")
+    assert config == result.config and config.data == "own" and config.model == "own"
+    assert history == result.history
+    assert summary == result.summary
+
+
+def test_the_saved_model_is_plain_torch(tmp_path):
+    result = train(out=tmp_path / "run")
+    saved = torch.load(tmp_path / "run" / "model.pt", weights_only=True)
+    assert set(saved) == {"extractor", "weight"}
+    model, data = tiny_model(), tiny_data()
+    model.load_state_dict(saved["extractor"])
+    embeddings = normalize(model(data.test_images / 255), dim=1)
+    predicted = (embeddings @ normalize(saved["weight"], dim=1).T).argmax(dim=1)
+    assert (predicted == data.test_labels).double().mean().item() == pytest.approx(result.summary.top1)
+    assert map_at_r(embeddings, data.test_labels) == pytest.approx(result.summary.map_at_10, abs=1e-6)
+
+
+def test_the_callers_model_is_not_touched():
+    model = tiny_model()
+    before = [p.clone() for p in model.parameters()]
+    train(model)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_frozen_parameters_stay_and_do_not_travel():
+    model = tiny_model()
+    model[1].bias.requires_grad_(False)
+    result = train(model)
+    assert torch.equal(result.extractor[1].bias, model[1].bias)
+    assert not torch.equal(result.extractor[1].weight, model[1].weight)
+    assert result.summary.num_parameters == model[1].weight.numel()
+
+
+# ---- what is refused ---------------------------------------------------------------------------------------
+
+
+class Counter(nn.Module):
+    """A model with a buffer that training changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = tiny_model()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, images):
+        if self.training:
+            self.calls += 1
+        return self.net(images)
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        (lambda: nn.Sequential(nn.Flatten(), nn.BatchNorm1d(36), nn.Linear(36, 4)), "BatchNorm1d.*GroupNorm"),
+        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(36, 5)), r"shape \(2, 4\) .* got \(2, 5\)"),
+        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(36, 4).requires_grad_(False)), "parameters to train"),
+        (Counter, "changed 'calls'"),
+    ],
+)
+def test_a_model_that_cannot_be_averaged_is_refused(model, message):
+    with pytest.raises(ValueError, match=f"^model: .*{message}"):
+        train(model())
+
+
+class HalfDouble(nn.Module):
+    """Trains a float64 parameter next to float32 ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = tiny_model()
+        self.shift = nn.Parameter(torch.zeros(4, dtype=torch.float64))
+
+    def forward(self, images):
+        return self.net(images) + self.shift.float()
+
+
+def test_parameters_of_another_dtype_are_refused():
+    with pytest.raises(ValueError, match="float32 parameters, got torch.float64 in 'shift'"):
+        train(HalfDouble())
+
+
+def test_a_cohort_larger_than_the_federation_is_refused():
+    with pytest.raises(ConfigError, match="cohort: expected at most 5, the clients there are, got 6"):
+        train(cohort=6)
+
+
+@pytest.mark.parametrize("option", ["data", "model"])
+def test_own_means_handed_over(option):
+    data = None if option == "data" else tiny_data()
+    with pytest.raises(ConfigError, match=rf"^{option}: .* run\(config, {option}=\.\.\.\)"):
+        run(Config(**{option: "own"}, cohort=1), data=data)
+
+
+def test_a_folder_in_use_is_refused_and_only_an_earlier_runs_files_are_overwritten(tmp_path):
+    out = tmp_path / "run"
+    train(out=out)
+    (out / "notes.txt").write_text("mine")
+    before = (out / "metrics.csv").read_text()
+    with pytest.raises(FileExistsError, match="is not empty: choose another, or replace it with --overwrite"):
+        train(out=out)
+    assert (out / "metrics.csv").read_text() == before
+    train(out=out, rounds=1, overwrite=True)
+    assert len((out / "metrics.csv").read_text().splitlines()) == 1 + 1
+    assert (out / "notes.txt").read_text() == "mine"
+
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("all of it")
+    with pytest.raises(FileExistsError, match="holds no earlier results"):
+        train(out=other, overwrite=True)
+    with pytest.raises(FileExistsError, match="is a file"):
+        train(out=other / "thesis.txt", overwrite=True)
+    assert (other / "thesis.txt").read_text() == "all of it"

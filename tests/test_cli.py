@@ -94,6 +94,14 @@ def test_missing_data_are_one_line(tmp_path, capsys):
     assert fails(capsys, "run", "--data=omniglot").startswith("fedss run: ")
 
 
+def test_a_folder_that_cannot_be_written_to_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for command in ("run", "compare"):
+        assert main([command, "--rounds", "1", "--out", str(tmp_path / "file" / "out")]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and "file/out cannot be written to: Not a directory" in lines[0]
+
+
 def test_a_folder_in_use_is_one_line(tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     for command in ("run", "compare"):

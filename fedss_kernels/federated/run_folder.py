@@ -12,6 +12,7 @@ error.txt     the traceback, where a run of `fedss compare` failed
 import csv
 import dataclasses
 import json
+import tempfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,7 @@ class RunFolder:
 
 
 def check_folder(path: Path, files: tuple[str, ...], *, overwrite: bool) -> None:
-    """Raises FileExistsError if results can't go there.
+    """Makes the folder; raises FileExistsError or another OSError if results can't go there.
 
     What is in the folder is kept, unless `overwrite` is set and an earlier run left it, as the first of
     `files` shows.
@@ -135,12 +136,17 @@ def check_folder(path: Path, files: tuple[str, ...], *, overwrite: bool) -> None
             raise FileExistsError(
                 f"the folder {path} holds no earlier results ({files[0]}): it is not overwritten"
             )
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise OSError(f"the folder {path} cannot be written to: {error.strerror}") from None
 
 
 def prepare(path: Path, files: tuple[str, ...], *, overwrite: bool) -> None:
-    """Makes the folder, or frees it of an earlier run's `files` alone. Raises as `check_folder`."""
+    """Makes the folder, and frees it of an earlier run's `files` alone. Raises as `check_folder`."""
     check_folder(path, files, overwrite=overwrite)
-    path.mkdir(parents=True, exist_ok=True)
     for name in files:
         (path / name).unlink(missing_ok=True)
 

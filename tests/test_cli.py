@@ -97,9 +97,8 @@ def test_missing_data_are_one_line(tmp_path, capsys):
 def test_a_folder_that_cannot_be_written_to_is_one_line(tmp_path, capsys):
     (tmp_path / "file").touch()
     for command in ("run", "compare"):
-        assert main([command, "--rounds", "1", "--out", str(tmp_path / "file" / "out")]) == 2
-        lines = capsys.readouterr().err.splitlines()
-        assert len(lines) == 1 and "file/out cannot be written to: Not a directory" in lines[0]
+        line = fails(capsys, command, *SMALL, f"--out={tmp_path}/file/out")
+        assert line.endswith("file/out cannot be written to: Not a directory")
 
 
 def test_a_folder_in_use_is_one_line(tmp_path, capsys):

@@ -14,12 +14,7 @@ from fedss_kernels.federated.data import DATASETS
 
 def test_the_contracts_server_is_the_default():
     config = Config()
-    assert (config.server_lr, config.server_momentum, config.scale, config.embedding_dim) == (
-        1.0,
-        0.9,
-        20.0,
-        64,
-    )
+    assert (config.server_lr, config.server_momentum, config.embedding_dim) == (1.0, 0.9, 64)
     assert (config.correction, config.denominator, config.method) == ("negatives", "cohort", "fedss")
 
 

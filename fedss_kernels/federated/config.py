@@ -26,24 +26,30 @@ OWN = "own"  # the data set or model that a caller hands to run() as an object
 # glyphs.
 PRESETS: dict[str, dict[str, Any]] = {
     "glyphs": {
-        "num_negatives": 40,
-        "rounds": 300,
-        "cohort": 32,
-        "batch_size": 16,
-        "client_lr": 0.03,
+        "num_negatives": 38,
+        "rounds": 250,
+        "cohort": 16,
+        "batch_size": 10,
+        "client_lr": 0.05,
         "warmup_rounds": 20,
         "lr_decay": "cosine",
-        "weight_init_scale": 0.1,
+        "max_shift": 0.0,
+        "max_distortion": 0.0,
+        "scale": 8.0,
+        "weight_init_scale": 0.01,
     },
     "omniglot": {
-        "num_negatives": 64,
+        "num_negatives": 60,
         "rounds": 500,
-        "cohort": 32,
+        "cohort": 16,
         "batch_size": 16,
-        "client_lr": 0.03,
+        "client_lr": 0.05,
         "warmup_rounds": 20,
         "lr_decay": "cosine",
-        "weight_init_scale": 0.1,
+        "max_shift": 2.0,
+        "max_distortion": 0.15,
+        "scale": 10.0,
+        "weight_init_scale": 0.01,
     },
 }
 PRESETS[OWN] = PRESETS["glyphs"]
@@ -89,8 +95,8 @@ class Config:
         "classification: unseen images of known classes; retrieval: images of classes that nobody trained on",
         choices=lambda: TASKS,
     )
-    glyph_classes: int = option(600, "classes of the data set glyphs", low=2)
-    glyph_writers: int = option(400, "writers, that is clients, of the data set glyphs", low=1)
+    glyph_classes: int = option(540, "classes of the data set glyphs", low=2)
+    glyph_writers: int = option(800, "writers, that is clients, of the data set glyphs", low=1)
 
     method: str = option("fedss", "how to train", choices=lambda: tuple(METHODS))
     num_negatives: int = option(PRESET, "classes a client asks for besides its own", low=0)
@@ -114,12 +120,18 @@ class Config:
     lr_decay: str = option(
         PRESET, "the clients' rate after the warm-up", choices=lambda: ("constant", "linear", "cosine")
     )
+    max_shift: float = option(
+        PRESET, "pixels by which a client shifts each training image at random, at most", low=0
+    )
+    max_distortion: float = option(
+        PRESET, "how far a client turns, stretches and shears each training image, at most", low=0, below=1
+    )
     server_lr: float = option(1.0, "learning rate of the server", above=0)
     server_momentum: float = option(0.9, "momentum of the server", low=0, below=1)
 
     model: str = option("conv4", "the net that maps an image to an embedding", choices=lambda: (*MODELS, OWN))
     embedding_dim: int = option(64, "numbers in one embedding, D", low=1)
-    scale: float = option(20.0, "the loss multiplies cosines by this", above=0)
+    scale: float = option(PRESET, "the loss multiplies cosines by this", above=0)
     weight_init_scale: float = option(PRESET, "standard deviation of the class matrix at the start", above=0)
 
     seed: int = option(0, "the seed of everything but the data", low=0, below=2**63)

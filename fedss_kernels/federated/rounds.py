@@ -103,6 +103,8 @@ class Simulation:
             batch_size=config.batch_size,
             scale=config.scale,
             seed=config.seed,
+            max_shift=config.max_shift,
+            max_distortion=config.max_distortion,
         )
         self.server = Server(
             self.extractor.flat,

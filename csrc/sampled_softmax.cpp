@@ -23,12 +23,14 @@ constexpr int64_t kFewRows = 64, kManyRows = 256;  // of a wave: at least the fi
 constexpr int64_t kClassTile = 64, kRowTile = 16;  // of one task
 constexpr double kSerialWork = 1e5;                // multiply-adds below which threads cost more than they give
 
-void check_corrections(const char* name, const Vector& counts) {
+// Of a member of the class set, +inf leaves it out; a target cannot be left out.
+void check_corrections(const char* name, const Vector& counts, bool of_targets) {
   for (int64_t i = 0; i < counts.size; ++i) {
     const double value = counts[i];
-    if (value > -kInf) continue;
+    if (value > -kInf && (value < kInf || !of_targets)) continue;
     std::ostringstream message;
-    message << name << "[" << i << "] = " << value << ", expected a number or +inf, which leaves the entry out";
+    message << name << "[" << i << "] = " << value << ", expected a "
+            << (of_targets ? "finite number" : "number or +inf, which leaves the entry out");
     throw std::invalid_argument(message.str());
   }
 }
@@ -43,39 +45,48 @@ struct ClassRows {
   std::vector<double> log_count;     // (U,) merged log_expected_count; +inf: no term
   std::vector<int64_t> batch_rows;   // (V,) the rows of the batch that are not ignored
   std::vector<int64_t> target_slot;  // (V,) where in `ids` their targets are
+  std::vector<char> takes_part;      // (U,) whether the class is a term of some row's loss
 
   int64_t size() const { return int64_t(log_count.size()); }
   int64_t id(int64_t slot) const { return all ? slot : ids[slot]; }
 
+  // Checks every id and correction, as nothing was written yet.
   explicit ClassRows(const SampledSoftmax& p) : all(p.all_classes) {
-    for (int64_t i = 0; i < p.target.size; ++i) {
-      if (p.target.id(i) != p.ignore_index) batch_rows.push_back(i);
+    const std::vector<int64_t> target = checked_ids("target", p.target, p.weight.rows, &p.ignore_index);
+    const std::vector<int64_t> class_ids = checked_ids("class_ids", p.class_ids, p.weight.rows);
+    check_corrections("log_expected_count", p.log_expected_count, false);
+    check_corrections("target_log_expected_count", p.target_log_expected_count, true);
+    std::vector<int64_t> counted;  // (V,) the targets of batch_rows
+    for (size_t i = 0; i < target.size(); ++i) {
+      if (target[i] == p.ignore_index) continue;
+      batch_rows.push_back(int64_t(i));
+      counted.push_back(target[i]);
     }
-    target_slot.reserve(batch_rows.size());
     if (all) {
       log_count.resize(p.weight.rows);
       for (int64_t j = 0; j < size(); ++j) log_count[j] = p.log_expected_count ? p.log_expected_count[j] : 0.0;
-      for (int64_t i : batch_rows) target_slot.push_back(p.target.id(i));
+      target_slot = counted;
     } else {
-      merge(p);
+      merge(p, class_ids, counted);
+      for (int64_t t : counted) target_slot.push_back(std::lower_bound(ids.begin(), ids.end(), t) - ids.begin());
     }
+    takes_part.resize(size());
+    for (int64_t u = 0; u < size(); ++u) takes_part[u] = log_count[u] < kInf;
+    for (int64_t u : target_slot) takes_part[u] = true;
   }
 
  private:
-  void merge(const SampledSoftmax& p) {
-    const int64_t S = p.class_ids.size;
+  void merge(const SampledSoftmax& p, const std::vector<int64_t>& class_ids, const std::vector<int64_t>& counted) {
+    const int64_t S = int64_t(class_ids.size());
     std::vector<std::pair<int64_t, int64_t>> entries;  // (class id, position in class_ids, or S for a target)
-    entries.reserve(S + batch_rows.size());
-    for (int64_t j = 0; j < S; ++j) entries.emplace_back(p.class_ids.id(j), j);
-    for (int64_t i : batch_rows) entries.emplace_back(p.target.id(i), S);
+    entries.reserve(S + counted.size());
+    for (int64_t j = 0; j < S; ++j) entries.emplace_back(class_ids[j], j);
+    for (int64_t t : counted) entries.emplace_back(t, S);
     std::sort(entries.begin(), entries.end());
     for (size_t first = 0, last; first < entries.size(); first = last) {
       for (last = first; last < entries.size() && entries[last].first == entries[first].first;) ++last;
       ids.push_back(entries[first].first);
       log_count.push_back(merged_log_count(p, entries, first, last));
-    }
-    for (int64_t i : batch_rows) {
-      target_slot.push_back(std::lower_bound(ids.begin(), ids.end(), p.target.id(i)) - ids.begin());
     }
   }
 
@@ -119,10 +130,9 @@ class Solver {
     B_ = p_.input.rows, D_ = p_.input.cols, V_ = int64_t(classes_.batch_rows.size()), U_ = classes_.size();
     D_pad_ = padded(D_);
     threads_ = double(V_) * double(U_) * double(D_) < kSerialWork ? 1 : std::max(threads, 1);
-    const int64_t fitting = kBlockElements / std::max<int64_t>(U_, 1);
+    const int64_t columns = std::max(tiles(U_), int64_t(1)) * kClassTile, fitting = kBlockElements / columns;
     wave_rows_ = std::min(fitting >= kFewRows ? fitting : kManyRows, std::max<int64_t>(V_, 1));
-    const int64_t columns = std::min(U_, std::max(kBlockElements / wave_rows_, kClassTile));
-    chunk_ = (columns + kClassTile - 1) / kClassTile * kClassTile;
+    chunk_ = std::min(columns, kBlockElements / wave_rows_ / kClassTile * kClassTile);
     wants_gradient_ = out_.grad_input || out_.grad_rows || out_.grad_bias || out_.grad_scale;
   }
 
@@ -181,7 +191,7 @@ class Solver {
     norm_.resize(chunk_);
     scratch_.assign(threads_, std::vector<double>(kClassTile * (D_pad_ + kRowTile) + D_pad_));
     offset_.resize(U_);
-    for (int64_t u = 0; u < U_; ++u) offset_[u] = bias(u) - classes_.log_count[u];
+    for (int64_t u = 0; u < U_; ++u) offset_[u] = classes_.log_count[u] == kInf ? -kInf : bias(u) - classes_.log_count[u];
     if (!wants_gradient_) return;
     dlogits_.resize(wave_rows_ * chunk_);
     grad_x_.resize(wave_rows_ * D_pad_);
@@ -218,6 +228,11 @@ class Solver {
     if (out_.grad_input) store_grad_input(first, rows);
   }
 
+  static int64_t tiles(int64_t classes) { return (classes + kClassTile - 1) / kClassTile; }
+
+  // factor * gradient, but 0 through a zero row or scale even where an upstream gradient is infinite.
+  static double through(double factor, double gradient) { return factor == 0.0 ? 0.0 : factor * gradient; }
+
   double bias(int64_t slot) const { return p_.bias ? p_.bias[classes_.id(slot)] : 0.0; }
 
   // Reads one row, rounded if asked, and scales it as Norm says.
@@ -225,15 +240,30 @@ class Solver {
     from.read_row(row, out);
     round_row(p_.rounding, from.dtype, out, D_);
     if (!p_.cosine) return Norm{};
-    double squares = 0;
-    for (int64_t d = 0; d < D_; ++d) squares += out[d] * out[d];
-    const double norm = std::sqrt(squares);
+    double norm = norm_of(out), inverse = 1 / norm;
     if (norm < kZeroNorm) return Norm{0.0, 0.0};
+    if (norm == kInf) {  // an infinite element, or float64 squares past the largest number
+      for (int64_t d = 0; d < D_; ++d) out[d] *= 0x1p-600;
+      norm = norm_of(out), inverse = 0x1p-600 / norm;
+    }
     if (!(norm < kInf)) return Norm{kNaN, kNaN};
     int exponent;
     const double scaled = std::frexp(norm, &exponent), shrink = std::ldexp(1.0, -exponent);
     for (int64_t d = 0; d < D_; ++d) out[d] *= shrink;
-    return Norm{1 / norm, 1 / scaled};
+    return Norm{inverse, 1 / scaled};
+  }
+
+  double norm_of(const double* row) const {
+    double squares = 0;
+    for (int64_t d = 0; d < D_; ++d) squares += row[d] * row[d];
+    return std::sqrt(squares);
+  }
+
+  // A class that is no term of any loss may hold anything: it is read as zeros.
+  Norm load_class(int64_t slot, double* out) const {
+    if (classes_.takes_part[slot]) return load(p_.weight, classes_.id(slot), out);
+    std::fill_n(out, D_, 0.0);
+    return Norm{0.0, 0.0};
   }
 
   void load_rows(int64_t first, int64_t rows) {
@@ -241,27 +271,27 @@ class Solver {
     parallel_for(rows, threads_, [&](int64_t r, int) {
       const int64_t i = classes_.batch_rows[first + r];
       row_[r] = Row{};
-      row_[r].norm = load(p_.input, i, &x_[r * D_pad_]);
+      row_[r].norm = load(p_.input, i, x_.data() + r * D_pad_);
       row_[r].upstream = p_.grad_loss ? p_.grad_loss[i] : share;
     });
   }
 
   // similarity(r, j) = cos(x_r, w_j), or x_r . w_j. Tasks: tiles of classes; each reads its class rows once.
   void compute_similarity(int64_t chunk, int64_t columns, int64_t rows) {
-    parallel_for((columns + kClassTile - 1) / kClassTile, threads_, [&](int64_t task, int worker) {
+    parallel_for(tiles(columns), threads_, [&](int64_t task, int worker) {
       const int64_t j0 = task * kClassTile, tile = std::min(kClassTile, columns - j0);
       double* w = scratch_[worker].data();  // (D,)
       double* w_columns = w + D_pad_;       // (D, kClassTile)
       std::fill_n(w_columns, D_ * kClassTile, 0.0);
       for (int64_t j = 0; j < tile; ++j) {
-        norm_[j0 + j] = load(p_.weight, classes_.id(chunk + j0 + j), w);
+        norm_[j0 + j] = load_class(chunk + j0 + j, w);
         for (int64_t d = 0; d < D_; ++d) w_columns[d * kClassTile + j] = w[d];
       }
-      for (int64_t r = 0; r < rows; ++r) std::fill_n(&similarity_[r * chunk_ + j0], kClassTile, 0.0);
-      multiply_add(rows, kClassTile, D_, x_.data(), D_pad_, 1, w_columns, kClassTile, &similarity_[j0], chunk_);
+      for (int64_t r = 0; r < rows; ++r) std::fill_n(similarity_.data() + r * chunk_ + j0, kClassTile, 0.0);
+      multiply_add(rows, kClassTile, D_, x_.data(), D_pad_, 1, w_columns, kClassTile, similarity_.data() + j0, chunk_);
       if (!p_.cosine) return;
       for (int64_t r = 0; r < rows; ++r) {
-        double* similarity = &similarity_[r * chunk_ + j0];
+        double* similarity = similarity_.data() + r * chunk_ + j0;
         const double inverse = row_[r].norm.inverse_scaled;
         for (int64_t j = 0; j < tile; ++j) {
           similarity[j] *= inverse * norm_[j0 + j].inverse_scaled;
@@ -279,8 +309,8 @@ class Solver {
   void accumulate_logsumexp(int64_t first, int64_t chunk, int64_t columns, int64_t rows) {
     parallel_for(rows, threads_, [&](int64_t r, int) {
       Row& row = row_[r];
-      const double* similarity = &similarity_[r * chunk_];
-      const double* offset = &offset_[chunk];
+      const double* similarity = similarity_.data() + r * chunk_;
+      const double* offset = offset_.data() + chunk;
       const int64_t t = classes_.target_slot[first + r] - chunk;
       double max = row.max;
       if (t >= 0 && t < columns) {
@@ -328,14 +358,14 @@ class Solver {
   void compute_dlogits(int64_t first, int64_t chunk, int64_t columns, int64_t rows) {
     parallel_for(rows, threads_, [&](int64_t r, int) {
       Row& row = row_[r];
-      const double* similarity = &similarity_[r * chunk_];
-      double* dlogits = &dlogits_[r * chunk_];
+      const double* similarity = similarity_.data() + r * chunk_;
+      double* dlogits = dlogits_.data() + r * chunk_;
       const int64_t t = classes_.target_slot[first + r] - chunk;
       const double share = row.upstream / (std::exp(row.target_logit - row.max) + row.sum_others);
       for (int64_t j = 0; j < columns; ++j) {
         const double value = keeps_terms() ? dlogits[j] : term(offset_[chunk + j], similarity[j], row.max);
-        const double gradient = share * (j == t ? -row.sum_others : value);
-        row.sum_gradient_similarity += gradient * similarity[j];
+        const double gradient = through(j == t ? -row.sum_others : value, share);
+        row.sum_gradient_similarity += through(similarity[j], gradient);
         dlogits[j] = gradient;
       }
     });
@@ -351,12 +381,12 @@ class Solver {
       for (int64_t j0 = 0; j0 < columns; j0 += kClassTile) {
         const int64_t tile = std::min(kClassTile, columns - j0);
         for (int64_t j = 0; j < tile; ++j) {
-          const double inverse = load(p_.weight, classes_.id(chunk + j0 + j), w + j * D_pad_).inverse_scaled;
+          const double inverse = load_class(chunk + j0 + j, w + j * D_pad_).inverse_scaled;
           for (int64_t r = 0; r < count; ++r) {
-            coefficients[r * kClassTile + j] = dlogits_[(r0 + r) * chunk_ + j0 + j] * inverse;
+            coefficients[r * kClassTile + j] = through(inverse, dlogits_[(r0 + r) * chunk_ + j0 + j]);
           }
         }
-        multiply_add(count, D_pad_, tile, coefficients, kClassTile, 1, w, D_pad_, &grad_x_[r0 * D_pad_], D_pad_);
+        multiply_add(count, D_pad_, tile, coefficients, kClassTile, 1, w, D_pad_, grad_x_.data() + r0 * D_pad_, D_pad_);
       }
     });
   }
@@ -369,7 +399,7 @@ class Solver {
       const double factor = p_.scale * row.norm.inverse;
       Out* out = static_cast<Out*>(out_.grad_input) + classes_.batch_rows[first + r] * D_;
       for (int64_t d = 0; d < D_; ++d) {
-        out[d] = Out(factor * (grad_x_[r * D_pad_ + d] - along * x_[r * D_pad_ + d]));
+        out[d] = Out(through(factor, grad_x_[r * D_pad_ + d] - along * x_[r * D_pad_ + d]));
       }
     });
   }
@@ -377,7 +407,7 @@ class Solver {
   // The same for class rows: grad_w_j += sum_r dlogits(r, j) x_r / |x_r|, without its part along w_j, times
   // scale / |w_j|. Tasks: tiles of classes; rows in order.
   void accumulate_grad_rows(int64_t chunk, int64_t columns, int64_t rows) {
-    parallel_for((columns + kClassTile - 1) / kClassTile, threads_, [&](int64_t task, int worker) {
+    parallel_for(tiles(columns), threads_, [&](int64_t task, int worker) {
       const int64_t j0 = task * kClassTile, tile = std::min(kClassTile, columns - j0);
       double* grad = scratch_[worker].data();             // (kClassTile, D_pad)
       double* coefficients = grad + kClassTile * D_pad_;  // (kRowTile, kClassTile)
@@ -390,12 +420,12 @@ class Solver {
           const double inverse = row_[r0 + r].norm.inverse_scaled;
           for (int64_t j = 0; j < tile; ++j) {
             const int64_t at = (r0 + r) * chunk_ + j0 + j;
-            along[j] += dlogits_[at] * similarity_[at];
+            along[j] += through(similarity_[at], dlogits_[at]);
             sum[j] += dlogits_[at];
-            coefficients[r * kClassTile + j] = dlogits_[at] * inverse;
+            coefficients[r * kClassTile + j] = through(inverse, dlogits_[at]);
           }
         }
-        multiply_add(tile, D_pad_, count, coefficients, 1, kClassTile, &x_[r0 * D_pad_], D_pad_, grad, D_pad_);
+        multiply_add(tile, D_pad_, count, coefficients, 1, kClassTile, x_.data() + r0 * D_pad_, D_pad_, grad, D_pad_);
       }
       for (int64_t j = 0; j < tile; ++j) {
         if (out_.grad_bias) grad_bias_[chunk + j0 + j] += sum[j];
@@ -405,21 +435,17 @@ class Solver {
   }
 
   void add_grad_row(int64_t slot, const double* grad, double along, double* w) const {
-    const Norm norm = load(p_.weight, classes_.id(slot), w);
+    const Norm norm = load_class(slot, w);
     const double factor = p_.scale * norm.inverse;
     along = p_.cosine ? along * norm.inverse_scaled : 0.0;
     Out* out = static_cast<Out*>(out_.grad_rows) + slot * D_;
-    for (int64_t d = 0; d < D_; ++d) out[d] += Out(factor * (grad[d] - along * w[d]));
+    for (int64_t d = 0; d < D_; ++d) out[d] += Out(through(factor, grad[d] - along * w[d]));
   }
 };
 
 }  // namespace
 
 void sampled_softmax(const SampledSoftmax& problem, const SampledSoftmaxResult& result, int threads) {
-  check_ids("target", problem.target, problem.weight.rows, &problem.ignore_index);
-  check_ids("class_ids", problem.class_ids, problem.weight.rows);
-  check_corrections("log_expected_count", problem.log_expected_count);
-  check_corrections("target_log_expected_count", problem.target_log_expected_count);
   if (problem.input.dtype == DType::float64) {
     Solver<double>(problem, result, threads).solve();
   } else {

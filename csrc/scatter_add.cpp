@@ -17,16 +17,17 @@ int owner(int64_t class_id, int threads) {
 }
 
 template <class T>
-void scatter_add_rows(const Matrix& out, const Vector& class_ids, const Matrix& rows, const Vector& scale,
-                      int threads) {
+void scatter_add_rows(const Matrix& out, const std::vector<int64_t>& class_ids, const Matrix& rows,
+                      const Vector& scale, int threads) {
   const int64_t M = rows.rows, D = rows.cols;
   if (double(M) * double(D) < kSerialWork) threads = 1;
+  std::vector<std::vector<T>> scratch(threads, std::vector<T>(D));  // all of it before anything is written
   parallel_for(threads, threads, [&](int64_t part, int) {
-    std::vector<T> row(D);
+    T* row = scratch[part].data();
     for (int64_t i = 0; i < M; ++i) {
-      const int64_t c = class_ids.id(i);
+      const int64_t c = class_ids[i];
       if (threads > 1 && owner(c, threads) != part) continue;
-      rows.read_row(i, row.data());
+      rows.read_row(i, row);
       if (scale) {
         const T factor = T(scale[i]);
         for (int64_t d = 0; d < D; ++d) row[d] *= factor;
@@ -40,11 +41,12 @@ void scatter_add_rows(const Matrix& out, const Vector& class_ids, const Matrix& 
 }  // namespace
 
 void scatter_add(const Matrix& out, const Vector& class_ids, const Matrix& rows, const Vector& scale, int threads) {
-  check_ids("class_ids", class_ids, out.rows);
+  const std::vector<int64_t> ids = checked_ids("class_ids", class_ids, out.rows);
+  threads = threads < 1 ? 1 : threads;
   if (out.dtype == DType::float64) {
-    scatter_add_rows<double>(out, class_ids, rows, scale, threads);
+    scatter_add_rows<double>(out, ids, rows, scale, threads);
   } else {
-    scatter_add_rows<float>(out, class_ids, rows, scale, threads);
+    scatter_add_rows<float>(out, ids, rows, scale, threads);
   }
 }
 

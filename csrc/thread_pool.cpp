@@ -4,9 +4,12 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cfenv>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
 #include <thread>
+#include <utility>
 
 namespace fedss {
 namespace {
@@ -23,6 +26,7 @@ class Pool {
       std::lock_guard<std::mutex> lock(mutex_);
       body_ = &body;
       tasks_ = tasks;
+      std::fegetenv(&environment_);
       next_.store(0, std::memory_order_relaxed);
       helpers_ = running_ = threads - 1;
       ++generation_;
@@ -32,6 +36,7 @@ class Pool {
     std::unique_lock<std::mutex> lock(mutex_);
     done_.wait(lock, [&] { return running_ == 0; });
     body_ = nullptr;
+    if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
   }
 
  private:
@@ -41,6 +46,8 @@ class Pool {
   int64_t tasks_ = 0;
   int workers_ = 0, helpers_ = 0, running_ = 0;
   uint64_t generation_ = 0;
+  std::fenv_t environment_;
+  std::exception_ptr failure_;
   std::atomic<int64_t> next_{0};
 
   void grow(int workers) {
@@ -50,7 +57,13 @@ class Pool {
   }
 
   void work(const Body& body, int64_t tasks, int worker) {
-    for (int64_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < tasks;) body(task, worker);
+    try {
+      for (int64_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < tasks;) body(task, worker);
+    } catch (...) {
+      next_.store(tasks, std::memory_order_relaxed);  // the others need not begin another task
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (!failure_) failure_ = std::current_exception();
+    }
   }
 
   void serve(int worker, uint64_t seen) {
@@ -61,6 +74,7 @@ class Pool {
       if (worker > helpers_) continue;  // a call on fewer threads than the pool has
       const Body& body = *body_;
       const int64_t tasks = tasks_;
+      std::fesetenv(&environment_);
       lock.unlock();
       work(body, tasks, worker);
       lock.lock();

@@ -10,7 +10,8 @@ namespace fedss {
 // Calls body(task, worker) once for every task in [0, tasks), on at most `threads` threads, the caller's among them;
 // worker is in [0, threads) and no two running bodies share one. Which worker gets which task is not fixed, so results
 // must not depend on it. A call made while another is running (from another thread of Python, say) runs on its
-// own thread alone. Usable after fork: the child starts a pool of its own. `body` must not throw.
+// own thread alone. Usable after fork: the child starts a pool of its own. All threads compute in the caller's
+// floating-point environment (rounding, denormals). The first exception of a body is thrown again once all have ended.
 void parallel_for(int64_t tasks, int threads, const std::function<void(int64_t task, int worker)>& body);
 
 }  // namespace fedss

@@ -2,6 +2,7 @@
 came."""
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -35,3 +36,17 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         expected = " or ".join(f'"{choice}"' for choice in choices)
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+
+def check_integer(name: str, value: object, least: int) -> None:
+    """Raises TypeError unless `value` is an integer, ValueError unless it is at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
+def refuse_forward_mode(name: str) -> None:
+    """Raises RuntimeError inside a level of forward-mode AD, which would drop the tangents: a silent zero."""
+    if forward_ad._current_level >= 0:
+        raise RuntimeError(f"{name} has no forward-mode derivative (jvp, jacfwd, make_dual)")

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .checks import check_integer, check_tensor
+
 
 @dataclass(frozen=True)
 class ClassSet:
@@ -38,9 +40,11 @@ def draw_negatives(
     >>> draw_negatives(5, torch.tensor([1, 3]), 10, np.random.default_rng(0))
     tensor([0, 2, 4])
     """
+    check_integer("num_classes", num_classes, 0)
+    check_integer("num_negatives", num_negatives, 0)
+    if not isinstance(rng, np.random.Generator):
+        raise TypeError(f"rng: expected a numpy.random.Generator, got {type(rng).__name__}")
     held = _sorted_positives(num_classes, positives)
-    if num_negatives < 0:
-        raise ValueError(f"num_negatives: expected at least 0, got {num_negatives}")
     others = num_classes - len(held)
     m = min(num_negatives, others)
     ranks = np.arange(others) if m == others else np.sort(rng.choice(others, m, replace=False, shuffle=False))
@@ -67,7 +71,9 @@ def draw_class_set(
     class_ids, order = torch.cat([positives, negatives]).sort()
     is_negative = order >= len(positives)
     log_count = math.log(m / others) if m and correction == "negatives" else 0.0
-    log_expected_count = torch.zeros(len(class_ids), dtype=torch.float64).masked_fill_(is_negative, log_count)
+    log_expected_count = torch.zeros(len(class_ids), dtype=torch.float64, device="cpu").masked_fill_(
+        is_negative, log_count
+    )
     return ClassSet(class_ids, is_negative, log_expected_count)
 
 
@@ -108,12 +114,17 @@ def draw_batch_class_set(
         num_sampled / others.to(torch.float32)
     )  # +inf when there is no other class: all left out
     class_ids = torch.cat([torch.where(positive, held, 0), negatives.clamp(max=num_classes - 1)])
-    log_expected_count = torch.cat([torch.where(positive, 0.0, torch.inf), log_count.expand(num_sampled)])
+    log_expected_count = torch.cat(
+        [torch.where(positive, 0.0, torch.inf).to(torch.float32), log_count.expand(num_sampled)]
+    )
     assert len(class_ids) == B + num_sampled
     return class_ids, log_expected_count
 
 
 def _sorted_positives(num_classes: int, positives: Tensor) -> np.ndarray:
+    check_tensor("positives", positives, (torch.int64,))
+    if positives.dim() != 1:
+        raise ValueError(f"positives: expected shape (P,), got {tuple(positives.shape)}")
     held = np.sort(positives.numpy())
     if len(held) and not (0 <= held[0] and held[-1] < num_classes):
         bad = held[0] if held[0] < 0 else held[-1]

@@ -18,7 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from . import _C
-from .checks import FLOATING, check_choice, check_device, check_shape, check_tensor
+from .checks import (
+    FLOATING,
+    check_choice,
+    check_device,
+    check_integer,
+    check_shape,
+    check_tensor,
+    refuse_forward_mode,
+)
 from .class_sets import draw_batch_class_set
 from .reference import sampled_softmax_loss as _reference_loss
 
@@ -89,8 +97,12 @@ def sampled_softmax_loss(
     check_choice("similarity", similarity, ("cosine", "dot"))
     check_choice("reduction", reduction, ("mean", "sum", "none"))
     backend = _backend(impl, input.device)
+    if not isinstance(ignore_index, int) or not -(2**63) <= ignore_index < 2**63:
+        raise TypeError(f"ignore_index: expected a 64-bit integer, got {ignore_index!r}")
+    if sparse_grad and backend == "reference":
+        raise ValueError('sparse_grad: expected False for impl="reference", whose gradients are dense')
     shape = target.shape
-    input, target = input.reshape(-1, input.shape[-1]), target.reshape(-1)
+    input, target = input.reshape(target.numel(), input.shape[-1]), target.reshape(-1)
     if target_log_expected_count is not None:
         target_log_expected_count = target_log_expected_count.reshape(-1)
     corrections = (class_ids, log_expected_count, target_log_expected_count)
@@ -99,7 +111,9 @@ def sampled_softmax_loss(
             input, weight, target, corrections, bias, scale, similarity, ignore_index, reduction
         )
     else:
-        scale_tensor = scale if isinstance(scale, Tensor) else torch.full((), scale, dtype=torch.float64)
+        scale_tensor = (
+            scale if isinstance(scale, Tensor) else torch.full((), scale, dtype=torch.float64, device="cpu")
+        )
         grad = torch.is_grad_enabled() and reduction != "none"
         wanted = [grad and t is not None and t.requires_grad for t in (input, weight, bias, scale_tensor)]
         loss = torch.ops.fedss_kernels.sampled_softmax_loss(
@@ -170,7 +184,8 @@ def _check_constant(name: str, value: Tensor | None, shape: tuple[int, ...], mea
 def _check_scale(scale: float | Tensor, device: torch.device) -> None:
     if isinstance(scale, Tensor):
         check_tensor("scale", scale, FLOATING)
-        check_shape("scale", scale, (), "() = a number")
+        if scale.dim() != 0:
+            raise ValueError(f"scale: expected a number or a 0-d tensor, got shape {tuple(scale.shape)}")
         if scale.device != device and scale.device.type != "cpu":
             raise ValueError(f"scale: expected a tensor on {device} or cpu, got one on {scale.device}")
     elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
@@ -179,8 +194,11 @@ def _check_scale(scale: float | Tensor, device: torch.device) -> None:
         raise ValueError(f"scale: expected a finite number, got {scale}")
 
 
+_IMPLS = ("auto", "cpp", "reference")
+
+
 def _backend(impl: str, device: torch.device) -> str:
-    check_choice("impl", impl, ("auto", "cpp", "reference"))
+    check_choice("impl", impl, _IMPLS)
     if impl != "reference" and device.type != "cpu":
         raise ValueError(
             f'input: expected a CPU tensor for impl="{impl}", got one on {device}; '
@@ -205,22 +223,40 @@ def _plain_loss(
     _check_ids("target", target, len(weight), ignore_index)
     if class_ids is not None:
         _check_ids("class_ids", class_ids, len(weight), None)
-    _check_counts("log_expected_count", log_expected_count)
-    _check_counts("target_log_expected_count", target_log_expected_count)
-    return _reference_loss(
-        input,
-        weight,
-        target,
-        class_ids,
-        log_expected_count,
-        target_log_expected_count=target_log_expected_count,
-        bias=bias,
-        scale=scale,
-        similarity=similarity,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        dtype=torch.promote_types(input.dtype, torch.float32),
-    )
+    _check_counts("log_expected_count", log_expected_count, of_targets=False)
+    _check_counts("target_log_expected_count", target_log_expected_count, of_targets=True)
+    device_type, dtype = input.device.type, torch.promote_types(input.dtype, torch.float32)
+    rounding = _autocast_dtype(device_type)
+    with torch.autocast(device_type, enabled=False):
+        return _reference_loss(
+            _rounded(input, rounding),
+            _rounded(weight, rounding),
+            target,
+            class_ids,
+            log_expected_count,
+            target_log_expected_count=target_log_expected_count,
+            bias=bias,
+            scale=scale,
+            similarity=similarity,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            dtype=dtype,
+        )
+
+
+def _rounded(rows: Tensor, rounding: torch.dtype | None) -> Tensor:
+    """`rows` at the values of `rounding`; the gradient passes as it is."""
+    if rounding is None or rows.dtype == torch.float64:
+        return rows
+    return rows + (rows.detach().to(rounding).to(rows.dtype) - rows.detach())
+
+
+def _autocast_dtype(device_type: str) -> torch.dtype | None:
+    """What autocast rounds to now, or None."""
+    if not torch.is_autocast_enabled(device_type):
+        return None
+    dtype = torch.get_autocast_dtype(device_type)
+    return dtype if dtype in (torch.float16, torch.bfloat16) else None
 
 
 def _check_ids(name: str, ids: Tensor, C: int, ignore_index: int | None) -> None:
@@ -233,13 +269,14 @@ def _check_ids(name: str, ids: Tensor, C: int, ignore_index: int | None) -> None
         raise IndexError(f"{name}[{i}] = {int(ids[i])}, expected a class in [0, {C}){also}")
 
 
-def _check_counts(name: str, counts: Tensor | None) -> None:
-    if counts is None or (counts > -torch.inf).all():
+def _check_counts(name: str, counts: Tensor | None, of_targets: bool) -> None:
+    if counts is None:
         return
-    i = int((~(counts > -torch.inf)).nonzero()[0, 0])
-    raise ValueError(
-        f"{name}[{i}] = {float(counts[i])}, expected a number or +inf, which leaves the entry out"
-    )
+    good = counts.isfinite() if of_targets else counts > -torch.inf
+    if not good.all():
+        i = int((~good).nonzero()[0, 0])
+        expected = "finite number" if of_targets else "number or +inf, which leaves the entry out"
+        raise ValueError(f"{name}[{i}] = {float(counts[i])}, expected a {expected}")
 
 
 # ---- the registered operator -------------------------------------------------------------------------------
@@ -327,6 +364,7 @@ def _run_kernel(
 @torch.library.impl(_library, "sampled_softmax_loss", "CPU")
 def _loss_cpu(*arguments):
     p = _Arguments(*arguments)
+    refuse_forward_mode("sampled_softmax_loss")
     loss, gradients = _run_kernel(p, p.wanted)
     return loss, *gradients
 
@@ -341,8 +379,15 @@ def _loss_fake(*arguments):
 def _backward_cpu(grad_loss: Tensor, made: list[Tensor], needed: list[bool], *arguments):
     p, gradients = _Arguments(*arguments), _Gradients(*made)
     upstream: Tensor | None = grad_loss
+    refuse_forward_mode("sampled_softmax_loss")
     if p.reduction == "none":
         gradients, upstream = _run_kernel(p, needed, grad_loss)[1], None
+    elif (
+        not grad_loss.isfinite()
+    ):  # what is 0 must stay 0, not become 0 * inf: each row with its own upstream
+        count = (p.target != p.ignore_index).sum().clamp(min=1) if p.reduction == "mean" else 1
+        rows = (grad_loss / count).expand(len(p.input))
+        gradients, upstream = _run_kernel(p._replace(reduction="none"), needed, rows)[1], None
     elif any(need and not was for need, was in zip(needed, p.wanted, strict=True)):
         gradients = _run_kernel(p, needed)[1]
     return (
@@ -397,7 +442,7 @@ def _grad_bias(p: _Arguments, gradients: _Gradients, upstream: Tensor | None) ->
 def _touched(p: _Arguments, gradients: _Gradients) -> Tensor:
     """(U,) the classes whose rows have a gradient, ascending."""
     if p.class_ids is None:
-        return torch.arange(len(p.weight))
+        return torch.arange(len(p.weight), device=p.weight.device)
     return gradients.row_ids[: int((gradients.row_ids >= 0).sum())]
 
 
@@ -419,7 +464,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_loss, *_):
-    tensors, made = ctx.saved_tensors[:_TENSORS], ctx.saved_tensors[_TENSORS:]
+    saved = ctx.saved_tensors  # read once: each access runs the unpack hooks, of checkpointing say
+    tensors, made = saved[:_TENSORS], saved[_TENSORS:]
     positions = (0, 1, 6, 7)  # of input, weight, bias and scale
     needed = [ctx.needs_input_grad[position] for position in positions]
     result: list[Tensor | None] = [None] * (_TENSORS + len(ctx.options))
@@ -453,10 +499,7 @@ def _register_autocast(device_type: str, key: str) -> None:
 
     def with_rounding(*arguments):
         *others, rounding = arguments
-        if rounding is None and torch.is_autocast_enabled(device_type):
-            rounding = torch.get_autocast_dtype(device_type)
-        if rounding not in (None, torch.float16, torch.bfloat16):
-            rounding = None
+        rounding = _autocast_dtype(device_type) if rounding is None else rounding
         with torch._C._ExcludeDispatchKeyGuard(without_autocast):
             return torch.ops.fedss_kernels.sampled_softmax_loss(*others, rounding)
 
@@ -483,7 +526,7 @@ class SampledSoftmaxLoss(nn.Module):
     In training mode each call's class set is the batch's own classes (expected count 1) and `num_sampled`
     uniform negatives among the others (expected count num_sampled / others); see `draw_batch_class_set`. In
     eval mode, and for `num_sampled=None` or >= num_classes, it is the full softmax. No host synchronisation;
-    compiles fullgraph.
+    compiles fullgraph with torch's default generator (torch.compile cannot trace another).
 
     Args:
         num_classes: C.
@@ -521,11 +564,11 @@ class SampledSoftmaxLoss(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("num_classes", num_classes), ("embedding_dim", embedding_dim)):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
-        if num_sampled is not None and num_sampled < 0:
-            raise ValueError(f"num_sampled: expected at least 0 or None, got {num_sampled}")
+        check_integer("num_classes", num_classes, 1)
+        check_integer("embedding_dim", embedding_dim, 1)
+        if num_sampled is not None:
+            check_integer("num_sampled", num_sampled, 0)
+        check_choice("impl", impl, _IMPLS)
         check_choice("similarity", similarity, ("cosine", "dot"))
         check_choice("reduction", reduction, ("mean", "sum", "none"))
         _check_scale(scale, torch.device("cpu"))
@@ -549,6 +592,7 @@ class SampledSoftmaxLoss(nn.Module):
         input: Tensor,  # (..., D)
         target: Tensor,  # (...,) int64
     ) -> Tensor:
+        check_tensor("target", target, (torch.int64,))
         class_ids = log_expected_count = None
         if self.training and self.num_sampled is not None and self.num_sampled < self.num_classes:
             class_ids, log_expected_count = draw_batch_class_set(
@@ -581,9 +625,11 @@ class SampledSoftmaxLoss(nn.Module):
 
         Goes over the classes in blocks: memory is rows x (block_size + k), never rows x C. Raises ValueError
         for a k outside [1, C]."""
+        check_tensor("input", input, FLOATING)
+        check_integer("block_size", block_size, 1)
         if not 1 <= k <= self.num_classes:
             raise ValueError(f"k: expected 1 to {self.num_classes}, got {k}")
-        if input.shape[-1] != self.embedding_dim:
+        if input.dim() < 1 or input.shape[-1] != self.embedding_dim:
             raise ValueError(f"input: expected shape (..., {self.embedding_dim}), got {tuple(input.shape)}")
         dtype = torch.promote_types(torch.promote_types(input.dtype, self.weight.dtype), torch.float32)
         rows = self._unit(input.reshape(-1, self.embedding_dim).to(dtype))
@@ -603,7 +649,10 @@ class SampledSoftmaxLoss(nn.Module):
         return TopK(values.reshape(shape), indices.reshape(shape))
 
     def _unit(self, rows: Tensor) -> Tensor:
-        return rows if self.similarity == "dot" else nn.functional.normalize(rows, eps=1e-12)
+        if self.similarity == "dot":
+            return rows
+        norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
+        return torch.where(norm < 1e-12, 0.0, rows / norm).to(rows.dtype)
 
     def extra_repr(self) -> str:
         scale = "learned" if isinstance(self.scale, nn.Parameter) else self.scale

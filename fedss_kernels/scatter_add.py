@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import _C
-from .checks import FLOATING, check_device, check_shape, check_tensor
+from .checks import FLOATING, check_device, check_shape, check_tensor, refuse_forward_mode
 
 _library = torch.library.Library("fedss_kernels", "FRAGMENT")
 _library.define("scatter_add_(Tensor(a!) out, Tensor class_ids, Tensor rows, Tensor? scale) -> ()")
@@ -31,7 +31,10 @@ def scatter_add_(
     tensor([2., 0., 4.])
     """
     _check(out, class_ids, rows, scale)
-    torch.ops.fedss_kernels.scatter_add_(out, class_ids, rows, scale)
+    if not torch.compiler.is_compiling() and out.is_neg():
+        raise ValueError("out: expected a plain tensor, got a view that negates its memory")
+    scale = None if scale is None else scale.resolve_neg()
+    torch.ops.fedss_kernels.scatter_add_(out, class_ids, rows.resolve_neg(), scale)
     return out
 
 
@@ -61,12 +64,24 @@ def _check(out: Tensor, class_ids: Tensor, rows: Tensor, scale: Tensor | None) -
 
 @torch.library.impl(_library, "scatter_add_", "CPU")
 def _scatter_add_cpu(out: Tensor, class_ids: Tensor, rows: Tensor, scale: Tensor | None) -> None:
+    refuse_forward_mode("scatter_add_")
     if out.numel() and _overlaps_itself(out):
         raise ValueError("out: expected a tensor whose elements do not share memory, got an expanded one")
     for name, tensor in {"class_ids": class_ids, "rows": rows, "scale": scale}.items():
         if tensor is not None and _may_overlap(out, tensor):
             raise ValueError(f"{name}: expected memory of its own, got a tensor that overlaps out")
     _C.scatter_add(out, class_ids, rows, scale, threads=torch.get_num_threads())
+
+
+def _count_the_change(keys, out: Tensor, *arguments) -> None:
+    """Raises out's version, as in-place operations do, so that autograd sees that a saved tensor changed."""
+    torch.autograd.graph.increment_version(out)
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        below = keys & torch._C._after_ADInplaceOrView_keyset
+        torch.ops.fedss_kernels.scatter_add_.default.redispatch(below, out, *arguments)
+
+
+_library.impl("scatter_add_", _count_the_change, "ADInplaceOrView", with_keyset=True)
 
 
 @torch.library.register_fake("fedss_kernels::scatter_add_", lib=_library)

@@ -38,33 +38,29 @@ def sampled_softmax_loss(
     tensor(0.3133)
     """
     dtype = dtype or input.dtype
-    shape = target.shape
-    x, w, target = input.reshape(-1, input.shape[-1]).to(dtype), weight.to(dtype), target.reshape(-1)
-    B, C = len(target), len(weight)
-    class_ids = torch.arange(C) if class_ids is None else class_ids
-    b = torch.zeros(C, dtype=dtype) if bias is None else bias.to(dtype)
-    scale = scale.to(dtype) if isinstance(scale, Tensor) else scale
-    count = torch.zeros(len(class_ids)) if log_expected_count is None else log_expected_count
-    target_count = (
-        torch.zeros(B) if target_log_expected_count is None else target_log_expected_count.reshape(-1)
-    )
+    x, w, t = input.reshape(target.numel(), input.shape[-1]).to(dtype), weight.to(dtype), target.reshape(-1)
+    B, C = len(t), len(weight)
+    ids = torch.arange(C, device=x.device) if class_ids is None else class_ids
+    b = x.new_zeros(C) if bias is None else bias.to(dtype)
+    count = x.new_zeros(len(ids)) if log_expected_count is None else log_expected_count.to(dtype)
+    target_count = x.new_zeros(B)
+    if target_log_expected_count is not None:
+        target_count = target_log_expected_count.reshape(-1).to(dtype)
 
-    counted = target != ignore_index
-    t = torch.where(counted, target, 0)
-    if C == 0:  # then no row can be counted
-        return (
-            _reduce(x.sum(dim=1) * 0 + w.sum() * 0, counted, reduction)
-            .to(dtype)
-            .reshape(_shape(shape, reduction))
-        )
+    counted = t != ignore_index
+    if C == 0:  # then every row is ignored; a class of zeros gives them something to ignore
+        w, b = x.new_zeros(1, x.shape[1]) + w.sum(), x.new_zeros(1) + b.sum()
+    x, t = torch.where(counted[:, None], x, 0.0), torch.where(counted, t, 0)
     if similarity == "cosine":
         x, w = _unit(x), _unit(w)
-    z = scale * (x @ w[class_ids].T) + b[class_ids]
+    z = scale * (x @ w[ids].T) + b[ids]
     z_target = scale * (x * w[t]).sum(dim=1) + b[t]
-    o = (z - count.to(dtype)).masked_fill(class_ids == t[:, None], -torch.inf)
-    o_target = z_target - target_count.to(dtype)
-    loss = _log1p_sum_exp(o - o_target[:, None])
-    return _reduce(loss, counted, reduction).reshape(_shape(shape, reduction))
+    o = (z - count).masked_fill(ids == t[:, None], -torch.inf)
+    o_target = z_target - target_count
+    loss = torch.where(counted, _log1p_sum_exp(o - o_target[:, None]), 0.0).to(dtype)
+    if reduction == "none":
+        return loss.reshape(target.shape)
+    return loss.sum() if reduction == "sum" else loss.sum() / counted.sum().clamp(min=1)
 
 
 def _log1p_sum_exp(x: Tensor) -> Tensor:
@@ -79,14 +75,3 @@ def _unit(rows: Tensor) -> Tensor:
     norm = rows.norm(dim=1, keepdim=True)
     zero = norm < 1e-12
     return torch.where(zero, 0.0, rows / torch.where(zero, 1.0, norm))
-
-
-def _reduce(loss: Tensor, counted: Tensor, reduction: str) -> Tensor:
-    loss = torch.where(counted, loss, 0.0)
-    if reduction == "none":
-        return loss
-    return loss.sum() if reduction == "sum" else loss.sum() / counted.sum().clamp(min=1)
-
-
-def _shape(shape: torch.Size, reduction: str) -> torch.Size:
-    return shape if reduction == "none" else torch.Size([])

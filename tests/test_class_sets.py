@@ -92,3 +92,19 @@ def test_bad_arguments(C, positives, m, message):
 def test_unknown_correction():
     with pytest.raises(ValueError, match="""correction: expected "negatives" or "none", got 'all'"""):
         draw_class_set(5, torch.tensor([1]), 2, rng(), correction="all")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((5, torch.tensor([]), 2), "positives: expected int64, got float32"),
+        ((5, [1], 2), "positives: expected a tensor, got list"),
+        ((5.0, torch.tensor([1]), 2), "num_classes: expected an integer, got float"),
+        ((5, torch.tensor([1]), 2.5), "num_negatives: expected an integer, got float"),
+    ],
+)
+def test_wrong_types(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        draw_class_set(*arguments, rng())
+    with pytest.raises(TypeError, match="rng: expected a numpy.random.Generator, got int"):
+        draw_class_set(5, torch.tensor([1]), 2, 0)

@@ -188,17 +188,56 @@ def test_zero_rows_have_cosine_zero_and_pass_no_gradient():
         assert gradient.isfinite().all() and not gradient[row].any() and gradient.any()
 
 
-def test_left_out_entries_may_hold_anything():
-    """A class that is left out (+inf) does not touch the loss, whatever its row holds."""
+@pytest.mark.parametrize("listed", [False, True])
+def test_left_out_entries_may_hold_anything(listed):
+    """A class that is left out (+inf) touches neither the loss nor a gradient, whatever its row and bias
+    hold."""
     x, w, t = problem(C=12)
     t.fill_(3)
     ids = torch.arange(12)
-    counts = torch.zeros(12)
+    counts, bias = torch.zeros(12), torch.zeros(12)
     counts[5] = torch.inf
     expected = sampled_softmax_loss(x, w, t, ids[ids != 5])
+    expected_gradients = gradients(expected, x, w)
     with torch.no_grad():
         w[5] = torch.nan
-    assert torch.equal(sampled_softmax_loss(x, w, t, ids, counts), expected)
+        bias[5] = torch.inf
+    loss = sampled_softmax_loss(x, w, t, ids if listed else None, counts, bias=bias)
+    assert torch.equal(loss, expected)
+    for a, b in zip(gradients(loss, x, w), expected_gradients, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_infinite_upstream_leaves_zeros_alone(reduction):
+    """A gradient scaler may overflow: where there is no gradient, 0 must stay 0 and not become 0 * inf."""
+    x, w, t = problem(B=6)
+    with torch.no_grad():
+        x[2] = 0
+    t[4] = -100
+    loss = sampled_softmax_loss(x, w, t, reduction=reduction)
+    (gradient,) = torch.autograd.grad(loss, x, torch.full_like(loss, torch.inf))
+    assert not gradient[[2, 4]].any() and not gradient[[0, 1, 3, 5]].isfinite().any()
+    empty = sampled_softmax_loss(x, w, t, torch.empty(0, dtype=torch.int64), reduction=reduction)
+    for gradient in torch.autograd.grad(empty, (x, w), torch.full_like(empty, torch.inf)):
+        assert not gradient.any()
+
+
+def test_no_dimensions_at_all():
+    """D = 0: every cosine is 0, so the loss is the log of the number of terms."""
+    x, w = torch.zeros(5, 0, requires_grad=True), torch.zeros(3, 0, requires_grad=True)
+    for impl in ("cpp", "reference"):
+        loss = sampled_softmax_loss(x, w, torch.zeros(5, dtype=torch.int64), impl=impl)
+        assert loss.item() == pytest.approx(torch.log(torch.tensor(3.0)).item())
+        assert gradients(loss, x)[0].shape == (5, 0)
+
+
+@pytest.mark.parametrize("length", [1e-11, 1e160, 1e300])
+def test_float64_rows_of_any_length(length):
+    x, w, t = problem(dtype=F64)
+    torch.testing.assert_close(
+        sampled_softmax_loss(x * length, w, t), sampled_softmax_loss(x, w, t), rtol=1e-13, atol=0
+    )
 
 
 @pytest.mark.parametrize("scale", [1e4, 1e30, 1e300])
@@ -309,6 +348,19 @@ def test_memory_stays_far_below_the_logits(peak_memory):
     """
     run = "sampled_softmax_loss(x, weight, target, ids, sparse_grad=True).backward()"
     assert peak_memory(setup, run) < 40 * 2**20
+
+
+def test_memory_stays_bounded_for_many_rows_and_few_classes(peak_memory):
+    """A block of logits is 8 MiB whatever its shape; the gradient of x is 4 MiB, and a row of a wave has 64
+    bytes."""
+    setup = """
+        import torch
+        from fedss_kernels import sampled_softmax_loss
+        x, weight = torch.randn(500_000, 2, requires_grad=True), torch.randn(2, 2, requires_grad=True)
+        target = torch.zeros(500_000, dtype=torch.int64)
+        sampled_softmax_loss(x[:2], weight, target[:2]).backward()
+    """
+    assert peak_memory(setup, "sampled_softmax_loss(x, weight, target).backward()") < 64 * 2**20
 
 
 def test_offsets_past_two_to_the_31():

@@ -53,13 +53,16 @@ BAD = [
     ({"target_log_expected_count": torch.zeros(B, requires_grad=True)}, ValueError, "target_log_expected_count: expected a c"),
     ({"bias": torch.zeros(C, dtype=torch.float64)}, TypeError, "bias: expected float32, got float64"),
     ({"bias": torch.zeros(C, 1)}, ValueError, r"bias: expected shape \(9,\) = \(C,\), got \(9, 1\)"),
-    ({"scale": torch.ones(1)}, ValueError, r"scale: expected shape \(\)"),
+    ({"scale": torch.ones(1)}, ValueError, r"scale: expected a number or a 0-d tensor, got shape \(1,\)"),
     ({"scale": torch.tensor(1)}, TypeError, "scale: expected .* got int64"),
     ({"scale": "20"}, TypeError, "scale: expected a number or a 0-d tensor, got str"),
     ({"scale": torch.nan}, ValueError, "scale: expected a finite number, got nan"),
     ({"scale": float("inf")}, ValueError, "scale: expected a finite number, got inf"),
     ({"similarity": "euclid"}, ValueError, """similarity: expected "cosine" or "dot", got 'euclid'"""),
     ({"reduction": "avg"}, ValueError, """reduction: expected "mean" or "sum" or "none", got 'avg'"""),
+    ({"target_log_expected_count": torch.full((B,), torch.inf)}, ValueError, r"target_log_expected_count\[0\] = inf, expected a f"),
+    ({"ignore_index": None}, TypeError, "ignore_index: expected a 64-bit integer, got None"),
+    ({"ignore_index": 2**70}, TypeError, "ignore_index: expected a 64-bit integer, got 1180591620717411303424"),
     ({"impl": "cuda"}, ValueError, "impl: expected .* got 'cuda'"),
 ]  # fmt: skip
 
@@ -105,12 +108,33 @@ def test_reference_can_be_differentiated_twice():
     assert torch.autograd.gradgradcheck(lambda x: sampled_softmax_loss(x, w, t, impl="reference"), (x,))
 
 
+def test_reference_has_no_sparse_gradient():
+    with pytest.raises(ValueError, match="sparse_grad: expected False"):
+        sampled_softmax_loss(**arguments(impl="reference", sparse_grad=True))
+
+
+def test_forward_mode_is_refused_not_zero():
+    given = arguments(scale=20.0)
+    weight = given.pop("weight")
+
+    def loss(weight):
+        return sampled_softmax_loss(weight=weight, **given)
+
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.func.jvp(loss, (weight,), (torch.ones_like(weight),))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(weight, torch.ones_like(weight))
+        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            loss(dual)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
         ({"num_classes": 0}, "num_classes: expected at least 1, got 0"),
         ({"embedding_dim": 0}, "embedding_dim: expected at least 1, got 0"),
-        ({"num_sampled": -1}, "num_sampled: expected at least 0 or None, got -1"),
+        ({"num_sampled": -1}, "num_sampled: expected at least 0, got -1"),
+        ({"impl": "cuda"}, "impl: expected"),
         ({"similarity": "l2"}, "similarity: expected"),
         ({"reduction": "avg"}, "reduction: expected"),
         ({"scale": torch.inf}, "scale: expected a finite number"),

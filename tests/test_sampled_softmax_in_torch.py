@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from fedss_kernels import SampledSoftmaxLoss, sampled_softmax_loss
 
@@ -146,6 +147,42 @@ def test_no_grad_and_inference_mode():
         assert torch.equal(loss, expected) and not loss.requires_grad
 
 
+def test_default_device_does_not_matter():
+    x, w, t, ids, counts = problem()
+    expected = sampled_softmax_loss(x, w, t, ids, counts)
+    with torch.device("meta"):
+        assert torch.equal(sampled_softmax_loss(x, w, t, ids, counts), expected)
+
+
+def test_activation_checkpointing():
+    x, w, t, ids, counts = problem()
+    expected = gradients(sampled_softmax_loss(x * 2, w, t, ids, counts), x, w)
+    loss = checkpoint(lambda x, w: sampled_softmax_loss(x * 2, w, t, ids, counts), x, w, use_reentrant=False)
+    for a, b in zip(gradients(loss, x, w), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_changing_a_saved_tensor_is_noticed():
+    x, w, t, ids, counts = problem()
+    loss = sampled_softmax_loss(x, w, t, ids, counts)
+    with torch.no_grad():
+        w.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_reference_under_autocast_rounds_as_the_kernel_does(reduction):
+    x, w, t, ids, counts = problem()
+    results = []
+    for impl in ("cpp", "reference"):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = sampled_softmax_loss(x, w, t, ids, counts, reduction=reduction, impl=impl)
+        results.append((loss, *gradients(loss, x, w)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("sparse_grad", [False, True])
 def test_grad_scaler(sparse_grad):
     """A scaled step equals the unscaled one: powers of two pass through float32 gradients exactly."""
@@ -217,3 +254,20 @@ def test_called_from_several_threads_at_once(set_threads):
     for thread in threads:
         thread.join()
     assert got == [expected] * 40
+
+
+def test_denormals_are_treated_alike_by_all_threads(set_threads):
+    """The pool's threads may have started before the caller told its own to flush denormals."""
+    x = torch.full((200, 64), 1e-39, requires_grad=True)
+    w, t = torch.randn(500, 64, generator=torch.Generator().manual_seed(0)), torch.arange(200)
+    set_threads(2)
+    big_loss()
+    results = []
+    try:
+        torch.set_flush_denormal(True)
+        for threads in (1, 2, 2):
+            set_threads(threads)
+            results.append(gradients(sampled_softmax_loss(x, w, t, similarity="dot", scale=1e-2), x)[0])
+    finally:
+        torch.set_flush_denormal(False)
+    assert all(torch.equal(result, results[0]) for result in results)

@@ -83,6 +83,15 @@ def test_topk_equals_sorting_all_logits(similarity, block_size):
     assert torch.equal(indices, expected.indices) and indices.shape == (4, 3, 9)
 
 
+def test_topk_of_rows_of_any_length():
+    criterion = SampledSoftmaxLoss(C, D)
+    x = torch.randn(3, D)
+    expected = criterion.topk(x, 4).indices
+    for length in (1e25, 1e-9):
+        assert torch.equal(criterion.topk(x * length, 4).indices, expected)
+    assert not criterion.topk(x * 1e-14, 4).values.any()  # a zero row: cosine 0 with every class
+
+
 def test_state_copies_and_saves():
     generator = torch.Generator().manual_seed(1)
     criterion = SampledSoftmaxLoss(C, D, 5, bias=True, learn_scale=True, generator=generator)

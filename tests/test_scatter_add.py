@@ -1,6 +1,9 @@
 """The aggregator: the definition's bits, for any layout, dtype and number of threads; nothing written by a
 bad call."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from fedss_kernels.reference import scatter_add_ as reference_scatter_add_
@@ -134,3 +137,44 @@ def test_compiled_equals_eager():
         return scatter_add_(out.clone(), ids, rows, scale) * 2
 
     assert torch.equal(torch.compile(add, fullgraph=True)(out), add(out))
+
+
+def test_autograd_sees_that_a_saved_tensor_changed():
+    p, saved = torch.ones(3, 1, requires_grad=True), torch.ones(3, 1)
+    product = (p * saved).sum()
+    scatter_add_(saved, torch.tensor([0]), torch.full((1, 1), 9.0))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+def test_negated_views():
+    negated = torch.view_as_complex(torch.ones(3, 2, 2)).conj().imag  # -1 everywhere, by a flag
+    assert negated.is_neg()
+    assert scatter_add_(torch.zeros(3, 2), torch.arange(3), negated).sum() == -6
+    with pytest.raises(ValueError, match="out: expected a plain tensor"):
+        scatter_add_(negated, torch.arange(3), torch.ones(3, 2))
+
+
+def test_forward_mode_is_refused_not_zero():
+    rows = torch.ones(2, 3)
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda r: scatter_add_(torch.zeros(2, 3), torch.arange(2), r), (rows,), (rows,))
+
+
+def test_out_of_memory_changes_nothing():
+    """Scratch is taken before the first row is written, on however many threads."""
+    code = """
+import resource, torch
+from fedss_kernels import scatter_add_
+torch.set_num_threads(2)
+D = 40_000_000
+out, rows = torch.zeros(2, D), torch.ones(2, D)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 100 * 2**20,) * 2)
+try:
+    scatter_add_(out, torch.arange(2), rows)
+except MemoryError:
+    print("MemoryError", bool(out.any()))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "MemoryError False\n")

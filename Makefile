@@ -18,7 +18,7 @@ $(READY): $(SOURCES)
 
 # FedSS and what it is compared with, on images drawn on the spot; prints the table, writes plots and report.html.
 demo: $(READY)
-	$(BIN)/fedss compare --data glyphs --methods fedss,full_softmax,pos_only,neg_only --seeds 0 \
+	$(BIN)/fedss compare --data glyphs --methods fedss,full_softmax,pos_only,neg_only --seeds 0 --eval-every 25 \
 		--out $(DEMO_OUT) --overwrite
 
 test: $(READY)

@@ -6,21 +6,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def random_affine(
-    images: Tensor,  # (n, channels, H, W) floating
-    max_shift: float,  # pixels
-    max_distortion: float,
+def random_shift(
+    images: Tensor,  # (n, channels, H, W)
+    max_shift: int,  # pixels
     rng: np.random.Generator,
 ) -> Tensor:  # (n, channels, H, W)
-    """Each image seen through a map of its own: p -> p + A p + t, p relative to the centre.
+    """Each image moved by a whole number of pixels of its own along both axes, uniform in [-max_shift,
+    max_shift].
 
-    t is uniform in [-max_shift, max_shift]^2, the entries of the 2 x 2 matrix A are uniform in
-    [-max_distortion, max_distortion]: shifts, small turns, stretches and shears. Values between pixels are
-    interpolated linearly; outside it is 0.
+    What moves in from outside is 0. The same as a random crop of the image in a frame of `max_shift` zeros.
     """
     n, _, H, W = images.shape
-    maps = rng.uniform(-1.0, 1.0, (n, 2, 3))
-    maps[:, :, :2] = np.eye(2) + max_distortion * maps[:, :, :2]
-    maps[:, :, 2] *= max_shift / (np.array([W, H]) / 2)  # affine_grid counts in halves of the image
-    grid = F.affine_grid(torch.from_numpy(maps).to(images.dtype), list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, align_corners=False)
+    down, right = torch.from_numpy(rng.integers(0, 2 * max_shift + 1, (2, n)))
+    framed = F.pad(images, (max_shift,) * 4)
+    rows = down[:, None] + torch.arange(H)  # (n, H)
+    columns = right[:, None] + torch.arange(W)  # (n, W)
+    moved = framed[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+    return moved.permute(0, 3, 1, 2).contiguous()  # indexing puts the channels last

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..sampled_softmax import sampled_softmax_loss
 from .algorithms import Request
-from .augment import random_affine
+from .augment import random_shift
 from .data import FederatedData
 from .randomness import Purpose, generator
 
@@ -70,12 +70,11 @@ class Client:
         batch_size: int,
         scale: float,
         seed: int,
-        max_shift: float = 0.0,
-        max_distortion: float = 0.0,
+        max_shift: int = 0,
     ):
         self.extractor, self.data = extractor, data
         self.local_epochs, self.batch_size, self.scale, self.seed = local_epochs, batch_size, scale, seed
-        self.max_shift, self.max_distortion = max_shift, max_distortion
+        self.max_shift = max_shift
 
     def positives(self, client: int) -> Tensor:  # (P,) int64, ascending
         """The classes in the client's data."""
@@ -106,8 +105,8 @@ class Client:
         for _ in range(self.local_epochs):
             order = held[torch.from_numpy(shuffle.permutation(len(held)))]
             images = as_input(self.data.images[order])
-            if self.max_shift > 0 or self.max_distortion > 0:
-                images = random_affine(images, self.max_shift, self.max_distortion, augmentation)
+            if self.max_shift > 0:
+                images = random_shift(images, self.max_shift, augmentation)
             target = torch.searchsorted(request.class_ids, self.data.labels[order])
             for x, t in zip(images.split(self.batch_size), target.split(self.batch_size), strict=True):
                 total += len(t) * self._step(x, t, trained, request, lr)

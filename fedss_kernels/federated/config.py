@@ -22,8 +22,11 @@ from .models import MODELS
 
 OWN = "own"  # the data set or model that a caller hands to run() as an object
 
-# Defaults that depend on the data set. An option left out takes its value from here; "own" data take those of
-# glyphs.
+# Defaults that depend on the data set. An option left out takes its value from here; "own" data take those
+# of glyphs. Found by trial, the same for all methods. What mattered: a small initial W, as with cosines a
+# row's step goes as client_lr / |w|^2; a softmax flatter than at the paper's scale of 20, where a few hard
+# negatives carry the denominator and a tenth of the classes estimates it badly; shifts, where images are
+# few; more rounds of fewer clients rather than the reverse.
 PRESETS: dict[str, dict[str, Any]] = {
     "glyphs": {
         "num_negatives": 38,
@@ -33,21 +36,19 @@ PRESETS: dict[str, dict[str, Any]] = {
         "client_lr": 0.05,
         "warmup_rounds": 20,
         "lr_decay": "cosine",
-        "max_shift": 0.0,
-        "max_distortion": 0.0,
+        "max_shift": 0,
         "scale": 8.0,
         "weight_init_scale": 0.01,
     },
     "omniglot": {
         "num_negatives": 60,
-        "rounds": 500,
+        "rounds": 800,
         "cohort": 16,
         "batch_size": 16,
         "client_lr": 0.05,
         "warmup_rounds": 20,
         "lr_decay": "cosine",
-        "max_shift": 2.0,
-        "max_distortion": 0.15,
+        "max_shift": 2,
         "scale": 10.0,
         "weight_init_scale": 0.01,
     },
@@ -120,11 +121,8 @@ class Config:
     lr_decay: str = option(
         PRESET, "the clients' rate after the warm-up", choices=lambda: ("constant", "linear", "cosine")
     )
-    max_shift: float = option(
-        PRESET, "pixels by which a client shifts each training image at random, at most", low=0
-    )
-    max_distortion: float = option(
-        PRESET, "how far a client turns, stretches and shears each training image, at most", low=0, below=1
+    max_shift: int = option(
+        PRESET, "pixels by which a client moves each training image at random, at most", low=0
     )
     server_lr: float = option(1.0, "learning rate of the server", above=0)
     server_momentum: float = option(0.9, "momentum of the server", low=0, below=1)

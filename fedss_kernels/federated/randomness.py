@@ -18,7 +18,7 @@ class Purpose(IntEnum):
     NEGATIVES = 1
     BATCHES = 2  # the order in which a client goes through its images
     MODEL = 3  # whatever the model itself draws in training, such as dropout
-    AUGMENTATION = 4  # how a client's images are shifted and distorted
+    AUGMENTATION = 4  # how a client's images are shifted
 
 
 NO_CLIENT = 0  # for draws that belong to the round and not to a client

@@ -104,7 +104,6 @@ class Simulation:
             scale=config.scale,
             seed=config.seed,
             max_shift=config.max_shift,
-            max_distortion=config.max_distortion,
         )
         self.server = Server(
             self.extractor.flat,

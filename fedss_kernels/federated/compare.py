@@ -208,15 +208,11 @@ HEADER = (
     "method",
     "top-1 (%)",
     "MAP@10 (%)",
-    "|S_k|",
-    "|S_k| (% of C)",
-    "MB per client and round",
-    "total MB",
-    "φ (MB)",
-    "class rows (MB)",
-    "ids (MB)",
+    "|S_k| (of C)",
+    "MB moved",
     "saved",
-    "saved of rows and ids",
+    "MB for classes",
+    "saved of these",
     "seconds",
 )
 
@@ -262,16 +258,14 @@ def _mean_sd(values: Sequence[float | None]) -> tuple[float | None, float | None
 
 def cells(line: Line) -> list[str]:
     """A line as text, under HEADER."""
-    megabytes = [line.bytes_total, line.bytes_extractor, line.bytes_rows, line.bytes_ids]
     return [
         METHODS[line.method].label,
         _with_sd(line.top1, line.top1_sd),
         _with_sd(line.map_at_10, line.map_at_10_sd),
-        f"{line.class_set:.1f}",
-        f"{100 * line.class_set_share:.1f}",
-        f"{line.bytes_per_client_round / MEGABYTE:.3f}",
-        *(f"{count / MEGABYTE:,.1f}" for count in megabytes),
+        f"{line.class_set:.1f} ({percent(line.class_set_share)})",
+        f"{line.bytes_total / MEGABYTE:,.1f}",
         percent(line.saving),
+        f"{(line.bytes_rows + line.bytes_ids) / MEGABYTE:,.1f}",
         percent(line.class_saving),
         f"{line.seconds:.0f}",
     ]

@@ -256,7 +256,7 @@ def _comparison_page(
     plots: Sequence[str],
 ) -> str:
     names = list(dict.fromkeys(run.summary.method for run in runs))
-    band = _BAND if len({run.summary.seed for run in runs}) > 1 else ""
+    band, sd = (_BAND, _SD) if len({run.summary.seed for run in runs}) > 1 else ("", "")
     return _page(
         f"{len(names)} methods on {runs[0].summary.data}",
         [
@@ -265,7 +265,7 @@ def _comparison_page(
             _method_cards(runs),
             "<h2>What came out</h2>",
             _table(header, table),
-            f"<p>{_TABLE_NOTE}</p>",
+            f"<p>{_TABLE_NOTE}{sd}</p>",
             f"<figure>{plots[0]}<figcaption>{_ROUND_CAPTION}{band}</figcaption></figure>",
             f"<figure>{plots[1]}<figcaption>{_BYTES_CAPTION}</figcaption></figure>",
             _methods(names),
@@ -405,15 +405,16 @@ GLOSSARY = {
     "MB, kB": "A million and a thousand bytes. Numbers travel as 4 bytes, ids as 8.",
 }
 _ROUND_CAPTION = "Accuracy on the test images as training goes on."
+_SD = " ± is the standard deviation over the seeds."
 _BAND = " A line is the mean over the seeds, its band one standard deviation."
 _BYTES_CAPTION = (
     "The same accuracy by what had been moved until then, down and up, by all clients together: on the left "
     "everything; on the right only what depends on the number of classes. Further left is cheaper."
 )
 _TABLE_NOTE = (
-    "± is the standard deviation over the seeds. |S_k| is the mean number of class rows that a client gets. "
-    "Savings are against FullSoftmax in as many rounds: of everything, and of class rows and ids alone, the "
-    "part that grows with the number of classes."
+    "|S_k| is the mean number of class rows that a client gets. MB count everything that moved, down and up, "
+    "and what of it were class rows and ids, the part that grows with the number of classes. Savings are "
+    "against FullSoftmax in as many rounds."
 )
 _STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #1c1e21; --soft: #5b6270; --line: #d9dce1; --card:

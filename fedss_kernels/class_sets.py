@@ -5,7 +5,10 @@ positives P, always present (expected count 1), and negatives N drawn uniformly 
 count |N| / (C - |P|)). Subtracting log_expected_count from each logit makes the expected denominator the full
 one."""
 
+import copy
+import itertools
 import math
+import weakref
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,17 +84,19 @@ def draw_batch_class_set(
     target: Tensor,  # (B,) int64
     num_classes: int,
     num_sampled: int,
-    generator: torch.Generator | None = None,
+    generator: "torch.Generator | GeneratorHandle | None" = None,
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor]:
-    """(class_ids (B + m,), log_expected_count (B + m,) float32): a batch's own classes and m uniform
-    negatives.
+    """(class_ids (B + m,), log_expected_count (B + m,) float32): a batch's own classes, m uniform negatives.
 
     For centralised training: no size depends on the data and nothing is read back to the host, so it compiles
     and never stalls a GPU. A repeated or ignored target stays as a placeholder whose log_expected_count is
     +inf: the loss leaves it out. The negatives are a stratified sample: the C - |P| other classes are cut
     into m equal strata and one class is drawn from each, so every class has expected count m / (C - |P|)
-    exactly, few are drawn twice, and m = C - |P| draws each once. O((B + m) log B)."""
+    exactly, few are drawn twice, and m = C - |P| draws each once. O((B + m) log B).
+
+    A torch.Generator cannot be traced by torch.compile; a GeneratorHandle of it can.
+    """
     B = len(target)
     ignored = num_classes  # a rank past every class, so that ignored rows sort last
     held = torch.where(target == ignore_index, ignored, target).sort().values
@@ -102,7 +107,10 @@ def draw_batch_class_set(
 
     # rank = floor((i * others + v) / m), v uniform in [0, others): of the m * others equally likely (i, v),
     # exactly m give each rank.
-    uniform = torch.randint(2**62, (num_sampled,), device=target.device, generator=generator)
+    if isinstance(generator, GeneratorHandle):
+        uniform = torch.ops.fedss_kernels.random_integers(generator.draws, target, num_sampled, generator.key)
+    else:
+        uniform = torch.randint(2**62, (num_sampled,), device=target.device, generator=generator)
     stratum = torch.arange(num_sampled, device=target.device)
     rank = (stratum * others + uniform % others.clamp(min=1)) // max(num_sampled, 1)
     # The r-th class outside P is r + #{i : P_i - i <= r}; what is not a first occurrence must count for
@@ -110,15 +118,57 @@ def draw_batch_class_set(
     below = torch.where(positive, held - (positive.cumsum(0) - 1), torch.iinfo(torch.int64).max).sort().values
     negatives = rank + torch.searchsorted(below, rank, right=True)
 
-    log_count = torch.log(
-        num_sampled / others.to(torch.float32)
-    )  # +inf when there is no other class: all left out
+    # +inf when there is no other class: then all draws are left out.
+    log_count = torch.log(num_sampled / others.to(torch.float32))
     class_ids = torch.cat([torch.where(positive, held, 0), negatives.clamp(max=num_classes - 1)])
     log_expected_count = torch.cat(
         [torch.where(positive, 0.0, torch.inf).to(torch.float32), log_count.expand(num_sampled)]
     )
     assert len(class_ids) == B + num_sampled
     return class_ids, log_expected_count
+
+
+class GeneratorHandle:
+    """A torch.Generator that compiled code can draw from: known to an operator by a number.
+
+    Copies and unpickled handles have generators of their own, in the state of the original's.
+    """
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.generator = generator
+        self.draws = torch.zeros((), dtype=torch.int64, device="cpu")  # so far
+        self.key = next(_keys)
+        _generators[self.key] = generator
+
+    def __reduce__(self):
+        return GeneratorHandle, (self.generator,)
+
+    def __deepcopy__(self, memo: dict) -> "GeneratorHandle":
+        return GeneratorHandle(copy.deepcopy(self.generator, memo))
+
+
+_keys = itertools.count()
+_generators: "weakref.WeakValueDictionary[int, torch.Generator]" = weakref.WeakValueDictionary()
+_library = torch.library.Library("fedss_kernels", "FRAGMENT")
+# That each draw changes `draws` keeps compilers from taking two draws for one; the tag alone does not.
+_library.define(
+    "random_integers(Tensor(a!) draws, Tensor like, int size, int generator) -> Tensor",
+    tags=[torch.Tag.nondeterministic_seeded],
+)
+
+
+def _random_integers(draws: Tensor, like: Tensor, size: int, generator: int) -> Tensor:
+    """(size,) uniform in [0, 2^62), on like's device, from the generator of that number."""
+    draws += 1
+    return torch.randint(2**62, (size,), device=like.device, generator=_generators[generator])
+
+
+_library.impl("random_integers", _random_integers, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("fedss_kernels::random_integers", lib=_library)
+def _random_integers_fake(draws: Tensor, like: Tensor, size: int, generator: int) -> Tensor:
+    return like.new_empty((size,), dtype=torch.int64)
 
 
 def _sorted_positives(num_classes: int, positives: Tensor) -> np.ndarray:

@@ -27,7 +27,7 @@ from .checks import (
     check_tensor,
     refuse_forward_mode,
 )
-from .class_sets import draw_batch_class_set
+from .class_sets import GeneratorHandle, draw_batch_class_set
 from .reference import sampled_softmax_loss as _reference_loss
 
 _library = torch.library.Library("fedss_kernels", "FRAGMENT")
@@ -526,7 +526,7 @@ class SampledSoftmaxLoss(nn.Module):
     In training mode each call's class set is the batch's own classes (expected count 1) and `num_sampled`
     uniform negatives among the others (expected count num_sampled / others); see `draw_batch_class_set`. In
     eval mode, and for `num_sampled=None` or >= num_classes, it is the full softmax. No host synchronisation;
-    compiles fullgraph with torch's default generator (torch.compile cannot trace another).
+    compiles fullgraph.
 
     Args:
         num_classes: C.
@@ -574,7 +574,8 @@ class SampledSoftmaxLoss(nn.Module):
         _check_scale(scale, torch.device("cpu"))
         self.num_classes, self.embedding_dim, self.num_sampled = num_classes, embedding_dim, num_sampled
         self.similarity, self.sparse_grad, self.ignore_index = similarity, sparse_grad, ignore_index
-        self.reduction, self.generator, self.impl = reduction, generator, impl
+        self.reduction, self.impl = reduction, impl
+        self.generator = None if generator is None else GeneratorHandle(generator)
         self.weight = nn.Parameter(torch.empty(num_classes, embedding_dim, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(num_classes, device=device, dtype=dtype)) if bias else None
         self.scale = nn.Parameter(torch.tensor(float(scale), device=device)) if learn_scale else scale
@@ -583,7 +584,8 @@ class SampledSoftmaxLoss(nn.Module):
     def reset_parameters(self) -> None:
         """Gaussian rows of about unit length; zero bias."""
         with torch.no_grad():
-            self.weight.normal_(std=self.embedding_dim**-0.5, generator=self.generator)
+            generator = None if self.generator is None else self.generator.generator
+            self.weight.normal_(std=self.embedding_dim**-0.5, generator=generator)
             if self.bias is not None:
                 self.bias.zero_()
 

@@ -1,7 +1,8 @@
 // Argument checks and the Python module `fedss_kernels._C`; no arithmetic.
 //
-// Tensors arrive as Python objects and are asked for pointer, shape, strides and dtype, as Python would ask them: no torch
-// header, so one build serves every torch. Shapes are checked here, so that no kernel can leave a tensor's memory.
+// Tensors arrive as Python objects and are asked for pointer, shape, strides and dtype, as Python would ask them: no
+// torch header, so one build serves every torch. Shapes are checked here, so that no kernel can leave a tensor's
+// memory.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -19,8 +20,10 @@ DType dtype_of(const std::string& name, const py::handle& tensor) {
   static const struct {
     const char* name;
     DType dtype;
-  } kNames[] = {{"torch.float32", DType::float32},   {"torch.float64", DType::float64},
-                {"torch.float16", DType::float16},   {"torch.bfloat16", DType::bfloat16},
+  } kNames[] = {{"torch.float32", DType::float32},
+                {"torch.float64", DType::float64},
+                {"torch.float16", DType::float16},
+                {"torch.bfloat16", DType::bfloat16},
                 {"torch.int64", DType::int64}};
   const std::string dtype = py::str(tensor.attr("dtype"));
   for (const auto& known : kNames) {
@@ -49,8 +52,9 @@ Matrix matrix(const std::string& name, const py::handle& tensor) {
   const py::tuple shape = tensor.attr("shape"), stride = tensor.attr("stride")();
   const DType dtype = dtype_of(name, tensor);
   expect(floating(dtype), name, "a floating tensor");
-  return {address_of(tensor),      dtype, shape[0].cast<int64_t>(), shape[1].cast<int64_t>(), stride[0].cast<int64_t>(),
-          stride[1].cast<int64_t>()};
+  return {address_of(tensor),        dtype,
+          shape[0].cast<int64_t>(),  shape[1].cast<int64_t>(),
+          stride[0].cast<int64_t>(), stride[1].cast<int64_t>()};
 }
 
 Vector vector(const std::string& name, const py::handle& tensor, bool of_ids) {
@@ -98,11 +102,11 @@ void run_sampled_softmax(const py::object& input, const py::object& weight, cons
   p.scale = scale;
   p.cosine = choice<bool>("similarity", similarity, {{"cosine", true}, {"dot", false}});
   p.ignore_index = ignore_index;
-  p.rounding = choice<Rounding>("rounding", rounding, {{"none", Rounding::none},
-                                                       {"float16", Rounding::to_float16},
-                                                       {"bfloat16", Rounding::to_bfloat16}});
-  p.reduction = choice<Reduction>(
-      "reduction", reduction, {{"none", Reduction::none}, {"mean", Reduction::mean}, {"sum", Reduction::sum}});
+  p.rounding = choice<Rounding>(
+      "rounding", rounding,
+      {{"none", Rounding::none}, {"float16", Rounding::to_float16}, {"bfloat16", Rounding::to_bfloat16}});
+  p.reduction = choice<Reduction>("reduction", reduction,
+                                  {{"none", Reduction::none}, {"mean", Reduction::mean}, {"sum", Reduction::sum}});
   p.grad_loss = vector("grad_loss", grad_loss, false);
 
   const int64_t B = p.input.rows, C = p.weight.rows, D = p.input.cols;

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-
 #include <sstream>
 #include <stdexcept>
 #include <vector>

@@ -12,7 +12,8 @@ inline int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 
 // One register tile: ROWS x COLS sums over k, each in the order of k.
 template <int ROWS, int COLS>
-void multiply_add_tile(int64_t k, const double* a, int64_t a_row, int64_t a_col, const double* b, int64_t ldb, double* c, int64_t ldc) {
+void multiply_add_tile(int64_t k, const double* a, int64_t a_row, int64_t a_col, const double* b, int64_t ldb,
+                       double* c, int64_t ldc) {
   double sum[ROWS][COLS] = {};
   for (int64_t p = 0; p < k; ++p) {
     for (int i = 0; i < ROWS; ++i) {
@@ -25,9 +26,10 @@ void multiply_add_tile(int64_t k, const double* a, int64_t a_row, int64_t a_col,
   }
 }
 
-// C (m, n) += A (m, k) * B (k, n). A has any strides; B and C have rows of ldb and ldc elements; n is a multiple of kPad.
-inline void multiply_add(int64_t m, int64_t n, int64_t k, const double* a, int64_t a_row, int64_t a_col, const double* b, int64_t ldb,
-                  double* c, int64_t ldc) {
+// C (m, n) += A (m, k) * B (k, n). A has any strides; B and C have rows of ldb and ldc elements; n is a multiple of
+// kPad.
+inline void multiply_add(int64_t m, int64_t n, int64_t k, const double* a, int64_t a_row, int64_t a_col,
+                         const double* b, int64_t ldb, double* c, int64_t ldc) {
   constexpr int kCols = 4;  // with four rows: half of the sixteen 16-byte registers of plain x86-64
   for (int64_t j = 0; j < n; j += kCols) {
     int64_t i = 0;

@@ -16,8 +16,8 @@ namespace fedss {
 namespace {
 
 constexpr double kInf = std::numeric_limits<double>::infinity(), kNaN = std::numeric_limits<double>::quiet_NaN();
-constexpr double kZeroNorm = 1e-12;           // rows shorter than this have cosine 0 and pass no gradient
-constexpr int64_t kBlockElements = 1 << 19;   // of a block of logits: the rows of a wave x the classes of a chunk
+constexpr double kZeroNorm = 1e-12;                // rows shorter than this have cosine 0 and pass no gradient
+constexpr int64_t kBlockElements = 1 << 19;        // of a block of logits: the rows of a wave x the classes of a chunk
 constexpr int64_t kFewRows = 64, kManyRows = 256;  // of a wave: at least the first where it meets all classes in one
                                                    // chunk; else the second, so that weight is read less often
 constexpr int64_t kClassTile = 64, kRowTile = 16;  // of one task
@@ -149,10 +149,10 @@ class Solver {
   // One row of the batch while its wave runs.
   struct Row {
     Norm norm;
-    double upstream = 0;       // gradient of the result with respect to this row's loss
-    double target_logit = 0;   // o_t
-    double max = -kInf;        // of o_t and every o_j so far
-    double sum_others = 0;     // over j != t, of exp(o_j - max)
+    double upstream = 0;                 // gradient of the result with respect to this row's loss
+    double target_logit = 0;             // o_t
+    double max = -kInf;                  // of o_t and every o_j so far
+    double sum_others = 0;               // over j != t, of exp(o_j - max)
     double sum_gradient_similarity = 0;  // over j, of dlogits_j * similarity_j
   };
 
@@ -164,12 +164,12 @@ class Solver {
   int threads_;
   bool wants_gradient_;
 
-  std::vector<Row> row_;                 // (wave,)
+  std::vector<Row> row_;                      // (wave,)
   std::vector<double> x_, grad_x_;            // (wave, D_pad) scaled input rows; gradient with respect to them
   std::vector<double> similarity_, dlogits_;  // (wave, chunk) cosines or dot products; gradient of the logits
-  std::vector<Norm> norm_;               // (chunk,) of the chunk's class rows
-  std::vector<double> offset_;           // (U,) bias_j - log_expected_count_j: o_j = scale * similarity_j + offset_j
-  std::vector<double> grad_bias_;        // (U,)
+  std::vector<Norm> norm_;                    // (chunk,) of the chunk's class rows
+  std::vector<double> offset_;     // (U,) bias_j - log_expected_count_j: o_j = scale * similarity_j + offset_j
+  std::vector<double> grad_bias_;  // (U,)
   std::vector<std::vector<double>> scratch_;  // one for each worker
   double loss_sum_ = 0, grad_scale_ = 0;
 
@@ -191,7 +191,8 @@ class Solver {
     norm_.resize(chunk_);
     scratch_.assign(threads_, std::vector<double>(kClassTile * (D_pad_ + kRowTile) + D_pad_));
     offset_.resize(U_);
-    for (int64_t u = 0; u < U_; ++u) offset_[u] = classes_.log_count[u] == kInf ? -kInf : bias(u) - classes_.log_count[u];
+    for (int64_t u = 0; u < U_; ++u)
+      offset_[u] = classes_.log_count[u] == kInf ? -kInf : bias(u) - classes_.log_count[u];
     if (!wants_gradient_) return;
     dlogits_.resize(wave_rows_ * chunk_);
     grad_x_.resize(wave_rows_ * D_pad_);

@@ -5,8 +5,9 @@
 //   o(i, j) = z(i, class_ids_j) - log_expected_count_j                for every j with class_ids_j != t
 //   loss_i  = -o(i, t) + logsumexp(o(i, t), every o(i, j))
 //
-// Computed in float64. Deterministic: every sum has a fixed order, whatever the number of threads. Memory: besides the gradients, a bounded
-// block of logits for all threads together, and O(B D + S) numbers; never B x S, and no copy of `weight`.
+// Computed in float64. Deterministic: every sum has a fixed order, whatever the number of threads. Memory: besides the
+// gradients, a bounded block of logits for all threads together, and O(B D + S) numbers; never B x S, and no copy of
+// `weight`.
 #pragma once
 
 #include <cstdint>
@@ -37,13 +38,13 @@ struct SampledSoftmax {
 
 // Where results go, in float64 if input is float64, else in float32; what is null is not computed.
 struct SampledSoftmaxResult {
-  void* loss = nullptr;           // (B,) for Reduction::none, else (1,)
-  void* grad_input = nullptr;     // (B, D)
-  void* grad_rows = nullptr;      // (capacity, D): the gradient of the rows of weight that were touched ...
-  void* grad_bias = nullptr;      // (capacity,): ... and of their biases
-  int64_t* row_ids = nullptr;     // (capacity,): ... and which rows they are, ascending; then -1. Unused for all_classes
-  int64_t capacity = 0;           // min(S + B, C); C for all_classes
-  double* grad_scale = nullptr;   // (1,)
+  void* loss = nullptr;          // (B,) for Reduction::none, else (1,)
+  void* grad_input = nullptr;    // (B, D)
+  void* grad_rows = nullptr;     // (capacity, D): the gradient of the rows of weight that were touched ...
+  void* grad_bias = nullptr;     // (capacity,): ... and of their biases
+  int64_t* row_ids = nullptr;    // (capacity,): ... and which rows they are, ascending; then -1. Unused for all_classes
+  int64_t capacity = 0;          // min(S + B, C); C for all_classes
+  double* grad_scale = nullptr;  // (1,)
 };
 
 // Fills `result`. Throws std::out_of_range for an id out of range and std::invalid_argument for a NaN or -inf

@@ -17,8 +17,8 @@ int owner(int64_t class_id, int threads) {
 }
 
 template <class T>
-void scatter_add_rows(const Matrix& out, const std::vector<int64_t>& class_ids, const Matrix& rows,
-                      const Vector& scale, int threads) {
+void scatter_add_rows(const Matrix& out, const std::vector<int64_t>& class_ids, const Matrix& rows, const Vector& scale,
+                      int threads) {
   const int64_t M = rows.rows, D = rows.cols;
   if (double(M) * double(D) < kSerialWork) threads = 1;
   std::vector<std::vector<T>> scratch(threads, std::vector<T>(D));  // all of it before anything is written

@@ -1,4 +1,5 @@
-// What the kernels see of a tensor: a pointer, sizes, strides (in elements) and an element type read as float or double.
+// What the kernels see of a tensor: a pointer, sizes, strides (in elements) and an element type read as float or
+// double.
 #pragma once
 
 #include <cstdint>

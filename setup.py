@@ -1,5 +1,4 @@
-"""Builds csrc/ into fedss_kernels._C: C++17 and pybind11 alone, so any g++ or clang, and one build for every
-torch."""
+"""Builds csrc/ into fedss_kernels._C: C++17 and pybind11 alone, so one build serves every torch."""
 
 from pathlib import Path
 

@@ -1,2 +1,1 @@
-"""Benchmarks: each times ours beside what a user would pick instead, in one run, after a check of the
-results."""
+"""Benchmarks: ours beside what a user would pick instead, in one run, once the results were checked."""

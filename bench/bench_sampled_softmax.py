@@ -1,5 +1,4 @@
-"""Forward and backward of the loss: ours, eager PyTorch on gathered rows, torch.compile of that, the dense
-softmax.
+"""Forward and backward of the loss: ours, eager PyTorch, torch.compile of that, the dense softmax.
 
 python -m fedss_kernels.bench.bench_sampled_softmax [--quick] [--out FILE.csv]
 """

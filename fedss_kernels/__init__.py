@@ -1,5 +1,4 @@
-"""A sampled-softmax loss for very many classes, a deterministic row aggregator, and federated learning with
-them."""
+"""A sampled-softmax loss for very many classes, and federated learning with it."""
 
 import re
 

@@ -1,5 +1,4 @@
-"""Checks of arguments at the public edge: every message names the argument, what was expected and what
-came."""
+"""Checks of arguments: every message names the argument, what was expected and what came."""
 
 import torch
 import torch.autograd.forward_ad as forward_ad

@@ -3,7 +3,8 @@
 The denominator of the full softmax is a sum over C classes. A class set estimates it from S of them: the
 positives P, always present (expected count 1), and negatives N drawn uniformly from the others (expected
 count |N| / (C - |P|)). Subtracting log_expected_count from each logit makes the expected denominator the full
-one."""
+one.
+"""
 
 import copy
 import itertools
@@ -33,8 +34,7 @@ def draw_negatives(
     num_negatives: int,
     rng: np.random.Generator,
 ) -> Tensor:
-    """min(m, C - |P|) classes, uniform without replacement from [0, C) outside `positives`, ascending, in O(m
-    + |P|).
+    """min(m, C - |P|) classes outside `positives`, uniform without replacement, ascending, in O(m + |P|).
 
     Draws ranks among the C - |P| classes that are not held; the r-th of these is r + #{i : P_i - i <= r}, P
     ascending, as P_i - i of them lie below P_i. Raises ValueError if a positive is repeated or outside [0,
@@ -66,7 +66,8 @@ def draw_class_set(
 
     `correction="negatives"` subtracts log(|N| / (C - |P|)) from each negative's logit; `"none"` is the
     reading in which one constant stands on every member, the target included, and cancels. Raises ValueError
-    as `draw_negatives` does."""
+    as `draw_negatives` does.
+    """
     if correction not in ("negatives", "none"):
         raise ValueError(f'correction: expected "negatives" or "none", got {correction!r}')
     negatives = draw_negatives(num_classes, positives, num_negatives, rng)

@@ -9,7 +9,8 @@ One hop each: `sampled_softmax_loss` checks its arguments and calls the operator
 `fedss_kernels::sampled_softmax_loss`; the operator calls the kernel for the tensors' device. For "mean" and
 "sum" the kernel makes the gradients in the same pass as the loss, in float32 and for the touched rows of
 `weight` only; the backward operator scales and rounds them. For "none" it runs the kernel again, with each
-row's upstream gradient."""
+row's upstream gradient.
+"""
 
 import math
 from typing import NamedTuple
@@ -63,8 +64,9 @@ def sampled_softmax_loss(
     sparse_grad: bool = False,
     impl: str = "auto",
 ) -> Tensor:
-    """Cross-entropy over the target and the classes in `class_ids`, without storing the logits (Eq. 6 of
-    FedSS).
+    """Cross-entropy over the target and the classes in `class_ids`, without storing the logits.
+
+    Eq. 6 of the FedSS paper, and by choice of `class_ids` its Eq. 2, 7 and 8:
 
         loss_i = -o(i, t) + logsumexp(o(i, t), o(i, j) for every j with class_ids_j != t)
         o(i, j) = scale * cos(input_i, weight_j) + bias_j - log_expected_count_j
@@ -73,12 +75,13 @@ def sampled_softmax_loss(
     repeated class is a term of its own. With `class_ids=None` this is the full softmax.
 
     Args:
-        scale: multiplies the cosine (an inverse temperature); a 0-d tensor may require grad. similarity:
-        "cosine", or "dot" (`scale` then multiplies the dot product). ignore_index: rows with this target cost
-        nothing and are not counted by "mean". reduction: "mean" over the rows that are not ignored (0 where
-        there are none; torch gives NaN), "sum" or "none". sparse_grad: weight.grad as a sparse COO tensor
-        over the rows touched: unique, ascending. impl: "cpp", "reference" (plain PyTorch, stores the logits),
-        or "auto": by the tensors' device.
+        scale: multiplies the cosine (an inverse temperature); a 0-d tensor may require grad.
+        similarity: "cosine", or "dot" (`scale` then multiplies the dot product).
+        ignore_index: rows with this target cost nothing and are not counted by "mean".
+        reduction: "mean" over the rows that are not ignored (0 where there are none; torch gives NaN), "sum"
+            or "none".
+        sparse_grad: weight.grad as a sparse COO tensor over the rows touched: unique, ascending.
+        impl: "cpp", "reference" (plain PyTorch, stores the logits), or "auto": by the tensors' device.
 
     Returns:
         float32, or float64 for a float64 `input`: a 0-d tensor, or target's shape for "none". Differentiable
@@ -86,8 +89,9 @@ def sampled_softmax_loss(
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device or name; a correction that requires grad, is NaN
-        or -inf. IndexError: a class out of range, by position and value, before anything is computed.
-        RuntimeError: when differentiated twice.
+            or -inf.
+        IndexError: a class out of range, by position and value, before anything is computed.
+        RuntimeError: when differentiated twice, or in forward mode.
 
     >>> eye = torch.eye(2)
     >>> sampled_softmax_loss(eye[:1], eye, torch.tensor([0]), scale=1.0)
@@ -520,8 +524,7 @@ class TopK(NamedTuple):
 
 
 class SampledSoftmaxLoss(nn.Module):
-    """A classifier's last layer and its loss: owns `weight`, trains on sampled classes, evaluates on all of
-    them.
+    """A classifier's last layer and its loss: trains on sampled classes, evaluates on all of them.
 
     In training mode each call's class set is the batch's own classes (expected count 1) and `num_sampled`
     uniform negatives among the others (expected count num_sampled / others); see `draw_batch_class_set`. In
@@ -622,11 +625,11 @@ class SampledSoftmaxLoss(nn.Module):
         k: int,
         block_size: int = 16384,
     ) -> TopK:
-        """The k largest logits scale * cos(input, weight_j) + bias_j of each row and their classes, best
-        first.
+        """The k largest logits scale * cos(input, weight_j) + bias_j of each row, and their classes.
 
         Goes over the classes in blocks: memory is rows x (block_size + k), never rows x C. Raises ValueError
-        for a k outside [1, C]."""
+        for a k outside [1, C].
+        """
         check_tensor("input", input, FLOATING)
         check_integer("block_size", block_size, 1)
         if not 1 <= k <= self.num_classes:

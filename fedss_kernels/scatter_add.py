@@ -97,15 +97,13 @@ def _byte_range(tensor: Tensor) -> tuple[int, int]:
 
 
 def _overlaps_itself(out: Tensor) -> bool:
-    """Whether two elements of a matrix share an address: the faster axis must end before the slower one
-    steps."""
+    """Whether two elements share an address: the faster axis must end before the slower one steps."""
     (small, size), (large, steps) = sorted(zip(out.stride(), out.shape, strict=True))
     return (size > 1 and small == 0) or (steps > 1 and large < (size - 1) * small + 1)
 
 
 def _may_overlap(out: Tensor, other: Tensor) -> bool:
-    """Whether `other` may share memory with `out`: no for disjoint ranges, and for column blocks of one
-    matrix."""
+    """Whether `other` may share memory with `out`: no for disjoint ranges or columns of one matrix."""
     if not (out.numel() and other.numel()):
         return False
     (first, last), (other_first, other_last) = _byte_range(out), _byte_range(other)

@@ -25,7 +25,8 @@ def class_set(num_classes: int, positives: Tensor, negatives: Tensor) -> tuple[T
     """(class_ids, is_negative, log_expected_count) of S = P u N, ascending.
 
     A positive is always in the set, so its expected count is 1 and the logarithm 0; a negative's is |N| / (C
-    - |P|)."""
+    - |P|).
+    """
     P, N = set(positives.tolist()), set(negatives.tolist())
     assert not P & N, "a negative is a class that the client does not hold"
     class_ids = sorted(P | N)

@@ -1,5 +1,4 @@
-"""One federated round (Algorithm 1 of the FedSS paper, with the sign of line 11 and the index of line 13
-mended)."""
+"""One federated round: Algorithm 1 of the FedSS paper, the sign of line 11 and index of line 13 mended."""
 
 from dataclasses import dataclass
 
@@ -65,7 +64,8 @@ def federated_round(
         theta_t - alpha v
 
     with n = sum n_k over the cohort, or for a class row over the clients that held it
-    (`denominator="holders"`)."""
+    (`denominator="holders"`).
+    """
     n = sum(len(client.labels) for client in clients)
     holders = torch.zeros(len(weight), dtype=weight.dtype)
     for client in clients:

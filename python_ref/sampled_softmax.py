@@ -1,5 +1,4 @@
-"""The sampled-softmax loss, Eq. 6 of the FedSS paper, about one line of PyTorch per line of the
-definition."""
+"""The sampled-softmax loss, Eq. 6 of the FedSS paper, about a line of PyTorch for a line of it."""
 
 import torch
 from torch import Tensor
@@ -20,8 +19,7 @@ def sampled_softmax_loss(
     reduction: str = "mean",
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """loss_i = -o(i, t) + logsumexp(o(i, t), every o(i, j) with class_ids_j != t), computed in `dtype`
-    throughout.
+    """loss_i = -o(i, t) + logsumexp(o(i, t), every o(i, j) with class_ids_j != t), all in `dtype`.
 
         z(i, j) = scale * cos(input_i, weight_j) + bias_j
         o(i, t) = z(i, t) - target_log_expected_count_i
@@ -64,8 +62,7 @@ def sampled_softmax_loss(
 
 
 def _log1p_sum_exp(x: Tensor) -> Tensor:
-    """log(1 + sum_j exp(x_j)) of each row = m + log(exp(-m) + sum_j exp(x_j - m)), m the largest of 0 and the
-    x_j."""
+    """log(1 + sum_j exp(x_j)) = m + log(exp(-m) + sum_j exp(x_j - m)), m the largest of 0 and the x_j."""
     m = torch.cat([x.new_zeros(len(x), 1), x.detach()], dim=1).amax(dim=1)
     return m + torch.log1p(torch.expm1(-m) + torch.exp(x - m[:, None]).sum(dim=1))
 

@@ -9,8 +9,7 @@ def scatter_add_(
     rows: Tensor,  # (M, D)
     scale: Tensor | None = None,  # (M,)
 ) -> Tensor:
-    """out[class_ids[i]] += scale[i] * rows[i], for i = 0, 1, ..., M - 1: multiply, round, add, round, in
-    out's dtype.
+    """out[class_ids[i]] += scale[i] * rows[i], i = 0, ..., M - 1: multiply, round, add, round in out's dtype.
 
     >>> import torch
     >>> rows = torch.tensor([[1.0], [2.0], [3.0]])

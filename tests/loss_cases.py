@@ -14,8 +14,7 @@ F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float6
 
 @dataclass(frozen=True)
 class Case:
-    """One problem, drawn from its seed. The kernel's tiles: 64 classes, 16 rows, 4 rows of registers, D
-    padded to 16."""
+    """One problem, drawn from its seed."""
 
     seed: int
     B: int = 17

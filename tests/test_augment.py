@@ -20,8 +20,7 @@ class Fixed:
 
 
 def test_by_hand():
-    """In a frame of 2, an offset of (3, 4) shows what is 1 row down and 2 columns right; (2, 2) changes
-    nothing."""
+    """In a frame of 2, offset (3, 4) shows what is 1 row down and 2 columns right; (2, 2) changes nothing."""
     moved = random_shift(IMAGES, 2, Fixed([3, 2], [4, 2]))
     expected = torch.zeros_like(IMAGES[0])
     expected[:, :-1, :-2] = IMAGES[0, :, 1:, 2:]

@@ -190,8 +190,7 @@ def test_zero_rows_have_cosine_zero_and_pass_no_gradient():
 
 @pytest.mark.parametrize("listed", [False, True])
 def test_left_out_entries_may_hold_anything(listed):
-    """A class that is left out (+inf) touches neither the loss nor a gradient, whatever its row and bias
-    hold."""
+    """A class that is left out (+inf) touches no loss and no gradient, whatever its row and bias hold."""
     x, w, t = problem(C=12)
     t.fill_(3)
     ids = torch.arange(12)
@@ -351,8 +350,7 @@ def test_memory_stays_far_below_the_logits(peak_memory):
 
 
 def test_memory_stays_bounded_for_many_rows_and_few_classes(peak_memory):
-    """A block of logits is 8 MiB whatever its shape; the gradient of x is 4 MiB, and a row of a wave has 64
-    bytes."""
+    """A block of logits is 8 MiB whatever its shape; the gradient of x is 4 MiB, a row 64 bytes."""
     setup = """
         import torch
         from fedss_kernels import sampled_softmax_loss

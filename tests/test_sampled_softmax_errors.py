@@ -1,5 +1,4 @@
-"""Every wrong argument gets an error that names it, says what was expected and what came; nothing is
-computed."""
+"""Every wrong argument gets an error that names it, says what was expected and what came."""
 
 import re
 

@@ -1,5 +1,4 @@
-"""The operator inside torch: its registration, compilation, autocast, gradient scaling, data parallelism,
-forks, threads."""
+"""The operator in torch: registration, compilation, autocast, gradient scaling, DDP, forks, threads."""
 
 import os
 import threading

@@ -55,8 +55,7 @@ def test_compiles_fullgraph_and_equals_eager():
 
 
 def test_compiles_fullgraph_with_a_generator_and_equals_eager():
-    """Two losses a step, so two draws, which a compiler must not take for one; the copy draws as the original
-    does."""
+    """Two losses, so two draws, which a compiler must not take for one; a copy draws as the original does."""
     criterion = SampledSoftmaxLoss(C, D, 7, generator=torch.Generator().manual_seed(5))
     copied = copy.deepcopy(criterion)
     assert copied.generator.generator is not criterion.generator.generator

@@ -1,5 +1,4 @@
-"""The aggregator: the definition's bits, for any layout, dtype and number of threads; nothing written by a
-bad call."""
+"""The aggregator: the definition's bits for any layout, dtype and number of threads; no bad call writes."""
 
 import subprocess
 import sys

@@ -11,8 +11,7 @@ def random_shift(
     max_shift: int,  # pixels
     rng: np.random.Generator,
 ) -> Tensor:  # (n, channels, H, W)
-    """Each image moved by a whole number of pixels of its own along both axes, uniform in [-max_shift,
-    max_shift].
+    """Each image moved by whole pixels of its own, uniform in [-max_shift, max_shift] along both axes.
 
     What moves in from outside is 0. The same as a random crop of the image in a frame of `max_shift` zeros.
     """

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 
 class SmallConvNet(nn.Module):
-    """Four convolutions with GroupNorm, then a linear layer: images (B, in_channels, 28, 28) in [0, 1] to
-    (B, D).
+    """Four convolutions with GroupNorm and a linear layer: (B, in_channels, 28, 28) in [0, 1] to (B, D).
 
     Made for one core and small batches: the first convolution halves the image, so that the others work on
     14x14 or less. GroupNorm, because federated averaging can't average the running statistics of BatchNorm.
@@ -47,8 +46,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {"conv4": SmallConvNet}
 
 
 def build_model(name: str, embedding_dim: int, seed: int, **options: object) -> nn.Module:
-    """The model `name`, one of MODELS, with weights that are a function of `seed` alone; torch's own stream
-    is left as it was.
+    """The model `name`, one of MODELS, with weights that are a function of `seed` alone.
 
     Raises ValueError for an unknown name, or for a model that `refuse_batch_norm` refuses.
     """

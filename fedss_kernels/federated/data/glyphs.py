@@ -76,8 +76,7 @@ def load_glyphs(
     holdout: float = 0.25,
     **settings: Any,
 ) -> FederatedData:
-    """Draws the data set, or reads it from the cache; `settings` are GlyphSettings' fields, `data_dir`
-    isn't used.
+    """Draws the data set, or reads it from the cache; `settings` are GlyphSettings' fields.
 
     holdout: the share of the alphabets that a retrieval keeps for its test. 28x28 images, ink is high.
     """
@@ -161,8 +160,7 @@ def choose_code_points(count: int) -> list[int]:
 
 
 def distinct(bitmaps: np.ndarray, limit: float) -> list[int]:
-    """The rows of bitmaps (n, FRAME, FRAME) that are not blank, and whose cosine with each row kept before
-    them is at most `limit`."""
+    """The rows of bitmaps (n, FRAME, FRAME) that are neither blank nor nearly one kept before (cosine > limit)."""
     coarse = bitmaps.reshape(len(bitmaps), FRAME // 4, 4, FRAME // 4, 4).astype(np.int64).sum((2, 4)) // 16
     # Whole numbers below 2^53, so exact in float64: in whatever order they are added, the choice is the same.
     flat = coarse.reshape(len(bitmaps), -1).astype(np.float64)
@@ -240,8 +238,7 @@ def write(clean: dict[str, np.ndarray], character: np.ndarray, seed: int, writer
 
 
 def _where_to_look(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """For each pixel of n drawings, the point of the clean frame that it shows: two (n, SIZE, SIZE)
-    float32, in its pixels.
+    """The point of the clean frame that each pixel of n drawings shows: two (n, SIZE, SIZE), in its pixels.
 
     Size, proportion, slant, rotation and the large bends are the writer's own; each drawing departs a
     little from them.

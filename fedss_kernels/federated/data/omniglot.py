@@ -1,5 +1,4 @@
-"""Omniglot: characters of many alphabets, each drawn once by each of 20 people (Lake et al., Science 350,
-2015).
+"""Omniglot: characters of many alphabets, each drawn once by 20 people (Lake et al., Science 350, 2015).
 
 A character is a class. A client is an (alphabet, drawer) pair: drawer 3 of Tibetan and drawer 3 of Korean
 need not be the same person. Drawers 17 to 20 are the test split of classification; a retrieval holds out
@@ -45,8 +44,7 @@ def load_omniglot(
     cache_dir: Path | None = None,
     holdout: float = 0.25,
 ) -> FederatedData:
-    """Reads what is in `data_dir`: images_background and images_evaluation, either or both, each zipped or
-    unpacked.
+    """Reads images_background, images_evaluation or both from `data_dir`, each zipped or unpacked.
 
     Images are averaged down to 28x28, ink is high. `seed` chooses the alphabets that a retrieval holds out,
     a share `holdout` of them. Raises FileNotFoundError where neither part is there, ValueError where a file

@@ -160,7 +160,7 @@ def choose_code_points(count: int) -> list[int]:
 
 
 def distinct(bitmaps: np.ndarray, limit: float) -> list[int]:
-    """The rows of bitmaps (n, FRAME, FRAME) that are neither blank nor nearly one kept before (cosine > limit)."""
+    """The rows of bitmaps (n, FRAME, FRAME) neither blank nor nearly one kept before (cosine > `limit`)."""
     coarse = bitmaps.reshape(len(bitmaps), FRAME // 4, 4, FRAME // 4, 4).astype(np.int64).sum((2, 4)) // 16
     # Whole numbers below 2^53, so exact in float64: in whatever order they are added, the choice is the same.
     flat = coarse.reshape(len(bitmaps), -1).astype(np.float64)

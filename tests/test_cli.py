@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 
@@ -60,7 +61,15 @@ def own_cache(tmp_path_factory, monkeypatch):
         (["run", "--data-dir", "/no/such"], "fedss run: --data-dir: no such folder: /no/such"),
         (
             ["run", "--data", "own"],
-            "fedss run: --data: 'own' data are handed over in Python, as run(config, data=...)",
+            "fedss run: --data: 'own' data is handed over in Python, as run(config, data=...)",
+        ),
+        (
+            ["compare", "--model", "own"],
+            "fedss compare: --model: 'own' model is handed over in Python, as run(config, model=...)",
+        ),
+        (
+            ["run", "--threads", "99999999999"],
+            "fedss run: --threads: expected an integer of at least 1 and less than 1025, got 99999999999",
         ),
         (
             ["run", "--config", "/no/c.json"],
@@ -216,3 +225,13 @@ def test_a_whole_comparison(tmp_path, capsys):
     text, err = capsys.readouterr()
     assert err == "" and "PosOnly" in text and str(out / "report.html") in text
     assert (out / "table.md").is_file() and (out / "pos_only-seed1" / "model.pt").is_file()
+
+
+def test_an_encoding_without_the_tables_letters_loses_letters_and_no_results(tmp_path):
+    command = [sys.executable, "-m", "fedss_kernels", "compare", *SMALL, "--rounds=1", "--methods=fedss"]
+    result = subprocess.run(
+        [*command, "--seeds=0,1", "--jobs=1", f"--out={tmp_path}/out"],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert (result.returncode, result.stderr) == (0, b"") and b" ? " in result.stdout

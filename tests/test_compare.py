@@ -1,6 +1,7 @@
 """Comparing: the table's arithmetic, runs in their own processes, and runs that fail."""
 
 import csv
+import json
 import multiprocessing
 import os
 import signal
@@ -82,9 +83,9 @@ def test_a_run_that_fails_leaves_the_others(tmp_path):
     """An earlier comparison is replaced, but one of its folders now holds something that is nobody's run."""
     out = tmp_path / "out"
     (out / "pos_only-seed0").mkdir(parents=True)
-    (out / "comparison.json").write_text("{}")
     (out / "pos_only-seed0" / "thesis.txt").write_text("mine")
     config = Config(**SMALL, cache_dir=tmp_path / "cache", overwrite=True)
+    (out / "comparison.json").write_text(json.dumps({"config": config.to_dict()}))
     seen: dict[int, list] = {0: [], 1: []}
     comparison = compare(
         config,
@@ -118,3 +119,8 @@ def test_a_run_that_is_killed_is_told(tmp_path):
     assert comparison.table == [] and comparison.failed == [
         "FedSS, seed 0 failed: its process ended with exit code -9 (killed? out of memory?)"
     ]
+
+
+def test_no_jobs_is_a_mistake_and_not_a_wait(tmp_path):
+    with pytest.raises(ConfigError, match="jobs: expected an integer of at least 1, got 0"):
+        compare(Config(), ["fedss"], [0], tmp_path / "out", jobs=0)

@@ -165,6 +165,21 @@ def test_damaged_member(folder):
         read(folder)
 
 
+def test_damage_anywhere_is_told_in_words(folder):
+    """A byte changed in each of many places: read as before, or a ValueError that names the file."""
+    path = write_zip(folder, authors_files())
+    whole = path.read_bytes()
+    refused = 0
+    for place in range(0, len(whole), len(whole) // 150):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x5A]) + whole[place + 1 :])
+        try:
+            read(folder)
+        except ValueError as error:
+            assert "omniglot: " in str(error) or "images_evaluation" in str(error)
+            refused += 1
+    assert refused > 30
+
+
 def test_a_missing_drawer(folder):
     files = authors_files()
     del files["images_evaluation/Greek/character02/0002_07.png"]

@@ -333,3 +333,48 @@ def test_a_folder_in_use_is_refused_and_only_an_earlier_runs_files_are_overwritt
     with pytest.raises(FileExistsError, match="is a file"):
         train(out=other / "thesis.txt", overwrite=True)
     assert (other / "thesis.txt").read_text() == "all of it"
+
+
+def test_another_programs_config_json_is_not_overwritten(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "model.pt").write_text("weights")
+    with pytest.raises(FileExistsError, match="holds no earlier results"):
+        train(out=tmp_path, overwrite=True)
+    assert (tmp_path / "model.pt").read_text() == "weights"
+
+
+def test_embeddings_of_another_dtype_are_welcome():
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = tiny_model()
+
+        def forward(self, images):
+            return self.net(images).to(torch.bfloat16)
+
+    assert train(Half(), rounds=2).summary.top1 is not None
+
+
+def test_too_few_test_images_are_refused_before_the_training():
+    data = tiny_data()
+    few = dataclasses.replace(data, test_images=data.test_images[:1], test_labels=data.test_labels[:1])
+    with pytest.raises(ConfigError, match="data: expected at least 2 test images, got 1"):
+        run(tiny_config(), data=few, model=tiny_model())
+
+
+def test_a_buffer_that_changes_late_is_noticed():
+    class Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = tiny_model()
+            self.register_buffer("seen", torch.zeros(1))
+            self.calls = 0
+
+        def forward(self, images):
+            self.calls += self.training
+            if self.calls > 20:
+                self.seen += 1
+            return self.net(images)
+
+    with pytest.raises(ValueError, match="it changed 'seen'"):
+        train(Late(), rounds=20)

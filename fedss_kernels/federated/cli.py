@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import dataclasses
 import importlib.util
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 1 (a run failed), 2 (a user's mistake), 130 (Ctrl-C)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     name = "fedss"
+    for stream in (sys.stdout, sys.stderr):  # what an encoding lacks becomes ?, not a traceback
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         if argv[:1] in (["-h"], ["--help"]):
             print(_overview())
@@ -251,9 +255,13 @@ def _config(arguments: argparse.Namespace) -> Config:
     """Config's defaults, overridden by the --config file, overridden by the command line."""
     options = read_options(arguments.config) if arguments.config else {}
     names = [field.name for field in dataclasses.fields(Config)]
-    return Config.from_dict(
+    config = Config.from_dict(
         options | {name: value for name, value in vars(arguments).items() if name in names}
     )
+    for name in ("data", "model"):
+        if getattr(config, name) == OWN:
+            raise ConfigError(name, f"{OWN!r} {name} is handed over in Python, as run(config, {name}=...)")
+    return config
 
 
 # ---- what the user sees ------------------------------------------------------------------------------------

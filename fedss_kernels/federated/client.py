@@ -55,7 +55,9 @@ class Extractor:
     @torch.no_grad()
     def embed(self, images: Tensor, batch_size: int = 512) -> Tensor:  # (T, channels, H, W) uint8 -> (T, D)
         self.module.eval()
-        return torch.cat([self.module(as_input(batch)) for batch in images.split(batch_size)])
+        return torch.cat(
+            [self.module(as_input(batch)).to(torch.float32) for batch in images.split(batch_size)]
+        )
 
 
 class Client:

@@ -79,10 +79,11 @@ def compare(
     "__main__":`. Raises ConfigError for names or settings that cannot be, FileExistsError for a folder in
     use.
     """
+    if jobs < 1:
+        raise ConfigError("jobs", f"expected an integer of at least 1, got {jobs}")
     configs = plan(config, methods, seeds, out)
-    check_data(
-        config, load_data(config)
-    )  # once, before anything starts: mistakes surface here, and caches fill
+    # Once, before anything starts: mistakes surface here, and caches fill.
+    check_data(config, load_data(config))
     prepare(out, COMPARISON_FILES, overwrite=config.overwrite)
     settings = {"methods": list(methods), "seeds": list(seeds), "jobs": jobs, "config": config.to_dict()}
     (out / "comparison.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

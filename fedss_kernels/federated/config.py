@@ -96,8 +96,8 @@ class Config:
         "classification: unseen images of known classes; retrieval: images of classes that nobody trained on",
         choices=lambda: TASKS,
     )
-    glyph_classes: int = option(540, "classes of the data set glyphs", low=2)
-    glyph_writers: int = option(800, "writers, that is clients, of the data set glyphs", low=1)
+    glyph_classes: int = option(540, "classes of the data set glyphs", low=2, below=10**5)
+    glyph_writers: int = option(800, "writers, that is clients, of the data set glyphs", low=1, below=10**6)
 
     method: str = option("fedss", "how to train", choices=lambda: tuple(METHODS))
     num_negatives: int = option(PRESET, "classes a client asks for besides its own", low=0)
@@ -115,26 +115,26 @@ class Config:
     rounds: int = option(PRESET, "rounds of training", low=1)
     cohort: int = option(PRESET, "clients drawn for each round", low=1)
     local_epochs: int = option(1, "passes of a client over its images in one round", low=1)
-    batch_size: int = option(PRESET, "images in one local step of a client", low=1)
+    batch_size: int = option(PRESET, "images in one local step of a client", low=1, below=2**31)
     client_lr: float = option(PRESET, "learning rate of the clients, at its highest", above=0)
     warmup_rounds: int = option(PRESET, "rounds over which the clients' rate rises to client_lr", low=0)
     lr_decay: str = option(
         PRESET, "the clients' rate after the warm-up", choices=lambda: ("constant", "linear", "cosine")
     )
     max_shift: int = option(
-        PRESET, "pixels by which a client moves each training image at random, at most", low=0
+        PRESET, "pixels by which a client moves each training image at random, at most", low=0, below=1024
     )
     server_lr: float = option(1.0, "learning rate of the server", above=0)
     server_momentum: float = option(0.9, "momentum of the server", low=0, below=1)
 
     model: str = option("conv4", "the net that maps an image to an embedding", choices=lambda: (*MODELS, OWN))
-    embedding_dim: int = option(64, "numbers in one embedding, D", low=1)
+    embedding_dim: int = option(64, "numbers in one embedding, D", low=1, below=2**16)
     scale: float = option(PRESET, "the loss multiplies cosines by this", above=0)
     weight_init_scale: float = option(PRESET, "standard deviation of the class matrix at the start", above=0)
 
     seed: int = option(0, "the seed of everything but the data", low=0, below=2**63)
     eval_every: int = option(10, "rounds between two looks at the test images", low=1)
-    threads: int = option(1, "torch threads; bits are reproducible at a fixed number", low=1)
+    threads: int = option(1, "torch threads; bits are reproducible at a fixed number", low=1, below=1025)
     out: Path | None = option(None, "the folder for the results, none: runs/DATA-METHOD-seedSEED")
     overwrite: bool = option(False, "replace the results of an earlier run in the same folder", saved=False)
 
@@ -174,7 +174,7 @@ def read_options(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError("config", f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError("config", f"{path} is not JSON: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError("config", f"expected an object of options in {path}, got {type(values).__name__}")
@@ -201,7 +201,7 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
         return None
     if kind is Path and isinstance(value, str | Path):
         return Path(value)
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 2**63:
         value = float(value)
     finite = not isinstance(value, float) or math.isfinite(value)
     if type(value) is not kind or not finite or not _in_bounds(field, value):

@@ -386,7 +386,7 @@ def _page(title: str, sections: Sequence[str]) -> str:
 
 def percent(share: float | None) -> str:
     """A share in [0, 1] as a percentage with one decimal; – for one that was not measured."""
-    return "–" if share is None else f"{100 * share:.1f}%"
+    return "–" if share is None else f"{100 * share:.1f}%".replace("-0.0%", "0.0%")
 
 
 GLOSSARY = {

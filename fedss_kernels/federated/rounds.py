@@ -130,8 +130,7 @@ class Simulation:
             moved = client_traffic(len(phi), len(rows), config.embedding_dim, sends_ids=request.sends_ids)
             entries.append(Entry(round + 1, k, len(rows), moved))
         self.server.step(self.server.aggregate(updates))
-        if round == 0:
-            self.extractor.check_buffers()
+        self.extractor.check_buffers()
         return updates, entries
 
     def evaluate(self, *, last: bool) -> tuple[float | None, float | None]:
@@ -200,7 +199,7 @@ def learning_rate(config: Config, round: int) -> float:
 def load_data(config: Config) -> FederatedData:
     """The data set that `config` names. Raises ConfigError, or ValueError and OSError about its files."""
     if config.data == OWN:
-        raise ConfigError("data", f"{OWN!r} data are handed over in Python, as run(config, data=...)")
+        raise ConfigError("data", f"{OWN!r} data is handed over in Python, as run(config, data=...)")
     if config.data_dir is not None and not config.data_dir.is_dir():
         raise ConfigError("data_dir", f"no such folder: {config.data_dir}")
     glyphs = {"num_classes": config.glyph_classes, "writers": config.glyph_writers}
@@ -220,11 +219,13 @@ def check_data(config: Config, data: FederatedData) -> None:
         raise ConfigError(
             "cohort", f"expected at most {len(data.clients)}, the clients there are, got {config.cohort}"
         )
+    if len(data.test_images) < 2:
+        raise ConfigError("data", f"expected at least 2 test images, got {len(data.test_images)}")
 
 
 def _build_model(config: Config) -> nn.Module:
     if config.model == OWN:
-        raise ConfigError("model", f"an {OWN!r} model is handed over in Python, as run(config, model=...)")
+        raise ConfigError("model", f"{OWN!r} model is handed over in Python, as run(config, model=...)")
     return build_model(config.model, config.embedding_dim, config.seed)
 
 

@@ -132,7 +132,7 @@ def check_folder(path: Path, files: tuple[str, ...], *, overwrite: bool) -> None
             raise FileExistsError(
                 f"the folder {path} is not empty: choose another, or replace it with --overwrite"
             )
-        if not (path / files[0]).is_file():
+        if not _is_ours(path / files[0]):
             raise FileExistsError(
                 f"the folder {path} holds no earlier results ({files[0]}): it is not overwritten"
             )
@@ -142,6 +142,16 @@ def check_folder(path: Path, files: tuple[str, ...], *, overwrite: bool) -> None
             pass
     except OSError as error:
         raise OSError(f"the folder {path} cannot be written to: {error.strerror}") from None
+
+
+def _is_ours(marker: Path) -> bool:
+    """Whether a config.json or comparison.json is one that an earlier run wrote."""
+    try:
+        values = json.loads(marker.read_text(encoding="utf-8"))
+        Config.from_dict(values.get("config", values))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return False
+    return "rounds" in values.get("config", values)
 
 
 def prepare(path: Path, files: tuple[str, ...], *, overwrite: bool) -> None:

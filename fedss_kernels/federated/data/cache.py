@@ -7,7 +7,6 @@ import json
 import os
 import tempfile
 import warnings
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,10 @@ def default_cache_dir() -> Path:
     if os.environ.get("FEDSS_CACHE"):
         return Path(os.environ["FEDSS_CACHE"]).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "fedss-kernels"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "fedss-kernels"
+    except RuntimeError:  # a user without a home
+        return Path(tempfile.gettempdir()) / "fedss-kernels"
 
 
 def cached_arrays(name: str, key: dict, make: Callable[[], Arrays], cache_dir: Path | None = None) -> Arrays:
@@ -52,14 +54,16 @@ def _read(path: Path, key: str) -> Arrays | None:
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-        return arrays if str(arrays.pop("key")) == key else None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        wanted = json.loads(str(arrays.pop("key")))
+        return arrays if wanted == {"key": key, "names": sorted(arrays)} else None
+    except Exception:  # a damaged archive may raise anything; it is made again
         return None
 
 
 def _write(path: Path, key: str, arrays: Arrays) -> None:
     """Under another name first, so that no reader sees half of it, whoever else writes the same file."""
-    members: dict[str, Any] = {"key": np.array(key), **arrays}
+    described = json.dumps({"key": key, "names": sorted(arrays)})
+    members: dict[str, Any] = {"key": np.array(described), **arrays}
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
     try:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import re
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -122,6 +123,10 @@ def _table(arrays: Arrays) -> Drawings:
 Drawing = tuple[str, str, int, bytes]  # alphabet, character, drawer, the image's SIZE * SIZE bytes
 
 
+# What a damaged archive may raise: a broken directory or stream, a method nobody knows, a password asked.
+DAMAGES = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError, UnicodeError)
+
+
 def _from_zip(path: Path) -> Iterator[Drawing]:
     try:
         with zipfile.ZipFile(path) as archive:
@@ -129,7 +134,7 @@ def _from_zip(path: Path) -> Iterator[Drawing]:
                 match = FILE_NAME.fullmatch(name.partition("/")[2])
                 if match and name.startswith(f"{path.stem}/"):
                     yield match[1], match[2], int(match[3]), decode(archive.read(name), f"{path}: {name}")
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
+    except DAMAGES as error:
         raise ValueError(f"omniglot: {path} is damaged ({error}); get it again from {SOURCE}") from error
 
 

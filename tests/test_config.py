@@ -87,7 +87,7 @@ def test_the_bounds_themselves_are_allowed():
 
 def test_it_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        Config().rounds = 3  # type: ignore[misc]
+        Config().rounds = 3
 
 
 def test_the_file_gives_the_same_config_back(tmp_path):

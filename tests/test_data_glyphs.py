@@ -127,6 +127,28 @@ def test_a_corrupt_cache_is_made_again(tmp_path, damage):
     assert [p.name for p in tmp_path.iterdir()] == [path.name], "no temporary file stays"
 
 
+def test_a_cache_that_lost_an_array_is_made_again(tmp_path):
+    def make():
+        return {"v": np.array(1), "w": np.array(2)}
+
+    cached_arrays("x", {"a": 1}, make, tmp_path)
+    (path,) = tmp_path.iterdir()
+    with np.load(path) as archive:
+        np.savez(path, key=archive["key"], v=archive["v"])
+    assert sorted(cached_arrays("x", {"a": 1}, make, tmp_path)) == ["v", "w"]
+
+
+def test_a_cache_in_an_archive_that_nobody_can_read_is_made_again(tmp_path):
+    """A compression method that does not exist, 99, in the archive's directory: NotImplementedError."""
+    cached_arrays("x", {"a": 1}, lambda: {"v": np.array(1)}, tmp_path)
+    (path,) = tmp_path.iterdir()
+    content = bytearray(path.read_bytes())
+    entry = content.index(b"PK\x01\x02")
+    content[entry + 10] = 99
+    path.write_bytes(content)
+    assert cached_arrays("x", {"a": 1}, lambda: {"v": np.array(5)}, tmp_path)["v"] == 5
+
+
 def test_a_cache_of_another_key_is_not_believed(tmp_path):
     cached_arrays("x", {"a": 1}, lambda: {"v": np.array(1)}, tmp_path)
     (one,) = tmp_path.iterdir()

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from fedss_kernels.reference import sampled_softmax_loss as reference_loss
 
 from fedss_kernels import SampledSoftmaxLoss, sampled_softmax_loss
 
@@ -151,3 +152,14 @@ def test_bad_topk():
             criterion.topk(torch.randn(2, 3), k)
     with pytest.raises(ValueError, match=r"input: expected shape \(..., 3\), got \(2, 4\)"):
         criterion.topk(torch.randn(2, 4), 1)
+
+
+def test_reference_makes_its_tensors_where_its_arguments_are():
+    """On the meta device values cannot be checked, so the definition itself is called; nothing lands on the CPU."""
+    given = {
+        name: value.to("meta") if isinstance(value, torch.Tensor) else value
+        for name, value in arguments().items()
+    }
+    for left_out in ((), ("class_ids", "log_expected_count", "target_log_expected_count", "bias")):
+        some = {name: value for name, value in given.items() if name not in left_out}
+        assert reference_loss(**some).device.type == "meta"

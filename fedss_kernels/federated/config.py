@@ -24,9 +24,9 @@ OWN = "own"  # the data set or model that a caller hands to run() as an object
 
 # Defaults that depend on the data set. An option left out takes its value from here; "own" data take those
 # of glyphs. Found by trial, the same for all methods. What mattered: a small initial W, as with cosines a
-# row's step goes as client_lr / |w|^2; a softmax flatter than at the paper's scale of 20, where a few hard
-# negatives carry the denominator and a tenth of the classes estimates it badly; shifts, where images are
-# few; more rounds of fewer clients rather than the reverse.
+# row's step goes as client_lr / |w|^2; a softmax flatter than at the paper's scale of 20, where probably a
+# few hard negatives carry the denominator and FedSS seldom draws them; shifts, where images are few; more
+# rounds of fewer clients rather than the reverse.
 PRESETS: dict[str, dict[str, Any]] = {
     "glyphs": {
         "num_negatives": 38,

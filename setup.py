@@ -1,5 +1,6 @@
 """Builds csrc/ into fedss_kernels._C: C++17 and pybind11 alone, so one build serves every torch."""
 
+import platform
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension
@@ -8,11 +9,22 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CCompilerError, ExecError, PlatformError
 
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.hpp"))
-SOURCES = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
-# Never -ffast-math: NaN, infinities and the order of sums are part of what the kernels promise. No
-# contraction: the bits of the aggregator must not depend on whether the instruction set has a fused
+KERNELS = "csrc/kernels.cpp"  # compiled once for each instruction set, chosen at run time
+SOURCES = sorted(str(path) for path in Path("csrc").glob("*.cpp") if str(path) != KERNELS)
+# Never -ffast-math: NaN, infinities and the order of sums are part of what the kernels promise.
+COMMON = ["-O3", "-fvisibility=hidden", "-Wall", "-Wextra"]
+# No contraction: the bits of the aggregator must not depend on whether the instruction set has a fused
 # multiply-add.
-FLAGS = ["-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
+FLAGS = [*COMMON, "-ffp-contract=off"]
+# No vectors cross a function's edge, which is all that -Wpsabi is about; g++ 12 warns of its own headers.
+QUIET = ["-Wno-psabi", "-Wno-maybe-uninitialized"]
+KERNEL_FLAGS = [*COMMON, *QUIET, "-ffp-contract=fast", "-std=c++17", "-fPIC"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"]
+INSTRUCTION_SETS = (
+    {"baseline": [], "avx2": ["-mavx2", "-mfma"], "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+    if platform.machine() in ("x86_64", "AMD64")
+    else {"native": []}
+)
 
 
 class BuildExtension(build_ext):
@@ -20,6 +32,7 @@ class BuildExtension(build_ext):
 
     def build_extension(self, ext):
         try:
+            ext.extra_objects = [self.compile_kernels(*each) for each in INSTRUCTION_SETS.items()]
             super().build_extension(ext)
         except (CCompilerError, ExecError, PlatformError) as error:
             raise SystemExit(
@@ -27,6 +40,13 @@ class BuildExtension(build_ext):
                 "Install a C++17 compiler (g++ >= 9 or clang >= 10; on Debian: apt-get install g++), "
                 "or install a wheel, which needs none."
             ) from error
+
+    def compile_kernels(self, name: str, flags: list[str]) -> str:
+        folder = Path(self.build_temp) / name
+        (object_file,) = self.compiler.compile(
+            [KERNELS], output_dir=str(folder), extra_postargs=[*KERNEL_FLAGS, *flags], depends=HEADERS
+        )
+        return object_file
 
 
 def packages() -> dict[str, str]:
@@ -45,7 +65,7 @@ setup(
         Pybind11Extension(
             "fedss_kernels._C",
             SOURCES,
-            depends=HEADERS,
+            depends=[*HEADERS, KERNELS],
             cxx_std=17,
             extra_compile_args=FLAGS,
             extra_link_args=["-pthread"],

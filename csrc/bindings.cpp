@@ -4,10 +4,12 @@
 // torch header, so one build serves every torch. Shapes are checked here, so that no kernel can leave a tensor's
 // memory.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
 
+#include "instruction_sets.hpp"
 #include "sampled_softmax.hpp"
 #include "scatter_add.hpp"
 
@@ -155,6 +157,10 @@ void run_scatter_add(const py::object& out, const py::object& class_ids, const p
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The C++ kernels. Internal: fedss_kernels' functions check and explain what these only refuse.";
   using py::arg;
+  m.def("instruction_sets", &fedss::instruction_sets, "Names of the instruction sets that this machine can run.");
+  m.def("instruction_set", [] { return std::string(fedss::current_kernels().name); }, "The one in use.");
+  m.def("use_instruction_set", &fedss::use_instruction_set, arg("name"));
+  m.def("fma_peak", &fedss::fma_peak, arg("threads"), py::call_guard<py::gil_scoped_release>());
   m.def("sampled_softmax", &fedss::run_sampled_softmax, arg("input"), arg("weight"), arg("target"), arg("class_ids"),
         arg("log_expected_count"), arg("target_log_expected_count"), arg("bias"), arg("scale"), arg("similarity"),
         arg("ignore_index"), arg("rounding"), arg("reduction"), py::kw_only(), arg("grad_loss") = py::none(),

@@ -1,456 +1,573 @@
+// How the work goes, for a wave of rows of the batch and a chunk of the columns (mostly all of them):
+//
+//   pack      class rows, gathered, normalised, one behind the other
+//   logits    tiles of classes x rows: the product, then exp(o - max of the tile), in place
+//   rows      max and sum of each row from those of its tiles, its loss, and what each tile is to be multiplied with
+//   grad_x    the tiles become dlogits; each gives its share of the rows' gradients
+//   classes   tiles of classes: the gradients of their rows, over the rows of the wave in order
+//
+// A step ends before the next begins. Which tiles there are depends on the sizes alone, so the order of every sum does.
 #include "sampled_softmax.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <limits>
-#include <sstream>
-#include <stdexcept>
-#include <utility>
+#include <type_traits>
 #include <vector>
 
-#include "check_ids.hpp"
-#include "matmul.hpp"
+#include "arena.hpp"
+#include "class_rows.hpp"
+#include "instruction_sets.hpp"
+#include "kernels.hpp"
 #include "thread_pool.hpp"
 
 namespace fedss {
 namespace {
 
 constexpr double kInf = std::numeric_limits<double>::infinity(), kNaN = std::numeric_limits<double>::quiet_NaN();
-constexpr double kZeroNorm = 1e-12;                // rows shorter than this have cosine 0 and pass no gradient
-constexpr int64_t kBlockElements = 1 << 19;        // of a block of logits: the rows of a wave x the classes of a chunk
-constexpr int64_t kFewRows = 64, kManyRows = 256;  // of a wave: at least the first where it meets all classes in one
-                                                   // chunk; else the second, so that weight is read less often
-constexpr int64_t kClassTile = 64, kRowTile = 16;  // of one task
-constexpr double kSerialWork = 1e5;                // multiply-adds below which threads cost more than they give
+constexpr double kZeroNorm = 1e-12;  // rows shorter than this have cosine 0 and pass no gradient
 
-// Of a member of the class set, +inf leaves it out; a target cannot be left out.
-void check_corrections(const char* name, const Vector& counts, bool of_targets) {
-  for (int64_t i = 0; i < counts.size; ++i) {
-    const double value = counts[i];
-    if (value > -kInf && (value < kInf || !of_targets)) continue;
-    std::ostringstream message;
-    message << name << "[" << i << "] = " << value << ", expected a "
-            << (of_targets ? "finite number" : "number or +inf, which leaves the entry out");
-    throw std::invalid_argument(message.str());
-  }
-}
+// Sizes, in elements: of the logits of a wave, and of the packed class rows of a chunk.
+constexpr int64_t kFewLogits = 1 << 20, kMostLogits = 1 << 21, kMostPacked = 1 << 22;
+constexpr int64_t kRowTile = 64, kClassTile = 512, kSmallestClassTile = 32;
+constexpr int64_t kFewestRows = 64, kMostRows = 1024, kChunkedRows = 256;  // of a wave; the last: in several chunks
+constexpr int64_t kTasks = 16;         // what a step is cut into, where the sizes allow, so that threads end together
+constexpr double kSerialWork = 4e5;    // multiply-adds of a product below which threads cost more than they give
+constexpr double kPreciseWork = 65536;  // ... and below which float64 costs nothing that anyone would notice
 
-// The rows of `weight` that take part, each once, and the correction of each.
-//
-// A repeated entry of class_ids has the same logit z as its twin, so exp(z - a) + exp(z - b) is one term with
-// correction -log(exp(-a) + exp(-b)). A target that class_ids does not list is a row whose term is zero.
-struct ClassRows {
-  bool all = false;
-  std::vector<int64_t> ids;          // (U,) ascending; unused if all
-  std::vector<double> log_count;     // (U,) merged log_expected_count; +inf: no term
-  std::vector<int64_t> batch_rows;   // (V,) the rows of the batch that are not ignored
-  std::vector<int64_t> target_slot;  // (V,) where in `ids` their targets are
-  std::vector<char> takes_part;      // (U,) whether the class is a term of some row's loss
+// In float32, logits and rows must stay in a range where it loses nothing; see LogitTile.
+constexpr double kLargestLogit = 2800, kLongestRow = 0x1p60, kShortestRow = 0x1p-30;
 
-  int64_t size() const { return int64_t(log_count.size()); }
-  int64_t id(int64_t slot) const { return all ? slot : ids[slot]; }
+// Thrown, and caught again here, where float32 does not do.
+struct OutOfFloatRange {};
 
-  // Checks every id and correction, as nothing was written yet.
-  explicit ClassRows(const SampledSoftmax& p) : all(p.all_classes) {
-    const std::vector<int64_t> target = checked_ids("target", p.target, p.weight.rows, &p.ignore_index);
-    const std::vector<int64_t> class_ids = checked_ids("class_ids", p.class_ids, p.weight.rows);
-    check_corrections("log_expected_count", p.log_expected_count, false);
-    check_corrections("target_log_expected_count", p.target_log_expected_count, true);
-    std::vector<int64_t> counted;  // (V,) the targets of batch_rows
-    for (size_t i = 0; i < target.size(); ++i) {
-      if (target[i] == p.ignore_index) continue;
-      batch_rows.push_back(int64_t(i));
-      counted.push_back(target[i]);
-    }
-    if (all) {
-      log_count.resize(p.weight.rows);
-      for (int64_t j = 0; j < size(); ++j) log_count[j] = p.log_expected_count ? p.log_expected_count[j] : 0.0;
-      target_slot = counted;
-    } else {
-      merge(p, class_ids, counted);
-      for (int64_t t : counted) target_slot.push_back(std::lower_bound(ids.begin(), ids.end(), t) - ids.begin());
-    }
-    takes_part.resize(size());
-    for (int64_t u = 0; u < size(); ++u) takes_part[u] = log_count[u] < kInf;
-    for (int64_t u : target_slot) takes_part[u] = true;
-  }
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
- private:
-  void merge(const SampledSoftmax& p, const std::vector<int64_t>& class_ids, const std::vector<int64_t>& counted) {
-    const int64_t S = int64_t(class_ids.size());
-    std::vector<std::pair<int64_t, int64_t>> entries;  // (class id, position in class_ids, or S for a target)
-    entries.reserve(S + counted.size());
-    for (int64_t j = 0; j < S; ++j) entries.emplace_back(class_ids[j], j);
-    for (int64_t t : counted) entries.emplace_back(t, S);
-    std::sort(entries.begin(), entries.end());
-    for (size_t first = 0, last; first < entries.size(); first = last) {
-      for (last = first; last < entries.size() && entries[last].first == entries[first].first;) ++last;
-      ids.push_back(entries[first].first);
-      log_count.push_back(merged_log_count(p, entries, first, last));
-    }
-  }
+// factor * gradient, but 0 through a zero row or scale even where an upstream gradient is infinite.
+double through(double factor, double gradient) { return factor == 0.0 ? 0.0 : factor * gradient; }
 
-  static double merged_log_count(const SampledSoftmax& p, const std::vector<std::pair<int64_t, int64_t>>& entries,
-                                 size_t first, size_t last) {
-    const int64_t S = p.class_ids.size;
-    const auto log_count_of = [&](int64_t j) { return p.log_expected_count ? p.log_expected_count[j] : 0.0; };
-    double lowest = kInf;
-    int64_t copies = 0;
-    for (size_t e = first; e < last && entries[e].second < S; ++e, ++copies) {
-      lowest = std::min(lowest, log_count_of(entries[e].second));
-    }
-    if (copies <= 1 || lowest == kInf) return lowest;
-    double sum = 0;
-    for (size_t e = first; e < first + copies; ++e) sum += std::exp(lowest - log_count_of(entries[e].second));
-    return lowest - std::log(sum);
-  }
-};
-
-void round_row(Rounding rounding, DType dtype, double* row, int64_t n) {
-  if (rounding == Rounding::none || dtype == DType::float64) return;
-  for (int64_t d = 0; d < n; ++d) {
-    const float value = float(row[d]);
-    row[d] = rounding == Rounding::to_bfloat16 ? round_to_bfloat16(value) : round_to_float16(value);
-  }
-}
-
-// A matrix row as the products use it: divided by the power of two that brings its norm to [1/2, 1), which is exact and
-// keeps products in range whatever the row's length. For the dot product rows stay as they are and all factors are 1.
-struct Norm {
-  double inverse = 1;         // 1 / |row|; 0 for a zero row, which makes its cosines and its gradient zero
-  double inverse_scaled = 1;  // 1 / |scaled row|
-};
-
-// Everything is computed in float64 and rounded once, to `Out`, the type of the results.
-template <class Out>
+// Computes in T and stores Out, the type of the results.
+template <class T, class Out>
 class Solver {
  public:
-  Solver(const SampledSoftmax& problem, const SampledSoftmaxResult& result, int threads)
-      : p_(problem), out_(result), classes_(problem) {
-    B_ = p_.input.rows, D_ = p_.input.cols, V_ = int64_t(classes_.batch_rows.size()), U_ = classes_.size();
-    D_pad_ = padded(D_);
-    threads_ = double(V_) * double(U_) * double(D_) < kSerialWork ? 1 : std::max(threads, 1);
-    const int64_t columns = std::max(tiles(U_), int64_t(1)) * kClassTile, fitting = kBlockElements / columns;
-    wave_rows_ = std::min(fitting >= kFewRows ? fitting : kManyRows, std::max<int64_t>(V_, 1));
-    chunk_ = std::min(columns, kBlockElements / wave_rows_ / kClassTile * kClassTile);
-    wants_gradient_ = out_.grad_input || out_.grad_rows || out_.grad_bias || out_.grad_scale;
+  Solver(const SampledSoftmax& problem, const SampledSoftmaxResult& result, const ClassRows& classes, int threads)
+      : p_(problem), out_(result), classes_(classes), kernels_(kernels_for<T>(current_kernels())) {
+    B_ = p_.input.rows, D_ = p_.input.cols, V_ = int64_t(classes_.batch_rows.size()), N_ = classes_.columns();
+    threads_ = double(V_) * double(N_) * double(D_) < kSerialWork ? 1 : std::max(threads, 1);
+    wants_x_ = out_.grad_input, wants_rows_ = out_.grad_rows;
+    wants_gradient_ = wants_x_ || wants_rows_ || out_.grad_bias || out_.grad_scale;
   }
 
   void solve() {
-    clear_results();
+    clear_what_is_not_written();
     if (V_ > 0) {
+      plan();
       allocate();
-      for (int64_t first = 0; first < V_; first += wave_rows_) run_wave(first, std::min(wave_rows_, V_ - first));
+      if (chunk_ == N_) pack(0, N_);
+      for (int64_t first = 0; first < V_; first += wave_) run_wave(first, std::min(wave_, V_ - first));
+      if (wants_rows_) finish_class_rows();
     }
     store_scalars();
   }
 
  private:
-  // One row of the batch while its wave runs.
+  // One row of the batch while its wave runs. o: logits, natural units.
   struct Row {
-    Norm norm;
-    double upstream = 0;                 // gradient of the result with respect to this row's loss
-    double target_logit = 0;             // o_t
-    double max = -kInf;                  // of o_t and every o_j so far
-    double sum_others = 0;               // over j != t, of exp(o_j - max)
-    double sum_gradient_similarity = 0;  // over j, of dlogits_j * similarity_j
+    double inverse = 1;            // 1 / |x|, 0 for a zero row; 1 for dot products
+    double upstream = 0;           // gradient of the result with respect to this row's loss
+    double target_similarity = 0;  // cos(x, w_t), or x . w_t
+    double target_logit = 0;       // o_t
+    double max = -kInf;            // of o_j over the columns so far, nearly
+    double sum = 0;                // of exp(o_j - max)
+    double sum_similarity = 0;     // of exp(o_j - max) * similarity_j
+    double share = 0;              // dlogits_j = share * exp(o_j - max_)
+    double peak = 0;               // max_: of o_t and every o_j
+    double target_gradient = 0;    // dlogits_t
+  };
+
+  struct Tile {
+    int64_t begin, end;  // columns of the chunk
   };
 
   const SampledSoftmax& p_;
   const SampledSoftmaxResult& out_;
-  const ClassRows classes_;
-  int64_t B_, D_, V_, U_;  // batch, dimension, rows that are not ignored, classes that take part
-  int64_t D_pad_, wave_rows_, chunk_;
+  const ClassRows& classes_;
+  const KernelsFor<T>& kernels_;
+  int64_t B_, D_, V_, N_;  // batch, dimension, rows that are not ignored, columns
+  int64_t ld_, wave_, row_tile_, chunk_, tiles_;
   int threads_;
-  bool wants_gradient_;
-
-  std::vector<Row> row_;                      // (wave,)
-  std::vector<double> x_, grad_x_;            // (wave, D_pad) scaled input rows; gradient with respect to them
-  std::vector<double> similarity_, dlogits_;  // (wave, chunk) cosines or dot products; gradient of the logits
-  std::vector<Norm> norm_;                    // (chunk,) of the chunk's class rows
-  std::vector<double> offset_;     // (U,) bias_j - log_expected_count_j: o_j = scale * similarity_j + offset_j
-  std::vector<double> grad_bias_;  // (U,)
-  std::vector<std::vector<double>> scratch_;  // one for each worker
+  bool wants_x_, wants_rows_, wants_gradient_;
+  Arena arena_;
+  std::atomic<bool> out_of_range_{false};
   double loss_sum_ = 0, grad_scale_ = 0;
 
-  void clear_results() {
-    if (out_.grad_input) std::fill_n(static_cast<Out*>(out_.grad_input), B_ * D_, Out(0));
-    if (out_.grad_rows) std::fill_n(static_cast<Out*>(out_.grad_rows), out_.capacity * D_, Out(0));
-    if (out_.grad_bias) std::fill_n(static_cast<Out*>(out_.grad_bias), out_.capacity, Out(0));
+  std::vector<Row> row_;                   // (wave,)
+  T *x_, *target_rows_;                    // (wave, ld) unit rows; unit rows of their targets
+  T* x_columns_;                           // (row tiles, D, row_tile) x_ transposed
+  T *row_factor_, *row_factor_low_;        // (wave,)
+  T* target_;                              // (wave,) column of the chunk that is the target, or a negative number
+  T* w_;                                   // (chunk, ld) unit class rows
+  T *class_factor_, *offset_, *offset_low_;  // (chunk,)
+  T* logits_;                              // (row tiles, chunk, row_tile), then exp(o - max of the tile), then dlogits
+  T *tile_max_, *tile_factor_;             // (tiles, wave)
+  double *tile_sum_, *tile_similarity_;    // (tiles, wave)
+  T* grad_x_part_;                         // (tiles, wave, ld)
+  T* grad_x_;                              // (wave, ld)
+  T* grad_rows_;                           // (slots, D): sums of dlogits * unit x
+  std::vector<char> takes_part_;           // (slots,) whether the class is a term of any loss; if not it may hold anything
+  double* grad_bias_;                      // (slots,)
+  T* scratch_;                             // (threads, 3, ld)
+
+  // ---- memory ----
+
+  void clear_what_is_not_written() {
     if (out_.loss) std::fill_n(static_cast<Out*>(out_.loss), p_.reduction == Reduction::none ? B_ : 1, Out(0));
+    if (wants_x_ && V_ < B_) std::fill_n(static_cast<Out*>(out_.grad_input), B_ * D_, Out(0));
+    const int64_t slots = V_ > 0 ? classes_.slots() : 0;
+    if (wants_rows_) std::fill_n(static_cast<Out*>(out_.grad_rows) + slots * D_, (out_.capacity - slots) * D_, Out(0));
+    if (out_.grad_bias) std::fill_n(static_cast<Out*>(out_.grad_bias), out_.capacity, Out(0));
     if (out_.row_ids) {
-      std::copy(classes_.ids.begin(), classes_.ids.end(), out_.row_ids);
-      std::fill(out_.row_ids + classes_.ids.size(), out_.row_ids + out_.capacity, int64_t(-1));
+      std::copy(classes_.ids().begin(), classes_.ids().end(), out_.row_ids);
+      std::fill(out_.row_ids + classes_.ids().size(), out_.row_ids + out_.capacity, int64_t(-1));
     }
   }
 
+  void plan() {
+    const int64_t line = 64 / int64_t(sizeof(T));
+    ld_ = std::max(round_up(D_, std::max(line, kernels_.lanes)), line);
+    if (ld_ / line % 2 == 0) ld_ += line;  // an odd number of lines: rows fall on all sets of a cache
+    const bool resident = N_ * ld_ <= kMostPacked && N_ * kFewestRows <= kMostLogits;
+    const int64_t columns = std::max<int64_t>(N_, 1);
+    wave_ = resident ? std::clamp(kFewLogits / columns / kRowTile * kRowTile, kFewestRows, kMostRows) : kChunkedRows;
+    wave_ = std::min(wave_, V_);
+    row_tile_ = std::min(kRowTile, round_up(wave_, kernels_.lanes));
+    chunk_ = resident ? N_ : std::min({N_, kMostLogits / padded_wave(), std::max(kMostPacked / ld_, kClassTile)});
+    const int64_t row_tiles = padded_wave() / row_tile_;
+    tiles_ = std::max(ceil_div(chunk_, kClassTile),
+                      std::min(ceil_div(chunk_, kSmallestClassTile), ceil_div(kTasks, row_tiles)));
+  }
+
+  int64_t padded_wave() const { return round_up(wave_, row_tile_); }
+
   void allocate() {
-    row_.resize(wave_rows_);
-    x_.assign(wave_rows_ * D_pad_, 0.0);
-    similarity_.resize(wave_rows_ * chunk_);
-    norm_.resize(chunk_);
-    scratch_.assign(threads_, std::vector<double>(kClassTile * (D_pad_ + kRowTile) + D_pad_));
-    offset_.resize(U_);
-    for (int64_t u = 0; u < U_; ++u)
-      offset_[u] = classes_.log_count[u] == kInf ? -kInf : bias(u) - classes_.log_count[u];
-    if (!wants_gradient_) return;
-    dlogits_.resize(wave_rows_ * chunk_);
-    grad_x_.resize(wave_rows_ * D_pad_);
-    grad_bias_.assign(out_.grad_bias ? U_ : 0, 0.0);
+    const int64_t wave = padded_wave();
+    row_.resize(wave);
+    x_ = arena_.take<T>(wave * ld_), target_rows_ = arena_.take<T>(wave * ld_);
+    x_columns_ = arena_.take<T>(wave * D_);
+    row_factor_ = arena_.take<T>(wave), row_factor_low_ = arena_.take<T>(wave), target_ = arena_.take<T>(wave);
+    w_ = arena_.take<T>(chunk_ * ld_);
+    class_factor_ = arena_.take<T>(chunk_), offset_ = arena_.take<T>(chunk_), offset_low_ = arena_.take<T>(chunk_);
+    logits_ = arena_.take<T>(wave * chunk_);
+    tile_max_ = arena_.take<T>(tiles_ * wave), tile_factor_ = arena_.take<T>(tiles_ * wave);
+    tile_sum_ = arena_.take<double>(tiles_ * wave);
+    tile_similarity_ = out_.grad_scale ? arena_.take<double>(tiles_ * wave) : nullptr;
+    scratch_ = arena_.take<T>(threads_ * 3 * ld_);
+    if (wants_x_) {
+      grad_x_part_ = arena_.take<T>(tiles_ * wave * ld_), grad_x_ = arena_.take<T>(wave * ld_);
+    }
+    if (wants_rows_) {
+      grad_rows_ = std::is_same<T, Out>::value ? static_cast<T*>(out_.grad_rows)
+                                               : arena_.take<T>(classes_.slots() * D_);
+      clear_slots_without_column();
+    }
+    grad_bias_ = nullptr;
+    if (out_.grad_bias) {
+      grad_bias_ = arena_.take<double>(classes_.slots());
+      std::fill_n(grad_bias_, classes_.slots(), 0.0);
+    }
+  }
+
+  void clear_slots_without_column() {
+    takes_part_.assign(classes_.slots(), false);
+    for (int64_t column = 0; column < N_; ++column) takes_part_[classes_.slot(column)] = true;
+    for (int64_t slot = 0; slot < classes_.slots(); ++slot) {
+      if (!takes_part_[slot]) std::fill_n(grad_rows_ + slot * D_, D_, T(0));
+    }
+    for (int64_t slot : classes_.target_slot) takes_part_[slot] = true;
   }
 
   void store_scalars() {
     const double count = p_.reduction == Reduction::mean ? double(std::max<int64_t>(V_, 1)) : 1.0;
     if (out_.loss && p_.reduction != Reduction::none) *static_cast<Out*>(out_.loss) = Out(loss_sum_ / count);
     if (out_.grad_scale) *out_.grad_scale = grad_scale_;
-    for (size_t u = 0; u < grad_bias_.size(); ++u) static_cast<Out*>(out_.grad_bias)[u] = Out(grad_bias_[u]);
+    if (!out_.grad_bias || V_ == 0) return;
+    for (int64_t slot = 0; slot < classes_.slots(); ++slot) {
+      static_cast<Out*>(out_.grad_bias)[slot] = Out(grad_bias_[slot]);
+    }
   }
 
-  // A wave of rows meets the classes chunk by chunk: once for the logsumexp, once for the gradient. Where all the
-  // classes are one chunk, the second pass finds what the first one computed still there.
-  void run_wave(int64_t first, int64_t rows) {
-    load_rows(first, rows);
-    for (int64_t c = 0; c < U_; c += chunk_) {
-      const int64_t columns = std::min(chunk_, U_ - c);
-      compute_similarity(c, columns, rows);
-      accumulate_logsumexp(first, c, columns, rows);
+  // ---- rows of input and weight ----
+
+  // Row i, rounded if asked, divided by its length (for the cosine), with zeros up to ld. Returns 1 / length, 0 for a
+  // zero row, or 1 for dot products. A row that holds anything but finite numbers becomes NaN.
+  double read_unit(const Matrix& from, int64_t i, T* scratch, T* out) {
+    const T* row = reinterpret_cast<const T*>(from.row(i));
+    const bool in_place = from.dtype == (sizeof(T) == 4 ? DType::float32 : DType::float64) && from.col_stride == 1;
+    if (!in_place || rounds(from)) {
+      from.read_row(i, scratch);
+      row = scratch;
+      if (rounds(from)) round_row(scratch);
     }
-    store_loss(first, rows);
-    if (!wants_gradient_) return;
-    std::fill_n(grad_x_.begin(), rows * D_pad_, 0.0);
-    for (int64_t c = 0; c < U_; c += chunk_) {
-      const int64_t columns = std::min(chunk_, U_ - c);
-      if (chunk_ < U_) compute_similarity(c, columns, rows);
-      compute_dlogits(first, c, columns, rows);
-      if (out_.grad_input) accumulate_grad_input(c, columns, rows);
-      if (out_.grad_rows || out_.grad_bias) accumulate_grad_rows(c, columns, rows);
+    std::fill(out + D_, out + ld_, T(0));
+    double norm = std::sqrt(kernels_.dot(row, row, D_)), inverse = 1;
+    if (!p_.cosine) {
+      if (sizeof(T) == 4 && !(norm == 0 || (norm > kShortestRow && norm < kLongestRow))) out_of_range_ = true;
+      std::copy(row, row + D_, out);
+      return inverse;
     }
-    for (int64_t r = 0; r < rows; ++r) grad_scale_ += row_[r].sum_gradient_similarity;
-    if (out_.grad_input) store_grad_input(first, rows);
+    if (norm == kInf) {  // an infinite element, or squares past the largest number of float64
+      kernels_.scale(row, D_, 0x1p-600, scratch);
+      row = scratch, inverse = 0x1p-600;
+      norm = std::sqrt(kernels_.dot(row, row, D_));
+    } else if (norm < kZeroNorm) {
+      std::fill_n(out, D_, T(0));
+      return 0;
+    }
+    const double factor = norm < kInf ? 1 / norm : kNaN;
+    kernels_.scale(row, D_, factor, out);
+    return inverse * factor;
   }
 
-  static int64_t tiles(int64_t classes) { return (classes + kClassTile - 1) / kClassTile; }
+  bool rounds(const Matrix& from) const { return p_.rounding != Rounding::none && from.dtype != DType::float64; }
 
-  // factor * gradient, but 0 through a zero row or scale even where an upstream gradient is infinite.
-  static double through(double factor, double gradient) { return factor == 0.0 ? 0.0 : factor * gradient; }
+  void round_row(T* row) const {
+    for (int64_t d = 0; d < D_; ++d) {
+      row[d] = p_.rounding == Rounding::to_bfloat16 ? round_to_bfloat16(float(row[d])) : round_to_float16(float(row[d]));
+    }
+  }
+
+  T* scratch(int worker, int which) const { return scratch_ + (worker * 3 + which) * ld_; }
 
   double bias(int64_t slot) const { return p_.bias ? p_.bias[classes_.id(slot)] : 0.0; }
 
-  // Reads one row, rounded if asked, and scales it as Norm says.
-  Norm load(const Matrix& from, int64_t row, double* out) const {
-    from.read_row(row, out);
-    round_row(p_.rounding, from.dtype, out, D_);
-    if (!p_.cosine) return Norm{};
-    double norm = norm_of(out), inverse = 1 / norm;
-    if (norm < kZeroNorm) return Norm{0.0, 0.0};
-    if (norm == kInf) {  // an infinite element, or float64 squares past the largest number
-      for (int64_t d = 0; d < D_; ++d) out[d] *= 0x1p-600;
-      norm = norm_of(out), inverse = 0x1p-600 / norm;
-    }
-    if (!(norm < kInf)) return Norm{kNaN, kNaN};
-    int exponent;
-    const double scaled = std::frexp(norm, &exponent), shrink = std::ldexp(1.0, -exponent);
-    for (int64_t d = 0; d < D_; ++d) out[d] *= shrink;
-    return Norm{inverse, 1 / scaled};
+  // value, in the unit of T's logits, as a high part and what is left.
+  void split(double value, T* high, T* low) {
+    value /= kLogitUnit<T>;
+    if (sizeof(T) == 4 && std::abs(value) > kLargestLogit / kLogitUnit<T>) out_of_range_ = true;
+    const double step = sizeof(T) == 4 ? 0x1p-9 : 0;
+    *high = T(step > 0 ? std::nearbyint(value / step) * step : value);
+    *low = T(value - double(*high));
   }
 
-  double norm_of(const double* row) const {
-    double squares = 0;
-    for (int64_t d = 0; d < D_; ++d) squares += row[d] * row[d];
-    return std::sqrt(squares);
+  void refuse_out_of_range() {
+    if (out_of_range_) throw OutOfFloatRange{};
   }
 
-  // A class that is no term of any loss may hold anything: it is read as zeros.
-  Norm load_class(int64_t slot, double* out) const {
-    if (classes_.takes_part[slot]) return load(p_.weight, classes_.id(slot), out);
-    std::fill_n(out, D_, 0.0);
-    return Norm{0.0, 0.0};
+  void pack(int64_t first, int64_t columns) {
+    parallel_for(ceil_div(columns, kSmallestClassTile), threads_, [&](int64_t task, int worker) {
+      const int64_t begin = task * kSmallestClassTile, end = std::min(begin + kSmallestClassTile, columns);
+      for (int64_t j = begin; j < end; ++j) {
+        const int64_t slot = classes_.slot(first + j);
+        prefetch_class(first + j + 4);
+        read_unit(p_.weight, classes_.id(slot), scratch(worker, 0), w_ + j * ld_);
+        class_factor_[j] = T(1);
+        split(bias(slot) - classes_.log_count(first + j), offset_ + j, offset_low_ + j);
+      }
+    });
+    refuse_out_of_range();
+  }
+
+  void prefetch_class(int64_t column) const {
+    if (column >= N_) return;
+    const char* row = p_.weight.row(classes_.id(classes_.slot(column)));
+    const int64_t bytes = std::min<int64_t>(D_ * size_of(p_.weight.dtype), 1024);
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
   }
 
   void load_rows(int64_t first, int64_t rows) {
     const double share = p_.reduction == Reduction::mean ? 1.0 / double(V_) : 1.0;
-    parallel_for(rows, threads_, [&](int64_t r, int) {
-      const int64_t i = classes_.batch_rows[first + r];
-      row_[r] = Row{};
-      row_[r].norm = load(p_.input, i, x_.data() + r * D_pad_);
-      row_[r].upstream = p_.grad_loss ? p_.grad_loss[i] : share;
-    });
-  }
-
-  // similarity(r, j) = cos(x_r, w_j), or x_r . w_j. Tasks: tiles of classes; each reads its class rows once.
-  void compute_similarity(int64_t chunk, int64_t columns, int64_t rows) {
-    parallel_for(tiles(columns), threads_, [&](int64_t task, int worker) {
-      const int64_t j0 = task * kClassTile, tile = std::min(kClassTile, columns - j0);
-      double* w = scratch_[worker].data();  // (D,)
-      double* w_columns = w + D_pad_;       // (D, kClassTile)
-      std::fill_n(w_columns, D_ * kClassTile, 0.0);
-      for (int64_t j = 0; j < tile; ++j) {
-        norm_[j0 + j] = load_class(chunk + j0 + j, w);
-        for (int64_t d = 0; d < D_; ++d) w_columns[d * kClassTile + j] = w[d];
-      }
-      for (int64_t r = 0; r < rows; ++r) std::fill_n(similarity_.data() + r * chunk_ + j0, kClassTile, 0.0);
-      multiply_add(rows, kClassTile, D_, x_.data(), D_pad_, 1, w_columns, kClassTile, similarity_.data() + j0, chunk_);
-      if (!p_.cosine) return;
-      for (int64_t r = 0; r < rows; ++r) {
-        double* similarity = similarity_.data() + r * chunk_ + j0;
-        const double inverse = row_[r].norm.inverse_scaled;
-        for (int64_t j = 0; j < tile; ++j) {
-          similarity[j] *= inverse * norm_[j0 + j].inverse_scaled;
+    constexpr int64_t kStep = 8;
+    parallel_for(ceil_div(padded_wave(), kStep), threads_, [&](int64_t task, int worker) {
+      const int64_t end = std::min((task + 1) * kStep, padded_wave());
+      for (int64_t r = task * kStep; r < end; ++r) {
+        if (r < rows) {
+          load_row(first + r, r, share, worker);
+        } else {
+          std::fill_n(x_ + r * ld_, ld_, T(0));
+          row_factor_[r] = row_factor_low_[r] = 0;
         }
+        T* column = x_columns_ + r / row_tile_ * row_tile_ * D_ + r % row_tile_;
+        for (int64_t d = 0; d < D_; ++d) column[d * row_tile_] = x_[r * ld_ + d];
       }
+    });
+    refuse_out_of_range();
+  }
+
+  void load_row(int64_t v, int64_t r, double share, int worker) {
+    const int64_t i = classes_.batch_rows[v], slot = classes_.target_slot[v];
+    Row& row = row_[r] = Row{};
+    row.inverse = read_unit(p_.input, i, scratch(worker, 0), x_ + r * ld_);
+    read_unit(p_.weight, classes_.id(slot), scratch(worker, 0), target_rows_ + r * ld_);
+    row.upstream = p_.grad_loss ? p_.grad_loss[i] : share;
+    row.target_similarity = kernels_.dot(x_ + r * ld_, target_rows_ + r * ld_, D_);
+    const double log_count = p_.target_log_expected_count ? p_.target_log_expected_count[i] : 0.0;
+    row.target_logit = p_.scale * row.target_similarity + bias(slot) - log_count;
+    const double factor = p_.scale / kLogitUnit<T>;
+    row_factor_[r] = T(factor), row_factor_low_[r] = T(factor - double(row_factor_[r]));
+    if (sizeof(T) == 4) check_range(r, row.target_logit);
+  }
+
+  // |o| <= |scale| |x| |w|: of the cosine at most |scale|.
+  void check_range(int64_t r, double target_logit) {
+    (void)r;
+    if (std::abs(target_logit) > kLargestLogit || std::abs(p_.scale) > kLargestLogit) out_of_range_ = true;
+  }
+
+  // ---- the steps ----
+
+  Tile tile(int64_t t, int64_t columns) const {
+    const int64_t width = round_up(ceil_div(columns, tiles_), 2);
+    return {std::min(t * width, columns), std::min((t + 1) * width, columns)};
+  }
+
+  // A wave of rows meets the columns chunk by chunk: once for the logsumexp, once for the gradient. Where all columns
+  // are one chunk, the second pass finds what the first one computed still there.
+  void run_wave(int64_t first, int64_t rows) {
+    load_rows(first, rows);
+    for (int64_t c = 0; c < N_; c += chunk_) {
+      const int64_t columns = std::min(chunk_, N_ - c);
+      if (chunk_ < N_) pack(c, columns);
+      compute_exponentials(first, c, columns, rows);
+      merge_tiles(rows, columns);
+    }
+    finish_losses(first, rows);
+    if (!wants_gradient_) return;
+    if (wants_x_) std::fill_n(grad_x_, rows * ld_, T(0));
+    for (int64_t c = 0; c < N_; c += chunk_) {
+      const int64_t columns = std::min(chunk_, N_ - c);
+      if (chunk_ < N_) pack(c, columns), compute_exponentials(first, c, columns, rows);
+      compute_dlogits(columns, rows);
+      accumulate_gradients(first, c, columns, rows);
+    }
+    if (wants_x_) store_grad_input(first, rows);
+  }
+
+  int64_t row_tiles(int64_t rows) const { return ceil_div(rows, row_tile_); }
+  int64_t rows_of(int64_t row_tile, int64_t rows) const { return std::min(row_tile_, rows - row_tile * row_tile_); }
+  int64_t padded_rows_of(int64_t row_tile, int64_t rows) const {
+    return round_up(rows_of(row_tile, rows), kernels_.lanes);
+  }
+  T* logits(int64_t row_tile, int64_t column) const { return logits_ + (row_tile * chunk_ + column) * row_tile_; }
+
+  // For every tile of classes and tile of rows: body(tile of classes, number of it, tile of rows).
+  template <class Body>
+  void for_tiles(int64_t columns, int64_t rows, const Body& body) {
+    const int64_t across = row_tiles(rows);
+    parallel_for(tiles_ * across, threads_, [&](int64_t task, int) {
+      const Tile t = tile(task / across, columns);
+      if (t.begin < t.end) body(t, task / across, task % across);
     });
   }
 
-  // exp(o_j - max), and 0 for an entry that is left out, whatever its row holds.
-  double term(double offset, double similarity, double max) const {
-    return offset == -kInf ? 0.0 : std::exp(p_.scale * double(similarity) + offset - max);
+  void compute_exponentials(int64_t first, int64_t chunk, int64_t columns, int64_t rows) {
+    for (int64_t r = 0; r < padded_wave(); ++r) {
+      const int64_t column = r < rows ? classes_.target_column[first + r] - chunk : -1;
+      target_[r] = column < columns ? T(column) : T(-1);
+    }
+    for_tiles(columns, rows, [&](const Tile& t, int64_t number, int64_t row_tile) {
+      const int64_t lanes = padded_rows_of(row_tile, rows), classes = t.end - t.begin;
+      const int64_t r = row_tile * row_tile_, at = number * padded_wave() + r;
+      T* tile_logits = logits(row_tile, t.begin);
+      kernels_.multiply({classes, lanes, D_, w_ + t.begin * ld_, ld_, 1, x_columns_ + r * D_, row_tile_, tile_logits,
+                         row_tile_, nullptr, false});
+      kernels_.exponentiate({classes, lanes, row_tile_, tile_logits, class_factor_ + t.begin, offset_ + t.begin,
+                             offset_low_ + t.begin, row_factor_ + r, row_factor_low_ + r, target_ + r,
+                             T(t.begin), tile_max_ + at, tile_sum_ + at,
+                             tile_similarity_ ? tile_similarity_ + at : nullptr});
+    });
   }
 
-  // Folds the chunk's terms into max and sum_others.
-  void accumulate_logsumexp(int64_t first, int64_t chunk, int64_t columns, int64_t rows) {
-    parallel_for(rows, threads_, [&](int64_t r, int) {
+  // Folds the tiles of a chunk into max, sum and sum_similarity of each row.
+  void merge_tiles(int64_t rows, int64_t columns) {
+    for_rows(rows, [&](int64_t r) {
       Row& row = row_[r];
-      const double* similarity = similarity_.data() + r * chunk_;
-      const double* offset = offset_.data() + chunk;
-      const int64_t t = classes_.target_slot[first + r] - chunk;
       double max = row.max;
-      if (t >= 0 && t < columns) {
-        row.target_logit = p_.scale * similarity[t] + bias(chunk + t) - target_log_count(first + r);
-        max = std::max(max, row.target_logit);
-      }
-      for (int64_t j = 0; j < columns; ++j) {
-        if (j != t && offset[j] != -kInf) max = std::max(max, p_.scale * similarity[j] + offset[j]);
-      }
-      if (max == -kInf) return;  // so far nothing but entries that are left out
-      double sum = row.sum_others * std::exp(row.max - max);
-      for (int64_t j = 0; j < columns; ++j) {
-        const double value = j == t ? 0.0 : term(offset[j], similarity[j], max);
-        sum += value;
-        if (keeps_terms()) dlogits_[r * chunk_ + j] = value;
-      }
-      row.max = max, row.sum_others = sum;
+      for_row_tiles(r, columns, [&](int64_t at) { max = std::max(max, tile_max(at)); });
+      if (max == -kInf) return;  // so far nothing but its own target
+      const double before = row.sum > 0 ? std::exp(row.max - max) : 0.0;
+      row.sum *= before, row.sum_similarity *= before;
+      for_row_tiles(r, columns, [&](int64_t at) {
+        const double factor = std::exp(tile_max(at) - max);
+        row.sum += factor * tile_sum_[at];
+        if (tile_similarity_) row.sum_similarity += factor * tile_similarity_[at];
+      });
+      row.max = max;
     });
   }
 
-  // Where one chunk holds all classes, the terms of the first pass serve the second.
-  bool keeps_terms() const { return wants_gradient_ && chunk_ >= U_; }
+  double tile_max(int64_t at) const { return double(tile_max_[at]) * kLogitUnit<T>; }
 
-  double target_log_count(int64_t v) const {
-    return p_.target_log_expected_count ? p_.target_log_expected_count[classes_.batch_rows[v]] : 0.0;
+  // body(index into tile_max_ and its like) for every tile where row r has a term; a NaN is one.
+  template <class Body>
+  void for_row_tiles(int64_t r, int64_t columns, const Body& body) const {
+    for (int64_t t = 0; t < tiles_ && tile(t, columns).begin < tile(t, columns).end; ++t) {
+      const int64_t at = t * padded_wave() + r;
+      if (tile_sum_[at] != 0) body(at);
+    }
   }
 
-  // loss = log1p(sum_{j != t} exp(o_j - o_t)) where the target leads, else (max - o_t) + log(sum of all).
-  void store_loss(int64_t first, int64_t rows) {
+  template <class Body>
+  void for_rows(int64_t rows, const Body& body) {
+    constexpr int64_t kStep = 8;
+    parallel_for(ceil_div(rows, kStep), threads_, [&](int64_t task, int) {
+      for (int64_t r = task * kStep; r < std::min((task + 1) * kStep, rows); ++r) body(r);
+    });
+  }
+
+  // loss = log1p(sum_{j != t} exp(o_j - o_t)) where the target leads, else (max - o_t) + log(sum of all). dlogits of
+  // the target is minus the others' sum, so that nothing cancels as its probability nears 1.
+  void finish_losses(int64_t first, int64_t rows) {
     for (int64_t r = 0; r < rows; ++r) {
-      const Row& row = row_[r];
-      const double of_target = std::exp(row.target_logit - row.max);
-      const double loss = row.target_logit == row.max
-                              ? std::log1p(row.sum_others)
-                              : row.max - row.target_logit + std::log(of_target + row.sum_others);
+      Row& row = row_[r];
+      row.peak = row.target_logit >= row.max ? row.target_logit : row.max;
+      const double others = row.sum == 0 ? 0.0 : row.sum * std::exp(row.max - row.peak);
+      const double target = std::exp(row.target_logit - row.peak), all = target + others;
+      const double loss = row.target_logit == row.peak ? std::log1p(others) : row.peak - row.target_logit + std::log(all);
       loss_sum_ += loss;
       if (out_.loss && p_.reduction == Reduction::none) {
         static_cast<Out*>(out_.loss)[classes_.batch_rows[first + r]] = Out(loss);
       }
+      row.share = row.upstream / all;
+      row.target_gradient = -through(others, row.share);
+      if (!out_.grad_scale) continue;
+      const double others_similarity = row.sum == 0 ? 0.0 : row.sum_similarity * std::exp(row.max - row.peak);
+      grad_scale_ += through(others_similarity - others * row.target_similarity, row.share);
     }
   }
 
-  // dlogits(r, j) = upstream_r * (softmax_j - [j is the target]); the target's as minus the others' sum, so that
-  // nothing cancels as its probability nears 1.
-  void compute_dlogits(int64_t first, int64_t chunk, int64_t columns, int64_t rows) {
-    parallel_for(rows, threads_, [&](int64_t r, int) {
-      Row& row = row_[r];
-      const double* similarity = similarity_.data() + r * chunk_;
-      double* dlogits = dlogits_.data() + r * chunk_;
-      const int64_t t = classes_.target_slot[first + r] - chunk;
-      const double share = row.upstream / (std::exp(row.target_logit - row.max) + row.sum_others);
-      for (int64_t j = 0; j < columns; ++j) {
-        const double value = keeps_terms() ? dlogits[j] : term(offset_[chunk + j], similarity[j], row.max);
-        const double gradient = through(j == t ? -row.sum_others : value, share);
-        row.sum_gradient_similarity += through(similarity[j], gradient);
-        dlogits[j] = gradient;
+  // The tiles become dlogits, but for the rows' targets; each gives its share of the rows' gradients.
+  void compute_dlogits(int64_t columns, int64_t rows) {
+    for_tiles(columns, rows, [&](const Tile& t, int64_t number, int64_t row_tile) {
+      const int64_t lanes = padded_rows_of(row_tile, rows), count = rows_of(row_tile, rows), classes = t.end - t.begin;
+      const int64_t r0 = row_tile * row_tile_, at = number * padded_wave() + r0;
+      for (int64_t r = 0; r < lanes; ++r) {
+        const Row& row = row_[r0 + r];
+        tile_factor_[at + r] = r < count && tile_sum_[at + r] != 0
+                                   ? T(row.share * std::exp(tile_max(at + r) - row.peak))
+                                   : T(0);
+      }
+      T* dlogits = logits(row_tile, t.begin);
+      kernels_.scale_columns(dlogits, classes, lanes, row_tile_, tile_factor_ + at);
+      if (!wants_x_) return;
+      kernels_.multiply({count, ld_, classes, dlogits, 1, row_tile_, w_ + t.begin * ld_, ld_,
+                         grad_x_part_ + at * ld_, ld_, nullptr, false});
+    });
+  }
+
+  // Class rows over the rows of the wave, rows over the tiles of the chunk.
+  void accumulate_gradients(int64_t first, int64_t chunk, int64_t columns, int64_t rows) {
+    const int64_t width = 2 * kernels_.lanes, blocks = wants_rows_ ? std::clamp<int64_t>(kTasks / tiles_, 1, ceil_div(D_, width)) : 1;
+    const int64_t class_tasks = wants_rows_ || grad_bias_ ? tiles_ * blocks : 0;
+    constexpr int64_t kStep = 8;
+    const int64_t row_tasks = wants_x_ ? ceil_div(rows, kStep) : 0;
+    const int64_t step = round_up(ceil_div(std::max<int64_t>(D_, 1), blocks), width);
+    parallel_for(class_tasks + row_tasks, threads_, [&](int64_t task, int) {
+      if (task < class_tasks) {
+        const int64_t d = task % blocks * step;
+        accumulate_class_rows(first, chunk, tile(task / blocks, columns), columns, rows, d, std::min(d + step, D_));
+      } else {
+        const int64_t begin = (task - class_tasks) * kStep;
+        for (int64_t r = begin; r < std::min(begin + kStep, rows); ++r) add_grad_x(r, columns);
       }
     });
   }
 
-  // grad_x_r += sum_j dlogits(r, j) w_j / |w_j|. Tasks: tiles of rows; classes in order.
-  void accumulate_grad_input(int64_t chunk, int64_t columns, int64_t rows) {
-    parallel_for((rows + kRowTile - 1) / kRowTile, threads_, [&](int64_t task, int worker) {
-      const int64_t r0 = task * kRowTile, count = std::min(kRowTile, rows - r0);
-      double* w = scratch_[worker].data();             // (kClassTile, D_pad); columns past D stay zero
-      double* coefficients = w + kClassTile * D_pad_;  // (kRowTile, kClassTile)
-      std::fill_n(w, kClassTile * D_pad_, 0.0);
-      for (int64_t j0 = 0; j0 < columns; j0 += kClassTile) {
-        const int64_t tile = std::min(kClassTile, columns - j0);
-        for (int64_t j = 0; j < tile; ++j) {
-          const double inverse = load_class(chunk + j0 + j, w + j * D_pad_).inverse_scaled;
-          for (int64_t r = 0; r < count; ++r) {
-            coefficients[r * kClassTile + j] = through(inverse, dlogits_[(r0 + r) * chunk_ + j0 + j]);
-          }
+  void add_grad_x(int64_t r, int64_t columns) {
+    for (int64_t t = 0; t < tiles_ && tile(t, columns).begin < tile(t, columns).end; ++t) {
+      kernels_.add_scaled(grad_x_part_ + (t * padded_wave() + r) * ld_, D_, 1.0, grad_x_ + r * ld_);
+    }
+  }
+
+  // The columns of a tile, dimensions [d, d_end); the first of the dimensions brings the biases along.
+  void accumulate_class_rows(int64_t first, int64_t chunk, const Tile& t, int64_t columns, int64_t rows, int64_t d,
+                             int64_t d_end) {
+    if (t.begin >= t.end) return;
+    for (int64_t row_tile = 0; row_tile < row_tiles(rows); ++row_tile) {
+      const T* dlogits = logits(row_tile, t.begin);
+      const int64_t classes = t.end - t.begin, count = rows_of(row_tile, rows), slot = classes_.slot(chunk + t.begin);
+      const int64_t* slots = classes_.slots_from(chunk + t.begin);
+      if (wants_rows_ && d < d_end) {
+        kernels_.multiply({classes, d_end - d, count, dlogits, row_tile_, 1, x_ + row_tile * row_tile_ * ld_ + d, ld_,
+                           grad_rows_ + (slots ? 0 : slot * D_) + d, D_, slots, first > 0 || row_tile > 0});
+      }
+      if (grad_bias_ && d == 0) {
+        for (int64_t j = 0; j < classes; ++j) {
+          kernels_.add_row_sums(dlogits + j * row_tile_, 1, padded_rows_of(row_tile, rows), row_tile_,
+                                grad_bias_ + classes_.slot(chunk + t.begin + j));
         }
-        multiply_add(count, D_pad_, tile, coefficients, kClassTile, 1, w, D_pad_, grad_x_.data() + r0 * D_pad_, D_pad_);
       }
-    });
+    }
+    add_targets(first, chunk, t, columns, rows, d, d_end);
   }
 
-  // scale / |x| times what is left of grad_x without its part along x, which is x / |x| * sum_j dlogits_j cos_j.
+  // A tile owns the slots from its first column on to the next tile's; the first one those before it too.
+  void add_targets(int64_t first, int64_t chunk, const Tile& t, int64_t columns, int64_t rows, int64_t d,
+                   int64_t d_end) {
+    const int64_t begin = chunk + t.begin == 0 ? 0 : classes_.slot(chunk + t.begin);
+    const int64_t next = chunk + t.end, end = next < N_ ? classes_.slot(next) : classes_.slots();
+    (void)columns;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t slot = classes_.target_slot[first + r];
+      if (slot < begin || slot >= end) continue;
+      const double gradient = row_[r].target_gradient;
+      if (wants_rows_ && d < d_end) kernels_.add_scaled(x_ + r * ld_ + d, d_end - d, gradient, grad_rows_ + slot * D_ + d);
+      if (grad_bias_ && d == 0) grad_bias_[slot] += gradient;
+    }
+  }
+
+  // scale / |x| times what is left of the gradient of the unit row without its part along it.
   void store_grad_input(int64_t first, int64_t rows) {
-    parallel_for(rows, threads_, [&](int64_t r, int) {
-      const Row& row = row_[r];
-      const double along = p_.cosine ? row.sum_gradient_similarity * row.norm.inverse_scaled : 0.0;
-      const double factor = p_.scale * row.norm.inverse;
+    for_rows(rows, [&](int64_t r) {
+      T* gradient = grad_x_ + r * ld_;
+      kernels_.add_scaled(target_rows_ + r * ld_, D_, row_[r].target_gradient, gradient);
       Out* out = static_cast<Out*>(out_.grad_input) + classes_.batch_rows[first + r] * D_;
-      for (int64_t d = 0; d < D_; ++d) {
-        out[d] = Out(through(factor, grad_x_[r * D_pad_ + d] - along * x_[r * D_pad_ + d]));
-      }
+      store_projected(gradient, x_ + r * ld_, row_[r].inverse, out);
     });
   }
 
-  // The same for class rows: grad_w_j += sum_r dlogits(r, j) x_r / |x_r|, without its part along w_j, times
-  // scale / |w_j|. Tasks: tiles of classes; rows in order.
-  void accumulate_grad_rows(int64_t chunk, int64_t columns, int64_t rows) {
-    parallel_for(tiles(columns), threads_, [&](int64_t task, int worker) {
-      const int64_t j0 = task * kClassTile, tile = std::min(kClassTile, columns - j0);
-      double* grad = scratch_[worker].data();             // (kClassTile, D_pad)
-      double* coefficients = grad + kClassTile * D_pad_;  // (kRowTile, kClassTile)
-      double* w = coefficients + kRowTile * kClassTile;   // (D,)
-      double along[kClassTile] = {}, sum[kClassTile] = {};
-      std::fill_n(grad, kClassTile * D_pad_, 0.0);
-      for (int64_t r0 = 0; r0 < rows; r0 += kRowTile) {
-        const int64_t count = std::min(kRowTile, rows - r0);
-        for (int64_t r = 0; r < count; ++r) {
-          const double inverse = row_[r0 + r].norm.inverse_scaled;
-          for (int64_t j = 0; j < tile; ++j) {
-            const int64_t at = (r0 + r) * chunk_ + j0 + j;
-            along[j] += through(similarity_[at], dlogits_[at]);
-            sum[j] += dlogits_[at];
-            coefficients[r * kClassTile + j] = through(inverse, dlogits_[at]);
-          }
-        }
-        multiply_add(tile, D_pad_, count, coefficients, 1, kClassTile, x_.data() + r0 * D_pad_, D_pad_, grad, D_pad_);
-      }
-      for (int64_t j = 0; j < tile; ++j) {
-        if (out_.grad_bias) grad_bias_[chunk + j0 + j] += sum[j];
-        if (out_.grad_rows) add_grad_row(chunk + j0 + j, grad + j * D_pad_, along[j], w);
-      }
-    });
+  void store_projected(T* gradient, const T* unit, double inverse, Out* out) {
+    const double factor = p_.scale * inverse;
+    if (factor == 0.0) return void(std::fill_n(out, D_, Out(0)));
+    const double along = p_.cosine ? kernels_.dot(gradient, unit, D_) : 0.0;
+    if constexpr (std::is_same<T, Out>::value) {
+      kernels_.project(gradient, D_, along, unit, factor, out);
+    } else {
+      kernels_.project(gradient, D_, along, unit, factor, gradient);
+      for (int64_t d = 0; d < D_; ++d) out[d] = Out(gradient[d]);
+    }
   }
 
-  void add_grad_row(int64_t slot, const double* grad, double along, double* w) const {
-    const Norm norm = load_class(slot, w);
-    const double factor = p_.scale * norm.inverse;
-    along = p_.cosine ? along * norm.inverse_scaled : 0.0;
-    Out* out = static_cast<Out*>(out_.grad_rows) + slot * D_;
-    for (int64_t d = 0; d < D_; ++d) out[d] += Out(through(factor, grad[d] - along * w[d]));
+  void finish_class_rows() {
+    constexpr int64_t kStep = 32;
+    parallel_for(ceil_div(classes_.slots(), kStep), threads_, [&](int64_t task, int worker) {
+      for (int64_t slot = task * kStep; slot < std::min((task + 1) * kStep, classes_.slots()); ++slot) {
+        T* unit = scratch(worker, 1);
+        const double inverse =
+            takes_part_[slot] ? read_unit(p_.weight, classes_.id(slot), scratch(worker, 0), unit) : 0.0;
+        store_projected(grad_rows_ + slot * D_, unit, inverse, static_cast<Out*>(out_.grad_rows) + slot * D_);
+      }
+    });
   }
 };
 
 }  // namespace
 
 void sampled_softmax(const SampledSoftmax& problem, const SampledSoftmaxResult& result, int threads) {
-  if (problem.input.dtype == DType::float64) {
-    Solver<double>(problem, result, threads).solve();
+  const ClassRows classes(problem);
+  const bool of_doubles = problem.input.dtype == DType::float64;
+  const double work = double(classes.batch_rows.size()) * double(classes.columns()) * double(problem.input.cols);
+  if (!of_doubles && problem.weight.dtype != DType::float64 && work > kPreciseWork) {
+    try {
+      return Solver<float, float>(problem, result, classes, threads).solve();
+    } catch (const OutOfFloatRange&) {  // nothing is lost: what was written is written again
+    }
+  }
+  if (of_doubles) {
+    Solver<double, double>(problem, result, classes, threads).solve();
   } else {
-    Solver<float>(problem, result, threads).solve();
+    Solver<double, float>(problem, result, classes, threads).solve();
   }
 }
 

@@ -1,0 +1,200 @@
+// Compiled once for each instruction set; see kernels.hpp.
+#include "kernels.hpp"
+
+#include <chrono>
+
+#include "simd.hpp"
+
+namespace fedss {
+namespace FEDSS_ISA {
+namespace {
+
+constexpr double kInf = __builtin_inf();
+
+constexpr int64_t kBlock = 32;  // classes whose logits stay in the first cache while all rows pass
+
+template <class T>
+inline Vec<T> logit(const LogitTile<T>& tile, int64_t j, Vec<T> dot, Vec<T> row_factor) {
+  return dot * tile.class_factor[j] * row_factor + tile.offset[j];
+}
+
+// Raises max_r to that of o(j, r) over j, to the rounding of T: what exp is relative to need not be exact.
+template <class T>
+void raise_max(const LogitTile<T>& tile, int64_t begin, int64_t end, int64_t r) {
+  const Vec<T> row_factor = load(tile.row_factor + r), target = load(tile.target + r);
+  Vec<T> max = load(tile.max + r);
+  T number = tile.first_class + T(begin);
+  for (int64_t j = begin; j < end; ++j, number += 1) {
+    Vec<T> o = logit(tile, j, load(tile.values + j * tile.stride + r), row_factor);
+    o = target == number ? broadcast(T(-kInf)) : o;
+    max = o > max ? o : max;  // a NaN is not greater: it shows in the sum
+  }
+  store(tile.max + r, max);
+}
+
+// What exponentiation is relative to: a multiple of 2^-9 in float32, 0 where there are no terms.
+template <class T>
+void settle_max(const LogitTile<T>& tile) {
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    T& max = tile.max[r];
+    if (max == T(-kInf)) max = 0;
+    if (sizeof(T) == 4 && max < T(1 << 14) && max > T(-(1 << 14))) {
+      const T shift = T(0x1.8p14);
+      volatile T rounded = max + shift;  // a float in [2^14, 2^15) has its last bit at 2^-9
+      max = rounded - shift;
+    }
+  }
+}
+
+inline Vec<float> exponential(const LogitTile<float>& tile, int64_t j, int64_t r, Vec<float> similarity) {
+  const Vec<float> low = similarity * load(tile.row_factor_low + r) + tile.offset_low[j];
+  return exp2_of(similarity, load(tile.row_factor + r), tile.offset[j] - load(tile.max + r), low);
+}
+
+inline Vec<double> exponential(const LogitTile<double>& tile, int64_t j, int64_t r, Vec<double> similarity) {
+  const Vec<double> o = similarity * load(tile.row_factor + r) + tile.offset[j] - load(tile.max + r);
+  return exp_of(o > 0.0 ? Vec<double>{} : o);  // rounded otherwise than the maximum was, the largest may be above it
+}
+
+template <class T, bool SIMILARITY>
+void add_exponentials(const LogitTile<T>& tile, int64_t begin, int64_t end, int64_t r) {
+  const Vec<T> target = load(tile.target + r);
+  Vec<T> sum{}, sum_similarity{};  // of a block; those of the blocks are added in float64
+  T number = tile.first_class + T(begin);
+  for (int64_t j = begin; j < end; ++j, number += 1) {
+    T* value = tile.values + j * tile.stride + r;
+    const Vec<T> similarity = load(value) * tile.class_factor[j];
+    Vec<T> e = exponential(tile, j, r, similarity);
+    e = target == number ? Vec<T>{} : e;
+    store(value, e);
+    sum += e;
+    if (SIMILARITY) sum_similarity += target == number ? Vec<T>{} : e * similarity;
+  }
+  for (int i = 0; i < kLanes<T>; ++i) {
+    tile.sum[r + i] += double(sum[i]);
+    if (SIMILARITY) tile.sum_similarity[r + i] += double(sum_similarity[i]);
+  }
+}
+
+template <class T>
+void exponentiate(const LogitTile<T>& tile) {
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    tile.max[r] = T(-kInf), tile.sum[r] = 0;
+    if (tile.sum_similarity) tile.sum_similarity[r] = 0;
+  }
+  for (int64_t j = 0; j < tile.classes; j += kBlock) {
+    const int64_t end = j + kBlock < tile.classes ? j + kBlock : tile.classes;
+    for (int64_t r = 0; r < tile.rows; r += kLanes<T>) raise_max(tile, j, end, r);
+  }
+  settle_max(tile);
+  for (int64_t j = 0; j < tile.classes; j += kBlock) {
+    const int64_t end = j + kBlock < tile.classes ? j + kBlock : tile.classes;
+    for (int64_t r = 0; r < tile.rows; r += kLanes<T>) {
+      if (tile.sum_similarity) {
+        add_exponentials<T, true>(tile, j, end, r);
+      } else {
+        add_exponentials<T, false>(tile, j, end, r);
+      }
+    }
+  }
+}
+
+template <class T>
+void scale_columns(T* values, int64_t classes, int64_t rows, int64_t stride, const T* factor) {
+  for (int64_t r = 0; r < rows; r += kLanes<T>) {
+    const Vec<T> by = load(factor + r);
+    for (int64_t j = 0; j < classes; ++j) {
+      T* at = values + j * stride + r;
+      const Vec<T> value = load(at);
+      store(at, value == T(0) ? value : value * by);
+    }
+  }
+}
+
+template <class T>
+void add_row_sums(const T* values, int64_t classes, int64_t rows, int64_t stride, double* sums) {
+  for (int64_t j = 0; j < classes; ++j) {
+    Doubles sum{};
+    for (int64_t r = 0; r < rows; r += kDoubles) sum += load_doubles(values + j * stride + r);
+    sums[j] += sum_of<double>(sum);
+  }
+}
+
+// The loops over a row: whole vectors, then what is left.
+
+template <class T>
+double dot(const T* a, const T* b, int64_t n) {
+  Doubles first{}, second{};
+  int64_t d = 0;
+  for (; d + 2 * kDoubles <= n; d += 2 * kDoubles) {
+    first += load_doubles(a + d) * load_doubles(b + d);
+    second += load_doubles(a + d + kDoubles) * load_doubles(b + d + kDoubles);
+  }
+  double sum = sum_of<double>(first + second);
+  for (; d < n; ++d) sum += double(a[d]) * double(b[d]);
+  return sum;
+}
+
+template <class T>
+void scale(const T* row, int64_t n, double factor, T* out) {
+  int64_t d = 0;
+  for (; d + kDoubles <= n; d += kDoubles) store_doubles(out + d, load_doubles(row + d) * factor);
+  for (; d < n; ++d) out[d] = T(double(row[d]) * factor);
+}
+
+template <class T>
+void project(const T* row, int64_t n, double along, const T* unit, double factor, T* out) {
+  int64_t d = 0;
+  for (; d + kDoubles <= n; d += kDoubles) {
+    store_doubles(out + d, (load_doubles(row + d) - load_doubles(unit + d) * along) * factor);
+  }
+  for (; d < n; ++d) out[d] = T((double(row[d]) - double(unit[d]) * along) * factor);
+}
+
+template <class T>
+void add_scaled(const T* row, int64_t n, double factor, T* sum) {
+  int64_t d = 0;
+  for (; d + kDoubles <= n; d += kDoubles) {
+    store_doubles(sum + d, load_doubles(sum + d) + load_doubles(row + d) * factor);
+  }
+  for (; d < n; ++d) sum[d] = T(double(sum[d]) + double(row[d]) * factor);
+}
+
+// The tile of sums of the matrix product, on numbers that stay in registers.
+double peak() {
+  const float a[kTileRows] = {}, b[kTileVectors * kLanes<float>] = {};
+  float c[kTileRows * kTileVectors * kLanes<float>] = {};
+  const int64_t k = 1 << 22;
+  const Product<float, float> p{kTileRows, kTileVectors * kLanes<float>, k, a, 1, 0, b, 0, c,
+                                kTileVectors * kLanes<float>, nullptr, false};
+  double best = 0;
+  for (int repeat = 0; repeat < 5; ++repeat) {
+    const auto begin = std::chrono::steady_clock::now();
+    multiply(p);
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
+    const double rate = 2.0 * double(p.m) * double(p.n) * double(k) / seconds.count();
+    if (rate > best) best = rate;
+  }
+  return best;
+}
+
+template <class T>
+constexpr KernelsFor<T> kKernelsFor = {
+    kLanes<T>, multiply<T, T>, exponentiate<T>, scale_columns<T>, add_row_sums<T>, dot<T>, scale<T>,
+    project<T>, add_scaled<T>};
+
+#define FEDSS_STRING(name) #name
+#define FEDSS_NAME(name) FEDSS_STRING(name)
+
+}  // namespace
+
+const Kernels kKernels = {FEDSS_NAME(FEDSS_ISA), kKernelsFor<float>, kKernelsFor<double>,
+#if defined(__AVX512BF16__)
+                          multiply<Bfloat16Pair, float>,
+#else
+                          nullptr,
+#endif
+                          peak};
+
+}  // namespace FEDSS_ISA
+}  // namespace fedss

@@ -1,0 +1,105 @@
+// The inner loops, compiled once for each instruction set and chosen at run time.
+//
+// Plain structs and pointers only: code that the compiler may share between translation units (of the standard library,
+// say) must not be compiled with instructions that this machine may lack.
+#pragma once
+
+#include <cstdint>
+
+namespace fedss {
+
+using Bfloat16Pair = int32_t;  // two bfloat16 numbers, the first in the low half
+
+// c(m, n) = a(m, k) b(k, n), or c += a b. a has any strides; b and c have rows of ldb and ldc elements; b's rows are
+// readable to the next multiple of a vector. Row i of c is its row c_rows[i] if that is given. With pairs for elements,
+// k counts pairs.
+template <class Element, class Sum>
+struct Product {
+  int64_t m, n, k;
+  const Element* a;
+  int64_t a_row, a_col;
+  const Element* b;
+  int64_t ldb;
+  Sum* c;
+  int64_t ldc;
+  const int64_t* c_rows;
+  bool accumulate;
+};
+
+// Logits are kept in units of log 2 in float32 and of log e in float64.
+template <class T>
+constexpr double kLogitUnit = sizeof(T) == 4 ? 0.693147180559945309417 : 1.0;
+
+// The logits of `classes` classes for `rows` rows of the batch, a class a row of the matrix:
+//   o(j, r) = dot(j, r) * class_factor_j * row_factor_r + offset_j,   and none where target_r == first_class + j
+// In float32 they need more digits than a float has: row factors and offsets come in two parts, the high part of an
+// offset is a multiple of 2^-9, and logits and offsets are below 2^13.
+template <class T>
+struct LogitTile {
+  int64_t classes, rows, stride;  // rows: a multiple of a vector
+  T* values;                      // in: dot; out: exp(o - max)
+  const T *class_factor, *offset, *offset_low;
+  const T *row_factor, *row_factor_low;
+  const T* target;  // (rows,) the class of the row's target, as a number on the axis of first_class
+  T first_class;
+  T* max;                  // (rows,) out: of o, nearly; anything where there is none
+  double* sum;             // (rows,) out: of exp(o - max)
+  double* sum_similarity;  // (rows,) out, if not null: of exp(o - max) * dot * class_factor
+};
+
+template <class T>
+struct KernelsFor {
+  int64_t lanes;  // elements of a vector
+  void (*multiply)(const Product<T, T>&);
+  void (*exponentiate)(const LogitTile<T>&);
+  // values(j, r) *= factor_r, but 0 stays 0 where the factor is infinite.
+  void (*scale_columns)(T* values, int64_t classes, int64_t rows, int64_t stride, const T* factor);
+  // sums_j += the sum of values(j, r) over r
+  void (*add_row_sums)(const T* values, int64_t classes, int64_t rows, int64_t stride, double* sums);
+  // a . b, in float64
+  double (*dot)(const T* a, const T* b, int64_t n);
+  // out = factor * row
+  void (*scale)(const T* row, int64_t n, double factor, T* out);
+  // out = factor * (row - along * unit)
+  void (*project)(const T* row, int64_t n, double along, const T* unit, double factor, T* out);
+  // sum += factor * row
+  void (*add_scaled)(const T* row, int64_t n, double factor, T* sum);
+};
+
+struct Kernels {
+  const char* name;
+  KernelsFor<float> of_float;
+  KernelsFor<double> of_double;
+  void (*multiply_bfloat16)(const Product<Bfloat16Pair, float>&);  // null where there is no instruction for it
+  double (*peak)();  // float32 operations per second of one thread that does nothing else
+};
+
+template <class T>
+const KernelsFor<T>& kernels_for(const Kernels& kernels);
+template <>
+inline const KernelsFor<float>& kernels_for<float>(const Kernels& kernels) {
+  return kernels.of_float;
+}
+template <>
+inline const KernelsFor<double>& kernels_for<double>(const Kernels& kernels) {
+  return kernels.of_double;
+}
+
+// One for each translation unit of kernels.cpp that this build has.
+namespace baseline {
+extern const Kernels kKernels;
+}
+namespace avx2 {
+extern const Kernels kKernels;
+}
+namespace avx512 {
+extern const Kernels kKernels;
+}
+namespace avx512_bf16 {
+extern const Kernels kKernels;
+}
+namespace neon {
+extern const Kernels kKernels;
+}
+
+}  // namespace fedss

@@ -1,11 +1,14 @@
 #include "thread_pool.hpp"
 
 #include <pthread.h>
+#include <sched.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cfenv>
+#include <chrono>
 #include <condition_variable>
+#include <cstring>
 #include <exception>
 #include <mutex>
 #include <thread>
@@ -16,70 +19,148 @@ namespace {
 
 using Body = std::function<void(int64_t, int)>;
 
+constexpr int kMostThreads = 256;
+// How long a thread without work looks for more before it sleeps: a kernel has many short steps, and waking takes
+// longer than most of them.
+constexpr std::chrono::microseconds kPatience{100};
+
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Tasks are dealt out in contiguous ranges, one for each thread, so that a thread meets in the next step what it left
+// in its cache in the last one; who is done takes from the others. A range is one atomic word, (job << 32 | next task):
+// a thread that wakes up late cannot take a task of a job that it knows nothing of.
 class Pool {
  public:
   std::mutex in_use;  // held by the caller for the length of one parallel_for
 
   void run(int64_t tasks, int threads, const Body& body) {
     grow(threads - 1);
-    {
+    const uint64_t job = (job_.load(std::memory_order_relaxed) + 1) & 0xffffffff;
+    // Before anything of the last job changes, its ranges do: whoever reads a new field no longer gets an old task.
+    for (int i = 0; i < kMostThreads && i < workers_ + 1; ++i) range_[i].word.store(job << 32 | kNone);
+    std::fegetenv(&environment_);
+    failed_.store(false, std::memory_order_relaxed);
+    done_.store(0, std::memory_order_relaxed);
+    body_.store(&body, std::memory_order_release);
+    tasks_.store(tasks, std::memory_order_release);
+    threads_.store(threads, std::memory_order_release);
+    for (int i = 0; i < threads; ++i) range_[i].word.store(job << 32 | uint64_t(first(i, tasks, threads)));
+    job_.store(job);
+    if (sleepers_.load() > 0) {
       std::lock_guard<std::mutex> lock(mutex_);
-      body_ = &body;
-      tasks_ = tasks;
-      std::fegetenv(&environment_);
-      next_.store(0, std::memory_order_relaxed);
-      helpers_ = running_ = threads - 1;
-      ++generation_;
+      wake_.notify_all();
     }
-    wake_.notify_all();
-    work(body, tasks, 0);
-    std::unique_lock<std::mutex> lock(mutex_);
-    done_.wait(lock, [&] { return running_ == 0; });
-    body_ = nullptr;
-    if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
+    work(job, 0);
+    for (int spins = 0; done_.load(std::memory_order_acquire) < tasks; ++spins) {
+      if (spins < 4096) {
+        pause();
+      } else {
+        sched_yield();
+      }
+    }
+    if (failed_.load()) {
+      std::lock_guard<std::mutex> lock(mutex_);
+      std::rethrow_exception(std::exchange(failure_, nullptr));
+    }
   }
 
  private:
-  std::mutex mutex_;  // guards everything below but next_
-  std::condition_variable wake_, done_;
-  const Body* body_ = nullptr;
-  int64_t tasks_ = 0;
-  int workers_ = 0, helpers_ = 0, running_ = 0;
-  uint64_t generation_ = 0;
-  std::fenv_t environment_;
+  static constexpr uint64_t kNone = 0xffffffff;
+
+  struct alignas(64) Range {
+    std::atomic<uint64_t> word{kNone};
+  };
+
+  Range range_[kMostThreads];
+  std::atomic<uint64_t> job_{0};
+  std::atomic<const Body*> body_{nullptr};
+  std::atomic<int64_t> tasks_{0};
+  std::atomic<int> threads_{0};
+  std::fenv_t environment_;  // read only while a task of the job is unfinished
+  alignas(64) std::atomic<int64_t> done_{0};
+  std::atomic<bool> failed_{false};
+  int workers_ = 0;
+
+  std::mutex mutex_;  // guards failure_ and sleeping
   std::exception_ptr failure_;
-  std::atomic<int64_t> next_{0};
+  std::condition_variable wake_;
+  std::atomic<int> sleepers_{0};
+
+  static int64_t first(int range, int64_t tasks, int threads) { return tasks * range / threads; }
 
   void grow(int workers) {
     for (; workers_ < workers; ++workers_) {
-      std::thread(&Pool::serve, this, workers_ + 1, generation_).detach();
+      std::thread(&Pool::serve, this, workers_ + 1, job_.load()).detach();
     }
   }
 
-  void work(const Body& body, int64_t tasks, int worker) {
-    try {
-      for (int64_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < tasks;) body(task, worker);
-    } catch (...) {
-      next_.store(tasks, std::memory_order_relaxed);  // the others need not begin another task
-      std::lock_guard<std::mutex> lock(mutex_);
-      if (!failure_) failure_ = std::current_exception();
+  void work(uint64_t job, int worker) {
+    const int threads = threads_.load(std::memory_order_acquire);
+    if (worker >= threads) return;  // a call on fewer threads than the pool has
+    bool prepared = worker == 0;
+    for (int i = 0; i < threads; ++i) {
+      const int range = (worker + i) % threads;
+      for (int64_t task; (task = take(job, range, threads)) >= 0;) {
+        if (!prepared) prepare();
+        prepared = true;
+        run_task(task, worker);
+      }
     }
+  }
+
+  // A task of the range, or -1.
+  int64_t take(uint64_t job, int range, int threads) {
+    const int64_t end = first(range + 1, tasks_.load(std::memory_order_acquire), threads);
+    uint64_t word = range_[range].word.load(std::memory_order_acquire);
+    while (word >> 32 == job && int64_t(word & kNone) < end) {
+      if (range_[range].word.compare_exchange_weak(word, word + 1, std::memory_order_acq_rel)) {
+        return int64_t(word & kNone);
+      }
+    }
+    return -1;
+  }
+
+  // Rounding and denormals as the caller has them; setting them is slow, so only if they differ.
+  void prepare() const {
+    std::fenv_t now;
+    std::fegetenv(&now);
+    if (std::memcmp(&now, &environment_, sizeof now) != 0) std::fesetenv(&environment_);
+  }
+
+  void run_task(int64_t task, int worker) {
+    try {
+      if (!failed_.load(std::memory_order_relaxed)) (*body_.load(std::memory_order_relaxed))(task, worker);
+    } catch (...) {
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (!failed_.exchange(true)) failure_ = std::current_exception();
+    }
+    done_.fetch_add(1, std::memory_order_acq_rel);
   }
 
   void serve(int worker, uint64_t seen) {
-    std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
-      wake_.wait(lock, [&] { return generation_ != seen; });
-      seen = generation_;
-      if (worker > helpers_) continue;  // a call on fewer threads than the pool has
-      const Body& body = *body_;
-      const int64_t tasks = tasks_;
-      std::fesetenv(&environment_);
-      lock.unlock();
-      work(body, tasks, worker);
-      lock.lock();
-      if (--running_ == 0) done_.notify_one();
+      wait_for_job(seen);
+      seen = job_.load();
+      work(seen, worker);
     }
+  }
+
+  void wait_for_job(uint64_t seen) {
+    const auto begin = std::chrono::steady_clock::now();
+    for (int spins = 0; spins % 64 != 63 || std::chrono::steady_clock::now() - begin < kPatience; ++spins) {
+      if (job_.load(std::memory_order_relaxed) != seen) return;
+      pause();
+    }
+    std::unique_lock<std::mutex> lock(mutex_);
+    ++sleepers_;
+    wake_.wait(lock, [&] { return job_.load() != seen; });
+    --sleepers_;
   }
 };
 
@@ -104,7 +185,7 @@ Pool& current_pool() {
 }  // namespace
 
 void parallel_for(int64_t tasks, int threads, const Body& body) {
-  threads = int(std::min<int64_t>(threads, tasks));
+  threads = int(std::min<int64_t>({threads, tasks, kMostThreads}));
   if (threads > 1) {
     Pool& shared = current_pool();
     std::unique_lock<std::mutex> lock(shared.in_use, std::try_to_lock);

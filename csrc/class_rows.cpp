@@ -121,8 +121,8 @@ void ClassRows::merge(const SampledSoftmax& p, const std::vector<int64_t>& class
   const size_t most = listed.size() + wanted.size();
   ids_.reserve(most), column_slot_.reserve(listed.size()), log_count_.reserve(listed.size());
   for (size_t next = 0, next_wanted = 0; next < listed.size() || next_wanted < wanted.size();) {
-    const bool from_list = next_wanted == wanted.size() ||
-                           (next < listed.size() && listed[next].id <= wanted[next_wanted].id);
+    const bool from_list =
+        next_wanted == wanted.size() || (next < listed.size() && listed[next].id <= wanted[next_wanted].id);
     const int64_t id = from_list ? listed[next].id : wanted[next_wanted].id, slot = int64_t(ids_.size());
     ids_.push_back(id);
     int64_t column = -1;

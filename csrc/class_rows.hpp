@@ -39,8 +39,7 @@ class ClassRows {
   std::vector<double> log_count_;     // (columns,) merged log_expected_count
 
   void take_all(const SampledSoftmax& problem, const std::vector<int64_t>& targets);
-  void merge(const SampledSoftmax& problem, const std::vector<int64_t>& class_ids,
-             const std::vector<int64_t>& targets);
+  void merge(const SampledSoftmax& problem, const std::vector<int64_t>& class_ids, const std::vector<int64_t>& targets);
 };
 
 }  // namespace fedss

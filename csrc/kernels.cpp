@@ -116,7 +116,7 @@ void add_row_sums(const T* values, int64_t classes, int64_t rows, int64_t stride
   for (int64_t j = 0; j < classes; ++j) {
     Doubles sum{};
     for (int64_t r = 0; r < rows; r += kDoubles) sum += load_doubles(values + j * stride + r);
-    sums[j] += sum_of<double>(sum);
+    sums[j] += sum_of(sum);
   }
 }
 
@@ -130,7 +130,7 @@ double dot(const T* a, const T* b, int64_t n) {
     first += load_doubles(a + d) * load_doubles(b + d);
     second += load_doubles(a + d + kDoubles) * load_doubles(b + d + kDoubles);
   }
-  double sum = sum_of<double>(first + second);
+  double sum = sum_of(first + second);
   for (; d < n; ++d) sum += double(a[d]) * double(b[d]);
   return sum;
 }
@@ -152,12 +152,17 @@ void project(const T* row, int64_t n, double along, const T* unit, double factor
 }
 
 template <class T>
-void add_scaled(const T* row, int64_t n, double factor, T* sum) {
+void add_scaled(const T* row, int64_t n, T factor, T* sum) {
   int64_t d = 0;
-  for (; d + kDoubles <= n; d += kDoubles) {
-    store_doubles(sum + d, load_doubles(sum + d) + load_doubles(row + d) * factor);
+  for (; d + kLanes<T> <= n; d += kLanes<T>) store(sum + d, load(sum + d) + load(row + d) * factor);
+  for (; d < n; ++d) sum[d] += row[d] * factor;
+}
+
+void exponentials(const double* x, int64_t n, double* out) {
+  for (int64_t i = 0; i < n; i += kDoubles) {
+    const int64_t some = n - i < kDoubles ? n - i : kDoubles;
+    store_some(out + i, exp_of(load_some(x + i, some)), some);
   }
-  for (; d < n; ++d) sum[d] = T(double(sum[d]) + double(row[d]) * factor);
 }
 
 // The tile of sums of the matrix product, on numbers that stay in registers.
@@ -165,8 +170,8 @@ double peak() {
   const float a[kTileRows] = {}, b[kTileVectors * kLanes<float>] = {};
   float c[kTileRows * kTileVectors * kLanes<float>] = {};
   const int64_t k = 1 << 22;
-  const Product<float, float> p{kTileRows, kTileVectors * kLanes<float>, k, a, 1, 0, b, 0, c,
-                                kTileVectors * kLanes<float>, nullptr, false};
+  const Product<float, float> p{kTileRows, kTileVectors * kLanes<float>, k,       a,    1, 0, b, 0,
+                                c,         kTileVectors * kLanes<float>, nullptr, false};
   double best = 0;
   for (int repeat = 0; repeat < 5; ++repeat) {
     const auto begin = std::chrono::steady_clock::now();
@@ -179,16 +184,18 @@ double peak() {
 }
 
 template <class T>
-constexpr KernelsFor<T> kKernelsFor = {
-    kLanes<T>, multiply<T, T>, exponentiate<T>, scale_columns<T>, add_row_sums<T>, dot<T>, scale<T>,
-    project<T>, add_scaled<T>};
+constexpr KernelsFor<T> kKernelsFor = {kLanes<T>, multiply<T, T>, exponentiate<T>, scale_columns<T>, add_row_sums<T>,
+                                       dot<T>,    scale<T>,       project<T>,      add_scaled<T>};
 
 #define FEDSS_STRING(name) #name
 #define FEDSS_NAME(name) FEDSS_STRING(name)
 
 }  // namespace
 
-const Kernels kKernels = {FEDSS_NAME(FEDSS_ISA), kKernelsFor<float>, kKernelsFor<double>,
+const Kernels kKernels = {FEDSS_NAME(FEDSS_ISA),
+                          kKernelsFor<float>,
+                          kKernelsFor<double>,
+                          exponentials,
 #if defined(__AVX512BF16__)
                           multiply<Bfloat16Pair, float>,
 #else

@@ -63,13 +63,14 @@ struct KernelsFor {
   // out = factor * (row - along * unit)
   void (*project)(const T* row, int64_t n, double along, const T* unit, double factor, T* out);
   // sum += factor * row
-  void (*add_scaled)(const T* row, int64_t n, double factor, T* sum);
+  void (*add_scaled)(const T* row, int64_t n, T factor, T* sum);
 };
 
 struct Kernels {
   const char* name;
   KernelsFor<float> of_float;
   KernelsFor<double> of_double;
+  void (*exponentials)(const double* x, int64_t n, double* out);   // out_i = exp(x_i) for x_i <= 0
   void (*multiply_bfloat16)(const Product<Bfloat16Pair, float>&);  // null where there is no instruction for it
   double (*peak)();  // float32 operations per second of one thread that does nothing else
 };

@@ -30,10 +30,11 @@ constexpr double kZeroNorm = 1e-12;  // rows shorter than this have cosine 0 and
 
 // Sizes, in elements: of the logits of a wave, and of the packed class rows of a chunk.
 constexpr int64_t kFewLogits = 1 << 20, kMostLogits = 1 << 21, kMostPacked = 1 << 22;
-constexpr int64_t kRowTile = 64, kClassTile = 512, kSmallestClassTile = 32;
+constexpr int64_t kRowStep = 8, kRowTile = 64, kClassTile = 512, kSmallestClassTile = 32;
 constexpr int64_t kFewestRows = 64, kMostRows = 1024, kChunkedRows = 256;  // of a wave; the last: in several chunks
-constexpr int64_t kTasks = 16;         // what a step is cut into, where the sizes allow, so that threads end together
-constexpr double kSerialWork = 4e5;    // multiply-adds of a product below which threads cost more than they give
+constexpr int64_t kTasks = 16;          // what a step is cut into, where that leaves tasks of some size
+constexpr double kTaskWork = 2e5;       // multiply-adds
+constexpr double kSerialWork = 4e5;     // multiply-adds of a product below which threads cost more than they give
 constexpr double kPreciseWork = 65536;  // ... and below which float64 costs nothing that anyone would notice
 
 // In float32, logits and rows must stay in a range where it loses nothing; see LogitTile.
@@ -103,22 +104,23 @@ class Solver {
   std::atomic<bool> out_of_range_{false};
   double loss_sum_ = 0, grad_scale_ = 0;
 
-  std::vector<Row> row_;                   // (wave,)
-  T *x_, *target_rows_;                    // (wave, ld) unit rows; unit rows of their targets
-  T* x_columns_;                           // (row tiles, D, row_tile) x_ transposed
-  T *row_factor_, *row_factor_low_;        // (wave,)
-  T* target_;                              // (wave,) column of the chunk that is the target, or a negative number
-  T* w_;                                   // (chunk, ld) unit class rows
+  std::vector<Row> row_;                     // (wave,)
+  T *x_, *target_rows_;                      // (wave, ld) unit rows; unit rows of their targets
+  T* x_columns_;                             // (row tiles, D, row_tile) x_ transposed
+  T *row_factor_, *row_factor_low_;          // (wave,)
+  T* target_;                                // (wave,) column of the chunk that is the target, or a negative number
+  T* w_;                                     // (chunk, ld) unit class rows
+  double* inverse_;                          // (chunk,) 1 / |w|, as Row::inverse
   T *class_factor_, *offset_, *offset_low_;  // (chunk,)
-  T* logits_;                              // (row tiles, chunk, row_tile), then exp(o - max of the tile), then dlogits
-  T *tile_max_, *tile_factor_;             // (tiles, wave)
-  double *tile_sum_, *tile_similarity_;    // (tiles, wave)
-  T* grad_x_part_;                         // (tiles, wave, ld)
-  T* grad_x_;                              // (wave, ld)
-  T* grad_rows_;                           // (slots, D): sums of dlogits * unit x
-  std::vector<char> takes_part_;           // (slots,) whether the class is a term of any loss; if not it may hold anything
-  double* grad_bias_;                      // (slots,)
-  T* scratch_;                             // (threads, 3, ld)
+  T* logits_;                            // (row tiles, chunk, row_tile), then exp(o - max of the tile), then dlogits
+  T *tile_max_, *tile_factor_;           // (tiles, wave)
+  double *tile_sum_, *tile_similarity_;  // (tiles, wave)
+  T* grad_x_part_;                       // (tiles, wave, ld)
+  T* grad_x_;                            // (wave, ld)
+  T* grad_rows_;                         // (slots, D): sums of dlogits * unit x
+  std::vector<char> takes_part_;  // (slots,) whether the class is a term of any loss; if not it may hold anything
+  double* grad_bias_;             // (slots,)
+  T* scratch_;                    // (threads, 3, ld)
 
   // ---- memory ----
 
@@ -145,8 +147,10 @@ class Solver {
     row_tile_ = std::min(kRowTile, round_up(wave_, kernels_.lanes));
     chunk_ = resident ? N_ : std::min({N_, kMostLogits / padded_wave(), std::max(kMostPacked / ld_, kClassTile)});
     const int64_t row_tiles = padded_wave() / row_tile_;
+    const int64_t tasks =
+        int64_t(std::min(double(kTasks), double(wave_) * double(chunk_) * double(D_) / kTaskWork)) + 1;
     tiles_ = std::max(ceil_div(chunk_, kClassTile),
-                      std::min(ceil_div(chunk_, kSmallestClassTile), ceil_div(kTasks, row_tiles)));
+                      std::min(ceil_div(chunk_, kSmallestClassTile), ceil_div(tasks, row_tiles)));
   }
 
   int64_t padded_wave() const { return round_up(wave_, row_tile_); }
@@ -157,7 +161,7 @@ class Solver {
     x_ = arena_.take<T>(wave * ld_), target_rows_ = arena_.take<T>(wave * ld_);
     x_columns_ = arena_.take<T>(wave * D_);
     row_factor_ = arena_.take<T>(wave), row_factor_low_ = arena_.take<T>(wave), target_ = arena_.take<T>(wave);
-    w_ = arena_.take<T>(chunk_ * ld_);
+    w_ = arena_.take<T>(chunk_ * ld_), inverse_ = arena_.take<double>(chunk_);
     class_factor_ = arena_.take<T>(chunk_), offset_ = arena_.take<T>(chunk_), offset_low_ = arena_.take<T>(chunk_);
     logits_ = arena_.take<T>(wave * chunk_);
     tile_max_ = arena_.take<T>(tiles_ * wave), tile_factor_ = arena_.take<T>(tiles_ * wave);
@@ -168,8 +172,8 @@ class Solver {
       grad_x_part_ = arena_.take<T>(tiles_ * wave * ld_), grad_x_ = arena_.take<T>(wave * ld_);
     }
     if (wants_rows_) {
-      grad_rows_ = std::is_same<T, Out>::value ? static_cast<T*>(out_.grad_rows)
-                                               : arena_.take<T>(classes_.slots() * D_);
+      grad_rows_ =
+          std::is_same<T, Out>::value ? static_cast<T*>(out_.grad_rows) : arena_.take<T>(classes_.slots() * D_);
       clear_slots_without_column();
     }
     grad_bias_ = nullptr;
@@ -234,7 +238,8 @@ class Solver {
 
   void round_row(T* row) const {
     for (int64_t d = 0; d < D_; ++d) {
-      row[d] = p_.rounding == Rounding::to_bfloat16 ? round_to_bfloat16(float(row[d])) : round_to_float16(float(row[d]));
+      row[d] =
+          p_.rounding == Rounding::to_bfloat16 ? round_to_bfloat16(float(row[d])) : round_to_float16(float(row[d]));
     }
   }
 
@@ -261,7 +266,7 @@ class Solver {
       for (int64_t j = begin; j < end; ++j) {
         const int64_t slot = classes_.slot(first + j);
         prefetch_class(first + j + 4);
-        read_unit(p_.weight, classes_.id(slot), scratch(worker, 0), w_ + j * ld_);
+        inverse_[j] = read_unit(p_.weight, classes_.id(slot), scratch(worker, 0), w_ + j * ld_);
         class_factor_[j] = T(1);
         split(bias(slot) - classes_.log_count(first + j), offset_ + j, offset_low_ + j);
       }
@@ -278,18 +283,20 @@ class Solver {
 
   void load_rows(int64_t first, int64_t rows) {
     const double share = p_.reduction == Reduction::mean ? 1.0 / double(V_) : 1.0;
-    constexpr int64_t kStep = 8;
-    parallel_for(ceil_div(padded_wave(), kStep), threads_, [&](int64_t task, int worker) {
-      const int64_t end = std::min((task + 1) * kStep, padded_wave());
-      for (int64_t r = task * kStep; r < end; ++r) {
+    parallel_for(ceil_div(padded_wave(), kRowStep), threads_, [&](int64_t task, int worker) {
+      const int64_t end = std::min((task + 1) * kRowStep, padded_wave());
+      for (int64_t r = task * kRowStep; r < end; ++r) {
         if (r < rows) {
           load_row(first + r, r, share, worker);
         } else {
           std::fill_n(x_ + r * ld_, ld_, T(0));
           row_factor_[r] = row_factor_low_[r] = 0;
         }
-        T* column = x_columns_ + r / row_tile_ * row_tile_ * D_ + r % row_tile_;
-        for (int64_t d = 0; d < D_; ++d) column[d * row_tile_] = x_[r * ld_ + d];
+      }
+      const int64_t begin = task * kRowStep, inside = begin % row_tile_;  // a task's rows are of one tile
+      T* columns = x_columns_ + (begin - inside) * D_ + inside;
+      for (int64_t d = 0; d < D_; ++d) {
+        for (int64_t r = begin; r < end; ++r) columns[d * row_tile_ + r - begin] = x_[r * ld_ + d];
       }
     });
     refuse_out_of_range();
@@ -306,20 +313,16 @@ class Solver {
     row.target_logit = p_.scale * row.target_similarity + bias(slot) - log_count;
     const double factor = p_.scale / kLogitUnit<T>;
     row_factor_[r] = T(factor), row_factor_low_[r] = T(factor - double(row_factor_[r]));
-    if (sizeof(T) == 4) check_range(r, row.target_logit);
-  }
-
-  // |o| <= |scale| |x| |w|: of the cosine at most |scale|.
-  void check_range(int64_t r, double target_logit) {
-    (void)r;
-    if (std::abs(target_logit) > kLargestLogit || std::abs(p_.scale) > kLargestLogit) out_of_range_ = true;
+    if (sizeof(T) == 4 && std::abs(row.target_logit) > kLargestLogit) out_of_range_ = true;
   }
 
   // ---- the steps ----
 
+  int64_t tile_width(int64_t columns) const { return round_up(ceil_div(columns, tiles_), 2); }
+
   Tile tile(int64_t t, int64_t columns) const {
-    const int64_t width = round_up(ceil_div(columns, tiles_), 2);
-    return {std::min(t * width, columns), std::min((t + 1) * width, columns)};
+    const int64_t width = tile_width(columns);
+    return {t * width, std::min((t + 1) * width, columns)};
   }
 
   // A wave of rows meets the columns chunk by chunk: once for the logsumexp, once for the gradient. Where all columns
@@ -355,10 +358,8 @@ class Solver {
   template <class Body>
   void for_tiles(int64_t columns, int64_t rows, const Body& body) {
     const int64_t across = row_tiles(rows);
-    parallel_for(tiles_ * across, threads_, [&](int64_t task, int) {
-      const Tile t = tile(task / across, columns);
-      if (t.begin < t.end) body(t, task / across, task % across);
-    });
+    parallel_for(tiles_of(columns) * across, threads_,
+                 [&](int64_t task, int) { body(tile(task / across, columns), task / across, task % across); });
   }
 
   void compute_exponentials(int64_t first, int64_t chunk, int64_t columns, int64_t rows) {
@@ -373,46 +374,53 @@ class Solver {
       kernels_.multiply({classes, lanes, D_, w_ + t.begin * ld_, ld_, 1, x_columns_ + r * D_, row_tile_, tile_logits,
                          row_tile_, nullptr, false});
       kernels_.exponentiate({classes, lanes, row_tile_, tile_logits, class_factor_ + t.begin, offset_ + t.begin,
-                             offset_low_ + t.begin, row_factor_ + r, row_factor_low_ + r, target_ + r,
-                             T(t.begin), tile_max_ + at, tile_sum_ + at,
-                             tile_similarity_ ? tile_similarity_ + at : nullptr});
+                             offset_low_ + t.begin, row_factor_ + r, row_factor_low_ + r, target_ + r, T(t.begin),
+                             tile_max_ + at, tile_sum_ + at, tile_similarity_ ? tile_similarity_ + at : nullptr});
     });
   }
 
   // Folds the tiles of a chunk into max, sum and sum_similarity of each row.
   void merge_tiles(int64_t rows, int64_t columns) {
-    for_rows(rows, [&](int64_t r) {
-      Row& row = row_[r];
-      double max = row.max;
-      for_row_tiles(r, columns, [&](int64_t at) { max = std::max(max, tile_max(at)); });
-      if (max == -kInf) return;  // so far nothing but its own target
-      const double before = row.sum > 0 ? std::exp(row.max - max) : 0.0;
-      row.sum *= before, row.sum_similarity *= before;
-      for_row_tiles(r, columns, [&](int64_t at) {
-        const double factor = std::exp(tile_max(at) - max);
-        row.sum += factor * tile_sum_[at];
-        if (tile_similarity_) row.sum_similarity += factor * tile_similarity_[at];
-      });
-      row.max = max;
+    const int64_t tiles = tiles_of(columns);
+    parallel_for(ceil_div(rows, kRowStep), threads_, [&](int64_t task, int) {
+      const int64_t begin = task * kRowStep, end = std::min(begin + kRowStep, rows);
+      for (int64_t r = begin; r < end; ++r) {
+        double max = row_[r].max;
+        for (int64_t t = 0; t < tiles; ++t) {
+          const int64_t at = t * padded_wave() + r;
+          if (tile_sum_[at] != 0) max = std::max(max, tile_max(at));  // a NaN differs from 0 too
+        }
+        const double before = row_[r].sum > 0 ? std::exp(row_[r].max - max) : 0.0;
+        row_[r].sum *= before, row_[r].sum_similarity *= before, row_[r].max = max;
+      }
+      double factor[kRowStep];
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t at = t * padded_wave();
+        tile_exponentials(at, begin, end, [this](int64_t r) { return row_[r].max; }, factor);
+        for (int64_t r = begin; r < end; ++r) {
+          row_[r].sum += factor[r - begin] * tile_sum_[at + r];
+          if (tile_similarity_) row_[r].sum_similarity += factor[r - begin] * tile_similarity_[at + r];
+        }
+      }
     });
   }
 
+  // Tiles are of nearly equal width; the last of `tiles_` may hold nothing.
+  int64_t tiles_of(int64_t columns) const { return ceil_div(columns, tile_width(columns)); }
+
   double tile_max(int64_t at) const { return double(tile_max_[at]) * kLogitUnit<T>; }
 
-  // body(index into tile_max_ and its like) for every tile where row r has a term; a NaN is one.
-  template <class Body>
-  void for_row_tiles(int64_t r, int64_t columns, const Body& body) const {
-    for (int64_t t = 0; t < tiles_ && tile(t, columns).begin < tile(t, columns).end; ++t) {
-      const int64_t at = t * padded_wave() + r;
-      if (tile_sum_[at] != 0) body(at);
-    }
+  // out = exp(max of the tile that begins at `at` - max(r)) for the rows [begin, end), 0 where it has no term.
+  template <class Max>
+  void tile_exponentials(int64_t at, int64_t begin, int64_t end, const Max& max, double* out) const {
+    for (int64_t r = begin; r < end; ++r) out[r - begin] = tile_sum_[at + r] != 0 ? tile_max(at + r) - max(r) : -kInf;
+    current_kernels().exponentials(out, end - begin, out);
   }
 
   template <class Body>
   void for_rows(int64_t rows, const Body& body) {
-    constexpr int64_t kStep = 8;
-    parallel_for(ceil_div(rows, kStep), threads_, [&](int64_t task, int) {
-      for (int64_t r = task * kStep; r < std::min((task + 1) * kStep, rows); ++r) body(r);
+    parallel_for(ceil_div(rows, kRowStep), threads_, [&](int64_t task, int) {
+      for (int64_t r = task * kRowStep; r < std::min((task + 1) * kRowStep, rows); ++r) body(r);
     });
   }
 
@@ -424,7 +432,8 @@ class Solver {
       row.peak = row.target_logit >= row.max ? row.target_logit : row.max;
       const double others = row.sum == 0 ? 0.0 : row.sum * std::exp(row.max - row.peak);
       const double target = std::exp(row.target_logit - row.peak), all = target + others;
-      const double loss = row.target_logit == row.peak ? std::log1p(others) : row.peak - row.target_logit + std::log(all);
+      const double loss =
+          row.target_logit == row.peak ? std::log1p(others) : row.peak - row.target_logit + std::log(all);
       loss_sum_ += loss;
       if (out_.loss && p_.reduction == Reduction::none) {
         static_cast<Out*>(out_.loss)[classes_.batch_rows[first + r]] = Out(loss);
@@ -442,48 +451,44 @@ class Solver {
     for_tiles(columns, rows, [&](const Tile& t, int64_t number, int64_t row_tile) {
       const int64_t lanes = padded_rows_of(row_tile, rows), count = rows_of(row_tile, rows), classes = t.end - t.begin;
       const int64_t r0 = row_tile * row_tile_, at = number * padded_wave() + r0;
-      for (int64_t r = 0; r < lanes; ++r) {
-        const Row& row = row_[r0 + r];
-        tile_factor_[at + r] = r < count && tile_sum_[at + r] != 0
-                                   ? T(row.share * std::exp(tile_max(at + r) - row.peak))
-                                   : T(0);
-      }
+      double factor[kRowTile];
+      tile_exponentials(number * padded_wave(), r0, r0 + count, [this](int64_t r) { return row_[r].peak; }, factor);
+      for (int64_t r = 0; r < lanes; ++r) tile_factor_[at + r] = r < count ? T(row_[r0 + r].share * factor[r]) : T(0);
       T* dlogits = logits(row_tile, t.begin);
       kernels_.scale_columns(dlogits, classes, lanes, row_tile_, tile_factor_ + at);
       if (!wants_x_) return;
-      kernels_.multiply({count, ld_, classes, dlogits, 1, row_tile_, w_ + t.begin * ld_, ld_,
+      kernels_.multiply({count, round_up(D_, kernels_.lanes), classes, dlogits, 1, row_tile_, w_ + t.begin * ld_, ld_,
                          grad_x_part_ + at * ld_, ld_, nullptr, false});
     });
   }
 
   // Class rows over the rows of the wave, rows over the tiles of the chunk.
   void accumulate_gradients(int64_t first, int64_t chunk, int64_t columns, int64_t rows) {
-    const int64_t width = 2 * kernels_.lanes, blocks = wants_rows_ ? std::clamp<int64_t>(kTasks / tiles_, 1, ceil_div(D_, width)) : 1;
-    const int64_t class_tasks = wants_rows_ || grad_bias_ ? tiles_ * blocks : 0;
-    constexpr int64_t kStep = 8;
-    const int64_t row_tasks = wants_x_ ? ceil_div(rows, kStep) : 0;
+    const int64_t tiles = tiles_of(columns), width = 2 * kernels_.lanes;
+    const int64_t blocks =
+        wants_rows_ ? std::clamp<int64_t>(kTasks / tiles, 1, std::max<int64_t>(ceil_div(D_, width), 1)) : 1;
     const int64_t step = round_up(ceil_div(std::max<int64_t>(D_, 1), blocks), width);
+    const int64_t class_tasks = wants_rows_ || grad_bias_ ? tiles * blocks : 0;
+    const int64_t row_tasks = wants_x_ ? ceil_div(rows, kRowStep) : 0;
     parallel_for(class_tasks + row_tasks, threads_, [&](int64_t task, int) {
       if (task < class_tasks) {
         const int64_t d = task % blocks * step;
-        accumulate_class_rows(first, chunk, tile(task / blocks, columns), columns, rows, d, std::min(d + step, D_));
+        accumulate_class_rows(first, chunk, tile(task / blocks, columns), rows, d, std::min(d + step, D_));
       } else {
-        const int64_t begin = (task - class_tasks) * kStep;
-        for (int64_t r = begin; r < std::min(begin + kStep, rows); ++r) add_grad_x(r, columns);
+        const int64_t begin = (task - class_tasks) * kRowStep;
+        for (int64_t r = begin; r < std::min(begin + kRowStep, rows); ++r) add_grad_x(r, tiles);
       }
     });
   }
 
-  void add_grad_x(int64_t r, int64_t columns) {
-    for (int64_t t = 0; t < tiles_ && tile(t, columns).begin < tile(t, columns).end; ++t) {
-      kernels_.add_scaled(grad_x_part_ + (t * padded_wave() + r) * ld_, D_, 1.0, grad_x_ + r * ld_);
+  void add_grad_x(int64_t r, int64_t tiles) {
+    for (int64_t t = 0; t < tiles; ++t) {
+      kernels_.add_scaled(grad_x_part_ + (t * padded_wave() + r) * ld_, D_, T(1), grad_x_ + r * ld_);
     }
   }
 
   // The columns of a tile, dimensions [d, d_end); the first of the dimensions brings the biases along.
-  void accumulate_class_rows(int64_t first, int64_t chunk, const Tile& t, int64_t columns, int64_t rows, int64_t d,
-                             int64_t d_end) {
-    if (t.begin >= t.end) return;
+  void accumulate_class_rows(int64_t first, int64_t chunk, const Tile& t, int64_t rows, int64_t d, int64_t d_end) {
     for (int64_t row_tile = 0; row_tile < row_tiles(rows); ++row_tile) {
       const T* dlogits = logits(row_tile, t.begin);
       const int64_t classes = t.end - t.begin, count = rows_of(row_tile, rows), slot = classes_.slot(chunk + t.begin);
@@ -499,20 +504,19 @@ class Solver {
         }
       }
     }
-    add_targets(first, chunk, t, columns, rows, d, d_end);
+    add_targets(first, chunk, t, rows, d, d_end);
   }
 
   // A tile owns the slots from its first column on to the next tile's; the first one those before it too.
-  void add_targets(int64_t first, int64_t chunk, const Tile& t, int64_t columns, int64_t rows, int64_t d,
-                   int64_t d_end) {
+  void add_targets(int64_t first, int64_t chunk, const Tile& t, int64_t rows, int64_t d, int64_t d_end) {
     const int64_t begin = chunk + t.begin == 0 ? 0 : classes_.slot(chunk + t.begin);
     const int64_t next = chunk + t.end, end = next < N_ ? classes_.slot(next) : classes_.slots();
-    (void)columns;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t slot = classes_.target_slot[first + r];
       if (slot < begin || slot >= end) continue;
       const double gradient = row_[r].target_gradient;
-      if (wants_rows_ && d < d_end) kernels_.add_scaled(x_ + r * ld_ + d, d_end - d, gradient, grad_rows_ + slot * D_ + d);
+      if (wants_rows_ && d < d_end)
+        kernels_.add_scaled(x_ + r * ld_ + d, d_end - d, T(gradient), grad_rows_ + slot * D_ + d);
       if (grad_bias_ && d == 0) grad_bias_[slot] += gradient;
     }
   }
@@ -521,7 +525,7 @@ class Solver {
   void store_grad_input(int64_t first, int64_t rows) {
     for_rows(rows, [&](int64_t r) {
       T* gradient = grad_x_ + r * ld_;
-      kernels_.add_scaled(target_rows_ + r * ld_, D_, row_[r].target_gradient, gradient);
+      kernels_.add_scaled(target_rows_ + r * ld_, D_, T(row_[r].target_gradient), gradient);
       Out* out = static_cast<Out*>(out_.grad_input) + classes_.batch_rows[first + r] * D_;
       store_projected(gradient, x_ + r * ld_, row_[r].inverse, out);
     });
@@ -542,10 +546,14 @@ class Solver {
   void finish_class_rows() {
     constexpr int64_t kStep = 32;
     parallel_for(ceil_div(classes_.slots(), kStep), threads_, [&](int64_t task, int worker) {
-      for (int64_t slot = task * kStep; slot < std::min((task + 1) * kStep, classes_.slots()); ++slot) {
-        T* unit = scratch(worker, 1);
-        const double inverse =
-            takes_part_[slot] ? read_unit(p_.weight, classes_.id(slot), scratch(worker, 0), unit) : 0.0;
+      const int64_t begin = task * kStep, end = std::min(begin + kStep, classes_.slots());
+      const bool packed = chunk_ == N_ && N_ == classes_.slots();  // column j is slot j, and its row is still there
+      for (int64_t slot = begin; slot < end; ++slot) {
+        const T* unit = packed ? w_ + slot * ld_ : scratch(worker, 1);
+        double inverse = packed ? inverse_[slot] : 0.0;
+        if (!packed && takes_part_[slot]) {
+          inverse = read_unit(p_.weight, classes_.id(slot), scratch(worker, 0), scratch(worker, 1));
+        }
         store_projected(grad_rows_ + slot * D_, unit, inverse, static_cast<Out*>(out_.grad_rows) + slot * D_);
       }
     });

@@ -109,11 +109,13 @@ inline void store_doubles(float* to, Doubles value) {
 #endif
 }
 
-template <class T>
-inline T sum_of(Vec<T> value) {
-  T sum = 0;
-  for (int i = 0; i < kLanes<T>; ++i) sum += value[i];
-  return sum;
+inline double sum_of(Doubles value) {
+  double room[kDoubles];
+  store(room, value);
+  for (int step = kDoubles / 2; step > 0; step /= 2) {
+    for (int i = 0; i < step; ++i) room[i] += room[i + step];
+  }
+  return room[0];
 }
 
 // e^x for x <= 0, or NaN; 0 near and below the smallest normal number. Within about one unit in the last place:
@@ -148,7 +150,7 @@ inline Vec<float> exp2_of(Vec<float> a, Vec<float> b, Vec<float> high, Vec<float
   const Vec<float> r = (a * b + (high - n)) + low;  // high - n is exact
   constexpr float c1 = kLn2, c2 = c1 * kLn2 / 2, c3 = c2 * kLn2 / 3, c4 = c3 * kLn2 / 4, c5 = c4 * kLn2 / 5,
                   c6 = c5 * kLn2 / 6, c7 = c6 * kLn2 / 7;  // the next term is below 6e-9
-  const Vec<float> r2 = r * r;  // pairs of terms, as a chain of eight would wait for itself
+  const Vec<float> r2 = r * r;                             // pairs of terms, as a chain of eight would wait for itself
   const Vec<float> p = ((r * c7 + c6) * r2 + (r * c5 + c4)) * (r2 * r2) + ((r * c3 + c2) * r2 + (r * c1 + 1.0f));
   const Vec<int32_t> exponent = ((Vec<int32_t>)shifted << 23) + 0x3f800000;
   return sum < -125.0f ? Vec<float>{} : p * (Vec<float>)exponent;

@@ -18,74 +18,111 @@ namespace py = pybind11;
 namespace fedss {
 namespace {
 
-DType dtype_of(const std::string& name, const py::handle& tensor) {
-  static const struct {
-    const char* name;
-    DType dtype;
-  } kNames[] = {{"torch.float32", DType::float32},
-                {"torch.float64", DType::float64},
-                {"torch.float16", DType::float16},
-                {"torch.bfloat16", DType::bfloat16},
-                {"torch.int64", DType::int64}};
-  const std::string dtype = py::str(tensor.attr("dtype"));
-  for (const auto& known : kNames) {
-    if (dtype == known.name) return known.dtype;
-  }
-  throw py::type_error(name + ": expected a floating or int64 tensor, got " + dtype);
-}
+// DLPack's C exchange API (version 1): a tensor's fields in one call. Only what is used here is spelled out.
+struct DLTensor {
+  void* data;
+  struct {
+    int32_t type, id;
+  } device;
+  int32_t ndim;
+  struct {
+    uint8_t code, bits;
+    uint16_t lanes;
+  } dtype;
+  const int64_t *shape, *strides;
+  uint64_t byte_offset;
+};
 
-void* address_of(const py::handle& tensor) {
-  return reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<uintptr_t>());
+struct DLPackExchangeAPI {
+  struct {
+    uint32_t major, minor;
+  } version;
+  void* previous;
+  void *allocator, *from_py_object, *to_py_object;
+  int (*dltensor_from_py_object_no_sync)(void* py_object, DLTensor* out);
+};
+
+const DLPackExchangeAPI& exchange_api() {
+  static const DLPackExchangeAPI* const api = [] {
+    const py::object capsule = py::module_::import("torch").attr("Tensor").attr("__dlpack_c_exchange_api__");
+    const auto* found = static_cast<const DLPackExchangeAPI*>(
+        PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    if (found == nullptr) throw py::error_already_set();
+    if (found->version.major != 1) throw py::import_error("torch's DLPack exchange API has another version than 1");
+    return found;
+  }();
+  return *api;
 }
 
 void expect(bool holds, const std::string& name, const std::string& expected) {
   if (!holds) throw py::value_error(name + ": expected " + expected);
 }
 
+DType dtype_of(const char* name, const DLTensor& tensor) {
+  constexpr int kSigned = 0, kFloat = 2, kBfloat = 4;
+  const int code = tensor.dtype.code, bits = tensor.dtype.bits;
+  if (code == kFloat && bits == 32) return DType::float32;
+  if (code == kFloat && bits == 64) return DType::float64;
+  if (code == kFloat && bits == 16) return DType::float16;
+  if (code == kBfloat && bits == 16) return DType::bfloat16;
+  if (code == kSigned && bits == 64) return DType::int64;
+  throw py::type_error(std::string(name) + ": expected a floating or int64 tensor");
+}
+
+DLTensor fields_of(const char* name, const py::handle& tensor) {
+  constexpr int kCpu = 1;
+  DLTensor fields;
+  if (exchange_api().dltensor_from_py_object_no_sync(tensor.ptr(), &fields) != 0) throw py::error_already_set();
+  if (fields.device.type != kCpu) throw py::value_error(std::string(name) + ": expected a CPU tensor");
+  fields.data = static_cast<char*>(fields.data) + fields.byte_offset;
+  return fields;
+}
+
 bool floating(DType dtype) { return dtype != DType::int64; }
 
-void expect_dims(const std::string& name, const py::handle& tensor, int64_t dims) {
-  expect(tensor.attr("device").attr("type").cast<std::string>() == "cpu", name, "a CPU tensor");
-  expect(tensor.attr("dim")().cast<int64_t>() == dims, name, std::to_string(dims) + " dimensions");
+Matrix matrix(const char* name, const py::handle& tensor) {
+  const DLTensor t = fields_of(name, tensor);
+  const DType dtype = dtype_of(name, t);
+  if (t.ndim != 2 || !floating(dtype)) throw py::value_error(std::string(name) + ": expected a floating matrix");
+  return {t.data, dtype, t.shape[0], t.shape[1], t.strides[0], t.strides[1]};
 }
 
-Matrix matrix(const std::string& name, const py::handle& tensor) {
-  expect_dims(name, tensor, 2);
-  const py::tuple shape = tensor.attr("shape"), stride = tensor.attr("stride")();
-  const DType dtype = dtype_of(name, tensor);
-  expect(floating(dtype), name, "a floating tensor");
-  return {address_of(tensor),        dtype,
-          shape[0].cast<int64_t>(),  shape[1].cast<int64_t>(),
-          stride[0].cast<int64_t>(), stride[1].cast<int64_t>()};
-}
-
-Vector vector(const std::string& name, const py::handle& tensor, bool of_ids) {
+Vector vector(const char* name, const py::handle& tensor, bool of_ids) {
   if (tensor.is_none()) return {};
-  expect_dims(name, tensor, 1);
-  const py::tuple shape = tensor.attr("shape"), stride = tensor.attr("stride")();
-  const DType dtype = dtype_of(name, tensor);
-  expect(floating(dtype) != of_ids, name, of_ids ? "an int64 tensor" : "a floating tensor");
-  return {address_of(tensor), dtype, shape[0].cast<int64_t>(), stride[0].cast<int64_t>()};
+  const DLTensor t = fields_of(name, tensor);
+  const DType dtype = dtype_of(name, t);
+  if (t.ndim != 1 || floating(dtype) == of_ids) {
+    throw py::value_error(std::string(name) + ": expected a vector of " + (of_ids ? "int64" : "a floating dtype"));
+  }
+  return {t.data, dtype, t.shape[0], t.strides[0]};
 }
 
 // Where a result goes: contiguous, of the given type and at least the given size.
-void* output(const std::string& name, const py::handle& tensor, DType dtype, int64_t elements) {
+void* output(const char* name, const py::handle& tensor, DType dtype, int64_t elements) {
   if (tensor.is_none()) return nullptr;
-  expect(dtype_of(name, tensor) == dtype && tensor.attr("is_contiguous")().cast<bool>() &&
-             tensor.attr("numel")().cast<int64_t>() >= elements,
-         name, "a contiguous tensor of the accumulating type with " + std::to_string(elements) + " elements");
-  return address_of(tensor);
+  const DLTensor t = fields_of(name, tensor);
+  int64_t size = 1;
+  bool contiguous = true;
+  for (int d = t.ndim - 1; d >= 0; --d) {
+    contiguous = contiguous && (t.shape[d] <= 1 || t.strides[d] == size);
+    size *= t.shape[d];
+  }
+  if (dtype_of(name, t) != dtype || !(contiguous || size == 0) || size < elements) {
+    throw py::value_error(std::string(name) + ": expected a contiguous tensor of the accumulating type with " +
+                          std::to_string(elements) + " elements");
+  }
+  return t.data;
 }
 
 template <class T>
-T choice(const std::string& name, const std::string& value, std::initializer_list<std::pair<const char*, T>> choices) {
+T choice(const char* name, const std::string& value, std::initializer_list<std::pair<const char*, T>> choices) {
   for (const auto& [known, meaning] : choices) {
     if (value == known) return meaning;
   }
-  throw py::value_error(name + ": unknown value " + value);
+  throw py::value_error(std::string(name) + ": unknown value " + value);
 }
 
-void run_sampled_softmax(const py::object& input, const py::object& weight, const py::object& target,
+int64_t run_sampled_softmax(const py::object& input, const py::object& weight, const py::object& target,
                          const py::object& class_ids, const py::object& log_expected_count,
                          const py::object& target_log_expected_count, const py::object& bias, double scale,
                          const std::string& similarity, int64_t ignore_index, const std::string& rounding,
@@ -135,7 +172,7 @@ void run_sampled_softmax(const py::object& input, const py::object& weight, cons
   result.grad_scale = static_cast<double*>(output("grad_scale", grad_scale, DType::float64, 1));
 
   const py::gil_scoped_release release;
-  sampled_softmax(p, result, threads);
+  return sampled_softmax(p, result, threads);
 }
 
 void run_scatter_add(const py::object& out, const py::object& class_ids, const py::object& rows,
@@ -163,7 +200,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("fma_peak", &fedss::fma_peak, arg("threads"), py::call_guard<py::gil_scoped_release>());
   m.def("sampled_softmax", &fedss::run_sampled_softmax, arg("input"), arg("weight"), arg("target"), arg("class_ids"),
         arg("log_expected_count"), arg("target_log_expected_count"), arg("bias"), arg("scale"), arg("similarity"),
-        arg("ignore_index"), arg("rounding"), arg("reduction"), py::kw_only(), arg("grad_loss") = py::none(),
+        arg("ignore_index"), arg("rounding"), arg("reduction"), arg("grad_loss") = py::none(),
         arg("loss") = py::none(), arg("grad_input") = py::none(), arg("grad_rows") = py::none(),
         arg("row_ids") = py::none(), arg("grad_bias") = py::none(), arg("grad_scale") = py::none(), arg("threads") = 1);
   m.def("scatter_add", &fedss::run_scatter_add, arg("out"), arg("class_ids"), arg("rows"), arg("scale"),

@@ -562,13 +562,14 @@ class Solver {
 
 }  // namespace
 
-void sampled_softmax(const SampledSoftmax& problem, const SampledSoftmaxResult& result, int threads) {
+int64_t sampled_softmax(const SampledSoftmax& problem, const SampledSoftmaxResult& result, int threads) {
   const ClassRows classes(problem);
   const bool of_doubles = problem.input.dtype == DType::float64;
   const double work = double(classes.batch_rows.size()) * double(classes.columns()) * double(problem.input.cols);
   if (!of_doubles && problem.weight.dtype != DType::float64 && work > kPreciseWork) {
     try {
-      return Solver<float, float>(problem, result, classes, threads).solve();
+      Solver<float, float>(problem, result, classes, threads).solve();
+      return classes.slots();
     } catch (const OutOfFloatRange&) {  // nothing is lost: what was written is written again
     }
   }
@@ -577,6 +578,7 @@ void sampled_softmax(const SampledSoftmax& problem, const SampledSoftmaxResult& 
   } else {
     Solver<double, float>(problem, result, classes, threads).solve();
   }
+  return classes.slots();
 }
 
 }  // namespace fedss

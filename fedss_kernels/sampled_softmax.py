@@ -1,15 +1,12 @@
-"""The sampled-softmax loss: the registered operator, the function and the module.
+"""The sampled-softmax loss: the function and the module.
 
     z(i, j) = scale * cos(input_i, weight_j) + bias_j                 (or the dot product)
     o(i, t) = z(i, t) - target_log_expected_count_i
     o(i, j) = z(i, class_ids_j) - log_expected_count_j                for every j with class_ids_j != t
     loss_i  = -o(i, t) + logsumexp(o(i, t), every o(i, j))
 
-One hop each: `sampled_softmax_loss` checks its arguments and calls the operator
-`fedss_kernels::sampled_softmax_loss`; the operator calls the kernel for the tensors' device. For "mean" and
-"sum" the kernel makes the gradients in the same pass as the loss, in float32 and for the touched rows of
-`weight` only; the backward operator scales and rounds them. For "none" it runs the kernel again, with each
-row's upstream gradient.
+`sampled_softmax_loss` takes the direct route to the kernel in plain eager mode. Else it checks its arguments
+and calls the registered operator `fedss_kernels::sampled_softmax_loss`, which calls the kernel.
 """
 
 import math
@@ -18,7 +15,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import _C
 from .checks import (
     FLOATING,
     check_choice,
@@ -26,26 +22,11 @@ from .checks import (
     check_integer,
     check_shape,
     check_tensor,
-    refuse_forward_mode,
 )
 from .class_sets import GeneratorHandle, draw_batch_class_set
+from .direct_route import direct_loss
+from .loss_operator import autocast_dtype
 from .reference import sampled_softmax_loss as _reference_loss
-
-_library = torch.library.Library("fedss_kernels", "FRAGMENT")
-_ARGUMENTS = (
-    "Tensor input, Tensor weight, Tensor target, Tensor? class_ids, Tensor? log_expected_count, "
-    "Tensor? target_log_expected_count, Tensor? bias, Tensor scale, str similarity, int ignore_index, "
-    "str reduction, bool sparse_grad, bool[4] wanted, ScalarType? rounding"
-)
-# wanted: make the gradients of (input, weight, bias, scale) in the forward pass; rounding: autocast's dtype.
-_library.define(
-    f"sampled_softmax_loss({_ARGUMENTS}) -> "
-    "(Tensor loss, Tensor grad_input, Tensor grad_rows, Tensor row_ids, Tensor grad_bias, Tensor grad_scale)"
-)
-_library.define(
-    f"sampled_softmax_loss_backward(Tensor grad_loss, Tensor[] made, bool[4] needed, {_ARGUMENTS}) -> "
-    "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_scale)"
-)
 
 
 def sampled_softmax_loss(
@@ -97,6 +78,22 @@ def sampled_softmax_loss(
     >>> sampled_softmax_loss(eye[:1], eye, torch.tensor([0]), scale=1.0)
     tensor(0.3133)
     """
+    if impl in ("auto", "cpp"):
+        try:
+            loss = direct_loss(
+                *(input, weight, target, class_ids, log_expected_count, target_log_expected_count, bias),
+                *(
+                    float(scale) if type(scale) is int else scale,
+                    similarity,
+                    ignore_index,
+                    reduction,
+                    sparse_grad,
+                ),
+            )
+            if loss is not None:
+                return loss
+        except (TypeError, ValueError):
+            pass  # the checks below say what is wrong
     _check(input, weight, target, class_ids, log_expected_count, target_log_expected_count, bias, scale)
     check_choice("similarity", similarity, ("cosine", "dot"))
     check_choice("reduction", reduction, ("mean", "sum", "none"))
@@ -230,7 +227,7 @@ def _plain_loss(
     _check_counts("log_expected_count", log_expected_count, of_targets=False)
     _check_counts("target_log_expected_count", target_log_expected_count, of_targets=True)
     device_type, dtype = input.device.type, torch.promote_types(input.dtype, torch.float32)
-    rounding = _autocast_dtype(device_type)
+    rounding = autocast_dtype(device_type)
     with torch.autocast(device_type, enabled=False):
         return _reference_loss(
             _rounded(input, rounding),
@@ -255,14 +252,6 @@ def _rounded(rows: Tensor, rounding: torch.dtype | None) -> Tensor:
     return rows + (rows.detach().to(rounding).to(rows.dtype) - rows.detach())
 
 
-def _autocast_dtype(device_type: str) -> torch.dtype | None:
-    """What autocast rounds to now, or None."""
-    if not torch.is_autocast_enabled(device_type):
-        return None
-    dtype = torch.get_autocast_dtype(device_type)
-    return dtype if dtype in (torch.float16, torch.bfloat16) else None
-
-
 def _check_ids(name: str, ids: Tensor, C: int, ignore_index: int | None) -> None:
     bad = (ids < 0) | (ids >= C)
     if ignore_index is not None:
@@ -281,236 +270,6 @@ def _check_counts(name: str, counts: Tensor | None, of_targets: bool) -> None:
         i = int((~good).nonzero()[0, 0])
         expected = "finite number" if of_targets else "number or +inf, which leaves the entry out"
         raise ValueError(f"{name}[{i}] = {float(counts[i])}, expected a {expected}")
-
-
-# ---- the registered operator -------------------------------------------------------------------------------
-
-
-class _Arguments(NamedTuple):
-    """The operator's arguments, in the order of its schema."""
-
-    input: Tensor
-    weight: Tensor
-    target: Tensor
-    class_ids: Tensor | None
-    log_expected_count: Tensor | None
-    target_log_expected_count: Tensor | None
-    bias: Tensor | None
-    scale: Tensor
-    similarity: str
-    ignore_index: int
-    reduction: str
-    sparse_grad: bool
-    wanted: list[bool]
-    rounding: torch.dtype | None
-
-
-class _Gradients(NamedTuple):
-    """What the kernel makes, in float32 or float64, of `weight` and `bias` of touched rows only.
-
-    What is not made has no elements. For a class set, rows U, U + 1, ... are zeros and ids -1.
-    """
-
-    input: Tensor  # (B, D)
-    rows: Tensor  # (capacity, D)
-    row_ids: Tensor  # (capacity,) ascending, then -1; empty for all classes: row i is class i
-    bias: Tensor  # (capacity,)
-    scale: Tensor  # () float64
-
-
-def _result_dtype(input: Tensor) -> torch.dtype:
-    return torch.float64 if input.dtype == torch.float64 else torch.float32
-
-
-def _empty_loss(p: _Arguments) -> Tensor:
-    shape = (len(p.input),) if p.reduction == "none" else ()
-    return p.input.new_empty(shape, dtype=_result_dtype(p.input))
-
-
-def _empty_gradients(p: _Arguments, made: list[bool]) -> _Gradients:
-    (B, D), C = p.input.shape, len(p.weight)
-    capacity = C if p.class_ids is None else min(len(p.class_ids) + B, C)
-    ids = capacity if p.class_ids is not None and (made[1] or made[2]) else 0
-    dtype = _result_dtype(p.input)
-    return _Gradients(
-        p.input.new_empty((B, D) if made[0] else (0,), dtype=dtype),
-        p.input.new_empty((capacity, D) if made[1] else (0,), dtype=dtype),
-        p.input.new_empty((ids,), dtype=torch.int64),
-        p.input.new_empty((capacity,) if made[2] else (0,), dtype=dtype),
-        p.input.new_empty(() if made[3] else (0,), dtype=torch.float64),
-    )
-
-
-def _run_kernel(
-    p: _Arguments,
-    made: list[bool],
-    grad_loss: Tensor | None = None,  # (B,) upstream gradient of each row's loss, for reduction "none"
-) -> tuple[Tensor, _Gradients]:
-    """(loss, the gradients in `made`)"""
-    loss, gradients = _empty_loss(p), _empty_gradients(p, made)
-    _C.sampled_softmax(
-        *(p.input, p.weight, p.target, p.class_ids, p.log_expected_count, p.target_log_expected_count),
-        *(p.bias, p.scale.item(), p.similarity, p.ignore_index),
-        "none" if p.rounding is None else str(p.rounding).removeprefix("torch."),
-        p.reduction,
-        grad_loss=grad_loss,
-        loss=loss,
-        grad_input=gradients.input if made[0] else None,
-        grad_rows=gradients.rows if made[1] else None,
-        row_ids=gradients.row_ids if made[1] or made[2] else None,
-        grad_bias=gradients.bias if made[2] else None,
-        grad_scale=gradients.scale if made[3] else None,
-        threads=torch.get_num_threads(),
-    )
-    return loss, gradients
-
-
-@torch.library.impl(_library, "sampled_softmax_loss", "CPU")
-def _loss_cpu(*arguments):
-    p = _Arguments(*arguments)
-    refuse_forward_mode("sampled_softmax_loss")
-    loss, gradients = _run_kernel(p, p.wanted)
-    return loss, *gradients
-
-
-@torch.library.register_fake("fedss_kernels::sampled_softmax_loss", lib=_library)
-def _loss_fake(*arguments):
-    p = _Arguments(*arguments)
-    return _empty_loss(p), *_empty_gradients(p, p.wanted)
-
-
-@torch.library.impl(_library, "sampled_softmax_loss_backward", "CPU")
-def _backward_cpu(grad_loss: Tensor, made: list[Tensor], needed: list[bool], *arguments):
-    p, gradients = _Arguments(*arguments), _Gradients(*made)
-    upstream: Tensor | None = grad_loss
-    refuse_forward_mode("sampled_softmax_loss")
-    if p.reduction == "none":
-        gradients, upstream = _run_kernel(p, needed, grad_loss)[1], None
-    elif (
-        not grad_loss.isfinite()
-    ):  # what is 0 must stay 0, not become 0 * inf: each row with its own upstream
-        count = (p.target != p.ignore_index).sum().clamp(min=1) if p.reduction == "mean" else 1
-        rows = (grad_loss / count).expand(len(p.input))
-        gradients, upstream = _run_kernel(p._replace(reduction="none"), needed, rows)[1], None
-    elif any(need and not was for need, was in zip(needed, p.wanted, strict=True)):
-        gradients = _run_kernel(p, needed)[1]
-    return (
-        _finish(gradients.input, upstream, p.input) if needed[0] else _nothing(p.input),
-        _grad_weight(p, gradients, upstream) if needed[1] else _nothing(p.input),
-        _grad_bias(p, gradients, upstream) if needed[2] else _nothing(p.input),
-        _finish(gradients.scale, upstream, p.scale) if needed[3] else _nothing(p.input),
-    )
-
-
-@torch.library.register_fake("fedss_kernels::sampled_softmax_loss_backward", lib=_library)
-def _backward_fake(grad_loss: Tensor, made: list[Tensor], needed: list[bool], *arguments):
-    p = _Arguments(*arguments)
-    if needed[1] and p.sparse_grad:
-        raise RuntimeError(
-            "sampled_softmax_loss: sparse_grad=True cannot be compiled, as torch.compile has no sparse "
-            "tensors; compile with sparse_grad=False, or leave the loss out of the compiled region"
-        )
-    return (
-        torch.empty_like(p.input, memory_format=torch.contiguous_format) if needed[0] else _nothing(p.input),
-        p.weight.new_empty(p.weight.shape) if needed[1] else _nothing(p.input),
-        p.weight.new_empty(p.weight.shape[:1]) if needed[2] else _nothing(p.input),
-        p.scale.new_empty(()) if needed[3] else _nothing(p.input),
-    )
-
-
-def _nothing(like: Tensor) -> Tensor:
-    return like.new_empty((0,))
-
-
-def _finish(gradient: Tensor, upstream: Tensor | None, of: Tensor) -> Tensor:
-    """Scales before it rounds to `of`'s dtype: a float16 gradient of 2e-9 survives a GradScaler's 65536."""
-    return (gradient if upstream is None else gradient * upstream).to(of.dtype)
-
-
-def _grad_weight(p: _Arguments, gradients: _Gradients, upstream: Tensor | None) -> Tensor:
-    ids = _touched(p, gradients)
-    rows = _finish(gradients.rows[: len(ids)], upstream, p.weight)
-    if p.sparse_grad:
-        return torch.sparse_coo_tensor(
-            ids[None], rows, p.weight.shape, check_invariants=False, is_coalesced=True
-        )
-    return rows if p.class_ids is None else _spread(ids, rows, p.weight)
-
-
-def _grad_bias(p: _Arguments, gradients: _Gradients, upstream: Tensor | None) -> Tensor:
-    assert p.bias is not None
-    ids = _touched(p, gradients)
-    return _spread(ids, _finish(gradients.bias[: len(ids)], upstream, p.bias), p.bias)
-
-
-def _touched(p: _Arguments, gradients: _Gradients) -> Tensor:
-    """(U,) the classes whose rows have a gradient, ascending."""
-    if p.class_ids is None:
-        return torch.arange(len(p.weight), device=p.weight.device)
-    return gradients.row_ids[: int((gradients.row_ids >= 0).sum())]
-
-
-def _spread(ids: Tensor, rows: Tensor, like: Tensor) -> Tensor:
-    return like.new_zeros(like.shape).index_copy_(0, ids, rows)
-
-
-# ---- autograd and autocast ---------------------------------------------------------------------------------
-
-_TENSORS = 8  # the leading arguments of both operators that are tensors: input ... scale
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    _loss, *made = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*made)
-    ctx.save_for_backward(*inputs[:_TENSORS], *made)
-    ctx.options = inputs[_TENSORS:]
-
-
-def _backward(ctx, grad_loss, *_):
-    saved = ctx.saved_tensors  # read once: each access runs the unpack hooks, of checkpointing say
-    tensors, made = saved[:_TENSORS], saved[_TENSORS:]
-    positions = (0, 1, 6, 7)  # of input, weight, bias and scale
-    needed = [ctx.needs_input_grad[position] for position in positions]
-    result: list[Tensor | None] = [None] * (_TENSORS + len(ctx.options))
-    if grad_loss is not None:
-        gradients = torch.ops.fedss_kernels.sampled_softmax_loss_backward(
-            grad_loss, list(made), needed, *tensors, *ctx.options
-        )
-        for position, need, gradient in zip(positions, needed, gradients, strict=True):
-            result[position] = gradient if need else None
-    return tuple(result)
-
-
-def _refuse_double_backward(ctx, *_):
-    raise RuntimeError(
-        "sampled_softmax_loss cannot be differentiated twice (a gradient penalty does that too); "
-        'impl="reference" can'
-    )
-
-
-torch.library.register_autograd(
-    "fedss_kernels::sampled_softmax_loss", _backward, setup_context=_setup_context, lib=_library
-)
-torch.library.register_autograd(
-    "fedss_kernels::sampled_softmax_loss_backward", _refuse_double_backward, lib=_library
-)
-
-
-def _register_autocast(device_type: str, key: str) -> None:
-    """Rounds rows to the autocast dtype as they are read; nothing is cast as a whole."""
-    without_autocast = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-
-    def with_rounding(*arguments):
-        *others, rounding = arguments
-        rounding = _autocast_dtype(device_type) if rounding is None else rounding
-        with torch._C._ExcludeDispatchKeyGuard(without_autocast):
-            return torch.ops.fedss_kernels.sampled_softmax_loss(*others, rounding)
-
-    _library.impl("sampled_softmax_loss", with_rounding, key)
-
-
-_register_autocast("cpu", "AutocastCPU")
 
 
 # ---- the module --------------------------------------------------------------------------------------------

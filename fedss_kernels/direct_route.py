@@ -1,0 +1,119 @@
+"""The short way from Python to the loss kernel, for plain eager mode.
+
+One autograd.Function around the kernel that the registered operator runs, without the operator's dispatch,
+which takes most of the time of a small problem. Only for ordinary tensors with nothing around them that wants
+to see operators: no compiler, autocast, function transform, dispatch mode or subclass. Both ways give the
+same bits.
+"""
+
+import math
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, nn
+
+from .loss_operator import Arguments, finish_gradients, run_kernel
+
+_ORDINARY = (Tensor, nn.Parameter)
+
+
+def direct_loss(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    class_ids: Tensor | None,
+    log_expected_count: Tensor | None,
+    target_log_expected_count: Tensor | None,
+    bias: Tensor | None,
+    scale: float | Tensor,
+    similarity: str,
+    ignore_index: int,
+    reduction: str,
+    sparse_grad: bool,
+) -> Tensor | None:
+    """The loss, or None for what needs the operator or a closer look: a wrong argument too.
+
+    Raises what the kernel raises: IndexError for an id, TypeError or ValueError for what it cannot compute.
+    """
+    constants = (target, class_ids, log_expected_count, target_log_expected_count)
+    if not (
+        _plain_eager()
+        and all(map(_ordinary, (input, weight, bias, *constants)))
+        and _ordinary_scale(scale)
+        and type(ignore_index) is int
+        and (bias is None or bias.dtype == weight.dtype)
+        and not any(t is not None and t.requires_grad for t in constants)
+    ):
+        return None
+    options = (similarity, ignore_index, reduction, sparse_grad)
+    learned = scale if isinstance(scale, Tensor) else None
+    if torch.is_grad_enabled() and (
+        input.requires_grad
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (learned is not None and learned.requires_grad)
+    ):
+        return _Loss.apply(input, weight, bias, learned, (constants, scale, options))
+    p = Arguments(input, weight, *constants, bias, scale, *options, _NOTHING, None)
+    return run_kernel(p, _NOTHING)[0]
+
+
+_NOTHING = [False] * 4
+
+
+def _plain_eager() -> bool:
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+        and forward_ad._current_level < 0
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _ordinary(tensor: Tensor | None) -> bool:
+    return tensor is None or (
+        type(tensor) in _ORDINARY and tensor.is_cpu and tensor.layout is torch.strided and not tensor.is_neg()
+    )
+
+
+def _ordinary_scale(scale: float | Tensor) -> bool:
+    if type(scale) is float:
+        return math.isfinite(scale)
+    return isinstance(scale, Tensor) and _ordinary(scale) and scale.dim() == 0 and scale.is_floating_point()
+
+
+class _Loss(torch.autograd.Function):
+    """Differentiable in its first four arguments; `rest` travels as one, as each argument costs time."""
+
+    @staticmethod
+    def forward(ctx, input, weight, bias, learned, rest):
+        constants, scale, options = rest
+        wanted = list(ctx.needs_input_grad[:4]) if options[2] != "none" else _NOTHING
+        p = Arguments._make((input, weight, *constants, bias, scale, *options, wanted, None))
+        loss, *ctx.made = run_kernel(p, wanted)
+        ctx.save_for_backward(input, weight, bias, learned, *constants)
+        ctx.rest = scale, options, wanted
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        input, weight, bias, learned, *constants = ctx.saved_tensors
+        scale, options, wanted = ctx.rest
+        scale = scale if learned is None else learned
+        p = Arguments._make((input, weight, *constants, bias, scale, *options, wanted, None))
+        needed = list(ctx.needs_input_grad[:4])
+        if torch.is_grad_enabled():  # create_graph: the operator refuses a second derivative
+            return *_by_operator(p, grad_loss, needed), None
+        (made, touched), ctx.made = ctx.made, (None, None)  # handed on; a second backward makes them again
+        return *finish_gradients(p, made, touched, grad_loss, needed, owned=True), None
+
+
+def _by_operator(p: Arguments, grad_loss: Tensor, needed: list[bool]) -> list[Tensor | None]:
+    scale = torch.tensor(p.scale, dtype=torch.float64) if isinstance(p.scale, float) else p.scale
+    p = p._replace(scale=scale, wanted=_NOTHING)
+    made = [p.input.new_empty(0)] * 5
+    results = torch.ops.fedss_kernels.sampled_softmax_loss_backward(grad_loss, made, needed, *p)
+    return [result if need else None for result, need in zip(results, needed, strict=True)]

@@ -1,0 +1,306 @@
+"""The registered operator of the loss: what torch.compile, autocast and dispatch modes see.
+
+For "mean" and "sum" the kernel makes the gradients in the same pass as the loss, in float32 and for the
+touched rows of `weight` only; the backward operator scales and rounds them. For "none" it runs the kernel
+again, with each row's upstream gradient.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _C
+from .checks import refuse_forward_mode
+
+_library = torch.library.Library("fedss_kernels", "FRAGMENT")
+_ARGUMENTS = (
+    "Tensor input, Tensor weight, Tensor target, Tensor? class_ids, Tensor? log_expected_count, "
+    "Tensor? target_log_expected_count, Tensor? bias, Tensor scale, str similarity, int ignore_index, "
+    "str reduction, bool sparse_grad, bool[4] wanted, ScalarType? rounding"
+)
+# wanted: make the gradients of (input, weight, bias, scale) in the forward pass; rounding: autocast's dtype.
+_library.define(
+    f"sampled_softmax_loss({_ARGUMENTS}) -> "
+    "(Tensor loss, Tensor grad_input, Tensor grad_rows, Tensor row_ids, Tensor grad_bias, Tensor grad_scale)"
+)
+_library.define(
+    f"sampled_softmax_loss_backward(Tensor grad_loss, Tensor[] made, bool[4] needed, {_ARGUMENTS}) -> "
+    "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_scale)"
+)
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """What autocast rounds to now, or None."""
+    if not torch.is_autocast_enabled(device_type):
+        return None
+    dtype = torch.get_autocast_dtype(device_type)
+    return dtype if dtype in (torch.float16, torch.bfloat16) else None
+
+
+class Arguments(NamedTuple):
+    """The operator's arguments, in the order of its schema."""
+
+    input: Tensor
+    weight: Tensor
+    target: Tensor
+    class_ids: Tensor | None
+    log_expected_count: Tensor | None
+    target_log_expected_count: Tensor | None
+    bias: Tensor | None
+    scale: Any  # a 0-d tensor, or a float on the direct route
+    similarity: str
+    ignore_index: int
+    reduction: str
+    sparse_grad: bool
+    wanted: list[bool]
+    rounding: torch.dtype | None
+
+
+class Gradients(NamedTuple):
+    """What the kernel makes, in float32 or float64, of `weight` and `bias` of touched rows only.
+
+    None: not made. For a class set, rows U, U + 1, ... are zeros and ids -1.
+    """
+
+    input: Any  # (B, D)
+    rows: Any  # (capacity, D)
+    row_ids: Any  # (capacity,) ascending, then -1; None for all classes too: row i is class i
+    bias: Any  # (capacity,)
+    scale: Any  # () float64
+
+
+def _result_dtype(input: Tensor) -> torch.dtype:
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
+def _empty_loss(p: Arguments) -> Tensor:
+    shape = (len(p.input),) if p.reduction == "none" else ()
+    return p.input.new_empty(shape, dtype=_result_dtype(p.input))
+
+
+def _empty_gradients(p: Arguments, made: list[bool]) -> Gradients:
+    (B, D), C = p.input.shape, len(p.weight)
+    capacity = C if p.class_ids is None else min(len(p.class_ids) + B, C)
+    new, dtype = p.input.new_empty, _result_dtype(p.input)
+    return Gradients(
+        new((B, D), dtype=dtype) if made[0] else None,
+        new((capacity, D), dtype=dtype) if made[1] else None,
+        new((capacity,), dtype=torch.int64) if p.class_ids is not None and (made[1] or made[2]) else None,
+        new((capacity,), dtype=dtype) if made[2] else None,
+        new((), dtype=torch.float64) if made[3] else None,
+    )
+
+
+def _operator_results(p: Arguments, gradients: Gradients) -> tuple[Tensor, ...]:
+    """The operator's: tensors without elements for what is not made."""
+    return tuple(_nothing(p.input) if gradient is None else gradient for gradient in gradients)
+
+
+_ROUNDINGS = {None: "none", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+def run_kernel(
+    p: Arguments,
+    made: list[bool],
+    grad_loss: Tensor | None = None,  # (B,) upstream gradient of each row's loss, for reduction "none"
+) -> tuple[Tensor, Gradients, int]:
+    """(loss, the gradients in `made`, how many rows of weight were touched)"""
+    loss, gradients = _empty_loss(p), _empty_gradients(p, made)
+    touched = _C.sampled_softmax(
+        p.input,
+        p.weight,
+        p.target,
+        p.class_ids,
+        p.log_expected_count,
+        p.target_log_expected_count,
+        p.bias,
+        p.scale.item() if isinstance(p.scale, Tensor) else p.scale,
+        p.similarity,
+        p.ignore_index,
+        _ROUNDINGS[p.rounding],
+        p.reduction,
+        grad_loss,
+        loss,
+        *gradients,
+        torch.get_num_threads(),
+    )
+    return loss, gradients, touched
+
+
+@torch.library.impl(_library, "sampled_softmax_loss", "CPU")
+def _loss_cpu(*arguments):
+    p = Arguments(*arguments)
+    refuse_forward_mode("sampled_softmax_loss")
+    loss, gradients, _ = run_kernel(p, p.wanted)
+    return loss, *_operator_results(p, gradients)
+
+
+@torch.library.register_fake("fedss_kernels::sampled_softmax_loss", lib=_library)
+def _loss_fake(*arguments):
+    p = Arguments(*arguments)
+    return _empty_loss(p), *_operator_results(p, _empty_gradients(p, p.wanted))
+
+
+@torch.library.impl(_library, "sampled_softmax_loss_backward", "CPU")
+def _backward_cpu(grad_loss: Tensor, made: list[Tensor], needed: list[bool], *arguments):
+    p, gradients = Arguments(*arguments), Gradients(*made)
+    refuse_forward_mode("sampled_softmax_loss")
+    results = finish_gradients(p, gradients, None, grad_loss, needed)
+    return tuple(_nothing(p.input) if result is None else result for result in results)
+
+
+@torch.library.register_fake("fedss_kernels::sampled_softmax_loss_backward", lib=_library)
+def _backward_fake(grad_loss: Tensor, made: list[Tensor], needed: list[bool], *arguments):
+    p = Arguments(*arguments)
+    if needed[1] and p.sparse_grad:
+        raise RuntimeError(
+            "sampled_softmax_loss: sparse_grad=True cannot be compiled, as torch.compile has no sparse "
+            "tensors; compile with sparse_grad=False, or leave the loss out of the compiled region"
+        )
+    return (
+        torch.empty_like(p.input, memory_format=torch.contiguous_format) if needed[0] else _nothing(p.input),
+        p.weight.new_empty(p.weight.shape) if needed[1] else _nothing(p.input),
+        p.weight.new_empty(p.weight.shape[:1]) if needed[2] else _nothing(p.input),
+        p.scale.new_empty(()) if needed[3] else _nothing(p.input),
+    )
+
+
+def _nothing(like: Tensor) -> Tensor:
+    return like.new_empty((0,))
+
+
+# ---- from what the kernel made to what autograd wants ------------------------------------------------------
+
+
+def finish_gradients(
+    p: Arguments,
+    made: Gradients | None,  # in the forward pass, or None
+    touched: int | None,  # rows of weight with a gradient; None: to be counted
+    grad_loss: Tensor,
+    needed: list[bool],
+    owned: bool = False,  # `made` is nobody else's: it may be scaled in place and handed on
+) -> list[Tensor | None]:
+    """The gradients of input, weight, bias and scale that are needed, in their dtypes."""
+    upstream: Tensor | None = grad_loss
+    if p.reduction == "none":
+        (_, made, touched), upstream, owned = run_kernel(p, needed, grad_loss), None, True
+    elif not math.isfinite(grad_loss.item()):
+        # What is 0 must stay 0, not become 0 * inf: each row with its own upstream.
+        count = (p.target != p.ignore_index).sum().clamp(min=1) if p.reduction == "mean" else 1
+        rows = (grad_loss / count).expand(len(p.input))
+        (_, made, touched), upstream, owned = (
+            run_kernel(p._replace(reduction="none"), needed, rows),
+            None,
+            True,
+        )
+    elif made is None or any(need and not was for need, was in zip(needed, p.wanted, strict=True)):
+        (_, made, touched), owned = run_kernel(p, needed), True
+    if owned and upstream is not None and upstream.item() == 1:
+        upstream = None
+    return [
+        _finish(made.input, upstream, p.input, owned) if needed[0] else None,
+        _grad_weight(p, made, touched, upstream, owned) if needed[1] else None,
+        _grad_bias(p, made, touched, upstream, owned) if needed[2] else None,
+        _finish(made.scale, upstream, p.scale, owned) if needed[3] else None,
+    ]
+
+
+def _finish(gradient: Tensor, upstream: Tensor | None, of: Tensor, owned: bool) -> Tensor:
+    """Scales before it rounds to `of`'s dtype: a float16 gradient of 2e-9 survives a GradScaler's 65536."""
+    if upstream is not None:
+        gradient = gradient.mul_(upstream) if owned else gradient * upstream
+    return gradient if gradient.dtype == of.dtype else gradient.to(of.dtype)
+
+
+def _grad_weight(
+    p: Arguments, made: Gradients, touched: int | None, upstream: Tensor | None, owned: bool
+) -> Tensor:
+    if p.class_ids is None and not p.sparse_grad:
+        return _finish(made.rows, upstream, p.weight, owned)
+    ids = _touched(p, made, touched)
+    rows = _finish(made.rows[: len(ids)], upstream, p.weight, owned)
+    if p.sparse_grad:
+        return torch.sparse_coo_tensor(
+            ids[None], rows, p.weight.shape, check_invariants=False, is_coalesced=True
+        )
+    return _spread(ids, rows, p.weight)
+
+
+def _grad_bias(
+    p: Arguments, made: Gradients, touched: int | None, upstream: Tensor | None, owned: bool
+) -> Tensor:
+    assert p.bias is not None
+    ids = _touched(p, made, touched)
+    return _spread(ids, _finish(made.bias[: len(ids)], upstream, p.bias, owned), p.bias)
+
+
+def _touched(p: Arguments, made: Gradients, touched: int | None) -> Tensor:
+    """(U,) the classes whose rows have a gradient, ascending."""
+    if p.class_ids is None:
+        return torch.arange(len(p.weight), device=p.weight.device)
+    return made.row_ids[: int((made.row_ids >= 0).sum()) if touched is None else touched]
+
+
+def _spread(ids: Tensor, rows: Tensor, like: Tensor) -> Tensor:
+    return like.new_zeros(like.shape).index_copy_(0, ids, rows)
+
+
+# ---- autograd and autocast ---------------------------------------------------------------------------------
+
+_TENSORS = 8  # the leading arguments of both operators that are tensors: input ... scale
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    _loss, *made = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*made)
+    ctx.save_for_backward(*inputs[:_TENSORS], *made)
+    ctx.options = inputs[_TENSORS:]
+
+
+def _backward(ctx, grad_loss, *_):
+    saved = ctx.saved_tensors  # read once: each access runs the unpack hooks, of checkpointing say
+    tensors, made = saved[:_TENSORS], saved[_TENSORS:]
+    positions = (0, 1, 6, 7)  # of input, weight, bias and scale
+    needed = [ctx.needs_input_grad[position] for position in positions]
+    result: list[Tensor | None] = [None] * (_TENSORS + len(ctx.options))
+    if grad_loss is not None:
+        gradients = torch.ops.fedss_kernels.sampled_softmax_loss_backward(
+            grad_loss, list(made), needed, *tensors, *ctx.options
+        )
+        for position, need, gradient in zip(positions, needed, gradients, strict=True):
+            result[position] = gradient if need else None
+    return tuple(result)
+
+
+def _refuse_double_backward(ctx, *_):
+    raise RuntimeError(
+        "sampled_softmax_loss cannot be differentiated twice (a gradient penalty does that too); "
+        'impl="reference" can'
+    )
+
+
+torch.library.register_autograd(
+    "fedss_kernels::sampled_softmax_loss", _backward, setup_context=_setup_context, lib=_library
+)
+torch.library.register_autograd(
+    "fedss_kernels::sampled_softmax_loss_backward", _refuse_double_backward, lib=_library
+)
+
+
+def _register_autocast(device_type: str, key: str) -> None:
+    """Rounds rows to the autocast dtype as they are read; nothing is cast as a whole."""
+    without_autocast = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def with_rounding(*arguments):
+        *others, rounding = arguments
+        rounding = autocast_dtype(device_type) if rounding is None else rounding
+        with torch._C._ExcludeDispatchKeyGuard(without_autocast):
+            return torch.ops.fedss_kernels.sampled_softmax_loss(*others, rounding)
+
+    _library.impl("sampled_softmax_loss", with_rounding, key)
+
+
+_register_autocast("cpu", "AutocastCPU")

@@ -45,8 +45,8 @@ struct DLPackExchangeAPI {
 const DLPackExchangeAPI& exchange_api() {
   static const DLPackExchangeAPI* const api = [] {
     const py::object capsule = py::module_::import("torch").attr("Tensor").attr("__dlpack_c_exchange_api__");
-    const auto* found = static_cast<const DLPackExchangeAPI*>(
-        PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    const auto* found =
+        static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
     if (found == nullptr) throw py::error_already_set();
     if (found->version.major != 1) throw py::import_error("torch's DLPack exchange API has another version than 1");
     return found;
@@ -123,12 +123,12 @@ T choice(const char* name, const std::string& value, std::initializer_list<std::
 }
 
 int64_t run_sampled_softmax(const py::object& input, const py::object& weight, const py::object& target,
-                         const py::object& class_ids, const py::object& log_expected_count,
-                         const py::object& target_log_expected_count, const py::object& bias, double scale,
-                         const std::string& similarity, int64_t ignore_index, const std::string& rounding,
-                         const std::string& reduction, const py::object& grad_loss, const py::object& loss,
-                         const py::object& grad_input, const py::object& grad_rows, const py::object& row_ids,
-                         const py::object& grad_bias, const py::object& grad_scale, int threads) {
+                            const py::object& class_ids, const py::object& log_expected_count,
+                            const py::object& target_log_expected_count, const py::object& bias, double scale,
+                            const std::string& similarity, int64_t ignore_index, const std::string& rounding,
+                            const std::string& reduction, const py::object& grad_loss, const py::object& loss,
+                            const py::object& grad_input, const py::object& grad_rows, const py::object& row_ids,
+                            const py::object& grad_bias, const py::object& grad_scale, int threads) {
   SampledSoftmax p;
   p.input = matrix("input", input);
   p.weight = matrix("weight", weight);
@@ -200,9 +200,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("fma_peak", &fedss::fma_peak, arg("threads"), py::call_guard<py::gil_scoped_release>());
   m.def("sampled_softmax", &fedss::run_sampled_softmax, arg("input"), arg("weight"), arg("target"), arg("class_ids"),
         arg("log_expected_count"), arg("target_log_expected_count"), arg("bias"), arg("scale"), arg("similarity"),
-        arg("ignore_index"), arg("rounding"), arg("reduction"), arg("grad_loss") = py::none(),
-        arg("loss") = py::none(), arg("grad_input") = py::none(), arg("grad_rows") = py::none(),
-        arg("row_ids") = py::none(), arg("grad_bias") = py::none(), arg("grad_scale") = py::none(), arg("threads") = 1);
+        arg("ignore_index"), arg("rounding"), arg("reduction"), arg("grad_loss") = py::none(), arg("loss") = py::none(),
+        arg("grad_input") = py::none(), arg("grad_rows") = py::none(), arg("row_ids") = py::none(),
+        arg("grad_bias") = py::none(), arg("grad_scale") = py::none(), arg("threads") = 1);
   m.def("scatter_add", &fedss::run_scatter_add, arg("out"), arg("class_ids"), arg("rows"), arg("scale"),
         arg("threads") = 1);
 }

@@ -165,6 +165,54 @@ void exponentials(const double* x, int64_t n, double* out) {
   }
 }
 
+#if defined(__AVX512BF16__)
+using Ints = Vec<int32_t>;
+
+// In the high half of each lane; a NaN stays one.
+inline Ints rounded_to_bfloat16(Vec<float> value) {
+  const Ints bits = (Ints)value;
+  return bits + 0x7fff + ((bits >> 16) & 1);
+}
+
+inline Vec<float> scaled(Vec<float> value, Vec<float> factor) { return value == 0.0f ? value : value * factor; }
+
+void store_halves(uint16_t* to, Ints in_high_half) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                      _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)in_high_half, 16)));
+}
+
+void round_tile(const BfloatTile& tile) {
+  for (int64_t j = 0; j < tile.classes; j += 2) {
+    float *first = tile.values + j * tile.stride, *second = first + tile.stride;
+    const bool paired = j + 1 < tile.classes;
+    for (int64_t r = 0; r < tile.rows; r += kLanes<float>) {
+      const Vec<float> row_factor = load(tile.row_factor + r), unit_factor = load(tile.unit_factor + r);
+      const Vec<float> one = load(first + r), two = paired ? load(second + r) : Vec<float>{};
+      const Ints low = rounded_to_bfloat16(scaled(one, row_factor * tile.class_factor[j]));
+      const Ints high = paired ? rounded_to_bfloat16(scaled(two, row_factor * tile.class_factor[j + 1])) : Ints{};
+      store(tile.by_class + j / 2 * tile.stride + r, ((low >> 16) & 0xffff) | (high & int32_t(0xffff0000)));
+      store_halves(reinterpret_cast<uint16_t*>(first) + r, rounded_to_bfloat16(scaled(one, unit_factor)));
+      if (paired) store_halves(reinterpret_cast<uint16_t*>(second) + r, rounded_to_bfloat16(scaled(two, unit_factor)));
+    }
+  }
+}
+
+void narrow(const float* row, int64_t n, uint16_t* out) {
+  int64_t d = 0;
+  for (; d + kLanes<float> <= n; d += kLanes<float>) store_halves(out + d, (Ints)load(row + d));
+  if (d == n) return;
+  uint16_t room[kLanes<float>];
+  store_halves(room, (Ints)load_some(row + d, n - d));
+  for (int64_t i = d; i < n; ++i) out[i] = room[i - d];
+}
+
+void interleave(const uint16_t* first, const uint16_t* second, int64_t n, Bfloat16Pair* out) {
+  for (int64_t d = 0; d < n; ++d) out[d] = int32_t(uint32_t(first[d]) | uint32_t(second[d]) << 16);
+}
+
+constexpr BfloatKernels kBfloatKernels = {multiply<Bfloat16Pair, float>, round_tile, narrow, interleave};
+#endif
+
 // The tile of sums of the matrix product, on numbers that stay in registers.
 double peak() {
   const float a[kTileRows] = {}, b[kTileVectors * kLanes<float>] = {};
@@ -197,7 +245,7 @@ const Kernels kKernels = {FEDSS_NAME(FEDSS_ISA),
                           kKernelsFor<double>,
                           exponentials,
 #if defined(__AVX512BF16__)
-                          multiply<Bfloat16Pair, float>,
+                          &kBfloatKernels,
 #else
                           nullptr,
 #endif

@@ -66,12 +66,31 @@ struct KernelsFor {
   void (*add_scaled)(const T* row, int64_t n, T factor, T* sum);
 };
 
+// What bfloat16 products take of a tile of exp(o - max), rounded to bfloat16 (to nearest, ties to even):
+//   by_class(j / 2, r) = the pair of values(j, r) * row_factor_r * class_factor_j for j and j + 1
+//   values(j, r)       = values(j, r) * unit_factor_r, as the first half of the row's memory
+// 0 stays 0 where a factor is infinite. An odd last class is paired with 0.
+struct BfloatTile {
+  int64_t classes, rows, stride;
+  float* values;
+  const float *class_factor, *row_factor, *unit_factor;
+  Bfloat16Pair* by_class;  // (classes / 2 rounded up, stride)
+};
+
+// Products of pairs of bfloat16 numbers, and what prepares them.
+struct BfloatKernels {
+  void (*multiply)(const Product<Bfloat16Pair, float>&);
+  void (*round_tile)(const BfloatTile&);
+  void (*narrow)(const float* row, int64_t n, uint16_t* out);  // of numbers that bfloat16 has
+  void (*interleave)(const uint16_t* first, const uint16_t* second, int64_t n, Bfloat16Pair* out);
+};
+
 struct Kernels {
   const char* name;
   KernelsFor<float> of_float;
   KernelsFor<double> of_double;
-  void (*exponentials)(const double* x, int64_t n, double* out);   // out_i = exp(x_i) for x_i <= 0
-  void (*multiply_bfloat16)(const Product<Bfloat16Pair, float>&);  // null where there is no instruction for it
+  void (*exponentials)(const double* x, int64_t n, double* out);  // out_i = exp(x_i) for x_i <= 0
+  const BfloatKernels* of_bfloat16;                               // null where there is no instruction for them
   double (*peak)();  // float32 operations per second of one thread that does nothing else
 };
 

@@ -58,6 +58,9 @@ class Solver {
     B_ = p_.input.rows, D_ = p_.input.cols, V_ = int64_t(classes_.batch_rows.size()), N_ = classes_.columns();
     threads_ = double(V_) * double(N_) * double(D_) < kSerialWork ? 1 : std::max(threads, 1);
     wants_x_ = out_.grad_input, wants_rows_ = out_.grad_rows;
+    if (std::is_same<T, float>::value && holds_bfloat16(p_.input) && holds_bfloat16(p_.weight) && !out_.grad_bias) {
+      pairs_ = current_kernels().of_bfloat16;
+    }
     wants_gradient_ = wants_x_ || wants_rows_ || out_.grad_bias || out_.grad_scale;
   }
 
@@ -77,6 +80,7 @@ class Solver {
   // One row of the batch while its wave runs. o: logits, natural units.
   struct Row {
     double inverse = 1;            // 1 / |x|, 0 for a zero row; 1 for dot products
+    double similarity_factor = 1;  // of products with the packed row; 1 where it was divided by its length
     double upstream = 0;           // gradient of the result with respect to this row's loss
     double target_similarity = 0;  // cos(x, w_t), or x . w_t
     double target_logit = 0;       // o_t
@@ -102,6 +106,7 @@ class Solver {
   bool wants_x_, wants_rows_, wants_gradient_;
   Arena arena_;
   std::atomic<bool> out_of_range_{false};
+  std::atomic<double> longest_x_{0}, longest_w_{0};  // |x| and |w|, for dot products
   double loss_sum_ = 0, grad_scale_ = 0;
 
   std::vector<Row> row_;                     // (wave,)
@@ -115,12 +120,24 @@ class Solver {
   T* logits_;                            // (row tiles, chunk, row_tile), then exp(o - max of the tile), then dlogits
   T *tile_max_, *tile_factor_;           // (tiles, wave)
   double *tile_sum_, *tile_similarity_;  // (tiles, wave)
-  T* grad_x_part_;                       // (tiles, wave, ld)
-  T* grad_x_;                            // (wave, ld)
-  T* grad_rows_;                         // (slots, D): sums of dlogits * unit x
+  // In place of w_ and x_columns_, where products are of bfloat16: the rows as they are, in pairs along D, and in pairs
+  // of rows. x(r, d) is in pair (r, d / 2) or (r / 2, d); only then are factors of rows and classes 1 / length.
+  const BfloatKernels* pairs_ = nullptr;
+  int64_t pairs_ld_;                        // of the rows in pairs along D
+  Bfloat16Pair *w_pairs_, *w_interleaved_;  // (chunk, pairs_ld), (chunk / 2, ld)
+  Bfloat16Pair *x_rows_, *x_pairs_;         // (wave, pairs_ld); the same as (row tiles, D / 2, row_tile)
+  Bfloat16Pair* x_interleaved_;             // (wave / 2, ld)
+  Bfloat16Pair* dlogits_pairs_;             // (threads, class tile / 2, row_tile)
+  T* grad_x_part_;                          // (tiles, wave, ld)
+  T* grad_x_;                               // (wave, ld)
+  T* grad_rows_;                            // (slots, D): sums of dlogits * unit x
   std::vector<char> takes_part_;  // (slots,) whether the class is a term of any loss; if not it may hold anything
   double* grad_bias_;             // (slots,)
   T* scratch_;                    // (threads, 3, ld)
+
+  bool holds_bfloat16(const Matrix& rows) const {
+    return rows.dtype == DType::bfloat16 || (rounds(rows) && p_.rounding == Rounding::to_bfloat16);
+  }
 
   // ---- memory ----
 
@@ -137,9 +154,11 @@ class Solver {
   }
 
   void plan() {
+    if (sizeof(T) == 4 && p_.cosine && std::abs(p_.scale) > kLargestLogit) throw OutOfFloatRange{};
     const int64_t line = 64 / int64_t(sizeof(T));
     ld_ = std::max(round_up(D_, std::max(line, kernels_.lanes)), line);
     if (ld_ / line % 2 == 0) ld_ += line;  // an odd number of lines: rows fall on all sets of a cache
+    pairs_ld_ = (D_ + 1) / 2;
     const bool resident = N_ * ld_ <= kMostPacked && N_ * kFewestRows <= kMostLogits;
     const int64_t columns = std::max<int64_t>(N_, 1);
     wave_ = resident ? std::clamp(kFewLogits / columns / kRowTile * kRowTile, kFewestRows, kMostRows) : kChunkedRows;
@@ -159,9 +178,17 @@ class Solver {
     const int64_t wave = padded_wave();
     row_.resize(wave);
     x_ = arena_.take<T>(wave * ld_), target_rows_ = arena_.take<T>(wave * ld_);
-    x_columns_ = arena_.take<T>(wave * D_);
+    if (pairs_) {
+      x_pairs_ = arena_.take<Bfloat16Pair>(wave * pairs_ld_), x_rows_ = arena_.take<Bfloat16Pair>(wave * pairs_ld_);
+      x_interleaved_ = arena_.take<Bfloat16Pair>(wave / 2 * ld_);
+      w_pairs_ = arena_.take<Bfloat16Pair>(chunk_ * pairs_ld_);
+      w_interleaved_ = arena_.take<Bfloat16Pair>((chunk_ + 1) / 2 * ld_);
+      dlogits_pairs_ = arena_.take<Bfloat16Pair>(threads_ * tile_pairs());
+    } else {
+      x_columns_ = arena_.take<T>(wave * D_), w_ = arena_.take<T>(chunk_ * ld_);
+    }
     row_factor_ = arena_.take<T>(wave), row_factor_low_ = arena_.take<T>(wave), target_ = arena_.take<T>(wave);
-    w_ = arena_.take<T>(chunk_ * ld_), inverse_ = arena_.take<double>(chunk_);
+    inverse_ = arena_.take<double>(chunk_);
     class_factor_ = arena_.take<T>(chunk_), offset_ = arena_.take<T>(chunk_), offset_low_ = arena_.take<T>(chunk_);
     logits_ = arena_.take<T>(wave * chunk_);
     tile_max_ = arena_.take<T>(tiles_ * wave), tile_factor_ = arena_.take<T>(tiles_ * wave);
@@ -182,6 +209,8 @@ class Solver {
       std::fill_n(grad_bias_, classes_.slots(), 0.0);
     }
   }
+
+  int64_t tile_pairs() const { return tile_width(chunk_) / 2 * row_tile_; }
 
   void clear_slots_without_column() {
     takes_part_.assign(classes_.slots(), false);
@@ -204,22 +233,25 @@ class Solver {
 
   // ---- rows of input and weight ----
 
-  // Row i, rounded if asked, divided by its length (for the cosine), with zeros up to ld. Returns 1 / length, 0 for a
-  // zero row, or 1 for dot products. A row that holds anything but finite numbers becomes NaN.
-  double read_unit(const Matrix& from, int64_t i, T* scratch, T* out) {
-    const T* row = reinterpret_cast<const T*>(from.row(i));
+  // Row i, rounded if asked: where it is, or in `scratch`.
+  const T* read_row(const Matrix& from, int64_t i, T* scratch) const {
     const bool in_place = from.dtype == (sizeof(T) == 4 ? DType::float32 : DType::float64) && from.col_stride == 1;
-    if (!in_place || rounds(from)) {
-      from.read_row(i, scratch);
-      row = scratch;
-      if (rounds(from)) round_row(scratch);
-    }
+    if (in_place && !rounds(from)) return reinterpret_cast<const T*>(from.row(i));
+    from.read_row(i, scratch);
+    if (rounds(from)) round_row(scratch);
+    return scratch;
+  }
+
+  // Row i divided by its length (for the cosine), with zeros up to ld. Returns 1 / length, 0 for a zero row, or 1 for
+  // dot products. A row that holds anything but finite numbers becomes NaN.
+  double read_unit(const Matrix& from, int64_t i, T* scratch, T* out) {
+    const T* row = read_row(from, i, scratch);
     std::fill(out + D_, out + ld_, T(0));
     double norm = std::sqrt(kernels_.dot(row, row, D_)), inverse = 1;
     if (!p_.cosine) {
-      if (sizeof(T) == 4 && !(norm == 0 || (norm > kShortestRow && norm < kLongestRow))) out_of_range_ = true;
+      check_length(from, norm);
       std::copy(row, row + D_, out);
-      return inverse;
+      return 1;
     }
     if (norm == kInf) {  // an infinite element, or squares past the largest number of float64
       kernels_.scale(row, D_, 0x1p-600, scratch);
@@ -232,6 +264,27 @@ class Solver {
     const double factor = norm < kInf ? 1 / norm : kNaN;
     kernels_.scale(row, D_, factor, out);
     return inverse * factor;
+  }
+
+  // Row i as it is, in bfloat16, with a zero behind it if D is odd. Returns as read_unit does.
+  double read_bfloat16(const Matrix& from, int64_t i, float* scratch, Bfloat16Pair* out) {
+    const float* row = read_row(from, i, scratch);
+    if (D_ % 2) out[pairs_ld_ - 1] = 0;
+    pairs_->narrow(row, D_, reinterpret_cast<uint16_t*>(out));
+    const double norm = std::sqrt(kernels_.dot(row, row, D_));
+    if (p_.cosine && norm < kZeroNorm) return 0;
+    check_length(from, norm);
+    return p_.cosine ? 1 / norm : 1;
+  }
+
+  // Where rows are not divided by their lengths, float32 products of them must stay in range.
+  void check_length(const Matrix& from, double norm) {
+    if (sizeof(T) != 4) return;
+    if (!(norm == 0 || (norm > kShortestRow && norm < kLongestRow))) out_of_range_ = true;
+    std::atomic<double>& longest = &from == &p_.input ? longest_x_ : longest_w_;
+    double before = longest.load(std::memory_order_relaxed);
+    while (norm > before && !longest.compare_exchange_weak(before, norm)) {
+    }
   }
 
   bool rounds(const Matrix& from) const { return p_.rounding != Rounding::none && from.dtype != DType::float64; }
@@ -257,21 +310,37 @@ class Solver {
   }
 
   void refuse_out_of_range() {
-    if (out_of_range_) throw OutOfFloatRange{};
+    const bool too_large = !p_.cosine && std::abs(p_.scale) * longest_x_ * longest_w_ > kLargestLogit;
+    if (sizeof(T) == 4 && (out_of_range_ || too_large)) throw OutOfFloatRange{};
   }
 
   void pack(int64_t first, int64_t columns) {
     parallel_for(ceil_div(columns, kSmallestClassTile), threads_, [&](int64_t task, int worker) {
       const int64_t begin = task * kSmallestClassTile, end = std::min(begin + kSmallestClassTile, columns);
       for (int64_t j = begin; j < end; ++j) {
-        const int64_t slot = classes_.slot(first + j);
+        const int64_t slot = classes_.slot(first + j), id = classes_.id(slot);
         prefetch_class(first + j + 4);
-        inverse_[j] = read_unit(p_.weight, classes_.id(slot), scratch(worker, 0), w_ + j * ld_);
-        class_factor_[j] = T(1);
+        if constexpr (std::is_same<T, float>::value) {
+          if (pairs_) inverse_[j] = read_bfloat16(p_.weight, id, scratch(worker, 0), w_pairs_ + j * pairs_ld_);
+        }
+        if (!pairs_) inverse_[j] = read_unit(p_.weight, id, scratch(worker, 0), w_ + j * ld_);
+        class_factor_[j] = pairs_ ? T(inverse_[j]) : T(1);
         split(bias(slot) - classes_.log_count(first + j), offset_ + j, offset_low_ + j);
       }
+      if (pairs_) interleave(w_pairs_, begin, end, worker, w_interleaved_);
     });
     refuse_out_of_range();
+  }
+
+  // Rows [begin, end) of `rows`, in pairs; an odd last one is paired with zeros.
+  void interleave(const Bfloat16Pair* rows, int64_t begin, int64_t end, int worker, Bfloat16Pair* out) {
+    Bfloat16Pair* zeros = reinterpret_cast<Bfloat16Pair*>(scratch(worker, 2));
+    std::fill_n(zeros, pairs_ld_, 0);
+    for (int64_t i = begin; i < end; i += 2) {
+      const Bfloat16Pair *first = rows + i * pairs_ld_, *second = i + 1 < end ? first + pairs_ld_ : zeros;
+      pairs_->interleave(reinterpret_cast<const uint16_t*>(first), reinterpret_cast<const uint16_t*>(second), D_,
+                         out + i / 2 * ld_);
+    }
   }
 
   void prefetch_class(int64_t column) const {
@@ -290,16 +359,29 @@ class Solver {
           load_row(first + r, r, share, worker);
         } else {
           std::fill_n(x_ + r * ld_, ld_, T(0));
+          if (pairs_) std::fill_n(x_rows_ + r * pairs_ld_, pairs_ld_, 0);
           row_factor_[r] = row_factor_low_[r] = 0;
         }
       }
-      const int64_t begin = task * kRowStep, inside = begin % row_tile_;  // a task's rows are of one tile
-      T* columns = x_columns_ + (begin - inside) * D_ + inside;
-      for (int64_t d = 0; d < D_; ++d) {
-        for (int64_t r = begin; r < end; ++r) columns[d * row_tile_ + r - begin] = x_[r * ld_ + d];
+      const int64_t begin = task * kRowStep;
+      if (pairs_) {
+        transpose(x_rows_, pairs_ld_, begin, end, pairs_ld_, x_pairs_);
+        interleave(x_rows_, begin, end, worker, x_interleaved_);
+      } else {
+        transpose(x_, ld_, begin, end, D_, x_columns_);
       }
     });
     refuse_out_of_range();
+  }
+
+  // Rows [begin, end), of one row tile, become columns of it.
+  template <class Element>
+  void transpose(const Element* rows, int64_t ld, int64_t begin, int64_t end, int64_t n, Element* tiles) const {
+    const int64_t inside = begin % row_tile_;
+    Element* columns = tiles + (begin - inside) * n + inside;
+    for (int64_t d = 0; d < n; ++d) {
+      for (int64_t r = begin; r < end; ++r) columns[d * row_tile_ + r - begin] = rows[r * ld + d];
+    }
   }
 
   void load_row(int64_t v, int64_t r, double share, int worker) {
@@ -311,7 +393,10 @@ class Solver {
     row.target_similarity = kernels_.dot(x_ + r * ld_, target_rows_ + r * ld_, D_);
     const double log_count = p_.target_log_expected_count ? p_.target_log_expected_count[i] : 0.0;
     row.target_logit = p_.scale * row.target_similarity + bias(slot) - log_count;
-    const double factor = p_.scale / kLogitUnit<T>;
+    if constexpr (std::is_same<T, float>::value) {
+      if (pairs_) row.similarity_factor = read_bfloat16(p_.input, i, scratch(worker, 0), x_rows_ + r * pairs_ld_);
+    }
+    const double factor = p_.scale * row.similarity_factor / kLogitUnit<T>;
     row_factor_[r] = T(factor), row_factor_low_[r] = T(factor - double(row_factor_[r]));
     if (sizeof(T) == 4 && std::abs(row.target_logit) > kLargestLogit) out_of_range_ = true;
   }
@@ -354,12 +439,13 @@ class Solver {
   }
   T* logits(int64_t row_tile, int64_t column) const { return logits_ + (row_tile * chunk_ + column) * row_tile_; }
 
-  // For every tile of classes and tile of rows: body(tile of classes, number of it, tile of rows).
+  // For every tile of classes and tile of rows: body(tile of classes, number of it, tile of rows, worker).
   template <class Body>
   void for_tiles(int64_t columns, int64_t rows, const Body& body) {
     const int64_t across = row_tiles(rows);
-    parallel_for(tiles_of(columns) * across, threads_,
-                 [&](int64_t task, int) { body(tile(task / across, columns), task / across, task % across); });
+    parallel_for(tiles_of(columns) * across, threads_, [&](int64_t task, int worker) {
+      body(tile(task / across, columns), task / across, task % across, worker);
+    });
   }
 
   void compute_exponentials(int64_t first, int64_t chunk, int64_t columns, int64_t rows) {
@@ -367,16 +453,28 @@ class Solver {
       const int64_t column = r < rows ? classes_.target_column[first + r] - chunk : -1;
       target_[r] = column < columns ? T(column) : T(-1);
     }
-    for_tiles(columns, rows, [&](const Tile& t, int64_t number, int64_t row_tile) {
+    for_tiles(columns, rows, [&](const Tile& t, int64_t number, int64_t row_tile, int) {
       const int64_t lanes = padded_rows_of(row_tile, rows), classes = t.end - t.begin;
       const int64_t r = row_tile * row_tile_, at = number * padded_wave() + r;
-      T* tile_logits = logits(row_tile, t.begin);
-      kernels_.multiply({classes, lanes, D_, w_ + t.begin * ld_, ld_, 1, x_columns_ + r * D_, row_tile_, tile_logits,
-                         row_tile_, nullptr, false});
-      kernels_.exponentiate({classes, lanes, row_tile_, tile_logits, class_factor_ + t.begin, offset_ + t.begin,
+      T* values = logits(row_tile, t.begin);
+      multiply_logits(t, r, lanes, values);
+      kernels_.exponentiate({classes, lanes, row_tile_, values, class_factor_ + t.begin, offset_ + t.begin,
                              offset_low_ + t.begin, row_factor_ + r, row_factor_low_ + r, target_ + r, T(t.begin),
                              tile_max_ + at, tile_sum_ + at, tile_similarity_ ? tile_similarity_ + at : nullptr});
     });
+  }
+
+  // values(j, r) = w_j . x_r, a tile of classes and the rows from `r` on
+  void multiply_logits(const Tile& t, int64_t r, int64_t lanes, T* values) const {
+    const int64_t classes = t.end - t.begin;
+    if constexpr (std::is_same<T, float>::value) {
+      if (pairs_) {
+        return pairs_->multiply({classes, lanes, pairs_ld_, w_pairs_ + t.begin * pairs_ld_, pairs_ld_, 1,
+                                 x_pairs_ + r * pairs_ld_, row_tile_, values, row_tile_, nullptr, false});
+      }
+    }
+    kernels_.multiply({classes, lanes, D_, w_ + t.begin * ld_, ld_, 1, x_columns_ + r * D_, row_tile_, values,
+                       row_tile_, nullptr, false});
   }
 
   // Folds the tiles of a chunk into max, sum and sum_similarity of each row.
@@ -441,25 +539,46 @@ class Solver {
       row.share = row.upstream / all;
       row.target_gradient = -through(others, row.share);
       if (!out_.grad_scale) continue;
-      const double others_similarity = row.sum == 0 ? 0.0 : row.sum_similarity * std::exp(row.max - row.peak);
+      const double others_similarity =
+          row.sum == 0 ? 0.0 : row.sum_similarity * row.similarity_factor * std::exp(row.max - row.peak);
       grad_scale_ += through(others_similarity - others * row.target_similarity, row.share);
     }
   }
 
   // The tiles become dlogits, but for the rows' targets; each gives its share of the rows' gradients.
   void compute_dlogits(int64_t columns, int64_t rows) {
-    for_tiles(columns, rows, [&](const Tile& t, int64_t number, int64_t row_tile) {
-      const int64_t lanes = padded_rows_of(row_tile, rows), count = rows_of(row_tile, rows), classes = t.end - t.begin;
+    for_tiles(columns, rows, [&](const Tile& t, int64_t number, int64_t row_tile, int worker) {
+      const int64_t lanes = padded_rows_of(row_tile, rows), count = rows_of(row_tile, rows);
       const int64_t r0 = row_tile * row_tile_, at = number * padded_wave() + r0;
       double factor[kRowTile];
       tile_exponentials(number * padded_wave(), r0, r0 + count, [this](int64_t r) { return row_[r].peak; }, factor);
       for (int64_t r = 0; r < lanes; ++r) tile_factor_[at + r] = r < count ? T(row_[r0 + r].share * factor[r]) : T(0);
-      T* dlogits = logits(row_tile, t.begin);
-      kernels_.scale_columns(dlogits, classes, lanes, row_tile_, tile_factor_ + at);
-      if (!wants_x_) return;
-      kernels_.multiply({count, round_up(D_, kernels_.lanes), classes, dlogits, 1, row_tile_, w_ + t.begin * ld_, ld_,
-                         grad_x_part_ + at * ld_, ld_, nullptr, false});
+      multiply_grad_x(t, r0, count, lanes, tile_factor_ + at, worker, grad_x_part_ + at * ld_);
     });
+  }
+
+  // The values of a tile become dlogits, and out(r) = their sum over the tile's classes, each times its unit row.
+  void multiply_grad_x(const Tile& t, int64_t r0, int64_t count, int64_t lanes, const T* factor, int worker, T* out) {
+    const int64_t classes = t.end - t.begin, columns = round_up(D_, kernels_.lanes);
+    T* dlogits = logits(r0 / row_tile_, t.begin);
+    if constexpr (std::is_same<T, float>::value) {
+      if (pairs_) {
+        float unit_factor[kRowTile];
+        for (int64_t r = 0; r < lanes; ++r) {
+          unit_factor[r] = r < count ? float(factor[r] * row_[r0 + r].similarity_factor) : 0.0f;
+        }
+        Bfloat16Pair* by_class = dlogits_pairs_ + worker * tile_pairs();
+        pairs_->round_tile(
+            {classes, lanes, row_tile_, dlogits, class_factor_ + t.begin, factor, unit_factor, by_class});
+        if (!wants_x_) return;
+        return pairs_->multiply({count, columns, ceil_div(classes, 2), by_class, 1, row_tile_,
+                                 w_interleaved_ + t.begin / 2 * ld_, ld_, out, ld_, nullptr, false});
+      }
+    }
+    kernels_.scale_columns(dlogits, classes, lanes, row_tile_, factor);
+    if (!wants_x_) return;
+    kernels_.multiply(
+        {count, columns, classes, dlogits, 1, row_tile_, w_ + t.begin * ld_, ld_, out, ld_, nullptr, false});
   }
 
   // Class rows over the rows of the wave, rows over the tiles of the chunk.
@@ -491,12 +610,8 @@ class Solver {
   void accumulate_class_rows(int64_t first, int64_t chunk, const Tile& t, int64_t rows, int64_t d, int64_t d_end) {
     for (int64_t row_tile = 0; row_tile < row_tiles(rows); ++row_tile) {
       const T* dlogits = logits(row_tile, t.begin);
-      const int64_t classes = t.end - t.begin, count = rows_of(row_tile, rows), slot = classes_.slot(chunk + t.begin);
-      const int64_t* slots = classes_.slots_from(chunk + t.begin);
-      if (wants_rows_ && d < d_end) {
-        kernels_.multiply({classes, d_end - d, count, dlogits, row_tile_, 1, x_ + row_tile * row_tile_ * ld_ + d, ld_,
-                           grad_rows_ + (slots ? 0 : slot * D_) + d, D_, slots, first > 0 || row_tile > 0});
-      }
+      const int64_t classes = t.end - t.begin;
+      if (wants_rows_ && d < d_end) multiply_grad_rows(first, chunk, t, row_tile, rows, d, d_end);
       if (grad_bias_ && d == 0) {
         for (int64_t j = 0; j < classes; ++j) {
           kernels_.add_row_sums(dlogits + j * row_tile_, 1, padded_rows_of(row_tile, rows), row_tile_,
@@ -505,6 +620,24 @@ class Solver {
       }
     }
     add_targets(first, chunk, t, rows, d, d_end);
+  }
+
+  // The sums over the rows of a row tile of dlogits times the unit row, added to what earlier rows gave.
+  void multiply_grad_rows(int64_t first, int64_t chunk, const Tile& t, int64_t row_tile, int64_t rows, int64_t d,
+                          int64_t d_end) const {
+    const int64_t classes = t.end - t.begin, count = rows_of(row_tile, rows), r = row_tile * row_tile_;
+    const int64_t* slots = classes_.slots_from(chunk + t.begin);
+    const T* dlogits = logits(row_tile, t.begin);
+    T* out = grad_rows_ + (slots ? 0 : (chunk + t.begin) * D_) + d;
+    const bool accumulate = first > 0 || row_tile > 0;
+    if constexpr (std::is_same<T, float>::value) {
+      if (pairs_) {
+        return pairs_->multiply({classes, d_end - d, ceil_div(count, 2), reinterpret_cast<const Bfloat16Pair*>(dlogits),
+                                 row_tile_, 1, x_interleaved_ + r / 2 * ld_ + d, ld_, out, D_, slots, accumulate});
+      }
+    }
+    kernels_.multiply(
+        {classes, d_end - d, count, dlogits, row_tile_, 1, x_ + r * ld_ + d, ld_, out, D_, slots, accumulate});
   }
 
   // A tile owns the slots from its first column on to the next tile's; the first one those before it too.
@@ -547,7 +680,8 @@ class Solver {
     constexpr int64_t kStep = 32;
     parallel_for(ceil_div(classes_.slots(), kStep), threads_, [&](int64_t task, int worker) {
       const int64_t begin = task * kStep, end = std::min(begin + kStep, classes_.slots());
-      const bool packed = chunk_ == N_ && N_ == classes_.slots();  // column j is slot j, and its row is still there
+      const bool packed =
+          !pairs_ && chunk_ == N_ && N_ == classes_.slots();  // column j is slot j, and its row is still there
       for (int64_t slot = begin; slot < end; ++slot) {
         const T* unit = packed ? w_ + slot * ld_ : scratch(worker, 1);
         double inverse = packed ? inverse_[slot] : 0.0;

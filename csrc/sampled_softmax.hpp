@@ -47,8 +47,9 @@ struct SampledSoftmaxResult {
   double* grad_scale = nullptr;  // (1,)
 };
 
-// Fills `result` and returns how many rows of weight were touched: listed in class_ids, or a target. Throws std::out_of_range for an id out of range and std::invalid_argument for a NaN or -inf
-// correction, naming position and value, before anything is written.
+// Fills `result` and returns how many rows of weight were touched: listed in class_ids, or a target. Throws
+// std::out_of_range for an id out of range and std::invalid_argument for a NaN or -inf correction, naming position and
+// value, before anything is written.
 int64_t sampled_softmax(const SampledSoftmax& problem, const SampledSoftmaxResult& result, int threads);
 
 }  // namespace fedss

@@ -158,6 +158,11 @@ void add_scaled(const T* row, int64_t n, T factor, T* sum) {
   for (; d < n; ++d) sum[d] += row[d] * factor;
 }
 
+void widen_bfloat16(const uint16_t* row, int64_t n, float* out) {
+  uint32_t* bits = reinterpret_cast<uint32_t*>(out);
+  for (int64_t d = 0; d < n; ++d) bits[d] = uint32_t(row[d]) << 16;
+}
+
 void exponentials(const double* x, int64_t n, double* out) {
   for (int64_t i = 0; i < n; i += kDoubles) {
     const int64_t some = n - i < kDoubles ? n - i : kDoubles;
@@ -243,6 +248,7 @@ constexpr KernelsFor<T> kKernelsFor = {kLanes<T>, multiply<T, T>, exponentiate<T
 const Kernels kKernels = {FEDSS_NAME(FEDSS_ISA),
                           kKernelsFor<float>,
                           kKernelsFor<double>,
+                          widen_bfloat16,
                           exponentials,
 #if defined(__AVX512BF16__)
                           &kBfloatKernels,

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <type_traits>
 #include <vector>
@@ -237,9 +238,20 @@ class Solver {
   const T* read_row(const Matrix& from, int64_t i, T* scratch) const {
     const bool in_place = from.dtype == (sizeof(T) == 4 ? DType::float32 : DType::float64) && from.col_stride == 1;
     if (in_place && !rounds(from)) return reinterpret_cast<const T*>(from.row(i));
+    if constexpr (std::is_same<T, float>::value) {
+      if (is_bfloat16_row(from)) {
+        current_kernels().widen_bfloat16(reinterpret_cast<const uint16_t*>(from.row(i)), D_, scratch);
+        return scratch;
+      }
+    }
     from.read_row(i, scratch);
     if (rounds(from)) round_row(scratch);
     return scratch;
+  }
+
+  // Whether memory holds what is to be read, in bfloat16.
+  bool is_bfloat16_row(const Matrix& from) const {
+    return from.dtype == DType::bfloat16 && from.col_stride == 1 && p_.rounding != Rounding::to_float16;
   }
 
   // Row i divided by its length (for the cosine), with zeros up to ld. Returns 1 / length, 0 for a zero row, or 1 for
@@ -270,7 +282,11 @@ class Solver {
   double read_bfloat16(const Matrix& from, int64_t i, float* scratch, Bfloat16Pair* out) {
     const float* row = read_row(from, i, scratch);
     if (D_ % 2) out[pairs_ld_ - 1] = 0;
-    pairs_->narrow(row, D_, reinterpret_cast<uint16_t*>(out));
+    if (is_bfloat16_row(from)) {
+      std::memcpy(out, from.row(i), D_ * sizeof(uint16_t));
+    } else {
+      pairs_->narrow(row, D_, reinterpret_cast<uint16_t*>(out));
+    }
     const double norm = std::sqrt(kernels_.dot(row, row, D_));
     if (p_.cosine && norm < kZeroNorm) return 0;
     check_length(from, norm);
@@ -300,13 +316,15 @@ class Solver {
 
   double bias(int64_t slot) const { return p_.bias ? p_.bias[classes_.id(slot)] : 0.0; }
 
-  // value, in the unit of T's logits, as a high part and what is left.
+  // value, in the unit of T's logits, as a high part (in float32 a multiple of 2^-9) and what is left.
   void split(double value, T* high, T* low) {
-    value /= kLogitUnit<T>;
-    if (sizeof(T) == 4 && std::abs(value) > kLargestLogit / kLogitUnit<T>) out_of_range_ = true;
-    const double step = sizeof(T) == 4 ? 0x1p-9 : 0;
-    *high = T(step > 0 ? std::nearbyint(value / step) * step : value);
-    *low = T(value - double(*high));
+    value *= 1 / kLogitUnit<T>;
+    *high = T(value), *low = T(0);
+    if (sizeof(T) != 4) return;
+    if (std::abs(value) > kLargestLogit / kLogitUnit<T>) out_of_range_ = true;
+    constexpr double kShift = 0x1.8p43;  // its last bit is 2^-9: adding it rounds there
+    volatile double shifted = value + kShift;
+    *high = T(shifted - kShift), *low = T(value - (shifted - kShift));
   }
 
   void refuse_out_of_range() {
@@ -660,37 +678,52 @@ class Solver {
       T* gradient = grad_x_ + r * ld_;
       kernels_.add_scaled(target_rows_ + r * ld_, D_, T(row_[r].target_gradient), gradient);
       Out* out = static_cast<Out*>(out_.grad_input) + classes_.batch_rows[first + r] * D_;
-      store_projected(gradient, x_ + r * ld_, row_[r].inverse, out);
+      store_projected(gradient, x_ + r * ld_, 1, row_[r].inverse, out);
     });
   }
 
-  void store_projected(T* gradient, const T* unit, double inverse, Out* out) {
-    const double factor = p_.scale * inverse;
-    if (factor == 0.0) return void(std::fill_n(out, D_, Out(0)));
-    const double along = p_.cosine ? kernels_.dot(gradient, unit, D_) : 0.0;
+  // out = scale * inverse * what is left of the gradient without its part along the unit row, which is factor * row.
+  void store_projected(T* gradient, const T* row, double factor, double inverse, Out* out) {
+    const double by = p_.scale * inverse;
+    if (by == 0.0) return void(std::fill_n(out, D_, Out(0)));
+    const double along = p_.cosine ? kernels_.dot(gradient, row, D_) * factor * factor : 0.0;
     if constexpr (std::is_same<T, Out>::value) {
-      kernels_.project(gradient, D_, along, unit, factor, out);
+      kernels_.project(gradient, D_, along, row, by, out);
     } else {
-      kernels_.project(gradient, D_, along, unit, factor, gradient);
+      kernels_.project(gradient, D_, along, row, by, gradient);
       for (int64_t d = 0; d < D_; ++d) out[d] = Out(gradient[d]);
     }
   }
 
   void finish_class_rows() {
     constexpr int64_t kStep = 32;
+    // Whether column j is slot j, and its row still there.
+    const bool packed = chunk_ == N_ && N_ == classes_.slots();
     parallel_for(ceil_div(classes_.slots(), kStep), threads_, [&](int64_t task, int worker) {
       const int64_t begin = task * kStep, end = std::min(begin + kStep, classes_.slots());
-      const bool packed =
-          !pairs_ && chunk_ == N_ && N_ == classes_.slots();  // column j is slot j, and its row is still there
       for (int64_t slot = begin; slot < end; ++slot) {
-        const T* unit = packed ? w_ + slot * ld_ : scratch(worker, 1);
-        double inverse = packed ? inverse_[slot] : 0.0;
-        if (!packed && takes_part_[slot]) {
-          inverse = read_unit(p_.weight, classes_.id(slot), scratch(worker, 0), scratch(worker, 1));
+        T* gradient = grad_rows_ + slot * D_;
+        Out* out = static_cast<Out*>(out_.grad_rows) + slot * D_;
+        if (packed) {
+          store_projected(gradient, packed_row(slot, scratch(worker, 0)), class_factor_[slot], inverse_[slot], out);
+        } else {
+          T* unit = scratch(worker, 1);
+          const double inverse =
+              takes_part_[slot] ? read_unit(p_.weight, classes_.id(slot), scratch(worker, 0), unit) : 0.0;
+          store_projected(gradient, unit, 1, inverse, out);
         }
-        store_projected(grad_rows_ + slot * D_, unit, inverse, static_cast<Out*>(out_.grad_rows) + slot * D_);
       }
     });
+  }
+
+  const T* packed_row(int64_t column, T* scratch) const {
+    if constexpr (std::is_same<T, float>::value) {
+      if (pairs_) {
+        current_kernels().widen_bfloat16(reinterpret_cast<const uint16_t*>(w_pairs_ + column * pairs_ld_), D_, scratch);
+        return scratch;
+      }
+    }
+    return w_ + column * ld_;
   }
 };
 

@@ -1,4 +1,4 @@
-"""The command line: `fedss run`, `compare`, `bench`.
+"""The command line: `fedss run`, `compare`, `bench`, `doctor`.
 
 A user's mistake is one line on stderr and exit code 2. The options of a run are generated from Config.
 Nothing here imports matplotlib or rich before a command that needs them runs, so the command line can say
@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import io
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from .. import doctor
 from .config import OWN, PRESETS, Config, ConfigError, did_you_mean, expectation, option_type, read_options
 from .rounds import check_data, load_data, run
 from .run_folder import RUN_FILES, check_folder, make_folder
@@ -213,6 +215,16 @@ def _bench(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="as JSON")
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    findings = doctor.examine()
+    print(json.dumps(findings, indent=2) if arguments.json else doctor.listing(findings))
+    return 0
+
+
 COMMANDS: dict[str, Command] = {
     "run": Command("train with one method", ("matplotlib", "rich"), _add_run_arguments, _run),
     "compare": Command(
@@ -228,6 +240,7 @@ COMMANDS: dict[str, Command] = {
         _bench,
         extra="bench",
     ),
+    "doctor": Command("say what is installed here and what will run", (), _add_doctor_arguments, _doctor),
 }
 
 

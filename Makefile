@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := $(wildcard csrc/*.cpp csrc/*.hpp) setup.py pyproject.toml constraints.txt
 DEMO_OUT ?= runs/demo
+BENCH_OUT ?= runs/bench
 
 .PHONY: all demo test lint check bench wheel clean
 all: check
@@ -33,9 +34,9 @@ lint: $(READY)
 
 check: lint test demo
 
+# The loss and the aggregator beside what one would use instead: tables and plots in BENCH_OUT. On an idle machine.
 bench: $(READY)
-	$(BIN)/python -m fedss_kernels.bench.bench_sampled_softmax
-	$(BIN)/python -m fedss_kernels.bench.bench_scatter_add
+	$(BIN)/fedss bench --out $(BENCH_OUT)
 
 # A manylinux wheel in wheelhouse/, built from the source distribution: it installs without a compiler.
 wheel: $(READY)

@@ -33,8 +33,11 @@ def own_cache(tmp_path_factory, monkeypatch):
 @pytest.mark.parametrize(
     "argv, line",
     [
-        ([], "fedss: expected a command: run, compare; fedss --help explains them"),
-        (["rum"], "fedss: no such command 'rum' (did you mean run?): expected one of run, compare"),
+        ([], "fedss: expected a command: run, compare, bench, doctor; fedss --help explains them"),
+        (
+            ["rum"],
+            "fedss: no such command 'rum' (did you mean run?): expected one of run, compare, bench, doctor",
+        ),
         (["run", "--roundz", "3"], "fedss run: no such option --roundz (did you mean --rounds?)"),
         (["run", "--roundz=3"], "fedss run: no such option --roundz (did you mean --rounds?)"),
         (["run", "--round", "3"], "fedss run: no such option --round (did you mean --rounds?)"),
@@ -174,14 +177,15 @@ def test_a_bug_is_not_called_a_mistake(monkeypatch, tmp_path):
         (["matplotlib", "rich"], "matplotlib and rich, which are not"),
     ],
 )
-@pytest.mark.parametrize("command", ["run", "compare"])
-def test_a_missing_extra_is_named(command, missing, words, monkeypatch, capsys):
+@pytest.mark.parametrize("command, extra", [("run", "sim"), ("compare", "sim"), ("bench", "bench")])
+def test_a_missing_extra_is_named(command, extra, missing, words, monkeypatch, capsys):
     found = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name in missing else found(name, *rest)
     )
     assert (
-        fails(capsys, command) == f'fedss {command} needs {words} installed: pip install "fedss-kernels[sim]"'
+        fails(capsys, command)
+        == f'fedss {command} needs {words} installed: pip install "fedss-kernels[{extra}]"'
     )
 
 

@@ -1,7 +1,8 @@
-"""The command line: `fedss run`, `fedss compare`. A user's mistake is one line on stderr and exit code 2.
+"""The command line: `fedss run`, `compare`, `bench`, `doctor`.
 
-The options are generated from Config. Nothing here imports matplotlib or rich before a command that needs
-them runs, so the command line can say what is missing.
+A user's mistake is one line on stderr and exit code 2. The options of a run are generated from Config.
+Nothing here imports matplotlib or rich before a command that needs them runs, so the command line can say
+what is missing.
 """
 
 import argparse
@@ -9,6 +10,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import io
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,9 +19,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+
+from .. import doctor
 from .config import OWN, PRESETS, Config, ConfigError, did_you_mean, expectation, option_type, read_options
 from .rounds import check_data, load_data, run
-from .run_folder import RUN_FILES, check_folder
+from .run_folder import RUN_FILES, check_folder, make_folder
 
 
 class Mistake(Exception):
@@ -32,6 +37,7 @@ class Command:
     needs: tuple[str, ...]  # modules beyond what the package itself requires
     add_arguments: Callable[[argparse.ArgumentParser], None]
     main: Callable[[argparse.Namespace], int]
+    extra: str = "sim"  # that brings what it needs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = _command(argv)
         name = f"fedss {argv[0]}"
         arguments = _parse(name, command, argv[1:])
-        _require(name, command.needs)
+        _require(name, command)
         return command.main(arguments)
     except Mistake as mistake:
         print(mistake if str(mistake).startswith("fedss") else f"{name}: {mistake}", file=sys.stderr)
@@ -142,6 +148,83 @@ def _compare(arguments: argparse.Namespace) -> int:
     return 1 if comparison.failed else 0
 
 
+def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "subject",
+        nargs="?",
+        type=_one_of("loss", "aggregator", "all"),
+        default="all",
+        metavar="SUBJECT",
+        help="loss, aggregator or all (default: all)",
+    )
+    parser.add_argument("--quick", action="store_true", help="a few shapes, in under a minute")
+    parser.add_argument(
+        "--shapes",
+        type=_shapes,
+        metavar="SHAPES",
+        help="these shapes instead, with commas between: BxSxDxC of the loss, MxDxC of the aggregator",
+    )
+    parser.add_argument(
+        "--contenders",
+        type=_names,
+        metavar="NAMES",
+        help="these alone, with commas between: ours, eager, ... as in the CSV (default: all)",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=_reader(float, "a number of at least 0.001 and at most 3600", low=0.001, high=3600),
+        metavar="NUMBER",
+        help="for timing each contender at each shape (default: 0.15, or 0.1 with --quick)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=_reader(int, "an integer of at least 1 and at most 1024", low=1, high=1024),
+        metavar="INT",
+        help="threads of torch and of the kernels (default: torch's choice)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/bench"),
+        metavar="PATH",
+        help="folder for the tables (CSV, Markdown) and plots, replacing earlier ones (default: runs/bench)",
+    )
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from ..bench.report import Plan
+    from ..bench.results import Mismatch
+    from ..bench.run import bench, select
+
+    def progress(line: str) -> None:
+        print(f"fedss bench: {line}", file=sys.stderr)
+
+    seconds = arguments.seconds or (0.1 if arguments.quick else 0.15)
+    plan = Plan(arguments.quick, arguments.shapes, arguments.contenders, seconds, progress)
+    with _mistakes():
+        reports = select(arguments.subject, plan)
+        make_folder(arguments.out)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    try:
+        bench(reports, plan, arguments.out)
+    except Mismatch as wrong:
+        print(f"fedss bench: wrong result, nothing is timed: {wrong}", file=sys.stderr)
+        return 1
+    print(f"the tables and plots: {arguments.out}")
+    return 0
+
+
+def _add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="as JSON")
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    findings = doctor.examine()
+    print(json.dumps(findings, indent=2) if arguments.json else doctor.listing(findings))
+    return 0
+
+
 COMMANDS: dict[str, Command] = {
     "run": Command("train with one method", ("matplotlib", "rich"), _add_run_arguments, _run),
     "compare": Command(
@@ -150,6 +233,14 @@ COMMANDS: dict[str, Command] = {
         _add_compare_arguments,
         _compare,
     ),
+    "bench": Command(
+        "time the loss and the aggregator beside what one would use instead",
+        ("matplotlib", "rich", "pytest", "pytest_benchmark"),
+        _add_bench_arguments,
+        _bench,
+        extra="bench",
+    ),
+    "doctor": Command("say what is installed here and what will run", (), _add_doctor_arguments, _doctor),
 }
 
 
@@ -225,7 +316,9 @@ def _default(field: dataclasses.Field) -> str:
     return "none" if field.default is None else str(field.default)
 
 
-def _reader(kind: type, expected: str, low: float | None = None) -> Callable[[str], Any]:
+def _reader(
+    kind: type, expected: str, low: float | None = None, high: float | None = None
+) -> Callable[[str], Any]:
     """Text -> kind, for argparse. Bounds are Config's to check, but for the options that aren't Config's."""
 
     def read(text: str) -> Any:
@@ -233,7 +326,7 @@ def _reader(kind: type, expected: str, low: float | None = None) -> Callable[[st
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}") from None
-        if low is not None and value < low:
+        if (low is not None and not value >= low) or (high is not None and not value <= high):
             raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
         return value
 
@@ -249,6 +342,23 @@ def _numbers(text: str) -> list[int]:
         _reader(int, "integers of at least 0 with commas between", low=0)(number)
         for number in text.split(",")
     ]
+
+
+def _shapes(text: str) -> list[tuple[int, ...]]:
+    read = _reader(int, "sizes of at least 1 with x between, as in 32x100x64x11318", low=1)
+    shapes = [tuple(read(size) for size in shape.split("x")) for shape in _names(text)]
+    if not shapes:
+        raise argparse.ArgumentTypeError(f"expected at least one shape, got {text!r}")
+    return shapes
+
+
+def _one_of(*choices: str) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if text not in choices:
+            raise argparse.ArgumentTypeError(f"expected one of {', '.join(choices)}, got {text!r}")
+        return text
+
+    return read
 
 
 def _config(arguments: argparse.Namespace) -> Config:
@@ -302,12 +412,12 @@ def _overview() -> str:
     )
 
 
-def _require(name: str, modules: Sequence[str]) -> None:
-    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+def _require(name: str, command: Command) -> None:
+    missing = [module for module in command.needs if importlib.util.find_spec(module) is None]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
         wanted = f"{name} needs {' and '.join(missing)}, which {verb} not installed"
-        raise Mistake(f'{wanted}: pip install "fedss-kernels[sim]"')
+        raise Mistake(f'{wanted}: pip install "fedss-kernels[{command.extra}]"')
 
 
 def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

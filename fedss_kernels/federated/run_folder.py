@@ -136,6 +136,11 @@ def check_folder(path: Path, files: tuple[str, ...], *, overwrite: bool) -> None
             raise FileExistsError(
                 f"the folder {path} holds no earlier results ({files[0]}): it is not overwritten"
             )
+    make_folder(path)
+
+
+def make_folder(path: Path) -> None:
+    """Makes the folder where there is none. Raises OSError if it cannot be written to."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):

@@ -1,0 +1,34 @@
+"""`fedss bench`: one report for the loss, one for the aggregator, and the machine they were measured on."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import aggregator, loss
+from .machine import measure_machine
+from .report import Plan, Report
+
+REPORTS = {report.name: report for report in (loss.REPORT, aggregator.REPORT)}
+
+
+def select(subject: str, plan: Plan) -> list[Report]:
+    """The reports of "loss", "aggregator" or "all". Raises ValueError for a plan that is not theirs."""
+    if subject == "all" and not (plan.shapes is plan.contenders is None):
+        raise ValueError(f"--shapes and --contenders: say which they are of, {' or '.join(REPORTS)}")
+    reports = list(REPORTS.values()) if subject == "all" else [REPORTS[subject]]
+    for report in reports:
+        report.check(plan)
+    return reports
+
+
+def bench(reports: Sequence[Report], plan: Plan, out: Path) -> None:
+    """Prints every report and writes its files and machine.json to `out`.
+
+    Raises Mismatch, before anything is timed at a shape, where a result is wrong.
+    """
+    plan.progress("the machine's own limits")
+    machine = measure_machine(plan.seconds)
+    (out / "machine.json").write_text(json.dumps(dataclasses.asdict(machine), indent=2) + "\n")
+    for report in reports:
+        report.produce(plan, machine, out)

@@ -1,0 +1,72 @@
+"""What is installed here and what will run: `fedss doctor`. Needs torch alone, as the loss does."""
+
+import importlib.util
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from . import _C
+from .sampled_softmax import _backend
+
+DEVICES = ("cpu", "cuda")
+REQUIRED = ("torch", "triton", "numpy")
+# extra -> what it brings: (the module that is imported, the distribution that brings it)
+EXTRAS = {
+    "sim": (("matplotlib", "matplotlib"), ("PIL", "pillow"), ("rich", "rich")),
+    "vision": (("torchvision", "torchvision"),),
+    "bench": (("pytest", "pytest"), ("pytest_benchmark", "pytest-benchmark")),
+}
+
+Findings = dict[str, dict[str, str]]  # section -> what -> how it is
+
+
+def examine() -> Findings:
+    """Every finding. Imports nothing that the package does not need: an extra counts if it can be found."""
+    return {
+        "kernels": {device: _kernels(device) for device in DEVICES} | {"compiled": _C.__file__},
+        "instruction set": {
+            "in use": _C.instruction_set(),
+            "usable here": ", ".join(_C.instruction_sets()),
+            "FEDSS_ISA": os.environ.get("FEDSS_ISA", "not set (it forces one of these)"),
+        },
+        "threads": {"in use": str(torch.get_num_threads()), "cores": str(os.cpu_count())},
+        "versions": {
+            "fedss-kernels": _version("fedss-kernels"),
+            "python": platform.python_version(),
+            **{name: _version(name) for name in REQUIRED},
+        },
+        "extras": {name: _extra(name) for name in EXTRAS},
+    }
+
+
+def listing(findings: Findings) -> str:
+    """One line for each finding, under its section."""
+    width = max(len(what) for section in findings.values() for what in section)
+    lines = []
+    for section, found in findings.items():
+        lines += [section, *(f"  {what:<{width}}  {how}" for what, how in found.items())]
+    return "\n".join(lines)
+
+
+def _kernels(device: str) -> str:
+    """What impl="auto" runs on a device."""
+    try:
+        return _backend("auto", torch.device(device))
+    except ValueError:
+        return 'none yet; impl="reference" runs there'
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _extra(name: str) -> str:
+    missing = [given for module, given in EXTRAS[name] if importlib.util.find_spec(module) is None]
+    if not missing:
+        return ", ".join(f"{given} {_version(given)}" for _, given in EXTRAS[name])
+    return f'{", ".join(missing)} not installed: pip install "fedss-kernels[{name}]"'

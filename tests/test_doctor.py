@@ -1,0 +1,85 @@
+"""fedss doctor: what it finds, and that it needs nothing beyond what the loss needs."""
+
+import importlib.metadata
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fedss_kernels import _C, doctor
+from fedss_kernels.federated import cli
+
+
+@pytest.fixture(autouse=True)
+def instruction_sets(monkeypatch):
+    monkeypatch.setattr(_C, "instruction_set", lambda: "avx2", raising=False)
+    monkeypatch.setattr(_C, "instruction_sets", lambda: ["baseline", "avx2"], raising=False)
+
+
+def test_the_findings(monkeypatch, set_threads):
+    set_threads(3)
+    monkeypatch.setenv("FEDSS_ISA", "avx2")
+    found = doctor.examine()
+    assert found["kernels"]["cpu"] == "cpp" and found["kernels"]["cuda"].startswith("none yet")
+    assert found["kernels"]["compiled"] == _C.__file__
+    assert found["instruction set"] == {
+        "in use": "avx2",
+        "usable here": "baseline, avx2",
+        "FEDSS_ISA": "avx2",
+    }
+    assert found["threads"]["in use"] == "3"
+    assert found["versions"]["torch"] == importlib.metadata.version("torch")
+    assert found["versions"]["python"] in sys.version
+    assert found["extras"]["bench"].startswith("pytest ")
+    monkeypatch.delenv("FEDSS_ISA")
+    assert doctor.examine()["instruction set"]["FEDSS_ISA"].startswith("not set")
+
+
+def test_a_missing_extra_is_named_with_what_to_do(monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "PIL" else found(name, *rest)
+    )
+    assert doctor.examine()["extras"]["sim"] == 'pillow not installed: pip install "fedss-kernels[sim]"'
+
+
+def test_the_extras_are_those_of_the_package():
+    requirements = importlib.metadata.requires("fedss-kernels") or []
+    for extra, modules in doctor.EXTRAS.items():
+        of_it = [line for line in requirements if line.endswith(f'"{extra}"')]
+        brought = {re.split(r"[^\w-]", line)[0] for line in of_it} - {"fedss-kernels"}
+        assert brought == {distribution for _, distribution in modules}, extra
+
+
+def test_the_listing_is_aligned(capsys):
+    assert cli.main(["doctor"]) == 0
+    out, err = capsys.readouterr()
+    assert err == "" and out == doctor.listing(doctor.examine()) + "\n"
+    lines = [line for line in out.splitlines() if line.startswith("  ")]
+    width = max(len(what) for section in doctor.examine().values() for what in section)
+    assert all(line[2 + width : 4 + width] == "  " and line[4 + width] != " " for line in lines)
+
+
+def test_the_findings_as_json(capsys):
+    assert cli.main(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == doctor.examine()
+
+
+def test_nothing_but_torch_numpy_and_triton_is_needed():
+    """As python -m, in a process where nothing of an extra can be imported."""
+    code = (
+        "import runpy, sys\n"
+        "for name in ('matplotlib', 'rich', 'PIL', 'pytest', 'pytest_benchmark'):\n"
+        "    sys.modules[name] = None\n"
+        "from fedss_kernels import _C\n"
+        "_C.instruction_set, _C.instruction_sets = lambda: 'avx2', lambda: ['avx2']\n"
+        "sys.argv = ['fedss', 'doctor']\n"
+        "runpy.run_module('fedss_kernels', run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "matplotlib, pillow, rich not installed" in done.stdout and torch.__version__ in done.stdout

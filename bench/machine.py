@@ -35,7 +35,8 @@ class Machine:
 
     def __str__(self) -> str:
         return (
-            f"{self.name}, instruction set {self.instruction_set}; FMA peak {self.fma_flops / 1e9:,.0f} GFLOP/s (float32), "
+            f"{self.name}, instruction set {self.instruction_set}; "
+            f"FMA peak {self.fma_flops / 1e9:,.0f} GFLOP/s (float32), "
             f"large torch.mm {self.matmul_flops / 1e9:,.0f} GFLOP/s, copies {self.copy_bytes / 1e9:.1f} GB/s"
             + ("" if self.load is None else f"; load before {self.load:.1f}")
         )

@@ -72,7 +72,10 @@ DType dtype_of(const char* name, const DLTensor& tensor) {
 DLTensor fields_of(const char* name, const py::handle& tensor) {
   constexpr int kCpu = 1;
   DLTensor fields;
-  if (exchange_api().dltensor_from_py_object_no_sync(tensor.ptr(), &fields) != 0) throw py::error_already_set();
+  if (exchange_api().dltensor_from_py_object_no_sync(tensor.ptr(), &fields) != 0) {
+    PyErr_Clear();
+    throw py::type_error(std::string(name) + ": expected a dense CPU tensor");
+  }
   if (fields.device.type != kCpu) throw py::value_error(std::string(name) + ": expected a CPU tensor");
   fields.data = static_cast<char*>(fields.data) + fields.byte_offset;
   return fields;

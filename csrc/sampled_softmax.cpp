@@ -730,6 +730,7 @@ class Solver {
 }  // namespace
 
 int64_t sampled_softmax(const SampledSoftmax& problem, const SampledSoftmaxResult& result, int threads) {
+  const KeepThreadsAwake awake;
   const ClassRows classes(problem);
   const bool of_doubles = problem.input.dtype == DType::float64;
   const double work = double(classes.batch_rows.size()) * double(classes.columns()) * double(problem.input.cols);

@@ -20,9 +20,11 @@ namespace {
 using Body = std::function<void(int64_t, int)>;
 
 constexpr int kMostThreads = 256;
-// How long a thread without work looks for more before it sleeps: a kernel has many short steps, and waking takes
-// longer than most of them.
-constexpr std::chrono::microseconds kPatience{100};
+// How long a thread without work looks for more before it sleeps: while a kernel wants that, and otherwise. A kernel is
+// often called again soon; until then whoever else wants the core gets it at once.
+constexpr std::chrono::microseconds kLongPatience{1000}, kPatience{200};
+
+std::atomic<int> kernels_running{0};
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -153,10 +155,16 @@ class Pool {
 
   void wait_for_job(uint64_t seen) {
     const auto begin = std::chrono::steady_clock::now();
-    for (int spins = 0; spins % 64 != 63 || std::chrono::steady_clock::now() - begin < kPatience; ++spins) {
-      if (job_.load(std::memory_order_relaxed) != seen) return;
-      pause();
+    for (int spins = 0; job_.load(std::memory_order_relaxed) == seen; ++spins) {
+      const bool awake = kernels_running.load(std::memory_order_relaxed) > 0;
+      if (awake) {
+        pause();
+      } else {
+        sched_yield();
+      }
+      if (spins % 16 == 15 && std::chrono::steady_clock::now() - begin > (awake ? kLongPatience : kPatience)) break;
     }
+    if (job_.load(std::memory_order_relaxed) != seen) return;
     std::unique_lock<std::mutex> lock(mutex_);
     ++sleepers_;
     wake_.wait(lock, [&] { return job_.load() != seen; });
@@ -183,6 +191,9 @@ Pool& current_pool() {
 }
 
 }  // namespace
+
+KeepThreadsAwake::KeepThreadsAwake() { kernels_running.fetch_add(1); }
+KeepThreadsAwake::~KeepThreadsAwake() { kernels_running.fetch_sub(1); }
 
 void parallel_for(int64_t tasks, int threads, const Body& body) {
   threads = int(std::min<int64_t>({threads, tasks, kMostThreads}));

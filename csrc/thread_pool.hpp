@@ -14,4 +14,14 @@ namespace fedss {
 // floating-point environment (rounding, denormals). The first exception of a body is thrown again once all have ended.
 void parallel_for(int64_t tasks, int threads, const std::function<void(int64_t task, int worker)>& body);
 
+// While one exists, threads without work look for more instead of going to sleep: for a kernel of many short steps,
+// where waking would take longer than most of them. Not beyond it: other libraries' threads need the cores.
+class KeepThreadsAwake {
+ public:
+  KeepThreadsAwake();
+  ~KeepThreadsAwake();
+  KeepThreadsAwake(const KeepThreadsAwake&) = delete;
+  KeepThreadsAwake& operator=(const KeepThreadsAwake&) = delete;
+};
+
 }  // namespace fedss

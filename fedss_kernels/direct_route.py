@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from .loss_operator import Arguments, finish_gradients, run_kernel
 
-_ORDINARY = (Tensor, nn.Parameter)
-
 
 def direct_loss(
     input: Tensor,
@@ -35,16 +33,20 @@ def direct_loss(
 
     Raises what the kernel raises: IndexError for an id, TypeError or ValueError for what it cannot compute.
     """
-    constants = (target, class_ids, log_expected_count, target_log_expected_count)
     if not (
         _plain_eager()
-        and all(map(_ordinary, (input, weight, bias, *constants)))
+        and _ordinary(input)
+        and _ordinary(weight)
+        and (bias is None or (_ordinary(bias) and bias.dtype == weight.dtype))
+        and _constant(target)
+        and (class_ids is None or _constant(class_ids))
+        and (log_expected_count is None or _constant(log_expected_count))
+        and (target_log_expected_count is None or _constant(target_log_expected_count))
         and _ordinary_scale(scale)
         and type(ignore_index) is int
-        and (bias is None or bias.dtype == weight.dtype)
-        and not any(t is not None and t.requires_grad for t in constants)
     ):
         return None
+    constants = (target, class_ids, log_expected_count, target_log_expected_count)
     options = (similarity, ignore_index, reduction, sparse_grad)
     learned = scale if isinstance(scale, Tensor) else None
     if torch.is_grad_enabled() and (
@@ -73,16 +75,28 @@ def _plain_eager() -> bool:
     )
 
 
-def _ordinary(tensor: Tensor | None) -> bool:
-    return tensor is None or (
-        type(tensor) in _ORDINARY and tensor.is_cpu and tensor.layout is torch.strided and not tensor.is_neg()
+def _ordinary(tensor: Tensor) -> bool:
+    return (
+        (type(tensor) is Tensor or type(tensor) is nn.Parameter)
+        and tensor.layout is torch.strided
+        and not tensor.is_neg()
     )
+
+
+def _constant(tensor: Tensor) -> bool:
+    return type(tensor) is Tensor and _ordinary(tensor) and not tensor.requires_grad
 
 
 def _ordinary_scale(scale: float | Tensor) -> bool:
     if type(scale) is float:
         return math.isfinite(scale)
-    return isinstance(scale, Tensor) and _ordinary(scale) and scale.dim() == 0 and scale.is_floating_point()
+    return (
+        isinstance(scale, Tensor)
+        and _ordinary(scale)
+        and scale.is_cpu
+        and scale.dim() == 0
+        and scale.is_floating_point()
+    )
 
 
 class _Loss(torch.autograd.Function):

@@ -27,7 +27,7 @@ def examine() -> Findings:
     return {
         "kernels": {device: _kernels(device) for device in DEVICES} | {"compiled": _C.__file__},
         "instruction set": {
-            "in use": _C.instruction_set(),
+            "in use": _instruction_set(),
             "usable here": ", ".join(_C.instruction_sets()),
             "FEDSS_ISA": os.environ.get("FEDSS_ISA", "not set (it forces one of these)"),
         },
@@ -56,6 +56,13 @@ def _kernels(device: str) -> str:
         return _backend("auto", torch.device(device))
     except ValueError:
         return 'none yet; impl="reference" runs there'
+
+
+def _instruction_set() -> str:
+    try:
+        return _C.instruction_set()
+    except ValueError as error:
+        return f"none: {error}"
 
 
 def _version(distribution: str) -> str:

@@ -11,6 +11,7 @@
 
 #include "instruction_sets.hpp"
 #include "sampled_softmax.hpp"
+#include "scale_to_bfloat16.hpp"
 #include "scatter_add.hpp"
 
 namespace py = pybind11;
@@ -191,12 +192,24 @@ void run_scatter_add(const py::object& out, const py::object& class_ids, const p
   scatter_add(to, ids, from, factors, threads);
 }
 
+void run_scale_to_bfloat16(const py::object& values, double factor, const py::object& out, int threads) {
+  const DLTensor from = fields_of("values", values);
+  int64_t n = 1;
+  for (int d = 0; d < from.ndim; ++d) n *= from.shape[d];
+  const auto* numbers = static_cast<const float*>(output("values", values, DType::float32, n));
+  auto* to = static_cast<uint16_t*>(output("out", out, DType::bfloat16, n));
+  const py::gil_scoped_release release;
+  scale_to_bfloat16(numbers, n, float(factor), to, threads);
+}
+
 }  // namespace
 }  // namespace fedss
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The C++ kernels. Internal: fedss_kernels' functions check and explain what these only refuse.";
   using py::arg;
+  m.def("scale_to_bfloat16", &fedss::run_scale_to_bfloat16, arg("values"), arg("factor"), arg("out"),
+        arg("threads") = 1);
   m.def("instruction_sets", &fedss::instruction_sets, "Names of the instruction sets that this machine can run.");
   m.def("instruction_set", [] { return std::string(fedss::current_kernels().name); }, "The one in use.");
   m.def("use_instruction_set", &fedss::use_instruction_set, arg("name"));

@@ -158,6 +158,16 @@ void add_scaled(const T* row, int64_t n, T factor, T* sum) {
   for (; d < n; ++d) sum[d] += row[d] * factor;
 }
 
+void scale_to_bfloat16(const float* values, int64_t n, float factor, uint16_t* out) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float value = values[i] * factor;
+    uint32_t bits;
+    __builtin_memcpy(&bits, &value, sizeof bits);
+    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    out[i] = uint16_t(value == value ? rounded : 0x7fc0);
+  }
+}
+
 void widen_bfloat16(const uint16_t* row, int64_t n, float* out) {
   uint32_t* bits = reinterpret_cast<uint32_t*>(out);
   for (int64_t d = 0; d < n; ++d) bits[d] = uint32_t(row[d]) << 16;
@@ -248,6 +258,7 @@ constexpr KernelsFor<T> kKernelsFor = {kLanes<T>, multiply<T, T>, exponentiate<T
 const Kernels kKernels = {FEDSS_NAME(FEDSS_ISA),
                           kKernelsFor<float>,
                           kKernelsFor<double>,
+                          scale_to_bfloat16,
                           widen_bfloat16,
                           exponentials,
 #if defined(__AVX512BF16__)

@@ -89,6 +89,8 @@ struct Kernels {
   const char* name;
   KernelsFor<float> of_float;
   KernelsFor<double> of_double;
+  // out = factor * values, rounded to float and then to bfloat16 (to nearest, ties to even)
+  void (*scale_to_bfloat16)(const float* values, int64_t n, float factor, uint16_t* out);
   void (*widen_bfloat16)(const uint16_t* row, int64_t n, float* out);
   void (*exponentials)(const double* x, int64_t n, double* out);  // out_i = exp(x_i) for x_i <= 0
   const BfloatKernels* of_bfloat16;                               // null where there is no instruction for them

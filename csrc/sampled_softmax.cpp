@@ -80,17 +80,18 @@ class Solver {
  private:
   // One row of the batch while its wave runs. o: logits, natural units.
   struct Row {
-    double inverse = 1;            // 1 / |x|, 0 for a zero row; 1 for dot products
-    double similarity_factor = 1;  // of products with the packed row; 1 where it was divided by its length
-    double upstream = 0;           // gradient of the result with respect to this row's loss
-    double target_similarity = 0;  // cos(x, w_t), or x . w_t
-    double target_logit = 0;       // o_t
-    double max = -kInf;            // of o_j over the columns so far, nearly
-    double sum = 0;                // of exp(o_j - max)
-    double sum_similarity = 0;     // of exp(o_j - max) * similarity_j
-    double share = 0;              // dlogits_j = share * exp(o_j - max_)
-    double peak = 0;               // max_: of o_t and every o_j
-    double target_gradient = 0;    // dlogits_t
+    const T* target_row = nullptr;  // the unit row of the target
+    double inverse = 1;             // 1 / |x|, 0 for a zero row; 1 for dot products
+    double similarity_factor = 1;   // of products with the packed row; 1 where it was divided by its length
+    double upstream = 0;            // gradient of the result with respect to this row's loss
+    double target_similarity = 0;   // cos(x, w_t), or x . w_t
+    double target_logit = 0;        // o_t
+    double max = -kInf;             // of o_j over the columns so far, nearly
+    double sum = 0;                 // of exp(o_j - max)
+    double sum_similarity = 0;      // of exp(o_j - max) * similarity_j
+    double share = 0;               // dlogits_j = share * exp(o_j - max_)
+    double peak = 0;                // max_: of o_t and every o_j
+    double target_gradient = 0;     // dlogits_t
   };
 
   struct Tile {
@@ -168,7 +169,7 @@ class Solver {
     chunk_ = resident ? N_ : std::min({N_, kMostLogits / padded_wave(), std::max(kMostPacked / ld_, kClassTile)});
     const int64_t row_tiles = padded_wave() / row_tile_;
     const int64_t tasks =
-        int64_t(std::min(double(kTasks), double(wave_) * double(chunk_) * double(D_) / kTaskWork)) + 1;
+        int64_t(std::clamp(double(wave_) * double(chunk_) * double(D_) / kTaskWork, 1.0, double(kTasks)));
     tiles_ = std::max(ceil_div(chunk_, kClassTile),
                       std::min(ceil_div(chunk_, kSmallestClassTile), ceil_div(tasks, row_tiles)));
   }
@@ -406,9 +407,14 @@ class Solver {
     const int64_t i = classes_.batch_rows[v], slot = classes_.target_slot[v];
     Row& row = row_[r] = Row{};
     row.inverse = read_unit(p_.input, i, scratch(worker, 0), x_ + r * ld_);
-    read_unit(p_.weight, classes_.id(slot), scratch(worker, 0), target_rows_ + r * ld_);
+    if (chunk_ == N_ && !pairs_ && classes_.target_column[v] >= 0) {
+      row.target_row = w_ + classes_.target_column[v] * ld_;
+    } else {
+      row.target_row = target_rows_ + r * ld_;
+      read_unit(p_.weight, classes_.id(slot), scratch(worker, 0), target_rows_ + r * ld_);
+    }
     row.upstream = p_.grad_loss ? p_.grad_loss[i] : share;
-    row.target_similarity = kernels_.dot(x_ + r * ld_, target_rows_ + r * ld_, D_);
+    row.target_similarity = kernels_.dot(x_ + r * ld_, row.target_row, D_);
     const double log_count = p_.target_log_expected_count ? p_.target_log_expected_count[i] : 0.0;
     row.target_logit = p_.scale * row.target_similarity + bias(slot) - log_count;
     if constexpr (std::is_same<T, float>::value) {
@@ -440,11 +446,11 @@ class Solver {
     }
     finish_losses(first, rows);
     if (!wants_gradient_) return;
-    if (wants_x_) std::fill_n(grad_x_, rows * ld_, T(0));
+    if (wants_x_ && N_ == 0) std::fill_n(grad_x_, rows * ld_, T(0));
     for (int64_t c = 0; c < N_; c += chunk_) {
       const int64_t columns = std::min(chunk_, N_ - c);
       if (chunk_ < N_) pack(c, columns), compute_exponentials(first, c, columns, rows);
-      compute_dlogits(columns, rows);
+      compute_dlogits(c, columns, rows);
       accumulate_gradients(first, c, columns, rows);
     }
     if (wants_x_) store_grad_input(first, rows);
@@ -564,19 +570,22 @@ class Solver {
   }
 
   // The tiles become dlogits, but for the rows' targets; each gives its share of the rows' gradients.
-  void compute_dlogits(int64_t columns, int64_t rows) {
+  void compute_dlogits(int64_t chunk, int64_t columns, int64_t rows) {
     for_tiles(columns, rows, [&](const Tile& t, int64_t number, int64_t row_tile, int worker) {
       const int64_t lanes = padded_rows_of(row_tile, rows), count = rows_of(row_tile, rows);
       const int64_t r0 = row_tile * row_tile_, at = number * padded_wave() + r0;
       double factor[kRowTile];
       tile_exponentials(number * padded_wave(), r0, r0 + count, [this](int64_t r) { return row_[r].peak; }, factor);
       for (int64_t r = 0; r < lanes; ++r) tile_factor_[at + r] = r < count ? T(row_[r0 + r].share * factor[r]) : T(0);
-      multiply_grad_x(t, r0, count, lanes, tile_factor_ + at, worker, grad_x_part_ + at * ld_);
+      T* out = number == 0 ? grad_x_ + r0 * ld_ : grad_x_part_ + at * ld_;  // the first tile needs no place of its own
+      multiply_grad_x(t, r0, count, lanes, tile_factor_ + at, worker, out, number == 0 && chunk > 0);
     });
   }
 
-  // The values of a tile become dlogits, and out(r) = their sum over the tile's classes, each times its unit row.
-  void multiply_grad_x(const Tile& t, int64_t r0, int64_t count, int64_t lanes, const T* factor, int worker, T* out) {
+  // The values of a tile become dlogits, and out(r) = (or +=) their sum over the tile's classes, each times its unit
+  // row.
+  void multiply_grad_x(const Tile& t, int64_t r0, int64_t count, int64_t lanes, const T* factor, int worker, T* out,
+                       bool accumulate) {
     const int64_t classes = t.end - t.begin, columns = round_up(D_, kernels_.lanes);
     T* dlogits = logits(r0 / row_tile_, t.begin);
     if constexpr (std::is_same<T, float>::value) {
@@ -590,13 +599,13 @@ class Solver {
             {classes, lanes, row_tile_, dlogits, class_factor_ + t.begin, factor, unit_factor, by_class});
         if (!wants_x_) return;
         return pairs_->multiply({count, columns, ceil_div(classes, 2), by_class, 1, row_tile_,
-                                 w_interleaved_ + t.begin / 2 * ld_, ld_, out, ld_, nullptr, false});
+                                 w_interleaved_ + t.begin / 2 * ld_, ld_, out, ld_, nullptr, accumulate});
       }
     }
     kernels_.scale_columns(dlogits, classes, lanes, row_tile_, factor);
     if (!wants_x_) return;
     kernels_.multiply(
-        {count, columns, classes, dlogits, 1, row_tile_, w_ + t.begin * ld_, ld_, out, ld_, nullptr, false});
+        {count, columns, classes, dlogits, 1, row_tile_, w_ + t.begin * ld_, ld_, out, ld_, nullptr, accumulate});
   }
 
   // Class rows over the rows of the wave, rows over the tiles of the chunk.
@@ -619,7 +628,7 @@ class Solver {
   }
 
   void add_grad_x(int64_t r, int64_t tiles) {
-    for (int64_t t = 0; t < tiles; ++t) {
+    for (int64_t t = 1; t < tiles; ++t) {
       kernels_.add_scaled(grad_x_part_ + (t * padded_wave() + r) * ld_, D_, T(1), grad_x_ + r * ld_);
     }
   }
@@ -676,7 +685,7 @@ class Solver {
   void store_grad_input(int64_t first, int64_t rows) {
     for_rows(rows, [&](int64_t r) {
       T* gradient = grad_x_ + r * ld_;
-      kernels_.add_scaled(target_rows_ + r * ld_, D_, T(row_[r].target_gradient), gradient);
+      kernels_.add_scaled(row_[r].target_row, D_, T(row_[r].target_gradient), gradient);
       Out* out = static_cast<Out*>(out_.grad_input) + classes_.batch_rows[first + r] * D_;
       store_projected(gradient, x_ + r * ld_, 1, row_[r].inverse, out);
     });

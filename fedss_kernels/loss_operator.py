@@ -214,6 +214,10 @@ def finish_gradients(
 
 def _finish(gradient: Tensor, upstream: float | None, of: Tensor, owned: bool) -> Tensor:
     """Scales before it rounds to `of`'s dtype: a float16 gradient of 2e-9 survives a GradScaler's 65536."""
+    if of.dtype == torch.bfloat16 and gradient.dtype == torch.float32 and gradient.dim() > 0:
+        result = torch.empty_like(gradient, dtype=torch.bfloat16)
+        _C.scale_to_bfloat16(gradient, 1.0 if upstream is None else upstream, result, torch.get_num_threads())
+        return result
     if upstream is not None:
         gradient = gradient.mul_(upstream) if owned else gradient * upstream
     return gradient if gradient.dtype == of.dtype else gradient.to(of.dtype)

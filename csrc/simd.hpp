@@ -167,9 +167,15 @@ inline Vec<float> multiply_add(Vec<float> sum, Vec<Bfloat16Pair> a, Vec<Bfloat16
 }
 #endif
 
-// ROWS x VECTORS registers of sums over k, in the order of k. `last` is how many elements of the last vector c has.
+// Sums over so many terms stay in registers before they are added to what came before: the rounding errors of a long
+// sum grow with the size of its partial sums.
+constexpr int64_t kSumBlock = 128;
+
+// ROWS x VECTORS registers of sums over k in [begin, end), in the order of k, stored to c or added to it. `last` is how
+// many elements of the last vector c has.
 template <class Element, class Sum, int ROWS, int VECTORS>
-void multiply_tile(const Product<Element, Sum>& p, int64_t i0, int64_t j0, int64_t last) {
+inline void multiply_block(const Product<Element, Sum>& p, int64_t i0, int64_t j0, int64_t last, int64_t begin,
+                           int64_t end, bool accumulate) {
   constexpr int kStep = kLanes<Sum>;
   const Element* a = p.a + i0 * p.a_row;
   const Element* b = p.b + j0;
@@ -179,7 +185,7 @@ void multiply_tile(const Product<Element, Sum>& p, int64_t i0, int64_t j0, int64
 #pragma GCC unroll 4
     for (int j = 0; j < VECTORS; ++j) sum[i][j] = Vec<Sum>{};
   }
-  for (int64_t k = 0; k < p.k; ++k) {
+  for (int64_t k = begin; k < end; ++k) {
     Vec<Element> columns[VECTORS];
 #pragma GCC unroll 4
     for (int j = 0; j < VECTORS; ++j) columns[j] = load(b + k * p.ldb + j * kStep);
@@ -197,11 +203,20 @@ void multiply_tile(const Product<Element, Sum>& p, int64_t i0, int64_t j0, int64
     for (int j = 0; j < VECTORS; ++j) {
       Sum* to = c + j * kStep;
       if (j < VECTORS - 1 || last == kStep) {
-        store(to, p.accumulate ? load(to) + sum[i][j] : sum[i][j]);
+        store(to, accumulate ? load(to) + sum[i][j] : sum[i][j]);
       } else {
-        store_some(to, p.accumulate ? load_some(to, last) + sum[i][j] : sum[i][j], last);
+        store_some(to, accumulate ? load_some(to, last) + sum[i][j] : sum[i][j], last);
       }
     }
+  }
+}
+
+template <class Element, class Sum, int ROWS, int VECTORS>
+void multiply_tile(const Product<Element, Sum>& p, int64_t i0, int64_t j0, int64_t last) {
+  const int64_t blocks = p.k > kSumBlock ? (p.k + kSumBlock - 1) / kSumBlock : 1;
+  for (int64_t block = 0; block < blocks; ++block) {
+    multiply_block<Element, Sum, ROWS, VECTORS>(p, i0, j0, last, p.k * block / blocks, p.k * (block + 1) / blocks,
+                                                p.accumulate || block > 0);
   }
 }
 

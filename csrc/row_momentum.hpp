@@ -5,9 +5,9 @@
 //     weight[c] -= lr * v                               or lr * (g + momentum * v) if nesterov
 //
 // weight, velocity (C, D) float32 or float64, velocity of weight's type or without data if momentum is 0: v = g then;
-// class_ids (M,) int64 in [0, C), each once; rows (M, D) of weight's type or a 16-bit one. Each row, weight and
-// velocity is read once and written once. Every operation is rounded by itself, never fused, so the bits are the same
-// for any number of threads and any instruction set.
+// class_ids (M,) int64 in [0, C), each once; rows (M, D) of weight's type or a 16-bit one. Each is read once,
+// and weight and velocity written once. Every operation is rounded by itself, never fused, so the bits are the same for
+// any number of threads and any instruction set.
 #pragma once
 
 #include "tensor_view.hpp"

@@ -2,6 +2,7 @@
 #include "scatter_add.hpp"
 
 #include <algorithm>
+#include <vector>
 
 #include "partition_ids.hpp"
 #include "row_access.hpp"
@@ -27,22 +28,22 @@ void add_row(T* __restrict to, const Element* __restrict from, T factor, int64_t
   }
 }
 
-// What one thread does: a part's rows, in the order of i, and of them the columns [begin, end).
+// The rows of `entries`, one after another, and of them the columns [begin, end).
 template <class T, class Element>
-void add_part(const Matrix& out, const Matrix& rows, const Vector& scale, const Partition& partition, int64_t part,
-              int64_t begin, int64_t end) {
+void add_entries(const Matrix& out, const std::vector<Entry>& entries, const Matrix& rows, const Vector& scale,
+                 int64_t begin, int64_t end) {
   const bool contiguous = out.col_stride == 1 && rows.col_stride == 1;
-  const int64_t first = partition.first[part], last = partition.first[part + 1], n = end - begin;
-  const int64_t ahead = rows_ahead<T>(n);
-  for (int64_t j = first; j < last; ++j) {
-    const int64_t i = partition.order[j], later = partition.order[std::min(j + ahead, last - 1)];
+  const size_t ahead = rows_ahead<T>(end - begin);
+  for (size_t e = 0; e < entries.size(); ++e) {
+    const auto [i, c] = entries[e];
     const T factor = scale ? T(scale[i]) : T(1);
-    T* const to = at_mutable<T>(out, partition.ids[i], begin);
+    T* const to = at_mutable<T>(out, c, begin);
     const Element* const from = at<Element>(rows, i, begin);
     if (contiguous) {
-      add_row(to, from, factor, n, at<T>(out, partition.ids[later], begin), at<Element>(rows, later, begin));
+      const auto [later, later_c] = entries[std::min(e + ahead, entries.size() - 1)];
+      add_row(to, from, factor, end - begin, at<T>(out, later_c, begin), at<Element>(rows, later, begin));
     } else {
-      for (int64_t d = 0; d < n; ++d) to[d * out.col_stride] += factor * T(from[d * rows.col_stride]);
+      for (int64_t d = 0; d < end - begin; ++d) to[d * out.col_stride] += factor * T(from[d * rows.col_stride]);
     }
   }
 }
@@ -57,8 +58,8 @@ void scatter_add_rows(const Matrix& out, const Vector& class_ids, const Matrix& 
       partition_ids("class_ids", class_ids, out.rows, out.row_stride * int64_t(sizeof(T)), parts, threads);
   with_row_type<T>(rows.dtype, [&](auto element) {
     parallel_for(parts * blocks, threads, [&](int64_t task, int) {
-      const int64_t begin = task % blocks * kColumns;
-      add_part<T, decltype(element)>(out, rows, scale, partition, task / blocks, begin, std::min(begin + kColumns, D));
+      const int64_t part = task / blocks, begin = task % blocks * kColumns, end = std::min(begin + kColumns, D);
+      for (const auto& chunk : partition) add_entries<T, decltype(element)>(out, chunk[part], rows, scale, begin, end);
     });
   });
 }

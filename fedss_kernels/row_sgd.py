@@ -86,7 +86,8 @@ class RowSGD(torch.optim.Optimizer):
                 _check_gradient(parameter, index)
         for group in self.param_groups:
             with_gradient = [p for p in group["params"] if p.grad is not None]
-            self._step_dense([p for p in with_gradient if not p.grad.is_sparse], group)
+            if dense := [p for p in with_gradient if not p.grad.is_sparse]:
+                self._step_dense(dense, group)
             for parameter in with_gradient:
                 if parameter.grad.is_sparse:
                     self._step_rows(parameter, group)
@@ -154,11 +155,13 @@ def _check_gradient(parameter: Tensor, index: int) -> None:
 def _unique_rows(grad: Tensor) -> tuple[Tensor, Tensor]:
     """(class_ids (M,), rows (M, D)) of a sparse gradient, each class once.
 
-    Looks before it sums: rows that ascend already, as those of `sparse_grad` do on the CPU, may have lost the
-    flag that says so, and summing would copy them all. On another device to look is to wait.
+    Looks before it sums: rows that ascend, as those of `sparse_grad` do on the CPU, may have lost the flag
+    that says so, and summing would copy them all. On another device to look is to wait.
     """
-    class_ids = grad._indices()[0]
-    ascending = grad.device.type == "cpu" and bool((class_ids[1:] > class_ids[:-1]).all())
-    if not ascending and not grad.is_coalesced():
+    if not grad.is_coalesced() and not _ascend_on_cpu(grad._indices()[0]):
         grad = grad.coalesce()
     return grad._indices()[0], grad._values()
+
+
+def _ascend_on_cpu(class_ids: Tensor) -> bool:
+    return class_ids.device.type == "cpu" and bool((class_ids[1:] > class_ids[:-1]).all())

@@ -10,6 +10,7 @@
 #include <string>
 
 #include "instruction_sets.hpp"
+#include "row_momentum.hpp"
 #include "sampled_softmax.hpp"
 #include "scale_to_bfloat16.hpp"
 #include "scatter_add.hpp"
@@ -179,14 +180,23 @@ int64_t run_sampled_softmax(const py::object& input, const py::object& weight, c
   return sampled_softmax(p, result, threads);
 }
 
+// A matrix that is changed row by row, and the rows that come for it.
+void expect_state(const std::string& name, const Matrix& state) {
+  expect(state.dtype == DType::float32 || state.dtype == DType::float64, name, "float32 or float64");
+}
+
+void expect_rows(const Matrix& rows, const Matrix& state, const std::string& state_name, const Vector& class_ids) {
+  expect(rows.dtype == state.dtype || size_of(rows.dtype) == 2, "rows", state_name + "'s dtype or a 16-bit one");
+  expect(rows.cols == state.cols, "rows", "as many columns as " + state_name);
+  expect(class_ids.size == rows.rows, "class_ids", "one entry for each row");
+}
+
 void run_scatter_add(const py::object& out, const py::object& class_ids, const py::object& rows,
                      const py::object& scale, int threads) {
   const Matrix to = matrix("out", out), from = matrix("rows", rows);
   const Vector ids = vector("class_ids", class_ids, true), factors = vector("scale", scale, false);
-  expect(to.dtype == DType::float32 || to.dtype == DType::float64, "out", "float32 or float64");
-  expect(from.dtype == to.dtype || size_of(from.dtype) == 2, "rows", "out's dtype or a 16-bit one");
-  expect(from.cols == to.cols, "rows", "as many columns as out");
-  expect(ids.size == from.rows, "class_ids", "one entry for each row");
+  expect_state("out", to);
+  expect_rows(from, to, "out", ids);
   expect(scale.is_none() || factors.size == from.rows, "scale", "one entry for each row");
   const py::gil_scoped_release release;
   scatter_add(to, ids, from, factors, threads);
@@ -200,6 +210,31 @@ void run_scale_to_bfloat16(const py::object& values, double factor, const py::ob
   auto* to = static_cast<uint16_t*>(output("out", out, DType::bfloat16, n));
   const py::gil_scoped_release release;
   scale_to_bfloat16(numbers, n, float(factor), to, threads);
+}
+
+void run_row_momentum_step(const py::object& weight, const py::object& velocity, const py::object& class_ids,
+                           const py::object& rows, double lr, double momentum, double weight_decay, bool nesterov,
+                           int threads) {
+  RowMomentum step;
+  step.weight = matrix("weight", weight);
+  if (!velocity.is_none()) step.velocity = matrix("velocity", velocity);
+  step.class_ids = vector("class_ids", class_ids, true);
+  step.rows = matrix("rows", rows);
+  step.lr = lr;
+  step.momentum = momentum;
+  step.weight_decay = weight_decay;
+  step.nesterov = nesterov;
+  expect_state("weight", step.weight);
+  expect_rows(step.rows, step.weight, "weight", step.class_ids);
+  if (velocity.is_none()) {
+    expect(momentum == 0, "velocity", "a tensor, as momentum is not 0");
+  } else {
+    expect(step.velocity.dtype == step.weight.dtype, "velocity", "weight's dtype");
+    expect(step.velocity.rows == step.weight.rows && step.velocity.cols == step.weight.cols, "velocity",
+           "weight's shape");
+  }
+  const py::gil_scoped_release release;
+  row_momentum_step(step, threads);
 }
 
 }  // namespace
@@ -221,4 +256,6 @@ PYBIND11_MODULE(_C, m) {
         arg("grad_bias") = py::none(), arg("grad_scale") = py::none(), arg("threads") = 1);
   m.def("scatter_add", &fedss::run_scatter_add, arg("out"), arg("class_ids"), arg("rows"), arg("scale"),
         arg("threads") = 1);
+  m.def("row_momentum_step", &fedss::run_row_momentum_step, arg("weight"), arg("velocity"), arg("class_ids"),
+        arg("rows"), arg("lr"), arg("momentum"), arg("weight_decay"), arg("nesterov"), arg("threads") = 1);
 }

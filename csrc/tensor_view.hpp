@@ -35,12 +35,14 @@ inline uint32_t float_to_bits(float value) {
 
 inline float bfloat16_to_float(uint16_t half) { return bits_to_float(uint32_t(half) << 16); }
 
+// Masks for branches, so that a loop over it becomes vector code; right where denormals are flushed to zero, too.
 inline float float16_to_float(uint16_t half) {
   const uint32_t sign = uint32_t(half & 0x8000) << 16, magnitude = half & 0x7fff;
-  if (magnitude >= 0x7c00) return bits_to_float(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);  // inf, NaN
-  if (magnitude >= 0x400) return bits_to_float(sign | ((magnitude << 13) + (112u << 23)));       // 112 = 127 - 15
-  const float subnormal = float(magnitude) * 0x1p-24f;
-  return sign ? -subnormal : subnormal;
+  const uint32_t subnormal = float_to_bits(float(int32_t(magnitude)) * 0x1p-24f);
+  const uint32_t rebias = (112u << 23) + (-uint32_t(magnitude >= 0x7c00) & 112u << 23);  // 127 - 15; inf, NaN: twice
+  const uint32_t normal = (magnitude << 13) + rebias;
+  const uint32_t is_normal = -uint32_t(magnitude >= 0x400);
+  return bits_to_float(sign | (normal & is_normal) | (subnormal & ~is_normal));
 }
 
 inline float round_to_bfloat16(float value) {

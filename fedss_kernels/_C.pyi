@@ -27,6 +27,17 @@ def sampled_softmax(
 def scatter_add(
     out: Tensor, class_ids: Tensor, rows: Tensor, scale: Tensor | None, threads: int = 1
 ) -> None: ...
+def row_momentum_step(
+    weight: Tensor,
+    velocity: Tensor | None,
+    class_ids: Tensor,
+    rows: Tensor,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool,
+    threads: int = 1,
+) -> None: ...
 def scale_to_bfloat16(values: Tensor, factor: float, out: Tensor, threads: int = 1) -> None: ...
 def instruction_sets() -> list[str]: ...
 def instruction_set() -> str: ...

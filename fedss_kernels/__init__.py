@@ -19,16 +19,20 @@ except ImportError as error:
     ) from error
 
 from .class_sets import ClassSet, draw_batch_class_set, draw_class_set, draw_negatives
+from .row_momentum import row_momentum_step_
+from .row_sgd import RowSGD
 from .sampled_softmax import SampledSoftmaxLoss, sampled_softmax_loss
 from .scatter_add import scatter_add_
 
 __version__ = "0.1.0"
 __all__ = [
     "ClassSet",
+    "RowSGD",
     "SampledSoftmaxLoss",
     "draw_batch_class_set",
     "draw_class_set",
     "draw_negatives",
+    "row_momentum_step_",
     "sampled_softmax_loss",
     "scatter_add_",
 ]

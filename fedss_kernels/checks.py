@@ -1,5 +1,7 @@
 """Checks of arguments: every message names the argument, what was expected and what came."""
 
+import math
+
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
@@ -43,6 +45,21 @@ def check_integer(name: str, value: object, least: int) -> None:
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
+def check_number(name: str, value: object, least: float = -math.inf) -> None:
+    """Raises TypeError unless `value` is a number, ValueError unless it is finite and at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not abs(value) < math.inf or value < least:  # math.isfinite cannot be traced with a symbolic value
+        expected = "a finite number" if least == -math.inf else f"a finite number of at least {least:g}"
+        raise ValueError(f"{name}: expected {expected}, got {value}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raises TypeError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
 
 
 def refuse_forward_mode(name: str) -> None:

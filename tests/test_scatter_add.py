@@ -44,13 +44,36 @@ def test_bits_of_the_definition(C, M, D, out_dtype, rows_dtype, scaled, seed):
     assert torch.equal(scatter_add_(out, ids, rows, scale), expected)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3, 4])
-def test_same_bits_for_any_number_of_threads(threads, set_threads):
-    out, ids, rows, scale = problem(C=300, M=5000, D=33)
-    set_threads(2)
-    expected = scatter_add_(out.clone(), ids, rows, scale)
+# More rows than one thread sorts by itself; rows of D elements that end inside a run, and inside a block of columns.
+SIZES = [{"C": 300, "M": 40_000, "D": 5}, {"C": 300, "M": 5000, "D": 133}, {"C": 3, "M": 7, "D": 40_000}]
+
+
+@pytest.mark.parametrize("threads", [2, 3, 4])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_same_bits_for_any_number_of_threads(sizes, threads, set_threads):
+    out, ids, rows, scale = problem(**sizes)
+    expected = scatter_add_(out.clone(), ids, rows, scale)  # conftest: one thread
     set_threads(threads)
     assert torch.equal(scatter_add_(out, ids, rows, scale), expected)
+
+
+@pytest.mark.parametrize("rows_dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("sizes", SIZES[1:], ids=str)
+def test_large_sizes_have_the_bits_of_the_definition(sizes, rows_dtype, set_threads):
+    out, ids, rows, scale = problem(**sizes, rows_dtype=rows_dtype)
+    expected = reference_scatter_add_(out.clone(), ids, rows, scale)
+    set_threads(4)
+    assert torch.equal(scatter_add_(out, ids, rows, scale), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_16_bit_number_is_read_as_it_is(dtype):
+    rows = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(dtype)[None]
+    out = scatter_add_(torch.full((1, 2**16), -0.0), torch.tensor([0]), rows)  # -0 + x is x, for x = -0 too
+    expected = rows.float()
+    torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+    number = ~expected.isnan()
+    assert torch.equal(out[number].signbit(), expected[number].signbit())
 
 
 def test_order_of_addition_is_the_order_of_the_rows():
@@ -111,6 +134,15 @@ def test_bad_call_leaves_out_untouched(changed, error, message):
     assert torch.equal(arguments["out"], before)
 
 
+def test_names_the_first_of_several_bad_ids(set_threads):
+    out, ids, rows, scale = problem(M=40_000, D=2)
+    ids[[39_999, 10_001, 30_000]] = torch.tensor([-5, 20, 21])
+    set_threads(4)
+    for _ in range(5):  # whichever thread is first
+        with pytest.raises(IndexError, match=r"class_ids\[10001\] = 20, expected a class in \[0, 20\)"):
+            scatter_add_(out, ids, rows, scale)
+
+
 def test_overlap_is_refused_and_neighbours_are_not():
     buffer = torch.zeros(20, 14)
     ids = torch.arange(20)
@@ -161,23 +193,23 @@ def test_forward_mode_is_refused_not_zero():
 
 
 def test_out_of_memory_changes_nothing():
-    """Scratch is taken before the first row is written, on however many threads: an error, no crash, no change."""
+    """All memory is taken before the first row is written, whatever the threads: an error, no crash, no change."""
     code = """
 import resource, torch
 from fedss_kernels import scatter_add_
 torch.set_num_threads(2)
-ids = torch.arange(2)
-scatter_add_(torch.zeros(2, 20_000), ids, torch.ones(2, 20_000))  # starts the threads
-D = 40_000_000
-out, rows = torch.zeros(2, D), torch.ones(2, D)
+scatter_add_(torch.zeros(2, 50_000), torch.arange(2), torch.ones(2, 50_000))  # starts the threads
+M = 40_000_000
+out, ids, rows = torch.zeros(2, 1), torch.zeros(1, dtype=torch.int64).expand(M), torch.ones(1, 1).expand(M, 1)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 everything = resource.getrlimit(resource.RLIMIT_AS)
-resource.setrlimit(resource.RLIMIT_AS, (used + 200 * 2**20, everything[1]))
-try:
-    scatter_add_(out, ids, rows)
-except (MemoryError, RuntimeError):
-    resource.setrlimit(resource.RLIMIT_AS, everything)
-    print("raised; changed:", bool(out.any()))
+for room in (200, 500):  # MiB: the checked ids, with their positions, take 610
+    resource.setrlimit(resource.RLIMIT_AS, (used + room * 2**20, everything[1]))
+    try:
+        scatter_add_(out, ids, rows)
+    except (MemoryError, RuntimeError):
+        resource.setrlimit(resource.RLIMIT_AS, everything)
+        print("raised; changed:", bool(out.any()))
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (result.returncode, result.stdout) == (0, "raised; changed: False\n"), result.stderr
+    assert (result.returncode, result.stdout) == (0, "raised; changed: False\n" * 2), result.stderr

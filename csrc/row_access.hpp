@@ -1,0 +1,60 @@
+// Rows of a matrix as a loop sees them: pointers of the element's type, so that the loop is compiled once for each type
+// and becomes vector code, and memory that is asked for before it is needed.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "tensor_view.hpp"
+
+namespace fedss {
+
+struct Float16 {
+  uint16_t bits;
+  operator float() const { return float16_to_float(bits); }
+};
+
+struct BFloat16 {
+  uint16_t bits;
+  operator float() const { return bfloat16_to_float(bits); }
+};
+
+// body(Element()) for rows of `dtype`: T's own, float16 or bfloat16.
+template <class T, class Body>
+void with_row_type(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::float16: return body(Float16());
+    case DType::bfloat16: return body(BFloat16());
+    default: return body(T());
+  }
+}
+
+constexpr int64_t kLineBytes = 64;     // of a cache line
+constexpr int64_t kRunBytes = 256;     // of a row between two rounds of prefetching
+constexpr int64_t kAheadBytes = 4096;  // how far ahead of the arithmetic rows are asked for: they come in no order that
+                                       // hardware could guess
+
+// How many rows of n elements lie in that distance.
+template <class T>
+int64_t rows_ahead(int64_t n) {
+  return std::max<int64_t>(1, kAheadBytes / std::max<int64_t>(1, n * int64_t(sizeof(T))));
+}
+
+// Asks for the cache lines of n elements.
+template <class T>
+void prefetch(const T* data, int64_t n) {
+  for (int64_t d = 0; d < n; d += kLineBytes / int64_t(sizeof(T))) __builtin_prefetch(data + d);
+}
+
+// Where element (i, j) is.
+template <class Element>
+const Element* at(const Matrix& m, int64_t i, int64_t j) {
+  return static_cast<const Element*>(m.data) + i * m.row_stride + j * m.col_stride;
+}
+
+template <class Element>
+Element* at_mutable(const Matrix& m, int64_t i, int64_t j) {
+  return const_cast<Element*>(at<Element>(m, i, j));
+}
+
+}  // namespace fedss

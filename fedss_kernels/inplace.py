@@ -1,0 +1,97 @@
+"""What operators that change rows of a matrix in place have in common: registration, checks of memory."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .checks import check_device, refuse_forward_mode
+
+_library = torch.library.Library("fedss_kernels", "FRAGMENT")
+
+
+def register(schema: str, changed: int, kernel: Callable[..., None]) -> None:
+    """Registers an operator that changes its first `changed` arguments and returns nothing.
+
+    `kernel` runs it on the CPU. Each call raises the version of what it changes, as in-place operations
+    do, so that autograd sees that a saved tensor changed.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema)
+
+    def run(*arguments) -> None:
+        refuse_forward_mode(name)
+        kernel(*arguments)
+
+    def count_the_change(keys, *arguments) -> None:
+        for tensor in arguments[:changed]:
+            if tensor is not None:
+                torch.autograd.graph.increment_version(tensor)
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            below = keys & torch._C._after_ADInplaceOrView_keyset
+            getattr(torch.ops.fedss_kernels, name).default.redispatch(below, *arguments)
+
+    _library.impl(name, run, "CPU")
+    _library.impl(name, count_the_change, "ADInplaceOrView", with_keyset=True)
+    torch.library.register_fake(f"fedss_kernels::{name}", lambda *arguments: None, lib=_library)
+
+
+def check_arguments(changed: dict[str, Tensor], read: dict[str, Tensor]) -> None:
+    """Raises ValueError unless all lie on the CPU, none requires grad and none that changes is negated."""
+    first, matrix = next(iter(changed.items()))
+    if matrix.device.type != "cpu":
+        raise ValueError(f"{first}: expected a CPU tensor, got one on {matrix.device}")
+    for name, tensor in {**changed, **read}.items():
+        check_device(name, tensor, matrix.device, first)
+        if tensor.requires_grad:
+            raise ValueError(f"{name}: expected a tensor that does not require grad; pass {name}.detach()")
+    if torch.compiler.is_compiling():
+        return
+    for name, tensor in changed.items():
+        if tensor.is_neg():
+            raise ValueError(f"{name}: expected a plain tensor, got a view that negates its memory")
+
+
+def check_memory(changed: dict[str, Tensor], read: dict[str, Tensor]) -> None:
+    """Raises ValueError unless every element that is changed lies where no other element of the call does."""
+    checked: dict[str, Tensor] = {}
+    for name, matrix in changed.items():
+        if matrix.numel() and _overlaps_itself(matrix):
+            raise ValueError(
+                f"{name}: expected a tensor whose elements do not share memory, got an expanded one"
+            )
+        for other_name, other in {**checked, **read}.items():
+            if _may_overlap(matrix, other):
+                raise ValueError(
+                    f"{other_name}: expected memory of its own, got a tensor that overlaps {name}"
+                )
+        checked[name] = matrix
+
+
+def _byte_range(tensor: Tensor) -> tuple[int, int]:
+    """[first, last) address; strides of a tensor are never negative."""
+    first = tensor.data_ptr()
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return first, first + (last + 1) * tensor.element_size()
+
+
+def _overlaps_itself(matrix: Tensor) -> bool:
+    """Whether two elements share an address: the faster axis must end before the slower one steps."""
+    (small, size), (large, steps) = sorted(zip(matrix.stride(), matrix.shape, strict=True))
+    return (size > 1 and small == 0) or (steps > 1 and large < (size - 1) * small + 1)
+
+
+def _may_overlap(matrix: Tensor, other: Tensor) -> bool:
+    """Whether `other` may share memory with `matrix`: no for disjoint ranges or columns of one matrix."""
+    if not (matrix.numel() and other.numel()):
+        return False
+    (first, last), (other_first, other_last) = _byte_range(matrix), _byte_range(other)
+    if last <= other_first or other_last <= first:
+        return False
+    pitch = matrix.stride(0) * matrix.element_size()
+    same_pitch = other.dim() == 2 and other.stride(0) * other.element_size() == pitch
+    if same_pitch and pitch > 0 and matrix.stride(1) == other.stride(1) == 1:
+        offset = (other_first - first) % pitch
+        columns, other_columns = (t.shape[1] * t.element_size() for t in (matrix, other))
+        return offset < columns or offset + other_columns > pitch
+    return True

@@ -2,8 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 
-import fedss_kernels
-
 from .bench_row_momentum import ROW_MOMENTUM
 from .bench_scatter_add import SCATTER_ADD
 from .machine import Machine
@@ -12,9 +10,7 @@ from .report import Plan, Report
 from .results import Figures, Group, Row, Table, decimal, mebibytes, milliseconds, numbers, quotient, share
 from .row_operation import RowOperation, Shape
 
-OPERATIONS = {SCATTER_ADD.name: SCATTER_ADD}
-if hasattr(fedss_kernels, "row_momentum_step_"):
-    OPERATIONS[ROW_MOMENTUM.name] = ROW_MOMENTUM
+OPERATIONS = {operation.name: operation for operation in (SCATTER_ADD, ROW_MOMENTUM)}
 
 HEADER = ("M, D, C", "contender", "ms", "/ ours", "of copy\nbandwidth", "peak\nMiB")
 NOTES = (

@@ -1,6 +1,8 @@
 #include "instruction_sets.hpp"
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <stdexcept>
 
@@ -59,11 +61,17 @@ std::vector<std::string> instruction_sets() {
 void use_instruction_set(const std::string& name) { chosen.store(&named(name), std::memory_order_release); }
 
 double fma_peak(int threads) {
-  std::vector<double> rate(threads);
-  parallel_for(threads, threads, [&](int64_t task, int) { rate[task] = current_kernels().peak(); });
-  double sum = 0;
-  for (double one : rate) sum += one;
-  return sum;
+  constexpr int64_t kSteps = 1 << 20;
+  constexpr int kRepeats = 30;
+  const Kernels& kernels = current_kernels();
+  double best = 0;
+  for (int repeat = 0; repeat < kRepeats; ++repeat) {
+    const auto begin = std::chrono::steady_clock::now();
+    parallel_for(threads, threads, [&](int64_t, int) { kernels.multiply_in_registers(kSteps); });
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
+    best = std::max(best, threads * double(kSteps) * kernels.operations_a_step / seconds.count());
+  }
+  return best;
 }
 
 }  // namespace fedss

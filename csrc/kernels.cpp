@@ -1,8 +1,6 @@
 // Compiled once for each instruction set; see kernels.hpp.
 #include "kernels.hpp"
 
-#include <chrono>
-
 #include "simd.hpp"
 
 namespace fedss {
@@ -229,21 +227,15 @@ constexpr BfloatKernels kBfloatKernels = {multiply<Bfloat16Pair, float>, round_t
 #endif
 
 // The tile of sums of the matrix product, on numbers that stay in registers.
-double peak() {
-  const float a[kTileRows] = {}, b[kTileVectors * kLanes<float>] = {};
-  float c[kTileRows * kTileVectors * kLanes<float>] = {};
-  const int64_t k = 1 << 22;
-  const Product<float, float> p{kTileRows, kTileVectors * kLanes<float>, k,       a,    1, 0, b, 0,
-                                c,         kTileVectors * kLanes<float>, nullptr, false};
-  double best = 0;
-  for (int repeat = 0; repeat < 5; ++repeat) {
-    const auto begin = std::chrono::steady_clock::now();
-    multiply(p);
-    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
-    const double rate = 2.0 * double(p.m) * double(p.n) * double(k) / seconds.count();
-    if (rate > best) best = rate;
-  }
-  return best;
+constexpr int64_t kTileColumns = kTileVectors * kLanes<float>;
+
+void multiply_in_registers(int64_t k) {
+  const float a[kTileRows] = {}, b[kTileColumns] = {};
+  float c[kTileRows * kTileColumns] = {};
+  asm volatile("" : : "r"(a), "r"(b), "r"(c) : "memory");  // not known to be zeros, and ...
+  multiply_block<float, float, kTileRows, kTileVectors>(
+      {kTileRows, kTileColumns, k, a, 1, 0, b, 0, c, kTileColumns, nullptr, false}, 0, 0, kLanes<float>, 0, k, false);
+  asm volatile("" : : "r"(c) : "memory");  // ... the result is wanted
 }
 
 template <class T>
@@ -255,18 +247,15 @@ constexpr KernelsFor<T> kKernelsFor = {kLanes<T>, multiply<T, T>, exponentiate<T
 
 }  // namespace
 
-const Kernels kKernels = {FEDSS_NAME(FEDSS_ISA),
-                          kKernelsFor<float>,
-                          kKernelsFor<double>,
-                          scale_to_bfloat16,
-                          widen_bfloat16,
-                          exponentials,
+const Kernels kKernels = {FEDSS_NAME(FEDSS_ISA), kKernelsFor<float>,
+                          kKernelsFor<double>,   scale_to_bfloat16,
+                          widen_bfloat16,        exponentials,
 #if defined(__AVX512BF16__)
                           &kBfloatKernels,
 #else
                           nullptr,
 #endif
-                          peak};
+                          multiply_in_registers, double(2 * kTileRows * kTileColumns)};
 
 }  // namespace FEDSS_ISA
 }  // namespace fedss

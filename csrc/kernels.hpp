@@ -94,7 +94,8 @@ struct Kernels {
   void (*widen_bfloat16)(const uint16_t* row, int64_t n, float* out);
   void (*exponentials)(const double* x, int64_t n, double* out);  // out_i = exp(x_i) for x_i <= 0
   const BfloatKernels* of_bfloat16;                               // null where there is no instruction for them
-  double (*peak)();  // float32 operations per second of one thread that does nothing else
+  void (*multiply_in_registers)(int64_t steps);                   // to measure how fast that can be
+  double operations_a_step;                                       // of it, in float32
 };
 
 template <class T>

@@ -142,12 +142,26 @@ inline Doubles exp_of(Doubles x) {
   return x < -708.0 ? Doubles{} : p * (Doubles)exponent;
 }
 
+// a b + c, nearly as if rounded once, where most of a b cancels.
+inline Vec<float> add_exactly(Vec<float> a, Vec<float> b, Vec<float> c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return a * b + c;  // compiled to one instruction
+#else
+  // Dekker's product: both factors in halves, whose products are exact.
+  const Vec<float> product = a * b, a_shifted = a * 4097.0f, b_shifted = b * 4097.0f;
+  const Vec<float> a_high = a_shifted - (a_shifted - a), a_low = a - a_high;
+  const Vec<float> b_high = b_shifted - (b_shifted - b), b_low = b - b_high;
+  const Vec<float> rest = ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low;
+  return (product + c) + rest;
+#endif
+}
+
 // 2^(a b + high + low), where high is a multiple of 2^-9 below 2^15, a b + high + low is at most about 0, and low is
 // small: as accurate as if the sum had not been rounded. 0 near and below the smallest normal number.
 inline Vec<float> exp2_of(Vec<float> a, Vec<float> b, Vec<float> high, Vec<float> low) {
   constexpr float kShift = 0x1.8p23f, kLn2 = 0x1.62e430p-1f;
   const Vec<float> sum = a * b + high, shifted = sum + kShift, n = shifted - kShift;
-  const Vec<float> r = (a * b + (high - n)) + low;  // high - n is exact
+  const Vec<float> r = add_exactly(a, b, high - n) + low;  // high - n is exact
   constexpr float c1 = kLn2, c2 = c1 * kLn2 / 2, c3 = c2 * kLn2 / 3, c4 = c3 * kLn2 / 4, c5 = c4 * kLn2 / 5,
                   c6 = c5 * kLn2 / 6, c7 = c6 * kLn2 / 7;  // the next term is below 6e-9
   const Vec<float> r2 = r * r;                             // pairs of terms, as a chain of eight would wait for itself

@@ -8,7 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from loss_cases import Case
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fedss_kernels import SampledSoftmaxLoss, sampled_softmax_loss
@@ -59,6 +61,60 @@ def test_operator_called_without_asking_for_gradients_still_has_them():
     asked = sampled_softmax_loss(x, w, t, ids, counts)
     for a, b in zip(gradients(called, x, w), gradients(asked, x, w), strict=True):
         assert torch.equal(a, b)
+
+
+class SeenOperators(TorchDispatchMode):
+    """Lets every operator pass, and notes its name."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+ROUTES = [
+    Case(0, reduction="mean"),
+    Case(1, reduction="sum", dtype=torch.bfloat16, distinct=5),
+    Case(2, reduction="none", dtype=torch.float16, learned_scale=False),
+    Case(3, S=None, dtype=torch.float64, bias=True, ignored=0.3),
+    Case(4, B=64, S=200, C=300, D=70, bias=True, left_out=0.2),
+    Case(5, B=64, S=200, C=300, D=70, dtype=torch.bfloat16, learned_scale=False),
+    Case(6, B=64, S=None, C=300, D=70, dtype=torch.bfloat16, weight_dtype=torch.float32, strided=True),
+]
+
+
+@pytest.mark.parametrize("sparse_grad", [False, True])
+@pytest.mark.parametrize("case", ROUTES, ids=lambda case: f"case {case.seed}")
+def test_both_routes_give_the_same_bits(case, sparse_grad):
+    direct = case.results(sampled_softmax_loss, sparse_grad=sparse_grad)
+    with SeenOperators() as seen:
+        by_operator = case.results(sampled_softmax_loss, sparse_grad=sparse_grad)
+    assert "fedss_kernels::sampled_softmax_loss" in seen.names
+    for name, result in direct.items():
+        a, b = (r.to_dense() if r.is_sparse else r for r in (result, by_operator[name]))
+        assert torch.equal(a, b), name
+
+
+def test_plain_eager_takes_the_direct_route():
+    x, w, t, ids, counts = problem()
+    with torch.profiler.profile() as profile:
+        sampled_softmax_loss(x, w, t, ids, counts).backward()
+    assert not any("fedss_kernels::" in event.key for event in profile.key_averages())
+
+
+@pytest.mark.parametrize("upstream", [1.0, 0.3, -2.0, 65536.0])
+def test_second_backward_gives_the_same_bits(upstream):
+    """The first one hands over what the forward pass made; the second makes it again."""
+    x, w, t, ids, counts = problem()
+    loss = sampled_softmax_loss(x, w, t, ids, counts)
+    first = torch.autograd.grad(loss, (x, w), torch.tensor(upstream), retain_graph=True)
+    kept = [gradient.clone() for gradient in first]
+    second = torch.autograd.grad(loss, (x, w), torch.tensor(upstream))
+    for a, b, before in zip(first, second, kept, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, before) and a.data_ptr() != b.data_ptr()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

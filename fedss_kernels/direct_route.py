@@ -12,7 +12,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
-from .loss_operator import Arguments, finish_gradients, run_kernel
+from .loss_operator import Arguments, Gradients, finish_gradients, run_kernel
 
 
 def direct_loss(
@@ -107,22 +107,38 @@ class _Loss(torch.autograd.Function):
         constants, scale, options = rest
         wanted = list(ctx.needs_input_grad[:4]) if options[2] != "none" else _NOTHING
         p = Arguments._make((input, weight, *constants, bias, scale, *options, wanted, None))
-        loss, *ctx.made = run_kernel(p, wanted)
+        loss, made, touched = run_kernel(p, wanted)
         ctx.save_for_backward(input, weight, bias, learned, *constants)
-        ctx.rest = scale, options, wanted
+        ctx.made, ctx.rest = made, (scale, options, wanted, touched, _are_final(p, made))
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
         input, weight, bias, learned, *constants = ctx.saved_tensors
-        scale, options, wanted = ctx.rest
+        scale, options, wanted, touched, final = ctx.rest
+        made, ctx.made = ctx.made, None  # handed on; a second backward makes them again
+        grad_mode = torch.is_grad_enabled()
+        if final and made is not None and not grad_mode and grad_loss.item() == 1.0:
+            return made.input, made.rows, None, None, None
         scale = scale if learned is None else learned
         p = Arguments._make((input, weight, *constants, bias, scale, *options, wanted, None))
         needed = list(ctx.needs_input_grad[:4])
-        if torch.is_grad_enabled():  # create_graph: the operator refuses a second derivative
+        if grad_mode:  # create_graph: the operator refuses a second derivative
             return *_by_operator(p, grad_loss, needed), None
-        (made, touched), ctx.made = ctx.made, (None, None)  # handed on; a second backward makes them again
         return *finish_gradients(p, made, touched, grad_loss, needed, owned=True), None
+
+
+def _are_final(p: Arguments, made: Gradients) -> bool:
+    """Whether an upstream gradient of 1 leaves nothing to be done: dense, and rounded already."""
+    return (
+        p.reduction != "none"
+        and p.class_ids is None
+        and not p.sparse_grad
+        and made.bias is None
+        and made.scale is None
+        and (made.input is None or made.input.dtype == p.input.dtype)
+        and (made.rows is None or made.rows.dtype == p.weight.dtype)
+    )
 
 
 def _by_operator(p: Arguments, grad_loss: Tensor, needed: list[bool]) -> list[Tensor | None]:

@@ -6,6 +6,8 @@ again, with each row's upstream gradient.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -71,29 +73,24 @@ class Gradients(NamedTuple):
     scale: Any  # () float64
 
 
-def _result_dtype(input: Tensor) -> torch.dtype:
-    return torch.float64 if input.dtype == torch.float64 else torch.float32
+def _allocator(input: Tensor) -> Callable[..., Tensor]:
+    """Makes uninitialised tensors on input's device, of the dtype that results have."""
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    if dtype == torch.get_default_dtype() and input.is_cpu and torch._C._len_torch_function_stack() == 0:
+        return torch.empty  # takes half the time of new_empty
+    return partial(input.new_empty, dtype=dtype)
 
 
-def _empty(p: Arguments, shape: tuple[int, ...]) -> Tensor:
-    dtype = _result_dtype(p.input)
-    if dtype == torch.get_default_dtype() and p.input.is_cpu and torch._C._len_torch_function_stack() == 0:
-        return torch.empty(*shape) if shape else torch.empty(())  # takes half the time of new_empty
-    return p.input.new_empty(shape, dtype=dtype)
-
-
-def _empty_loss(p: Arguments) -> Tensor:
-    return _empty(p, p.input.shape[:1] if p.reduction == "none" else ())
-
-
-def _empty_gradients(p: Arguments, made: list[bool]) -> Gradients:
+def _empty_results(p: Arguments, made: list[bool]) -> tuple[Tensor, Gradients]:
+    """(loss, gradients)"""
     (B, D), C, class_ids = p.input.shape, p.weight.shape[0], p.class_ids
     capacity = C if class_ids is None else min(class_ids.shape[0] + B, C)
-    return Gradients(
-        _empty(p, (B, D)) if made[0] else None,
-        _empty(p, (capacity, D)) if made[1] else None,
+    empty = _allocator(p.input)
+    return empty((B,) if p.reduction == "none" else ()), Gradients(
+        empty((B, D)) if made[0] else None,
+        empty((capacity, D)) if made[1] else None,
         class_ids.new_empty(capacity) if class_ids is not None and (made[1] or made[2]) else None,
-        _empty(p, (capacity,)) if made[2] else None,
+        empty((capacity,)) if made[2] else None,
         p.input.new_empty((), dtype=torch.float64) if made[3] else None,
     )
 
@@ -112,7 +109,7 @@ def run_kernel(
     grad_loss: Tensor | None = None,  # (B,) upstream gradient of each row's loss, for reduction "none"
 ) -> tuple[Tensor, Gradients, int]:
     """(loss, the gradients in `made`, how many rows of weight were touched)"""
-    loss, gradients = _empty_loss(p), _empty_gradients(p, made)
+    loss, gradients = _empty_results(p, made)
     touched = _C.sampled_softmax(
         p.input,
         p.weight,
@@ -145,7 +142,8 @@ def _loss_cpu(*arguments):
 @torch.library.register_fake("fedss_kernels::sampled_softmax_loss", lib=_library)
 def _loss_fake(*arguments):
     p = Arguments(*arguments)
-    return _empty_loss(p), *_operator_results(p, _empty_gradients(p, p.wanted))
+    loss, gradients = _empty_results(p, p.wanted)
+    return loss, *_operator_results(p, gradients)
 
 
 @torch.library.impl(_library, "sampled_softmax_loss_backward", "CPU")

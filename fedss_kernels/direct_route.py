@@ -12,7 +12,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
-from .loss_operator import Arguments, Gradients, finish_gradients, run_kernel
+from .loss_operator import Arguments, Gradients, finish, finish_gradients, run_kernel
 
 
 def direct_loss(
@@ -109,17 +109,21 @@ class _Loss(torch.autograd.Function):
         p = Arguments._make((input, weight, *constants, bias, scale, *options, wanted, None))
         loss, made, touched = run_kernel(p, wanted)
         ctx.save_for_backward(input, weight, bias, learned, *constants)
-        ctx.made, ctx.rest = made, (scale, options, wanted, touched, _are_final(p, made))
+        ctx.made, ctx.rest = made, (scale, options, wanted, touched, _are_dense(p, made))
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
         input, weight, bias, learned, *constants = ctx.saved_tensors
-        scale, options, wanted, touched, final = ctx.rest
+        scale, options, wanted, touched, dense = ctx.rest
         made, ctx.made = ctx.made, None  # handed on; a second backward makes them again
         grad_mode = torch.is_grad_enabled()
-        if final and made is not None and not grad_mode and grad_loss.item() == 1.0:
-            return made.input, made.rows, None, None, None
+        if dense and made is not None and not grad_mode and math.isfinite(upstream := grad_loss.item()):
+            return (
+                None if made.input is None else finish(made.input, upstream, input, owned=True),
+                None if made.rows is None else finish(made.rows, upstream, weight, owned=True),
+                *(None,) * 3,
+            )
         scale = scale if learned is None else learned
         p = Arguments._make((input, weight, *constants, bias, scale, *options, wanted, None))
         needed = list(ctx.needs_input_grad[:4])
@@ -128,16 +132,14 @@ class _Loss(torch.autograd.Function):
         return *finish_gradients(p, made, touched, grad_loss, needed, owned=True), None
 
 
-def _are_final(p: Arguments, made: Gradients) -> bool:
-    """Whether an upstream gradient of 1 leaves nothing to be done: dense, and rounded already."""
+def _are_dense(p: Arguments, made: Gradients) -> bool:
+    """Whether what was made needs no more than a factor and rounding."""
     return (
         p.reduction != "none"
         and p.class_ids is None
         and not p.sparse_grad
         and made.bias is None
         and made.scale is None
-        and (made.input is None or made.input.dtype == p.input.dtype)
-        and (made.rows is None or made.rows.dtype == p.weight.dtype)
     )
 
 

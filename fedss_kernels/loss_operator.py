@@ -200,23 +200,22 @@ def finish_gradients(
         )
     elif made is None or any(need and not was for need, was in zip(needed, p.wanted, strict=True)):
         (_, made, touched), owned = run_kernel(p, needed), True
-    if owned and upstream == 1:
-        upstream = None
     return [
-        _finish(made.input, upstream, p.input, owned) if needed[0] else None,
+        finish(made.input, upstream, p.input, owned) if needed[0] else None,
         _grad_weight(p, made, touched, upstream, owned) if needed[1] else None,
         _grad_bias(p, made, touched, upstream, owned) if needed[2] else None,
-        _finish(made.scale, upstream, p.scale, owned) if needed[3] else None,
+        finish(made.scale, upstream, p.scale, owned) if needed[3] else None,
     ]
 
 
-def _finish(gradient: Tensor, upstream: float | None, of: Tensor, owned: bool) -> Tensor:
+def finish(gradient: Tensor, upstream: float | None, of: Tensor, owned: bool) -> Tensor:
     """Scales before it rounds to `of`'s dtype: a float16 gradient of 2e-9 survives a GradScaler's 65536."""
     if of.dtype == torch.bfloat16 and gradient.dtype == torch.float32 and gradient.dim() > 0:
-        result = torch.empty_like(gradient, dtype=torch.bfloat16)
+        same = of.shape == gradient.shape and of.is_contiguous()
+        result = torch.empty_like(of) if same else gradient.new_empty(gradient.shape, dtype=of.dtype)
         _C.scale_to_bfloat16(gradient, 1.0 if upstream is None else upstream, result, torch.get_num_threads())
         return result
-    if upstream is not None:
+    if upstream is not None and not (owned and upstream == 1):
         gradient = gradient.mul_(upstream) if owned else gradient * upstream
     return gradient if gradient.dtype == of.dtype else gradient.to(of.dtype)
 
@@ -225,9 +224,9 @@ def _grad_weight(
     p: Arguments, made: Gradients, touched: int | None, upstream: float | None, owned: bool
 ) -> Tensor:
     if p.class_ids is None and not p.sparse_grad:
-        return _finish(made.rows, upstream, p.weight, owned)
+        return finish(made.rows, upstream, p.weight, owned)
     ids = _touched(p, made, touched)
-    rows = _finish(made.rows[: len(ids)], upstream, p.weight, owned)
+    rows = finish(made.rows[: len(ids)], upstream, p.weight, owned)
     if p.sparse_grad:
         return torch.sparse_coo_tensor(
             ids[None], rows, p.weight.shape, check_invariants=False, is_coalesced=True
@@ -240,7 +239,7 @@ def _grad_bias(
 ) -> Tensor:
     assert p.bias is not None
     ids = _touched(p, made, touched)
-    return _spread(ids, _finish(made.bias[: len(ids)], upstream, p.bias, owned), p.bias)
+    return _spread(ids, finish(made.bias[: len(ids)], upstream, p.bias, owned), p.bias)
 
 
 def _touched(p: Arguments, made: Gradients, touched: int | None) -> Tensor:

@@ -30,7 +30,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror csrc/*.cpp csrc/*.hpp
+	$(BIN)/clang-format --dry-run -Werror csrc/*.cpp csrc/*.hpp tests/*.cpp
 
 check: lint test demo
 

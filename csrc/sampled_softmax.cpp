@@ -338,7 +338,7 @@ class Solver {
       const int64_t begin = task * kSmallestClassTile, end = std::min(begin + kSmallestClassTile, columns);
       for (int64_t j = begin; j < end; ++j) {
         const int64_t slot = classes_.slot(first + j), id = classes_.id(slot);
-        prefetch_class(first + j + 4);
+        prefetch_class(first + j + 8);
         if constexpr (std::is_same<T, float>::value) {
           if (pairs_) inverse_[j] = read_bfloat16(p_.weight, id, scratch(worker, 0), w_pairs_ + j * pairs_ld_);
         }

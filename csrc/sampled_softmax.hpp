@@ -5,9 +5,11 @@
 //   o(i, j) = z(i, class_ids_j) - log_expected_count_j                for every j with class_ids_j != t
 //   loss_i  = -o(i, t) + logsumexp(o(i, t), every o(i, j))
 //
-// Computed in float64. Deterministic: every sum has a fixed order, whatever the number of threads. Memory: besides the
-// gradients, a bounded block of logits for all threads together, and O(B D + S) numbers; never B x S, and no copy of
-// `weight`.
+// Products are computed in float32 (bfloat16 ones by the hardware's dot products where it has them) and what follows
+// them with more digits; small problems, float64 ones, and those whose logits or rows are out of float32's comfortable
+// range in float64. Deterministic: every sum has a fixed order, whatever the number of threads. Memory: besides the
+// gradients, a bounded block of logits and of packed class rows for all threads together, and O(B D + S) numbers; never
+// B x S or C x D.
 #pragma once
 
 #include <cstdint>

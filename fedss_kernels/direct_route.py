@@ -55,7 +55,7 @@ def direct_loss(
         or (bias is not None and bias.requires_grad)
         or (learned is not None and learned.requires_grad)
     ):
-        return _Loss.apply(input, weight, bias, learned, (constants, scale, options))
+        return _apply(input, weight, bias, learned, (constants, scale, options))
     p = Arguments(input, weight, *constants, bias, scale, *options, _NOTHING, None)
     return run_kernel(p, _NOTHING)[0]
 
@@ -130,6 +130,10 @@ class _Loss(torch.autograd.Function):
         if grad_mode:  # create_graph: the operator refuses a second derivative
             return *_by_operator(p, grad_loss, needed), None
         return *finish_gradients(p, made, touched, grad_loss, needed, owned=True), None
+
+
+# Function.apply without what it does for function transforms, which do not come here.
+_apply = super(torch.autograd.Function, _Loss).apply
 
 
 def _are_dense(p: Arguments, made: Gradients) -> bool:

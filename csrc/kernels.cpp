@@ -141,7 +141,15 @@ void scale(const T* row, int64_t n, double factor, T* out) {
 }
 
 template <class T>
+double normalize(const T* row, int64_t n, double least, T* out) {
+  const double norm = __builtin_sqrt(dot(row, row, n));
+  if (norm >= least && norm < kInf) scale(row, n, 1 / norm, out);
+  return norm;
+}
+
+template <class T>
 void project(const T* row, int64_t n, double along, const T* unit, double factor, T* out) {
+  if (along != 0) along *= dot(row, unit, n);
   int64_t d = 0;
   for (; d + kDoubles <= n; d += kDoubles) {
     store_doubles(out + d, (load_doubles(row + d) - load_doubles(unit + d) * along) * factor);
@@ -240,7 +248,7 @@ void multiply_in_registers(int64_t k) {
 
 template <class T>
 constexpr KernelsFor<T> kKernelsFor = {kLanes<T>, multiply<T, T>, exponentiate<T>, scale_columns<T>, add_row_sums<T>,
-                                       dot<T>,    scale<T>,       project<T>,      add_scaled<T>};
+                                       dot<T>,    scale<T>,       normalize<T>,    project<T>,       add_scaled<T>};
 
 #define FEDSS_STRING(name) #name
 #define FEDSS_NAME(name) FEDSS_STRING(name)

@@ -60,7 +60,9 @@ struct KernelsFor {
   double (*dot)(const T* a, const T* b, int64_t n);
   // out = factor * row
   void (*scale)(const T* row, int64_t n, double factor, T* out);
-  // out = factor * (row - along * unit)
+  // Returns |row|; where that is at least `least`, and finite, out = row / |row|.
+  double (*normalize)(const T* row, int64_t n, double least, T* out);
+  // out = factor * (row - along * (row . unit) * unit)
   void (*project)(const T* row, int64_t n, double along, const T* unit, double factor, T* out);
   // sum += factor * row
   void (*add_scaled)(const T* row, int64_t n, T factor, T* sum);

@@ -39,7 +39,7 @@ constexpr double kSerialWork = 4e5;     // multiply-adds of a product below whic
 constexpr double kPreciseWork = 65536;  // ... and below which float64 costs nothing that anyone would notice
 
 // In float32, logits and rows must stay in a range where it loses nothing; see LogitTile.
-constexpr double kLargestLogit = 2800, kLongestRow = 0x1p60, kShortestRow = 0x1p-30;
+constexpr double kLargestScale = 300, kLargestLogit = 2800, kLongestRow = 0x1p60, kShortestRow = 0x1p-30;
 
 // Thrown, and caught again here, where float32 does not do.
 struct OutOfFloatRange {};
@@ -156,7 +156,7 @@ class Solver {
   }
 
   void plan() {
-    if (sizeof(T) == 4 && p_.cosine && std::abs(p_.scale) > kLargestLogit) throw OutOfFloatRange{};
+    if (sizeof(T) == 4 && p_.cosine && std::abs(p_.scale) > kLargestScale) throw OutOfFloatRange{};
     const int64_t line = 64 / int64_t(sizeof(T));
     ld_ = std::max(round_up(D_, std::max(line, kernels_.lanes)), line);
     if (ld_ / line % 2 == 0) ld_ += line;  // an odd number of lines: rows fall on all sets of a cache
@@ -260,23 +260,24 @@ class Solver {
   double read_unit(const Matrix& from, int64_t i, T* scratch, T* out) {
     const T* row = read_row(from, i, scratch);
     std::fill(out + D_, out + ld_, T(0));
-    double norm = std::sqrt(kernels_.dot(row, row, D_)), inverse = 1;
     if (!p_.cosine) {
-      check_length(from, norm);
+      check_length(from, std::sqrt(kernels_.dot(row, row, D_)));
       std::copy(row, row + D_, out);
       return 1;
     }
-    if (norm == kInf) {  // an infinite element, or squares past the largest number of float64
-      kernels_.scale(row, D_, 0x1p-600, scratch);
-      row = scratch, inverse = 0x1p-600;
-      norm = std::sqrt(kernels_.dot(row, row, D_));
-    } else if (norm < kZeroNorm) {
+    double norm = kernels_.normalize(row, D_, kZeroNorm, out), inverse = 1;
+    if (norm < kZeroNorm) {
       std::fill_n(out, D_, T(0));
       return 0;
     }
-    const double factor = norm < kInf ? 1 / norm : kNaN;
-    kernels_.scale(row, D_, factor, out);
-    return inverse * factor;
+    if (norm == kInf) {  // an infinite element, or squares past the largest number of float64
+      inverse = 0x1p-600;
+      kernels_.scale(row, D_, inverse, scratch);
+      norm = kernels_.normalize(scratch, D_, 0.0, out);
+    }
+    if (norm < kInf) return inverse / norm;
+    std::fill_n(out, D_, T(kNaN));
+    return kNaN;
   }
 
   // Row i as it is, in bfloat16, with a zero behind it if D is odd. Returns as read_unit does.
@@ -363,7 +364,7 @@ class Solver {
   }
 
   void prefetch_class(int64_t column) const {
-    if (column >= N_) return;
+    if (column >= N_ || classes_.ids().empty()) return;  // rows in their order come by themselves
     const char* row = p_.weight.row(classes_.id(classes_.slot(column)));
     const int64_t bytes = std::min<int64_t>(D_ * size_of(p_.weight.dtype), 1024);
     for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
@@ -695,7 +696,7 @@ class Solver {
   void store_projected(T* gradient, const T* row, double factor, double inverse, Out* out) {
     const double by = p_.scale * inverse;
     if (by == 0.0) return void(std::fill_n(out, D_, Out(0)));
-    const double along = p_.cosine ? kernels_.dot(gradient, row, D_) * factor * factor : 0.0;
+    const double along = p_.cosine ? factor * factor : 0.0;
     if constexpr (std::is_same<T, Out>::value) {
       kernels_.project(gradient, D_, along, row, by, out);
     } else {

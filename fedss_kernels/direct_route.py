@@ -12,7 +12,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
-from .loss_operator import Arguments, Gradients, finish, finish_gradients, run_kernel
+from .loss_operator import Arguments, finish, finish_gradients, run_kernel
 
 
 def direct_loss(
@@ -47,17 +47,20 @@ def direct_loss(
     ):
         return None
     constants = (target, class_ids, log_expected_count, target_log_expected_count)
-    options = (similarity, ignore_index, reduction, sparse_grad)
-    learned = scale if isinstance(scale, Tensor) else None
+    learned = None
+    if isinstance(scale, Tensor):
+        learned, scale = scale, scale.item()
     if torch.is_grad_enabled() and (
         input.requires_grad
         or weight.requires_grad
         or (bias is not None and bias.requires_grad)
         or (learned is not None and learned.requires_grad)
     ):
-        return _apply(input, weight, bias, learned, (constants, scale, options))
-    p = Arguments(input, weight, *constants, bias, scale, *options, _NOTHING, None)
-    return run_kernel(p, _NOTHING)[0]
+        options = (scale, similarity, ignore_index, reduction)
+        return _apply(input, weight, bias, learned, (constants, options, sparse_grad))
+    return run_kernel(input, weight, *constants, bias, scale, similarity, ignore_index, reduction, _NOTHING)[
+        0
+    ]
 
 
 _NOTHING = [False] * 4
@@ -104,18 +107,34 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input, weight, bias, learned, rest):
-        constants, scale, options = rest
-        wanted = list(ctx.needs_input_grad[:4]) if options[2] != "none" else _NOTHING
-        p = Arguments._make((input, weight, *constants, bias, scale, *options, wanted, None))
-        loss, made, touched = run_kernel(p, wanted)
+        constants, options, sparse_grad = rest
+        target, class_ids, log_expected_count, target_log_expected_count = constants
+        scale, similarity, ignore_index, reduction = options
+        wanted = ctx.needs_input_grad[:4] if reduction != "none" else _NOTHING
+        loss, made, touched = run_kernel(
+            input,
+            weight,
+            target,
+            class_ids,
+            log_expected_count,
+            target_log_expected_count,
+            bias,
+            scale,
+            similarity,
+            ignore_index,
+            reduction,
+            wanted,
+        )
         ctx.save_for_backward(input, weight, bias, learned, *constants)
-        ctx.made, ctx.rest = made, (scale, options, wanted, touched, _are_dense(p, made))
+        # Whether what was made needs no more than a factor and rounding.
+        dense = reduction != "none" and class_ids is None and not (sparse_grad or wanted[2] or wanted[3])
+        ctx.made, ctx.rest = made, (options, sparse_grad, wanted, touched, dense)
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
         input, weight, bias, learned, *constants = ctx.saved_tensors
-        scale, options, wanted, touched, dense = ctx.rest
+        options, sparse_grad, wanted, touched, dense = ctx.rest
         made, ctx.made = ctx.made, None  # handed on; a second backward makes them again
         grad_mode = torch.is_grad_enabled()
         if dense and made is not None and not grad_mode and math.isfinite(upstream := grad_loss.item()):
@@ -124,8 +143,10 @@ class _Loss(torch.autograd.Function):
                 None if made.rows is None else finish(made.rows, upstream, weight, owned=True),
                 *(None,) * 3,
             )
-        scale = scale if learned is None else learned
-        p = Arguments._make((input, weight, *constants, bias, scale, *options, wanted, None))
+        scale = options[0] if learned is None else learned
+        p = Arguments._make(
+            (input, weight, *constants, bias, scale, *options[1:], sparse_grad, list(wanted), None)
+        )
         needed = list(ctx.needs_input_grad[:4])
         if grad_mode:  # create_graph: the operator refuses a second derivative
             return *_by_operator(p, grad_loss, needed), None
@@ -134,17 +155,6 @@ class _Loss(torch.autograd.Function):
 
 # Function.apply without what it does for function transforms, which do not come here.
 _apply = super(torch.autograd.Function, _Loss).apply
-
-
-def _are_dense(p: Arguments, made: Gradients) -> bool:
-    """Whether what was made needs no more than a factor and rounding."""
-    return (
-        p.reduction != "none"
-        and p.class_ids is None
-        and not p.sparse_grad
-        and made.bias is None
-        and made.scale is None
-    )
 
 
 def _by_operator(p: Arguments, grad_loss: Tensor, needed: list[bool]) -> list[Tensor | None]:

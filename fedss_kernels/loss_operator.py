@@ -6,7 +6,7 @@ again, with each row's upstream gradient.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -81,17 +81,19 @@ def _allocator(input: Tensor) -> Callable[..., Tensor]:
     return partial(input.new_empty, dtype=dtype)
 
 
-def _empty_results(p: Arguments, made: list[bool]) -> tuple[Tensor, Gradients]:
+def _empty_results(
+    input: Tensor, weight: Tensor, class_ids: Tensor | None, reduction: str, made: Sequence[bool]
+) -> tuple[Tensor, Gradients]:
     """(loss, gradients)"""
-    (B, D), C, class_ids = p.input.shape, p.weight.shape[0], p.class_ids
+    (B, D), C = input.shape, weight.shape[0]
     capacity = C if class_ids is None else min(class_ids.shape[0] + B, C)
-    empty = _allocator(p.input)
-    return empty((B,) if p.reduction == "none" else ()), Gradients(
+    empty = _allocator(input)
+    return empty((B,) if reduction == "none" else ()), Gradients(
         empty((B, D)) if made[0] else None,
         empty((capacity, D)) if made[1] else None,
         class_ids.new_empty(capacity) if class_ids is not None and (made[1] or made[2]) else None,
         empty((capacity,)) if made[2] else None,
-        p.input.new_empty((), dtype=torch.float64) if made[3] else None,
+        input.new_empty((), dtype=torch.float64) if made[3] else None,
     )
 
 
@@ -104,25 +106,36 @@ _ROUNDINGS = {None: "none", torch.float16: "float16", torch.bfloat16: "bfloat16"
 
 
 def run_kernel(
-    p: Arguments,
-    made: list[bool],
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    class_ids: Tensor | None,
+    log_expected_count: Tensor | None,
+    target_log_expected_count: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    similarity: str,
+    ignore_index: int,
+    reduction: str,
+    made: Sequence[bool],  # which gradients: of input, weight, bias, scale
+    rounding: torch.dtype | None = None,
     grad_loss: Tensor | None = None,  # (B,) upstream gradient of each row's loss, for reduction "none"
 ) -> tuple[Tensor, Gradients, int]:
     """(loss, the gradients in `made`, how many rows of weight were touched)"""
-    loss, gradients = _empty_results(p, made)
+    loss, gradients = _empty_results(input, weight, class_ids, reduction, made)
     touched = _C.sampled_softmax(
-        p.input,
-        p.weight,
-        p.target,
-        p.class_ids,
-        p.log_expected_count,
-        p.target_log_expected_count,
-        p.bias,
-        p.scale.item() if isinstance(p.scale, Tensor) else p.scale,
-        p.similarity,
-        p.ignore_index,
-        _ROUNDINGS[p.rounding],
-        p.reduction,
+        input,
+        weight,
+        target,
+        class_ids,
+        log_expected_count,
+        target_log_expected_count,
+        bias,
+        scale,
+        similarity,
+        ignore_index,
+        _ROUNDINGS[rounding],
+        reduction,
         grad_loss,
         loss,
         *gradients,
@@ -131,18 +144,25 @@ def run_kernel(
     return loss, gradients, touched
 
 
+def _run(
+    p: Arguments, made: Sequence[bool], grad_loss: Tensor | None = None
+) -> tuple[Tensor, Gradients, int]:
+    scale = p.scale.item() if isinstance(p.scale, Tensor) else p.scale
+    return run_kernel(*p[:7], scale, *p[8:11], made, p.rounding, grad_loss)
+
+
 @torch.library.impl(_library, "sampled_softmax_loss", "CPU")
 def _loss_cpu(*arguments):
     p = Arguments(*arguments)
     refuse_forward_mode("sampled_softmax_loss")
-    loss, gradients, _ = run_kernel(p, p.wanted)
+    loss, gradients, _ = _run(p, p.wanted)
     return loss, *_operator_results(p, gradients)
 
 
 @torch.library.register_fake("fedss_kernels::sampled_softmax_loss", lib=_library)
 def _loss_fake(*arguments):
     p = Arguments(*arguments)
-    loss, gradients = _empty_results(p, p.wanted)
+    loss, gradients = _empty_results(p.input, p.weight, p.class_ids, p.reduction, p.wanted)
     return loss, *_operator_results(p, gradients)
 
 
@@ -188,18 +208,15 @@ def finish_gradients(
     """The gradients of input, weight, bias and scale that are needed, in their dtypes."""
     upstream: float | None = None if p.reduction == "none" else grad_loss.item()
     if p.reduction == "none":
-        (_, made, touched), owned = run_kernel(p, needed, grad_loss), True
+        (_, made, touched), owned = _run(p, needed, grad_loss), True
     elif upstream is not None and not math.isfinite(upstream):
         # What is 0 must stay 0, not become 0 * inf: each row with its own upstream.
         count = (p.target != p.ignore_index).sum().clamp(min=1) if p.reduction == "mean" else 1
         rows = (grad_loss / count).expand(len(p.input))
-        (_, made, touched), upstream, owned = (
-            run_kernel(p._replace(reduction="none"), needed, rows),
-            None,
-            True,
-        )
+        (_, made, touched), upstream = _run(p._replace(reduction="none"), needed, rows), None
+        owned = True
     elif made is None or any(need and not was for need, was in zip(needed, p.wanted, strict=True)):
-        (_, made, touched), owned = run_kernel(p, needed), True
+        (_, made, touched), owned = _run(p, needed), True
     return [
         finish(made.input, upstream, p.input, owned) if needed[0] else None,
         _grad_weight(p, made, touched, upstream, owned) if needed[1] else None,

@@ -241,7 +241,7 @@ void multiply_in_registers(int64_t k) {
   const float a[kTileRows] = {}, b[kTileColumns] = {};
   float c[kTileRows * kTileColumns] = {};
   asm volatile("" : : "r"(a), "r"(b), "r"(c) : "memory");  // not known to be zeros, and ...
-  multiply_block<float, float, kTileRows, kTileVectors>(
+  multiply_tile<float, float, kTileRows, kTileVectors>(
       {kTileRows, kTileColumns, k, a, 1, 0, b, 0, c, kTileColumns, nullptr, false}, 0, 0, kLanes<float>, 0, k, false);
   asm volatile("" : : "r"(c) : "memory");  // ... the result is wanted
 }

@@ -32,6 +32,7 @@ constexpr double kZeroNorm = 1e-12;  // rows shorter than this have cosine 0 and
 // Sizes, in elements: of the logits of a wave, and of the packed class rows of a chunk.
 constexpr int64_t kFewLogits = 1 << 20, kMostLogits = 1 << 21, kMostPacked = 1 << 22;
 constexpr int64_t kRowStep = 8, kRowTile = 64, kClassTile = 512, kSmallestClassTile = 32;
+constexpr int64_t kFewClasses = 56;
 constexpr int64_t kFewestRows = 64, kMostRows = 1024, kChunkedRows = 256;  // of a wave; the last: in several chunks
 constexpr int64_t kTasks = 16;          // what a step is cut into, where that leaves tasks of some size
 constexpr double kTaskWork = 2e5;       // multiply-adds
@@ -636,18 +637,22 @@ class Solver {
 
   // The columns of a tile, dimensions [d, d_end); the first of the dimensions brings the biases along.
   void accumulate_class_rows(int64_t first, int64_t chunk, const Tile& t, int64_t rows, int64_t d, int64_t d_end) {
-    for (int64_t row_tile = 0; row_tile < row_tiles(rows); ++row_tile) {
-      const T* dlogits = logits(row_tile, t.begin);
-      const int64_t classes = t.end - t.begin;
-      if (wants_rows_ && d < d_end) multiply_grad_rows(first, chunk, t, row_tile, rows, d, d_end);
-      if (grad_bias_ && d == 0) {
-        for (int64_t j = 0; j < classes; ++j) {
-          kernels_.add_row_sums(dlogits + j * row_tile_, 1, padded_rows_of(row_tile, rows), row_tile_,
-                                grad_bias_ + classes_.slot(chunk + t.begin + j));
-        }
+    // A few classes meet all rows before the next ones come: their sums stay in the cache.
+    for (int64_t begin = t.begin; begin < t.end; begin += kFewClasses) {
+      const Tile few{begin, std::min(begin + kFewClasses, t.end)};
+      for (int64_t row_tile = 0; row_tile < row_tiles(rows); ++row_tile) {
+        if (wants_rows_ && d < d_end) multiply_grad_rows(first, chunk, few, row_tile, rows, d, d_end);
+        if (grad_bias_ && d == 0) add_grad_bias(chunk, few, row_tile, rows);
       }
     }
     add_targets(first, chunk, t, rows, d, d_end);
+  }
+
+  void add_grad_bias(int64_t chunk, const Tile& t, int64_t row_tile, int64_t rows) {
+    for (int64_t j = t.begin; j < t.end; ++j) {
+      kernels_.add_row_sums(logits(row_tile, j), 1, padded_rows_of(row_tile, rows), row_tile_,
+                            grad_bias_ + classes_.slot(chunk + j));
+    }
   }
 
   // The sums over the rows of a row tile of dlogits times the unit row, added to what earlier rows gave.

@@ -188,8 +188,8 @@ constexpr int64_t kSumBlock = 128;
 // ROWS x VECTORS registers of sums over k in [begin, end), in the order of k, stored to c or added to it. `last` is how
 // many elements of the last vector c has.
 template <class Element, class Sum, int ROWS, int VECTORS>
-inline void multiply_block(const Product<Element, Sum>& p, int64_t i0, int64_t j0, int64_t last, int64_t begin,
-                           int64_t end, bool accumulate) {
+void multiply_tile(const Product<Element, Sum>& p, int64_t i0, int64_t j0, int64_t last, int64_t begin, int64_t end,
+                   bool accumulate) {
   constexpr int kStep = kLanes<Sum>;
   const Element* a = p.a + i0 * p.a_row;
   const Element* b = p.b + j0;
@@ -225,35 +225,35 @@ inline void multiply_block(const Product<Element, Sum>& p, int64_t i0, int64_t j
   }
 }
 
-template <class Element, class Sum, int ROWS, int VECTORS>
-void multiply_tile(const Product<Element, Sum>& p, int64_t i0, int64_t j0, int64_t last) {
-  const int64_t blocks = p.k > kSumBlock ? (p.k + kSumBlock - 1) / kSumBlock : 1;
-  for (int64_t block = 0; block < blocks; ++block) {
-    multiply_block<Element, Sum, ROWS, VECTORS>(p, i0, j0, last, p.k * block / blocks, p.k * (block + 1) / blocks,
-                                                p.accumulate || block > 0);
-  }
-}
-
 template <class Element, class Sum, int VECTORS, int ROWS = kTileRows>
-void multiply_rows(int rows, const Product<Element, Sum>& p, int64_t i0, int64_t j0, int64_t last) {
+void multiply_rows(int rows, const Product<Element, Sum>& p, int64_t i0, int64_t j0, int64_t last, int64_t begin,
+                   int64_t end, bool accumulate) {
   if constexpr (ROWS > 0) {
-    if (rows == ROWS) return multiply_tile<Element, Sum, ROWS, VECTORS>(p, i0, j0, last);
-    multiply_rows<Element, Sum, VECTORS, ROWS - 1>(rows, p, i0, j0, last);
+    if (rows == ROWS) return multiply_tile<Element, Sum, ROWS, VECTORS>(p, i0, j0, last, begin, end, accumulate);
+    multiply_rows<Element, Sum, VECTORS, ROWS - 1>(rows, p, i0, j0, last, begin, end, accumulate);
   }
 }
 
+// A block of k meets all rows of a before the next one comes: what it needs of b stays in the first cache.
 template <class Element, class Sum>
 void multiply(const Product<Element, Sum>& p) {
   constexpr int64_t kStep = kLanes<Sum>, kColumns = kStep * kTileVectors;
   const int64_t tiles = (p.m + kTileRows - 1) / kTileRows;
+  const int64_t blocks = p.k > kSumBlock ? (p.k + kSumBlock - 1) / kSumBlock : 1;
   for (int64_t j = 0; j < p.n; j += kColumns) {
     const int64_t left = p.n - j, last = (left - 1) % kStep + 1;
-    for (int64_t tile = 0; tile < tiles; ++tile) {  // of nearly equal heights, so that none is too low to be quick
-      const int64_t i = p.m * tile / tiles, rows = p.m * (tile + 1) / tiles - i;
-      if (left > kStep) {
-        multiply_rows<Element, Sum, kTileVectors>(int(rows), p, i, j, left >= kColumns ? kStep : last);
-      } else {
-        multiply_rows<Element, Sum, 1>(int(rows), p, i, j, last);
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t begin = p.k * block / blocks, end = p.k * (block + 1) / blocks;
+      const bool accumulate = p.accumulate || block > 0;
+      for (int64_t tile = 0; tile < tiles; ++tile) {  // of nearly equal heights, so that none is too low to be quick
+        const int64_t i = p.m * tile / tiles;
+        const int rows = int(p.m * (tile + 1) / tiles - i);
+        if (left > kStep) {
+          multiply_rows<Element, Sum, kTileVectors>(rows, p, i, j, left >= kColumns ? kStep : last, begin, end,
+                                                    accumulate);
+        } else {
+          multiply_rows<Element, Sum, 1>(rows, p, i, j, last, begin, end, accumulate);
+        }
       }
     }
   }

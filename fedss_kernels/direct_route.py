@@ -58,9 +58,10 @@ def direct_loss(
     ):
         options = (scale, similarity, ignore_index, reduction)
         return _apply(input, weight, bias, learned, (constants, options, sparse_grad))
-    return run_kernel(input, weight, *constants, bias, scale, similarity, ignore_index, reduction, _NOTHING)[
-        0
-    ]
+    loss, _, _ = run_kernel(
+        input, weight, *constants, bias, scale, similarity, ignore_index, reduction, _NOTHING
+    )
+    return loss
 
 
 _NOTHING = [False] * 4

@@ -54,8 +54,7 @@ struct KernelsFor {
   void (*exponentiate)(const LogitTile<T>&);
   // values(j, r) *= factor_r, but 0 stays 0 where the factor is infinite.
   void (*scale_columns)(T* values, int64_t classes, int64_t rows, int64_t stride, const T* factor);
-  // sums_j += the sum of values(j, r) over r
-  void (*add_row_sums)(const T* values, int64_t classes, int64_t rows, int64_t stride, double* sums);
+  double (*sum)(const T* values, int64_t n);  // n: whole vectors of float64
   // a . b, in float64
   double (*dot)(const T* a, const T* b, int64_t n);
   // out = factor * row
@@ -96,8 +95,9 @@ struct Kernels {
   void (*widen_bfloat16)(const uint16_t* row, int64_t n, float* out);
   void (*exponentials)(const double* x, int64_t n, double* out);  // out_i = exp(x_i) for x_i <= 0
   const BfloatKernels* of_bfloat16;                               // null where there is no instruction for them
-  void (*multiply_in_registers)(int64_t steps);                   // to measure how fast that can be
-  double operations_a_step;                                       // of it, in float32
+  double precise_work;                           // multiply-adds of a product up to which float64 is worth its time
+  void (*multiply_in_registers)(int64_t steps);  // to measure how fast that can be
+  double operations_a_step;                      // of it, in float32
 };
 
 template <class T>

@@ -34,10 +34,9 @@ constexpr int64_t kFewLogits = 1 << 20, kMostLogits = 1 << 21, kMostPacked = 1 <
 constexpr int64_t kRowStep = 8, kRowTile = 64, kClassTile = 512, kSmallestClassTile = 32;
 constexpr int64_t kFewClasses = 56;
 constexpr int64_t kFewestRows = 64, kMostRows = 1024, kChunkedRows = 256;  // of a wave; the last: in several chunks
-constexpr int64_t kTasks = 16;          // what a step is cut into, where that leaves tasks of some size
-constexpr double kTaskWork = 2e5;       // multiply-adds
-constexpr double kSerialWork = 4e5;     // multiply-adds of a product below which threads cost more than they give
-constexpr double kPreciseWork = 65536;  // ... and below which float64 costs nothing that anyone would notice
+constexpr int64_t kTasks = 16;       // what a step is cut into, where that leaves tasks of some size
+constexpr double kTaskWork = 2e5;    // multiply-adds
+constexpr double kSerialWork = 4e5;  // multiply-adds of a product below which threads cost more than they give
 
 // In float32, logits and rows must stay in a range where it loses nothing; see LogitTile.
 constexpr double kLargestScale = 300, kLargestLogit = 2800, kLongestRow = 0x1p60, kShortestRow = 0x1p-30;
@@ -650,8 +649,7 @@ class Solver {
 
   void add_grad_bias(int64_t chunk, const Tile& t, int64_t row_tile, int64_t rows) {
     for (int64_t j = t.begin; j < t.end; ++j) {
-      kernels_.add_row_sums(logits(row_tile, j), 1, padded_rows_of(row_tile, rows), row_tile_,
-                            grad_bias_ + classes_.slot(chunk + j));
+      grad_bias_[classes_.slot(chunk + j)] += kernels_.sum(logits(row_tile, j), padded_rows_of(row_tile, rows));
     }
   }
 
@@ -749,7 +747,7 @@ int64_t sampled_softmax(const SampledSoftmax& problem, const SampledSoftmaxResul
   const ClassRows classes(problem);
   const bool of_doubles = problem.input.dtype == DType::float64;
   const double work = double(classes.batch_rows.size()) * double(classes.columns()) * double(problem.input.cols);
-  if (!of_doubles && problem.weight.dtype != DType::float64 && work > kPreciseWork) {
+  if (!of_doubles && problem.weight.dtype != DType::float64 && work > current_kernels().precise_work) {
     try {
       Solver<float, float>(problem, result, classes, threads).solve();
       return classes.slots();

@@ -6,6 +6,10 @@ import textwrap
 import pytest
 import torch
 
+# Before anything imports triton: where there is no GPU its kernels run on CPU tensors, interpreted.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # Tests of bits over several threads ask for them; the others are too small to gain from any.
 torch.set_num_threads(1)
 

@@ -1,11 +1,13 @@
-"""What operators that change rows of a matrix in place have in common: registration, checks of memory."""
+"""What operators that change rows of a matrix in place have in common: registration, checks, order of ids."""
 
+import importlib
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from .checks import check_device, refuse_forward_mode
+from .checks import check_choice, check_device, refuse_forward_mode
 
 _library = torch.library.Library("fedss_kernels", "FRAGMENT")
 
@@ -13,7 +15,7 @@ _library = torch.library.Library("fedss_kernels", "FRAGMENT")
 def register(schema: str, changed: int, kernel: Callable[..., None]) -> None:
     """Registers an operator that changes its first `changed` arguments and returns nothing.
 
-    `kernel` runs it on the CPU. Each call raises the version of what it changes, as in-place operations
+    `kernel` runs it on any device. Each call raises the version of what it changes, as in-place operations
     do, so that autograd sees that a saved tensor changed.
     """
     name = schema.partition("(")[0]
@@ -32,15 +34,16 @@ def register(schema: str, changed: int, kernel: Callable[..., None]) -> None:
             getattr(torch.ops.fedss_kernels, name).default.redispatch(below, *arguments)
 
     _library.impl(name, run, "CPU")
+    _library.impl(name, run, "CUDA")
     _library.impl(name, count_the_change, "ADInplaceOrView", with_keyset=True)
     torch.library.register_fake(f"fedss_kernels::{name}", lambda *arguments: None, lib=_library)
 
 
 def check_arguments(changed: dict[str, Tensor], read: dict[str, Tensor]) -> None:
-    """Raises ValueError unless all lie on the CPU, none requires grad and none that changes is negated."""
+    """Raises ValueError unless all lie on one device, none requires grad and none that changes is negated."""
     first, matrix = next(iter(changed.items()))
-    if matrix.device.type != "cpu":
-        raise ValueError(f"{first}: expected a CPU tensor, got one on {matrix.device}")
+    if matrix.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{first}: expected a CPU or CUDA tensor, got one on {matrix.device}")
     for name, tensor in {**changed, **read}.items():
         check_device(name, tensor, matrix.device, first)
         if tensor.requires_grad:
@@ -50,6 +53,54 @@ def check_arguments(changed: dict[str, Tensor], read: dict[str, Tensor]) -> None
     for name, tensor in changed.items():
         if tensor.is_neg():
             raise ValueError(f"{name}: expected a plain tensor, got a view that negates its memory")
+
+
+def choose_impl(impl: str, device: torch.device) -> str:
+    """`impl`, where "auto" is "cpp" on the CPU and else "triton"; raises ValueError for "cpp" elsewhere."""
+    check_choice("impl", impl, ("auto", "cpp", "triton"))
+    if impl == "cpp" and device.type != "cpu":
+        raise ValueError(f'impl: expected "auto" or "triton" for tensors on {device}, got "cpp"')
+    if impl == "auto":
+        return "cpp" if device.type == "cpu" else "triton"
+    return impl
+
+
+def triton_kernels(stem: str, device: torch.device) -> ModuleType:
+    """The GPU kernels of an operator; imported when needed, as triton takes long and is not everywhere.
+
+    Raises ValueError for a CPU device, unless they run interpreted.
+    """
+    module = importlib.import_module(f".triton_kernels.{stem}", __package__)
+    if device.type == "cpu" and not module.INTERPRETED:
+        raise ValueError(
+            'impl: expected "auto" or "cpp" for CPU tensors, or TRITON_INTERPRET=1 in the environment when '
+            'triton is first imported, got "triton"'
+        )
+    return module
+
+
+def sorted_ids(class_ids: Tensor, C: int, *, check: bool, once: bool = False) -> tuple[Tensor, Tensor]:
+    """(the ids in ascending order, the position of each in `class_ids`); equal ids stay in their order.
+
+    An id outside [0, C) becomes -1 or C, so that 4 bytes hold any: a radix sort's time goes with the bytes.
+
+    With `check` it raises IndexError for an id out of range and, with `once`, ValueError for one that comes
+    twice. That waits for the device once, so it cannot be done, and is not, while a CUDA graph is captured.
+    """
+    narrow = torch.int32 if C < 2**31 else torch.int64
+    ids, order = class_ids.clamp(-1, C).to(narrow).sort(stable=True)
+    if check and not (class_ids.is_cuda and torch.cuda.is_current_stream_capturing()):
+        outside, again = (ids < 0) | (ids >= C), ids[1:] == ids[:-1]
+        some_outside, some_again = torch.stack((outside.any(), again.any())).tolist()
+        if some_outside:
+            i = int(order[outside].min())
+            raise IndexError(f"class_ids[{i}] = {class_ids[i]}, expected a class in [0, {C})")
+        if once and some_again:
+            i, before = min(zip(order[1:][again].tolist(), order[:-1][again].tolist(), strict=True))
+            raise ValueError(
+                f"class_ids[{i}] = {class_ids[i]} is also class_ids[{before}], expected each class once"
+            )
+    return ids, order
 
 
 def check_memory(changed: dict[str, Tensor], read: dict[str, Tensor]) -> None:

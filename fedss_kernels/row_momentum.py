@@ -17,6 +17,7 @@ def row_momentum_step_(
     momentum: float,
     weight_decay: float = 0.0,
     nesterov: bool = False,
+    impl: str = "auto",  # "cpp" | "triton"; auto: by the tensors' device
 ) -> Tensor:
     """For each i, with c = class_ids[i], in place; returns `weight`:
 
@@ -26,11 +27,14 @@ def row_momentum_step_(
 
     The other rows of `weight` and `velocity` are neither read nor written, so a step costs O(M * D) whatever
     C is. Each operation is rounded by itself in weight's dtype: the bits are the same for any number of
-    threads and any instruction set. Strided tensors are used as they are.
+    threads, any instruction set and any GPU. Strided tensors are used as they are. On CUDA the ids are sorted
+    first, and one wait for the device checks them; while a CUDA graph is captured nothing can be checked: ids
+    out of range are passed over, and the rows of a class that comes twice are summed.
 
-    Raises TypeError or ValueError for a wrong dtype, shape, device or number, for arguments that share memory
-    with `weight` or `velocity`, for a tensor that requires grad, and for a class that comes twice; IndexError
-    for an id out of range. The last two name position and value. A call that raises changes nothing.
+    Raises TypeError or ValueError for a wrong dtype, shape, device, number or `impl`, for arguments that
+    share memory with `weight` or `velocity`, for a tensor that requires grad, and for a class that comes
+    twice; IndexError for an id out of range. The last two name position and value. A call that raises changes
+    nothing.
 
     >>> weight, velocity = torch.zeros(3, 2), torch.zeros(3, 2)
     >>> for _ in range(2):
@@ -41,14 +45,34 @@ def row_momentum_step_(
     (tensor([1.5000, 1.5000]), tensor([[ 0.0000,  0.0000],
             [-2.5000, -2.5000]]))
     """
+    numbers = lr, momentum, weight_decay, nesterov
+    return step_(weight, velocity, class_ids, rows, *numbers, impl=impl, check_ids=True)
+
+
+def step_(
+    weight: Tensor,
+    velocity: Tensor | None,
+    class_ids: Tensor,
+    rows: Tensor,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool,
+    *,
+    impl: str,
+    check_ids: bool,
+) -> Tensor:
+    """`row_momentum_step_`; without `check_ids` a GPU does what it does while a CUDA graph is captured."""
     _check(weight, velocity, class_ids, rows)
     for name, value in {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}.items():
         check_number(name, value)
     check_flag("nesterov", nesterov)
     if velocity is None and momentum != 0:
         raise ValueError(f"velocity: expected a tensor, as momentum is {momentum}, got None")
+    impl = inplace.choose_impl(impl, weight.device)
     torch.ops.fedss_kernels.row_momentum_step_(
-        *(weight, velocity, class_ids, rows.resolve_neg(), lr, momentum, weight_decay, nesterov)
+        *(weight, velocity, class_ids, rows.resolve_neg()),
+        *(lr, momentum, weight_decay, nesterov, check_ids, impl),
     )
     return weight
 
@@ -72,7 +96,7 @@ def _changed(weight: Tensor, velocity: Tensor | None) -> dict[str, Tensor]:
     return {"weight": weight} | ({} if velocity is None else {"velocity": velocity})
 
 
-def _row_momentum_step_cpu(
+def _row_momentum_step(
     weight: Tensor,
     velocity: Tensor | None,
     class_ids: Tensor,
@@ -81,17 +105,23 @@ def _row_momentum_step_cpu(
     momentum: float,
     weight_decay: float,
     nesterov: bool,
+    check_ids: bool,
+    impl: str,
 ) -> None:
     inplace.check_memory(_changed(weight, velocity), {"class_ids": class_ids, "rows": rows})
-    _C.row_momentum_step(
-        *(weight, velocity, class_ids, rows, lr, momentum, weight_decay, nesterov),
-        threads=torch.get_num_threads(),
-    )
+    numbers = lr, momentum, weight_decay, nesterov
+    if impl == "triton":
+        kernels = inplace.triton_kernels("row_momentum", weight.device)
+        ids, order = inplace.sorted_ids(class_ids, len(weight), check=check_ids, once=True)
+        kernels.row_momentum_step(weight, velocity, ids, order, rows, *numbers)
+    else:
+        threads = torch.get_num_threads()
+        _C.row_momentum_step(weight, velocity, class_ids, rows, *numbers, threads=threads)
 
 
 inplace.register(
     "row_momentum_step_(Tensor(a!) weight, Tensor(b!)? velocity, Tensor class_ids, Tensor rows, "
-    "float lr, float momentum, float weight_decay, bool nesterov) -> ()",
+    "float lr, float momentum, float weight_decay, bool nesterov, bool check_ids, str impl) -> ()",
     changed=2,
-    kernel=_row_momentum_step_cpu,
+    kernel=_row_momentum_step,
 )

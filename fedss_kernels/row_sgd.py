@@ -1,6 +1,7 @@
 """SGD for models whose class matrix has sparse gradients (`sparse_grad=True`): steps cost O(touched rows)."""
 
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch.optim.sgd import sgd
 
 from .checks import FLOATING, check_flag, check_number
 from .reference import row_momentum_step_ as _plain_row_momentum_step_
-from .row_momentum import row_momentum_step_
+from .row_momentum import step_
 
 
 class RowSGD(torch.optim.Optimizer):
@@ -31,8 +32,10 @@ class RowSGD(torch.optim.Optimizer):
     (`momentum_buffer`) has the same name and shape.
 
     Parameters may be float16, bfloat16, float32 or float64 on any device. For float32 and float64 on the CPU
-    the rows are updated by one fused kernel, bit-identical for any number of threads; otherwise by plain
-    torch operations on the listed rows, 16-bit ones in float32 with weight and velocity rounded once.
+    and on CUDA the rows are updated by one fused kernel, bit-identical from run to run for any number of
+    threads; on CUDA it sums the entries of a row too, and nothing waits for the device. Otherwise they are
+    updated by plain torch operations on the listed rows, 16-bit ones in float32 with weight and velocity
+    rounded once.
 
     Args:
         params: parameters, or dicts of them with options of their own, as for any torch.optim optimiser.
@@ -112,25 +115,26 @@ class RowSGD(torch.optim.Optimizer):
 
     def _step_rows(self, parameter: Tensor, group: dict[str, Any]) -> None:
         assert parameter.grad is not None
-        class_ids, rows = _unique_rows(parameter.grad)
         velocity = None
         if group["momentum"]:
             state = self.state[parameter]
             if state.get("momentum_buffer") is None:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
             velocity = state["momentum_buffer"]
-        fused = parameter.device.type == "cpu" and parameter.dtype in (torch.float32, torch.float64)
-        step_ = row_momentum_step_ if fused else _plain_row_momentum_step_
-        step_(
-            parameter.detach(),
-            velocity,
-            class_ids,
-            rows,
-            lr=float(group["lr"]),
-            momentum=float(group["momentum"]),
-            weight_decay=float(group["weight_decay"]),
-            nesterov=group["nesterov"],
-        )
+        numbers: dict[str, Any] = {name: float(group[name]) for name in ("lr", "momentum", "weight_decay")}
+        numbers["nesterov"] = group["nesterov"]
+        weight, grad = parameter.detach(), parameter.grad
+        if not _has_kernel(weight):
+            _plain_row_momentum_step_(weight, velocity, *_unique_rows(grad), **numbers)
+            return
+        # On CUDA to coalesce would be to wait; there the kernel sums what is listed twice.
+        listed = (grad._indices()[0], grad._values()) if weight.is_cuda else _unique_rows(grad)
+        step_(weight, velocity, *listed, **numbers, impl="auto", check_ids=False)
+
+
+def _has_kernel(weight: Tensor) -> bool:
+    here = weight.device.type == "cpu" or (weight.is_cuda and find_spec("triton") is not None)
+    return here and weight.dtype in (torch.float32, torch.float64)
 
 
 def _check_options(options: dict[str, Any]) -> None:

@@ -12,16 +12,19 @@ def scatter_add_(
     class_ids: Tensor,  # (M,) int64 in [0, C)
     rows: Tensor,  # (M, D) out's dtype | float16 | bfloat16
     scale: Tensor | None = None,  # (M,) floating; rounded to out's dtype
+    *,
+    impl: str = "auto",  # "cpp" | "triton"; auto: by the tensors' device
 ) -> Tensor:
     """out[class_ids[i]] += scale[i] * rows[i] for i = 0, 1, ..., M - 1, in place; returns `out`.
 
     The order of addition is the order of i, and each step is multiply, round, add, round in out's dtype, so
-    the bits are the same for any number of threads and any instruction set. Strided tensors are used as they
-    are.
+    the bits are the same for any number of threads, any instruction set and any GPU. Strided tensors are used
+    as they are. On CUDA the ids are sorted first, and one wait for the device checks them; while a CUDA graph
+    is captured nothing can be checked, and ids out of range are passed over.
 
-    Raises TypeError or ValueError for a wrong dtype, shape or device, for `rows`, `scale` or `class_ids`
-    sharing memory with `out`, and for a tensor that requires grad; IndexError for an id out of range, naming
-    position and value. A call that raises leaves `out` untouched.
+    Raises TypeError or ValueError for a wrong dtype, shape, device or `impl`, for `rows`, `scale` or
+    `class_ids` sharing memory with `out`, and for a tensor that requires grad; IndexError for an id out of
+    range, naming position and value. A call that raises leaves `out` untouched.
 
     >>> rows = torch.tensor([[1.0], [2.0], [3.0]])
     >>> scatter_add_(torch.zeros(3, 1), torch.tensor([2, 0, 2]), rows).flatten()
@@ -29,7 +32,8 @@ def scatter_add_(
     """
     _check(out, class_ids, rows, scale)
     scale = None if scale is None else scale.resolve_neg()
-    torch.ops.fedss_kernels.scatter_add_(out, class_ids, rows.resolve_neg(), scale)
+    impl = inplace.choose_impl(impl, out.device)
+    torch.ops.fedss_kernels.scatter_add_(out, class_ids, rows.resolve_neg(), scale, impl)
     return out
 
 
@@ -51,14 +55,19 @@ def _check(out: Tensor, class_ids: Tensor, rows: Tensor, scale: Tensor | None) -
     inplace.check_arguments({"out": out}, read)
 
 
-def _scatter_add_cpu(out: Tensor, class_ids: Tensor, rows: Tensor, scale: Tensor | None) -> None:
+def _scatter_add(out: Tensor, class_ids: Tensor, rows: Tensor, scale: Tensor | None, impl: str) -> None:
     read = {"class_ids": class_ids, "rows": rows} | ({} if scale is None else {"scale": scale})
     inplace.check_memory({"out": out}, read)
-    _C.scatter_add(out, class_ids, rows, scale, threads=torch.get_num_threads())
+    if impl == "triton":
+        kernels = inplace.triton_kernels("scatter_add", out.device)
+        ids, order = inplace.sorted_ids(class_ids, len(out), check=True)
+        kernels.scatter_add(out, ids, order, rows, scale)
+    else:
+        _C.scatter_add(out, class_ids, rows, scale, threads=torch.get_num_threads())
 
 
 inplace.register(
-    "scatter_add_(Tensor(a!) out, Tensor class_ids, Tensor rows, Tensor? scale) -> ()",
+    "scatter_add_(Tensor(a!) out, Tensor class_ids, Tensor rows, Tensor? scale, str impl) -> ()",
     changed=1,
-    kernel=_scatter_add_cpu,
+    kernel=_scatter_add,
 )

@@ -2,6 +2,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from functools import partial
 
 import pytest
 import torch
@@ -10,8 +11,19 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+import fedss_kernels  # noqa: E402
+from fedss_kernels.triton_kernels.configurations import Blocks, Configuration, forced  # noqa: E402
+
 # Tests of bits over several threads ask for them; the others are too small to gain from any.
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked `gpu` need a device."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
 @pytest.fixture
@@ -20,6 +32,49 @@ def set_threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+def _blocks_of_16(small: bool, B: int, S: int, D: int) -> Configuration:
+    """Every block edge is crossed by sizes past 16, and several chunks are needed by S past 32."""
+    block = Blocks(rows=16, classes=16, columns=16, warps=4, stages=2)
+    all_rows = Blocks(rows=max(16, 1 << (B - 1).bit_length()), classes=16, columns=16, warps=4, stages=2)
+    splits = max(1, min(3, -(-S // 16)))
+    return Configuration(
+        small=small,
+        forward=block,
+        tiles=all_rows if small else block,
+        products=block,
+        result_columns=32,
+        chunk=32,
+        splits=splits,
+    )
+
+
+def _on_the_gpu(*arguments, **options):
+    """The loss of tensors moved to the GPU, moved back."""
+
+    def move(value):
+        return value.cuda() if isinstance(value, torch.Tensor) else value
+
+    moved = {name: move(value) for name, value in options.items()}
+    return fedss_kernels.sampled_softmax_loss(*map(move, arguments), **moved).cpu()
+
+
+IMPLEMENTATIONS = ["cpp", "triton in two launches", "triton in chunks"]
+if torch.cuda.is_available():
+    IMPLEMENTATIONS = ["cpp", pytest.param("gpu", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def sampled_softmax_loss(request):
+    """The function under test, by each implementation. Without a GPU its kernels run interpreted."""
+    if request.param == "cpp":
+        yield fedss_kernels.sampled_softmax_loss
+    elif request.param == "gpu":
+        yield _on_the_gpu
+    else:
+        with forced(partial(_blocks_of_16, request.param == "triton in two launches")):
+            yield partial(fedss_kernels.sampled_softmax_loss, impl="triton")
 
 
 @pytest.fixture

@@ -260,3 +260,22 @@ def test_sparse_gradient_of_something_else_is_refused_before_anything_changes():
         with pytest.raises(ValueError, match=r"params\[0\]: expected a sparse gradient to list whole rows"):
             optimizer.step()
         assert (first == 1).all() and (other == 1).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+@pytest.mark.parametrize("options", EXACT, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_gpu_has_the_bits_of_the_cpu_and_is_not_waited_for(dtype, options):
+    C, D = 6, 35
+    weight, other = (nn.Parameter(small_integers(C, D, dtype=dtype).to(d)) for d in ("cpu", "cuda"))
+    on_cpu, on_gpu = RowSGD([weight], **options), RowSGD([other], **options)
+    for step, ids in enumerate([[2, 0, 2], [5, 5, 5], [], [1, 0, 3]]):  # the first step compiles
+        weight.grad = sparse(ids, small_integers(len(ids), D, seed=step, dtype=dtype), C)
+        other.grad = weight.grad.cuda()
+        on_cpu.step()
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        on_gpu.step()
+        torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(other.cpu(), weight)

@@ -66,22 +66,37 @@ class Problem(NamedTuple):
     rows: Tensor  # (S, D)
     class_ids: Tensor  # (S,) ascending
     target: Tensor  # (B,) a row of `rows`
-    counts: Tensor  # (S,) log expected counts
+    target_class: Tensor  # (B,) the same row, of `weight`
+    counts: Tensor | None  # (S,) log expected counts; None: no correction
     probs: Tensor  # (B, S) stands for the softmax in the bare matrix products
+    scale: float = SCALE
+    similarity: str = "cosine"
+    impl: str = "auto"
 
 
-def problem(shape: Shape, dtype: torch.dtype) -> Problem:
+def problem(shape: Shape, dtype: torch.dtype, device: str = "cpu", impl: str = "auto") -> Problem:
     B, S, D, C = shape
-    g = torch.Generator().manual_seed(0)
-    input, rows = (torch.randn(n, D, generator=g).to(dtype).requires_grad_() for n in (B, S))
-    class_ids = torch.randperm(C, generator=g)[:S].sort().values
-    weight = torch.ones(C, D, dtype=dtype)  # drawing a million rows would take longer than timing them
-    weight = weight.index_copy_(0, class_ids, rows.detach()).requires_grad_()
-    target = torch.randint(S, (B,), generator=g)
+    g = torch.Generator(device).manual_seed(0)
+    input, rows = (torch.randn(n, D, generator=g, device=device).to(dtype).requires_grad_() for n in (B, S))
+    class_ids = torch.randperm(C, generator=g, device=device)[:S].sort().values
+    weight = rows
+    if S < C:  # ones: drawing a million rows would take longer than timing them
+        weight = torch.ones(C, D, dtype=dtype, device=device)
+        weight = weight.index_copy_(0, class_ids, rows.detach()).requires_grad_()
+    target = torch.randint(S, (B,), generator=g, device=device)
     positives = len(target.unique())
-    counts = torch.full((S,), math.log(max(S - positives, 1) / max(C - positives, 1)))
+    log_count = math.log(max(S - positives, 1) / max(C - positives, 1))
+    counts = torch.full((S,), log_count, device=device)
     counts[target] = 0.0
-    return Problem(input, weight, rows, class_ids, target, counts, torch.rand(B, S, generator=g).to(dtype))
+    probs = torch.rand(B, S, generator=g, device=device).to(dtype)
+    return Problem(input, weight, rows, class_ids, target, class_ids[target], counts, probs, impl=impl)
+
+
+def linear_problem(shape: Shape, dtype: torch.dtype, device: str = "cpu", impl: str = "auto") -> Problem:
+    """A linear layer's cross-entropy, as of a language model: dot products, no correction."""
+    p = problem(shape, dtype, device, impl)
+    input = (p.input.detach() * shape.D**-0.5).requires_grad_()  # logits of about 1
+    return p._replace(input=input, counts=None, scale=1.0, similarity="dot")
 
 
 Results = tuple[Tensor, ...]  # (loss, gradient to the input, gradient to the matrix)
@@ -90,17 +105,29 @@ Results = tuple[Tensor, ...]  # (loss, gradient to the input, gradient to the ma
 
 
 def ours(p: Problem) -> Tensor:
-    return sampled_softmax_loss(p.input, p.rows, p.target, None, p.counts, scale=SCALE)
-
-
-def ours_gather(p: Problem) -> Tensor:
-    target = p.class_ids[p.target]
     return sampled_softmax_loss(
-        p.input, p.weight, target, p.class_ids, p.counts, scale=SCALE, sparse_grad=True
+        *(p.input, p.rows, p.target, None, p.counts),
+        scale=p.scale,
+        similarity=p.similarity,
+        impl=p.impl,
     )
 
 
-def eager_loss(input: Tensor, rows: Tensor, target: Tensor, counts: Tensor) -> Tensor:
+def ours_gather(p: Problem) -> Tensor:
+    return sampled_softmax_loss(
+        *(p.input, p.weight, p.target_class, p.class_ids, p.counts),
+        scale=p.scale,
+        similarity=p.similarity,
+        sparse_grad=True,
+        impl=p.impl,
+    )
+
+
+def eager_loss(input: Tensor, rows: Tensor, target: Tensor, counts: Tensor | None) -> Tensor:
+    """Of scaled cosines with a correction, or of dot products without."""
+    if counts is None:
+        logits = input @ rows.T
+        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), target)
     logits = SCALE * F.normalize(input, dim=1) @ F.normalize(rows, dim=1).T
     return F.cross_entropy(logits - counts, target)  # float32 from here: counts are
 
@@ -130,6 +157,8 @@ def compile(p: Problem) -> Tensor:
 
 def lce(p: Problem, options: "torch.nn.LinearCrossEntropyOptions | None" = None) -> Tensor:
     """The correction goes in as the bias, which takes the input's dtype."""
+    if p.counts is None:
+        return F.linear_cross_entropy(p.input, p.rows, p.target, options=options).float()
     input, rows = SCALE * F.normalize(p.input, dim=1), F.normalize(p.rows, dim=1)
     bias = -p.counts.to(p.input.dtype)
     return F.linear_cross_entropy(input, rows, p.target, linear_bias=bias, options=options).float()
@@ -141,7 +170,7 @@ def lce_chunked(p: Problem) -> Tensor:
 
 def dense(p: Problem) -> Tensor:
     logits = SCALE * F.normalize(p.input, dim=1) @ F.normalize(p.weight, dim=1).T
-    return F.cross_entropy(logits.float(), p.class_ids[p.target])
+    return F.cross_entropy(logits.float(), p.target_class)
 
 
 @dataclass(frozen=True)
@@ -155,7 +184,7 @@ class Contender:
     why_not: Callable[[Shape], str] = lambda shape: ""  # why it cannot run, or nothing
 
 
-def _contender(loss: Callable[[Problem], Tensor], over: str, **options) -> Contender:
+def contender(loss: Callable[[Problem], Tensor], over: str, **options) -> Contender:
     def step(p: Problem) -> Results:
         return gradients(loss, p, over)
 
@@ -169,13 +198,17 @@ def gradients(loss: Callable[[Problem], Tensor], p: Problem, over: str) -> Resul
 
 
 @torch.no_grad()
-def _products(p: Problem) -> tuple[Tensor, ...]:
-    return p.input @ p.rows.T, p.probs @ p.rows, p.probs.T @ p.input
+def first_product(p: Problem) -> Tensor:
+    return p.input @ p.rows.T
 
 
 @torch.no_grad()
-def _first_product(p: Problem) -> Tensor:
-    return p.input @ p.rows.T
+def last_products(p: Problem) -> tuple[Tensor, ...]:
+    return p.probs @ p.rows, p.probs.T @ p.input
+
+
+def _products(p: Problem) -> tuple[Tensor, ...]:
+    return first_product(p), *last_products(p)
 
 
 def _no_compiler(shape: Shape) -> str:
@@ -193,16 +226,16 @@ def _too_large(shape: Shape) -> str:
 
 
 CONTENDERS = {
-    "ours": _contender(ours, "rows"),
-    "eager": _contender(eager, "rows"),
-    "compile": _contender(compile, "rows", why_not=_no_compiler),
-    "lce": _contender(lce, "rows", why_not=_no_lce),
-    "lce_chunked": _contender(lce_chunked, "rows", why_not=_no_lce),
-    "mm": Contender(_first_product, _products, None, "rows"),
-    "ours_gather": _contender(ours_gather, "weight"),
-    "eager_gather": _contender(eager_gather, "weight"),
-    "eager_gather_sparse": _contender(eager_gather_sparse, "weight"),
-    "dense": _contender(dense, "weight", why_not=_too_large),
+    "ours": contender(ours, "rows"),
+    "eager": contender(eager, "rows"),
+    "compile": contender(compile, "rows", why_not=_no_compiler),
+    "lce": contender(lce, "rows", why_not=_no_lce),
+    "lce_chunked": contender(lce_chunked, "rows", why_not=_no_lce),
+    "mm": Contender(first_product, _products, None, "rows"),
+    "ours_gather": contender(ours_gather, "weight"),
+    "eager_gather": contender(eager_gather, "weight"),
+    "eager_gather_sparse": contender(eager_gather_sparse, "weight"),
+    "dense": contender(dense, "weight", why_not=_too_large),
 }
 OURS = ("ours", "ours_gather")
 DIRECTIONS = {"forward": 2, "forward_backward": 6}  # operations for each of B·S·D
@@ -223,7 +256,7 @@ def check(shape: Shape, p: Problem, contenders: Sequence[str]) -> None:
     truth = gradients(eager, exact, "rows")
     plain = gradients(eager, p, "rows")
     for name in contenders:
-        loss, where = CONTENDERS[name].loss, f"{name} at {tuple(shape)}, {_name(p.input.dtype)}"
+        loss, where = CONTENDERS[name].loss, f"{name} at {tuple(shape)}, {dtype_name(p.input.dtype)}"
         if loss is None or name == "dense":  # dense: another loss, the one that is being approximated
             continue
         if name in OURS:
@@ -236,11 +269,7 @@ def check(shape: Shape, p: Problem, contenders: Sequence[str]) -> None:
 
 def _check_gradients(where: str, p: Problem, ours: Results, truth: Results, plain: Results) -> None:
     loss, to_input, to_matrix = ours
-    if to_matrix.is_sparse:
-        to_matrix = to_matrix.coalesce()
-        if not torch.equal(to_matrix.indices()[0], p.class_ids):
-            raise Mismatch(f"{where}: the gradient is not on the rows of class_ids")
-        to_matrix = to_matrix.values()
+    to_matrix = on_rows(where, p, to_matrix)
     names = ("loss", "gradient to input", "gradient to weight")
     for name, got, right, usual in zip(names, (loss, to_input, to_matrix), truth, plain, strict=True):
         error, usual_error = ((value.double() - right).abs().max().item() for value in (got, usual))
@@ -249,7 +278,17 @@ def _check_gradients(where: str, p: Problem, ours: Results, truth: Results, plai
             raise Mismatch(f"{where}: the {name} is off by {error:.3g}, more than the {allowed:.3g} allowed")
 
 
-def _name(dtype: torch.dtype) -> str:
+def on_rows(where: str, p: Problem, gradient: Tensor) -> Tensor:
+    """The rows of class_ids, (S, D), of a gradient to them or to all of `weight`, sparse or dense."""
+    if not gradient.is_sparse:
+        return gradient if len(gradient) == len(p.rows) else gradient[p.class_ids]
+    gradient = gradient.coalesce()
+    if not torch.equal(gradient.indices()[0], p.class_ids):
+        raise Mismatch(f"{where}: the gradient is not on the rows of class_ids")
+    return gradient.values()
+
+
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -267,7 +306,7 @@ def measure(plan: Plan) -> Iterator[Row]:
     for number, shape in enumerate(shapes, 1):
         torch.compiler.reset()  # compiled code is one shape's; there is a limit to how many are kept
         for dtype in (torch.float32,) if shape in SIDE_SHAPES else DTYPES:
-            plan.progress(f"loss {number}/{len(shapes)}: {numbers(shape)}, {_name(dtype)}")
+            plan.progress(f"loss {number}/{len(shapes)}: {numbers(shape)}, {dtype_name(dtype)}")
             yield from _measure(shape, dtype, contenders, plan.seconds)
 
 
@@ -282,7 +321,7 @@ def _measure(shape: Shape, dtype: torch.dtype, contenders: Sequence[str], second
         memory = direction == "forward_backward" and dtype == torch.float32 and shape not in SIDE_SHAPES
         for name in contenders:
             peak = peak_bytes(_prepare, name, shape) if memory and name in running else None
-            yield Row(shape, direction, _name(dtype), name, timings.get(name), peak, excuses[name])
+            yield Row(shape, direction, dtype_name(dtype), name, timings.get(name), peak, excuses[name])
 
 
 def _call(name: str, direction: str, p: Problem) -> object:

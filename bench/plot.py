@@ -1,13 +1,14 @@
 """The plot of a report: times relative to ours, a line for each shape and a mark for each contender."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from .results import Figures, Row, numbers, quotient
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's
-MARKERS = ("o", "s", "^", "D", "v", "P")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,13 @@ def save_plot(path: Path, title: str, axes_names: Sequence[str], panels: Sequenc
     from matplotlib.figure import Figure
 
     lines = max(len(panel.shapes) for panel in panels)
-    figure = Figure(figsize=(1.5 + 5 * len(panels), 2.6 + 0.3 * lines), layout="constrained")
+    rows = 1 if len(panels) <= 4 else 2
+    columns = math.ceil(len(panels) / rows)
+    size = (1.5 + 5 * columns, 1 + rows * (1.6 + 0.3 * lines))
+    figure = Figure(figsize=size, layout="constrained")
     figure.suptitle(title, fontsize=11)
-    for part, panel in zip(figure.subfigures(1, len(panels), squeeze=False)[0], panels, strict=True):
+    parts = figure.subfigures(rows, columns, squeeze=False).flat
+    for part, panel in zip(parts, panels, strict=False):  # the last place may stay empty
         axes = part.add_subplot()
         for i, (contender, label) in enumerate(panel.contenders.items()):
             if points := panel.points(contender):

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from .machine import Machine
 from .plot import Panel, save_plot
 from .results import Row, Table, print_table, write_csv, write_markdown
 
@@ -30,7 +30,7 @@ class Report:
     axes: Sequence[str]  # of a shape
     contenders: Sequence[str]
     measure: Callable[[Plan], Iterator[Row]]  # raises Mismatch before it times what is wrong
-    table: Callable[[Sequence[Row], Machine], Table]
+    table: Callable[[Sequence[Row], Any], Table]  # of what was measured, and on what machine
     panels: Callable[[Sequence[Row]], list[Panel]]
     wanting: Callable[[Sequence[int]], str] = lambda shape: (
         ""
@@ -48,7 +48,7 @@ class Report:
             known, got = ", ".join(self.contenders), repr(unknown[0]) if unknown else "none"
             raise ValueError(f"--contenders: expected some of {known}, got {got}")
 
-    def produce(self, plan: Plan, machine: Machine, out: Path) -> None:
+    def produce(self, plan: Plan, machine: Any, out: Path) -> None:
         """Measures, prints the table, writes NAME.csv, NAME.md and NAME.png to `out`, replacing earlier."""
         rows = list(self.measure(plan))
         table = self.table(rows, machine)

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .machine import Machine
 from .measure import Timing
 
 BLANK = "–"  # not measured
@@ -71,7 +70,7 @@ class Figures:
         if not unsteady:
             return self._excuses()
         busy = f"{unsteady} of {len(timings)} timings were unsteady, their median above 1.5 times the least: "
-        return [*self._excuses(), busy + "something else was using the cores."]
+        return [*self._excuses(), busy + "something else was using the machine."]
 
     def _excuses(self) -> list[str]:
         shapes: dict[tuple[str, str], dict[str, None]] = {}
@@ -137,7 +136,7 @@ class Table:
     notes: Sequence[str]
 
 
-def print_table(table: Table, machine: Machine) -> None:
+def print_table(table: Table, machine: object) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table as Grid
@@ -159,7 +158,7 @@ def print_table(table: Table, machine: Machine) -> None:
         console.print(note, style="dim", highlight=False)
 
 
-def write_markdown(path: Path, table: Table, machine: Machine) -> None:
+def write_markdown(path: Path, table: Table, machine: object) -> None:
     """A table for each group, ready for a README."""
     rule = ["---", *["---:"] * (len(table.header) - 1)]
     parts = [f"**{table.title}** ({machine})"]

@@ -1,9 +1,9 @@
 """The short way from Python to the loss kernel, for plain eager mode.
 
 One autograd.Function around the kernel that the registered operator runs, without the operator's dispatch,
-which takes most of the time of a small problem. Only for ordinary tensors with nothing around them that wants
-to see operators: no compiler, autocast, function transform, dispatch mode or subclass. Both ways give the
-same bits.
+which takes most of the time of a small problem. Only for ordinary CPU tensors with nothing around them that
+wants to see operators: no compiler, autocast, function transform, dispatch mode or subclass. Both ways give
+the same bits.
 """
 
 import math
@@ -36,6 +36,7 @@ def direct_loss(
     if not (
         _plain_eager()
         and _ordinary(input)
+        and input.is_cpu
         and _ordinary(weight)
         and (bias is None or (_ordinary(bias) and bias.dtype == weight.dtype))
         and _constant(target)
@@ -146,7 +147,7 @@ class _Loss(torch.autograd.Function):
             )
         scale = options[0] if learned is None else learned
         p = Arguments._make(
-            (input, weight, *constants, bias, scale, *options[1:], sparse_grad, list(wanted), None)
+            (input, weight, *constants, bias, scale, *options[1:], sparse_grad, "cpp", list(wanted), None)
         )
         needed = list(ctx.needs_input_grad[:4])
         if grad_mode:  # create_graph: the operator refuses a second derivative

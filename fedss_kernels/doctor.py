@@ -52,10 +52,13 @@ def listing(findings: Findings) -> str:
 
 def _kernels(device: str) -> str:
     """What impl="auto" runs on a device."""
-    try:
-        return _backend("auto", torch.device(device))
-    except ValueError:
-        return 'none yet; impl="reference" runs there'
+    impl = _backend("auto", torch.device(device))
+    if device == "cpu":
+        return impl
+    if importlib.util.find_spec("triton") is None:
+        return 'triton not installed; impl="reference" runs there'
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return f"{impl} on {', '.join(names)}" if names else f"{impl}, but torch finds no GPU"
 
 
 def _instruction_set() -> str:

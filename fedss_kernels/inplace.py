@@ -1,13 +1,11 @@
 """What operators that change rows of a matrix in place have in common: registration, checks, order of ids."""
 
-import importlib
 from collections.abc import Callable
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from .checks import check_choice, check_device, refuse_forward_mode
+from .checks import check_device, refuse_forward_mode
 
 _library = torch.library.Library("fedss_kernels", "FRAGMENT")
 
@@ -53,30 +51,6 @@ def check_arguments(changed: dict[str, Tensor], read: dict[str, Tensor]) -> None
     for name, tensor in changed.items():
         if tensor.is_neg():
             raise ValueError(f"{name}: expected a plain tensor, got a view that negates its memory")
-
-
-def choose_impl(impl: str, device: torch.device) -> str:
-    """`impl`, where "auto" is "cpp" on the CPU and else "triton"; raises ValueError for "cpp" elsewhere."""
-    check_choice("impl", impl, ("auto", "cpp", "triton"))
-    if impl == "cpp" and device.type != "cpu":
-        raise ValueError(f'impl: expected "auto" or "triton" for tensors on {device}, got "cpp"')
-    if impl == "auto":
-        return "cpp" if device.type == "cpu" else "triton"
-    return impl
-
-
-def triton_kernels(stem: str, device: torch.device) -> ModuleType:
-    """The GPU kernels of an operator; imported when needed, as triton takes long and is not everywhere.
-
-    Raises ValueError for a CPU device, unless they run interpreted.
-    """
-    module = importlib.import_module(f".triton_kernels.{stem}", __package__)
-    if device.type == "cpu" and not module.INTERPRETED:
-        raise ValueError(
-            'impl: expected "auto" or "cpp" for CPU tensors, or TRITON_INTERPRET=1 in the environment when '
-            'triton is first imported, got "triton"'
-        )
-    return module
 
 
 def sorted_ids(class_ids: Tensor, C: int, *, check: bool, once: bool = False) -> tuple[Tensor, Tensor]:

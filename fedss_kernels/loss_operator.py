@@ -1,8 +1,9 @@
 """The registered operator of the loss: what torch.compile, autocast and dispatch modes see.
 
-For "mean" and "sum" the kernel makes the gradients in the same pass as the loss, in float32 and for the
-touched rows of `weight` only; the backward operator scales and rounds them. For "none" it runs the kernel
-again, with each row's upstream gradient.
+On the CPU, for "mean" and "sum", the kernel makes the gradients in the same pass as the loss, in float32 and
+for the touched rows of `weight` only; the backward operator scales and rounds them. For "none" it runs the
+kernel again, with each row's upstream gradient. The GPU kernels keep some numbers of each row instead, and
+compute tiles of logits again.
 """
 
 import math
@@ -20,12 +21,14 @@ _library = torch.library.Library("fedss_kernels", "FRAGMENT")
 _ARGUMENTS = (
     "Tensor input, Tensor weight, Tensor target, Tensor? class_ids, Tensor? log_expected_count, "
     "Tensor? target_log_expected_count, Tensor? bias, Tensor scale, str similarity, int ignore_index, "
-    "str reduction, bool sparse_grad, bool[4] wanted, ScalarType? rounding"
+    "str reduction, bool sparse_grad, str impl, bool[4] wanted, ScalarType? rounding"
 )
 # wanted: make the gradients of (input, weight, bias, scale) in the forward pass; rounding: autocast's dtype.
+# The results after the loss are for the backward operator. impl="cpp": Gradients; "triton": what its kernels
+# keep, and nothing.
 _library.define(
     f"sampled_softmax_loss({_ARGUMENTS}) -> "
-    "(Tensor loss, Tensor grad_input, Tensor grad_rows, Tensor row_ids, Tensor grad_bias, Tensor grad_scale)"
+    "(Tensor loss, Tensor made_0, Tensor made_1, Tensor made_2, Tensor made_3, Tensor made_4)"
 )
 _library.define(
     f"sampled_softmax_loss_backward(Tensor grad_loss, Tensor[] made, bool[4] needed, {_ARGUMENTS}) -> "
@@ -56,6 +59,7 @@ class Arguments(NamedTuple):
     ignore_index: int
     reduction: str
     sparse_grad: bool
+    impl: str
     wanted: list[bool]
     rounding: torch.dtype | None
 
@@ -151,27 +155,51 @@ def _run(
     return run_kernel(*p[:7], scale, *p[8:11], made, p.rounding, grad_loss)
 
 
-@torch.library.impl(_library, "sampled_softmax_loss", "CPU")
-def _loss_cpu(*arguments):
+def _loss(*arguments):
     p = Arguments(*arguments)
     refuse_forward_mode("sampled_softmax_loss")
+    if p.impl == "triton":
+        loss, kept = _triton().loss(_problem(p))
+        return loss, kept, *(_nothing(kept) for _ in range(4))
     loss, gradients, _ = _run(p, p.wanted)
     return loss, *_operator_results(p, gradients)
+
+
+def _triton():
+    """The GPU kernels: imported when first wanted."""
+    from .triton_kernels import sampled_softmax
+
+    return sampled_softmax
+
+
+def _problem(p: Arguments):
+    return _triton().Problem.of(*p[:11], p.rounding)
 
 
 @torch.library.register_fake("fedss_kernels::sampled_softmax_loss", lib=_library)
 def _loss_fake(*arguments):
     p = Arguments(*arguments)
+    if p.impl == "triton":
+        loss, kept = _triton().empty_results(p.input, p.weight, p.reduction)
+        return loss, kept, *(_nothing(kept) for _ in range(4))
     loss, gradients = _empty_results(p.input, p.weight, p.class_ids, p.reduction, p.wanted)
     return loss, *_operator_results(p, gradients)
 
 
-@torch.library.impl(_library, "sampled_softmax_loss_backward", "CPU")
-def _backward_cpu(grad_loss: Tensor, made: list[Tensor], needed: list[bool], *arguments):
-    p, gradients = Arguments(*arguments), Gradients(*made)
+def _gradients(grad_loss: Tensor, made: list[Tensor], needed: list[bool], *arguments):
+    p = Arguments(*arguments)
     refuse_forward_mode("sampled_softmax_loss")
-    results = finish_gradients(p, gradients, None, grad_loss, needed)
+    results: Sequence[Tensor | None]
+    if p.impl == "triton":
+        results = _triton().gradients(_problem(p), made[0], grad_loss, needed, p.sparse_grad, p.scale)
+    else:
+        results = finish_gradients(p, Gradients(*made), None, grad_loss, needed)
     return tuple(_nothing(p.input) if result is None else result for result in results)
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("sampled_softmax_loss", _loss, _device)
+    _library.impl("sampled_softmax_loss_backward", _gradients, _device)
 
 
 @torch.library.register_fake("fedss_kernels::sampled_softmax_loss_backward", lib=_library)
@@ -327,3 +355,4 @@ def _register_autocast(device_type: str, key: str) -> None:
 
 
 _register_autocast("cpu", "AutocastCPU")
+_register_autocast("cuda", "AutocastCUDA")

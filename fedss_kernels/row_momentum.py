@@ -5,6 +5,7 @@ from torch import Tensor
 
 from . import _C, inplace
 from .checks import check_flag, check_number, check_shape, check_tensor
+from .implementations import choose_impl, triton_kernels
 
 
 def row_momentum_step_(
@@ -69,7 +70,7 @@ def step_(
     check_flag("nesterov", nesterov)
     if velocity is None and momentum != 0:
         raise ValueError(f"velocity: expected a tensor, as momentum is {momentum}, got None")
-    impl = inplace.choose_impl(impl, weight.device)
+    impl = choose_impl(impl, weight.device)
     torch.ops.fedss_kernels.row_momentum_step_(
         *(weight, velocity, class_ids, rows.resolve_neg()),
         *(lr, momentum, weight_decay, nesterov, check_ids, impl),
@@ -111,7 +112,7 @@ def _row_momentum_step(
     inplace.check_memory(_changed(weight, velocity), {"class_ids": class_ids, "rows": rows})
     numbers = lr, momentum, weight_decay, nesterov
     if impl == "triton":
-        kernels = inplace.triton_kernels("row_momentum", weight.device)
+        kernels = triton_kernels("row_momentum", weight.device)
         ids, order = inplace.sorted_ids(class_ids, len(weight), check=check_ids, once=True)
         kernels.row_momentum_step(weight, velocity, ids, order, rows, *numbers)
     else:

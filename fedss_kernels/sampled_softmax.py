@@ -10,6 +10,7 @@ and calls the registered operator `fedss_kernels::sampled_softmax_loss`, which c
 """
 
 import math
+import os
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from .checks import (
 )
 from .class_sets import GeneratorHandle, draw_batch_class_set
 from .direct_route import direct_loss
+from .implementations import triton_kernels
 from .loss_operator import autocast_dtype
 from .reference import sampled_softmax_loss as _reference_loss
 
@@ -61,8 +63,10 @@ def sampled_softmax_loss(
         ignore_index: rows with this target cost nothing and are not counted by "mean".
         reduction: "mean" over the rows that are not ignored (0 where there are none; torch gives NaN), "sum"
             or "none".
-        sparse_grad: weight.grad as a sparse COO tensor over the rows touched: unique, ascending.
-        impl: "cpp", "reference" (plain PyTorch, stores the logits), or "auto": by the tensors' device.
+        sparse_grad: weight.grad as a sparse COO tensor over the rows touched: on the CPU unique and
+            ascending, on CUDA those of `class_ids` and then of `target`, uncoalesced.
+        impl: "cpp", "triton", "reference" (plain PyTorch, stores the logits), or "auto": by the tensors'
+            device.
 
     Returns:
         float32, or float64 for a float64 `input`: a 0-d tensor, or target's shape for "none". Differentiable
@@ -72,6 +76,10 @@ def sampled_softmax_loss(
         TypeError, ValueError: a wrong dtype, shape, device or name; a correction that requires grad, is NaN
             or -inf.
         IndexError: a class out of range, by position and value, before anything is computed.
+            On CUDA nothing waits for the device to look at values: there a class out of range, or a
+            correction that is NaN or -inf, makes the losses that it enters NaN, and so does a row whose
+            squared length passes the largest number. With FEDSS_VALIDATE=1 in the environment wrong classes
+            and corrections raise there too.
         RuntimeError: when differentiated twice, or in forward mode.
 
     >>> eye = torch.eye(2)
@@ -112,6 +120,8 @@ def sampled_softmax_loss(
             input, weight, target, corrections, bias, scale, similarity, ignore_index, reduction
         )
     else:
+        if backend == "triton" and os.environ.get("FEDSS_VALIDATE") == "1":
+            _check_values(target, len(weight), corrections, ignore_index)
         scale_tensor = (
             scale if isinstance(scale, Tensor) else torch.full((), scale, dtype=torch.float64, device="cpu")
         )
@@ -119,7 +129,7 @@ def sampled_softmax_loss(
         wanted = [grad and t is not None and t.requires_grad for t in (input, weight, bias, scale_tensor)]
         loss = torch.ops.fedss_kernels.sampled_softmax_loss(
             *(input, weight, target, *corrections, bias, scale_tensor),
-            *(similarity, ignore_index, reduction, sparse_grad, wanted, None),
+            *(similarity, ignore_index, reduction, sparse_grad, backend, wanted, None),
         )[0]
     return loss.reshape(shape) if reduction == "none" else loss
 
@@ -195,17 +205,25 @@ def _check_scale(scale: float | Tensor, device: torch.device) -> None:
         raise ValueError(f"scale: expected a finite number, got {scale}")
 
 
-_IMPLS = ("auto", "cpp", "reference")
+_IMPLS = ("auto", "cpp", "triton", "reference")
+_OF_DEVICE = {"cpu": "cpp", "cuda": "triton"}
 
 
 def _backend(impl: str, device: torch.device) -> str:
     check_choice("impl", impl, _IMPLS)
-    if impl != "reference" and device.type != "cpu":
+    found = _OF_DEVICE.get(device.type)
+    if impl in ("reference", found):
+        return impl
+    if impl == "triton" and device.type == "cpu":
+        triton_kernels("sampled_softmax", device)
+        return impl
+    if impl != "auto" or found is None:
+        expected = {"cpp": "CPU", "triton": "CUDA"}.get(impl, "CPU or CUDA")
         raise ValueError(
-            f'input: expected a CPU tensor for impl="{impl}", got one on {device}; '
+            f'input: expected a {expected} tensor for impl="{impl}", got one on {device}; '
             'impl="reference" runs on any device'
         )
-    return "cpp" if impl == "auto" else impl
+    return found
 
 
 def _plain_loss(
@@ -220,12 +238,8 @@ def _plain_loss(
     reduction: str,
 ) -> Tensor:
     """impl="reference": the definition, in float32 or better, after the same checks of values."""
+    _check_values(target, len(weight), corrections, ignore_index)
     class_ids, log_expected_count, target_log_expected_count = corrections
-    _check_ids("target", target, len(weight), ignore_index)
-    if class_ids is not None:
-        _check_ids("class_ids", class_ids, len(weight), None)
-    _check_counts("log_expected_count", log_expected_count, of_targets=False)
-    _check_counts("target_log_expected_count", target_log_expected_count, of_targets=True)
     device_type, dtype = input.device.type, torch.promote_types(input.dtype, torch.float32)
     rounding = autocast_dtype(device_type)
     with torch.autocast(device_type, enabled=False):
@@ -250,6 +264,18 @@ def _rounded(rows: Tensor, rounding: torch.dtype | None) -> Tensor:
     if rounding is None or rows.dtype == torch.float64:
         return rows
     return rows + (rows.detach().to(rounding).to(rows.dtype) - rows.detach())
+
+
+def _check_values(
+    target: Tensor, C: int, corrections: tuple[Tensor | None, Tensor | None, Tensor | None], ignore_index: int
+) -> None:
+    """Raises for a class out of range and a wrong correction. Waits for the device."""
+    class_ids, log_expected_count, target_log_expected_count = corrections
+    _check_ids("target", target, C, ignore_index)
+    if class_ids is not None:
+        _check_ids("class_ids", class_ids, C, None)
+    _check_counts("log_expected_count", log_expected_count, of_targets=False)
+    _check_counts("target_log_expected_count", target_log_expected_count, of_targets=True)
 
 
 def _check_ids(name: str, ids: Tensor, C: int, ignore_index: int | None) -> None:

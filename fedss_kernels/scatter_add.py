@@ -5,6 +5,7 @@ from torch import Tensor
 
 from . import _C, inplace
 from .checks import FLOATING, check_shape, check_tensor
+from .implementations import choose_impl, triton_kernels
 
 
 def scatter_add_(
@@ -32,7 +33,7 @@ def scatter_add_(
     """
     _check(out, class_ids, rows, scale)
     scale = None if scale is None else scale.resolve_neg()
-    impl = inplace.choose_impl(impl, out.device)
+    impl = choose_impl(impl, out.device)
     torch.ops.fedss_kernels.scatter_add_(out, class_ids, rows.resolve_neg(), scale, impl)
     return out
 
@@ -59,7 +60,7 @@ def _scatter_add(out: Tensor, class_ids: Tensor, rows: Tensor, scale: Tensor | N
     read = {"class_ids": class_ids, "rows": rows} | ({} if scale is None else {"scale": scale})
     inplace.check_memory({"out": out}, read)
     if impl == "triton":
-        kernels = inplace.triton_kernels("scatter_add", out.device)
+        kernels = triton_kernels("scatter_add", out.device)
         ids, order = inplace.sorted_ids(class_ids, len(out), check=True)
         kernels.scatter_add(out, ids, order, rows, scale)
     else:

@@ -24,7 +24,7 @@ def test_the_findings(monkeypatch, set_threads):
     set_threads(3)
     monkeypatch.setenv("FEDSS_ISA", "avx2")
     found = doctor.examine()
-    assert found["kernels"]["cpu"] == "cpp" and found["kernels"]["cuda"].startswith("none yet")
+    assert found["kernels"]["cpu"] == "cpp" and found["kernels"]["cuda"].startswith("triton")
     assert found["kernels"]["compiled"] == _C.__file__
     assert found["instruction set"] == {
         "in use": "avx2",
@@ -37,6 +37,16 @@ def test_the_findings(monkeypatch, set_threads):
     assert found["extras"]["bench"].startswith("pytest ")
     monkeypatch.delenv("FEDSS_ISA")
     assert doctor.examine()["instruction set"]["FEDSS_ISA"].startswith("not set")
+
+
+def test_the_gpu_kernels_say_where_they_run(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert doctor.examine()["kernels"]["cuda"] == "triton, but torch finds no GPU"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    assert doctor.examine()["kernels"]["cuda"] == "triton on GPU 0, GPU 1"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
+    assert doctor.examine()["kernels"]["cuda"].startswith("triton not installed")
 
 
 def test_a_missing_extra_is_named_with_what_to_do(monkeypatch):

@@ -38,7 +38,7 @@ def test_opcheck_forward(reduction, wanted, all_classes):
     ids, counts = (None, None) if all_classes else (ids, counts)
     bias, scale = torch.randn(C, requires_grad=True), torch.tensor(20.0, requires_grad=True)
     tensors = (x, w, t, ids, counts, None, bias, scale)
-    arguments = (*tensors, "cosine", -100, reduction, False, [wanted] * 4, None)
+    arguments = (*tensors, "cosine", -100, reduction, False, "cpp", [wanted] * 4, None)
     torch.library.opcheck(OPS.sampled_softmax_loss.default, arguments)
 
 
@@ -47,7 +47,7 @@ def test_opcheck_backward(reduction):
     x, w, t, ids, counts = problem()
     wanted = [reduction == "mean"] * 4
     inputs = (x.detach(), w.detach(), t, ids, counts, None, torch.zeros(C), torch.tensor(20.0))
-    options = ("cosine", -100, reduction, False, wanted, None)
+    options = ("cosine", -100, reduction, False, "cpp", wanted, None)
     loss, *made = OPS.sampled_softmax_loss(*inputs, *options)
     arguments = (torch.ones_like(loss), made, [True] * 4, *inputs, *options)
     torch.library.opcheck(OPS.sampled_softmax_loss_backward.default, arguments)
@@ -56,7 +56,21 @@ def test_opcheck_backward(reduction):
 def test_operator_called_without_asking_for_gradients_still_has_them():
     x, w, t, ids, counts = problem()
     called = OPS.sampled_softmax_loss(
-        x, w, t, ids, counts, None, None, torch.tensor(20.0), "cosine", -100, "mean", False, [False] * 4, None
+        x,
+        w,
+        t,
+        ids,
+        counts,
+        None,
+        None,
+        torch.tensor(20.0),
+        "cosine",
+        -100,
+        "mean",
+        False,
+        "cpp",
+        [False] * 4,
+        None,
     )[0]
     asked = sampled_softmax_loss(x, w, t, ids, counts)
     for a, b in zip(gradients(called, x, w), gradients(asked, x, w), strict=True):

@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.cuda import device_of
 
-from .scatter_add import INTERPRETED as INTERPRETED
 from .scatter_add import OPTIONS, add_runs, own_runs, specimen, tile
 
 

@@ -9,12 +9,14 @@ and the same bits however programs are scheduled.
 Bytes: each row of `rows` is read once, and each row of `out` that is listed read and written once.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.cuda import device_of
 
-INTERPRETED: bool = triton.knobs.runtime.interpret  # kernels run on CPU tensors, in Python
+from .tiles import rounded
+
 OPTIONS = {"enable_fp_fusion": False}  # a fused multiply-add would skip one rounding
 ELEMENTS = 1024  # of one program's tile
 STEPS = tl.constexpr(4)  # rows added before a program asks whether any of its runs goes on
@@ -83,20 +85,21 @@ def scatter_add_kernel(
     rows_row,
     rows_column,
     scale_stride,
+    SUM: tl.constexpr,  # the dtype of sums
     POSITIONS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     at, ids, heads, columns = own_runs(class_ids, M, C, D, POSITIONS, COLUMNS)
     inside = (columns < D)[None, :]
     cells = out + ids[:, None] * out_row + columns[None, :] * out_column
-    sums = tl.load(cells, mask=heads[:, None] & inside, other=0.0)
+    sums = tl.load(cells, mask=heads[:, None] & inside, other=0.0).to(SUM)
     first = rows + columns[None, :] * rows_column
     sums = add_runs(sums, at, ids, heads, inside, class_ids, order, M, first, rows_row, scale, scale_stride)
-    tl.store(cells, sums, mask=heads[:, None] & inside)
+    tl.store(cells, rounded(sums, out.dtype.element_ty), mask=heads[:, None] & inside)
 
 
 def scatter_add(
-    out: Tensor,  # (C, D) float32 | float64
+    out: Tensor,  # (C, D) floating; 16-bit rows are summed in float32 and rounded once
     class_ids: Tensor,  # (M,) int32 | int64, ascending; those outside [0, C) are passed over
     order: Tensor,  # (M,) int64: the i of each, ascending where ids are equal
     rows: Tensor,  # (M, D)
@@ -111,7 +114,10 @@ def scatter_add(
     programs = triton.cdiv(M, positions) * triton.cdiv(D, columns)
     with device_of(out):
         scatter_add_kernel[(programs,)](
-            out, class_ids, order, rows, scale, *sizes, *strides, positions, columns, **OPTIONS
+            *(out, class_ids, order, rows, scale, *sizes, *strides),
+            tl.float64 if out.dtype == torch.float64 else tl.float32,
+            *(positions, columns),
+            **OPTIONS,
         )
 
 
@@ -124,10 +130,16 @@ def specimen(kernel, types: dict[str, str], constants: dict) -> tuple:
 def specimens() -> list[tuple]:
     """Configurations that cover every branch and dtype, to compile ahead of time; see `specimen`."""
     made = []
-    cases = ("fp32", "fp32", "fp32", 64), ("fp32", "bf16", None, 7), ("fp64", "fp16", "fp64", 4096)
+    cases = (
+        ("fp32", "fp32", "fp32", 64),
+        ("fp32", "bf16", None, 7),
+        ("fp64", "fp16", "fp64", 4096),
+        ("bf16", "fp32", None, 64),
+    )
     for out, row, scale, D in cases:
         types = {"out": f"*{out}", "class_ids": "*i32", "order": "*i64", "rows": f"*{row}"}
         constants: dict = dict(zip(("POSITIONS", "COLUMNS"), tile(D), strict=True))
+        constants["SUM"] = tl.float64 if out == "fp64" else tl.float32
         if scale is None:
             constants |= {"scale": None, "out_column": 1, "rows_column": 1}
         else:

@@ -1,0 +1,382 @@
+"""The loss on GPUs: which kernels are launched, on what. Equations: forward.py and backward.py.
+
+No host synchronisation, so a call can be captured in a CUDA graph. Ids are not checked on the host: a class
+out of range is never read; it makes losses NaN.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.cuda import device_of
+
+from . import backward, forward, tuning
+from .configurations import Configuration, configure
+from .scatter_add import scatter_add
+
+_OPERANDS = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+
+class Problem(NamedTuple):
+    """What the kernels are given. Tensors on one device; those of one dimension contiguous."""
+
+    input: Tensor  # (B, D)
+    weight: Tensor  # (C, D)
+    target: Tensor  # (B,)
+    class_ids: Tensor | None  # (S,)
+    log_expected_count: Tensor | None  # (S,)
+    target_log_expected_count: Tensor | None  # (B,)
+    bias: Tensor | None  # (C,)
+    factor: float  # the scale is this times ...
+    learned: Tensor | None  # () ... this
+    cosine: bool
+    ignore_index: int
+    reduction: str
+    operand: torch.dtype  # of products
+
+    @classmethod
+    def of(
+        cls,
+        input: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        class_ids: Tensor | None,
+        log_expected_count: Tensor | None,
+        target_log_expected_count: Tensor | None,
+        bias: Tensor | None,
+        scale: Tensor,
+        similarity: str,
+        ignore_index: int,
+        reduction: str,
+        rounding: torch.dtype | None,
+    ) -> "Problem":
+        promoted = torch.promote_types(input.dtype, weight.dtype)
+        on_host = scale.device != input.device or scale.device.type == "cpu"
+        return cls(
+            input,
+            weight,
+            target.contiguous(),
+            _contiguous(class_ids),
+            _contiguous(log_expected_count),
+            _contiguous(target_log_expected_count),
+            _contiguous(bias),
+            scale.item() if on_host else 1.0,
+            None if on_host else scale,
+            similarity == "cosine",
+            ignore_index,
+            reduction,
+            promoted if rounding is None or promoted == torch.float64 else rounding,
+        )
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """B, C, S, D"""
+        (B, D), C = self.input.shape, len(self.weight)
+        return B, C, C if self.class_ids is None else len(self.class_ids), D
+
+    @property
+    def accumulator(self) -> torch.dtype:
+        return torch.float64 if self.operand == torch.float64 else torch.float32
+
+    @property
+    def strides(self) -> tuple[int, int, int, int]:
+        (input_row, input_column), (weight_row, weight_column) = self.input.stride(), self.weight.stride()
+        return input_row, input_column, weight_row, weight_column
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        return {
+            "COSINE": self.cosine,
+            "OPERAND": _OPERANDS[self.operand],
+            "ACC": _OPERANDS[self.accumulator],
+            "enable_fp_fusion": True,
+        }
+
+    @property
+    def precision(self) -> dict[str, str]:
+        """Of float32 products: all its digits, unless torch is told otherwise."""
+        exact = self.operand != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+        return {"PRECISION": "ieee" if exact else "tf32"}
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return self.input.new_empty(shape, dtype=dtype or self.accumulator)
+
+    def configuration(self, stage: str, run: Callable[[Configuration], object]) -> Configuration:
+        """The table's, or with FEDSS_AUTOTUNE=1 that with which `run` ("forward", "backward") is fastest."""
+        B, C, S, D = self.sizes
+        inputs = self.input.numel() * self.input.itemsize + self.weight.numel() * self.weight.itemsize
+        table = configure(B, S, D, self.operand.itemsize, 2 * inputs)
+        if not tuning.wanted(self.input.device):
+            return table
+        given = tuple(part is None for part in self)
+        key = (stage, self.sizes, self.operand, self.cosine, self.reduction, given, self.input.device)
+        return tuning.fastest(key, table, stage, run)
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _blocks(blocks) -> dict[str, int]:
+    return {
+        "BLOCK_B": blocks.rows,
+        "BLOCK_S": blocks.classes,
+        "BLOCK_D": blocks.columns,
+        "num_warps": blocks.warps,
+        "num_stages": blocks.stages,
+    }
+
+
+def empty_results(input: Tensor, weight: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
+    """(loss, kept), uninitialised."""
+    B = input.shape[0]
+    wide = torch.float64 in (input.dtype, weight.dtype)
+    result_dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    return (
+        input.new_empty((B,) if reduction == "none" else (), dtype=result_dtype),
+        input.new_empty((forward.KEPT * B + 1,), dtype=torch.float64 if wide else torch.float32),
+    )
+
+
+def loss(p: Problem) -> tuple[Tensor, Tensor]:
+    """(loss () or (B,), kept), in two launches."""
+    return _loss(p, p.configuration("forward", partial(_loss, p)))
+
+
+def _loss(p: Problem, c: Configuration) -> tuple[Tensor, Tensor]:
+    B, C, S, D = p.sizes
+    blocks = c.forward
+    losses, kept = empty_results(p.input, p.weight, p.reduction)
+    partials = p.empty(2, c.splits, B)
+    with device_of(p.input):
+        if B > 0:
+            forward.partial_terms[(triton.cdiv(B, blocks.rows), c.splits)](
+                *(p.input, p.weight, p.target, p.class_ids, p.log_expected_count, p.bias, p.learned),
+                *(partials, kept, B, C, S, D, p.ignore_index, *p.strides, p.factor),
+                **p.constants,
+                **p.precision,
+                **_blocks(blocks),
+            )
+        rows = min(128, triton.next_power_of_2(max(B, 16)))
+        splits = triton.next_power_of_2(c.splits)
+        rows = max(min(rows, 4096 // splits), 16)
+        reduced = p.reduction != "none"
+        forward.merge_splits[(1 if reduced else max(triton.cdiv(B, rows), 1),)](
+            *(p.target, p.target_log_expected_count, p.bias, p.learned, partials, kept, losses),
+            *(B, C, c.splits, p.ignore_index, p.factor),
+            ACC=p.constants["ACC"],
+            REDUCTION=p.reduction,
+            BLOCK_B=rows,
+            BLOCK_SPLITS=splits,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+    return losses, kept
+
+
+class Gradients(NamedTuple):
+    """None: not wanted."""
+
+    input: Tensor | None  # (B, D)
+    weight: Tensor | None  # (C, D), dense or sparse
+    bias: Tensor | None  # (C,)
+    scale: Tensor | None  # ()
+
+
+def gradients(
+    p: Problem, kept: Tensor, grad_loss: Tensor, needed: list[bool], sparse_grad: bool, scale: Tensor
+) -> Gradients:
+    """Of input, weight, bias and scale, those that are needed."""
+    run = partial(_gradients, p, kept, grad_loss, needed, sparse_grad, scale)
+    return run(p.configuration("backward", run))
+
+
+def _gradients(
+    p: Problem,
+    kept: Tensor,
+    grad_loss: Tensor,
+    needed: list[bool],
+    sparse_grad: bool,
+    scale: Tensor,
+    c: Configuration,
+) -> Gradients:
+    B, C, S, D = p.sizes
+    fold = p.class_ids is None
+    entries = C if fold else S + B
+    spread = not fold and ((needed[1] and not sparse_grad) or needed[2])
+    compact_dtype = p.weight.dtype if fold or sparse_grad else p.accumulator
+    grad_rows = p.empty(entries, D, dtype=compact_dtype) if needed[1] else None
+    grad_bias = p.empty(entries, dtype=p.weight.dtype if fold else p.accumulator) if needed[2] else None
+    results = Gradients(
+        p.empty(B, D, dtype=p.input.dtype) if needed[0] else None,
+        p.weight.new_zeros(p.weight.shape) if needed[1] and not (fold or sparse_grad) else None,
+        p.weight.new_zeros(C) if needed[2] and not fold else None,
+        torch.zeros((), dtype=scale.dtype, device=p.input.device) if needed[3] else None,
+    )
+    upstream = grad_loss.contiguous()
+    with device_of(p.input):
+        if B > 0 and c.small:
+            _small(p, c, kept, upstream, grad_rows, grad_bias, results, needed, sparse_grad)
+        elif B > 0:
+            _large(p, c, kept, upstream, grad_rows, grad_bias, results, needed)
+            if spread:
+                _spread(p, None if sparse_grad else grad_rows, grad_bias, results)
+    if B == 0:
+        for found in (grad_rows, grad_bias):
+            if found is not None:
+                found.zero_()
+    weight = results.weight
+    if needed[1] and sparse_grad:
+        assert grad_rows is not None
+        weight = _sparse(p, grad_rows)
+    elif needed[1] and fold:
+        weight = grad_rows
+    return results._replace(weight=weight, bias=grad_bias if fold else results.bias)
+
+
+def _sparse(p: Problem, grad_rows: Tensor) -> Tensor:
+    """nnz = S + B, the class set's entries and then the targets'; those without a class add 0 to class 0."""
+    C = len(p.weight)
+    if p.class_ids is None:
+        ids = torch.arange(C, device=p.weight.device)
+    else:
+        ids = torch.cat([p.class_ids, p.target])
+        ids = torch.where((ids >= 0) & (ids < C), ids, 0)
+    return torch.sparse_coo_tensor(ids[None], grad_rows, p.weight.shape, check_invariants=False)
+
+
+def _small(
+    p: Problem,
+    c: Configuration,
+    kept: Tensor,
+    upstream: Tensor,
+    grad_rows: Tensor | None,
+    grad_bias: Tensor | None,
+    results: Gradients,
+    needed: list[bool],
+    sparse_grad: bool,
+) -> None:
+    """Two launches."""
+    B, C, S, D = p.sizes
+    fold, blocks = p.class_ids is None, c.tiles
+    tiles = triton.cdiv(S, blocks.classes)
+    partial_input = p.empty(tiles, B, D) if needed[0] else None
+    partial_along = p.empty(tiles, B)
+    options = {"FOLD": fold, "PER_ROW": p.reduction == "none", **p.constants}
+    if tiles + (not fold) > 0:
+        backward.small_tiles[(tiles + (not fold),)](
+            *(p.input, p.weight, p.target, p.class_ids, p.log_expected_count, p.bias, p.learned, upstream),
+            *(kept, grad_rows, grad_bias, partial_input, partial_along),
+            *(B, C, S, D, p.ignore_index, *p.strides, p.factor),
+            **options,
+            **p.precision,
+            **_blocks(blocks),
+        )
+    spread = 0 if results.weight is None and results.bias is None else S + B
+    backward.small_results[(B + 1 + spread, triton.cdiv(max(D, 1), c.result_columns))](
+        *(p.input, p.weight, p.target, p.class_ids, p.learned, upstream, kept),
+        *(None if results.weight is None else grad_rows, None if results.bias is None else grad_bias),
+        *(partial_input, partial_along, *results, B, C, S, D, tiles, p.ignore_index, *p.strides, p.factor),
+        **options,
+        BLOCK_D=c.result_columns,
+        BLOCK_TILES=16,
+        BLOCK_ENTRIES=64,
+        num_warps=4,
+    )
+
+
+def _large(
+    p: Problem,
+    c: Configuration,
+    kept: Tensor,
+    upstream: Tensor,
+    grad_rows: Tensor | None,
+    grad_bias: Tensor | None,
+    results: Gradients,
+    needed: list[bool],
+) -> None:
+    """Three launches for each chunk of classes, two in the end."""
+    B, C, S, D = p.sizes
+    fold, tile, product = p.class_ids is None, c.tiles, c.products
+    chunk = min(c.chunk, triton.cdiv(max(S, 1), tile.classes) * tile.classes)
+    row_tiles, class_tiles = triton.cdiv(B, tile.rows), chunk // tile.classes
+    # float16 is too narrow for small gradients.
+    pulls = p.empty(B, chunk, dtype=p.accumulator if p.operand == torch.float16 else p.operand)
+    along_rows, along_classes = p.empty(class_tiles, B), p.empty(row_tiles, chunk)
+    bias_classes = p.empty(row_tiles, chunk) if needed[2] else None
+    sums_input = p.empty(1, B, D).zero_() if needed[0] else None
+    sums_along = p.empty(1, B).zero_()
+    options = {"FOLD": fold, "PER_ROW": p.reduction == "none", **p.constants}
+    for first in range(0, S, chunk):
+        size = min(chunk, S - first)
+        tiles = triton.cdiv(size, tile.classes)
+        backward.pull_chunk[(row_tiles, tiles)](
+            *(p.input, p.weight, p.target, p.class_ids, p.log_expected_count, p.bias, p.learned),
+            *(upstream, kept, pulls, along_rows, along_classes, bias_classes, first, size),
+            *(B, C, S, D, p.ignore_index, *p.strides, p.factor),
+            **options,
+            **p.precision,
+            **_blocks(tile),
+        )
+        if needed[1] or needed[2]:
+            grid = (triton.cdiv(size, product.classes), triton.cdiv(max(D, 1), product.columns))
+            backward.chunk_grad_rows[grid](
+                *(p.input, p.weight, p.target, p.class_ids, p.log_expected_count, p.learned),
+                *(pulls, along_classes, bias_classes, grad_rows, grad_bias, first, size),
+                *(B, C, S, D, row_tiles, p.ignore_index, *p.strides, p.factor),
+                **p.constants,
+                **p.precision,
+                **_blocks(product),
+            )
+        if needed[0] or needed[3]:
+            columns = triton.cdiv(D, product.columns) if needed[0] else 1
+            backward.chunk_grad_input[(triton.cdiv(B, product.rows), max(columns, 1))](
+                *(p.weight, p.class_ids, p.log_expected_count, p.target, pulls, along_rows),
+                *(sums_input, sums_along, first, size, B, C, S, D, tiles, p.ignore_index),
+                *p.weight.stride(),
+                FOLD=fold,
+                **{name: value for name, value in p.constants.items() if name != "COSINE"},
+                **p.precision,
+                **_blocks(product),
+            )
+    if not fold and (needed[1] or needed[2]):
+        backward.target_rows[(triton.cdiv(B, 16), triton.cdiv(max(D, 1), c.result_columns))](
+            *(p.input, p.weight, p.target, p.learned, upstream, kept, grad_rows, grad_bias),
+            *(B, C, S, D, p.ignore_index, *p.strides, p.factor),
+            PER_ROW=options["PER_ROW"],
+            **p.constants,
+            BLOCK_B=16,
+            BLOCK_D=c.result_columns,
+            num_warps=4,
+        )
+    backward.small_results[(B + 1, triton.cdiv(max(D, 1), c.result_columns))](
+        *(p.input, p.weight, p.target, p.class_ids, p.learned, upstream, kept, None, None),
+        *(sums_input, sums_along, results.input, None, None, results.scale),
+        *(B, C, S, D, 1, p.ignore_index, *p.strides, p.factor),
+        **options,
+        BLOCK_D=c.result_columns,
+        BLOCK_TILES=1,
+        BLOCK_ENTRIES=64,
+        num_warps=4,
+    )
+
+
+def _spread(p: Problem, grad_rows: Tensor | None, grad_bias: Tensor | None, results: Gradients) -> None:
+    """Adds up the entries of each class: sorted, as comparing all with all would be quadratic."""
+    C = len(p.weight)
+    assert p.class_ids is not None
+    ids = torch.cat([p.class_ids, torch.where(p.target == p.ignore_index, -1, p.target)])
+    ids, order = ids.clamp(-1, C).sort(stable=True)  # -1 and C: passed over
+    if grad_rows is not None and results.weight is not None:
+        scatter_add(results.weight, ids, order, grad_rows, None)
+    if grad_bias is not None and results.bias is not None:
+        scatter_add(results.bias[:, None], ids, order, grad_bias[:, None], None)

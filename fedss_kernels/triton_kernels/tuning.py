@@ -1,0 +1,61 @@
+"""FEDSS_AUTOTUNE=1: for each new problem size, configurations near the table's are timed, the fastest kept.
+
+It compiles some thirty variants of a kernel, which takes about a minute, once for each size and process. The
+fastest may differ from one run to the next, and with it the last bits of results.
+"""
+
+import itertools
+import os
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import replace
+
+import torch
+import triton
+
+from .configurations import Blocks, Configuration
+
+_fastest: dict[Hashable, Configuration] = {}
+
+
+def wanted(device: torch.device) -> bool:
+    """Whether to search: never while a graph is captured, and never where kernels are interpreted."""
+    return (
+        os.environ.get("FEDSS_AUTOTUNE") == "1"
+        and device.type == "cuda"
+        and not torch.cuda.is_current_stream_capturing()
+    )
+
+
+def fastest(
+    key: Hashable, table: Configuration, stage: str, run: Callable[[Configuration], object]
+) -> Configuration:
+    """The configuration with which `run` is fastest; the table's among them. `stage`: forward or backward."""
+    if key not in _fastest:
+        timed = [(_milliseconds(run, c), order, c) for order, c in enumerate(candidates(table, stage))]
+        _fastest[key] = min(timed)[2]
+    return _fastest[key]
+
+
+def candidates(table: Configuration, stage: str) -> Iterator[Configuration]:
+    """The table's configuration, then its neighbours in tiles of classes, warps and stages."""
+    yield table
+    for halvings, warps, stages in itertools.product((-1, 0, 1), (2, 4, 8), (1, 2, 3, 4)):
+
+        def near(blocks: Blocks) -> Blocks:
+            classes = int(min(max(blocks.classes / 2**halvings, 16), 256))  # noqa: B023
+            return replace(blocks, classes=classes, warps=warps, stages=stages)  # noqa: B023
+
+        if stage == "forward":
+            yield replace(table, forward=near(table.forward))
+        else:
+            tiles = near(table.tiles)
+            chunk = -(-table.chunk // tiles.classes) * tiles.classes
+            yield replace(table, tiles=tiles, products=near(table.products), chunk=chunk)
+
+
+def _milliseconds(run: Callable[[Configuration], object], configuration: Configuration) -> float:
+    """Median time; infinite where the device has too little shared memory or too few registers."""
+    try:
+        return triton.testing.do_bench(lambda: run(configuration), warmup=5, rep=20, return_mode="median")
+    except triton.runtime.errors.OutOfResources:
+        return float("inf")

@@ -1,0 +1,369 @@
+"""What the GPU kernels promise beyond the loss itself: wrong ids, launches, graphs, memory, torch.
+
+Without a GPU they run interpreted, on CPU tensors; what needs a device is marked `gpu`.
+"""
+
+import contextlib
+import os
+import subprocess
+import sys
+import textwrap
+from functools import partial
+
+import pytest
+import torch
+import triton
+from fedss_kernels.reference import sampled_softmax_loss as reference_loss
+from loss_cases import BF16, F16, F32, F64, Case, assert_same, check
+
+import fedss_kernels
+from fedss_kernels.triton_kernels import tuning
+from fedss_kernels.triton_kernels.configurations import configure
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+OPS = torch.ops.fedss_kernels
+loss_by_triton = partial(fedss_kernels.sampled_softmax_loss, impl="triton")
+gpu = pytest.mark.gpu
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")
+
+
+def problem(B=6, C=12, D=8, S=9, dtype=F32, device=DEVICE):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(B, D, generator=g).to(device, dtype).requires_grad_()
+    w = torch.randn(C, D, generator=g).to(device, dtype).requires_grad_()
+    target, ids = torch.randint(C, (B,), generator=g), torch.randint(C, (S,), generator=g)
+    return x, w, target.to(device), ids.to(device), torch.randn(S, generator=g).to(device)
+
+
+def gradients(loss, *tensors):
+    return torch.autograd.grad(loss.sum(), tensors)
+
+
+# ---- wrong values ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [-1, 12, 2**40, -(2**62)])
+def test_a_target_that_does_not_exist_makes_its_own_loss_nan(bad):
+    x, w, t, ids, counts = problem()
+    t[2] = bad
+    losses = loss_by_triton(x, w, t, ids, counts, reduction="none")
+    assert losses.isnan().tolist() == [False, False, True, False, False, False]
+    good = torch.arange(6, device=DEVICE) != 2
+    assert_same(
+        losses[good], loss_by_triton(x[good], w, t[good], ids, counts, reduction="none"), loss_by_triton
+    )
+    assert loss_by_triton(x, w, t, ids, counts).isnan()
+    gradients(losses[good], x, w)  # reads and writes inside its tensors
+
+
+@pytest.mark.parametrize("bad", [-1, 12, 2**40, -(2**62)])
+def test_a_class_that_does_not_exist_makes_every_loss_nan(bad):
+    x, w, t, ids, counts = problem()
+    ids[4] = bad
+    t[1] = -100
+    losses = loss_by_triton(x, w, t, ids, counts, reduction="none")
+    assert losses.isnan().tolist() == [True, False, True, True, True, True]
+    gradients(losses, x, w)
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_a_wrong_correction_makes_the_losses_it_enters_nan(value):
+    x, w, t, ids, counts = problem()
+    targets_counts = torch.zeros(6, device=DEVICE)
+    targets_counts[3] = value
+    losses = loss_by_triton(x, w, t, ids, target_log_expected_count=targets_counts, reduction="none")
+    assert losses.isnan().tolist() == [False, False, False, True, False, False]
+    counts[4] = value
+    assert loss_by_triton(x, w, t, ids, counts, reduction="none").isnan().all()
+
+
+@pytest.mark.parametrize("name, bad", [("target", 12), ("class_ids", -1)])
+def test_validation_can_be_asked_for(name, bad, monkeypatch):
+    x, w, t, ids, counts = problem()
+    (t if name == "target" else ids)[3] = bad
+    monkeypatch.setenv("FEDSS_VALIDATE", "1")
+    with pytest.raises(IndexError, match=rf"{name}\[3\] = {bad}, expected a class in \[0, 12\)"):
+        loss_by_triton(x, w, t, ids, counts)
+    with pytest.raises(ValueError, match=r"log_expected_count\[0\] = nan"):
+        loss_by_triton(x, w, torch.zeros_like(t), torch.zeros_like(ids), counts * torch.nan)
+
+
+def test_interpreting_is_asked_for_not_fallen_into():
+    """Without the interpreter impl="triton" refuses CPU tensors, and says how to have it."""
+    code = """
+        import torch, fedss_kernels, sys
+        assert "triton" not in sys.modules, "imported for nothing"
+        try:
+            fedss_kernels.sampled_softmax_loss(
+                torch.ones(1, 2), torch.ones(3, 2), torch.tensor([0]), impl="triton"
+            )
+        except ValueError as error:
+            assert "TRITON_INTERPRET=1" in str(error)
+        else:
+            raise AssertionError("no error")
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, env=environment)
+
+
+# ---- launches ----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def counted_launches(monkeypatch):
+    """Names of the kernels launched inside."""
+    names = []
+    runner = type(triton.jit(_nothing))
+    run = runner.run
+
+    def counting(self, *arguments, **options):
+        names.append(self.fn.__name__)
+        return run(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "run", counting)
+        yield names
+
+
+def _nothing():
+    pass
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("sparse_grad", [False, True])
+@pytest.mark.parametrize("S", [None, 40])
+def test_a_client_takes_two_launches_each_way(S, sparse_grad, reduction, monkeypatch):
+    x, w, t, ids, counts = problem(B=32, C=50, D=64, S=S or 50)
+    scale = torch.tensor(20.0, device=DEVICE, requires_grad=True)
+    bias = torch.zeros(50, device=DEVICE, requires_grad=True)
+    options = {"bias": bias, "scale": scale, "sparse_grad": sparse_grad, "reduction": reduction}
+    with counted_launches(monkeypatch) as names:
+        loss = loss_by_triton(x, w, t, ids if S else None, counts, **options)
+        assert len(names) == 2
+        gradients(loss, x, w, bias, scale)
+        assert len(names) == 4
+
+
+@pytest.mark.parametrize(
+    "B, S, D", [(32, 820, 64), (128, 4096, 64), (100, 170, 1280), (1, 1, 1), (4096, 8192, 512)]
+)
+def test_small_problems_are_those_of_clients(B, S, D):
+    chosen = configure(B, S, D, 2, 2**20)
+    assert chosen.small == (B <= 128 and S + B <= 4096)
+    assert not chosen.small or chosen.tiles.rows >= B, "all rows in one tile"
+    assert chosen.chunk % chosen.tiles.classes == 0
+
+
+@pytest.mark.parametrize("B", [5, 140])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_shipped_configurations_are_right_too(B, dtype):
+    check(Case(0, B=B, S=150, C=90, D=65, dtype=dtype, bias=True), loss_by_triton)
+
+
+@pytest.mark.parametrize("S", [None, 40])
+def test_the_same_bits_every_time(S):
+    case = Case(3, B=40, S=S, C=60, D=33, bias=True, distinct=20)
+    expected = case.results(loss_by_triton)
+    for _ in range(2):
+        for name, result in case.results(loss_by_triton).items():
+            assert torch.equal(result, expected[name]), name
+
+
+@pytest.mark.parametrize("stage", ["forward", "backward"])
+def test_tuning_keeps_the_fastest_and_searches_once(stage, monkeypatch):
+    table = configure(32, 820, 64, 2, 2**20)
+    tried = []
+
+    def milliseconds(run, configuration):
+        run(configuration)
+        blocks = configuration.forward if stage == "forward" else configuration.tiles
+        return 1.0 if (blocks.warps, blocks.stages, blocks.classes) == (8, 1, 64) else 2.0
+
+    monkeypatch.setattr(tuning, "_milliseconds", milliseconds)
+    monkeypatch.setattr(tuning, "_fastest", {})
+    for _ in range(2):
+        best = tuning.fastest("key", table, stage, tried.append)
+    assert len(tried) == 37 and tried[0] == table
+    assert all(c.chunk % c.tiles.classes == 0 for c in tried)
+    blocks, other = (best.forward, best.tiles) if stage == "forward" else (best.tiles, best.forward)
+    assert (blocks.warps, blocks.stages, blocks.classes) == (8, 1, 64)
+    assert other == table.forward, "the other stage is tuned by itself"
+
+
+def test_nothing_is_searched_unless_asked_for(monkeypatch):
+    device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert not tuning.wanted(device)
+    monkeypatch.setenv("FEDSS_AUTOTUNE", "1")
+    assert tuning.wanted(device) and not tuning.wanted(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not tuning.wanted(device)
+
+
+# ---- in torch ----------------------------------------------------------------------------------------------
+
+
+def arguments_of(reduction, wanted):
+    x, w, t, ids, counts = problem()
+    tensors = (x, w, t, ids, counts, None, None, torch.tensor(20.0, device=DEVICE, requires_grad=True))
+    return *tensors, "cosine", -100, reduction, False, "triton", [wanted] * 4, None
+
+
+@pytest.mark.parametrize("reduction, wanted", [("mean", True), ("none", False)])
+def test_opcheck(reduction, wanted):
+    arguments = arguments_of(reduction, wanted)
+    torch.library.opcheck(OPS.sampled_softmax_loss.default, arguments)
+    with torch.no_grad():
+        loss, *made = OPS.sampled_softmax_loss(*arguments)
+    detached = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
+    backward = (torch.ones_like(loss), made, [True, True, False, True], *detached)
+    torch.library.opcheck(OPS.sampled_softmax_loss_backward.default, backward)
+
+
+def test_compiled_equals_eager():
+    x, w, t, ids, counts = problem()
+
+    def step(x, w):
+        return loss_by_triton(x, w, t, ids, counts)
+
+    if DEVICE == "cpu":  # the choice of the interpreter is not for the compiler to see
+        loss_by_triton(x, w, t, ids, counts)
+    compiled = torch.compile(step, fullgraph=DEVICE == "cuda")
+    assert torch.equal(compiled(x, w), step(x, w))
+    for a, b in zip(gradients(compiled(x, w), x, w), gradients(step(x, w), x, w), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_autocast_rounds_rows_as_they_are_read(dtype):
+    x, w, t, ids, counts = problem(D=33)
+    with torch.autocast(DEVICE, dtype):
+        loss = loss_by_triton(x, w, t, ids, counts)
+    rows = [v.detach().to(dtype).double().requires_grad_() for v in (x, w)]
+    expected = reference_loss(*rows, t, ids, counts.double())
+    assert loss.dtype == F32
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for a, b in zip(gradients(loss, x, w), gradients(expected, *rows), strict=True):
+        assert a.dtype == F32
+        floor = 2.0**-8 if dtype == BF16 else 2.0**-10
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=floor * b.abs().max().item())
+
+
+def test_double_backward_raises():
+    x, w, t, ids, counts = problem()
+    (grad,) = torch.autograd.grad(loss_by_triton(x, w, t, ids, counts), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        grad.sum().backward()
+
+
+def test_second_backward_gives_the_same_bits():
+    x, w, t, ids, counts = problem()
+    loss = loss_by_triton(x, w, t, ids, counts)
+    first = torch.autograd.grad(loss, (x, w), retain_graph=True)
+    for a, b in zip(first, torch.autograd.grad(loss, (x, w)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_sparse_gradient_lists_the_set_and_then_the_targets():
+    x, w, t, ids, counts = problem()
+    t[1] = -100
+    (sparse,) = gradients(loss_by_triton(x, w, t, ids, counts, sparse_grad=True), w)
+    (dense,) = gradients(loss_by_triton(x, w, t, ids, counts), w)
+    assert sparse._nnz() == len(ids) + len(t)
+    assert_same(sparse.to_dense(), dense, loss_by_triton)
+
+
+@pytest.mark.parametrize("dtype", [F64, F32])
+def test_a_scale_keeps_its_digits(dtype):
+    """Launch arguments are float32 unless a kernel says otherwise."""
+    x, w, t, ids, counts = problem(dtype=dtype)
+    by_number = loss_by_triton(x, w, t, ids, counts, scale=20.1)
+    by_tensor = loss_by_triton(x, w, t, ids, counts, scale=torch.tensor(20.1, dtype=F64, device=DEVICE))
+    expected = reference_loss(x.double(), w.double(), t, ids, counts.double(), scale=20.1)
+    for loss in (by_number, by_tensor):
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-14 if dtype == F64 else 1e-6)
+
+
+# ---- on a device -------------------------------------------------------------------------------------------
+
+
+@gpu
+@pytest.mark.parametrize("B, S", [(32, 820), (512, 4096)])
+def test_captured_in_a_graph(B, S):
+    x, w, t, ids, counts = problem(B=B, C=20_000, D=64, S=S, device="cuda")
+
+    def step():
+        loss = loss_by_triton(x, w, t, ids, counts)
+        return loss, *torch.autograd.grad(loss, (x, w))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x.copy_(torch.randn_like(x))
+    graph.replay()
+    for a, b in zip(captured, step(), strict=True):
+        assert torch.equal(a, b)
+
+
+@gpu
+@pytest.mark.parametrize("sparse_grad", [False, True])
+def test_never_waits_for_the_device(sparse_grad):
+    x, w, t, ids, counts = problem(B=200, C=20_000, D=64, S=5000, device="cuda")
+    loss_by_triton(x, w, t, ids, counts, sparse_grad=sparse_grad).backward()
+    x.grad = w.grad = None
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss_by_triton(x, w, t, ids, counts, sparse_grad=sparse_grad).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@gpu
+@pytest.mark.parametrize("B, S", [(32, 820), (1000, 3000)])
+def test_the_same_bits_twenty_times(B, S):
+    x, w, t, ids, counts = problem(B=B, C=2000, D=64, S=S, dtype=BF16, device="cuda")
+    results = None
+    for _ in range(20):
+        loss = loss_by_triton(x, w, t, ids, counts)
+        found = (loss, *gradients(loss, x, w))
+        results = results or found
+        for a, b in zip(found, results, strict=True):
+            assert torch.equal(a, b)
+
+
+@gpu
+def test_offsets_past_two_to_the_31_on_the_device():
+    C, D = 2**22 + 3, 513
+    weight = torch.empty(C, D, dtype=BF16, device="cuda").normal_().requires_grad_()
+    x = torch.randn(40, D, device="cuda", requires_grad=True)
+    ids = torch.tensor([0, C - 2, C - 1, 7], device="cuda")
+    t = ids[torch.arange(40, device="cuda") % 4]
+    small = weight.detach()[ids].clone().requires_grad_()
+    loss = loss_by_triton(x, weight, t, ids, sparse_grad=True)
+    expected = loss_by_triton(x, small, torch.arange(40, device="cuda") % 4)
+    assert_same(loss, expected, loss_by_triton)
+    grad = gradients(loss, weight)[0].coalesce()  # classes ascend: ids 0, 3, 1, 2
+    (grad_small,) = gradients(expected, small)
+    torch.testing.assert_close(grad.values(), grad_small[[0, 3, 1, 2]], rtol=0.05, atol=0.01)
+
+
+@gpu
+def test_memory_is_inputs_and_gradients():
+    """Nothing of size B x S (256 MiB here, in bfloat16): a chunk of 16 MiB of it, and O(B + S)."""
+    B, S, D = 2048, 65536, 64
+    x = torch.randn(B, D, device="cuda", dtype=BF16, requires_grad=True)
+    w = torch.randn(S, D, device="cuda", dtype=BF16, requires_grad=True)
+    t = torch.randint(S, (B,), device="cuda")
+    loss_by_triton(x, w, t).backward()
+    x.grad = w.grad = None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss_by_triton(x, w, t).backward()
+    gradient_bytes = (x.numel() + w.numel()) * 2
+    assert torch.cuda.max_memory_allocated() - before < gradient_bytes + 40 * 2**20

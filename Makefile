@@ -22,8 +22,9 @@ demo: $(READY)
 	$(BIN)/fedss compare --data glyphs --methods fedss,full_softmax,pos_only,neg_only --seeds 0 --eval-every 25 \
 		--out $(DEMO_OUT) --overwrite
 
+# as many tests at a time as there are cores
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 # style, format and types
 lint: $(READY)

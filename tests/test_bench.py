@@ -19,6 +19,12 @@ from fedss_kernels.federated import cli
 QUICKLY = ["--seconds=0.001", "--threads=1"]
 
 
+@pytest.fixture(autouse=True)
+def no_worker_of_tests(monkeypatch):
+    """pytest-benchmark, inside, refuses to time where it finds itself in a worker of pytest-xdist."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+
+
 def read(path) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))

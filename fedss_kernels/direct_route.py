@@ -1,9 +1,9 @@
 """The short way from Python to the loss kernel, for plain eager mode.
 
 One autograd.Function around the kernel that the registered operator runs, without the operator's dispatch,
-which takes most of the time of a small problem. Only for ordinary CPU tensors with nothing around them that
-wants to see operators: no compiler, autocast, function transform, dispatch mode or subclass. Both ways give
-the same bits.
+which takes most of the time of a small problem. Only for ordinary tensors with nothing around them that wants
+to see operators: no compiler, function transform, dispatch mode or subclass, and no autocast on the CPU. Both
+ways give the same bits. GPU tensors go on to direct_triton.py.
 """
 
 import math
@@ -12,6 +12,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
+from .direct_triton import direct_triton_loss
 from .loss_operator import Arguments, finish, finish_gradients, run_kernel
 
 
@@ -28,6 +29,7 @@ def direct_loss(
     ignore_index: int,
     reduction: str,
     sparse_grad: bool,
+    impl: str,
 ) -> Tensor | None:
     """The loss, or None for what needs the operator or a closer look: a wrong argument too.
 
@@ -36,7 +38,6 @@ def direct_loss(
     if not (
         _plain_eager()
         and _ordinary(input)
-        and input.is_cpu
         and _ordinary(weight)
         and (bias is None or (_ordinary(bias) and bias.dtype == weight.dtype))
         and _constant(target)
@@ -48,6 +49,17 @@ def direct_loss(
     ):
         return None
     constants = (target, class_ids, log_expected_count, target_log_expected_count)
+    if impl == "triton" or (impl == "auto" and input.is_cuda):
+        return direct_triton_loss(
+            *(input, weight, constants, bias, scale, similarity, ignore_index, reduction, sparse_grad)
+        )
+    if (
+        impl not in ("auto", "cpp")
+        or not input.is_cpu
+        or torch.is_autocast_enabled("cpu")
+        or (isinstance(scale, Tensor) and not scale.is_cpu)
+    ):
+        return None
     learned = None
     if isinstance(scale, Tensor):
         learned, scale = scale, scale.item()
@@ -76,7 +88,6 @@ def _plain_eager() -> bool:
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
         and forward_ad._current_level < 0
-        and not torch.is_autocast_enabled("cpu")
     )
 
 
@@ -95,13 +106,7 @@ def _constant(tensor: Tensor) -> bool:
 def _ordinary_scale(scale: float | Tensor) -> bool:
     if type(scale) is float:
         return math.isfinite(scale)
-    return (
-        isinstance(scale, Tensor)
-        and _ordinary(scale)
-        and scale.is_cpu
-        and scale.dim() == 0
-        and scale.is_floating_point()
-    )
+    return isinstance(scale, Tensor) and _ordinary(scale) and scale.dim() == 0 and scale.is_floating_point()
 
 
 class _Loss(torch.autograd.Function):

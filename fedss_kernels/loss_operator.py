@@ -159,7 +159,7 @@ def _loss(*arguments):
     p = Arguments(*arguments)
     refuse_forward_mode("sampled_softmax_loss")
     if p.impl == "triton":
-        loss, kept = _triton().loss(_problem(p))
+        loss, kept = loss_by_triton(p)
         return loss, kept, *(_nothing(kept) for _ in range(4))
     loss, gradients, _ = _run(p, p.wanted)
     return loss, *_operator_results(p, gradients)
@@ -172,8 +172,19 @@ def _triton():
     return sampled_softmax
 
 
-def _problem(p: Arguments):
-    return _triton().Problem.of(*p[:11], p.rounding)
+def loss_by_triton(p: Arguments) -> tuple[Tensor, Tensor]:
+    """(loss, what the kernels keep for the gradients)"""
+    kernels = _triton()
+    return kernels.loss(kernels.Problem.of(*p[:11], p.rounding))
+
+
+def gradients_by_triton(
+    p: Arguments, kept: Tensor, grad_loss: Tensor, needed: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    """Of input, weight, bias and scale."""
+    kernels = _triton()
+    problem = kernels.Problem.of(*p[:11], p.rounding)
+    return kernels.gradients(problem, kept, grad_loss, needed, p.sparse_grad, p.scale)
 
 
 @torch.library.register_fake("fedss_kernels::sampled_softmax_loss", lib=_library)
@@ -191,7 +202,7 @@ def _gradients(grad_loss: Tensor, made: list[Tensor], needed: list[bool], *argum
     refuse_forward_mode("sampled_softmax_loss")
     results: Sequence[Tensor | None]
     if p.impl == "triton":
-        results = _triton().gradients(_problem(p), made[0], grad_loss, needed, p.sparse_grad, p.scale)
+        results = gradients_by_triton(p, made[0], grad_loss, needed)
     else:
         results = finish_gradients(p, Gradients(*made), None, grad_loss, needed)
     return tuple(_nothing(p.input) if result is None else result for result in results)

@@ -86,7 +86,7 @@ def sampled_softmax_loss(
     >>> sampled_softmax_loss(eye[:1], eye, torch.tensor([0]), scale=1.0)
     tensor(0.3133)
     """
-    if impl in ("auto", "cpp"):
+    if impl != "reference":
         try:
             loss = direct_loss(
                 *(input, weight, target, class_ids, log_expected_count, target_log_expected_count, bias),
@@ -96,6 +96,7 @@ def sampled_softmax_loss(
                     ignore_index,
                     reduction,
                     sparse_grad,
+                    impl,
                 ),
             )
             if loss is not None:

@@ -15,6 +15,7 @@ import torch
 import triton
 from fedss_kernels.reference import sampled_softmax_loss as reference_loss
 from loss_cases import BF16, F16, F32, F64, Case, assert_same, check
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fedss_kernels
 from fedss_kernels.triton_kernels import tuning
@@ -218,6 +219,37 @@ def test_opcheck(reduction, wanted):
     detached = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
     backward = (torch.ones_like(loss), made, [True, True, False, True], *detached)
     torch.library.opcheck(OPS.sampled_softmax_loss_backward.default, backward)
+
+
+class Watching(TorchDispatchMode):
+    """Wants to see every operator."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("sparse_grad", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("scale", [12.5, torch.tensor(12.5)], ids=["number", "tensor"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_both_routes_give_the_same_bits(autocast, scale, reduction, sparse_grad):
+    x, w, t, ids, counts = problem()
+    bias = torch.linspace(-1, 1, 12, device=DEVICE).requires_grad_()
+    options = {"bias": bias, "scale": scale, "reduction": reduction, "sparse_grad": sparse_grad}
+
+    def results():
+        with torch.autocast(DEVICE, BF16, enabled=autocast):
+            loss = loss_by_triton(x, w, t, ids, counts, **options)
+        return loss, [g.to_dense() for g in gradients(loss, x, w, bias)]
+
+    loss, found = results()
+    assert loss.grad_fn.name().startswith("_Loss")
+    with Watching():
+        loss_by_operator, found_by_operator = results()
+    assert not loss_by_operator.grad_fn.name().startswith("_Loss")
+    assert torch.equal(loss, loss_by_operator)
+    for a, b in zip(found, found_by_operator, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_compiled_equals_eager():

@@ -1,0 +1,631 @@
+"""The gradients, from tiles computed again. With p = exp(o - largest) / sum and g_i the upstream of row i:
+
+    dlogits(i, j) = g_i * p(i, j)                     0 for accidental hits; the target's own: g_i * (p_t - 1)
+    pulls(i, j)   = scale * dlogits(i, j) * input_inverse_i * weight_inverse_j
+    grad_input_i  = sum_j pulls(i, j) * weight_j - scale * along_i * input_inverse_i^2 * input_i
+    grad_weight_j = sum_i pulls(i, j) * input_i  - scale * along_j * weight_inverse_j^2 * weight_j
+    along         = sum of dlogits * cosine over the other axis
+
+(for the dot product inverses are 1 and the second terms, which take out what lies along the row, are not
+there).
+
+A small problem takes two launches: `small_tiles`, a tile of classes for each program with all the rows, then
+`small_results`, which adds up what the programs found. A large one goes over the classes in chunks:
+`pull_chunk` stores a chunk of pulls, `chunk_grad_rows` and `chunk_grad_input` are products with it, and
+`small_results` ends it too. No atomics: each sum has one owner and one order.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import (
+    add_product,
+    add_squares,
+    dots,
+    inverse_norm,
+    load_bias,
+    load_classes,
+    load_rows,
+    load_scale,
+    load_targets,
+    product_or_zero,
+    rounded,
+    wide,
+)
+
+
+@triton.jit
+def load_upstream(grad_loss, kept, rows, counted, B, ACC: tl.constexpr, PER_ROW: tl.constexpr):
+    """(R,) upstream gradient of each row's loss: its own, or one for all by the factor of "mean"."""
+    if PER_ROW:
+        return tl.load(grad_loss + rows, mask=counted, other=0.0).to(ACC)
+    else:
+        return tl.where(counted, (tl.load(grad_loss).to(ACC) * tl.load(kept + wide(B) * 6)), 0.0)
+
+
+@triton.jit
+def dlogits_tile(
+    input,
+    weight,
+    target,
+    class_ids,
+    counts,
+    bias,
+    grad_loss,
+    kept,
+    rows,
+    entries,
+    B,
+    C,
+    S,
+    D,
+    ignore_index,
+    input_row,
+    input_column,
+    weight_row,
+    weight_column,
+    scale,
+    FOLD: tl.constexpr,  # every class is in the set: a target is a column of the tile like any other
+    COSINE: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    OPERAND: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """(dlogits, pulls, cosines (R, J), ids, which are read, weight's inverse norms (J,))"""
+    targets, counted, known = load_targets(target, rows, B, C, ignore_index)
+    ids, corrections, live, wrong = load_classes(class_ids, counts, entries, S, C, ACC)
+    hits = known[:, None] & (ids[None, :] == targets[:, None])
+    read = live
+    if FOLD:
+        read = live | ((entries < S) & (tl.max(hits.to(tl.int32), 0) > 0))
+    sums, x_inverse, w_inverse = dots(
+        input, weight, rows, counted, ids, read, D, input_row, input_column, weight_row, weight_column,
+        COSINE, OPERAND, ACC, PRECISION, BLOCK_D,
+    )  # fmt: skip
+    cosines = sums * x_inverse[:, None] * w_inverse[None, :]
+    logits = scale * cosines + (load_bias(bias, ids, live, ACC) - corrections)[None, :]
+    largest = tl.load(kept + rows, mask=counted, other=0.0)
+    inverse_total = tl.load(kept + wide(B) + rows, mask=counted, other=0.0)
+    upstream = load_upstream(grad_loss, kept, rows, counted, B, ACC, PER_ROW)
+    probs = tl.exp(logits - largest[:, None]) * inverse_total[:, None]
+    probs = tl.where(live[None, :] & counted[:, None] & (ids[None, :] != targets[:, None]), probs, 0.0)
+    if FOLD:
+        own = tl.load(kept + 2 * wide(B) + rows, mask=known, other=0.0)
+        probs = tl.where(hits, own[:, None], probs)
+    probs = tl.where(wrong[None, :] & counted[:, None], float("nan"), probs)
+    dlogits = product_or_zero(probs, upstream[:, None])
+    # A zero row has inverse norm 0: nothing passes through it, even of an infinite upstream.
+    through = scale * x_inverse[:, None] * w_inverse[None, :]
+    return dlogits, product_or_zero(through, dlogits), cosines, ids, read, w_inverse
+
+
+@triton.jit
+def add_pulled(sums, pulls, rows, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+    """sums + pulls @ rows, in the rows' dtype; float16, too narrow for small gradients, through tf32."""
+    if OPERAND == tl.float16:
+        return add_product(sums, pulls, rows.to(tl.float32), "tf32")
+    else:
+        return add_product(sums, rounded(pulls, OPERAND), rows, PRECISION)
+
+
+@triton.jit
+def target_pulls(
+    target, grad_loss, kept, rows, B, C, ignore_index, scale,
+    FOLD: tl.constexpr, COSINE: tl.constexpr, PER_ROW: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Of own targets: (classes, known, dlogits, pulls, dlogits * cosine, 1 / |input|, 1 / |weight_t|)."""
+    targets, counted, known = load_targets(target, rows, B, C, ignore_index)
+    own = tl.load(kept + 2 * wide(B) + rows, mask=known, other=0.0)
+    cosine = tl.load(kept + 3 * wide(B) + rows, mask=known, other=0.0)
+    x_inverse = tl.load(kept + 4 * wide(B) + rows, mask=known, other=0.0)
+    w_inverse = tl.load(kept + 5 * wide(B) + rows, mask=known, other=0.0)
+    dlogits = product_or_zero(own, load_upstream(grad_loss, kept, rows, counted, B, ACC, PER_ROW))
+    dlogits = tl.where(counted & ~known, float("nan"), dlogits)
+    pulls = product_or_zero(scale * x_inverse * w_inverse, dlogits)
+    along = product_or_zero(cosine, dlogits)
+    return targets, known, dlogits, pulls, along, x_inverse, w_inverse
+
+
+@triton.jit
+def without_along(values, along, scale, inverse, rows, COSINE: tl.constexpr):
+    """values - scale * along * inverse^2 * rows, for a cosine."""
+    if COSINE:
+        taken = product_or_zero(scale * inverse * inverse, along)
+        values -= product_or_zero(taken[:, None], rows.to(values.dtype))
+    return values
+
+
+@triton.jit
+def store_target_rows(
+    input, weight, target, grad_loss, kept, grad_rows, grad_bias, rows, columns, B, C, S, D, ignore_index,
+    input_row, input_column, weight_row, weight_column, scale,
+    COSINE: tl.constexpr, PER_ROW: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """What row i adds to the gradient of its target's row and bias: entry S + i of the compact gradient."""
+    targets, known, dlogits, pulls, along, _, w_inverse = target_pulls(
+        target, grad_loss, kept, rows, B, C, ignore_index, scale, False, COSINE, PER_ROW, ACC
+    )
+    inside = (rows < B)[:, None] & (columns < D)[None, :]
+    at = (S + rows).to(tl.int64)
+    if grad_rows is not None:
+        x = load_rows(input, rows, known, columns, D, input_row, input_column, OPERAND).to(ACC)
+        w = load_rows(weight, targets, known, columns, D, weight_row, weight_column, OPERAND)
+        values = without_along(product_or_zero(x, pulls[:, None]), along, scale, w_inverse, w, COSINE)
+        at_rows = grad_rows + at[:, None] * D + columns[None, :]
+        tl.store(at_rows, rounded(values, grad_rows.dtype.element_ty), mask=inside)
+    if grad_bias is not None:
+        tl.store(grad_bias + at, dlogits, mask=rows < B)
+
+
+@triton.jit
+def small_tiles(
+    input,
+    weight,
+    target,
+    class_ids,
+    counts,
+    bias,
+    learned,
+    grad_loss,
+    kept,
+    grad_rows,  # (S + B, D), or (C, D) with FOLD; None: not wanted
+    grad_bias,  # (S + B,), or (C,) with FOLD; None: not wanted
+    partial_input,  # (tiles of classes, B, D); None: not wanted
+    partial_along,  # (tiles of classes, B)
+    B,
+    C,
+    S,
+    D,
+    ignore_index,
+    input_row,
+    input_column,
+    weight_row,
+    weight_column,
+    factor: tl.float64,
+    FOLD: tl.constexpr,
+    COSINE: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    OPERAND: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Program t: all rows and the t-th tile of classes; the last one, without FOLD: the rows' own targets."""
+    tile = tl.program_id(0)
+    tiles = tl.cdiv(S, BLOCK_S)
+    scale = load_scale(factor, learned, ACC)
+    rows = tl.arange(0, BLOCK_B)
+    if tile < tiles:
+        entries = tile * BLOCK_S + tl.arange(0, BLOCK_S)
+        dlogits, pulls, cosines, ids, read, w_inverse = dlogits_tile(
+            input, weight, target, class_ids, counts, bias, grad_loss, kept, rows, entries,
+            B, C, S, D, ignore_index, input_row, input_column, weight_row, weight_column, scale,
+            FOLD, COSINE, PER_ROW, OPERAND, ACC, PRECISION, BLOCK_D,
+        )  # fmt: skip
+        along = product_or_zero(dlogits, cosines)
+        along_classes = tl.sum(along, 0)
+        tl.store(partial_along + tile.to(tl.int64) * B + rows, tl.sum(along, 1), mask=rows < B)
+        if grad_bias is not None:
+            of_bias = rounded(tl.sum(dlogits, 0), grad_bias.dtype.element_ty)
+            tl.store(grad_bias + entries, of_bias, mask=entries < S)
+        counted = load_targets(target, rows, B, C, ignore_index)[1]
+        for start in range(0, D, BLOCK_D):
+            columns = start + tl.arange(0, BLOCK_D)
+            w = load_rows(weight, ids, read, columns, D, weight_row, weight_column, OPERAND)
+            if grad_rows is not None:
+                x = load_rows(input, rows, counted, columns, D, input_row, input_column, OPERAND)
+                values = add_pulled(tl.zeros((BLOCK_S, BLOCK_D), ACC), tl.trans(pulls), x, OPERAND, PRECISION)
+                values = without_along(values, along_classes, scale, w_inverse, w, COSINE)
+                at = grad_rows + entries.to(tl.int64)[:, None] * D + columns[None, :]
+                inside = (entries < S)[:, None] & (columns < D)[None, :]
+                tl.store(at, rounded(values, grad_rows.dtype.element_ty), mask=inside)
+            if partial_input is not None:
+                values = add_pulled(tl.zeros((BLOCK_B, BLOCK_D), ACC), pulls, w, OPERAND, PRECISION)
+                at = partial_input + (tile.to(tl.int64) * B + rows)[:, None] * D + columns[None, :]
+                tl.store(at, values, mask=(rows < B)[:, None] & (columns < D)[None, :])
+    else:
+        for start in range(0, tl.maximum(D, 1), BLOCK_D):  # the bias is there without columns too
+            store_target_rows(
+                input, weight, target, grad_loss, kept, grad_rows, grad_bias, rows,
+                start + tl.arange(0, BLOCK_D), B, C, S, D, ignore_index,
+                input_row, input_column, weight_row, weight_column, scale, COSINE, PER_ROW, OPERAND, ACC,
+            )  # fmt: skip
+
+
+@triton.jit
+def finish_input_tile(
+    input, weight, target, learned, grad_loss, kept, partial_input, partial_along, grad_input,
+    row, columns, tiles, B, C, D, ignore_index, input_row, input_column, weight_row, weight_column, scale,
+    FOLD: tl.constexpr, COSINE: tl.constexpr, PER_ROW: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a row of input, some columns: the tiles' sums, the target's part, less what is along."""
+    rows = row + tl.zeros((1,), tl.int32)
+    targets, known, _, pulls, along, x_inverse, _ = target_pulls(
+        target, grad_loss, kept, rows, B, C, ignore_index, scale, FOLD, COSINE, PER_ROW, ACC
+    )
+    x = load_rows(input, rows, known, columns, D, input_row, input_column, OPERAND)
+    values = tl.zeros(x.shape, ACC)
+    if FOLD:
+        along = tl.where(known, 0.0, along)
+    else:
+        w = load_rows(weight, targets, known, columns, D, weight_row, weight_column, OPERAND).to(ACC)
+        values = product_or_zero(w, pulls[:, None])
+    for start in range(0, tiles, BLOCK_TILES):
+        tile = start + tl.arange(0, BLOCK_TILES)
+        at = tile.to(tl.int64) * B + row
+        along += tl.sum(tl.load(partial_along + at, mask=tile < tiles, other=0.0), 0)
+        inside = (tile < tiles)[:, None] & (columns < D)[None, :]
+        found = tl.load(partial_input + at[:, None] * D + columns[None, :], mask=inside, other=0.0)
+        values += tl.sum(found, 0)[None, :]
+    values = without_along(values, along, scale, x_inverse, x, COSINE)
+    counted = load_targets(target, rows, B, C, ignore_index)[1]
+    values = tl.where(counted[:, None], values, 0.0)  # 0 times what a class holds, NaN too
+    at = grad_input + rows.to(tl.int64)[:, None] * D + columns[None, :]
+    tl.store(at, rounded(values, grad_input.dtype.element_ty), mask=(columns < D)[None, :])
+
+
+@triton.jit
+def entry_ids(class_ids, target, entries, B, C, S, ignore_index):
+    """Classes of the compact gradient's rows, the set's and then the targets'; -1 for what has none."""
+    ids = tl.load(class_ids + entries, mask=entries < S, other=-1)
+    targets, _, known = load_targets(target, entries - S, B, C, ignore_index)
+    of_target = (entries >= S) & (entries < S + B)
+    return tl.where(of_target, tl.where(known, targets, -1), tl.where((ids >= 0) & (ids < C), ids, -1))
+
+
+@triton.jit
+def spread_entry(
+    class_ids, target, grad_rows, grad_bias, grad_weight, grad_class_bias, entry, columns,
+    B, C, S, D, ignore_index, first_columns, ACC: tl.constexpr, BLOCK_ENTRIES: tl.constexpr,
+):  # fmt: skip
+    """The first entry of a class adds up all of them, in order, and stores the class' dense row."""
+    own = tl.max(entry_ids(class_ids, target, entry + tl.zeros((1,), tl.int32), B, C, S, ignore_index), 0)
+    values = tl.zeros((1, columns.shape[0]), ACC)
+    of_bias = tl.zeros((1,), ACC)
+    earlier = own < 0
+    start = 0
+    while (start < S + B) & (not earlier):
+        entries = start + tl.arange(0, BLOCK_ENTRIES)
+        same = entry_ids(class_ids, target, entries, B, C, S, ignore_index) == own
+        earlier = tl.max((same & (entries < entry)).to(tl.int32), 0) > 0
+        if grad_rows is not None:
+            at = grad_rows + entries.to(tl.int64)[:, None] * D + columns[None, :]
+            found = tl.load(at, mask=same[:, None] & (columns < D)[None, :], other=0.0)
+            values += tl.sum(found.to(ACC), 0)[None, :]
+        if grad_bias is not None:
+            of_bias += tl.sum(tl.load(grad_bias + entries, mask=same, other=0.0), 0)
+        start += BLOCK_ENTRIES
+    if not earlier:
+        if grad_rows is not None:
+            at = grad_weight + own * D + columns[None, :]
+            tl.store(at, rounded(values, grad_weight.dtype.element_ty), mask=(columns < D)[None, :])
+        if grad_bias is not None:
+            if first_columns:
+                at_bias = grad_class_bias + own + tl.zeros((1,), tl.int64)
+                tl.store(at_bias, rounded(of_bias, grad_class_bias.dtype.element_ty))
+
+
+@triton.jit
+def sum_along(
+    target, grad_loss, kept, partial_along, grad_scale, tiles, B, C, ignore_index, scale,
+    FOLD: tl.constexpr, COSINE: tl.constexpr, PER_ROW: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_TILES: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the scale: the sum of dlogits * cosine over everything."""
+    total = tl.zeros((), tl.float64)
+    for first in range(0, B, BLOCK_ROWS):
+        rows = first + tl.arange(0, BLOCK_ROWS)
+        if not FOLD:
+            along = target_pulls(
+                target, grad_loss, kept, rows, B, C, ignore_index, scale, FOLD, COSINE, PER_ROW, ACC
+            )[4]
+            total += tl.sum(along.to(tl.float64), 0)
+        for start in range(0, tiles, BLOCK_TILES):
+            tile = start + tl.arange(0, BLOCK_TILES)
+            inside = (tile < tiles)[:, None] & (rows < B)[None, :]
+            at = tile.to(tl.int64)[:, None] * B + rows[None, :]
+            found = tl.load(partial_along + at, mask=inside, other=0.0).to(tl.float64)
+            total += tl.sum(tl.sum(found, 0), 0)
+    one = tl.zeros((1,), tl.int64)
+    tl.store(grad_scale + one, rounded(total + tl.zeros((1,), tl.float64), grad_scale.dtype.element_ty))
+
+
+@triton.jit
+def small_results(
+    input,
+    weight,
+    target,
+    class_ids,
+    learned,
+    grad_loss,
+    kept,
+    grad_rows,  # (S + B, D); None: nothing to spread
+    grad_bias,  # (S + B,)
+    partial_input,
+    partial_along,
+    grad_input,  # (B, D)
+    grad_weight,  # (C, D) zeros
+    grad_class_bias,  # (C,) zeros
+    grad_scale,  # ()
+    B,
+    C,
+    S,
+    D,
+    tiles,
+    ignore_index,
+    input_row,
+    input_column,
+    weight_row,
+    weight_column,
+    factor: tl.float64,
+    FOLD: tl.constexpr,
+    COSINE: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    OPERAND: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+    BLOCK_ENTRIES: tl.constexpr,
+):
+    """Program (n, d): columns d of row n of input, then the scale's, then of the compact gradient's entries."""
+    n = tl.program_id(0)
+    scale = load_scale(factor, learned, ACC)
+    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    if n < B:
+        if grad_input is not None:
+            finish_input_tile(
+                input, weight, target, learned, grad_loss, kept, partial_input, partial_along, grad_input,
+                n, columns, tiles, B, C, D, ignore_index, input_row, input_column, weight_row, weight_column,
+                scale, FOLD, COSINE, PER_ROW, OPERAND, ACC, BLOCK_TILES,
+            )  # fmt: skip
+    elif n == B:
+        if grad_scale is not None:
+            if tl.program_id(1) == 0:
+                sum_along(
+                    target, grad_loss, kept, partial_along, grad_scale, tiles, B, C, ignore_index, scale,
+                    FOLD, COSINE, PER_ROW, ACC, BLOCK_TILES, BLOCK_ENTRIES,
+                )  # fmt: skip
+    else:
+        if class_ids is not None:
+            spread_entry(
+                class_ids, target, grad_rows, grad_bias, grad_weight, grad_class_bias, n - B - 1, columns,
+                B, C, S, D, ignore_index, tl.program_id(1) == 0, ACC, BLOCK_ENTRIES,
+            )  # fmt: skip
+
+
+# ---- large problems: a chunk of classes at a time ----------------------------------------------------------
+
+
+@triton.jit
+def pull_chunk(
+    input,
+    weight,
+    target,
+    class_ids,
+    counts,
+    bias,
+    learned,
+    grad_loss,
+    kept,
+    pulls_chunk,  # (B, CHUNK)
+    along_rows,  # (tiles of classes in the chunk, B)
+    along_classes,  # (tiles of rows, CHUNK)
+    bias_classes,  # (tiles of rows, CHUNK); None: not wanted
+    first,  # entry of the class set that the chunk starts with
+    CHUNK,
+    B,
+    C,
+    S,
+    D,
+    ignore_index,
+    input_row,
+    input_column,
+    weight_row,
+    weight_column,
+    factor: tl.float64,
+    FOLD: tl.constexpr,
+    COSINE: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    OPERAND: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Program (b, t): pulls of a tile of rows and the chunk's t-th tile of classes, and their sums."""
+    tile = tl.program_id(1)
+    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    inside = tile * BLOCK_S + tl.arange(0, BLOCK_S)
+    scale = load_scale(factor, learned, ACC)
+    dlogits, pulls, cosines, _, _, _ = dlogits_tile(
+        input, weight, target, class_ids, counts, bias, grad_loss, kept, rows, first + inside,
+        B, C, S, D, ignore_index, input_row, input_column, weight_row, weight_column, scale,
+        FOLD, COSINE, PER_ROW, OPERAND, ACC, PRECISION, BLOCK_D,
+    )  # fmt: skip
+    there = (rows < B)[:, None] & (inside < CHUNK)[None, :]
+    at = pulls_chunk + rows.to(tl.int64)[:, None] * CHUNK + inside[None, :]
+    tl.store(at, rounded(pulls, pulls_chunk.dtype.element_ty), mask=there)
+    along = product_or_zero(dlogits, cosines)
+    tl.store(along_rows + tile.to(tl.int64) * B + rows, tl.sum(along, 1), mask=rows < B)
+    at_classes = tl.program_id(0).to(tl.int64) * CHUNK + inside
+    tl.store(along_classes + at_classes, tl.sum(along, 0), mask=inside < CHUNK)
+    if bias_classes is not None:
+        tl.store(bias_classes + at_classes, tl.sum(dlogits, 0), mask=inside < CHUNK)
+
+
+@triton.jit
+def load_pulls(pulls_chunk, rows, classes, B, CHUNK, OPERAND: tl.constexpr):
+    at = rows.to(tl.int64)[:, None] * CHUNK + classes[None, :]
+    return tl.load(pulls_chunk + at, mask=(rows < B)[:, None] & (classes < CHUNK)[None, :], other=0.0)
+
+
+@triton.jit
+def sum_tiles(partial, at, inside, tiles, stride, ACC: tl.constexpr):
+    """Sum over tiles of partial[tile, at], in order."""
+    total = tl.zeros(at.shape, ACC)
+    for tile in range(0, tiles):
+        total += tl.load(partial + tl.full((), tile, tl.int64) * stride + at, mask=inside, other=0.0)
+    return total
+
+
+@triton.jit
+def chunk_grad_rows(
+    input,
+    weight,
+    target,
+    class_ids,
+    counts,
+    learned,
+    pulls_chunk,
+    along_classes,
+    bias_classes,
+    grad_rows,  # (S + B, D), or (C, D) with FOLD; None: not wanted
+    grad_bias,
+    first,
+    CHUNK,
+    B,
+    C,
+    S,
+    D,
+    row_tiles,
+    ignore_index,
+    input_row,
+    input_column,
+    weight_row,
+    weight_column,
+    factor: tl.float64,
+    COSINE: tl.constexpr,
+    OPERAND: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Program (t, d): columns d of the gradient of a tile of class rows, all rows of input in order."""
+    inside = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    entries = first + inside
+    if grad_rows is not None:
+        values = tl.zeros((BLOCK_S, BLOCK_D), ACC)
+        for start in range(0, B, BLOCK_B):
+            rows = start + tl.arange(0, BLOCK_B)
+            counted = load_targets(target, rows, B, C, ignore_index)[1]
+            pulls = load_pulls(pulls_chunk, rows, inside, B, CHUNK, OPERAND)
+            x = load_rows(input, rows, counted, columns, D, input_row, input_column, OPERAND)
+            values = add_pulled(values, tl.trans(pulls), x, OPERAND, PRECISION)
+        if COSINE:
+            ids, _, live, _ = load_classes(class_ids, counts, entries, S, C, ACC)
+            along = sum_tiles(along_classes, inside, inside < CHUNK, row_tiles, CHUNK, ACC)
+            # Along nothing: a row that takes no part, whatever it holds.
+            read = live | (along != 0.0)
+            squares = tl.zeros((BLOCK_S,), ACC)
+            for start in range(0, D, BLOCK_D):
+                d = start + tl.arange(0, BLOCK_D)
+                w = load_rows(weight, ids, read, d, D, weight_row, weight_column, OPERAND)
+                squares = add_squares(squares, w)
+            w = load_rows(weight, ids, read, columns, D, weight_row, weight_column, OPERAND)
+            scale = load_scale(factor, learned, ACC)
+            values = without_along(values, along, scale, inverse_norm(squares), w, COSINE)
+        at = grad_rows + entries.to(tl.int64)[:, None] * D + columns[None, :]
+        there = (inside < CHUNK)[:, None] & (columns < D)[None, :]
+        tl.store(at, rounded(values, grad_rows.dtype.element_ty), mask=there)
+    if grad_bias is not None:
+        if tl.program_id(1) == 0:
+            found = sum_tiles(bias_classes, inside, inside < CHUNK, row_tiles, CHUNK, ACC)
+            of_bias = rounded(found, grad_bias.dtype.element_ty)
+            tl.store(grad_bias + entries, of_bias, mask=inside < CHUNK)
+
+
+@triton.jit
+def chunk_grad_input(
+    weight,
+    class_ids,
+    counts,
+    target,
+    pulls_chunk,
+    along_rows,
+    sums_input,  # (B, D), zeros before the first chunk; None: not wanted
+    sums_along,  # (B,), so too
+    first,
+    CHUNK,
+    B,
+    C,
+    S,
+    D,
+    class_tiles,
+    ignore_index,
+    weight_row,
+    weight_column,
+    FOLD: tl.constexpr,
+    OPERAND: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Program (b, d): adds what a chunk of classes gives to columns d of a tile of rows, chunk by chunk."""
+    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    if sums_input is not None:
+        at = sums_input + rows.to(tl.int64)[:, None] * D + columns[None, :]
+        there = (rows < B)[:, None] & (columns < D)[None, :]
+        values = tl.load(at, mask=there, other=0.0)
+        for start in range(0, CHUNK, BLOCK_S):
+            inside = start + tl.arange(0, BLOCK_S)
+            ids, _, live, _ = load_classes(class_ids, counts, first + inside, S, C, ACC)
+            pulls = load_pulls(pulls_chunk, rows, inside, B, CHUNK, OPERAND)
+            read = live & (inside < CHUNK)
+            if FOLD:
+                read = (inside < CHUNK) & (live | (tl.max((pulls.to(ACC) != 0.0).to(tl.int32), 0) > 0))
+            w = load_rows(weight, ids, read, columns, D, weight_row, weight_column, OPERAND)
+            values = add_pulled(values, pulls, w, OPERAND, PRECISION)
+        tl.store(at, values, mask=there)
+    if tl.program_id(1) == 0:
+        along = tl.load(sums_along + rows, mask=rows < B, other=0.0)
+        along += sum_tiles(along_rows, rows, rows < B, class_tiles, B, ACC)
+        tl.store(sums_along + rows, along, mask=rows < B)
+
+
+@triton.jit
+def target_rows(
+    input,
+    weight,
+    target,
+    learned,
+    grad_loss,
+    kept,
+    grad_rows,
+    grad_bias,
+    B,
+    C,
+    S,
+    D,
+    ignore_index,
+    input_row,
+    input_column,
+    weight_row,
+    weight_column,
+    factor: tl.float64,
+    COSINE: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    OPERAND: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Program (b, d): columns d of the entries S + i of the compact gradient."""
+    store_target_rows(
+        input, weight, target, grad_loss, kept, grad_rows, grad_bias,
+        tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B),
+        tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D),
+        B, C, S, D, ignore_index, input_row, input_column, weight_row, weight_column,
+        load_scale(factor, learned, ACC), COSINE, PER_ROW, OPERAND, ACC,
+    )  # fmt: skip

@@ -1,0 +1,156 @@
+"""The loss: softmax terms over splits of the class set, then the splits merged.
+
+What the backward pass needs is kept, O(B): see `KEPT`.
+
+Bytes: `partial_terms` reads each gathered row of `weight` once for each tile of rows (D elements, an id and a
+correction), each row of `input` once for each tile of classes (from the caches: a tile of rows is small), the B
+rows of the targets once more, and writes 8 B bytes for each split, 12 B besides.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import (
+    dots,
+    load_bias,
+    load_classes,
+    load_scale,
+    load_targets,
+    target_dots,
+    wide,
+)
+
+# (KEPT, B) numbers of each row, then 1 / (rows that "mean" counts):
+#   the largest logit o, the target's too; 1 / sum exp(o - largest); p_t - 1; the dot product with the
+#   target's row over both norms; 1 / |input|; 1 / |weight_t|
+KEPT = 6
+
+
+@triton.jit
+def partial_terms(
+    input,
+    weight,
+    target,
+    class_ids,
+    counts,
+    bias,
+    learned,
+    partials,  # (2, SPLITS, B): the largest o and sum exp(o - largest) of each split
+    kept,  # (KEPT, B)
+    B,
+    C,
+    S,
+    D,
+    ignore_index,
+    input_row,
+    input_column,
+    weight_row,
+    weight_column,
+    factor: tl.float64,
+    COSINE: tl.constexpr,
+    OPERAND: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Program (b, s): a tile of rows and every SPLITS-th tile of classes, from the s-th on."""
+    split, splits = tl.program_id(1), tl.num_programs(1)
+    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    targets, counted, known = load_targets(target, rows, B, C, ignore_index)
+    scale = load_scale(factor, learned, ACC)
+    largest = tl.full((BLOCK_B,), float("-inf"), ACC)
+    total = tl.zeros((BLOCK_B,), ACC)
+    for start in tl.range(split * BLOCK_S, S, splits * BLOCK_S, disable_licm=True):
+        entries = start + tl.arange(0, BLOCK_S)
+        ids, corrections, live, wrong = load_classes(class_ids, counts, entries, S, C, ACC)
+        sums, x_inverse, w_inverse = dots(
+            input, weight, rows, counted, ids, live, D, input_row, input_column, weight_row, weight_column,
+            COSINE, OPERAND, ACC, PRECISION, BLOCK_D,
+        )  # fmt: skip
+        logits = scale * (sums * x_inverse[:, None] * w_inverse[None, :])
+        logits += (load_bias(bias, ids, live, ACC) - corrections)[None, :]
+        logits = tl.where(live[None, :] & (ids[None, :] != targets[:, None]), logits, float("-inf"))
+        logits = tl.where(wrong[None, :], float("nan"), logits)
+        larger = tl.maximum(largest, tl.max(logits, 1))
+        shift = tl.where(larger == float("-inf"), 0.0, larger)
+        total = total * tl.exp(largest - shift) + tl.sum(tl.exp(logits - shift[:, None]), 1)
+        largest = larger
+    tl.store(partials + split.to(tl.int64) * B + rows, largest, mask=rows < B)
+    tl.store(partials + (splits + split).to(tl.int64) * B + rows, total, mask=rows < B)
+    if split == 0:
+        sums, x_inverse, w_inverse = target_dots(
+            input, weight, rows, targets, known, D, input_row, input_column, weight_row, weight_column,
+            COSINE, OPERAND, ACC, 16,
+        )  # fmt: skip
+        at = kept + wide(B) * 3 + rows
+        tl.store(at, sums * x_inverse * w_inverse, mask=rows < B)
+        tl.store(at + B, x_inverse, mask=rows < B)
+        tl.store(at + 2 * B, w_inverse, mask=rows < B)
+
+
+@triton.jit
+def merge_splits(
+    target,
+    target_counts,
+    bias,
+    learned,
+    partials,  # (2, SPLITS, B)
+    kept,  # (KEPT, B), then 1
+    loss,  # (B,), or () where the rows are reduced
+    B,
+    C,
+    splits,
+    ignore_index,
+    factor: tl.float64,
+    ACC: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+):
+    """A tile of rows each program; for "mean" and "sum" a single program takes them all, in order."""
+    scale = load_scale(factor, learned, ACC)
+    sum_of_losses = tl.zeros((), tl.float64)
+    rows_counted = tl.zeros((), tl.int32)
+    step = tl.num_programs(0) * BLOCK_B
+    for start in range(tl.program_id(0) * BLOCK_B, B, step):
+        rows = start + tl.arange(0, BLOCK_B)
+        targets, counted, known = load_targets(target, rows, B, C, ignore_index)
+        cosines = tl.load(kept + wide(B) * 3 + rows, mask=known, other=0.0)
+        own = scale * cosines + load_bias(bias, targets, known, ACC)
+        if target_counts is not None:
+            correction = tl.load(target_counts + rows, mask=known, other=0.0).to(ACC)
+            own -= tl.where(tl.abs(correction) < float("inf"), correction, float("nan"))
+        own = tl.where(known, own, float("nan"))
+
+        split = tl.arange(0, BLOCK_SPLITS)
+        at = split.to(tl.int64)[:, None] * B + rows[None, :]
+        there = (split < splits)[:, None] & counted[None, :]
+        largest_of = tl.load(partials + at, mask=there, other=float("-inf"))
+        total_of = tl.load(partials + wide(splits) * B + at, mask=there, other=0.0)
+        largest_other = tl.max(largest_of, 0)
+        largest = tl.maximum(largest_other, own)
+        others = tl.sum(tl.where(total_of == 0.0, 0.0, total_of * tl.exp(largest_of - largest[None, :])), 0)
+        # loss = log(sum of terms) - own; where the target leads, log(1 + others) without the 1's rounding.
+        target_leads = own >= largest_other
+        lead = tl.where(target_leads, 1.0, tl.exp(own - largest))
+        total = others + lead
+        log = tl.log(total)
+        log_of_lead = tl.where(total == 1.0, others, log * (others / (total - 1.0)))
+        losses = tl.where(target_leads, log_of_lead, (largest - own) + log)
+        losses = tl.where(counted, losses, 0.0)
+        tl.store(kept + rows, tl.where(counted, largest, 0.0), mask=rows < B)
+        tl.store(kept + wide(B) + rows, tl.where(counted, 1.0 / total, 0.0), mask=rows < B)
+        tl.store(kept + wide(B) * 2 + rows, tl.where(counted, -(others / total), 0.0), mask=rows < B)
+        if REDUCTION == "none":
+            tl.store(loss + rows, losses, mask=rows < B)
+        else:
+            sum_of_losses += tl.sum(losses.to(tl.float64), 0)
+            rows_counted += tl.sum(counted.to(tl.int32), 0)
+    inverse = tl.full((), 1.0, tl.float64)
+    if REDUCTION == "mean":
+        inverse = 1.0 / tl.maximum(rows_counted, 1).to(tl.float64)
+    if REDUCTION != "none":
+        tl.store(loss, sum_of_losses * inverse)
+    tl.store(kept + wide(B) * 6, inverse)

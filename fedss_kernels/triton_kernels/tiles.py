@@ -1,0 +1,192 @@
+"""What the loss' kernels share: tiles of rows, their products, and the softmax' terms made of them.
+
+    dots(i, j)   = input_i . weight_j                      float32 (float64 for float64 rows) sums
+    logits(i, j) = scale * dots(i, j) * input_inverse_i * weight_inverse_j + bias_j    (dot: inverses are 1)
+
+Rows are gathered through their ids; the squares that the norms need are summed in the same pass.
+"""
+
+import triton
+import triton.language as tl
+
+ZERO_NORM: tl.constexpr = tl.constexpr(1e-12)  # shorter rows have cosine 0 and pass no gradient
+
+
+# The interpreter multiplies bfloat16 wrongly and truncates where it should round. There, and only there,
+# operands are widened, which is exact, and rounding is done by hand.
+INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def rounded(values, dtype: tl.constexpr):
+    """`values` in another dtype, to nearest, ties to even."""
+    if INTERPRETED and dtype == tl.bfloat16 and values.dtype != tl.bfloat16:
+        bits = values.to(tl.float32).to(tl.uint32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        values = tl.where(values == values, nearest.to(tl.float32, bitcast=True), values.to(tl.float32))
+    return values.to(dtype)
+
+
+@triton.jit
+def wide(n):
+    """A size as int64. Triton makes a constant, which has no dtype to change, of an argument that is 1."""
+    return tl.full((), n, tl.int64)
+
+
+@triton.jit
+def load_rows(
+    matrix,
+    rows,  # (R,) row numbers
+    wanted,  # (R,) others read as 0, whatever they hold
+    columns,  # (BLOCK_D,)
+    D,
+    row_stride,
+    column_stride,
+    OPERAND: tl.constexpr,
+):
+    """(R, BLOCK_D) elements of a (N, D) matrix, rounded to the dtype of products."""
+    at = rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
+    inside = wanted[:, None] & (columns < D)[None, :]
+    return rounded(tl.load(matrix + at, mask=inside, other=0.0), OPERAND)
+
+
+@triton.jit
+def add_product(sums, a, b, PRECISION: tl.constexpr):
+    """sums + a @ b; PRECISION: of float32 operands."""
+    if INTERPRETED and a.dtype == tl.bfloat16:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, sums, input_precision=PRECISION, out_dtype=sums.dtype)
+
+
+@triton.jit
+def add_squares(sums, rows):
+    values = rows.to(sums.dtype)
+    return sums + tl.sum(values * values, 1)
+
+
+@triton.jit
+def inverse_norm(squares):
+    """1 / sqrt(squares); 0 for a zero row; NaN where the sum of squares has overflown: no silent cosine 0."""
+    norm = tl.sqrt(squares)
+    inverse = tl.where(norm < ZERO_NORM, 0.0, 1.0 / norm)
+    return tl.where(squares == float("inf"), float("nan"), inverse)
+
+
+@triton.jit
+def load_scale(factor, learned, ACC: tl.constexpr):
+    """The scale, a number times what a 0-d tensor holds, if there is one."""
+    scale = tl.full((), factor, ACC)
+    if learned is not None:
+        scale = scale * tl.load(learned).to(ACC)
+    return scale
+
+
+@triton.jit
+def load_targets(target, rows, B, C, ignore_index):
+    """(classes, which rows count, which have a class that exists); no row beyond B counts."""
+    classes = tl.load(target + rows, mask=rows < B, other=0)
+    counted = (rows < B) & (classes != ignore_index)
+    return classes, counted, counted & (classes >= 0) & (classes < C)
+
+
+@triton.jit
+def load_classes(class_ids, counts, entries, S, C, ACC: tl.constexpr):
+    """(ids, corrections, which are in the denominator, which are wrong) of entries of the class set."""
+    inside = entries < S
+    if class_ids is not None:
+        ids = tl.load(class_ids + entries, mask=inside, other=0)
+    else:
+        ids = entries.to(tl.int64)
+    exists = (ids >= 0) & (ids < C)
+    corrections = tl.zeros(entries.shape, ACC)
+    if counts is not None:
+        corrections = tl.load(counts + entries, mask=inside, other=0.0).to(ACC)
+    wrong = inside & ~(exists & (corrections > float("-inf")))  # NaN too
+    return ids, corrections, inside & exists & (corrections < float("inf")), wrong
+
+
+@triton.jit
+def load_bias(bias, ids, wanted, ACC: tl.constexpr):
+    if bias is not None:
+        return tl.load(bias + ids, mask=wanted, other=0.0).to(ACC)
+    else:
+        return tl.zeros(ids.shape, ACC)
+
+
+@triton.jit
+def dots(
+    input,
+    weight,
+    rows,
+    counted,
+    ids,
+    wanted,
+    D,
+    input_row,
+    input_column,
+    weight_row,
+    weight_column,
+    COSINE: tl.constexpr,
+    OPERAND: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """(dots (R, J), inverse norms of the rows (R,), of the class rows (J,)); norms are 1 without COSINE."""
+    sums = tl.zeros((rows.shape[0], ids.shape[0]), ACC)
+    input_squares = tl.zeros(rows.shape, ACC)
+    weight_squares = tl.zeros(ids.shape, ACC)
+    for start in range(0, D, BLOCK_D):
+        columns = start + tl.arange(0, BLOCK_D)
+        x = load_rows(input, rows, counted, columns, D, input_row, input_column, OPERAND)
+        w = load_rows(weight, ids, wanted, columns, D, weight_row, weight_column, OPERAND)
+        sums = add_product(sums, x, tl.trans(w), PRECISION)
+        if COSINE:
+            input_squares = add_squares(input_squares, x)
+            weight_squares = add_squares(weight_squares, w)
+    if COSINE:
+        return sums, inverse_norm(input_squares), inverse_norm(weight_squares)
+    else:
+        return sums, input_squares + 1.0, weight_squares + 1.0
+
+
+@triton.jit
+def target_dots(
+    input,
+    weight,
+    rows,
+    targets,
+    known,  # (R,) which have a target that exists
+    D,
+    input_row,
+    input_column,
+    weight_row,
+    weight_column,
+    COSINE: tl.constexpr,
+    OPERAND: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Each row's dot with its target's row: (dots, inverse norms of the rows, of the targets'), all (R,)."""
+    sums = tl.zeros(rows.shape, ACC)
+    input_squares = tl.zeros(rows.shape, ACC)
+    weight_squares = tl.zeros(rows.shape, ACC)
+    for start in range(0, D, BLOCK_D):
+        columns = start + tl.arange(0, BLOCK_D)
+        x = load_rows(input, rows, known, columns, D, input_row, input_column, OPERAND)
+        w = load_rows(weight, targets, known, columns, D, weight_row, weight_column, OPERAND)
+        sums += tl.sum(x.to(ACC) * w.to(ACC), 1)
+        if COSINE:
+            input_squares = add_squares(input_squares, x)
+            weight_squares = add_squares(weight_squares, w)
+    if COSINE:
+        return sums, inverse_norm(input_squares), inverse_norm(weight_squares)
+    else:
+        return sums, input_squares + 1.0, weight_squares + 1.0
+
+
+@triton.jit
+def product_or_zero(a, b):
+    """a * b, but 0 where a is 0, even if b is infinite: an overflowed upstream leaves zeros alone."""
+    return tl.where(a == 0.0, 0.0, a * b)

@@ -243,7 +243,7 @@ def finish_input_tile(
     FOLD: tl.constexpr, COSINE: tl.constexpr, PER_ROW: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a row of input, some columns: the tiles' sums, the target's part, less what is along."""
+    """The gradient of a row of input, some columns: the tiles' sums and the target's, less what is along."""
     rows = row + tl.zeros((1,), tl.int32)
     targets, known, _, pulls, along, x_inverse, _ = target_pulls(
         target, grad_loss, kept, rows, B, C, ignore_index, scale, FOLD, COSINE, PER_ROW, ACC
@@ -372,7 +372,7 @@ def small_results(
     BLOCK_TILES: tl.constexpr,
     BLOCK_ENTRIES: tl.constexpr,
 ):
-    """Program (n, d): columns d of row n of input, then the scale's, then of the compact gradient's entries."""
+    """Program (n, d): columns d of row n of input, then the scale's, then those of the compact entries."""
     n = tl.program_id(0)
     scale = load_scale(factor, learned, ACC)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 SMALL_BATCH = 128  # rows that one tile holds
 SMALL_ENTRIES = 4096  # of the compact gradient, S + B, that every program may look through
@@ -39,31 +39,39 @@ class Configuration:
 def configure(B: int, S: int, D: int, operand_bytes: int, problem_bytes: int) -> Configuration:
     """The configuration for B rows, S entries and D columns.
 
-    operand_bytes: 2, 4 or 8, of the dtype of products. problem_bytes: of the inputs and gradients, which a chunk
-    of pulls must stay far below.
+    operand_bytes: 2, 4 or 8, of the dtype of products. problem_bytes: of the inputs and gradients, which a
+    chunk of pulls must stay far below.
     """
     if _override is not None:
         return _override(B, S, D)
-    columns = min(_power_of_two(D, 16), {2: 64, 4: 32, 8: 16}[operand_bytes])
+    vectors = D % 16 == 0  # else rows are read an element at a time, with a pointer to each
+    columns = min(_power_of_two(D, 16), 32) if operand_bytes == 2 and vectors else 16
     few_rows = _power_of_two(min(B, SMALL_BATCH), 16)
     if B <= SMALL_BATCH:
-        classes = 32 if operand_bytes < 8 and few_rows <= 64 else 16
-        small_tile = Blocks(few_rows, classes, columns, 4, 2)
+        classes = 32 if operand_bytes == 2 else 16
+        small_tile = Blocks(
+            few_rows, classes, columns, 8 if few_rows > 32 else 4, 2 if operand_bytes == 2 else 3
+        )
         tiles = -(-S // classes)
         if S + B <= SMALL_ENTRIES and tiles * B * D <= SMALL_PARTIALS:
             splits = max(1, min(tiles, 128))
             return Configuration(
-                True, small_tile, small_tile, small_tile, min(_power_of_two(D, 16), 64), classes, splits
+                True,
+                replace(small_tile, stages=2),
+                small_tile,
+                small_tile,
+                min(_power_of_two(D, 16), 64),
+                classes,
+                splits,
             )
-    tile = {
-        2: Blocks(128, 128, columns, 8, 3),
-        4: Blocks(64, 64, columns, 4, 2),
-        8: Blocks(32, 32, columns, 4, 2),
+    # Tile of logits, tile of the products: as large as every target's registers hold.
+    tile, products = {
+        2: (Blocks(128, 64, columns, 8, 3 if vectors else 2), Blocks(64, 64, 64, 8, 3)),
+        4: (Blocks(32, 64, columns, 8, 3), Blocks(32, 32, 64, 8, 3)),
+        8: (Blocks(32, 32, columns, 4, 2), Blocks(16, 16, 32, 4, 3)),
     }[operand_bytes]
-    forward = Blocks(min(tile.rows, few_rows), tile.classes, columns, tile.warps, tile.stages)
-    products = Blocks(
-        tile.rows // 2, tile.classes // 2, min(_power_of_two(D, 16), tile.classes), tile.warps, tile.stages
-    )
+    forward = replace(tile, rows=min(tile.rows, few_rows))
+    products = replace(products, columns=min(_power_of_two(D, 16), products.columns))
     row_tiles, class_tiles = -(-B // forward.rows), -(-S // forward.classes)
     splits = max(1, min(-(-PROGRAMS // max(row_tiles, 1)), class_tiles, 256))
     pulls = max(FEWEST_PULLS, problem_bytes * 3 // 100 // operand_bytes)

@@ -3,8 +3,8 @@
 What the backward pass needs is kept, O(B): see `KEPT`.
 
 Bytes: `partial_terms` reads each gathered row of `weight` once for each tile of rows (D elements, an id and a
-correction), each row of `input` once for each tile of classes (from the caches: a tile of rows is small), the B
-rows of the targets once more, and writes 8 B bytes for each split, 12 B besides.
+correction), each row of `input` once for each tile of classes (from the caches: a tile of rows is small), the
+B rows of the targets once more, and writes 8 B bytes for each split, 12 B besides.
 """
 
 import triton

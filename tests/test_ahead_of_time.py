@@ -1,0 +1,159 @@
+"""Kernels compile for every target, stay in registers and shared memory, and multiply on matrix units.
+
+The launches are the real ones, recorded: the host's code runs on tensors without memory, for sizes and dtypes
+that reach each entry of the table of configurations.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from ahead_of_time import DEVICES, Launch, Resources, compile_all, recorded
+
+from fedss_kernels.triton_kernels import forward, row_momentum, sampled_softmax, scatter_add
+
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+MULTIPLYING = {"partial_terms", "small_tiles", "pull_chunk", "chunk_grad_rows", "chunk_grad_input"}
+UNITS = {
+    "sm_80": ("mma.sync.",),
+    "sm_90": ("wgmma.mma_async.", "mma.sync."),
+    "sm_100": ("tcgen05.mma.", "mma.sync."),
+    "gfx942": ("v_mfma_",),
+}
+TENSOR_MEMORY = 512  # columns
+
+
+def call(
+    B=64, S=1000, C=5000, D=512, dtype=BF16, weight_dtype=None, rounding=None, bias=True, learned=True,
+    similarity="cosine", reduction="mean", counts=True, sparse=False, precision="highest",
+):  # fmt: skip
+    """The loss and all its gradients, on tensors that have no memory. S = None: every class."""
+
+    def empty(*shape, dtype=F32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        x, w = empty(B, D, dtype=dtype), empty(C, D, dtype=weight_dtype or dtype)
+        ids = None if S is None else empty(S, dtype=torch.int64)
+        scale = empty() if learned else torch.tensor(20.0)
+        problem = sampled_softmax.Problem.of(
+            *(x, w, empty(B, dtype=torch.int64), ids),
+            *((empty(S or C), empty(B)) if counts else (None, None)),
+            *(empty(C, dtype=w.dtype) if bias else None, scale, similarity, -100, reduction, rounding),
+        )
+        loss, kept = sampled_softmax.loss(problem)
+        needed = [True, True, bias, learned]
+        sampled_softmax.gradients(problem, kept, torch.empty_like(loss), needed, sparse, scale)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+DTYPES = [
+    {"dtype": BF16},
+    {"dtype": F16},
+    {"dtype": F32},
+    {"dtype": F32, "precision": "high"},
+    {"dtype": F64},
+]
+# a client's batch, the largest that one tile of rows holds, and a problem too large for that
+SIZES = [{"B": 32}, {"B": 128}, {"B": 4096, "S": 8192, "C": 50000}]
+# tiles of rows in between, for one dtype
+BETWEEN = [{"B": 16}, {"B": 64}]
+# the branches that neither size nor dtype takes; D = 500: rows that no vector loads fit
+OTHERS = [
+    {"S": None, "C": 3000, "similarity": "dot", "reduction": "none", "bias": False, "counts": False},
+    {"D": 500, "learned": False, "sparse": True, "reduction": "sum"},
+    {"weight_dtype": F32, "rounding": BF16},
+]
+
+
+def shipped() -> list[Launch]:
+    """Entries of the table once for each dtype of products, and each branch once."""
+    with recorded(forward.partial_terms) as launches:
+        for dtype in DTYPES:
+            for size in SIZES + BETWEEN * (dtype == DTYPES[0]):
+                call(**dtype, **size)
+    once = {_entry(launch): launch for launch in reversed(launches)}
+    with recorded(forward.partial_terms) as branches:
+        for other in OTHERS:
+            for size in (SIZES[0], SIZES[-1]):
+                call(**size | other)
+    return [*once.values(), *(launch for launch in branches if launch not in launches)]
+
+
+def _entry(launch: Launch) -> tuple:
+    chosen = {name: v for name, v in launch.constants.items() if name.startswith("BLOCK")}
+    dtypes = (launch.constants.get(name) for name in ("OPERAND", "PRECISION", "ACC"))
+    return launch.name, *chosen.items(), *map(str, dtypes), *launch.options.items()
+
+
+def unfused() -> list[Launch]:
+    """Of the aggregator and the optimiser."""
+    made = []
+    for kernel, types, constants, options in [*scatter_add.specimens(), *row_momentum.specimens()]:
+        types = {name: kind for name, kind in types.items() if kind != "constexpr"}
+        made.append(Launch(kernel, types, constants, options=options))
+    return made
+
+
+@triton.jit
+def spilling(x, y, BLOCK: tl.constexpr):
+    """Holds the whole block in registers across a reduction."""
+    at = tl.arange(0, BLOCK)
+    values = tl.load(x + at)
+    tl.store(y + at, values - tl.max(values, 0))
+
+
+@triton.jit
+def multiply_add(x, y, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    values = tl.load(x + at)
+    tl.store(y + at, values * values + tl.load(y + at))
+
+
+def control(kernel, block: int, **options) -> Launch:
+    pointers = {"x": "*fp32", "y": "*fp32"}
+    return Launch(kernel, pointers, {"BLOCK": block}, aligned=("x", "y"), options=options | {"num_warps": 1})
+
+
+def complaints(launch: Launch, device: str, found: Resources) -> list[str]:
+    wrong = []
+    if found.spills or found.scratch:
+        wrong.append(f"{found.spills} spills, {found.scratch} bytes of scratch, {found.registers} registers")
+    if found.shared > DEVICES[device].shared_limit:
+        wrong.append(f"{found.shared} bytes of shared memory")
+    if found.tensor_memory > TENSOR_MEMORY:
+        wrong.append(f"{found.tensor_memory} columns of tensor memory")
+    if launch.name in MULTIPLYING and launch.constants["OPERAND"] == tl.bfloat16:
+        on_units = all(name.startswith(UNITS[device]) for name in found.matrix_instructions)
+        if not on_units or found.matrix_operands != {"bf16"}:
+            wrong.append(f"multiplies by {found.matrix_instructions}")
+    if launch.options.get("enable_fp_fusion") is False and found.fuses:
+        wrong.append("a product is added unrounded")
+    return [f"{_entry(launch)}: {complaint}" for complaint in wrong]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_shipped_kernels_fit(device):
+    launches = [*shipped(), *unfused()]
+    assert MULTIPLYING <= {launch.name for launch in launches}
+    found = compile_all([(launch, device) for launch in launches])
+    wrong = [c for launch, r in zip(launches, found, strict=True) for c in complaints(launch, device, r)]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_is_wrong_is_seen(device):
+    """512 values per thread: an NVIDIA thread has 255 registers, an AMD one 512 for these and all else."""
+    spills = control(spilling, 512 * DEVICES[device].warp_size)
+    fuses = control(multiply_add, 128, enable_fp_fusion=True)
+    spilled, fused, apart = compile_all(
+        [(launch, device) for launch in (spills, fuses, replace(fuses, options={"enable_fp_fusion": False}))]
+    )
+    assert spilled.spills > 0 and spilled.scratch > 0
+    assert complaints(spills, device, spilled)
+    assert fused.fuses and not apart.fuses

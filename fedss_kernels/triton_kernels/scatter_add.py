@@ -18,7 +18,7 @@ from torch.cuda import device_of
 from .tiles import rounded
 
 OPTIONS = {"enable_fp_fusion": False}  # a fused multiply-add would skip one rounding
-ELEMENTS = 512  # of one program's tile: more, and some targets run out of registers
+ELEMENTS = 256  # of one program's tile: with more, one target or another spills registers
 STEPS = tl.constexpr(4)  # rows added before a program asks whether any of its runs goes on
 
 

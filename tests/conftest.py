@@ -7,23 +7,26 @@ from functools import partial
 import pytest
 import torch
 
-# Before anything imports triton: where there is no GPU its kernels run on CPU tensors, interpreted.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+import fedss_kernels
+from fedss_kernels.triton_kernels.configurations import Blocks, Configuration, forced
 
-import fedss_kernels  # noqa: E402
-from fedss_kernels.triton_kernels.configurations import Blocks, Configuration, forced  # noqa: E402
+# Where there is no GPU its kernels run on CPU tensors, interpreted. Read when triton is first imported, which
+# nothing above does.
+TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if TRITON_DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # Tests of bits over several threads ask for them; the others are too small to gain from any.
 torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):
-    """Tests marked `gpu` need a device."""
+    """Skips what no interpreter stands in for: graphs, waits for the device, its memory, sizes past 2^31."""
     if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA or ROCm device, and torch finds none")
         for item in items:
             if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+                item.add_marker(skip)
 
 
 @pytest.fixture
@@ -75,6 +78,13 @@ def sampled_softmax_loss(request):
     else:
         with forced(partial(_blocks_of_16, request.param == "triton in two launches")):
             yield partial(fedss_kernels.sampled_softmax_loss, impl="triton")
+
+
+@pytest.fixture(params=["cpp", "triton"])
+def impl(request):
+    """Each implementation; tensors are made where it runs: on a GPU, or the GPU's kernels interpreted."""
+    with torch.device(TRITON_DEVICE if request.param == "triton" else "cpu"):
+        yield request.param
 
 
 @pytest.fixture

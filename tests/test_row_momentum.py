@@ -19,18 +19,6 @@ TRITON = "fedss_kernels.triton_kernels.scatter_add"
 NUMBERS = {"lr": 0.3, "momentum": 0.9, "weight_decay": 0.01}
 
 
-@pytest.fixture(params=["cpp", "triton"])
-def impl(request):
-    """Each implementation; tensors are made where it runs: on a GPU, or the GPU's kernels interpreted."""
-    with torch.device(TRITON_DEVICE if request.param == "triton" else "cpu"):
-        yield request.param
-
-
-def on_gpu(test):
-    no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")
-    return pytest.mark.gpu(no_gpu(test))
-
-
 def problem(C=20, M=12, D=7, dtype=torch.float32, rows_dtype=None, seed=0):
     """weight, velocity, class_ids, rows"""
     g = torch.Generator(torch.get_default_device()).manual_seed(seed)
@@ -318,7 +306,7 @@ def test_examples_in_docstrings(module):
     assert result.attempted and not result.failed
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float64, torch.bfloat16)], ids=str)
 def test_a_gpu_has_the_bits_of_the_cpu_every_time(dtypes):
     weight, velocity, ids, rows = problem(100_000, 64_000, 64, *dtypes)
@@ -330,11 +318,13 @@ def test_a_gpu_has_the_bits_of_the_cpu_every_time(dtypes):
         assert torch.equal(state[0].cpu(), weight) and torch.equal(state[1].cpu(), velocity)
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_more_than_2_31_elements_on_a_gpu():
     C, D = 2**25 + 3, 64
     if torch.cuda.mem_get_info()[0] < 3 * C * D * 4:
-        pytest.skip("needs 26 GB of GPU memory")
+        pytest.skip(
+            "two matrices of 2^31 float32 elements and one more to check them take 26 GB of GPU memory"
+        )
     with torch.device("cuda"):
         weight, velocity = torch.zeros(C, D), torch.zeros(C, D)
         row_momentum_step_(weight, velocity, torch.tensor([C - 1, 0]), torch.ones(2, D), lr=1.0, momentum=0.5)

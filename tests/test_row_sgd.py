@@ -263,7 +263,6 @@ def test_sparse_gradient_of_something_else_is_refused_before_anything_changes():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("options", EXACT, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -17,18 +17,6 @@ TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON = "fedss_kernels.triton_kernels.scatter_add"
 
 
-@pytest.fixture(params=["cpp", "triton"])
-def impl(request):
-    """Each implementation; tensors are made where it runs: on a GPU, or the GPU's kernels interpreted."""
-    with torch.device(TRITON_DEVICE if request.param == "triton" else "cpu"):
-        yield request.param
-
-
-def on_gpu(test):
-    no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")
-    return pytest.mark.gpu(no_gpu(test))
-
-
 def problem(C=20, M=50, D=7, out_dtype=torch.float32, rows_dtype=None, scaled=True, seed=0):
     g = torch.Generator(torch.get_default_device()).manual_seed(seed)
     out = torch.randn(C, D, generator=g).to(out_dtype)
@@ -286,7 +274,7 @@ for room in (200, 500):  # MiB: the checked ids, with their positions, take 610
     assert (result.returncode, result.stdout) == (0, "raised; changed: False\n" * 2), result.stderr
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("hot", [0, 3000])
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float64, torch.bfloat16)], ids=str)
 def test_a_gpu_has_the_bits_of_the_cpu_every_time(dtypes, hot):
@@ -298,18 +286,18 @@ def test_a_gpu_has_the_bits_of_the_cpu_every_time(dtypes, hot):
         assert torch.equal(scatter_add_(out.clone(), ids, rows, scale).cpu(), expected)
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_more_than_2_31_elements_on_a_gpu():
     C, D = 2**25 + 3, 64
     if torch.cuda.mem_get_info()[0] < 2 * C * D * 4:
-        pytest.skip("needs 17 GB of GPU memory")
+        pytest.skip("a matrix of 2^31 float32 elements and one more to check it take 17 GB of GPU memory")
     out, ids = torch.zeros(C, D, device="cuda"), torch.tensor([C - 1, 0, C - 1, 2**25], device="cuda")
     scatter_add_(out, ids, torch.ones(4, D, device="cuda"))
     assert out.sum(1).nonzero().flatten().tolist() == [0, 2**25, C - 1]
     assert (out[-1] == 2).all() and (out[0] == 1).all() and (out[2**25] == 1).all()
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_cuda_graph():
     """Captured once, replayed with other ids: those out of range are passed over."""
     with torch.device("cuda"):

@@ -225,7 +225,7 @@ def _gradients(
     upstream = grad_loss.contiguous()
     with device_of(p.input):
         if B > 0 and c.small:
-            _small(p, c, kept, upstream, grad_rows, grad_bias, results, needed, sparse_grad)
+            _small(p, c, kept, upstream, grad_rows, grad_bias, results, needed)
         elif B > 0:
             _large(p, c, kept, upstream, grad_rows, grad_bias, results, needed)
             if spread:
@@ -263,7 +263,6 @@ def _small(
     grad_bias: Tensor | None,
     results: Gradients,
     needed: list[bool],
-    sparse_grad: bool,
 ) -> None:
     """Two launches."""
     B, C, S, D = p.sizes

@@ -8,6 +8,7 @@ import itertools
 import os
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 import triton
@@ -40,17 +41,18 @@ def candidates(table: Configuration, stage: str) -> Iterator[Configuration]:
     """The table's configuration, then its neighbours in tiles of classes, warps and stages."""
     yield table
     for halvings, warps, stages in itertools.product((-1, 0, 1), (2, 4, 8), (1, 2, 3, 4)):
-
-        def near(blocks: Blocks) -> Blocks:
-            classes = int(min(max(blocks.classes / 2**halvings, 16), 256))  # noqa: B023
-            return replace(blocks, classes=classes, warps=warps, stages=stages)  # noqa: B023
-
+        near = partial(_near, halvings=halvings, warps=warps, stages=stages)
         if stage == "forward":
             yield replace(table, forward=near(table.forward))
         else:
             tiles = near(table.tiles)
             chunk = -(-table.chunk // tiles.classes) * tiles.classes
             yield replace(table, tiles=tiles, products=near(table.products), chunk=chunk)
+
+
+def _near(blocks: Blocks, halvings: int, warps: int, stages: int) -> Blocks:
+    classes = int(min(max(blocks.classes / 2**halvings, 16), 256))
+    return replace(blocks, classes=classes, warps=warps, stages=stages)
 
 
 def _milliseconds(run: Callable[[Configuration], object], configuration: Configuration) -> float:

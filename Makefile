@@ -7,7 +7,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.hpp) setup.py pyproject.toml constraints
 DEMO_OUT ?= runs/demo
 BENCH_OUT ?= runs/bench
 
-.PHONY: all demo test lint check bench wheel clean
+.PHONY: all demo test test-gpu-code lint check bench wheel clean
 all: check
 
 # pybind11 and setuptools stand in the environment itself: a build isolated from it would fetch another torch.
@@ -26,6 +26,10 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
+# every configuration of the GPU kernels, compiled for every target: takes minutes, and no GPU
+test-gpu-code: $(READY)
+	$(BIN)/python -m pytest -m exhaustive
+
 # style, format and types
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -33,7 +37,7 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror csrc/*.cpp csrc/*.hpp tests/*.cpp
 
-check: lint test demo
+check: lint test test-gpu-code demo
 
 # The loss and the aggregator beside what one would use instead: tables and plots in BENCH_OUT. On an idle machine.
 bench: $(READY)

@@ -191,7 +191,7 @@ def gradients_by_triton(
 def _loss_fake(*arguments):
     p = Arguments(*arguments)
     if p.impl == "triton":
-        loss, kept = _triton().empty_results(p.input, p.weight, p.reduction)
+        loss, kept = _triton().empty_results(p.input, p.reduction)
         return loss, kept, *(_nothing(kept) for _ in range(4))
     loss, gradients = _empty_results(p.input, p.weight, p.class_ids, p.reduction, p.wanted)
     return loss, *_operator_results(p, gradients)
@@ -225,7 +225,7 @@ def _backward_fake(grad_loss: Tensor, made: list[Tensor], needed: list[bool], *a
         torch.empty_like(p.input, memory_format=torch.contiguous_format) if needed[0] else _nothing(p.input),
         p.weight.new_empty(p.weight.shape) if needed[1] else _nothing(p.input),
         p.weight.new_empty(p.weight.shape[:1]) if needed[2] else _nothing(p.input),
-        p.scale.new_empty(()) if needed[3] else _nothing(p.input),
+        p.input.new_empty((), dtype=p.scale.dtype) if needed[3] else _nothing(p.input),
     )
 
 

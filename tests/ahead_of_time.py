@@ -117,10 +117,15 @@ def recorded(a_kernel: Any) -> Iterator[list[Launch]]:
 
 def specialized(kernel: Any, bound: inspect.BoundArguments, options: dict[str, Any]) -> Launch:
     """The launch as Triton specializes it."""
+    options_of_jit = getattr(kernel, "kwargs", None) or vars(
+        kernel
+    )  # of an interpreted kernel, of a compiled
+    plain = options_of_jit.get("do_not_specialize") or ()
     signature, constants, aligned, near = {}, {}, [], []
     for name, value in bound.arguments.items():
         annotation = bound.signature.parameters[name].annotation
-        if annotation is tl.constexpr or value is None or (type(value) is int and value == 1):
+        is_one = type(value) is int and value == 1 and name not in plain
+        if annotation is tl.constexpr or value is None or is_one:
             constants[name] = value
         elif isinstance(annotation, tl.dtype):
             signature[name] = annotation.name
@@ -131,7 +136,7 @@ def specialized(kernel: Any, bound: inspect.BoundArguments, options: dict[str, A
         else:
             assert type(value) is int, (name, value)
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            aligned += [name] * (value % 16 == 0)
+            aligned += [name] * (value % 16 == 0 and name not in plain)
     return Launch(kernel, signature, constants, tuple(aligned), tuple(near), options)
 
 
@@ -224,12 +229,13 @@ def _compile(launch: Launch, device: Device) -> Resources:
     from triton.backends.compiler import GPUTarget
 
     target = GPUTarget(device.backend, device.arch, device.warp_size)
+    options = dict(launch.options)
+    if device.backend == "hip":
+        options.pop("maxnreg", None)  # launched with it on NVIDIA's only
     log = io.StringIO()
     start = time.perf_counter()
     with contextlib.redirect_stdout(log):  # where ptxas' log goes
-        compiled = triton.compile(
-            _source(launch, device.backend == "hip"), target=target, options=dict(launch.options)
-        )
+        compiled = triton.compile(_source(launch, device.backend == "hip"), target=target, options=options)
     seconds = time.perf_counter() - start
     if device.backend == "cuda":
         usage, code = read_ptxas_log(log.getvalue()), read_ptx(compiled.asm["ptx"], compiled.asm["ttgir"])

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from loss_cases import GPU_IMPLEMENTATIONS
 
 import fedss_kernels
 from fedss_kernels.triton_kernels.configurations import Blocks, Configuration, forced
@@ -63,12 +64,7 @@ def _on_the_gpu(*arguments, **options):
     return fedss_kernels.sampled_softmax_loss(*map(move, arguments), **moved).cpu()
 
 
-IMPLEMENTATIONS = ["cpp", "triton in two launches", "triton in chunks"]
-if torch.cuda.is_available():
-    IMPLEMENTATIONS = ["cpp", pytest.param("gpu", marks=pytest.mark.gpu)]
-
-
-@pytest.fixture(params=IMPLEMENTATIONS)
+@pytest.fixture(params=["cpp", *GPU_IMPLEMENTATIONS])
 def sampled_softmax_loss(request):
     """The function under test, by each implementation. Without a GPU its kernels run interpreted."""
     if request.param == "cpp":

@@ -13,6 +13,14 @@ from fedss_kernels import sampled_softmax_loss
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 
+GPU_IMPLEMENTATIONS = [
+    "triton in two launches",
+    "triton in chunks",
+]  # both ways of the backward pass, interpreted
+if torch.cuda.is_available():
+    GPU_IMPLEMENTATIONS = [pytest.param("gpu", marks=pytest.mark.gpu)]
+
+gpu_only = pytest.mark.parametrize("sampled_softmax_loss", GPU_IMPLEMENTATIONS, indirect=True)
 # For what the CPU kernel alone promises: bits over threads and orders, lengths whose squares pass float32.
 cpp_only = pytest.mark.parametrize("sampled_softmax_loss", ["cpp"], indirect=True)
 
@@ -40,13 +48,16 @@ class Case:
     zero_rows: float = 0.0  # share of the rows of input and of weight
     strided: bool = False
     weight_norm: float = 1.0
+    spread: float | None = None  # of all rows around one: nearly parallel, gradients cancel
 
     def build(self) -> tuple[dict[str, Tensor | None], dict[str, object], Tensor]:
         """(tensors, options, upstream gradient)"""
         g = torch.Generator().manual_seed(self.seed)
         weight_dtype = self.weight_dtype or self.dtype
-        x = _rows(self.B, self.D, self.dtype, self.zero_rows, self.strided, g)
-        w = _rows(self.C, self.D, weight_dtype, self.zero_rows, self.strided, g, self.weight_norm)
+        x = _rows(self.B, self.D, self.dtype, self.zero_rows, self.strided, g, 1.0, self.spread)
+        w = _rows(
+            self.C, self.D, weight_dtype, self.zero_rows, self.strided, g, self.weight_norm, self.spread
+        )
         among = min(self.distinct or self.C, self.C)
         target = torch.randint(among, (self.B,), generator=g)
         target[torch.rand(self.B, generator=g) < self.ignored] = -100
@@ -100,8 +111,11 @@ def assert_same(result: Tensor, expected: Tensor, loss_function) -> None:
         torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-6, equal_nan=False)
 
 
-def _rows(n, D, dtype, zero_share, strided, g, norm=1.0) -> Tensor:
-    rows = torch.randn(n, D, generator=g, dtype=F64) * norm
+def _rows(n, D, dtype, zero_share, strided, g, norm, spread) -> Tensor:
+    rows = torch.randn(n, D, generator=g, dtype=F64)
+    if spread is not None:
+        rows = torch.linspace(-1, 2, D, dtype=F64) + spread * rows
+    rows *= norm
     rows[torch.rand(n, generator=g) < zero_share] = 0
     rows = rows.to(dtype)
     if strided:  # neither axis contiguous

@@ -2,12 +2,14 @@
 
     dlogits(i, j) = g_i * p(i, j)                     0 for accidental hits; the target's own: g_i * (p_t - 1)
     pulls(i, j)   = scale * dlogits(i, j) * input_inverse_i * weight_inverse_j
-    grad_input_i  = sum_j pulls(i, j) * weight_j - scale * along_i * input_inverse_i^2 * input_i
-    grad_weight_j = sum_i pulls(i, j) * input_i  - scale * along_j * weight_inverse_j^2 * weight_j
-    along         = sum of dlogits * cosine over the other axis
+    grad_input_i  = sum_j pulls(i, j) * weight_j - along_i * input_inverse_i^2 * input_i
+    grad_weight_j = sum_i pulls(i, j) * input_i  - along_j * weight_inverse_j^2 * weight_j
+    along         = sum of pulls * dots over the other axis
+    grad_scale    = sum of dlogits(i, j) * (cosine(i, j) - cosine(i, t))      as dlogits add up to 0 in a row
 
-(for the dot product inverses are 1 and the second terms, which take out what lies along the row, are not
-there).
+For the dot product inverses are 1, and the second terms, which take out what lies along the row, are not
+there. They are made of the pulls as rounded for the products, so that all that a pull adds is at right angles
+to the row.
 
 A small problem takes two launches: `small_tiles`, a tile of classes for each program with all the rows, then
 `small_results`, which adds up what the programs found. A large one goes over the classes in chunks:
@@ -19,10 +21,9 @@ import triton
 import triton.language as tl
 
 from .tiles import (
+    SIZES,
     add_product,
-    add_squares,
     dots,
-    inverse_norm,
     load_bias,
     load_classes,
     load_rows,
@@ -30,6 +31,7 @@ from .tiles import (
     load_targets,
     product_or_zero,
     rounded,
+    target_cosines,
     wide,
 )
 
@@ -40,40 +42,19 @@ def load_upstream(grad_loss, kept, rows, counted, B, ACC: tl.constexpr, PER_ROW:
     if PER_ROW:
         return tl.load(grad_loss + rows, mask=counted, other=0.0).to(ACC)
     else:
-        return tl.where(counted, (tl.load(grad_loss).to(ACC) * tl.load(kept + wide(B) * 6)), 0.0)
+        of_all = tl.load(grad_loss).to(ACC) * tl.load(kept + wide(B) * 6).to(ACC)
+        return tl.where(counted, of_all, 0.0)
 
 
 @triton.jit
-def dlogits_tile(
-    input,
-    weight,
-    target,
-    class_ids,
-    counts,
-    bias,
-    grad_loss,
-    kept,
-    rows,
-    entries,
-    B,
-    C,
-    S,
-    D,
-    ignore_index,
-    input_row,
-    input_column,
-    weight_row,
-    weight_column,
-    scale,
+def pulls_tile(
+    input, weight, target, class_ids, counts, bias, grad_loss, kept, rows, entries,
+    B, C, S, D, ignore_index, input_row, input_column, weight_row, weight_column, scale,
     FOLD: tl.constexpr,  # every class is in the set: a target is a column of the tile like any other
-    COSINE: tl.constexpr,
-    PER_ROW: tl.constexpr,
-    OPERAND: tl.constexpr,
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """(dlogits, pulls, cosines (R, J), ids, which are read, weight's inverse norms (J,))"""
+    COSINE: tl.constexpr, PER_ROW: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """(dlogits, pulls, dots, the scale's gradients (R, J); ids, which are read, 1 / |weight_j| (J,))"""
     targets, counted, known = load_targets(target, rows, B, C, ignore_index)
     ids, corrections, live, wrong = load_classes(class_ids, counts, entries, S, C, ACC)
     hits = known[:, None] & (ids[None, :] == targets[:, None])
@@ -82,59 +63,68 @@ def dlogits_tile(
         read = live | ((entries < S) & (tl.max(hits.to(tl.int32), 0) > 0))
     sums, x_inverse, w_inverse = dots(
         input, weight, rows, counted, ids, read, D, input_row, input_column, weight_row, weight_column,
-        COSINE, OPERAND, ACC, PRECISION, BLOCK_D,
+        False, COSINE, OPERAND, ACC, PRECISION, BLOCK_D,
     )  # fmt: skip
     cosines = sums * x_inverse[:, None] * w_inverse[None, :]
     logits = scale * cosines + (load_bias(bias, ids, live, ACC) - corrections)[None, :]
-    largest = tl.load(kept + rows, mask=counted, other=0.0)
-    inverse_total = tl.load(kept + wide(B) + rows, mask=counted, other=0.0)
-    upstream = load_upstream(grad_loss, kept, rows, counted, B, ACC, PER_ROW)
+    largest = tl.load(kept + rows, mask=counted, other=0.0).to(ACC)
+    inverse_total = tl.load(kept + wide(B) + rows, mask=counted, other=0.0).to(ACC)
     probs = tl.exp(logits - largest[:, None]) * inverse_total[:, None]
     probs = tl.where(live[None, :] & counted[:, None] & (ids[None, :] != targets[:, None]), probs, 0.0)
     if FOLD:
-        own = tl.load(kept + 2 * wide(B) + rows, mask=known, other=0.0)
+        own = tl.load(kept + 2 * wide(B) + rows, mask=known, other=0.0).to(ACC)
         probs = tl.where(hits, own[:, None], probs)
     probs = tl.where(wrong[None, :] & counted[:, None], float("nan"), probs)
+    upstream = load_upstream(grad_loss, kept, rows, counted, B, ACC, PER_ROW)
     dlogits = product_or_zero(probs, upstream[:, None])
     # A zero row has inverse norm 0: nothing passes through it, even of an infinite upstream.
-    through = scale * x_inverse[:, None] * w_inverse[None, :]
-    return dlogits, product_or_zero(through, dlogits), cosines, ids, read, w_inverse
+    pulls = product_or_zero(scale * x_inverse[:, None] * w_inverse[None, :], dlogits)
+    if OPERAND != tl.float16:  # which is too narrow for small gradients
+        pulls = rounded(pulls, OPERAND)
+    # the cosines in another order: computed again, not held in registers
+    cosines = sums * w_inverse[None, :] * x_inverse[:, None]
+    own_cosine = target_cosines(kept, rows, known, B, ACC)
+    slopes = product_or_zero(dlogits, cosines - own_cosine[:, None])
+    return dlogits, pulls, sums, slopes, ids, read, w_inverse
 
 
 @triton.jit
 def add_pulled(sums, pulls, rows, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
-    """sums + pulls @ rows, in the rows' dtype; float16, too narrow for small gradients, through tf32."""
+    """sums + pulls @ rows; beside float16 rows the pulls are float32, and multiplied as tf32."""
     if OPERAND == tl.float16:
         return add_product(sums, pulls, rows.to(tl.float32), "tf32")
     else:
-        return add_product(sums, rounded(pulls, OPERAND), rows, PRECISION)
+        return add_product(sums, pulls, rows, PRECISION)
 
 
 @triton.jit
 def target_pulls(
-    target, grad_loss, kept, rows, B, C, ignore_index, scale,
-    FOLD: tl.constexpr, COSINE: tl.constexpr, PER_ROW: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Of own targets: (classes, known, dlogits, pulls, dlogits * cosine, 1 / |input|, 1 / |weight_t|)."""
+    target, grad_loss, kept, rows, B, C, ignore_index, scale, ACC: tl.constexpr, PER_ROW: tl.constexpr
+):
+    """Of own targets: (classes, counted, known, dlogits, pulls, dots, 1 / |input|, 1 / |weight_t|)."""
     targets, counted, known = load_targets(target, rows, B, C, ignore_index)
-    own = tl.load(kept + 2 * wide(B) + rows, mask=known, other=0.0)
-    cosine = tl.load(kept + 3 * wide(B) + rows, mask=known, other=0.0)
-    x_inverse = tl.load(kept + 4 * wide(B) + rows, mask=known, other=0.0)
-    w_inverse = tl.load(kept + 5 * wide(B) + rows, mask=known, other=0.0)
+    own = tl.load(kept + 2 * wide(B) + rows, mask=known, other=0.0).to(ACC)
+    dot = tl.load(kept + 3 * wide(B) + rows, mask=known, other=0.0).to(ACC)
+    x_inverse = tl.load(kept + 4 * wide(B) + rows, mask=known, other=0.0).to(ACC)
+    w_inverse = tl.load(kept + 5 * wide(B) + rows, mask=known, other=0.0).to(ACC)
     dlogits = product_or_zero(own, load_upstream(grad_loss, kept, rows, counted, B, ACC, PER_ROW))
     dlogits = tl.where(counted & ~known, float("nan"), dlogits)
     pulls = product_or_zero(scale * x_inverse * w_inverse, dlogits)
-    along = product_or_zero(cosine, dlogits)
-    return targets, known, dlogits, pulls, along, x_inverse, w_inverse
+    return targets, counted, known, dlogits, pulls, dot, x_inverse, w_inverse
 
 
 @triton.jit
-def without_along(values, along, scale, inverse, rows, COSINE: tl.constexpr):
-    """values - scale * along * inverse^2 * rows, for a cosine."""
-    if COSINE:
-        taken = product_or_zero(scale * inverse * inverse, along)
-        values -= product_or_zero(taken[:, None], rows.to(values.dtype))
-    return values
+def without_along(values, along, inverse, rows):
+    """values - along * inverse^2 * rows"""
+    taken = product_or_zero(inverse * inverse, along)
+    return values - product_or_zero(taken[:, None], rows.to(values.dtype))
+
+
+@triton.jit
+def store_rows(matrix, rows, inside, columns, D, values):
+    """Rows of a contiguous (N, D) matrix."""
+    at = matrix + rows.to(tl.int64)[:, None] * D + columns[None, :]
+    tl.store(at, rounded(values, matrix.dtype.element_ty), mask=inside[:, None] & (columns < D)[None, :])
 
 
 @triton.jit
@@ -144,22 +134,21 @@ def store_target_rows(
     COSINE: tl.constexpr, PER_ROW: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """What row i adds to the gradient of its target's row and bias: entry S + i of the compact gradient."""
-    targets, known, dlogits, pulls, along, _, w_inverse = target_pulls(
-        target, grad_loss, kept, rows, B, C, ignore_index, scale, False, COSINE, PER_ROW, ACC
+    targets, _, known, dlogits, pulls, dot, _, w_inverse = target_pulls(
+        target, grad_loss, kept, rows, B, C, ignore_index, scale, ACC, PER_ROW
     )
-    inside = (rows < B)[:, None] & (columns < D)[None, :]
-    at = (S + rows).to(tl.int64)
     if grad_rows is not None:
         x = load_rows(input, rows, known, columns, D, input_row, input_column, OPERAND).to(ACC)
-        w = load_rows(weight, targets, known, columns, D, weight_row, weight_column, OPERAND)
-        values = without_along(product_or_zero(x, pulls[:, None]), along, scale, w_inverse, w, COSINE)
-        at_rows = grad_rows + at[:, None] * D + columns[None, :]
-        tl.store(at_rows, rounded(values, grad_rows.dtype.element_ty), mask=inside)
+        values = product_or_zero(x, pulls[:, None])
+        if COSINE:
+            w = load_rows(weight, targets, known, columns, D, weight_row, weight_column, OPERAND)
+            values = without_along(values, product_or_zero(pulls, dot), w_inverse, w)
+        store_rows(grad_rows, S + rows, rows < B, columns, D, values)
     if grad_bias is not None:
-        tl.store(grad_bias + at, dlogits, mask=rows < B)
+        tl.store(grad_bias + S + rows, dlogits, mask=rows < B)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def small_tiles(
     input,
     weight,
@@ -173,7 +162,8 @@ def small_tiles(
     grad_rows,  # (S + B, D), or (C, D) with FOLD; None: not wanted
     grad_bias,  # (S + B,), or (C,) with FOLD; None: not wanted
     partial_input,  # (tiles of classes, B, D); None: not wanted
-    partial_along,  # (tiles of classes, B)
+    partial_along,  # (tiles of classes, B); None: not wanted, or no cosine
+    partial_scale,  # (tiles of classes, B); None: not wanted
     B,
     C,
     S,
@@ -196,19 +186,22 @@ def small_tiles(
 ):
     """Program t: all rows and the t-th tile of classes; the last one, without FOLD: the rows' own targets."""
     tile = tl.program_id(0)
-    tiles = tl.cdiv(S, BLOCK_S)
     scale = load_scale(factor, learned, ACC)
     rows = tl.arange(0, BLOCK_B)
-    if tile < tiles:
+    if tile < tl.cdiv(S, BLOCK_S):
         entries = tile * BLOCK_S + tl.arange(0, BLOCK_S)
-        dlogits, pulls, cosines, ids, read, w_inverse = dlogits_tile(
+        dlogits, pulls, sums, slopes, ids, read, w_inverse = pulls_tile(
             input, weight, target, class_ids, counts, bias, grad_loss, kept, rows, entries,
             B, C, S, D, ignore_index, input_row, input_column, weight_row, weight_column, scale,
             FOLD, COSINE, PER_ROW, OPERAND, ACC, PRECISION, BLOCK_D,
         )  # fmt: skip
-        along = product_or_zero(dlogits, cosines)
+        along = product_or_zero(pulls.to(ACC), sums)
         along_classes = tl.sum(along, 0)
-        tl.store(partial_along + tile.to(tl.int64) * B + rows, tl.sum(along, 1), mask=rows < B)
+        at_rows = tile.to(tl.int64) * B + rows
+        if partial_along is not None:
+            tl.store(partial_along + at_rows, tl.sum(along, 1), mask=rows < B)
+        if partial_scale is not None:
+            tl.store(partial_scale + at_rows, tl.sum(slopes, 1), mask=rows < B)
         if grad_bias is not None:
             of_bias = rounded(tl.sum(dlogits, 0), grad_bias.dtype.element_ty)
             tl.store(grad_bias + entries, of_bias, mask=entries < S)
@@ -219,14 +212,12 @@ def small_tiles(
             if grad_rows is not None:
                 x = load_rows(input, rows, counted, columns, D, input_row, input_column, OPERAND)
                 values = add_pulled(tl.zeros((BLOCK_S, BLOCK_D), ACC), tl.trans(pulls), x, OPERAND, PRECISION)
-                values = without_along(values, along_classes, scale, w_inverse, w, COSINE)
-                at = grad_rows + entries.to(tl.int64)[:, None] * D + columns[None, :]
-                inside = (entries < S)[:, None] & (columns < D)[None, :]
-                tl.store(at, rounded(values, grad_rows.dtype.element_ty), mask=inside)
+                if COSINE:
+                    values = without_along(values, along_classes, w_inverse, w)
+                store_rows(grad_rows, entries, entries < S, columns, D, values)
             if partial_input is not None:
                 values = add_pulled(tl.zeros((BLOCK_B, BLOCK_D), ACC), pulls, w, OPERAND, PRECISION)
-                at = partial_input + (tile.to(tl.int64) * B + rows)[:, None] * D + columns[None, :]
-                tl.store(at, values, mask=(rows < B)[:, None] & (columns < D)[None, :])
+                store_rows(partial_input + tile.to(tl.int64) * B * D, rows, rows < B, columns, D, values)
     else:
         for start in range(0, tl.maximum(D, 1), BLOCK_D):  # the bias is there without columns too
             store_target_rows(
@@ -237,36 +228,36 @@ def small_tiles(
 
 
 @triton.jit
-def finish_input_tile(
-    input, weight, target, learned, grad_loss, kept, partial_input, partial_along, grad_input,
+def finish_input_row(
+    input, weight, target, grad_loss, kept, partial_input, partial_along, grad_input,
     row, columns, tiles, B, C, D, ignore_index, input_row, input_column, weight_row, weight_column, scale,
     FOLD: tl.constexpr, COSINE: tl.constexpr, PER_ROW: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a row of input, some columns: the tiles' sums and the target's, less what is along."""
     rows = row + tl.zeros((1,), tl.int32)
-    targets, known, _, pulls, along, x_inverse, _ = target_pulls(
-        target, grad_loss, kept, rows, B, C, ignore_index, scale, FOLD, COSINE, PER_ROW, ACC
+    targets, counted, known, _, pulls, dot, x_inverse, _ = target_pulls(
+        target, grad_loss, kept, rows, B, C, ignore_index, scale, ACC, PER_ROW
     )
-    x = load_rows(input, rows, known, columns, D, input_row, input_column, OPERAND)
-    values = tl.zeros(x.shape, ACC)
-    if FOLD:
-        along = tl.where(known, 0.0, along)
-    else:
+    values = tl.zeros((1, columns.shape[0]), ACC)
+    along = tl.zeros((1,), ACC)
+    if not FOLD:
         w = load_rows(weight, targets, known, columns, D, weight_row, weight_column, OPERAND).to(ACC)
         values = product_or_zero(w, pulls[:, None])
+        along = product_or_zero(pulls, dot)
     for start in range(0, tiles, BLOCK_TILES):
         tile = start + tl.arange(0, BLOCK_TILES)
         at = tile.to(tl.int64) * B + row
-        along += tl.sum(tl.load(partial_along + at, mask=tile < tiles, other=0.0), 0)
+        if COSINE:
+            along += tl.sum(tl.load(partial_along + at, mask=tile < tiles, other=0.0), 0)
         inside = (tile < tiles)[:, None] & (columns < D)[None, :]
         found = tl.load(partial_input + at[:, None] * D + columns[None, :], mask=inside, other=0.0)
         values += tl.sum(found, 0)[None, :]
-    values = without_along(values, along, scale, x_inverse, x, COSINE)
-    counted = load_targets(target, rows, B, C, ignore_index)[1]
+    if COSINE:
+        x = load_rows(input, rows, known, columns, D, input_row, input_column, OPERAND)
+        values = without_along(values, along, x_inverse, x)
     values = tl.where(counted[:, None], values, 0.0)  # 0 times what a class holds, NaN too
-    at = grad_input + rows.to(tl.int64)[:, None] * D + columns[None, :]
-    tl.store(at, rounded(values, grad_input.dtype.element_ty), mask=(columns < D)[None, :])
+    store_rows(grad_input, rows, rows < B, columns, D, values)
 
 
 @triton.jit
@@ -285,57 +276,51 @@ def spread_entry(
 ):  # fmt: skip
     """The first entry of a class adds up all of them, in order, and stores the class' dense row."""
     own = tl.max(entry_ids(class_ids, target, entry + tl.zeros((1,), tl.int32), B, C, S, ignore_index), 0)
-    values = tl.zeros((1, columns.shape[0]), ACC)
-    of_bias = tl.zeros((1,), ACC)
-    earlier = own < 0
-    start = 0
-    while (start < S + B) & (not earlier):
-        entries = start + tl.arange(0, BLOCK_ENTRIES)
-        same = entry_ids(class_ids, target, entries, B, C, S, ignore_index) == own
-        earlier = tl.max((same & (entries < entry)).to(tl.int32), 0) > 0
+    first = entry
+    last = entry
+    for start in range(0, S + B, 16 * BLOCK_ENTRIES):
+        among = start + tl.arange(0, 16 * BLOCK_ENTRIES)
+        alike = entry_ids(class_ids, target, among, B, C, S, ignore_index) == own
+        first = tl.minimum(first, tl.min(tl.where(alike, among, entry), 0))
+        last = tl.maximum(last, tl.max(tl.where(alike, among, entry), 0))
+    if (first == entry) & (own >= 0):
+        values = tl.zeros((1, columns.shape[0]), ACC)
+        of_bias = tl.zeros((1,), ACC)
+        for start in range(entry, last + 1, BLOCK_ENTRIES):
+            entries = start + tl.arange(0, BLOCK_ENTRIES)
+            same = entry_ids(class_ids, target, entries, B, C, S, ignore_index) == own
+            if tl.max(same.to(tl.int32), 0) > 0:
+                if grad_rows is not None:
+                    at = grad_rows + entries.to(tl.int64)[:, None] * D + columns[None, :]
+                    found = tl.load(at, mask=same[:, None] & (columns < D)[None, :], other=0.0)
+                    values += tl.sum(found.to(ACC), 0)[None, :]
+                if grad_bias is not None:
+                    of_bias += tl.sum(tl.load(grad_bias + entries, mask=same, other=0.0), 0)
+        at_class = own + tl.zeros((1,), tl.int64)
         if grad_rows is not None:
-            at = grad_rows + entries.to(tl.int64)[:, None] * D + columns[None, :]
-            found = tl.load(at, mask=same[:, None] & (columns < D)[None, :], other=0.0)
-            values += tl.sum(found.to(ACC), 0)[None, :]
-        if grad_bias is not None:
-            of_bias += tl.sum(tl.load(grad_bias + entries, mask=same, other=0.0), 0)
-        start += BLOCK_ENTRIES
-    if not earlier:
-        if grad_rows is not None:
-            at = grad_weight + own * D + columns[None, :]
-            tl.store(at, rounded(values, grad_weight.dtype.element_ty), mask=(columns < D)[None, :])
+            store_rows(grad_weight, at_class, at_class >= 0, columns, D, values)
         if grad_bias is not None:
             if first_columns:
-                at_bias = grad_class_bias + own + tl.zeros((1,), tl.int64)
-                tl.store(at_bias, rounded(of_bias, grad_class_bias.dtype.element_ty))
+                tl.store(grad_class_bias + at_class, rounded(of_bias, grad_class_bias.dtype.element_ty))
 
 
 @triton.jit
-def sum_along(
-    target, grad_loss, kept, partial_along, grad_scale, tiles, B, C, ignore_index, scale,
-    FOLD: tl.constexpr, COSINE: tl.constexpr, PER_ROW: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_TILES: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-):  # fmt: skip
-    """The gradient of the scale: the sum of dlogits * cosine over everything."""
+def finish_scale(partial_scale, grad_scale, tiles, B, BLOCK_TILES: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+    """The gradient of the scale: the sum of the tiles' sums."""
     total = tl.zeros((), tl.float64)
     for first in range(0, B, BLOCK_ROWS):
         rows = first + tl.arange(0, BLOCK_ROWS)
-        if not FOLD:
-            along = target_pulls(
-                target, grad_loss, kept, rows, B, C, ignore_index, scale, FOLD, COSINE, PER_ROW, ACC
-            )[4]
-            total += tl.sum(along.to(tl.float64), 0)
         for start in range(0, tiles, BLOCK_TILES):
             tile = start + tl.arange(0, BLOCK_TILES)
             inside = (tile < tiles)[:, None] & (rows < B)[None, :]
             at = tile.to(tl.int64)[:, None] * B + rows[None, :]
-            found = tl.load(partial_along + at, mask=inside, other=0.0).to(tl.float64)
+            found = tl.load(partial_scale + at, mask=inside, other=0.0).to(tl.float64)
             total += tl.sum(tl.sum(found, 0), 0)
     one = tl.zeros((1,), tl.int64)
     tl.store(grad_scale + one, rounded(total + tl.zeros((1,), tl.float64), grad_scale.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def small_results(
     input,
     weight,
@@ -348,6 +333,7 @@ def small_results(
     grad_bias,  # (S + B,)
     partial_input,
     partial_along,
+    partial_scale,
     grad_input,  # (B, D)
     grad_weight,  # (C, D) zeros
     grad_class_bias,  # (C,) zeros
@@ -378,18 +364,15 @@ def small_results(
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     if n < B:
         if grad_input is not None:
-            finish_input_tile(
-                input, weight, target, learned, grad_loss, kept, partial_input, partial_along, grad_input,
+            finish_input_row(
+                input, weight, target, grad_loss, kept, partial_input, partial_along, grad_input,
                 n, columns, tiles, B, C, D, ignore_index, input_row, input_column, weight_row, weight_column,
                 scale, FOLD, COSINE, PER_ROW, OPERAND, ACC, BLOCK_TILES,
             )  # fmt: skip
     elif n == B:
         if grad_scale is not None:
             if tl.program_id(1) == 0:
-                sum_along(
-                    target, grad_loss, kept, partial_along, grad_scale, tiles, B, C, ignore_index, scale,
-                    FOLD, COSINE, PER_ROW, ACC, BLOCK_TILES, BLOCK_ENTRIES,
-                )  # fmt: skip
+                finish_scale(partial_scale, grad_scale, tiles, B, BLOCK_TILES, BLOCK_ENTRIES)
     else:
         if class_ids is not None:
             spread_entry(
@@ -401,7 +384,7 @@ def small_results(
 # ---- large problems: a chunk of classes at a time ----------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def pull_chunk(
     input,
     weight,
@@ -413,9 +396,11 @@ def pull_chunk(
     grad_loss,
     kept,
     pulls_chunk,  # (B, CHUNK)
+    inverses,  # (CHUNK,) 1 / |weight_j|
     along_rows,  # (tiles of classes in the chunk, B)
     along_classes,  # (tiles of rows, CHUNK)
     bias_classes,  # (tiles of rows, CHUNK); None: not wanted
+    scale_rows,  # (tiles of classes in the chunk, B); None: not wanted
     first,  # entry of the class set that the chunk starts with
     CHUNK,
     B,
@@ -439,28 +424,31 @@ def pull_chunk(
     BLOCK_D: tl.constexpr,
 ):
     """Program (b, t): pulls of a tile of rows and the chunk's t-th tile of classes, and their sums."""
-    tile = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
-    inside = tile * BLOCK_S + tl.arange(0, BLOCK_S)
+    inside = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
     scale = load_scale(factor, learned, ACC)
-    dlogits, pulls, cosines, _, _, _ = dlogits_tile(
+    dlogits, pulls, sums, slopes, _, _, w_inverse = pulls_tile(
         input, weight, target, class_ids, counts, bias, grad_loss, kept, rows, first + inside,
         B, C, S, D, ignore_index, input_row, input_column, weight_row, weight_column, scale,
         FOLD, COSINE, PER_ROW, OPERAND, ACC, PRECISION, BLOCK_D,
     )  # fmt: skip
-    there = (rows < B)[:, None] & (inside < CHUNK)[None, :]
-    at = pulls_chunk + rows.to(tl.int64)[:, None] * CHUNK + inside[None, :]
-    tl.store(at, rounded(pulls, pulls_chunk.dtype.element_ty), mask=there)
-    along = product_or_zero(dlogits, cosines)
-    tl.store(along_rows + tile.to(tl.int64) * B + rows, tl.sum(along, 1), mask=rows < B)
+    store_rows(pulls_chunk, rows, rows < B, inside, CHUNK, pulls)
+    at_rows = tl.program_id(1).to(tl.int64) * B + rows
     at_classes = tl.program_id(0).to(tl.int64) * CHUNK + inside
-    tl.store(along_classes + at_classes, tl.sum(along, 0), mask=inside < CHUNK)
+    if COSINE:
+        along = product_or_zero(pulls.to(ACC), sums)
+        tl.store(along_rows + at_rows, tl.sum(along, 1), mask=rows < B)
+        tl.store(along_classes + at_classes, tl.sum(along, 0), mask=inside < CHUNK)
+        if tl.program_id(0) == 0:
+            tl.store(inverses + inside, w_inverse, mask=inside < CHUNK)
     if bias_classes is not None:
         tl.store(bias_classes + at_classes, tl.sum(dlogits, 0), mask=inside < CHUNK)
+    if scale_rows is not None:
+        tl.store(scale_rows + at_rows, tl.sum(slopes, 1), mask=rows < B)
 
 
 @triton.jit
-def load_pulls(pulls_chunk, rows, classes, B, CHUNK, OPERAND: tl.constexpr):
+def load_pulls(pulls_chunk, rows, classes, B, CHUNK):
     at = rows.to(tl.int64)[:, None] * CHUNK + classes[None, :]
     return tl.load(pulls_chunk + at, mask=(rows < B)[:, None] & (classes < CHUNK)[None, :], other=0.0)
 
@@ -470,19 +458,19 @@ def sum_tiles(partial, at, inside, tiles, stride, ACC: tl.constexpr):
     """Sum over tiles of partial[tile, at], in order."""
     total = tl.zeros(at.shape, ACC)
     for tile in range(0, tiles):
-        total += tl.load(partial + tl.full((), tile, tl.int64) * stride + at, mask=inside, other=0.0)
+        total += tl.load(partial + wide(tile) * stride + at, mask=inside, other=0.0)
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def chunk_grad_rows(
     input,
     weight,
     target,
     class_ids,
     counts,
-    learned,
     pulls_chunk,
+    inverses,
     along_classes,
     bias_classes,
     grad_rows,  # (S + B, D), or (C, D) with FOLD; None: not wanted
@@ -499,7 +487,6 @@ def chunk_grad_rows(
     input_column,
     weight_row,
     weight_column,
-    factor: tl.float64,
     COSINE: tl.constexpr,
     OPERAND: tl.constexpr,
     ACC: tl.constexpr,
@@ -517,25 +504,18 @@ def chunk_grad_rows(
         for start in range(0, B, BLOCK_B):
             rows = start + tl.arange(0, BLOCK_B)
             counted = load_targets(target, rows, B, C, ignore_index)[1]
-            pulls = load_pulls(pulls_chunk, rows, inside, B, CHUNK, OPERAND)
+            pulls = load_pulls(pulls_chunk, rows, inside, B, CHUNK)
             x = load_rows(input, rows, counted, columns, D, input_row, input_column, OPERAND)
             values = add_pulled(values, tl.trans(pulls), x, OPERAND, PRECISION)
         if COSINE:
             ids, _, live, _ = load_classes(class_ids, counts, entries, S, C, ACC)
             along = sum_tiles(along_classes, inside, inside < CHUNK, row_tiles, CHUNK, ACC)
+            inverse = tl.load(inverses + inside, mask=inside < CHUNK, other=0.0)
             # Along nothing: a row that takes no part, whatever it holds.
             read = live | (along != 0.0)
-            squares = tl.zeros((BLOCK_S,), ACC)
-            for start in range(0, D, BLOCK_D):
-                d = start + tl.arange(0, BLOCK_D)
-                w = load_rows(weight, ids, read, d, D, weight_row, weight_column, OPERAND)
-                squares = add_squares(squares, w)
             w = load_rows(weight, ids, read, columns, D, weight_row, weight_column, OPERAND)
-            scale = load_scale(factor, learned, ACC)
-            values = without_along(values, along, scale, inverse_norm(squares), w, COSINE)
-        at = grad_rows + entries.to(tl.int64)[:, None] * D + columns[None, :]
-        there = (inside < CHUNK)[:, None] & (columns < D)[None, :]
-        tl.store(at, rounded(values, grad_rows.dtype.element_ty), mask=there)
+            values = without_along(values, along, inverse, w)
+        store_rows(grad_rows, entries, inside < CHUNK, columns, D, values)
     if grad_bias is not None:
         if tl.program_id(1) == 0:
             found = sum_tiles(bias_classes, inside, inside < CHUNK, row_tiles, CHUNK, ACC)
@@ -544,15 +524,23 @@ def chunk_grad_rows(
 
 
 @triton.jit
+def add_tiles(sums, partial, rows, B, class_tiles, ACC: tl.constexpr):
+    """sums (B,) += sum over tiles of partial (class_tiles, B)"""
+    found = sum_tiles(partial, rows, rows < B, class_tiles, B, ACC)
+    tl.store(sums + rows, tl.load(sums + rows, mask=rows < B, other=0.0) + found, mask=rows < B)
+
+
+@triton.jit(do_not_specialize=SIZES)
 def chunk_grad_input(
     weight,
     class_ids,
     counts,
-    target,
     pulls_chunk,
     along_rows,
+    scale_rows,
     sums_input,  # (B, D), zeros before the first chunk; None: not wanted
-    sums_along,  # (B,), so too
+    sums_along,  # (B,), so too; None: not wanted, or no cosine
+    sums_scale,  # (B,), so too; None: not wanted
     first,
     CHUNK,
     B,
@@ -560,7 +548,6 @@ def chunk_grad_input(
     S,
     D,
     class_tiles,
-    ignore_index,
     weight_row,
     weight_column,
     FOLD: tl.constexpr,
@@ -581,7 +568,7 @@ def chunk_grad_input(
         for start in range(0, CHUNK, BLOCK_S):
             inside = start + tl.arange(0, BLOCK_S)
             ids, _, live, _ = load_classes(class_ids, counts, first + inside, S, C, ACC)
-            pulls = load_pulls(pulls_chunk, rows, inside, B, CHUNK, OPERAND)
+            pulls = load_pulls(pulls_chunk, rows, inside, B, CHUNK)
             read = live & (inside < CHUNK)
             if FOLD:
                 read = (inside < CHUNK) & (live | (tl.max((pulls.to(ACC) != 0.0).to(tl.int32), 0) > 0))
@@ -589,12 +576,13 @@ def chunk_grad_input(
             values = add_pulled(values, pulls, w, OPERAND, PRECISION)
         tl.store(at, values, mask=there)
     if tl.program_id(1) == 0:
-        along = tl.load(sums_along + rows, mask=rows < B, other=0.0)
-        along += sum_tiles(along_rows, rows, rows < B, class_tiles, B, ACC)
-        tl.store(sums_along + rows, along, mask=rows < B)
+        if sums_along is not None:
+            add_tiles(sums_along, along_rows, rows, B, class_tiles, ACC)
+        if sums_scale is not None:
+            add_tiles(sums_scale, scale_rows, rows, B, class_tiles, ACC)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def target_rows(
     input,
     weight,

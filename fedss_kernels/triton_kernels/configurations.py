@@ -36,6 +36,16 @@ class Configuration:
     splits: int  # of the class set in the forward pass
 
 
+# By bytes of an operand, as large as the registers of every target hold. Tiles of logits: for up to 32 rows,
+# for up to SMALL_BATCH, for more in the forward and in the backward pass; then those of the products.
+_FEW = {2: Blocks(32, 32, 32, 4, 2), 4: Blocks(32, 16, 16, 4, 2), 8: Blocks(128, 16, 16, 8, 2)}
+_MANY = {2: Blocks(128, 16, 32, 8, 2), 4: Blocks(128, 16, 16, 8, 2), 8: Blocks(128, 16, 16, 8, 2)}
+_LARGE_FORWARD = {2: Blocks(128, 64, 32, 8, 3), 4: Blocks(32, 64, 16, 8, 3), 8: Blocks(32, 32, 16, 4, 2)}
+_LARGE = {2: Blocks(64, 64, 32, 8, 3), 4: Blocks(32, 64, 16, 8, 3), 8: Blocks(32, 32, 16, 4, 2)}
+_PRODUCTS = {2: Blocks(64, 64, 64, 8, 3), 4: Blocks(32, 32, 64, 8, 2), 8: Blocks(16, 16, 16, 4, 2)}
+_RESULT_COLUMNS = 64
+
+
 def configure(B: int, S: int, D: int, operand_bytes: int, problem_bytes: int) -> Configuration:
     """The configuration for B rows, S entries and D columns.
 
@@ -44,39 +54,21 @@ def configure(B: int, S: int, D: int, operand_bytes: int, problem_bytes: int) ->
     """
     if _override is not None:
         return _override(B, S, D)
-    vectors = D % 16 == 0  # else rows are read an element at a time, with a pointer to each
-    columns = min(_power_of_two(D, 16), 32) if operand_bytes == 2 and vectors else 16
-    few_rows = _power_of_two(min(B, SMALL_BATCH), 16)
-    if B <= SMALL_BATCH:
-        classes = 32 if operand_bytes == 2 else 16
-        small_tile = Blocks(
-            few_rows, classes, columns, 8 if few_rows > 32 else 4, 2 if operand_bytes == 2 else 3
-        )
-        tiles = -(-S // classes)
-        if S + B <= SMALL_ENTRIES and tiles * B * D <= SMALL_PARTIALS:
-            splits = max(1, min(tiles, 128))
-            return Configuration(
-                True,
-                replace(small_tile, stages=2),
-                small_tile,
-                small_tile,
-                min(_power_of_two(D, 16), 64),
-                classes,
-                splits,
-            )
-    # Tile of logits, tile of the products: as large as every target's registers hold.
-    tile, products = {
-        2: (Blocks(128, 64, columns, 8, 3 if vectors else 2), Blocks(64, 64, 64, 8, 3)),
-        4: (Blocks(32, 64, columns, 8, 3), Blocks(32, 32, 64, 8, 3)),
-        8: (Blocks(32, 32, columns, 4, 2), Blocks(16, 16, 32, 4, 3)),
-    }[operand_bytes]
-    forward = replace(tile, rows=min(tile.rows, few_rows))
-    products = replace(products, columns=min(_power_of_two(D, 16), products.columns))
+    few = B <= _FEW[operand_bytes].rows
+    tile = (_FEW if few else _MANY)[operand_bytes]
+    class_tiles = -(-S // tile.classes)
+    small = B <= SMALL_BATCH and S + B <= SMALL_ENTRIES and class_tiles * B * D <= SMALL_PARTIALS
+    forward, products = tile, _PRODUCTS[operand_bytes]
+    if not small and not few:
+        forward, tile = _LARGE_FORWARD[operand_bytes], _LARGE[operand_bytes]
+    if D % 16 != 0:  # rows are read an element at a time, with a pointer to each
+        forward, tile = (replace(b, rows=tile.rows, columns=16, stages=2) for b in (forward, tile))
+        products = replace(products, stages=2)
     row_tiles, class_tiles = -(-B // forward.rows), -(-S // forward.classes)
     splits = max(1, min(-(-PROGRAMS // max(row_tiles, 1)), class_tiles, 256))
     pulls = max(FEWEST_PULLS, problem_bytes * 3 // 100 // operand_bytes)
     chunk = min(max(pulls // max(B, 1) // tile.classes, 1), MOST_TILES) * tile.classes
-    return Configuration(False, forward, forward, products, min(_power_of_two(D, 16), 256), chunk, splits)
+    return Configuration(small, forward, tile, products, _RESULT_COLUMNS, chunk, splits)
 
 
 _override: Callable[[int, int, int], Configuration] | None = None
@@ -91,7 +83,3 @@ def forced(choose: Callable[[int, int, int], Configuration]) -> Iterator[None]:
         yield
     finally:
         _override = before
-
-
-def _power_of_two(n: int, least: int) -> int:
-    return max(least, 1 << max(n - 1, 0).bit_length())

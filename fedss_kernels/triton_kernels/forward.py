@@ -4,29 +4,22 @@ What the backward pass needs is kept, O(B): see `KEPT`.
 
 Bytes: `partial_terms` reads each gathered row of `weight` once for each tile of rows (D elements, an id and a
 correction), each row of `input` once for each tile of classes (from the caches: a tile of rows is small), the
-B rows of the targets once more, and writes 8 B bytes for each split, 12 B besides.
+B rows of the targets once more, and writes 8 B bytes for each split, 24 B besides; `merge_splits` reads them
+and writes 24 B and the losses.
 """
 
 import triton
 import triton.language as tl
 
-from .tiles import (
-    dots,
-    load_bias,
-    load_classes,
-    load_scale,
-    load_targets,
-    target_dots,
-    wide,
-)
+from .tiles import SIZES, dots, load_bias, load_classes, load_scale, load_targets, target_cosines, wide
 
-# (KEPT, B) numbers of each row, then 1 / (rows that "mean" counts):
+# (KEPT, B) float64 numbers of each row, then 1 / (rows that "mean" counts):
 #   the largest logit o, the target's too; 1 / sum exp(o - largest); p_t - 1; the dot product with the
-#   target's row over both norms; 1 / |input|; 1 / |weight_t|
+#   target's row; 1 / |input|; 1 / |weight_t|
 KEPT = 6
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def partial_terms(
     input,
     weight,
@@ -67,7 +60,7 @@ def partial_terms(
         ids, corrections, live, wrong = load_classes(class_ids, counts, entries, S, C, ACC)
         sums, x_inverse, w_inverse = dots(
             input, weight, rows, counted, ids, live, D, input_row, input_column, weight_row, weight_column,
-            COSINE, OPERAND, ACC, PRECISION, BLOCK_D,
+            False, COSINE, OPERAND, ACC, PRECISION, BLOCK_D,
         )  # fmt: skip
         logits = scale * (sums * x_inverse[:, None] * w_inverse[None, :])
         logits += (load_bias(bias, ids, live, ACC) - corrections)[None, :]
@@ -80,17 +73,17 @@ def partial_terms(
     tl.store(partials + split.to(tl.int64) * B + rows, largest, mask=rows < B)
     tl.store(partials + (splits + split).to(tl.int64) * B + rows, total, mask=rows < B)
     if split == 0:
-        sums, x_inverse, w_inverse = target_dots(
-            input, weight, rows, targets, known, D, input_row, input_column, weight_row, weight_column,
-            COSINE, OPERAND, ACC, 16,
+        sums, x_inverse, w_inverse = dots(
+            input, weight, rows, known, targets, known, D, input_row, input_column, weight_row, weight_column,
+            True, COSINE, OPERAND, ACC, PRECISION, 16,
         )  # fmt: skip
         at = kept + wide(B) * 3 + rows
-        tl.store(at, sums * x_inverse * w_inverse, mask=rows < B)
+        tl.store(at, sums, mask=rows < B)
         tl.store(at + B, x_inverse, mask=rows < B)
         tl.store(at + 2 * B, w_inverse, mask=rows < B)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def merge_splits(
     target,
     target_counts,
@@ -117,8 +110,7 @@ def merge_splits(
     for start in range(tl.program_id(0) * BLOCK_B, B, step):
         rows = start + tl.arange(0, BLOCK_B)
         targets, counted, known = load_targets(target, rows, B, C, ignore_index)
-        cosines = tl.load(kept + wide(B) * 3 + rows, mask=known, other=0.0)
-        own = scale * cosines + load_bias(bias, targets, known, ACC)
+        own = scale * target_cosines(kept, rows, known, B, ACC) + load_bias(bias, targets, known, ACC)
         if target_counts is not None:
             correction = tl.load(target_counts + rows, mask=known, other=0.0).to(ACC)
             own -= tl.where(tl.abs(correction) < float("inf"), correction, float("nan"))

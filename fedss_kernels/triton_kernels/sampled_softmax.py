@@ -26,6 +26,9 @@ _OPERANDS = {
 }
 
 
+LARGEST_FACTOR = 1e30  # of the scale, for logits in float32
+
+
 class Problem(NamedTuple):
     """What the kernels are given. Tensors on one device; those of one dimension contiguous."""
 
@@ -59,8 +62,13 @@ class Problem(NamedTuple):
         reduction: str,
         rounding: torch.dtype | None,
     ) -> "Problem":
-        promoted = torch.promote_types(input.dtype, weight.dtype)
         on_host = scale.device != input.device or scale.device.type == "cpu"
+        factor = scale.item() if on_host else 1.0
+        operand = torch.promote_types(input.dtype, weight.dtype)
+        if abs(factor) > LARGEST_FACTOR:
+            operand = torch.float64
+        elif rounding is not None and operand != torch.float64:
+            operand = rounding
         return cls(
             input,
             weight,
@@ -69,12 +77,12 @@ class Problem(NamedTuple):
             _contiguous(log_expected_count),
             _contiguous(target_log_expected_count),
             _contiguous(bias),
-            scale.item() if on_host else 1.0,
+            factor,
             None if on_host else scale,
             similarity == "cosine",
             ignore_index,
             reduction,
-            promoted if rounding is None or promoted == torch.float64 else rounding,
+            operand,
         )
 
     @property
@@ -136,14 +144,18 @@ def _blocks(blocks) -> dict[str, int]:
     }
 
 
-def empty_results(input: Tensor, weight: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
+def _tiles(blocks) -> dict[str, int]:
+    """Of the kernels that hold a tile of logits: all registers there are, or ptxas may spill to save some."""
+    return _blocks(blocks) | ({} if torch.version.hip else {"maxnreg": 255})
+
+
+def empty_results(input: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
     """(loss, kept), uninitialised."""
     B = input.shape[0]
-    wide = torch.float64 in (input.dtype, weight.dtype)
     result_dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     return (
         input.new_empty((B,) if reduction == "none" else (), dtype=result_dtype),
-        input.new_empty((forward.KEPT * B + 1,), dtype=torch.float64 if wide else torch.float32),
+        input.new_empty((forward.KEPT * B + 1,), dtype=torch.float64),
     )
 
 
@@ -155,7 +167,7 @@ def loss(p: Problem) -> tuple[Tensor, Tensor]:
 def _loss(p: Problem, c: Configuration) -> tuple[Tensor, Tensor]:
     B, C, S, D = p.sizes
     blocks = c.forward
-    losses, kept = empty_results(p.input, p.weight, p.reduction)
+    losses, kept = empty_results(p.input, p.reduction)
     partials = p.empty(2, c.splits, B)
     with device_of(p.input):
         if B > 0:
@@ -164,7 +176,7 @@ def _loss(p: Problem, c: Configuration) -> tuple[Tensor, Tensor]:
                 *(partials, kept, B, C, S, D, p.ignore_index, *p.strides, p.factor),
                 **p.constants,
                 **p.precision,
-                **_blocks(blocks),
+                **_tiles(blocks),
             )
         rows = min(128, triton.next_power_of_2(max(B, 16)))
         splits = triton.next_power_of_2(c.splits)
@@ -177,7 +189,7 @@ def _loss(p: Problem, c: Configuration) -> tuple[Tensor, Tensor]:
             REDUCTION=p.reduction,
             BLOCK_B=rows,
             BLOCK_SPLITS=splits,
-            num_warps=4,
+            num_warps=8,
             enable_fp_fusion=True,
         )
     return losses, kept
@@ -269,22 +281,24 @@ def _small(
     fold, blocks = p.class_ids is None, c.tiles
     tiles = triton.cdiv(S, blocks.classes)
     partial_input = p.empty(tiles, B, D) if needed[0] else None
-    partial_along = p.empty(tiles, B)
+    partial_along = p.empty(tiles, B) if needed[0] and p.cosine else None
+    partial_scale = p.empty(tiles, B) if needed[3] else None
     options = {"FOLD": fold, "PER_ROW": p.reduction == "none", **p.constants}
     if tiles + (not fold) > 0:
         backward.small_tiles[(tiles + (not fold),)](
             *(p.input, p.weight, p.target, p.class_ids, p.log_expected_count, p.bias, p.learned, upstream),
-            *(kept, grad_rows, grad_bias, partial_input, partial_along),
+            *(kept, grad_rows, grad_bias, partial_input, partial_along, partial_scale),
             *(B, C, S, D, p.ignore_index, *p.strides, p.factor),
             **options,
             **p.precision,
-            **_blocks(blocks),
+            **_tiles(blocks),
         )
     spread = 0 if results.weight is None and results.bias is None else S + B
     backward.small_results[(B + 1 + spread, triton.cdiv(max(D, 1), c.result_columns))](
         *(p.input, p.weight, p.target, p.class_ids, p.learned, upstream, kept),
         *(None if results.weight is None else grad_rows, None if results.bias is None else grad_bias),
-        *(partial_input, partial_along, *results, B, C, S, D, tiles, p.ignore_index, *p.strides, p.factor),
+        *(partial_input, partial_along, partial_scale, *results),
+        *(B, C, S, D, tiles, p.ignore_index, *p.strides, p.factor),
         **options,
         BLOCK_D=c.result_columns,
         BLOCK_TILES=16,
@@ -310,28 +324,30 @@ def _large(
     row_tiles, class_tiles = triton.cdiv(B, tile.rows), chunk // tile.classes
     # float16 is too narrow for small gradients.
     pulls = p.empty(B, chunk, dtype=p.accumulator if p.operand == torch.float16 else p.operand)
-    along_rows, along_classes = p.empty(class_tiles, B), p.empty(row_tiles, chunk)
+    along_rows, along_classes, inverses = p.empty(class_tiles, B), p.empty(row_tiles, chunk), p.empty(chunk)
     bias_classes = p.empty(row_tiles, chunk) if needed[2] else None
+    scale_rows = p.empty(class_tiles, B) if needed[3] else None
     sums_input = p.empty(1, B, D).zero_() if needed[0] else None
-    sums_along = p.empty(1, B).zero_()
+    sums_along = p.empty(1, B).zero_() if needed[0] and p.cosine else None
+    sums_scale = p.empty(1, B).zero_() if needed[3] else None
     options = {"FOLD": fold, "PER_ROW": p.reduction == "none", **p.constants}
     for first in range(0, S, chunk):
         size = min(chunk, S - first)
         tiles = triton.cdiv(size, tile.classes)
         backward.pull_chunk[(row_tiles, tiles)](
             *(p.input, p.weight, p.target, p.class_ids, p.log_expected_count, p.bias, p.learned),
-            *(upstream, kept, pulls, along_rows, along_classes, bias_classes, first, size),
-            *(B, C, S, D, p.ignore_index, *p.strides, p.factor),
+            *(upstream, kept, pulls, inverses, along_rows, along_classes, bias_classes, scale_rows),
+            *(first, size, B, C, S, D, p.ignore_index, *p.strides, p.factor),
             **options,
             **p.precision,
-            **_blocks(tile),
+            **_tiles(tile),
         )
         if needed[1] or needed[2]:
             grid = (triton.cdiv(size, product.classes), triton.cdiv(max(D, 1), product.columns))
             backward.chunk_grad_rows[grid](
-                *(p.input, p.weight, p.target, p.class_ids, p.log_expected_count, p.learned),
-                *(pulls, along_classes, bias_classes, grad_rows, grad_bias, first, size),
-                *(B, C, S, D, row_tiles, p.ignore_index, *p.strides, p.factor),
+                *(p.input, p.weight, p.target, p.class_ids, p.log_expected_count),
+                *(pulls, inverses, along_classes, bias_classes, grad_rows, grad_bias, first, size),
+                *(B, C, S, D, row_tiles, p.ignore_index, *p.strides),
                 **p.constants,
                 **p.precision,
                 **_blocks(product),
@@ -339,9 +355,8 @@ def _large(
         if needed[0] or needed[3]:
             columns = triton.cdiv(D, product.columns) if needed[0] else 1
             backward.chunk_grad_input[(triton.cdiv(B, product.rows), max(columns, 1))](
-                *(p.weight, p.class_ids, p.log_expected_count, p.target, pulls, along_rows),
-                *(sums_input, sums_along, first, size, B, C, S, D, tiles, p.ignore_index),
-                *p.weight.stride(),
+                *(p.weight, p.class_ids, p.log_expected_count, pulls, along_rows, scale_rows),
+                *(sums_input, sums_along, sums_scale, first, size, B, C, S, D, tiles, *p.weight.stride()),
                 FOLD=fold,
                 **{name: value for name, value in p.constants.items() if name != "COSINE"},
                 **p.precision,
@@ -359,7 +374,7 @@ def _large(
         )
     backward.small_results[(B + 1, triton.cdiv(max(D, 1), c.result_columns))](
         *(p.input, p.weight, p.target, p.class_ids, p.learned, upstream, kept, None, None),
-        *(sums_input, sums_along, results.input, None, None, results.scale),
+        *(sums_input, sums_along, sums_scale, results.input, None, None, results.scale),
         *(B, C, S, D, 1, p.ignore_index, *p.strides, p.factor),
         **options,
         BLOCK_D=c.result_columns,

@@ -12,6 +12,9 @@ import triton.language as tl
 ZERO_NORM: tl.constexpr = tl.constexpr(1e-12)  # shorter rows have cosine 0 and pass no gradient
 
 
+# Sizes that a kernel is not compiled anew for, when they become 1 or a multiple of 16.
+SIZES = ["B", "C", "S", "splits", "tiles", "first", "CHUNK", "row_tiles", "class_tiles", "ignore_index"]
+
 # The interpreter multiplies bfloat16 wrongly and truncates where it should round. There, and only there,
 # operands are widened, which is exact, and rounding is done by hand.
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
@@ -29,7 +32,7 @@ def rounded(values, dtype: tl.constexpr):
 
 @triton.jit
 def wide(n):
-    """A size as int64. Triton makes a constant, which has no dtype to change, of an argument that is 1."""
+    """A size as int64."""
     return tl.full((), n, tl.int64)
 
 
@@ -116,32 +119,28 @@ def load_bias(bias, ids, wanted, ACC: tl.constexpr):
 
 @triton.jit
 def dots(
-    input,
-    weight,
-    rows,
-    counted,
-    ids,
-    wanted,
-    D,
-    input_row,
-    input_column,
-    weight_row,
-    weight_column,
-    COSINE: tl.constexpr,
-    OPERAND: tl.constexpr,
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """(dots (R, J), inverse norms of the rows (R,), of the class rows (J,)); norms are 1 without COSINE."""
-    sums = tl.zeros((rows.shape[0], ids.shape[0]), ACC)
+    input, weight, rows, counted, ids, wanted, D, input_row, input_column, weight_row, weight_column,
+    PAIRED: tl.constexpr, COSINE: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """(dots, 1 / |input_i| (R,), 1 / |weight_j| (J,)); inverses are 1 without COSINE.
+
+    dots: (R, J) of every row with every class row; PAIRED: (R,) of row i with class row i.
+    """
+    if PAIRED:
+        sums = tl.zeros(rows.shape, ACC)
+    else:
+        sums = tl.zeros((rows.shape[0], ids.shape[0]), ACC)
     input_squares = tl.zeros(rows.shape, ACC)
     weight_squares = tl.zeros(ids.shape, ACC)
     for start in range(0, D, BLOCK_D):
         columns = start + tl.arange(0, BLOCK_D)
         x = load_rows(input, rows, counted, columns, D, input_row, input_column, OPERAND)
         w = load_rows(weight, ids, wanted, columns, D, weight_row, weight_column, OPERAND)
-        sums = add_product(sums, x, tl.trans(w), PRECISION)
+        if PAIRED:
+            sums += tl.sum(x.to(ACC) * w.to(ACC), 1)
+        else:
+            sums = add_product(sums, x, tl.trans(w), PRECISION)
         if COSINE:
             input_squares = add_squares(input_squares, x)
             weight_squares = add_squares(weight_squares, w)
@@ -152,38 +151,11 @@ def dots(
 
 
 @triton.jit
-def target_dots(
-    input,
-    weight,
-    rows,
-    targets,
-    known,  # (R,) which have a target that exists
-    D,
-    input_row,
-    input_column,
-    weight_row,
-    weight_column,
-    COSINE: tl.constexpr,
-    OPERAND: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Each row's dot with its target's row: (dots, inverse norms of the rows, of the targets'), all (R,)."""
-    sums = tl.zeros(rows.shape, ACC)
-    input_squares = tl.zeros(rows.shape, ACC)
-    weight_squares = tl.zeros(rows.shape, ACC)
-    for start in range(0, D, BLOCK_D):
-        columns = start + tl.arange(0, BLOCK_D)
-        x = load_rows(input, rows, known, columns, D, input_row, input_column, OPERAND)
-        w = load_rows(weight, targets, known, columns, D, weight_row, weight_column, OPERAND)
-        sums += tl.sum(x.to(ACC) * w.to(ACC), 1)
-        if COSINE:
-            input_squares = add_squares(input_squares, x)
-            weight_squares = add_squares(weight_squares, w)
-    if COSINE:
-        return sums, inverse_norm(input_squares), inverse_norm(weight_squares)
-    else:
-        return sums, input_squares + 1.0, weight_squares + 1.0
+def target_cosines(kept, rows, known, B, ACC: tl.constexpr):
+    """(R,) of each row and its target's row, from what the forward pass keeps."""
+    at = kept + 3 * wide(B) + rows
+    product = tl.load(at, mask=known, other=0.0) * tl.load(at + B, mask=known, other=0.0)
+    return (product * tl.load(at + 2 * B, mask=known, other=0.0)).to(ACC)
 
 
 @triton.jit

@@ -49,6 +49,7 @@ def _blocks_of_16(small: bool, B: int, S: int, D: int) -> Configuration:
         tiles=all_rows if small else block,
         products=block,
         result_columns=32,
+        result_entries=16,
         chunk=32,
         splits=splits,
     )

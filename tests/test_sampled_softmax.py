@@ -144,6 +144,19 @@ def test_gradcheck_in_float64(reduction, sampled_softmax_loss):
     assert torch.autograd.gradcheck(loss, (x, w, bias, scale), fast_mode=fast)
 
 
+def test_a_class_that_starts_late_in_a_long_set(sampled_softmax_loss):
+    """Its rows are added up from wherever they are: past those that a GPU program looks through at a time."""
+    x, w, t = problem(B=6, C=40, D=8)
+    ids = torch.arange(300) % 30
+    ids[[270, 290]] = 35
+    t[:2] = 35
+    tensors = [v.detach().double().requires_grad_() for v in (x, w)]
+    expected = torch.autograd.grad(reference_loss(*tensors, t, ids), tensors)
+    found = torch.autograd.grad(sampled_softmax_loss(x, w, t, ids), (x, w))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-7)
+
+
 @cpp_only
 @pytest.mark.parametrize("threads", [1, 2, 4])
 @pytest.mark.parametrize(

@@ -316,6 +316,18 @@ def test_a_scale_keeps_its_digits(dtype):
         assert loss.item() == pytest.approx(expected.item(), rel=1e-14 if dtype == F64 else 1e-6)
 
 
+def test_a_scale_past_float32_is_exact():
+    x, w, t, ids, counts = problem()
+    losses = loss_by_triton(x, w, t, ids, counts, scale=1e40, reduction="none")
+    expected = reference_loss(x.double(), w.double(), t, ids, counts.double(), scale=1e40, reduction="none")
+    torch.testing.assert_close(losses, expected.to(F32))  # infinities where float32 ends
+    finite = loss_by_triton(x, w, t, ids, counts, scale=1e37)
+    expected = reference_loss(x.double(), w.double(), t, ids, counts.double(), scale=1e37)
+    torch.testing.assert_close(finite, expected.to(F32))
+    for a, b in zip(gradients(finite, x, w), gradients(expected, x, w), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 # ---- on a device -------------------------------------------------------------------------------------------
 
 

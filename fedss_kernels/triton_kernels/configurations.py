@@ -32,6 +32,7 @@ class Configuration:
     tiles: Blocks  # of the backward pass' logits
     products: Blocks  # of the large backward pass' two products
     result_columns: int  # of the last kernel of the backward pass
+    result_entries: int  # of the compact gradient at a time in it; their ids, 16 times as many
     chunk: int  # classes at a time in the large backward pass, a multiple of tiles.classes
     splits: int  # of the class set in the forward pass
 
@@ -43,7 +44,7 @@ _MANY = {2: Blocks(128, 16, 32, 8, 2), 4: Blocks(128, 16, 16, 8, 2), 8: Blocks(1
 _LARGE_FORWARD = {2: Blocks(128, 64, 32, 8, 3), 4: Blocks(32, 64, 16, 8, 3), 8: Blocks(32, 32, 16, 4, 2)}
 _LARGE = {2: Blocks(64, 64, 32, 8, 3), 4: Blocks(32, 64, 16, 8, 3), 8: Blocks(32, 32, 16, 4, 2)}
 _PRODUCTS = {2: Blocks(64, 64, 64, 8, 3), 4: Blocks(32, 32, 64, 8, 2), 8: Blocks(16, 16, 16, 4, 2)}
-_RESULT_COLUMNS = 64
+_RESULT_COLUMNS, _RESULT_ENTRIES = 64, 64
 
 
 def configure(B: int, S: int, D: int, operand_bytes: int, problem_bytes: int) -> Configuration:
@@ -68,7 +69,7 @@ def configure(B: int, S: int, D: int, operand_bytes: int, problem_bytes: int) ->
     splits = max(1, min(-(-PROGRAMS // max(row_tiles, 1)), class_tiles, 256))
     pulls = max(FEWEST_PULLS, problem_bytes * 3 // 100 // operand_bytes)
     chunk = min(max(pulls // max(B, 1) // tile.classes, 1), MOST_TILES) * tile.classes
-    return Configuration(small, forward, tile, products, _RESULT_COLUMNS, chunk, splits)
+    return Configuration(small, forward, tile, products, _RESULT_COLUMNS, _RESULT_ENTRIES, chunk, splits)
 
 
 _override: Callable[[int, int, int], Configuration] | None = None

@@ -302,7 +302,7 @@ def _small(
         **options,
         BLOCK_D=c.result_columns,
         BLOCK_TILES=16,
-        BLOCK_ENTRIES=64,
+        BLOCK_ENTRIES=c.result_entries,
         num_warps=4,
     )
 
@@ -379,7 +379,7 @@ def _large(
         **options,
         BLOCK_D=c.result_columns,
         BLOCK_TILES=1,
-        BLOCK_ENTRIES=64,
+        BLOCK_ENTRIES=c.result_entries,
         num_warps=4,
     )
 

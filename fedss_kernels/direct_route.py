@@ -46,6 +46,7 @@ def direct_loss(
         and (target_log_expected_count is None or _constant(target_log_expected_count))
         and _ordinary_scale(scale)
         and type(ignore_index) is int
+        and type(sparse_grad) is bool
     ):
         return None
     constants = (target, class_ids, log_expected_count, target_log_expected_count)

@@ -20,6 +20,7 @@ from .checks import (
     FLOATING,
     check_choice,
     check_device,
+    check_flag,
     check_integer,
     check_shape,
     check_tensor,
@@ -106,6 +107,7 @@ def sampled_softmax_loss(
     _check(input, weight, target, class_ids, log_expected_count, target_log_expected_count, bias, scale)
     check_choice("similarity", similarity, ("cosine", "dot"))
     check_choice("reduction", reduction, ("mean", "sum", "none"))
+    check_flag("sparse_grad", sparse_grad)
     backend = _backend(impl, input.device)
     if not isinstance(ignore_index, int) or not -(2**63) <= ignore_index < 2**63:
         raise TypeError(f"ignore_index: expected a 64-bit integer, got {ignore_index!r}")
@@ -360,6 +362,7 @@ class SampledSoftmaxLoss(nn.Module):
         check_choice("impl", impl, _IMPLS)
         check_choice("similarity", similarity, ("cosine", "dot"))
         check_choice("reduction", reduction, ("mean", "sum", "none"))
+        check_flag("sparse_grad", sparse_grad)
         _check_scale(scale, torch.device("cpu"))
         self.num_classes, self.embedding_dim, self.num_sampled = num_classes, embedding_dim, num_sampled
         self.similarity, self.sparse_grad, self.ignore_index = similarity, sparse_grad, ignore_index

@@ -6,10 +6,10 @@ from functools import partial
 
 import pytest
 import torch
-from loss_cases import GPU_IMPLEMENTATIONS
+from loss_cases import GPU_IMPLEMENTATIONS, blocks_of_16
 
 import fedss_kernels
-from fedss_kernels.triton_kernels.configurations import Blocks, Configuration, forced
+from fedss_kernels.triton_kernels.configurations import forced
 
 # Where there is no GPU its kernels run on CPU tensors, interpreted. Read when triton is first imported, which
 # nothing above does.
@@ -38,23 +38,6 @@ def set_threads():
     torch.set_num_threads(before)
 
 
-def _blocks_of_16(small: bool, B: int, S: int, D: int) -> Configuration:
-    """Every block edge is crossed by sizes past 16, and several chunks are needed by S past 32."""
-    block = Blocks(rows=16, classes=16, columns=16, warps=4, stages=2)
-    all_rows = Blocks(rows=max(16, 1 << (B - 1).bit_length()), classes=16, columns=16, warps=4, stages=2)
-    splits = max(1, min(3, -(-S // 16)))
-    return Configuration(
-        small=small,
-        forward=block,
-        tiles=all_rows if small else block,
-        products=block,
-        result_columns=32,
-        result_entries=16,
-        chunk=32,
-        splits=splits,
-    )
-
-
 def _on_the_gpu(*arguments, **options):
     """The loss of tensors moved to the GPU, moved back."""
 
@@ -73,7 +56,7 @@ def sampled_softmax_loss(request):
     elif request.param == "gpu":
         yield _on_the_gpu
     else:
-        with forced(partial(_blocks_of_16, request.param == "triton in two launches")):
+        with forced(partial(blocks_of_16, request.param == "triton in two launches")):
             yield partial(fedss_kernels.sampled_softmax_loss, impl="triton")
 
 

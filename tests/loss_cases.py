@@ -9,6 +9,7 @@ from tolerance import eager_loss, excess
 from torch import Tensor
 
 from fedss_kernels import sampled_softmax_loss
+from fedss_kernels.triton_kernels.configurations import Blocks, Configuration
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
@@ -23,6 +24,23 @@ if torch.cuda.is_available():
 gpu_only = pytest.mark.parametrize("sampled_softmax_loss", GPU_IMPLEMENTATIONS, indirect=True)
 # For what the CPU kernel alone promises: bits over threads and orders, lengths whose squares pass float32.
 cpp_only = pytest.mark.parametrize("sampled_softmax_loss", ["cpp"], indirect=True)
+
+
+def blocks_of_16(small: bool, B: int, S: int, D: int) -> Configuration:
+    """Every block edge is crossed by sizes past 16, and several chunks are needed by S past 32."""
+    block = Blocks(rows=16, classes=16, columns=16, warps=4, stages=2)
+    all_rows = Blocks(rows=max(16, 1 << (B - 1).bit_length()), classes=16, columns=16, warps=4, stages=2)
+    splits = max(1, min(3, -(-S // 16)))
+    return Configuration(
+        small=small,
+        forward=block,
+        tiles=all_rows if small else block,
+        products=block,
+        result_columns=32,
+        result_entries=16,
+        chunk=32,
+        splits=splits,
+    )
 
 
 @dataclass(frozen=True)

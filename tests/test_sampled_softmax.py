@@ -157,6 +157,20 @@ def test_a_class_that_starts_late_in_a_long_set(sampled_softmax_loss):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-7)
 
 
+def test_a_left_out_class_that_is_the_target_of_a_late_row(sampled_softmax_loss):
+    """With every class in the set its row takes part for that one row alone."""
+    x, w, t = problem(B=20, C=10, D=16)
+    t = t % 9
+    t[-1] = 9
+    counts = torch.zeros(10)
+    counts[9] = torch.inf
+    tensors = [v.detach().double().requires_grad_() for v in (x, w)]
+    expected = torch.autograd.grad(reference_loss(*tensors, t, None, counts.double()), tensors)
+    found = torch.autograd.grad(sampled_softmax_loss(x, w, t, None, counts), (x, w))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-7)
+
+
 @cpp_only
 @pytest.mark.parametrize("threads", [1, 2, 4])
 @pytest.mark.parametrize(

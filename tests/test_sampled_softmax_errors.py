@@ -55,6 +55,7 @@ BAD = [
     ({"bias": torch.zeros(C, 1)}, ValueError, r"bias: expected shape \(9,\) = \(C,\), got \(9, 1\)"),
     ({"scale": torch.ones(1)}, ValueError, r"scale: expected a number or a 0-d tensor, got shape \(1,\)"),
     ({"scale": torch.tensor(1)}, TypeError, "scale: expected .* got int64"),
+    ({"sparse_grad": 1}, TypeError, "sparse_grad: expected True or False, got int"),
     ({"scale": "20"}, TypeError, "scale: expected a number or a 0-d tensor, got str"),
     ({"scale": torch.nan}, ValueError, "scale: expected a finite number, got nan"),
     ({"scale": float("inf")}, ValueError, "scale: expected a finite number, got inf"),

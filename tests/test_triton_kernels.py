@@ -8,18 +8,19 @@ import os
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 import triton
 from fedss_kernels.reference import sampled_softmax_loss as reference_loss
-from loss_cases import BF16, F16, F32, F64, Case, assert_same, check
+from loss_cases import BF16, F16, F32, F64, Case, assert_same, blocks_of_16, check
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fedss_kernels
-from fedss_kernels.triton_kernels import tuning
-from fedss_kernels.triton_kernels.configurations import configure
+from fedss_kernels.triton_kernels import sampled_softmax, tuning
+from fedss_kernels.triton_kernels.configurations import Blocks, configure, forced
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPS = torch.ops.fedss_kernels
@@ -54,7 +55,12 @@ def test_a_target_that_does_not_exist_makes_its_own_loss_nan(bad):
         losses[good], loss_by_triton(x[good], w, t[good], ids, counts, reduction="none"), loss_by_triton
     )
     assert loss_by_triton(x, w, t, ids, counts).isnan()
-    gradients(losses[good], x, w)  # reads and writes inside its tensors
+    for sparse_grad in (False, True):  # a row whose loss is not used passes nothing on
+        losses = loss_by_triton(x, w, t, ids, counts, reduction="none", sparse_grad=sparse_grad)
+        found = gradients(losses[good], x, w)
+        expected = gradients(loss_by_triton(x[good], w, t[good], ids, counts, reduction="none"), x, w)
+        for a, b in zip(found, expected, strict=True):
+            assert_same(a.to_dense(), b, loss_by_triton)
 
 
 @pytest.mark.parametrize("bad", [-1, 12, 2**40, -(2**62)])
@@ -314,6 +320,38 @@ def test_a_scale_keeps_its_digits(dtype):
     expected = reference_loss(x.double(), w.double(), t, ids, counts.double(), scale=20.1)
     for loss in (by_number, by_tensor):
         assert loss.item() == pytest.approx(expected.item(), rel=1e-14 if dtype == F64 else 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [F16, F32, F64])
+def test_a_scale_that_stays_on_the_device_is_read_there(dtype, monkeypatch):
+    """As on a GPU, where a tensor is not brought to the host."""
+    x, w, t, ids, counts = problem(dtype=dtype)
+    scale = torch.tensor(20.5, device=DEVICE, requires_grad=True)
+
+    def results():
+        loss = loss_by_triton(x, w, t, ids, counts, scale=scale)
+        return loss, *gradients(loss, x, w, scale)
+
+    expected = results()
+    of = sampled_softmax.Problem.of
+
+    def on_the_device(*arguments):
+        return of(*arguments)._replace(factor=1.0, learned=arguments[7])
+
+    monkeypatch.setattr(sampled_softmax.Problem, "of", on_the_device)
+    for a, b in zip(results(), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("scale", [1e4, 1e8])
+def test_passes_that_round_otherwise_agree_at_large_scales(scale):
+    """The forward and backward tiles may differ: the logit that led need not be the largest in both."""
+    x, w, t, ids, counts = problem(B=20, C=50, D=65, S=40)
+    other = replace(blocks_of_16(False, 20, 40, 65), forward=Blocks(16, 32, 32, 4, 2))
+    with forced(lambda B, S, D: other):
+        found = gradients(loss_by_triton(x, w, t, ids, counts, scale=scale), x, w)
+    for gradient in found:
+        assert gradient.abs().max() <= scale  # what a row of |input| about 8 can pass on
 
 
 def test_a_scale_past_float32_is_exact():

@@ -2,9 +2,9 @@
 
     dlogits(i, j) = g_i * p(i, j)                     0 for accidental hits; the target's own: g_i * (p_t - 1)
     pulls(i, j)   = scale * dlogits(i, j) * input_inverse_i * weight_inverse_j
-    grad_input_i  = sum_j pulls(i, j) * weight_j - along_i * input_inverse_i^2 * input_i
-    grad_weight_j = sum_i pulls(i, j) * input_i  - along_j * weight_inverse_j^2 * weight_j
-    along         = sum of pulls * dots over the other axis
+    grad_input_i  = sum_j pulls(i, j) * weight_j - share_i * input_i
+    grad_weight_j = sum_i pulls(i, j) * input_i  - share_j * weight_j
+    share         = inverse^2 * the sum of pulls * dots over the other axis
     grad_scale    = sum of dlogits(i, j) * (cosine(i, j) - cosine(i, t))      as dlogits add up to 0 in a row
 
 For the dot product inverses are 1, and the second terms, which take out what lies along the row, are not
@@ -54,7 +54,10 @@ def pulls_tile(
     COSINE: tl.constexpr, PER_ROW: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """(dlogits, pulls, dots, the scale's gradients (R, J); ids, which are read, 1 / |weight_j| (J,))"""
+    """(dlogits, pulls, along, the scale's gradients (R, J); ids, which are read (J,); both inverse norms)
+
+    along: pulls * dots
+    """
     targets, counted, known = load_targets(target, rows, B, C, ignore_index)
     ids, corrections, live, wrong = load_classes(class_ids, counts, entries, S, C, ACC)
     hits = known[:, None] & (ids[None, :] == targets[:, None])
@@ -69,7 +72,8 @@ def pulls_tile(
     logits = scale * cosines + (load_bias(bias, ids, live, ACC) - corrections)[None, :]
     largest = tl.load(kept + rows, mask=counted, other=0.0).to(ACC)
     inverse_total = tl.load(kept + wide(B) + rows, mask=counted, other=0.0).to(ACC)
-    probs = tl.exp(logits - largest[:, None]) * inverse_total[:, None]
+    # The forward pass may have rounded otherwise: at large scales a logit can come out above the largest.
+    probs = tl.exp(tl.minimum(logits - largest[:, None], 0.0)) * inverse_total[:, None]
     probs = tl.where(live[None, :] & counted[:, None] & (ids[None, :] != targets[:, None]), probs, 0.0)
     if FOLD:
         own = tl.load(kept + 2 * wide(B) + rows, mask=known, other=0.0).to(ACC)
@@ -85,7 +89,8 @@ def pulls_tile(
     cosines = sums * w_inverse[None, :] * x_inverse[:, None]
     own_cosine = target_cosines(kept, rows, known, B, ACC)
     slopes = product_or_zero(dlogits, cosines - own_cosine[:, None])
-    return dlogits, pulls, sums, slopes, ids, read, w_inverse
+    along = product_or_zero(pulls.to(ACC), sums)
+    return dlogits, pulls, along, slopes, ids, read, x_inverse, w_inverse
 
 
 @triton.jit
@@ -107,17 +112,22 @@ def target_pulls(
     dot = tl.load(kept + 3 * wide(B) + rows, mask=known, other=0.0).to(ACC)
     x_inverse = tl.load(kept + 4 * wide(B) + rows, mask=known, other=0.0).to(ACC)
     w_inverse = tl.load(kept + 5 * wide(B) + rows, mask=known, other=0.0).to(ACC)
+    own = tl.where(counted & ~known, float("nan"), own)
     dlogits = product_or_zero(own, load_upstream(grad_loss, kept, rows, counted, B, ACC, PER_ROW))
-    dlogits = tl.where(counted & ~known, float("nan"), dlogits)
     pulls = product_or_zero(scale * x_inverse * w_inverse, dlogits)
     return targets, counted, known, dlogits, pulls, dot, x_inverse, w_inverse
 
 
 @triton.jit
-def without_along(values, along, inverse, rows):
-    """values - along * inverse^2 * rows"""
-    taken = product_or_zero(inverse * inverse, along)
-    return values - product_or_zero(taken[:, None], rows.to(values.dtype))
+def share_along(along, inverse):
+    """along * inverse^2: how much of a row's own direction is in the sum of what was pulled to it."""
+    return product_or_zero(inverse * inverse, along)
+
+
+@triton.jit
+def without_share(values, share, rows):
+    """values - share * rows"""
+    return values - product_or_zero(share[:, None], rows.to(values.dtype))
 
 
 @triton.jit
@@ -142,7 +152,7 @@ def store_target_rows(
         values = product_or_zero(x, pulls[:, None])
         if COSINE:
             w = load_rows(weight, targets, known, columns, D, weight_row, weight_column, OPERAND)
-            values = without_along(values, product_or_zero(pulls, dot), w_inverse, w)
+            values = without_share(values, share_along(product_or_zero(pulls, dot), w_inverse), w)
         store_rows(grad_rows, S + rows, rows < B, columns, D, values)
     if grad_bias is not None:
         tl.store(grad_bias + S + rows, dlogits, mask=rows < B)
@@ -162,7 +172,7 @@ def small_tiles(
     grad_rows,  # (S + B, D), or (C, D) with FOLD; None: not wanted
     grad_bias,  # (S + B,), or (C,) with FOLD; None: not wanted
     partial_input,  # (tiles of classes, B, D); None: not wanted
-    partial_along,  # (tiles of classes, B); None: not wanted, or no cosine
+    partial_share,  # (tiles of classes, B); None: not wanted, or no cosine
     partial_scale,  # (tiles of classes, B); None: not wanted
     B,
     C,
@@ -190,16 +200,15 @@ def small_tiles(
     rows = tl.arange(0, BLOCK_B)
     if tile < tl.cdiv(S, BLOCK_S):
         entries = tile * BLOCK_S + tl.arange(0, BLOCK_S)
-        dlogits, pulls, sums, slopes, ids, read, w_inverse = pulls_tile(
+        dlogits, pulls, along, slopes, ids, read, x_inverse, w_inverse = pulls_tile(
             input, weight, target, class_ids, counts, bias, grad_loss, kept, rows, entries,
             B, C, S, D, ignore_index, input_row, input_column, weight_row, weight_column, scale,
             FOLD, COSINE, PER_ROW, OPERAND, ACC, PRECISION, BLOCK_D,
         )  # fmt: skip
-        along = product_or_zero(pulls.to(ACC), sums)
-        along_classes = tl.sum(along, 0)
+        share_classes = share_along(tl.sum(along, 0), w_inverse)
         at_rows = tile.to(tl.int64) * B + rows
-        if partial_along is not None:
-            tl.store(partial_along + at_rows, tl.sum(along, 1), mask=rows < B)
+        if partial_share is not None:
+            tl.store(partial_share + at_rows, share_along(tl.sum(along, 1), x_inverse), mask=rows < B)
         if partial_scale is not None:
             tl.store(partial_scale + at_rows, tl.sum(slopes, 1), mask=rows < B)
         if grad_bias is not None:
@@ -213,7 +222,7 @@ def small_tiles(
                 x = load_rows(input, rows, counted, columns, D, input_row, input_column, OPERAND)
                 values = add_pulled(tl.zeros((BLOCK_S, BLOCK_D), ACC), tl.trans(pulls), x, OPERAND, PRECISION)
                 if COSINE:
-                    values = without_along(values, along_classes, w_inverse, w)
+                    values = without_share(values, share_classes, w)
                 store_rows(grad_rows, entries, entries < S, columns, D, values)
             if partial_input is not None:
                 values = add_pulled(tl.zeros((BLOCK_B, BLOCK_D), ACC), pulls, w, OPERAND, PRECISION)
@@ -229,7 +238,7 @@ def small_tiles(
 
 @triton.jit
 def finish_input_row(
-    input, weight, target, grad_loss, kept, partial_input, partial_along, grad_input,
+    input, weight, target, grad_loss, kept, partial_input, partial_share, grad_input,
     row, columns, tiles, B, C, D, ignore_index, input_row, input_column, weight_row, weight_column, scale,
     FOLD: tl.constexpr, COSINE: tl.constexpr, PER_ROW: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
@@ -240,22 +249,22 @@ def finish_input_row(
         target, grad_loss, kept, rows, B, C, ignore_index, scale, ACC, PER_ROW
     )
     values = tl.zeros((1, columns.shape[0]), ACC)
-    along = tl.zeros((1,), ACC)
+    share = tl.zeros((1,), ACC)
     if not FOLD:
         w = load_rows(weight, targets, known, columns, D, weight_row, weight_column, OPERAND).to(ACC)
         values = product_or_zero(w, pulls[:, None])
-        along = product_or_zero(pulls, dot)
+        share = share_along(product_or_zero(pulls, dot), x_inverse)
     for start in range(0, tiles, BLOCK_TILES):
         tile = start + tl.arange(0, BLOCK_TILES)
         at = tile.to(tl.int64) * B + row
         if COSINE:
-            along += tl.sum(tl.load(partial_along + at, mask=tile < tiles, other=0.0), 0)
+            share += tl.sum(tl.load(partial_share + at, mask=tile < tiles, other=0.0), 0)
         inside = (tile < tiles)[:, None] & (columns < D)[None, :]
         found = tl.load(partial_input + at[:, None] * D + columns[None, :], mask=inside, other=0.0)
         values += tl.sum(found, 0)[None, :]
     if COSINE:
         x = load_rows(input, rows, known, columns, D, input_row, input_column, OPERAND)
-        values = without_along(values, along, x_inverse, x)
+        values = without_share(values, share, x)
     values = tl.where(counted[:, None], values, 0.0)  # 0 times what a class holds, NaN too
     store_rows(grad_input, rows, rows < B, columns, D, values)
 
@@ -332,7 +341,7 @@ def small_results(
     grad_rows,  # (S + B, D); None: nothing to spread
     grad_bias,  # (S + B,)
     partial_input,
-    partial_along,
+    partial_share,
     partial_scale,
     grad_input,  # (B, D)
     grad_weight,  # (C, D) zeros
@@ -365,7 +374,7 @@ def small_results(
     if n < B:
         if grad_input is not None:
             finish_input_row(
-                input, weight, target, grad_loss, kept, partial_input, partial_along, grad_input,
+                input, weight, target, grad_loss, kept, partial_input, partial_share, grad_input,
                 n, columns, tiles, B, C, D, ignore_index, input_row, input_column, weight_row, weight_column,
                 scale, FOLD, COSINE, PER_ROW, OPERAND, ACC, BLOCK_TILES,
             )  # fmt: skip
@@ -396,9 +405,8 @@ def pull_chunk(
     grad_loss,
     kept,
     pulls_chunk,  # (B, CHUNK)
-    inverses,  # (CHUNK,) 1 / |weight_j|
-    along_rows,  # (tiles of classes in the chunk, B)
-    along_classes,  # (tiles of rows, CHUNK)
+    share_rows,  # (tiles of classes in the chunk, B)
+    share_classes,  # (tiles of rows, CHUNK)
     bias_classes,  # (tiles of rows, CHUNK); None: not wanted
     scale_rows,  # (tiles of classes in the chunk, B); None: not wanted
     first,  # entry of the class set that the chunk starts with
@@ -427,7 +435,7 @@ def pull_chunk(
     rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     inside = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
     scale = load_scale(factor, learned, ACC)
-    dlogits, pulls, sums, slopes, _, _, w_inverse = pulls_tile(
+    dlogits, pulls, along, slopes, _, _, x_inverse, w_inverse = pulls_tile(
         input, weight, target, class_ids, counts, bias, grad_loss, kept, rows, first + inside,
         B, C, S, D, ignore_index, input_row, input_column, weight_row, weight_column, scale,
         FOLD, COSINE, PER_ROW, OPERAND, ACC, PRECISION, BLOCK_D,
@@ -436,11 +444,8 @@ def pull_chunk(
     at_rows = tl.program_id(1).to(tl.int64) * B + rows
     at_classes = tl.program_id(0).to(tl.int64) * CHUNK + inside
     if COSINE:
-        along = product_or_zero(pulls.to(ACC), sums)
-        tl.store(along_rows + at_rows, tl.sum(along, 1), mask=rows < B)
-        tl.store(along_classes + at_classes, tl.sum(along, 0), mask=inside < CHUNK)
-        if tl.program_id(0) == 0:
-            tl.store(inverses + inside, w_inverse, mask=inside < CHUNK)
+        tl.store(share_rows + at_rows, share_along(tl.sum(along, 1), x_inverse), mask=rows < B)
+        tl.store(share_classes + at_classes, share_along(tl.sum(along, 0), w_inverse), mask=inside < CHUNK)
     if bias_classes is not None:
         tl.store(bias_classes + at_classes, tl.sum(dlogits, 0), mask=inside < CHUNK)
     if scale_rows is not None:
@@ -470,8 +475,7 @@ def chunk_grad_rows(
     class_ids,
     counts,
     pulls_chunk,
-    inverses,
-    along_classes,
+    share_classes,
     bias_classes,
     grad_rows,  # (S + B, D), or (C, D) with FOLD; None: not wanted
     grad_bias,
@@ -509,12 +513,10 @@ def chunk_grad_rows(
             values = add_pulled(values, tl.trans(pulls), x, OPERAND, PRECISION)
         if COSINE:
             ids, _, live, _ = load_classes(class_ids, counts, entries, S, C, ACC)
-            along = sum_tiles(along_classes, inside, inside < CHUNK, row_tiles, CHUNK, ACC)
-            inverse = tl.load(inverses + inside, mask=inside < CHUNK, other=0.0)
-            # Along nothing: a row that takes no part, whatever it holds.
-            read = live | (along != 0.0)
+            share = sum_tiles(share_classes, inside, inside < CHUNK, row_tiles, CHUNK, ACC)
+            read = live | (share != 0.0)  # no share: a row that takes no part, whatever it holds
             w = load_rows(weight, ids, read, columns, D, weight_row, weight_column, OPERAND)
-            values = without_along(values, along, inverse, w)
+            values = without_share(values, share, w)
         store_rows(grad_rows, entries, inside < CHUNK, columns, D, values)
     if grad_bias is not None:
         if tl.program_id(1) == 0:
@@ -536,10 +538,10 @@ def chunk_grad_input(
     class_ids,
     counts,
     pulls_chunk,
-    along_rows,
+    share_rows,
     scale_rows,
     sums_input,  # (B, D), zeros before the first chunk; None: not wanted
-    sums_along,  # (B,), so too; None: not wanted, or no cosine
+    sums_share,  # (B,), so too; None: not wanted, or no cosine
     sums_scale,  # (B,), so too; None: not wanted
     first,
     CHUNK,
@@ -576,8 +578,8 @@ def chunk_grad_input(
             values = add_pulled(values, pulls, w, OPERAND, PRECISION)
         tl.store(at, values, mask=there)
     if tl.program_id(1) == 0:
-        if sums_along is not None:
-            add_tiles(sums_along, along_rows, rows, B, class_tiles, ACC)
+        if sums_share is not None:
+            add_tiles(sums_share, share_rows, rows, B, class_tiles, ACC)
         if sums_scale is not None:
             add_tiles(sums_scale, scale_rows, rows, B, class_tiles, ACC)
 

@@ -4,11 +4,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import torch
+
 SMALL_BATCH = 128  # rows that one tile holds
 SMALL_ENTRIES = 4096  # of the compact gradient, S + B, that every program may look through
 SMALL_PARTIALS = 2**22  # elements of the tiles' parts of the gradient of input
 FEWEST_PULLS = 2**23  # elements of a chunk of pulls, unless 3% of the inputs and gradients are more
 MOST_TILES = 2**15  # of classes in a chunk: a grid's second axis has 65,535 programs
+# A thread's registers: told so, NVIDIA's assembler does not spill a few to leave room for more warps. Not for
+# the products, which it then unrolls further than registers reach.
+ALL_REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
 PROGRAMS = 264  # that keep a large device busy: two for each of its multiprocessors
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.cuda import device_of
 
 from . import backward, forward, tuning
-from .configurations import Configuration, configure
+from .configurations import ALL_REGISTERS, Blocks, Configuration, configure
 from .scatter_add import scatter_add
 
 _OPERANDS = {
@@ -134,7 +134,7 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _blocks(blocks) -> dict[str, int]:
+def _blocks(blocks: Blocks) -> dict[str, int]:
     return {
         "BLOCK_B": blocks.rows,
         "BLOCK_S": blocks.classes,
@@ -142,11 +142,6 @@ def _blocks(blocks) -> dict[str, int]:
         "num_warps": blocks.warps,
         "num_stages": blocks.stages,
     }
-
-
-def _tiles(blocks) -> dict[str, int]:
-    """Of the kernels that hold a tile of logits: all registers there are, or ptxas may spill to save some."""
-    return _blocks(blocks) | ({} if torch.version.hip else {"maxnreg": 255})
 
 
 def empty_results(input: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
@@ -176,7 +171,8 @@ def _loss(p: Problem, c: Configuration) -> tuple[Tensor, Tensor]:
                 *(partials, kept, B, C, S, D, p.ignore_index, *p.strides, p.factor),
                 **p.constants,
                 **p.precision,
-                **_tiles(blocks),
+                **_blocks(blocks),
+                **ALL_REGISTERS,
             )
         rows = min(128, triton.next_power_of_2(max(B, 16)))
         splits = triton.next_power_of_2(c.splits)
@@ -190,6 +186,7 @@ def _loss(p: Problem, c: Configuration) -> tuple[Tensor, Tensor]:
             BLOCK_B=rows,
             BLOCK_SPLITS=splits,
             num_warps=8,
+            **ALL_REGISTERS,
             enable_fp_fusion=True,
         )
     return losses, kept
@@ -256,7 +253,10 @@ def _gradients(
 
 
 def _sparse(p: Problem, grad_rows: Tensor) -> Tensor:
-    """nnz = S + B, the class set's entries and then the targets'; those without a class add 0 to class 0."""
+    """nnz = S + B, the class set's entries and then the targets'; those without a class go to class 0.
+
+    What they hold is 0, or NaN beside losses that are NaN too.
+    """
     C = len(p.weight)
     if p.class_ids is None:
         ids = torch.arange(C, device=p.weight.device)
@@ -281,29 +281,31 @@ def _small(
     fold, blocks = p.class_ids is None, c.tiles
     tiles = triton.cdiv(S, blocks.classes)
     partial_input = p.empty(tiles, B, D) if needed[0] else None
-    partial_along = p.empty(tiles, B) if needed[0] and p.cosine else None
+    partial_share = p.empty(tiles, B) if needed[0] and p.cosine else None
     partial_scale = p.empty(tiles, B) if needed[3] else None
     options = {"FOLD": fold, "PER_ROW": p.reduction == "none", **p.constants}
     if tiles + (not fold) > 0:
         backward.small_tiles[(tiles + (not fold),)](
             *(p.input, p.weight, p.target, p.class_ids, p.log_expected_count, p.bias, p.learned, upstream),
-            *(kept, grad_rows, grad_bias, partial_input, partial_along, partial_scale),
+            *(kept, grad_rows, grad_bias, partial_input, partial_share, partial_scale),
             *(B, C, S, D, p.ignore_index, *p.strides, p.factor),
             **options,
             **p.precision,
-            **_tiles(blocks),
+            **_blocks(blocks),
+            **ALL_REGISTERS,
         )
     spread = 0 if results.weight is None and results.bias is None else S + B
     backward.small_results[(B + 1 + spread, triton.cdiv(max(D, 1), c.result_columns))](
         *(p.input, p.weight, p.target, p.class_ids, p.learned, upstream, kept),
         *(None if results.weight is None else grad_rows, None if results.bias is None else grad_bias),
-        *(partial_input, partial_along, partial_scale, *results),
+        *(partial_input, partial_share, partial_scale, *results),
         *(B, C, S, D, tiles, p.ignore_index, *p.strides, p.factor),
         **options,
         BLOCK_D=c.result_columns,
         BLOCK_TILES=16,
         BLOCK_ENTRIES=c.result_entries,
         num_warps=4,
+        **ALL_REGISTERS,
     )
 
 
@@ -324,11 +326,11 @@ def _large(
     row_tiles, class_tiles = triton.cdiv(B, tile.rows), chunk // tile.classes
     # float16 is too narrow for small gradients.
     pulls = p.empty(B, chunk, dtype=p.accumulator if p.operand == torch.float16 else p.operand)
-    along_rows, along_classes, inverses = p.empty(class_tiles, B), p.empty(row_tiles, chunk), p.empty(chunk)
+    share_rows, share_classes = p.empty(class_tiles, B), p.empty(row_tiles, chunk)
     bias_classes = p.empty(row_tiles, chunk) if needed[2] else None
     scale_rows = p.empty(class_tiles, B) if needed[3] else None
     sums_input = p.empty(1, B, D).zero_() if needed[0] else None
-    sums_along = p.empty(1, B).zero_() if needed[0] and p.cosine else None
+    sums_share = p.empty(1, B).zero_() if needed[0] and p.cosine else None
     sums_scale = p.empty(1, B).zero_() if needed[3] else None
     options = {"FOLD": fold, "PER_ROW": p.reduction == "none", **p.constants}
     for first in range(0, S, chunk):
@@ -336,17 +338,18 @@ def _large(
         tiles = triton.cdiv(size, tile.classes)
         backward.pull_chunk[(row_tiles, tiles)](
             *(p.input, p.weight, p.target, p.class_ids, p.log_expected_count, p.bias, p.learned),
-            *(upstream, kept, pulls, inverses, along_rows, along_classes, bias_classes, scale_rows),
+            *(upstream, kept, pulls, share_rows, share_classes, bias_classes, scale_rows),
             *(first, size, B, C, S, D, p.ignore_index, *p.strides, p.factor),
             **options,
             **p.precision,
-            **_tiles(tile),
+            **_blocks(tile),
+            **ALL_REGISTERS,
         )
         if needed[1] or needed[2]:
             grid = (triton.cdiv(size, product.classes), triton.cdiv(max(D, 1), product.columns))
             backward.chunk_grad_rows[grid](
                 *(p.input, p.weight, p.target, p.class_ids, p.log_expected_count),
-                *(pulls, inverses, along_classes, bias_classes, grad_rows, grad_bias, first, size),
+                *(pulls, share_classes, bias_classes, grad_rows, grad_bias, first, size),
                 *(B, C, S, D, row_tiles, p.ignore_index, *p.strides),
                 **p.constants,
                 **p.precision,
@@ -355,8 +358,8 @@ def _large(
         if needed[0] or needed[3]:
             columns = triton.cdiv(D, product.columns) if needed[0] else 1
             backward.chunk_grad_input[(triton.cdiv(B, product.rows), max(columns, 1))](
-                *(p.weight, p.class_ids, p.log_expected_count, pulls, along_rows, scale_rows),
-                *(sums_input, sums_along, sums_scale, first, size, B, C, S, D, tiles, *p.weight.stride()),
+                *(p.weight, p.class_ids, p.log_expected_count, pulls, share_rows, scale_rows),
+                *(sums_input, sums_share, sums_scale, first, size, B, C, S, D, tiles, *p.weight.stride()),
                 FOLD=fold,
                 **{name: value for name, value in p.constants.items() if name != "COSINE"},
                 **p.precision,
@@ -371,16 +374,18 @@ def _large(
             BLOCK_B=16,
             BLOCK_D=c.result_columns,
             num_warps=4,
+            **ALL_REGISTERS,
         )
     backward.small_results[(B + 1, triton.cdiv(max(D, 1), c.result_columns))](
         *(p.input, p.weight, p.target, p.class_ids, p.learned, upstream, kept, None, None),
-        *(sums_input, sums_along, sums_scale, results.input, None, None, results.scale),
+        *(sums_input, sums_share, sums_scale, results.input, None, None, results.scale),
         *(B, C, S, D, 1, p.ignore_index, *p.strides, p.factor),
         **options,
         BLOCK_D=c.result_columns,
         BLOCK_TILES=1,
         BLOCK_ENTRIES=c.result_entries,
         num_warps=4,
+        **ALL_REGISTERS,
     )
 
 

@@ -15,9 +15,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.cuda import device_of
 
+from .configurations import ALL_REGISTERS
 from .tiles import rounded
 
-OPTIONS = {"enable_fp_fusion": False}  # a fused multiply-add would skip one rounding
+OPTIONS = {"enable_fp_fusion": False} | ALL_REGISTERS  # a fused multiply-add would skip one rounding
 ELEMENTS = 256  # of one program's tile: with more, one target or another spills registers
 STEPS = tl.constexpr(4)  # rows added before a program asks whether any of its runs goes on
 

@@ -87,9 +87,10 @@ def load_scale(factor, learned, ACC: tl.constexpr):
 
 @triton.jit
 def load_targets(target, rows, B, C, ignore_index):
-    """(classes, which rows count, which have a class that exists); no row beyond B counts."""
-    classes = tl.load(target + rows, mask=rows < B, other=0)
-    counted = (rows < B) & (classes != ignore_index)
+    """(classes, which rows count, which have a class that exists); no row outside [0, B) counts."""
+    inside = (rows >= 0) & (rows < B)
+    classes = tl.load(target + rows, mask=inside, other=0)
+    counted = inside & (classes != ignore_index)
     return classes, counted, counted & (classes >= 0) & (classes < C)
 
 
@@ -160,5 +161,8 @@ def target_cosines(kept, rows, known, B, ACC: tl.constexpr):
 
 @triton.jit
 def product_or_zero(a, b):
-    """a * b, but 0 where a is 0, even if b is infinite: an overflowed upstream leaves zeros alone."""
-    return tl.where(a == 0.0, 0.0, a * b)
+    """a * b, but 0 where either is, even if the other is infinite or NaN.
+
+    So an overflowed upstream leaves zeros alone, and an upstream of 0 whatever is wrong with a row.
+    """
+    return tl.where((a == 0.0) | (b == 0.0), 0.0, a * b)

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 import triton
 
-from .configurations import Blocks, Configuration
+from .configurations import MOST_TILES, Blocks, Configuration
 
 _fastest: dict[Hashable, Configuration] = {}
 
@@ -46,7 +46,7 @@ def candidates(table: Configuration, stage: str) -> Iterator[Configuration]:
             yield replace(table, forward=near(table.forward))
         else:
             tiles = near(table.tiles)
-            chunk = -(-table.chunk // tiles.classes) * tiles.classes
+            chunk = min(-(-table.chunk // tiles.classes), MOST_TILES) * tiles.classes
             yield replace(table, tiles=tiles, products=near(table.products), chunk=chunk)
 
 

@@ -10,6 +10,7 @@
 #include <string>
 
 #include "instruction_sets.hpp"
+#include "lazy_momentum.hpp"
 #include "row_momentum.hpp"
 #include "sampled_softmax.hpp"
 #include "scale_to_bfloat16.hpp"
@@ -237,6 +238,53 @@ void run_row_momentum_step(const py::object& weight, const py::object& velocity,
   row_momentum_step(step, threads);
 }
 
+LazyMomentum lazy_momentum(const py::object& weight, const py::object& velocity, const py::object& stepped, int64_t now,
+                           double lr, double momentum) {
+  LazyMomentum table;
+  table.weight = matrix("weight", weight);
+  table.velocity = matrix("velocity", velocity);
+  table.stepped = vector("stepped", stepped, true);
+  table.lr = lr;
+  table.momentum = momentum;
+  table.now = now;
+  for (const Matrix* m : {&table.weight, &table.velocity}) {
+    const char* const name = m == &table.weight ? "weight" : "velocity";
+    expect(m->dtype == DType::float32 && m->col_stride == 1, name, "float32 rows whose elements lie side by side");
+    expect(m->rows == table.weight.rows && m->cols == table.weight.cols, name, "weight's shape");
+  }
+  expect(table.stepped.size == table.weight.rows && table.stepped.stride == 1, "stepped", "an entry for each row");
+  expect(momentum >= 0 && momentum < 1, "momentum", "a number in [0, 1)");
+  return table;
+}
+
+// The rows that are read or that come for a step.
+Matrix lazy_rows(const char* name, const py::object& rows, const LazyMomentum& table, const Vector& class_ids) {
+  const Matrix m = matrix(name, rows);
+  expect(m.dtype == DType::float32 && m.col_stride == 1, name, "float32 rows whose elements lie side by side");
+  expect(m.rows == class_ids.size && m.cols == table.weight.cols, name, "a row of weight's length for each id");
+  return m;
+}
+
+void run_lazy_momentum_read(const py::object& weight, const py::object& velocity, const py::object& stepped,
+                            int64_t now, double lr, double momentum, const py::object& class_ids, const py::object& out,
+                            int threads) {
+  const LazyMomentum table = lazy_momentum(weight, velocity, stepped, now, lr, momentum);
+  const Vector ids = vector("class_ids", class_ids, true);
+  const Matrix to = lazy_rows("out", out, table, ids);
+  const py::gil_scoped_release release;
+  lazy_momentum_read(table, ids, to, threads);
+}
+
+void run_lazy_momentum_step(const py::object& weight, const py::object& velocity, const py::object& stepped,
+                            int64_t now, double lr, double momentum, const py::object& class_ids,
+                            const py::object& rows, int threads) {
+  const LazyMomentum table = lazy_momentum(weight, velocity, stepped, now, lr, momentum);
+  const Vector ids = vector("class_ids", class_ids, true);
+  const Matrix from = lazy_rows("rows", rows, table, ids);
+  const py::gil_scoped_release release;
+  lazy_momentum_step(table, ids, from, threads);
+}
+
 }  // namespace
 }  // namespace fedss
 
@@ -258,4 +306,8 @@ PYBIND11_MODULE(_C, m) {
         arg("threads") = 1);
   m.def("row_momentum_step", &fedss::run_row_momentum_step, arg("weight"), arg("velocity"), arg("class_ids"),
         arg("rows"), arg("lr"), arg("momentum"), arg("weight_decay"), arg("nesterov"), arg("threads") = 1);
+  m.def("lazy_momentum_read", &fedss::run_lazy_momentum_read, arg("weight"), arg("velocity"), arg("stepped"),
+        arg("now"), arg("lr"), arg("momentum"), arg("class_ids"), arg("out"), arg("threads") = 1);
+  m.def("lazy_momentum_step", &fedss::run_lazy_momentum_step, arg("weight"), arg("velocity"), arg("stepped"),
+        arg("now"), arg("lr"), arg("momentum"), arg("class_ids"), arg("rows"), arg("threads") = 1);
 }

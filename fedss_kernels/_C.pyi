@@ -38,6 +38,28 @@ def row_momentum_step(
     nesterov: bool,
     threads: int = 1,
 ) -> None: ...
+def lazy_momentum_read(
+    weight: Tensor,
+    velocity: Tensor,
+    stepped: Tensor,
+    now: int,
+    lr: float,
+    momentum: float,
+    class_ids: Tensor,
+    out: Tensor,
+    threads: int = 1,
+) -> None: ...
+def lazy_momentum_step(
+    weight: Tensor,
+    velocity: Tensor,
+    stepped: Tensor,
+    now: int,
+    lr: float,
+    momentum: float,
+    class_ids: Tensor,
+    rows: Tensor,
+    threads: int = 1,
+) -> None: ...
 def scale_to_bfloat16(values: Tensor, factor: float, out: Tensor, threads: int = 1) -> None: ...
 def instruction_sets() -> list[str]: ...
 def instruction_set() -> str: ...

@@ -6,6 +6,7 @@ import torch
 
 from fedss_kernels.federated.client import Update
 from fedss_kernels.federated.randomness import Purpose, generator, initial_rows, splitmix64
+from fedss_kernels.federated.row_table import SGD
 from fedss_kernels.federated.server import Server
 
 
@@ -14,13 +15,10 @@ def server(denominator: str = "cohort", lr: float = 1.0) -> Server:
         torch.tensor([10.0, 20.0]),
         num_classes=4,
         embedding_dim=1,
-        seed=0,
-        weight_init_scale=1.0,
-        lr=lr,
-        momentum=0.5,
+        initial_rows=lambda ids: ids[:, None] + 1.0,
+        optimizer=SGD(lr, momentum=0.5),
         denominator=denominator,
     )
-    made.weight.copy_(torch.tensor([[1.0], [2.0], [3.0], [4.0]]))
     return made
 
 
@@ -59,11 +57,11 @@ def test_step_is_sgd_with_momentum_and_untouched_rows_coast():
     made = server(lr=2.0)
     made.step(made.aggregate(UPDATES))
     # v = g = (2, 0, 10, -3); W - 2 v
-    assert made.weight.flatten().tolist() == [1 - 4, 2, 3 - 20, 4 + 6]
+    assert made.weight[:].flatten().tolist() == [1 - 4, 2, 3 - 20, 4 + 6]
     assert made.extractor.tolist() == [10 - 2, 20 - 12]
     made.step(made.aggregate([update([1], [1.0], [0.0, 0.0], num_examples=7)]))
     # v = v / 2 + g = (1, 1, 5, -1.5): rows 0, 2 and 3, that nobody held, go on; phi's v = (0.5, 3)
-    assert made.weight.flatten().tolist() == [-3 - 2, 2 - 2, -17 - 10, 10 + 3]
+    assert made.weight[:].flatten().tolist() == [-3 - 2, 2 - 2, -17 - 10, 10 + 3]
     assert made.extractor.tolist() == [8 - 1, 8 - 6]
 
 
@@ -81,7 +79,7 @@ def test_select_gives_copies_of_the_rows_asked_for():
     phi, rows = made.select(torch.tensor([1, 3]))
     assert phi.tolist() == [10, 20] and rows.flatten().tolist() == [2, 4]
     rows.zero_()
-    assert made.weight.flatten().tolist() == [1, 2, 3, 4]
+    assert made.weight[:].flatten().tolist() == [1, 2, 3, 4]
 
 
 # ---- the initial class matrix ------------------------------------------------------------------------------

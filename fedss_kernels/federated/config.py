@@ -124,8 +124,13 @@ class Config:
     max_shift: int = option(
         PRESET, "pixels by which a client moves each training image at random, at most", low=0, below=1024
     )
+    server_optimizer: str = option(
+        "sgd",
+        "how the server steps along the clients' average: sgd, with server_momentum, or adagrad",
+        choices=lambda: ("sgd", "adagrad"),
+    )
     server_lr: float = option(1.0, "learning rate of the server", above=0)
-    server_momentum: float = option(0.9, "momentum of the server", low=0, below=1)
+    server_momentum: float = option(0.9, "momentum of the server's sgd", low=0, below=1)
 
     model: str = option("conv4", "the net that maps an image to an embedding", choices=lambda: (*MODELS, OWN))
     embedding_dim: int = option(64, "numbers in one embedding, D", low=1, below=2**16)

@@ -1,15 +1,19 @@
 """How good the embeddings are: top-1 and MAP@R, in blocks: memory does not grow with T x T or T x C."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+
+from .row_table import RowTable
 
 BLOCK = 2**22  # numbers in one block of similarities: 16 MiB of float32
 
 
 def top1(
     embeddings: Tensor,  # (T, D)
-    weight: Tensor,  # (C, D)
+    weight: Tensor | RowTable,  # (C, D)
     labels: Tensor,  # (T,) int64 in [0, C)
     block: int = BLOCK,
 ) -> float:
@@ -54,6 +58,6 @@ def map_at_r(
     return total / len(unit)
 
 
-def _blocks(rows: Tensor, size: int) -> list[tuple[int, Tensor]]:
+def _blocks(rows: Tensor | RowTable, size: int) -> Iterator[tuple[int, Tensor]]:
     """(first row, rows) of consecutive blocks."""
-    return [(first, rows[first : first + size]) for first in range(0, len(rows), size)]
+    return ((first, rows[first : first + size]) for first in range(0, len(rows), size))

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,8 @@ from .data import FederatedData, load
 from .ledger import Entry, Traffic, client_traffic
 from .metrics import map_at_r, top1
 from .models import build_model, refuse_batch_norm
-from .randomness import NO_CLIENT, Purpose, generator
+from .randomness import NO_CLIENT, Purpose, generator, initial_rows
+from .row_table import SGD, Adagrad, Optimizer
 from .run_folder import RoundMetrics, RunFolder, Summary
 from .server import Server
 
@@ -109,10 +111,10 @@ class Simulation:
             self.extractor.flat,
             data.num_classes,
             config.embedding_dim,
-            seed=config.seed,
-            weight_init_scale=config.weight_init_scale,
-            lr=config.server_lr,
-            momentum=config.server_momentum,
+            initial_rows=partial(
+                initial_rows, config.seed, dim=config.embedding_dim, scale=config.weight_init_scale
+            ),
+            optimizer=_server_optimizer(config),
             denominator=config.denominator,
         )
 
@@ -148,7 +150,7 @@ class Simulation:
 
     def trained(self) -> tuple[nn.Module, Tensor]:
         self.extractor.flat.copy_(self.server.extractor)
-        return self.extractor.module.eval(), self.server.weight
+        return self.extractor.module.eval(), self.server.weight[:]
 
     def summarise(self, history: list[RoundMetrics]) -> Summary:
         config, data, last = self.config, self.data, history[-1]
@@ -175,6 +177,12 @@ class Simulation:
             full_traffic=Traffic(*(updates * count for count in astuple(full))),
             seconds=last.seconds,
         )
+
+
+def _server_optimizer(config: Config) -> Optimizer:
+    if config.server_optimizer == "adagrad":
+        return Adagrad(config.server_lr)
+    return SGD(config.server_lr, config.server_momentum)
 
 
 def draw_cohort(seed: int, round: int, attempt: int, num_clients: int, cohort: int) -> list[int]:

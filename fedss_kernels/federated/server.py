@@ -2,19 +2,19 @@
 
     g = sum_k (n_k / n) (theta_t - theta_k);   v <- beta v + g;   theta <- theta - alpha v
 
-W and its velocity are dense here. Everything that goes through `select`, `aggregate` and `step` is
-row-sparse: O(M D) numbers for M rows uploaded in the round.
+`select`, `aggregate` and `step` touch O(M D) numbers for M rows uploaded in the round, whatever C is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..scatter_add import scatter_add_
 from .client import Update
-from .randomness import initial_rows
+from .row_table import Optimizer, RowTable
 
 
 @dataclass(frozen=True)
@@ -33,21 +33,22 @@ class Server:
         num_classes: int,
         embedding_dim: int,
         *,
-        seed: int,
-        weight_init_scale: float,
-        lr: float = 1.0,
-        momentum: float = 0.9,
+        initial_rows: Callable[[Tensor], Tensor],  # class_ids (S,) -> rows (S, D) of the initial W
+        optimizer: Optimizer,  # of W and phi alike
         denominator: str = "cohort",
+        folder: Path | None = None,  # for W, where it is larger than memory
     ):
-        self.lr, self.momentum, self.denominator = lr, momentum, denominator
-        self.extractor = extractor.clone()
-        self.extractor_velocity = torch.zeros_like(self.extractor)
-        self.weight = initial_rows(seed, torch.arange(num_classes), embedding_dim, weight_init_scale)
-        self.weight_velocity = torch.zeros_like(self.weight)
+        self.denominator = denominator
+        self.weight = RowTable(num_classes, embedding_dim, optimizer, initial_rows, folder)
+        first = extractor.clone()[None]
+        self._extractor = RowTable(
+            1, len(extractor), optimizer, lambda ids: first[ids]
+        )  # a row in every step
+        self.extractor = self._extractor[:][0]  # phi (P,) as it is now
 
     def select(self, class_ids: Tensor) -> tuple[Tensor, Tensor]:
         """(phi (P,), W[class_ids] (S, D)): what a client downloads. Not to be changed in place."""
-        return self.extractor, self.weight[class_ids]
+        return self.extractor, self.weight.read(class_ids)
 
     def aggregate(self, updates: Sequence[Update]) -> PseudoGradient:
         """g of the updates, added up in their order, so the bits depend on nothing else.
@@ -59,7 +60,7 @@ class Server:
         places = [torch.searchsorted(class_ids, update.class_ids) for update in updates]
         n = self._row_counts(updates, places, len(class_ids))
         total = sum(update.num_examples for update in updates)
-        rows = self.weight.new_zeros(len(class_ids), self.weight.shape[1])
+        rows = torch.zeros(len(class_ids), updates[0].rows.shape[1])
         extractor = torch.zeros_like(self.extractor)
         for update, place in zip(updates, places, strict=True):
             scatter_add_(rows, place, update.rows, (update.num_examples / n[place]).to(rows.dtype))
@@ -79,8 +80,6 @@ class Server:
 
     def step(self, gradient: PseudoGradient) -> None:
         """v <- beta v + g, theta <- theta - alpha v. A row that nobody held coasts on its velocity."""
-        self.extractor_velocity.mul_(self.momentum).add_(gradient.extractor)
-        self.extractor.sub_(self.extractor_velocity, alpha=self.lr)
-        self.weight_velocity.mul_(self.momentum)
-        self.weight_velocity[gradient.class_ids] += gradient.rows
-        self.weight.sub_(self.weight_velocity, alpha=self.lr)
+        self.weight.step(gradient.class_ids, gradient.rows)
+        self._extractor.step(torch.zeros(1, dtype=torch.int64), gradient.extractor[None])
+        self.extractor = self._extractor[:][0]

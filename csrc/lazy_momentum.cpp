@@ -1,0 +1,78 @@
+// Compiled with -ffp-contract=off: a fused multiply-add would skip one rounding where the instruction set has one.
+#include "lazy_momentum.hpp"
+
+#include <algorithm>
+#include <cmath>
+
+#include "check_ids.hpp"
+#include "row_access.hpp"
+#include "thread_pool.hpp"
+
+namespace fedss {
+namespace {
+
+constexpr double kSerialWork = 5e4;         // elements below which threads cost more than they give
+constexpr int64_t kTaskElements = 1 << 15;  // of the rows of one task
+
+// What k steps without a gradient do to a row: w -= move * v, v *= decay.
+struct Coast {
+  double move, decay;
+
+  Coast(const LazyMomentum& table, int64_t k) {
+    const double beta = table.momentum, log_decay = k == 0 ? 0.0 : double(k) * std::log(beta);  // log 0: -infinity
+    decay = std::exp(log_decay);
+    move = table.lr * beta * -std::expm1(log_decay) / (1 - beta);
+  }
+};
+
+// body(i, c, coast) for each row of a call, those that come a little later asked for from memory.
+template <class Body>
+void for_rows(const LazyMomentum& table, const std::vector<int64_t>& class_ids, int threads, const Body& body) {
+  const int64_t M = int64_t(class_ids.size()), D = table.weight.cols, ahead = rows_ahead<float>(D);
+  const int64_t per_task = std::max<int64_t>(1, kTaskElements / std::max<int64_t>(1, D));
+  const auto* stepped = static_cast<const int64_t*>(table.stepped.data);
+  if (double(M) * double(D) < kSerialWork) threads = 1;
+  parallel_for((M + per_task - 1) / per_task, std::max(threads, 1), [&](int64_t task, int) {
+    const int64_t last = std::min((task + 1) * per_task, M);
+    for (int64_t i = task * per_task; i < last; ++i) {
+      const int64_t c = class_ids[i], later = class_ids[std::min(i + ahead, M - 1)];
+      prefetch(at<float>(table.weight, later, 0), D);
+      prefetch(at<float>(table.velocity, later, 0), D);
+      __builtin_prefetch(stepped + later);
+      body(i, c, Coast(table, table.now - stepped[c]));
+    }
+  });
+}
+
+}  // namespace
+
+void lazy_momentum_read(const LazyMomentum& table, const Vector& class_ids, const Matrix& out, int threads) {
+  const std::vector<int64_t> ids = checked_ids("class_ids", class_ids, table.weight.rows);
+  for_rows(table, ids, threads, [&](int64_t i, int64_t c, const Coast& coast) {
+    const float* const weight = at<float>(table.weight, c, 0);
+    const float* const velocity = at<float>(table.velocity, c, 0);
+    float* const __restrict to = at_mutable<float>(out, i, 0);
+    const float move = float(coast.move);
+    for (int64_t d = 0; d < out.cols; ++d) to[d] = weight[d] - move * velocity[d];
+  });
+}
+
+void lazy_momentum_step(const LazyMomentum& table, const Vector& class_ids, const Matrix& rows, int threads) {
+  const std::vector<int64_t> ids = checked_ids("class_ids", class_ids, table.weight.rows);
+  check_unique("class_ids", ids);
+  auto* const stepped = static_cast<int64_t*>(const_cast<void*>(table.stepped.data));
+  for_rows(table, ids, threads, [&](int64_t i, int64_t c, const Coast& coast) {
+    float* const __restrict weight = at_mutable<float>(table.weight, c, 0);
+    float* const __restrict velocity = at_mutable<float>(table.velocity, c, 0);
+    const float* const __restrict row = at<float>(rows, i, 0);
+    const float move = float(coast.move), keep = float(table.momentum * coast.decay), lr = float(table.lr);
+    for (int64_t d = 0; d < rows.cols; ++d) {
+      const float now = weight[d] - move * velocity[d], v = keep * velocity[d] + row[d];
+      velocity[d] = v;
+      weight[d] = now - lr * v;
+    }
+    stepped[c] = table.now + 1;
+  });
+}
+
+}  // namespace fedss

@@ -1,0 +1,155 @@
+"""A matrix on the server of which a round touches few rows: its values, its optimiser's state, its steps.
+
+A row is drawn when it is first read, and stored when it is first stepped; in between nothing is allocated.
+What a row is now follows from what is stored and from the number of steps done: reading changes nothing. So a
+round costs what the rows in it cost, however many there are.
+"""
+
+import mmap
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import _C
+
+
+@dataclass
+class Rows:
+    """What is stored: a row as it was after its own last step, zeros where it had none."""
+
+    weight: Tensor  # (C, D) float32
+    state: Tensor  # (C, D) float32, the optimiser's
+    stepped: Tensor  # (C,) int64: steps of the matrix that were done then, its own among them
+
+    @staticmethod
+    def zeros(num_rows: int, dim: int, folder: Path | None = None) -> "Rows":
+        """In memory, or in new files of a folder: zeros take no room in either.
+
+        Raises FileExistsError for files that are there, OSError for a folder that cannot be written to.
+        """
+        shapes = {"weight": (num_rows, dim), "state": (num_rows, dim), "stepped": (num_rows,)}
+        arrays = {}
+        for name, shape in shapes.items():
+            dtype = np.dtype(np.int64 if name == "stepped" else np.float32)
+            if folder is None:
+                arrays[name] = _zeros(shape, dtype)
+                continue
+            path = folder / f"{name}.{dtype.name}"
+            with path.open("xb") as file:
+                file.truncate(int(np.prod(shape)) * dtype.itemsize)
+            arrays[name] = np.memmap(path, dtype, "r+", shape=shape)
+        return Rows(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+
+
+def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Memory that comes as it is written, by the page: not by the huge page, of 8,000 rows for one."""
+    memory = mmap.mmap(-1, max(1, int(np.prod(shape)) * dtype.itemsize))
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, dtype, int(np.prod(shape))).reshape(shape)
+
+
+class Optimizer(Protocol):
+    """A rule by which rows that have a gradient are stepped, and what becomes of those that have none."""
+
+    def read(self, rows: Rows, class_ids: Tensor, now: int) -> Tensor:
+        """(S, D) rows as they are once `now` steps of the matrix are done."""
+        ...
+
+    def step(self, rows: Rows, class_ids: Tensor, gradient: Tensor, now: int) -> None:
+        """Makes step now + 1 of the matrix, for rows that are there."""
+        ...
+
+
+@dataclass(frozen=True)
+class SGD:
+    """v <- beta v + g, w <- w - lr v; a row without a gradient coasts on its velocity: lazy_momentum.hpp."""
+
+    lr: float
+    momentum: float  # beta, in [0, 1)
+
+    def read(self, rows: Rows, class_ids: Tensor, now: int) -> Tensor:
+        out = rows.weight.new_empty(len(class_ids), rows.weight.shape[1])
+        _C.lazy_momentum_read(*self._table(rows, now), class_ids, out, threads=torch.get_num_threads())
+        return out
+
+    def step(self, rows: Rows, class_ids: Tensor, gradient: Tensor, now: int) -> None:
+        _C.lazy_momentum_step(*self._table(rows, now), class_ids, gradient, threads=torch.get_num_threads())
+
+    def _table(self, rows: Rows, now: int) -> tuple[Tensor, Tensor, Tensor, int, float, float]:
+        return rows.weight, rows.state, rows.stepped, now, self.lr, self.momentum
+
+
+@dataclass(frozen=True)
+class Adagrad:
+    """s <- s + g^2, w <- w - lr g / (sqrt(s) + eps), element by element; without a gradient a row rests."""
+
+    lr: float
+    eps: float = 1e-8
+
+    def read(self, rows: Rows, class_ids: Tensor, now: int) -> Tensor:
+        return rows.weight[class_ids]
+
+    def step(self, rows: Rows, class_ids: Tensor, gradient: Tensor, now: int) -> None:
+        squares = rows.state[class_ids].addcmul_(gradient, gradient)
+        rows.weight[class_ids] -= self.lr * gradient / squares.sqrt().add_(self.eps)
+        rows.state[class_ids] = squares
+        rows.stepped[class_ids] = now + 1
+
+
+class RowTable:
+    """The matrix: `table.read(class_ids)`, `table.step(class_ids, gradient)`, `len(table)`, `table[2:5]`."""
+
+    def __init__(
+        self,
+        num_rows: int,
+        dim: int,
+        optimizer: Optimizer,
+        initial: Callable[[Tensor], Tensor],  # class_ids (S,) -> rows (S, D), a pure function of each id
+        folder: Path | None = None,  # for files that are larger than memory; None: memory
+    ):
+        self.rows = Rows.zeros(num_rows, dim, folder)
+        self.optimizer, self.initial = optimizer, initial
+        self.now = 0  # steps done
+
+    def __len__(self) -> int:
+        return len(self.rows.weight)
+
+    def __getitem__(self, part: slice) -> Tensor:
+        return self.read(torch.arange(*part.indices(len(self))))
+
+    def read(self, class_ids: Tensor) -> Tensor:
+        """(S, D): copies of rows, as they are now. Raises IndexError for an id that is none."""
+        _check_range(class_ids, len(self))
+        found = self.optimizer.read(self.rows, class_ids, self.now)
+        new = self.rows.stepped[class_ids] == 0
+        if new.any():
+            found[new] = self.initial(class_ids[new])
+        return found
+
+    def step(self, class_ids: Tensor, gradient: Tensor) -> None:
+        """A step along the gradient (U, D) of rows class_ids (U,), ascending; of other rows' it is 0.
+
+        Raises IndexError for an id that is none, ValueError for one out of order, before anything changes.
+        """
+        _check_range(class_ids, len(self))
+        if (class_ids[1:] <= class_ids[:-1]).any():
+            raise ValueError("class_ids: expected them ascending, each once")
+        new = class_ids[self.rows.stepped[class_ids] == 0]
+        self.rows.weight[new] = self.initial(new)
+        self.optimizer.step(self.rows, class_ids, gradient, self.now)
+        self.now += 1
+
+
+def _check_range(class_ids: Tensor, num_rows: int) -> None:
+    if len(class_ids) == 0:
+        return
+    least, most = (int(bound) for bound in class_ids.aminmax())
+    if least < 0 or most >= num_rows:
+        bad = least if least < 0 else most
+        raise IndexError(f"class_ids: expected rows in [0, {num_rows}), got {bad}")

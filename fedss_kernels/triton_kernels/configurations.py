@@ -46,8 +46,8 @@ class Configuration:
 # for up to SMALL_BATCH, for more in the forward and in the backward pass; then those of the products.
 _FEW = {2: Blocks(32, 32, 32, 4, 2), 4: Blocks(32, 16, 16, 4, 2), 8: Blocks(128, 16, 16, 8, 2)}
 _MANY = {2: Blocks(128, 16, 32, 8, 2), 4: Blocks(128, 16, 16, 8, 2), 8: Blocks(128, 16, 16, 8, 2)}
-_LARGE_FORWARD = {2: Blocks(128, 64, 32, 8, 3), 4: Blocks(32, 64, 16, 8, 3), 8: Blocks(32, 32, 16, 4, 2)}
-_LARGE = {2: Blocks(64, 64, 32, 8, 3), 4: Blocks(32, 64, 16, 8, 3), 8: Blocks(32, 32, 16, 4, 2)}
+_LARGE_FORWARD = {2: Blocks(128, 64, 32, 8, 3), 4: Blocks(64, 32, 16, 8, 3), 8: Blocks(32, 32, 16, 4, 2)}
+_LARGE = {2: Blocks(64, 64, 32, 8, 3), 4: Blocks(64, 32, 16, 8, 3), 8: Blocks(32, 32, 16, 4, 2)}
 _PRODUCTS = {2: Blocks(64, 64, 64, 8, 3), 4: Blocks(32, 32, 64, 8, 2), 8: Blocks(16, 16, 16, 4, 2)}
 _RESULT_COLUMNS, _RESULT_ENTRIES = 64, 64
 

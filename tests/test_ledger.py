@@ -26,7 +26,7 @@ def test_a_client_of_the_paper():
 
 def test_full_softmax_sends_no_ids_and_16_bit_numbers_halve():
     assert client_traffic(10, 5, 2, sends_ids=False) == Traffic(40, 40, 0, 40, 40)
-    assert client_traffic(10, 5, 2, number_bytes=2) == Traffic(20, 20, 40, 20, 20)
+    assert client_traffic(10, 5, 2, dtype="bfloat16") == Traffic(20, 20, 40, 20, 20)
 
 
 def test_traffic_adds_kind_by_kind():

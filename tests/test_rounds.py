@@ -12,7 +12,7 @@ from fedss_kernels import reference
 from fedss_kernels.federated import Config, ConfigError, Result, run
 from fedss_kernels.federated.metrics import map_at_r
 from fedss_kernels.federated.randomness import Purpose, generator, initial_rows
-from fedss_kernels.federated.rounds import draw_cohort, learning_rate
+from fedss_kernels.federated.rounds import Simulation, draw_cohort, learning_rate
 from fedss_kernels.federated.run_folder import read_run
 
 
@@ -120,6 +120,33 @@ def test_the_loss_is_the_mean_over_images_as_they_are_trained_on(local_epochs):
         ).item()
     images = sum(n * len(held) for n, held in zip(IMAGES_OF_EACH, CLASSES_HELD, strict=True))
     assert result.history[0].loss == pytest.approx(total / images, rel=1e-5)
+
+
+def test_numbers_may_travel_as_bfloat16():
+    """Both ways: a client of lr 0 sends back nothing, and everything that moved is a bfloat16."""
+    exact, rounded = (train(method="fedss", wire_dtype=dtype) for dtype in ("float32", "bfloat16"))
+    assert not torch.equal(exact.weight, rounded.weight)
+    torch.testing.assert_close(exact.weight, rounded.weight, rtol=0.05, atol=0.02)
+    for a, b in zip(exact.history, rounded.history, strict=True):
+        assert b.traffic.rows * 2 == a.traffic.rows and b.traffic.extractor * 2 == a.traffic.extractor
+        assert b.traffic.up_ids == a.traffic.up_ids
+    assert rounded.summary.full_traffic.total * 2 == exact.summary.full_traffic.total
+
+
+def test_what_arrives_is_what_was_sent_as_bfloat16(monkeypatch):
+    simulation = Simulation(tiny_config(wire_dtype="bfloat16"), tiny_data(), tiny_model())
+    received, update = [], simulation.client.update
+
+    def listen(k, round, attempt, request, phi, rows, lr):
+        received.extend((phi, rows))
+        return update(k, round, attempt, request, phi, rows, lr)
+
+    monkeypatch.setattr(simulation.client, "update", listen)
+    updates, _ = simulation.play(0)
+    for numbers in [*received, *(u.rows for u in updates), *(u.extractor for u in updates)]:
+        assert numbers.dtype == torch.float32 and torch.equal(numbers, numbers.bfloat16().float())
+    weight = simulation.server.weight[:]
+    assert not torch.equal(weight, weight.bfloat16().float()), "the server's own numbers are not rounded"
 
 
 def test_training_learns():

@@ -190,4 +190,4 @@ def test_the_kernel_refuses_what_does_not_fit():
 
 def test_files_of_the_table_are_where_they_were_asked_for(tmp_path):
     table(folder=tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ["state.float32", "stepped.int64", "weight.float32"]
+    assert sorted(os.listdir(tmp_path)) == ["rows.float32", "stepped.int64"]

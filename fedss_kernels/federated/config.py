@@ -18,6 +18,7 @@ from typing import Any
 
 from .algorithms import METHODS
 from .data import DATASETS, TASKS
+from .ledger import WIRE_DTYPES
 from .models import MODELS
 
 OWN = "own"  # the data set or model that a caller hands to run() as an object
@@ -123,6 +124,11 @@ class Config:
     )
     max_shift: int = option(
         PRESET, "pixels by which a client moves each training image at random, at most", low=0, below=1024
+    )
+    wire_dtype: str = option(
+        "float32",
+        "what numbers are rounded to on their way to a client and back; the server keeps float32",
+        choices=lambda: tuple(WIRE_DTYPES),
     )
     server_optimizer: str = option(
         "sgd",

@@ -1,6 +1,7 @@
 """The byte ledger: what moves between the server and each client, by kind.
 
-Per client and round, with P numbers in the extractor phi, S class rows of D numbers, and 4 bytes a number:
+Per client and round, with P numbers in the extractor phi, S class rows of D numbers, and 4 bytes a number, or
+2 where they travel as bfloat16:
 
     down: phi (4 P) and the class rows (4 S D)
     up:   the ids asked for (8 S), phi and the class rows again
@@ -12,7 +13,16 @@ from __future__ import annotations
 
 from dataclasses import astuple, dataclass
 
+import torch
+from torch import Tensor
+
 ID_BYTES = 8
+WIRE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def over_the_wire(numbers: Tensor, dtype: str) -> Tensor:
+    """float32 numbers as they arrive where they travel as `dtype`."""
+    return numbers.to(WIRE_DTYPES[dtype]).to(torch.float32)
 
 
 @dataclass(frozen=True)
@@ -57,13 +67,14 @@ class Entry:
 
 
 def client_traffic(
-    num_parameters: int, num_rows: int, embedding_dim: int, *, sends_ids: bool = True, number_bytes: int = 4
+    num_parameters: int, num_rows: int, embedding_dim: int, *, sends_ids: bool = True, dtype: str = "float32"
 ) -> Traffic:
     """What one client moves in one round, in bytes.
 
     >>> client_traffic(1000, 10, 64)
     Traffic(down_extractor=4000, down_rows=2560, up_ids=80, up_extractor=4000, up_rows=2560)
     """
+    number_bytes = WIRE_DTYPES[dtype].itemsize
     extractor, rows = number_bytes * num_parameters, number_bytes * num_rows * embedding_dim
     ids = ID_BYTES * num_rows if sends_ids else 0
     return Traffic(extractor, rows, ids, extractor, rows)

@@ -21,7 +21,7 @@ from .algorithms import METHODS
 from .client import Client, Extractor, Update, as_input
 from .config import OWN, Config, ConfigError
 from .data import FederatedData, load
-from .ledger import Entry, Traffic, client_traffic
+from .ledger import Entry, Traffic, client_traffic, over_the_wire
 from .metrics import map_at_r, top1
 from .models import build_model, refuse_batch_norm
 from .randomness import NO_CLIENT, Purpose, generator, initial_rows
@@ -121,16 +121,17 @@ class Simulation:
     def play(self, round: int, attempt: int = 0) -> tuple[list[Update], list[Entry]]:
         """One round: what the clients sent back, and what moved. Clients are played in order of their ids."""
         config, lr = self.config, learning_rate(self.config, round)
+        travel = partial(over_the_wire, dtype=config.wire_dtype)
         updates, entries = [], []
         for k in draw_cohort(config.seed, round, attempt, len(self.data.clients), config.cohort):
             rng = generator(config.seed, round, attempt, k, Purpose.NEGATIVES)
             request = self.method.request(
                 self.data.num_classes, self.client.positives(k), config.num_negatives, config.correction, rng
             )
-            phi, rows = self.server.select(request.class_ids)
-            updates.append(self.client.update(k, round, attempt, request, phi, rows, lr))
-            moved = client_traffic(len(phi), len(rows), config.embedding_dim, sends_ids=request.sends_ids)
-            entries.append(Entry(round + 1, k, len(rows), moved))
+            phi, rows = map(travel, self.server.select(request.class_ids))
+            update = self.client.update(k, round, attempt, request, phi, rows, lr)
+            updates.append(replace(update, rows=travel(update.rows), extractor=travel(update.extractor)))
+            entries.append(Entry(round + 1, k, len(rows), self._traffic(len(rows), request.sends_ids)))
         self.server.step(self.server.aggregate(updates))
         self.extractor.check_buffers()
         return updates, entries
@@ -152,10 +153,16 @@ class Simulation:
         self.extractor.flat.copy_(self.server.extractor)
         return self.extractor.module.eval(), self.server.weight[:]
 
+    def _traffic(self, num_rows: int, sends_ids: bool) -> Traffic:
+        """Of one client in one round."""
+        config, num_parameters = self.config, len(self.server.extractor)
+        return client_traffic(
+            num_parameters, num_rows, config.embedding_dim, sends_ids=sends_ids, dtype=config.wire_dtype
+        )
+
     def summarise(self, history: list[RoundMetrics]) -> Summary:
         config, data, last = self.config, self.data, history[-1]
-        num_parameters = len(self.server.extractor)
-        full = client_traffic(num_parameters, data.num_classes, config.embedding_dim, sends_ids=False)
+        full = self._traffic(data.num_classes, sends_ids=False)
         updates = len(history) * config.cohort
         return Summary(
             method=config.method,
@@ -170,7 +177,7 @@ class Simulation:
             num_clients=len(data.clients),
             num_train_images=sum(len(held) for held in data.clients),
             num_test_images=len(data.test_images),
-            num_parameters=num_parameters,
+            num_parameters=len(self.server.extractor),
             embedding_dim=config.embedding_dim,
             mean_class_set=float(np.mean([metrics.mean_class_set for metrics in history])),
             traffic=sum((metrics.traffic for metrics in history), Traffic()),

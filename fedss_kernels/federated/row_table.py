@@ -5,9 +5,11 @@ What a row is now follows from what is stored and from the number of steps done:
 round costs what the rows in it cost, however many there are.
 """
 
+import math
 import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -20,7 +22,10 @@ from .. import _C
 
 @dataclass
 class Rows:
-    """What is stored: a row as it was after its own last step, zeros where it had none."""
+    """What is stored: a row as it was after its own last step, zeros where it had none.
+
+    Weight and state of a row lie side by side, as they are read together and rows come in no order.
+    """
 
     weight: Tensor  # (C, D) float32
     state: Tensor  # (C, D) float32, the optimiser's
@@ -32,26 +37,26 @@ class Rows:
 
         Raises FileExistsError for files that are there, OSError for a folder that cannot be written to.
         """
-        shapes = {"weight": (num_rows, dim), "state": (num_rows, dim), "stepped": (num_rows,)}
-        arrays = {}
-        for name, shape in shapes.items():
-            dtype = np.dtype(np.int64 if name == "stepped" else np.float32)
-            if folder is None:
-                arrays[name] = _zeros(shape, dtype)
-                continue
-            path = folder / f"{name}.{dtype.name}"
-            with path.open("xb") as file:
-                file.truncate(int(np.prod(shape)) * dtype.itemsize)
-            arrays[name] = np.memmap(path, dtype, "r+", shape=shape)
-        return Rows(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+        make = _in_memory if folder is None else partial(_in_file, folder)
+        values = make("rows", (num_rows, 2, dim), np.float32)
+        stepped = make("stepped", (num_rows,), np.int64)
+        return Rows(values[:, 0], values[:, 1], stepped)
 
 
-def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Memory that comes as it is written, by the page: not by the huge page, of 8,000 rows for one."""
-    memory = mmap.mmap(-1, max(1, int(np.prod(shape)) * dtype.itemsize))
+def _in_memory(name: str, shape: tuple[int, ...], dtype: type) -> Tensor:
+    """Memory that comes as it is written, by the page: not by the huge page, of thousands of rows for one."""
+    count = math.prod(shape)
+    memory = mmap.mmap(-1, max(1, count * np.dtype(dtype).itemsize))
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         memory.madvise(mmap.MADV_NOHUGEPAGE)
-    return np.frombuffer(memory, dtype, int(np.prod(shape))).reshape(shape)
+    return torch.from_numpy(np.frombuffer(memory, dtype, count).reshape(shape))
+
+
+def _in_file(folder: Path, name: str, shape: tuple[int, ...], dtype: type) -> Tensor:
+    path = folder / f"{name}.{np.dtype(dtype).name}"
+    with path.open("xb") as file:
+        file.truncate(math.prod(shape) * np.dtype(dtype).itemsize)
+    return torch.from_numpy(np.memmap(path, dtype, "r+", shape=shape))
 
 
 class Optimizer(Protocol):

@@ -4,10 +4,12 @@ import dataclasses
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from fedss_kernels.federated import Config, cli
 from fedss_kernels.federated.config import OWN, PRESETS
@@ -161,6 +163,41 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr() == ("", "fedss run: stopped\n")
 
 
+def test_ctrl_c_finishes_the_round_and_the_run_can_be_resumed(tmp_path, monkeypatch, capsys):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert cli.main(["run", *SMALL, "--rounds=4", f"--out={whole}"]) == 0
+    real = cli.run
+
+    def pressed_in_round_2(*arguments, on_round, **options):
+        def press(metrics):
+            on_round(metrics)
+            if metrics.round == 2:
+                signal.raise_signal(signal.SIGINT)
+
+        return real(*arguments, on_round=press, **options)
+
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "run", pressed_in_round_2)
+        capsys.readouterr()
+        assert cli.main(["run", *SMALL, "--rounds=4", f"--out={stopped}"]) == 130
+    assert signal.getsignal(signal.SIGINT) == before
+    assert capsys.readouterr().err.splitlines() == [
+        "fedss run: finishing this round; Ctrl-C again stops at once",
+        f"fedss run: stopped after round 2 of 4; go on with: fedss run --resume {stopped}",
+    ]
+    refused = fails(capsys, "run", "--resume", str(stopped), "--rounds=9")
+    assert refused.endswith("checkpoint-000002 is of another configuration: rounds: 4 there, 9 here")
+    assert cli.main(["run", "--resume", str(stopped)]) == 0
+    assert "round 4/4" in capsys.readouterr().out and (stopped / "report.html").exists()
+    a, b = (torch.load(folder / "model.pt", weights_only=True) for folder in (whole, stopped))
+    assert torch.equal(a["weight"], b["weight"])
+    finished = fails(capsys, "run", "--resume", str(stopped))
+    assert finished == f"fedss run: the run in {stopped} is finished"
+    nothing = fails(capsys, "run", "--resume", str(tmp_path / "nothing"))
+    assert nothing.startswith(f"fedss run: --config: cannot read {tmp_path / 'nothing' / 'config.json'}")
+
+
 def test_a_bug_is_not_called_a_mistake(monkeypatch, tmp_path):
     def broken(*args, **kwargs):
         raise ValueError("a bug")
@@ -200,7 +237,7 @@ def test_the_command_line_starts_without_the_extras():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("fedss run needs matplotlib and rich, which are not installed")
+    assert done.stderr.startswith("fedss run needs matplotlib, rich and safetensors, which are not")
 
 
 def test_a_whole_run_and_another_from_its_config(tmp_path, capsys):

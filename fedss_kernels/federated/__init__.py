@@ -5,7 +5,8 @@
 >>> result.summary.top1  # doctest: +SKIP
 """
 
+from .checkpoint import CheckpointError
 from .config import Config, ConfigError
-from .rounds import Result, run
+from .rounds import Result, Stopped, run
 
-__all__ = ["Config", "ConfigError", "Result", "run"]
+__all__ = ["CheckpointError", "Config", "ConfigError", "Result", "Stopped", "run"]

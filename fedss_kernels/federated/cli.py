@@ -12,7 +12,9 @@ import importlib.util
 import io
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -22,8 +24,9 @@ from typing import Any, NoReturn
 import torch
 
 from .. import doctor
+from .checkpoint import CheckpointError
 from .config import OWN, PRESETS, Config, ConfigError, did_you_mean, expectation, option_type, read_options
-from .rounds import check_data, load_data, run
+from .rounds import Stopped, check_data, load_data, run
 from .run_folder import RUN_FILES, check_folder, make_folder
 
 
@@ -71,6 +74,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        metavar="FOLDER",
+        help="go on with the run that was stopped there, from its last checkpoint; its options are there too",
+    )
     _add_config_file(parser)
     _add_options(parser)
 
@@ -79,20 +88,58 @@ def _run(arguments: argparse.Namespace) -> int:
     from .progress import RunProgress
     from .report import Run, percent, write_run_report
 
+    resume = arguments.resume is not None
     with _mistakes():
+        if resume:
+            arguments.config = arguments.config or arguments.resume / "config.json"
+            arguments.out = arguments.resume
         config = _config(arguments)
         out = config.out or Path("runs") / f"{config.data}-{config.method}-seed{config.seed}"
         config = dataclasses.replace(config, out=out)
         data = load_data(config)
         check_data(config, data)
-        check_folder(out, RUN_FILES, overwrite=config.overwrite)
-    with RunProgress([config.method], config.rounds) as progress:
-        result = run(config, data=data, on_round=lambda metrics: progress.advance(0, metrics))
+        if not resume:
+            check_folder(out, RUN_FILES, overwrite=config.overwrite)
+    try:
+        with RunProgress([config.method], config.rounds) as progress, _ctrl_c_finishes_the_round() as stop:
+            result = run(
+                config,
+                data=data,
+                on_round=lambda metrics: progress.advance(0, metrics),
+                resume=resume,
+                stop=stop,
+            )
+    except CheckpointError as error:
+        raise Mistake(str(error)) from None
+    except Stopped as stopped:
+        done = f"stopped after round {stopped.rounds} of {config.rounds}"
+        print(f"fedss run: {done}; go on with: fedss run --resume {out}", file=sys.stderr)
+        return 130
     write_run_report(out, Run(result.config, result.history, result.summary))
     s = result.summary
     accuracy = f"top-1 {percent(s.top1)}, MAP@10 {percent(s.map_at_10)}"
     print(f"{accuracy}, {s.traffic.total / 1e6:,.1f} MB moved: {out / 'report.html'}")
     return 0
+
+
+@contextlib.contextmanager
+def _ctrl_c_finishes_the_round() -> Iterator[Callable[[], bool]]:
+    """Gives what says whether Ctrl-C was pressed; pressed again it stops at once."""
+    pressed = threading.Event()
+
+    def press(number: int, frame: object) -> None:
+        pressed.set()
+        signal.signal(signal.SIGINT, before)
+        print("fedss run: finishing this round; Ctrl-C again stops at once", file=sys.stderr)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield pressed.is_set  # only the main thread may set a handler
+        return
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield pressed.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
@@ -226,10 +273,10 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 COMMANDS: dict[str, Command] = {
-    "run": Command("train with one method", ("matplotlib", "rich"), _add_run_arguments, _run),
+    "run": Command("train with one method", ("matplotlib", "rich", "safetensors"), _add_run_arguments, _run),
     "compare": Command(
         "run several methods and seeds, and compare them",
-        ("matplotlib", "rich"),
+        ("matplotlib", "rich", "safetensors"),
         _add_compare_arguments,
         _compare,
     ),
@@ -416,8 +463,10 @@ def _require(name: str, command: Command) -> None:
     missing = [module for module in command.needs if importlib.util.find_spec(module) is None]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
-        wanted = f"{name} needs {' and '.join(missing)}, which {verb} not installed"
-        raise Mistake(f'{wanted}: pip install "fedss-kernels[{command.extra}]"')
+        words = ", ".join(missing[:-1]) + " and " * (len(missing) > 1) + missing[-1]
+        raise Mistake(
+            f'{name} needs {words}, which {verb} not installed: pip install "fedss-kernels[{command.extra}]"'
+        )
 
 
 def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -145,6 +145,7 @@ class Config:
 
     seed: int = option(0, "the seed of everything but the data", low=0, below=2**63)
     eval_every: int = option(10, "rounds between two looks at the test images", low=1)
+    checkpoint_every: int = option(10, "rounds between two checkpoints in the run's folder, 0: none", low=0)
     threads: int = option(1, "torch threads; bits are reproducible at a fixed number", low=1, below=1025)
     out: Path | None = option(None, "the folder for the results, none: runs/DATA-METHOD-seedSEED")
     overwrite: bool = option(False, "replace the results of an earlier run in the same folder", saved=False)

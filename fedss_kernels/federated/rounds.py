@@ -48,32 +48,66 @@ def run(
     data: FederatedData | None = None,
     model: nn.Module | None = None,
     on_round: Callable[[RoundMetrics], None] | None = None,
+    resume: bool = False,
+    stop: Callable[[], bool] | None = None,
 ) -> Result:
     """Trains by `config.method` for `config.rounds` rounds, evaluating every `config.eval_every` and at last.
 
     `data` and `model` replace the ones that config names. `model` is any module from float32 images (B,
     channels, H, W) in [0, 1] to embeddings (B, D); a copy of it is trained, from its present parameters on.
     `on_round` is called after every round. With `config.out` the results are written to that folder,
-    otherwise nothing is written. Equal arguments give equal bits on one machine. Raises ConfigError for
-    settings that do not fit the data, ValueError for a model that cannot be averaged (BatchNorm),
-    FileExistsError for a folder already in use.
+    otherwise nothing is written. Equal arguments give equal bits on one machine.
+
+    With `resume` it goes on from the last checkpoint in `config.out`, written every
+    `config.checkpoint_every` rounds, to the same bits as a run that never stopped (times excepted). When
+    `stop()`, asked after every round, is true it saves a checkpoint and raises Stopped.
+
+    Raises ConfigError for settings that do not fit the data, ValueError for a model that cannot be averaged
+    (BatchNorm), FileExistsError for a folder already in use, CheckpointError, a ValueError, for a checkpoint
+    that is not there, was damaged, or is of another configuration or version.
     """
+    if resume and config.out is None:
+        raise ConfigError("out", "expected the folder of the run to resume, got none")
     if data is not None:
         config = replace(config, data=config.data if data.name == config.data else OWN, task=data.task)
     if model is not None:
         config = replace(config, model=OWN)
     with _torch_settings(config.threads):
-        return _run(config, data or load_data(config), model, on_round or (lambda metrics: None))
+        simulation = Simulation(config, data or load_data(config), model)
+        folder, history = _open_folder(simulation, resume)
+        return _run(simulation, folder, history, on_round or (lambda metrics: None), stop or (lambda: False))
+
+
+class Stopped(Exception):
+    """A run was asked to stop: after how many rounds, and the folder that holds its checkpoint, if any."""
+
+    def __init__(self, rounds: int, folder: Path | None):
+        super().__init__(f"stopped after round {rounds}")
+        self.rounds, self.folder = rounds, folder
+
+
+def _open_folder(simulation: "Simulation", resume: bool) -> tuple[RunFolder | None, list[RoundMetrics]]:
+    """(where results go, the rounds that are done)"""
+    config = simulation.config
+    if config.out is None:
+        return None, []
+    if not resume:
+        return RunFolder(config.out, config), []
+    folder, checkpoint, history = RunFolder.resumed(config.out, config)
+    simulation.server.restore(checkpoint.tensors, checkpoint.round)
+    return folder, history
 
 
 def _run(
-    config: Config, data: FederatedData, model: nn.Module | None, on_round: Callable[[RoundMetrics], None]
+    simulation: "Simulation",
+    folder: RunFolder | None,
+    history: list[RoundMetrics],
+    on_round: Callable[[RoundMetrics], None],
+    stop: Callable[[], bool],
 ) -> Result:
-    begun = time.perf_counter()
-    simulation = Simulation(config, data, model)
-    folder = RunFolder(config.out, config) if config.out else None
-    history: list[RoundMetrics] = []
-    for round in range(config.rounds):
+    config = simulation.config
+    begun = time.perf_counter() - (history[-1].seconds if history else 0.0)
+    for round in range(len(history), config.rounds):
         updates, entries = simulation.play(round)
         done = round + 1
         measured = done % config.eval_every == 0 or done == config.rounds
@@ -82,6 +116,12 @@ def _run(
         if folder:
             folder.add(history[-1], entries)
         on_round(history[-1])
+        stopping = stop() and done < config.rounds
+        due = config.checkpoint_every and done % config.checkpoint_every == 0
+        if folder and done < config.rounds and (due or stopping):
+            folder.save_checkpoint(done, simulation.server.stored())
+        if stopping:
+            raise Stopped(done, config.out)
     summary = simulation.summarise(history)
     extractor, weight = simulation.trained()
     if folder:

@@ -150,6 +150,24 @@ class RowTable:
         self.optimizer.step(self.rows, class_ids, gradient, self.now)
         self.now += 1
 
+    def stored(self) -> dict[str, Tensor]:
+        """The rows that were stepped, U of them, for `restore`."""
+        class_ids = self.rows.stepped.nonzero()[:, 0]
+        return {
+            "class_ids": class_ids,
+            "weight": self.rows.weight[class_ids],
+            "state": self.rows.state[class_ids],
+            "stepped": self.rows.stepped[class_ids],
+        }
+
+    def restore(self, stored: dict[str, Tensor], now: int) -> None:
+        """In a table of which no row was stepped: the rows and the steps of another."""
+        class_ids = stored["class_ids"]
+        self.rows.weight[class_ids] = stored["weight"]
+        self.rows.state[class_ids] = stored["state"]
+        self.rows.stepped[class_ids] = stored["stepped"]
+        self.now = now
+
 
 def _check_range(class_ids: Tensor, num_rows: int) -> None:
     if len(class_ids) == 0:

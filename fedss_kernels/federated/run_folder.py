@@ -3,6 +3,7 @@
 config.json   every option, resolved
 metrics.csv   one line for each round
 ledger.csv    one line for each client of each round: bytes by kind
+checkpoint-*  what a run that was stopped goes on from; gone once it is finished
 summary.json  the figures at the end
 model.pt      {"extractor": state dict, "weight": W}, for torch.load(path, weights_only=True)
 report.html, accuracy_by_round.png, accuracy_by_bytes.png
@@ -12,7 +13,9 @@ error.txt     the traceback, where a run of `fedss compare` failed
 import csv
 import dataclasses
 import json
+import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import checkpoint
+from .checkpoint import Checkpoint, CheckpointError
 from .config import Config
 from .ledger import Entry, Traffic
 
@@ -97,14 +102,44 @@ class Summary:
 
 
 class RunFolder:
-    """Writes a run's files as it goes: every round's lines are on disk before the next round begins."""
+    """Writes a run's files as it goes: every round's lines are written before the next round begins."""
 
     def __init__(self, path: Path, config: Config):
+        """For a new run."""
+        checkpoint.safetensors()  # where it is missing, better now than at the first checkpoint
         prepare(path, RUN_FILES, overwrite=config.overwrite)
-        self.path = path
+        checkpoint.remove(path)
+        self.path, self.config = path, config
         config.save(path / "config.json")
         _append(path / "metrics.csv", [[field.name for field in fields(RoundMetrics)]])
         _append(path / "ledger.csv", [["round", "client", "num_rows", *(f.name for f in fields(Traffic))]])
+
+    @classmethod
+    def resumed(cls, path: Path, config: Config) -> "tuple[RunFolder, Checkpoint, list[RoundMetrics]]":
+        """(the folder of a run that stopped, its last checkpoint, the rounds until then).
+
+        The tables are cut to the rounds that the checkpoint has. Raises CheckpointError as `checkpoint.read`,
+        and where a run is finished or its tables are shorter.
+        """
+        if (path / "summary.json").exists():
+            raise CheckpointError(f"the run in {path} is finished")
+        found = checkpoint.read(path, config)
+        for name, length in found.table_bytes.items():
+            if (path / name).stat().st_size < length:
+                raise CheckpointError(f"{path / name} is shorter than it was at the checkpoint")
+        for name, length in found.table_bytes.items():
+            os.truncate(path / name, length)
+        folder = cls.__new__(cls)
+        folder.path, folder.config = path, config
+        return folder, found, read_metrics(path / "metrics.csv")
+
+    def save_checkpoint(self, rounds: int, tensors: Mapping[str, Tensor]) -> None:
+        lengths = {}
+        for name in ("metrics.csv", "ledger.csv"):
+            with (self.path / name).open("rb") as file:
+                os.fsync(file.fileno())
+                lengths[name] = os.fstat(file.fileno()).st_size
+        checkpoint.write(self.path, self.config, Checkpoint(rounds, tensors, lengths))
 
     def add(self, metrics: RoundMetrics, entries: list[Entry]) -> None:
         _append(self.path / "metrics.csv", [dataclasses.astuple(metrics)])
@@ -117,6 +152,7 @@ class RunFolder:
         (self.path / "summary.json").write_text(
             json.dumps(summary.to_dict(), indent=2) + "\n", encoding="utf-8"
         )
+        checkpoint.remove(self.path)
 
 
 def check_folder(path: Path, files: tuple[str, ...], *, overwrite: bool) -> None:
@@ -129,8 +165,9 @@ def check_folder(path: Path, files: tuple[str, ...], *, overwrite: bool) -> None
         raise FileExistsError(f"{path} is a file, not a folder")
     if path.exists() and any(path.iterdir()):
         if not overwrite:
+            resume = ", go on with it with --resume" if any(path.glob("checkpoint-*")) else ""
             raise FileExistsError(
-                f"the folder {path} is not empty: choose another, or replace it with --overwrite"
+                f"the folder {path} is not empty: choose another{resume}, or replace it with --overwrite"
             )
         if not _is_ours(path / files[0]):
             raise FileExistsError(

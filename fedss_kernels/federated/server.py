@@ -5,7 +5,7 @@
 `select`, `aggregate` and `step` touch O(M D) numbers for M rows uploaded in the round, whatever C is.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +45,20 @@ class Server:
             1, len(extractor), optimizer, lambda ids: first[ids]
         )  # a row in every step
         self.extractor = self._extractor[:][0]  # phi (P,) as it is now
+
+    def stored(self) -> dict[str, Tensor]:
+        """All that the next round depends on but the number of rounds done, for `restore`."""
+        tables = {"weight": self.weight, "extractor": self._extractor}
+        return {f"{of}.{name}": t for of, table in tables.items() for name, t in table.stored().items()}
+
+    def restore(self, stored: Mapping[str, Tensor], rounds: int) -> None:
+        """In a new server: the state of another after so many rounds."""
+        for of, table in (("weight", self.weight), ("extractor", self._extractor)):
+            parts = {
+                name.removeprefix(f"{of}."): t for name, t in stored.items() if name.startswith(f"{of}.")
+            }
+            table.restore(parts, rounds)
+        self.extractor = self._extractor[:][0]
 
     def select(self, class_ids: Tensor) -> tuple[Tensor, Tensor]:
         """(phi (P,), W[class_ids] (S, D)): what a client downloads. Not to be changed in place."""

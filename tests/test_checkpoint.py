@@ -1,0 +1,255 @@
+"""A run that was stopped anywhere goes on to the bits of one that never was."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_federation import tiny_config, tiny_data, tiny_model
+
+from fedss_kernels.federated import CheckpointError, Config, ConfigError, Stopped, run
+
+ROUNDS = 6
+
+
+def train(out: Path | None, *, resume=False, stop_after=None, **options):
+    config = tiny_config(**({"rounds": ROUNDS, "checkpoint_every": 1, "out": out} | options))
+    seen = []
+    return run(
+        config,
+        data=tiny_data(),
+        model=tiny_model(),
+        on_round=seen.append,
+        resume=resume,
+        stop=None if stop_after is None else lambda: seen[-1].round == stop_after,
+    )
+
+
+def files(out: Path) -> dict[str, object]:
+    """What a run leaves, but for its times."""
+    found: dict[str, object] = {}
+    for name in ("metrics.csv", "ledger.csv"):
+        with (out / name).open(newline="") as file:
+            lines = list(csv.DictReader(file))
+        found[name] = [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+    found["summary"] = {
+        k: v for k, v in json.loads((out / "summary.json").read_text()).items() if k != "seconds"
+    }
+    found["config"] = {k: v for k, v in json.loads((out / "config.json").read_text()).items() if k != "out"}
+    model = torch.load(out / "model.pt", weights_only=True)
+    tensors = {"weight": model["weight"], **model["extractor"]}
+    found["model"] = {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
+    found["names"] = sorted(path.name for path in out.iterdir())
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed")
+    train(out)
+    return files(out)
+
+
+@pytest.mark.parametrize("stop_after", [1, 4])
+@pytest.mark.parametrize("every", [0, 1, 3])
+def test_a_run_that_is_stopped_goes_on_bit_for_bit(every, stop_after, tmp_path, undisturbed):
+    with pytest.raises(Stopped, match=f"after round {stop_after}") as stopped:
+        train(tmp_path, stop_after=stop_after, checkpoint_every=every)
+    assert stopped.value.folder == tmp_path
+    assert [path.name for path in tmp_path.glob("checkpoint*")] == [f"checkpoint-{stop_after:06}"]
+    result = train(tmp_path, resume=True, checkpoint_every=1)
+    assert [metrics.round for metrics in result.history] == list(range(1, ROUNDS + 1))
+    found = files(tmp_path)
+    assert found.pop("config")["checkpoint_every"] == every
+    assert found == {name: value for name, value in undisturbed.items() if name != "config"}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad"])
+@pytest.mark.parametrize("wire_dtype", ["float32", "bfloat16"])
+def test_so_does_one_with_other_settings(optimizer, wire_dtype, tmp_path):
+    options = {"server_optimizer": optimizer, "wire_dtype": wire_dtype, "method": "neg_only"}
+    train(tmp_path / "a", **options)
+    with pytest.raises(Stopped):
+        train(tmp_path / "b", stop_after=3, **options)
+    train(tmp_path / "b", resume=True, **options)
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+class Crash(BaseException):
+    """Stands for the end of the process: nothing catches it."""
+
+
+def operations(monkeypatch, crash_at: int | None) -> list[str]:
+    """Notes what a checkpoint does to the disk; dies at one of these, before it or half-way."""
+    done: list[str] = []
+
+    def watched(name, real):
+        def operation(*arguments, **options):
+            done.append(name)
+            if len(done) - 1 == crash_at:
+                raise Crash
+            return real(*arguments, **options)
+
+        return operation
+
+    monkeypatch.setattr(os, "fsync", watched("fsync", os.fsync))
+    monkeypatch.setattr(os, "rename", watched("rename", os.rename))
+    monkeypatch.setattr(shutil, "rmtree", watched("rmtree", shutil.rmtree))
+    return done
+
+
+def test_a_crash_at_any_moment_of_a_checkpoint_hurts_nothing(tmp_path, undisturbed, monkeypatch):
+    with monkeypatch.context() as patch:
+        done = operations(patch, None)
+        train(tmp_path / "whole")
+        count = len(done)
+    assert count > 5 * 8  # of five checkpoints
+    crashed = 0
+    for at in range(count):
+        out = tmp_path / str(at)
+        with monkeypatch.context() as patch:
+            operations(patch, at)
+            try:
+                train(out)
+            except Crash:
+                crashed += 1
+        if not list(out.glob("checkpoint-0*")):
+            continue  # before the first was whole there is nothing to go on from
+        if not (out / "summary.json").exists():
+            train(out, resume=True)
+        found = files(out)
+        if at < count - 2:  # after that the run is finished, and its checkpoint may stay
+            assert found == undisturbed, at
+    assert crashed == count
+
+
+KILLED = """
+    import sys
+    from pathlib import Path
+    sys.path.insert(0, {tests!r})
+    from tiny_federation import tiny_config, tiny_data, tiny_model
+    from fedss_kernels.federated import run
+    out = Path({out!r})
+    config = tiny_config(rounds={rounds}, checkpoint_every=1, out=out)
+    resume = any(out.glob("checkpoint-0*"))
+    if not resume and out.exists():
+        import shutil
+        shutil.rmtree(out)
+    print("ready", flush=True)
+    run(config, data=tiny_data(), model=tiny_model(), resume=resume)
+"""
+
+
+def test_a_process_that_is_killed_goes_on_bit_for_bit(tmp_path):
+    """SIGKILL at moments spread over the run, until one gets through."""
+    rounds = 60
+    code = {
+        name: textwrap.dedent(KILLED).format(
+            tests=str(Path(__file__).parent), out=str(tmp_path / name), rounds=rounds
+        )
+        for name in ("killed", "undisturbed")
+    }
+    subprocess.run([sys.executable, "-c", code["undisturbed"]], check=True, capture_output=True)
+    kills, wait = 0, 0.03
+    while True:
+        process = subprocess.Popen([sys.executable, "-c", code["killed"]], stdout=subprocess.PIPE)
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        process.stdout.close()
+        if process.wait() == 0:
+            break
+        kills, wait = kills + 1, wait * 1.7
+    assert kills >= 2
+    assert files(tmp_path / "killed") == files(tmp_path / "undisturbed")
+
+
+# ---- what is refused ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stopped(tmp_path):
+    with pytest.raises(Stopped):
+        train(tmp_path, stop_after=3)
+    return tmp_path
+
+
+def test_another_configuration_is_refused_with_what_differs(stopped):
+    with pytest.raises(CheckpointError) as refused:
+        train(stopped, resume=True, rounds=9, client_lr=0.1)
+    assert "checkpoint-000003 is of another configuration: " in str(refused.value)
+    assert "rounds: 6 there, 9 here" in str(refused.value)
+    assert "client_lr: 0.2 there, 0.1 here" in str(refused.value)
+    train(stopped, resume=True)
+
+
+def test_another_version_is_refused(stopped, monkeypatch):
+    monkeypatch.setattr("fedss_kernels.federated.checkpoint.FORMAT", 2)
+    with pytest.raises(CheckpointError, match="is of format 1, this version reads 2"):
+        train(stopped, resume=True)
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "checkpoint.json"])
+def test_a_flipped_bit_is_an_error_wherever_it_is(name, stopped):
+    path = stopped / "checkpoint-000003" / name
+    whole = path.read_bytes()
+    for at in range(0, len(whole), max(1, len(whole) // 150)):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << at % 8
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="damaged|of format"):
+            train(stopped, resume=True)
+    for length in (0, 1, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match="damaged"):
+            train(stopped, resume=True)
+    path.write_bytes(whole)
+    train(stopped, resume=True)
+
+
+def test_there_must_be_something_to_go_on_from(stopped, tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint in"):
+        train(tmp_path / "nothing", resume=True)
+    with pytest.raises(ConfigError, match="out: expected the folder of the run to resume, got none"):
+        train(None, resume=True)
+    (stopped / "ledger.csv").write_text("")
+    with pytest.raises(CheckpointError, match=r"ledger\.csv is shorter than it was at the checkpoint"):
+        train(stopped, resume=True)
+
+
+def test_a_finished_run_is_not_resumed_and_leaves_no_checkpoint(tmp_path):
+    train(tmp_path)
+    assert not list(tmp_path.glob("checkpoint*"))
+    with pytest.raises(CheckpointError, match="is finished"):
+        train(tmp_path, resume=True)
+
+
+def test_a_new_run_in_the_folder_of_a_stopped_one_leaves_nothing_of_it(stopped, undisturbed):
+    with pytest.raises(FileExistsError, match="choose another, go on with it with --resume, or replace it"):
+        train(stopped)
+    config = tiny_config(rounds=ROUNDS, checkpoint_every=1, out=stopped, overwrite=True)
+    run(config, data=tiny_data(), model=tiny_model())
+    assert files(stopped) == undisturbed
+
+
+def test_without_a_folder_nothing_is_written_and_a_stop_keeps_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Stopped) as stopped:
+        train(None, stop_after=2)
+    assert stopped.value.folder is None and not list(tmp_path.iterdir())
+
+
+def test_options_that_change_no_bit_may_differ():
+    from fedss_kernels.federated.checkpoint import MAY_DIFFER, differences
+
+    here, there = Config().to_dict(), Config(checkpoint_every=3, out=Path("elsewhere")).to_dict()
+    assert differences(there, here) == [] and {"checkpoint_every", "out"} <= set(MAY_DIFFER)
+    assert differences({**here, "old": 1}, here) == ["old: 1 there, 'no such option' here"]

@@ -252,7 +252,7 @@ LazyMomentum lazy_momentum(const py::object& weight, const py::object& velocity,
     expect(m->dtype == DType::float32 && m->col_stride == 1, name, "float32 rows whose elements lie side by side");
     expect(m->rows == table.weight.rows && m->cols == table.weight.cols, name, "weight's shape");
   }
-  expect(table.stepped.size == table.weight.rows && table.stepped.stride == 1, "stepped", "an entry for each row");
+  expect(table.stepped.size == table.weight.rows, "stepped", "an entry for each row");
   expect(momentum >= 0 && momentum < 1, "momentum", "a number in [0, 1)");
   return table;
 }

@@ -30,7 +30,6 @@ template <class Body>
 void for_rows(const LazyMomentum& table, const std::vector<int64_t>& class_ids, int threads, const Body& body) {
   const int64_t M = int64_t(class_ids.size()), D = table.weight.cols, ahead = rows_ahead<float>(D);
   const int64_t per_task = std::max<int64_t>(1, kTaskElements / std::max<int64_t>(1, D));
-  const auto* stepped = static_cast<const int64_t*>(table.stepped.data);
   if (double(M) * double(D) < kSerialWork) threads = 1;
   parallel_for((M + per_task - 1) / per_task, std::max(threads, 1), [&](int64_t task, int) {
     const int64_t last = std::min((task + 1) * per_task, M);
@@ -38,8 +37,8 @@ void for_rows(const LazyMomentum& table, const std::vector<int64_t>& class_ids, 
       const int64_t c = class_ids[i], later = class_ids[std::min(i + ahead, M - 1)];
       prefetch(at<float>(table.weight, later, 0), D);
       prefetch(at<float>(table.velocity, later, 0), D);
-      __builtin_prefetch(stepped + later);
-      body(i, c, Coast(table, table.now - stepped[c]));
+      __builtin_prefetch(static_cast<const int64_t*>(table.stepped.data) + later * table.stepped.stride);
+      body(i, c, Coast(table, table.now - table.stepped.id(c)));
     }
   });
 }
@@ -71,7 +70,7 @@ void lazy_momentum_step(const LazyMomentum& table, const Vector& class_ids, cons
       velocity[d] = v;
       weight[d] = now - lr * v;
     }
-    stepped[c] = table.now + 1;
+    stepped[c * table.stepped.stride] = table.now + 1;
   });
 }
 

@@ -5,11 +5,9 @@ What a row is now follows from what is stored and from the number of steps done:
 round costs what the rows in it cost, however many there are.
 """
 
-import math
 import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -24,7 +22,7 @@ from .. import _C
 class Rows:
     """What is stored: a row as it was after its own last step, zeros where it had none.
 
-    Weight and state of a row lie side by side, as they are read together and rows come in no order.
+    All of a row lies side by side, as it is read together, and rows come in no order.
     """
 
     weight: Tensor  # (C, D) float32
@@ -33,30 +31,34 @@ class Rows:
 
     @staticmethod
     def zeros(num_rows: int, dim: int, folder: Path | None = None) -> "Rows":
-        """In memory, or in new files of a folder: zeros take no room in either.
+        """In memory, or in a new file of a folder: zeros take no room in either.
 
-        Raises FileExistsError for files that are there, OSError for a folder that cannot be written to.
+        Raises FileExistsError for a file that is there, OSError for a folder that cannot be written to.
         """
-        make = _in_memory if folder is None else partial(_in_file, folder)
-        values = make("rows", (num_rows, 2, dim), np.float32)
-        stepped = make("stepped", (num_rows,), np.int64)
-        return Rows(values[:, 0], values[:, 1], stepped)
+        width = 2 * dim + 2  # weight, state and 8 bytes of an integer, counted in float32
+        memory = (
+            _in_memory(4 * num_rows * width) if folder is None else _in_file(folder, 4 * num_rows * width)
+        )
+        numbers = torch.from_numpy(np.frombuffer(memory, np.float32).reshape(num_rows, width))
+        return Rows(numbers[:, :dim], numbers[:, dim : 2 * dim], numbers.view(torch.int64)[:, dim])
 
 
-def _in_memory(name: str, shape: tuple[int, ...], dtype: type) -> Tensor:
+def _in_memory(size: int) -> mmap.mmap:
     """Memory that comes as it is written, by the page: not by the huge page, of thousands of rows for one."""
-    count = math.prod(shape)
-    memory = mmap.mmap(-1, max(1, count * np.dtype(dtype).itemsize))
+    memory = mmap.mmap(-1, size)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         memory.madvise(mmap.MADV_NOHUGEPAGE)
-    return torch.from_numpy(np.frombuffer(memory, dtype, count).reshape(shape))
+    return memory
 
 
-def _in_file(folder: Path, name: str, shape: tuple[int, ...], dtype: type) -> Tensor:
-    path = folder / f"{name}.{np.dtype(dtype).name}"
-    with path.open("xb") as file:
-        file.truncate(math.prod(shape) * np.dtype(dtype).itemsize)
-    return torch.from_numpy(np.memmap(path, dtype, "r+", shape=shape))
+def _in_file(folder: Path, size: int) -> mmap.mmap:
+    """A file that takes room as it is written, read by the page: rows come in no order."""
+    with (folder / "rows.bin").open("x+b") as file:
+        file.truncate(size)
+        memory = mmap.mmap(file.fileno(), size)
+    if hasattr(mmap, "MADV_RANDOM"):
+        memory.madvise(mmap.MADV_RANDOM)
+    return memory
 
 
 class Optimizer(Protocol):
@@ -116,7 +118,7 @@ class RowTable:
         dim: int,
         optimizer: Optimizer,
         initial: Callable[[Tensor], Tensor],  # class_ids (S,) -> rows (S, D), a pure function of each id
-        folder: Path | None = None,  # for files that are larger than memory; None: memory
+        folder: Path | None = None,  # for a file that may be larger than memory; None: memory
     ):
         self.rows = Rows.zeros(num_rows, dim, folder)
         self.optimizer, self.initial = optimizer, initial

@@ -14,7 +14,12 @@ DEVICES = ("cpu", "cuda")
 REQUIRED = ("torch", "triton", "numpy")
 # extra -> what it brings: (the module that is imported, the distribution that brings it)
 EXTRAS = {
-    "sim": (("matplotlib", "matplotlib"), ("PIL", "pillow"), ("rich", "rich")),
+    "sim": (
+        ("matplotlib", "matplotlib"),
+        ("PIL", "pillow"),
+        ("rich", "rich"),
+        ("safetensors", "safetensors"),
+    ),
     "vision": (("torchvision", "torchvision"),),
     "bench": (("pytest", "pytest"), ("pytest_benchmark", "pytest-benchmark")),
 }

@@ -161,6 +161,17 @@ def test_small_problems_are_those_of_clients(B, S, D):
     assert chosen.chunk % chosen.tiles.classes == 0
 
 
+@pytest.mark.parametrize(
+    "B, S, D", [(256, 1024, 128), (129, 4000, 64), (4096, 128_256, 4096), (200, 10**6, 64)]
+)
+def test_a_chunk_of_pulls_is_never_a_matrix_of_all_of_them(B, S, D):
+    problem_bytes = 2 * 2 * (B + S) * D  # of inputs and gradients in bfloat16
+    chosen = configure(B, S, D, 2, problem_bytes)
+    chunk = B * chosen.chunk
+    assert not chosen.small and chunk <= B * (S + 2 * chosen.tiles.classes) / 2
+    assert 2 * chunk <= max(0.03 * problem_bytes, 2**24)
+
+
 @pytest.mark.parametrize("B", [5, 140])
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_shipped_configurations_are_right_too(B, dtype):

@@ -92,7 +92,7 @@ def _open_folder(simulation: "Simulation", resume: bool) -> tuple[RunFolder | No
     if config.out is None:
         return None, []
     if not resume:
-        return RunFolder(config.out, config), []
+        return RunFolder.new(config.out, config), []
     folder, checkpoint, history = RunFolder.resumed(config.out, config)
     simulation.server.restore(checkpoint.tensors, checkpoint.round)
     return folder, history

@@ -101,18 +101,23 @@ class Summary:
         return self.top1 if self.task == "classification" else self.map_at_10
 
 
+@dataclass(frozen=True)
 class RunFolder:
     """Writes a run's files as it goes: every round's lines are written before the next round begins."""
 
-    def __init__(self, path: Path, config: Config):
-        """For a new run."""
+    path: Path
+    config: Config
+
+    @classmethod
+    def new(cls, path: Path, config: Config) -> "RunFolder":
+        """For a run from the start. Raises as `check_folder`."""
         checkpoint.safetensors()  # where it is missing, better now than at the first checkpoint
         prepare(path, RUN_FILES, overwrite=config.overwrite)
         checkpoint.remove(path)
-        self.path, self.config = path, config
         config.save(path / "config.json")
         _append(path / "metrics.csv", [[field.name for field in fields(RoundMetrics)]])
         _append(path / "ledger.csv", [["round", "client", "num_rows", *(f.name for f in fields(Traffic))]])
+        return cls(path, config)
 
     @classmethod
     def resumed(cls, path: Path, config: Config) -> "tuple[RunFolder, Checkpoint, list[RoundMetrics]]":
@@ -129,11 +134,10 @@ class RunFolder:
                 raise CheckpointError(f"{path / name} is shorter than it was at the checkpoint")
         for name, length in found.table_bytes.items():
             os.truncate(path / name, length)
-        folder = cls.__new__(cls)
-        folder.path, folder.config = path, config
-        return folder, found, read_metrics(path / "metrics.csv")
+        return cls(path, config), found, read_metrics(path / "metrics.csv")
 
     def save_checkpoint(self, rounds: int, tensors: Mapping[str, Tensor]) -> None:
+        """Of what the server holds after so many rounds; the tables are synced first."""
         lengths = {}
         for name in ("metrics.csv", "ledger.csv"):
             with (self.path / name).open("rb") as file:
@@ -149,9 +153,10 @@ class RunFolder:
     def finish(self, summary: Summary, extractor: nn.Module, weight: Tensor) -> None:
         state = {name: value.detach().clone() for name, value in extractor.state_dict().items()}
         torch.save({"extractor": state, "weight": weight.clone()}, self.path / "model.pt")
-        (self.path / "summary.json").write_text(
-            json.dumps(summary.to_dict(), indent=2) + "\n", encoding="utf-8"
-        )
+        # Under its name when it is whole: it says that the run is finished.
+        unfinished = self.path / "summary-unfinished.json"
+        unfinished.write_text(json.dumps(summary.to_dict(), indent=2) + "\n", encoding="utf-8")
+        os.replace(unfinished, self.path / "summary.json")
         checkpoint.remove(self.path)
 
 

@@ -73,7 +73,8 @@ def configure(B: int, S: int, D: int, operand_bytes: int, problem_bytes: int) ->
     row_tiles, class_tiles = -(-B // forward.rows), -(-S // forward.classes)
     splits = max(1, min(-(-PROGRAMS // max(row_tiles, 1)), class_tiles, 256))
     pulls = max(FEWEST_PULLS, problem_bytes * 3 // 100 // operand_bytes)
-    chunk = min(max(pulls // max(B, 1) // tile.classes, 1), MOST_TILES) * tile.classes
+    half = -(-S // (2 * tile.classes))  # of the class tiles: never a matrix of B x S
+    chunk = min(max(min(pulls // max(B, 1) // tile.classes, half), 1), MOST_TILES) * tile.classes
     return Configuration(small, forward, tile, products, _RESULT_COLUMNS, _RESULT_ENTRIES, chunk, splits)
 
 

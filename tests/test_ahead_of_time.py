@@ -89,7 +89,10 @@ def shipped() -> list[Launch]:
     """Each entry of the table, for each dtype, and each branch; D = 500: rows that no vector loads fit."""
     table = [dtype | size | {"D": D} for dtype in DTYPES for size in SIZES for D in (512, 500)]
     branches = [size | branch for branch in BRANCHES for size in (SIZES[0], SIZES[-1])]
-    return launched([*table, *branches, {"B": 1, "S": 1, "C": 1, "D": 1}])
+    precise = [
+        {"dtype": F32, "S": 20, "D": D} for D in (64, 65)
+    ]  # float32 in float64, and no more so past that
+    return launched([*table, *branches, *precise, {"B": 1, "S": 1, "C": 1, "D": 1}])
 
 
 def _entry(launch: Launch) -> tuple:

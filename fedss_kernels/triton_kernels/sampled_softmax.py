@@ -27,6 +27,9 @@ _OPERANDS = {
 
 
 LARGEST_FACTOR = 1e30  # of the scale, for logits in float32
+PRECISE_WORK = (
+    2**16
+)  # B * S * D up to which float32 problems are computed in float64, as launches take longer
 
 
 class Problem(NamedTuple):
@@ -65,10 +68,11 @@ class Problem(NamedTuple):
         on_host = scale.device != input.device or scale.device.type == "cpu"
         factor = scale.item() if on_host else 1.0
         operand = torch.promote_types(input.dtype, weight.dtype)
-        if abs(factor) > LARGEST_FACTOR:
-            operand = torch.float64
-        elif rounding is not None and operand != torch.float64:
+        work = target.numel() * (weight if class_ids is None else class_ids).shape[0] * input.shape[1]
+        if rounding is not None and operand != torch.float64:
             operand = rounding
+        if abs(factor) > LARGEST_FACTOR or (operand == torch.float32 and work <= PRECISE_WORK and _exact()):
+            operand = torch.float64
         return cls(
             input,
             weight,
@@ -111,9 +115,7 @@ class Problem(NamedTuple):
 
     @property
     def precision(self) -> dict[str, str]:
-        """Of float32 products: all its digits, unless torch is told otherwise."""
-        exact = self.operand != torch.float32 or torch.get_float32_matmul_precision() == "highest"
-        return {"PRECISION": "ieee" if exact else "tf32"}
+        return {"PRECISION": "ieee" if self.operand != torch.float32 or _exact() else "tf32"}
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return self.input.new_empty(shape, dtype=dtype or self.accumulator)
@@ -128,6 +130,11 @@ class Problem(NamedTuple):
         given = tuple(part is None for part in self)
         key = (stage, self.sizes, self.operand, self.cosine, self.reduction, given, self.input.device)
         return tuning.fastest(key, table, stage, run)
+
+
+def _exact() -> bool:
+    """Whether float32 products keep all their digits: unless torch is told otherwise."""
+    return torch.get_float32_matmul_precision() == "highest"
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

@@ -78,9 +78,9 @@ def sampled_softmax_loss(
             or -inf.
         IndexError: a class out of range, by position and value, before anything is computed.
             On CUDA nothing waits for the device to look at values: there a class out of range, or a
-            correction that is NaN or -inf, makes the losses that it enters NaN, and so does a row whose
-            squared length passes the largest number. With FEDSS_VALIDATE=1 in the environment wrong classes
-            and corrections raise there too.
+            correction that is NaN or -inf, makes the losses that it enters NaN, and so does a logit
+            or a squared length past the largest number. With FEDSS_VALIDATE=1 in the environment
+            wrong classes and corrections raise there too.
         RuntimeError: when differentiated twice, or in forward mode.
 
     >>> eye = torch.eye(2)

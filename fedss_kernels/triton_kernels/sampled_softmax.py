@@ -27,9 +27,7 @@ _OPERANDS = {
 
 
 LARGEST_FACTOR = 1e30  # of the scale, for logits in float32
-PRECISE_WORK = (
-    2**16
-)  # B * S * D up to which float32 problems are computed in float64, as launches take longer
+PRECISE_WORK = 2**16  # B * S * D of float32 problems computed in float64: launches take longer than these
 
 
 class Problem(NamedTuple):

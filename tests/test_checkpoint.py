@@ -220,6 +220,13 @@ def test_there_must_be_something_to_go_on_from(stopped, tmp_path):
         train(tmp_path / "nothing", resume=True)
     with pytest.raises(ConfigError, match="out: expected the folder of the run to resume, got none"):
         train(None, resume=True)
+    table = stopped / "metrics.csv"
+    whole = table.read_bytes()
+    for right, wrong in ((b"\n2,", b"\n7,"), (b"\n3,", b"\nx,"), (b"loss", b"less")):
+        table.write_bytes(whole.replace(right, wrong))
+        with pytest.raises(CheckpointError, match=r"metrics\.csv is damaged"):
+            train(stopped, resume=True)
+    table.write_bytes(whole)
     (stopped / "ledger.csv").write_text("")
     with pytest.raises(CheckpointError, match=r"ledger\.csv is shorter than it was at the checkpoint"):
         train(stopped, resume=True)

@@ -124,7 +124,7 @@ class RunFolder:
         """(the folder of a run that stopped, its last checkpoint, the rounds until then).
 
         The tables are cut to the rounds that the checkpoint has. Raises CheckpointError as `checkpoint.read`,
-        and where a run is finished or its tables are shorter.
+        and where a run is finished or its tables are not those of the checkpoint.
         """
         if (path / "summary.json").exists():
             raise CheckpointError(f"the run in {path} is finished")
@@ -134,7 +134,13 @@ class RunFolder:
                 raise CheckpointError(f"{path / name} is shorter than it was at the checkpoint")
         for name, length in found.table_bytes.items():
             os.truncate(path / name, length)
-        return cls(path, config), found, read_metrics(path / "metrics.csv")
+        try:
+            history = read_metrics(path / "metrics.csv")
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{path / 'metrics.csv'} is damaged: {error}") from None
+        if [metrics.round for metrics in history] != list(range(1, found.round + 1)):
+            raise CheckpointError(f"{path / 'metrics.csv'} is damaged: not the rounds 1 to {found.round}")
+        return cls(path, config), found, history
 
     def save_checkpoint(self, rounds: int, tensors: Mapping[str, Tensor]) -> None:
         """Of what the server holds after so many rounds; the tables are synced first."""

@@ -24,12 +24,8 @@ from torch import Tensor
 from .config import Config
 
 FORMAT = 1
-MAY_DIFFER = (
-    "out",
-    "data_dir",
-    "cache_dir",
-    "checkpoint_every",
-)  # options that no bit of a result depends on
+# Options that no bit of a result depends on.
+MAY_DIFFER = ("out", "data_dir", "cache_dir", "checkpoint_every")
 _STATE, _REST = "state.safetensors", "checkpoint.json"
 
 
@@ -66,7 +62,6 @@ def write(folder: Path, config: Config, checkpoint: Checkpoint) -> None:
     _write_synced(unfinished / _REST, json.dumps(rest | {"sha256": _seal(rest)}, indent=2).encode())
     _sync_folder(unfinished)
     finished = folder / f"checkpoint-{checkpoint.round:06}"
-    shutil.rmtree(finished, ignore_errors=True)  # of a run that was resumed from an earlier one
     os.rename(unfinished, finished)
     _sync_folder(folder)
     for other in _all(folder):

@@ -36,9 +36,8 @@ class Rows:
         Raises FileExistsError for a file that is there, OSError for a folder that cannot be written to.
         """
         width = 2 * dim + 2  # weight, state and 8 bytes of an integer, counted in float32
-        memory = (
-            _in_memory(4 * num_rows * width) if folder is None else _in_file(folder, 4 * num_rows * width)
-        )
+        size = 4 * num_rows * width
+        memory = _in_memory(size) if folder is None else _in_file(folder, size)
         numbers = torch.from_numpy(np.frombuffer(memory, np.float32).reshape(num_rows, width))
         return Rows(numbers[:, :dim], numbers[:, dim : 2 * dim], numbers.view(torch.int64)[:, dim])
 

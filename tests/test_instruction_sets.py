@@ -1,7 +1,6 @@
 """Every instruction set that this machine runs or emulates: the choice, and the same tolerances on each."""
 
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -10,16 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from loss_cases import BF16, F16, F32, Case, check
+from native_build import FLAGS, NATIVE, NEON, ROOT, compile_csrc
 from test_sampled_softmax import random_case
 
 from fedss_kernels import _C, sampled_softmax_loss, scatter_add_
 
-ROOT = Path(__file__).parents[1]
 SETS = _C.instruction_sets()
-WIDE = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mprefer-vector-width=512".split()
-X86 = {"baseline": [], "avx2": ["-mavx2", "-mfma"], "avx512": WIDE, "avx512_bf16": [*WIDE, "-mavx512bf16"]}
-NEON: dict[str, list[str]] = {"neon": []}
-NATIVE = NEON if platform.machine() == "aarch64" else X86  # what this machine's compiler makes
 
 # Large enough for products in float32 or bfloat16: below 65,536 multiply-adds everything is float64.
 LARGE = {"B": (33, 64, 65, 130), "S": (130, 200, 321, None), "C": (200, 350, 700), "D": (33, 64, 65, 130)}
@@ -101,25 +96,11 @@ fedss_kernels.sampled_softmax_loss(torch.ones(1, 2), torch.ones(1, 2), torch.ten
 
 def build(compiler: str, folder: Path, sets: dict[str, list[str]], *link: str) -> Path:
     """tests/test_kernels.cpp with kernels.cpp compiled for each of `sets`."""
-    common = [compiler, "-std=c++17", "-O2", "-Wno-psabi", "-Wno-maybe-uninitialized"]
-    objects = []
-    for name, flags in sets.items():
-        objects.append(str(folder / f"{name}.o"))
-        command = [
-            *common,
-            "-ffp-contract=fast",
-            *flags,
-            "-c",
-            str(ROOT / "csrc/kernels.cpp"),
-            "-o",
-            objects[-1],
-        ]
-        subprocess.run(command, check=True)
-    stems = ("class_rows", "instruction_sets", "sampled_softmax", "thread_pool")
-    sources = [str(ROOT / "tests/test_kernels.cpp"), *(str(ROOT / f"csrc/{stem}.cpp") for stem in stems)]
+    stems = ["class_rows", "instruction_sets", "sampled_softmax", "thread_pool"]
+    objects = compile_csrc([compiler, "-O2"], folder, sets, stems)
     program = folder / "test_kernels"
-    flags = ["-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{ROOT}/csrc", *link]
-    subprocess.run([*common, *flags, *sources, *objects, "-o", str(program)], check=True)
+    test = ["-O2", *FLAGS, "-ffp-contract=off", f"-I{ROOT}/csrc", str(ROOT / "tests/test_kernels.cpp")]
+    subprocess.run([compiler, *test, *objects, *link, "-o", str(program)], check=True)
     return program
 
 

@@ -186,12 +186,12 @@ void exponentials(const double* x, int64_t n, double* out) {
 }
 
 #if defined(__AVX512BF16__)
-using Ints = Vec<int32_t>;
+using Ints = Vec<uint32_t>;
 
-// In the high half of each lane; a NaN stays one.
+// In the high half of each lane; a NaN stays one, whatever its bits.
 inline Ints rounded_to_bfloat16(Vec<float> value) {
   const Ints bits = (Ints)value;
-  return bits + 0x7fff + ((bits >> 16) & 1);
+  return value == value ? bits + 0x7fff + ((bits >> 16) & 1) : bits | 0x400000;
 }
 
 inline Vec<float> scaled(Vec<float> value, Vec<float> factor) { return value == 0.0f ? value : value * factor; }
@@ -210,7 +210,7 @@ void round_tile(const BfloatTile& tile) {
       const Vec<float> one = load(first + r), two = paired ? load(second + r) : Vec<float>{};
       const Ints low = rounded_to_bfloat16(scaled(one, row_factor * tile.class_factor[j]));
       const Ints high = paired ? rounded_to_bfloat16(scaled(two, row_factor * tile.class_factor[j + 1])) : Ints{};
-      store(tile.by_class + j / 2 * tile.stride + r, ((low >> 16) & 0xffff) | (high & int32_t(0xffff0000)));
+      store(tile.by_class + j / 2 * tile.stride + r, (Vec<Bfloat16Pair>)(low >> 16 | (high & 0xffff0000)));
       store_halves(reinterpret_cast<uint16_t*>(first) + r, rounded_to_bfloat16(scaled(one, unit_factor)));
       if (paired) store_halves(reinterpret_cast<uint16_t*>(second) + r, rounded_to_bfloat16(scaled(two, unit_factor)));
     }

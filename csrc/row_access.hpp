@@ -46,9 +46,10 @@ void prefetch(const T* data, int64_t n) {
   for (int64_t d = 0; d < n; d += kLineBytes / int64_t(sizeof(T))) __builtin_prefetch(data + d);
 }
 
-// Where element (i, j) is.
+// Where element (i, j) is; null in a matrix without memory, whose rows are empty.
 template <class Element>
 const Element* at(const Matrix& m, int64_t i, int64_t j) {
+  if (m.data == nullptr) return nullptr;
   return static_cast<const Element*>(m.data) + i * m.row_stride + j * m.col_stride;
 }
 

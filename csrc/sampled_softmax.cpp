@@ -578,7 +578,8 @@ class Solver {
       double factor[kRowTile];
       tile_exponentials(number * padded_wave(), r0, r0 + count, [this](int64_t r) { return row_[r].peak; }, factor);
       for (int64_t r = 0; r < lanes; ++r) tile_factor_[at + r] = r < count ? T(row_[r0 + r].share * factor[r]) : T(0);
-      T* out = number == 0 ? grad_x_ + r0 * ld_ : grad_x_part_ + at * ld_;  // the first tile needs no place of its own
+      T* out = nullptr;  // the first tile needs no place of its own
+      if (wants_x_) out = number == 0 ? grad_x_ + r0 * ld_ : grad_x_part_ + at * ld_;
       multiply_grad_x(t, r0, count, lanes, tile_factor_ + at, worker, out, number == 0 && chunk > 0);
     });
   }
@@ -698,7 +699,7 @@ class Solver {
   // out = scale * inverse * what is left of the gradient without its part along the unit row, which is factor * row.
   void store_projected(T* gradient, const T* row, double factor, double inverse, Out* out) {
     const double by = p_.scale * inverse;
-    if (by == 0.0) return void(std::fill_n(out, D_, Out(0)));
+    if (inverse == 0.0 || by == 0.0) return void(std::fill_n(out, D_, Out(0)));  // whatever the scale, if infinite
     const double along = p_.cosine ? factor * factor : 0.0;
     if constexpr (std::is_same<T, Out>::value) {
       kernels_.project(gradient, D_, along, row, by, out);

@@ -54,8 +54,8 @@ void scatter_add_rows(const Matrix& out, const Vector& class_ids, const Matrix& 
   const int64_t D = rows.cols, blocks = (D + kColumns - 1) / kColumns;
   if (double(rows.rows) * double(D) < kSerialWork) threads = 1;
   const int64_t parts = threads == 1 ? 1 : threads * kPartsPerThread;
-  const Partition partition =
-      partition_ids("class_ids", class_ids, out.rows, out.row_stride * int64_t(sizeof(T)), parts, threads);
+  const int64_t row_bytes = out.rows > 1 ? out.row_stride * int64_t(sizeof(T)) : 0;  // the stride of one row is any
+  const Partition partition = partition_ids("class_ids", class_ids, out.rows, row_bytes, parts, threads);
   with_row_type<T>(rows.dtype, [&](auto element) {
     parallel_for(parts * blocks, threads, [&](int64_t task, int) {
       const int64_t part = task / blocks, begin = task % blocks * kColumns, end = std::min(begin + kColumns, D);

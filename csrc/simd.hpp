@@ -138,7 +138,8 @@ inline Doubles exp_of(Doubles x) {
   p = p * r + 0.5;
   p = p * r + 1.0;
   p = p * r + 1.0;
-  const Vec<int64_t> exponent = ((Vec<int64_t>)shifted << 52) + 0x3ff0000000000000;
+  // Of unsigned numbers, as it overflows where the result is another one.
+  const Vec<uint64_t> exponent = ((Vec<uint64_t>)shifted << 52) + 0x3ff0000000000000;
   return x < -708.0 ? Doubles{} : p * (Doubles)exponent;
 }
 
@@ -166,7 +167,7 @@ inline Vec<float> exp2_of(Vec<float> a, Vec<float> b, Vec<float> high, Vec<float
                   c6 = c5 * kLn2 / 6, c7 = c6 * kLn2 / 7;  // the next term is below 6e-9
   const Vec<float> r2 = r * r;                             // pairs of terms, as a chain of eight would wait for itself
   const Vec<float> p = ((r * c7 + c6) * r2 + (r * c5 + c4)) * (r2 * r2) + ((r * c3 + c2) * r2 + (r * c1 + 1.0f));
-  const Vec<int32_t> exponent = ((Vec<int32_t>)shifted << 23) + 0x3f800000;
+  const Vec<uint32_t> exponent = ((Vec<uint32_t>)shifted << 23) + 0x3f800000;
   return sum < -125.0f ? Vec<float>{} : p * (Vec<float>)exponent;
 }
 

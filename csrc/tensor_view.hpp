@@ -90,7 +90,10 @@ struct Matrix {
   DType dtype = DType::float32;
   int64_t rows = 0, cols = 0, row_stride = 0, col_stride = 1;
 
-  const char* row(int64_t i) const { return static_cast<const char*>(data) + i * row_stride * size_of(dtype); }
+  // Where row i is; null if there is no memory, as rows are empty then.
+  const char* row(int64_t i) const {
+    return data ? static_cast<const char*>(data) + i * row_stride * size_of(dtype) : nullptr;
+  }
 
   // out[d] = element (i, d), converted.
   template <class T>

@@ -45,6 +45,18 @@ def test_bfloat16_without_bias(name, use):
 
 
 @pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1])
+def test_nan_from_above_stays_one_in_bfloat16(name, bits, use):
+    """Whatever its bits: rounding to bfloat16 must not carry into its exponent."""
+    use(name)
+    input = torch.randn(70, 60).to(BF16).requires_grad_()
+    weight = torch.randn(200, 60).to(BF16).requires_grad_()
+    loss = sampled_softmax_loss(input, weight, torch.arange(70), reduction="none")
+    loss.backward(torch.full((70,), bits, dtype=torch.int32).view(F32))
+    assert input.grad.isnan().all() and weight.grad.isnan().all()
+
+
+@pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_same_bits_for_any_number_of_threads_on_every_instruction_set(name, dtype, use, set_threads):
     use(name)

@@ -277,6 +277,20 @@ def test_infinite_upstream_leaves_zeros_alone(reduction, sampled_softmax_loss):
         assert not gradient.any()
 
 
+@cpp_only
+def test_infinite_scale_leaves_zeros_alone(sampled_softmax_loss):
+    """A learned scale may overflow: a zero row and a class that is left out have no gradient at any scale."""
+    x, w, t = problem(C=12)
+    t.fill_(3)
+    counts = torch.zeros(12)
+    counts[5] = torch.inf
+    with torch.no_grad():
+        w[7] = 0
+    loss = sampled_softmax_loss(x, w, t, None, counts, scale=torch.tensor(torch.inf))
+    (gradient,) = gradients(loss, w)
+    assert not gradient[[5, 7]].any() and gradient[3].isnan().all()
+
+
 def test_no_dimensions_at_all(sampled_softmax_loss):
     """D = 0: every cosine is 0, so the loss is the log of the number of terms."""
     x, w = torch.zeros(5, 0, requires_grad=True), torch.zeros(3, 0, requires_grad=True)

@@ -6,8 +6,10 @@ READY := $(VENV)/.ready
 SOURCES := $(wildcard csrc/*.cpp csrc/*.hpp) setup.py pyproject.toml constraints.txt
 DEMO_OUT ?= runs/demo
 BENCH_OUT ?= runs/bench
+FUZZ_RUNS ?= 1000000
 
-.PHONY: all demo test test-gpu-code lint check bench wheel clean
+.PHONY: all demo test test-gpu-code lint check sanitize sanitize-address sanitize-thread fuzz fuzz-coverage bench wheel \
+	clean
 all: check
 
 # pybind11 and setuptools stand in the environment itself: a build isolated from it would fetch another torch.
@@ -35,9 +37,38 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror csrc/*.cpp csrc/*.hpp tests/*.cpp
+	$(BIN)/clang-format --dry-run -Werror csrc/*.cpp csrc/*.hpp tests/*.cpp tests/fuzz/*.?pp
 
 check: lint test test-gpu-code demo
+
+# The extension, and the fuzz corpus without Python, under the address and undefined-behaviour sanitizers and under the
+# thread sanitizer: minutes. Not: tests that limit memory, which a sanitizer has its own use for, tests of other
+# programs, and GPU kernels. Memory that Python keeps is no leak of ours, and torch's OpenMP threads are not compiled
+# for race detectors.
+COMPILED := instruction_sets row_momentum row_sgd row_table sampled_softmax sampled_softmax_errors scatter_add
+UNFIT := not (out_of_memory or in_cpp or no_code or triton)
+
+sanitize: sanitize-address sanitize-thread
+
+sanitize-address: SANITIZERS := address,undefined
+sanitize-address: RUNTIME := libasan.so
+sanitize-thread: SANITIZERS := thread
+sanitize-thread: RUNTIME := libtsan.so
+sanitize-address sanitize-thread: sanitize-%: $(READY)
+	CFLAGS="-g -fsanitize=$(SANITIZERS) -fno-sanitize-recover=all" LDFLAGS="-fsanitize=$(SANITIZERS)" \
+		$(BIN)/python setup.py --quiet build --build-base build/$* --build-lib build/$*/lib
+	cd tests && PYTHONPATH=../build/$*/lib ASAN_OPTIONS=detect_leaks=0 TSAN_OPTIONS=ignore_noninstrumented_modules=1 \
+		LD_PRELOAD="$$(g++ -print-file-name=$(RUNTIME)) $$(g++ -print-file-name=libstdc++.so)" \
+		../$(BIN)/pytest -q -p no:cacheprovider $(COMPILED:%=test_%.py) -k "$(UNFIT)"
+	$(BIN)/python tests/fuzz_targets.py replay --sanitize $(SANITIZERS)
+
+# Each C++ function behind the bindings on FUZZ_RUNS inputs: needs clang with libFuzzer. What it finds lies in build/fuzz.
+fuzz: $(READY)
+	$(BIN)/python tests/fuzz_targets.py fuzz --runs $(FUZZ_RUNS)
+
+# fails if tests/fuzz/corpus runs less than 95% of the lines of a file of csrc/
+fuzz-coverage: $(READY)
+	$(BIN)/python tests/fuzz_targets.py coverage
 
 # The loss and the aggregator beside what one would use instead: tables and plots in BENCH_OUT. On an idle machine.
 bench: $(READY)

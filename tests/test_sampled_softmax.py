@@ -327,6 +327,23 @@ def test_large_logits_are_exact(scale, sampled_softmax_loss):
     assert loss.item() == scale and gradients(loss, x)[0].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16, F64])
+@pytest.mark.parametrize("scale", [1e23, -1e25, 1e28])
+def test_logits_past_float32_are_exact(scale, dtype, sampled_softmax_loss):
+    """Dot products up to 1e17 that the scale takes to 1e45: finite in differences, ties included."""
+    x = torch.tensor([[1e8, 0], [0, 1e8], [1e8, 0]]).to(dtype).requires_grad_()
+    w = torch.tensor([[1e9, 0], [1e8, 0], [1e9, 0], [0, 1e8]]).to(dtype).requires_grad_()
+    s = torch.tensor(scale, requires_grad=True)
+    best = torch.tensor([0, 3, 0] if scale > 0 else [3, 0, 3])
+    losses = sampled_softmax_loss(x, w, best, scale=s, similarity="dot", reduction="none")
+    tied = [2, 1, 2] if scale > 0 else [1, 3, 1]  # classes of the largest logit, the target among them
+    torch.testing.assert_close(losses, torch.tensor(tied, dtype=losses.dtype).log())
+    grad_x, grad_w, grad_scale = gradients(losses.sum(), x, w, s)
+    assert grad_x.isfinite().all() and grad_w.isfinite().all() and grad_scale.isfinite()
+    alone = [i for i, n in enumerate(tied) if n == 1]
+    assert (grad_x[alone] == 0).all() and (grad_w != 0).any() and grad_scale == 0
+
+
 @cpp_only
 def test_rows_of_any_length_have_a_cosine(sampled_softmax_loss):
     """The squares of 1e30 pass float32's largest number; the cosine does not care."""

@@ -29,6 +29,7 @@ from .tiles import (
     load_rows,
     load_scale,
     load_targets,
+    logit_unit,
     product_or_zero,
     rounded,
     target_cosines,
@@ -69,11 +70,13 @@ def pulls_tile(
         False, COSINE, OPERAND, ACC, PRECISION, BLOCK_D,
     )  # fmt: skip
     cosines = sums * x_inverse[:, None] * w_inverse[None, :]
-    logits = scale * cosines + (load_bias(bias, ids, live, ACC) - corrections)[None, :]
+    unit = logit_unit(scale, COSINE)
+    logits = (scale / unit) * cosines
+    logits += ((load_bias(bias, ids, live, ACC) - corrections) / unit)[None, :]
     largest = tl.load(kept + rows, mask=counted, other=0.0).to(ACC)
     inverse_total = tl.load(kept + wide(B) + rows, mask=counted, other=0.0).to(ACC)
     # The forward pass may have rounded otherwise: at large scales a logit can come out above the largest.
-    probs = tl.exp(tl.minimum(logits - largest[:, None], 0.0)) * inverse_total[:, None]
+    probs = tl.exp(tl.minimum(logits - largest[:, None], 0.0) * unit) * inverse_total[:, None]
     probs = tl.where(live[None, :] & counted[:, None] & (ids[None, :] != targets[:, None]), probs, 0.0)
     if FOLD:
         own = tl.load(kept + 2 * wide(B) + rows, mask=known, other=0.0).to(ACC)

@@ -11,11 +11,21 @@ and writes 24 B and the losses.
 import triton
 import triton.language as tl
 
-from .tiles import SIZES, dots, load_bias, load_classes, load_scale, load_targets, target_cosines, wide
+from .tiles import (
+    SIZES,
+    dots,
+    load_bias,
+    load_classes,
+    load_scale,
+    load_targets,
+    logit_unit,
+    target_cosines,
+    wide,
+)
 
 # (KEPT, B) float64 numbers of each row, then 1 / (rows that "mean" counts):
-#   the largest logit o, the target's too; 1 / sum exp(o - largest); p_t - 1; the dot product with the
-#   target's row; 1 / |input|; 1 / |weight_t|
+#   the largest logit o, the target's too, in logit units; 1 / sum exp(o - largest); p_t - 1; the dot product
+#   with the target's row; 1 / |input|; 1 / |weight_t|
 KEPT = 6
 
 
@@ -28,7 +38,7 @@ def partial_terms(
     counts,
     bias,
     learned,
-    partials,  # (2, SPLITS, B): the largest o and sum exp(o - largest) of each split
+    partials,  # (2, SPLITS, B): the largest o, in units, and sum exp(o - largest) of each split
     kept,  # (KEPT, B)
     B,
     C,
@@ -53,6 +63,7 @@ def partial_terms(
     rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     targets, counted, known = load_targets(target, rows, B, C, ignore_index)
     scale = load_scale(factor, learned, ACC)
+    unit = logit_unit(scale, COSINE)
     largest = tl.full((BLOCK_B,), float("-inf"), ACC)
     total = tl.zeros((BLOCK_B,), ACC)
     for start in tl.range(split * BLOCK_S, S, splits * BLOCK_S, disable_licm=True):
@@ -62,13 +73,14 @@ def partial_terms(
             input, weight, rows, counted, ids, live, D, input_row, input_column, weight_row, weight_column,
             False, COSINE, OPERAND, ACC, PRECISION, BLOCK_D,
         )  # fmt: skip
-        logits = scale * (sums * x_inverse[:, None] * w_inverse[None, :])
-        logits += (load_bias(bias, ids, live, ACC) - corrections)[None, :]
+        logits = (scale / unit) * (sums * x_inverse[:, None] * w_inverse[None, :])
+        logits += ((load_bias(bias, ids, live, ACC) - corrections) / unit)[None, :]
         logits = tl.where(live[None, :] & (ids[None, :] != targets[:, None]), logits, float("-inf"))
         logits = tl.where(wrong[None, :], float("nan"), logits)
         larger = tl.maximum(largest, tl.max(logits, 1))
         shift = tl.where(larger == float("-inf"), 0.0, larger)
-        total = total * tl.exp(largest - shift) + tl.sum(tl.exp(logits - shift[:, None]), 1)
+        total = total * tl.exp((largest - shift) * unit)
+        total += tl.sum(tl.exp((logits - shift[:, None]) * unit), 1)
         largest = larger
     tl.store(partials + split.to(tl.int64) * B + rows, largest, mask=rows < B)
     tl.store(partials + (splits + split).to(tl.int64) * B + rows, total, mask=rows < B)
@@ -97,6 +109,7 @@ def merge_splits(
     splits,
     ignore_index,
     factor: tl.float64,
+    COSINE: tl.constexpr,
     ACC: tl.constexpr,
     REDUCTION: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -104,16 +117,18 @@ def merge_splits(
 ):
     """A tile of rows each program; for "mean" and "sum" a single program takes them all, in order."""
     scale = load_scale(factor, learned, ACC)
+    unit = logit_unit(scale, COSINE)
     sum_of_losses = tl.zeros((), tl.float64)
     rows_counted = tl.zeros((), tl.int32)
     step = tl.num_programs(0) * BLOCK_B
     for start in range(tl.program_id(0) * BLOCK_B, B, step):
         rows = start + tl.arange(0, BLOCK_B)
         targets, counted, known = load_targets(target, rows, B, C, ignore_index)
-        own = scale * target_cosines(kept, rows, known, B, ACC) + load_bias(bias, targets, known, ACC)
+        own = (scale / unit) * target_cosines(kept, rows, known, B, ACC)
+        own += load_bias(bias, targets, known, ACC) / unit
         if target_counts is not None:
             correction = tl.load(target_counts + rows, mask=known, other=0.0).to(ACC)
-            own -= tl.where(tl.abs(correction) < float("inf"), correction, float("nan"))
+            own -= tl.where(tl.abs(correction) < float("inf"), correction / unit, float("nan"))
         own = tl.where(known, own, float("nan"))
 
         split = tl.arange(0, BLOCK_SPLITS)
@@ -123,14 +138,16 @@ def merge_splits(
         total_of = tl.load(partials + wide(splits) * B + at, mask=there, other=0.0)
         largest_other = tl.max(largest_of, 0)
         largest = tl.maximum(largest_other, own)
-        others = tl.sum(tl.where(total_of == 0.0, 0.0, total_of * tl.exp(largest_of - largest[None, :])), 0)
+        others = tl.sum(
+            tl.where(total_of == 0.0, 0.0, total_of * tl.exp((largest_of - largest[None, :]) * unit)), 0
+        )
         # loss = log(sum of terms) - own; where the target leads, log(1 + others) without the 1's rounding.
         target_leads = own >= largest_other
-        lead = tl.where(target_leads, 1.0, tl.exp(own - largest))
+        lead = tl.where(target_leads, 1.0, tl.exp((own - largest) * unit))
         total = others + lead
         log = tl.log(total)
         log_of_lead = tl.where(total == 1.0, others, log * (others / (total - 1.0)))
-        losses = tl.where(target_leads, log_of_lead, (largest - own) + log)
+        losses = tl.where(target_leads, log_of_lead, (largest - own) * unit + log)
         losses = tl.where(counted, losses, 0.0)
         tl.store(kept + rows, tl.where(counted, largest, 0.0), mask=rows < B)
         tl.store(kept + wide(B) + rows, tl.where(counted, 1.0 / total, 0.0), mask=rows < B)

@@ -186,6 +186,7 @@ def _loss(p: Problem, c: Configuration) -> tuple[Tensor, Tensor]:
         forward.merge_splits[(1 if reduced else max(triton.cdiv(B, rows), 1),)](
             *(p.target, p.target_log_expected_count, p.bias, p.learned, partials, kept, losses),
             *(B, C, c.splits, p.ignore_index, p.factor),
+            COSINE=p.cosine,
             ACC=p.constants["ACC"],
             REDUCTION=p.reduction,
             BLOCK_B=rows,

@@ -86,6 +86,21 @@ def load_scale(factor, learned, ACC: tl.constexpr):
 
 
 @triton.jit
+def logit_unit(scale, COSINE: tl.constexpr):
+    """The power of two, at least 1, in units of which logits are held.
+
+    So float32 logits are finite wherever the products are, whatever the scale; exact, as a power of two is.
+    A cosine's logits need no unit; those of float64 have room enough.
+    """
+    if COSINE or scale.dtype == tl.float64:
+        return tl.full((), 1.0, scale.dtype)
+    else:
+        exponent = (scale.to(tl.uint32, bitcast=True) >> 23) & 0xFF
+        exponent = tl.minimum(tl.maximum(exponent + 1, 127), 253)  # 1 to 2^126: the inverse is normal too
+        return (exponent << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def load_targets(target, rows, B, C, ignore_index):
     """(classes, which rows count, which have a class that exists); no row outside [0, B) counts."""
     inside = (rows >= 0) & (rows < B)

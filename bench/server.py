@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from ..class_sets import draw_class_set
+from ..federated.class_store import ClassStore
 from ..federated.client import Update
 from ..federated.randomness import Purpose, generator, initial_rows
 from ..federated.row_table import SGD
@@ -60,7 +61,7 @@ def measure(classes: int, rounds: int, folder: Path | None) -> Line:
         DIM,
         initial_rows=partial(initial_rows, 0, dim=DIM, scale=0.01),
         optimizer=SGD(lr=1.0, momentum=0.9),
-        folder=folder,
+        store=ClassStore.new(folder, classes, DIM) if folder else None,
     )
     if folder is None:
         for first in range(0, classes, FILLED_AT_A_TIME):

@@ -192,8 +192,8 @@ def test_another_configuration_is_refused_with_what_differs(stopped):
 
 
 def test_another_version_is_refused(stopped, monkeypatch):
-    monkeypatch.setattr("fedss_kernels.federated.checkpoint.FORMAT", 2)
-    with pytest.raises(CheckpointError, match="is of format 1, this version reads 2"):
+    monkeypatch.setattr("fedss_kernels.federated.checkpoint.FORMAT", 3)
+    with pytest.raises(CheckpointError, match="is of format 2, this version reads 3"):
         train(stopped, resume=True)
 
 

@@ -10,9 +10,12 @@ from torch.nn.functional import normalize
 
 from fedss_kernels import reference
 from fedss_kernels.federated import Config, ConfigError, Result, run
+from fedss_kernels.federated.cohort import draw_cohort
+from fedss_kernels.federated.config import learning_rate
 from fedss_kernels.federated.metrics import map_at_r
+from fedss_kernels.federated.player import Player
 from fedss_kernels.federated.randomness import Purpose, generator, initial_rows
-from fedss_kernels.federated.rounds import Simulation, draw_cohort, learning_rate
+from fedss_kernels.federated.rounds import Simulation
 from fedss_kernels.federated.run_folder import read_run
 
 
@@ -134,14 +137,15 @@ def test_numbers_may_travel_as_bfloat16():
 
 
 def test_what_arrives_is_what_was_sent_as_bfloat16(monkeypatch):
-    simulation = Simulation(tiny_config(wire_dtype="bfloat16"), tiny_data(), tiny_model())
-    received, update = [], simulation.client.update
+    config = tiny_config(wire_dtype="bfloat16")
+    simulation = Simulation(config, Player(config, tiny_data(), tiny_model()))
+    received, update = [], simulation.player.client.update
 
     def listen(k, round, attempt, request, phi, rows, lr):
         received.extend((phi, rows))
         return update(k, round, attempt, request, phi, rows, lr)
 
-    monkeypatch.setattr(simulation.client, "update", listen)
+    monkeypatch.setattr(simulation.player.client, "update", listen)
     updates, _ = simulation.play(0)
     for numbers in [*received, *(u.rows for u in updates), *(u.extractor for u in updates)]:
         assert numbers.dtype == torch.float32 and torch.equal(numbers, numbers.bfloat16().float())

@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedss_kernels import _C
+from fedss_kernels.federated.class_store import ClassStore
 from fedss_kernels.federated.randomness import initial_rows
-from fedss_kernels.federated.row_table import SGD, Adagrad, Rows, RowTable
+from fedss_kernels.federated.row_table import SGD, Adagrad, RowTable
+from fedss_kernels.federated.rows import Rows
 
 NOTHING = torch.empty(0, dtype=torch.int64)
 
@@ -18,7 +20,8 @@ def draw(ids):
 
 
 def table(num_rows=5, optimizer=None, folder=None, dim=3):
-    return RowTable(num_rows, dim, optimizer or SGD(1.0, 0.9), lambda i: initial_rows(0, i, dim, 1.0), folder)
+    store = ClassStore.new(folder, num_rows, dim) if folder else None
+    return RowTable(num_rows, dim, optimizer or SGD(1.0, 0.9), lambda i: initial_rows(0, i, dim, 1.0), store)
 
 
 def gradient(seed, ids, dim=3):
@@ -101,8 +104,8 @@ def test_files_hold_no_zeros(tmp_path):
     expected = initial_rows(0, ids, 64, 1.0) - 1
     big.step(ids, torch.ones(2, 64))
     assert torch.equal(big.read(ids), expected)
-    (file,) = tmp_path.iterdir()
-    assert file.name == "rows.bin" and file.stat().st_size == 10**8 * (2 * 64 * 4 + 8)
+    file = tmp_path / "rows.bin"
+    assert file.stat().st_size == 10**8 * (2 * 64 * 4 + 8)
     assert file.stat().st_blocks * 512 < 2**20
 
 

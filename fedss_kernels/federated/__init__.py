@@ -7,6 +7,16 @@
 
 from .checkpoint import CheckpointError
 from .config import Config, ConfigError
-from .rounds import Result, Stopped, run
+from .rounds import Result, Stopped, TooFewClients, run
+from .workers import WorkerLost
 
-__all__ = ["CheckpointError", "Config", "ConfigError", "Result", "Stopped", "run"]
+__all__ = [
+    "CheckpointError",
+    "Config",
+    "ConfigError",
+    "Result",
+    "Stopped",
+    "TooFewClients",
+    "WorkerLost",
+    "run",
+]

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from .config import Config
 
-FORMAT = 1
+FORMAT = 2
 # Options that no bit of a result depends on.
-MAY_DIFFER = ("out", "data_dir", "cache_dir", "checkpoint_every")
+MAY_DIFFER = ("out", "data_dir", "cache_dir", "checkpoint_every", "workers")
 _STATE, _REST = "state.safetensors", "checkpoint.json"
 
 
@@ -38,6 +38,7 @@ class Checkpoint:
     round: int  # rounds done
     tensors: Mapping[str, Tensor]
     table_bytes: Mapping[str, int]  # lengths of the run's tables then: file name -> bytes
+    store: str | None = None  # identity of the class store that has the class matrix
 
 
 def safetensors() -> ModuleType:
@@ -53,17 +54,18 @@ def write(folder: Path, config: Config, checkpoint: Checkpoint) -> None:
         "round": checkpoint.round,
         "config": config.to_dict(),
         "table_bytes": dict(checkpoint.table_bytes),
+        "store": checkpoint.store,
         "state_sha256": hashlib.sha256(state).hexdigest(),
     }
     unfinished = folder / "checkpoint-unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
-    _write_synced(unfinished / _STATE, state)
-    _write_synced(unfinished / _REST, json.dumps(rest | {"sha256": _seal(rest)}, indent=2).encode())
-    _sync_folder(unfinished)
+    write_synced(unfinished / _STATE, state)
+    write_synced(unfinished / _REST, json.dumps(rest | {"sha256": _seal(rest)}, indent=2).encode())
+    sync_folder(unfinished)
     finished = folder / f"checkpoint-{checkpoint.round:06}"
     os.rename(unfinished, finished)
-    _sync_folder(folder)
+    sync_folder(folder)
     for other in _all(folder):
         if other != finished:
             shutil.rmtree(other)
@@ -93,7 +95,7 @@ def read(folder: Path, config: Config) -> Checkpoint:
     different = differences(rest["config"], config.to_dict())
     if different:
         raise CheckpointError(f"{path} is of another configuration: {'; '.join(different)}")
-    return Checkpoint(rest["round"], safetensors().load(state), rest["table_bytes"])
+    return Checkpoint(rest["round"], safetensors().load(state), rest["table_bytes"], rest["store"])
 
 
 def remove(folder: Path) -> None:
@@ -124,14 +126,14 @@ def _seal(rest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def _write_synced(path: Path, content: bytes) -> None:
+def write_synced(path: Path, content: bytes) -> None:
     with path.open("xb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
     """So that what was made or renamed in it is there after a loss of power too."""
     if os.name != "posix":  # elsewhere a folder cannot be opened
         return

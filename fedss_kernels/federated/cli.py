@@ -11,11 +11,12 @@ import dataclasses
 import importlib.util
 import io
 import json
+import logging
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,9 +26,12 @@ import torch
 
 from .. import doctor
 from .checkpoint import CheckpointError
+from .class_store import check_free
 from .config import OWN, PRESETS, Config, ConfigError, did_you_mean, expectation, option_type, read_options
-from .rounds import Stopped, check_data, load_data, run
+from .ledger import OUTCOMES
+from .rounds import Stopped, TooFewClients, check_data, load_data, run
 from .run_folder import RUN_FILES, check_folder, make_folder
+from .workers import WorkerLost, help_out, launched
 
 
 class Mistake(Exception):
@@ -80,6 +84,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="go on with the run that was stopped there, from its last checkpoint; its options are there too",
     )
+    parser.add_argument("--profile", action="store_true", help="say where the time went")
     _add_config_file(parser)
     _add_options(parser)
 
@@ -98,8 +103,15 @@ def _run(arguments: argparse.Namespace) -> int:
         config = dataclasses.replace(config, out=out)
         data = load_data(config)
         check_data(config, data)
+        rank, processes = launched()
+        if rank > 0:
+            help_out(config, data, rank, processes)
+            return 0
         if not resume:
             check_folder(out, RUN_FILES, overwrite=config.overwrite)
+            if config.class_store:
+                check_free(config.class_store, overwrite=config.overwrite)
+    logging.getLogger("fedss_kernels").addHandler(logging.NullHandler())  # what is left out is counted below
     try:
         with RunProgress([config.method], config.rounds) as progress, _ctrl_c_finishes_the_round() as stop:
             result = run(
@@ -111,12 +123,21 @@ def _run(arguments: argparse.Namespace) -> int:
             )
     except CheckpointError as error:
         raise Mistake(str(error)) from None
+    except (TooFewClients, WorkerLost) as error:
+        print(f"fedss run: {error}; what was done is in {out}", file=sys.stderr)
+        return 1
     except Stopped as stopped:
         done = f"stopped after round {stopped.rounds} of {config.rounds}"
         print(f"fedss run: {done}; go on with: fedss run --resume {out}", file=sys.stderr)
         return 130
     write_run_report(out, Run(result.config, result.history, result.summary))
     s = result.summary
+    outcomes = {outcome: getattr(s, outcome) for outcome in OUTCOMES}
+    if outcomes["accepted"] < sum(outcomes.values()):
+        counts = ", ".join(f"{n:,} {outcome}" for outcome, n in outcomes.items())
+        print(f"of {sum(outcomes.values()):,} clients drawn {counts}: {out / 'ledger.csv'}")
+    if arguments.profile:
+        _print_profile(result.seconds, sum(metrics.attempts for metrics in result.history))
     accuracy = f"top-1 {percent(s.top1)}, MAP@10 {percent(s.map_at_10)}"
     print(f"{accuracy}, {s.traffic.total / 1e6:,.1f} MB moved: {out / 'report.html'}")
     return 0
@@ -481,6 +502,15 @@ def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     # Off a terminal rich would squeeze the table into 80 columns; a file or a log takes it as wide as it is.
     console = Console()
     (console if console.is_terminal else Console(width=160)).print(table)
+
+
+def _print_profile(seconds: Mapping[str, float], rounds: int) -> None:
+    total = sum(seconds.values())
+    rows = [
+        [stage, f"{spent:.2f}", f"{100 * spent / total:.1f}%", f"{1000 * spent / rounds:.2f}"]
+        for stage, spent in sorted(seconds.items(), key=lambda item: -item[1])
+    ]
+    _print_table(["stage", "seconds", "share", "ms a round"], rows)
 
 
 def _version() -> str:

@@ -21,6 +21,7 @@ from .data import DATASETS, TASKS
 from .ledger import WIRE_DTYPES
 from .models import MODELS
 
+MAX_NORM = 1000.0
 OWN = "own"  # the data set or model that a caller hands to run() as an object
 
 # Defaults that depend on the data set. An option left out takes its value from here; "own" data take those
@@ -130,6 +131,33 @@ class Config:
         "what numbers are rounded to on their way to a client and back; the server keeps float32",
         choices=lambda: tuple(WIRE_DTYPES),
     )
+    dropout_rate: float = option(0.0, "share of the drawn clients that never answer", low=0, below=1)
+    deadline: float | None = option(
+        None,
+        "how long the server waits for answers, in the time of the median client, none: for all",
+        above=0,
+    )
+    latency_spread: float = option(
+        0.5, "standard deviation of the logarithm of the clients' times, for the deadline", low=0
+    )
+    min_clients: int = option(
+        1, "least answers that make a round; with fewer it is tried again with other clients", low=1
+    )
+    trust_updates: bool = option(False, "count every answer, unchecked")
+    max_norm: float = option(MAX_NORM, "an answer whose changes have a larger norm is left out", above=0)
+    clip_norm: float | None = option(
+        None, "scale changes of a larger norm down to it, none: leave them", above=0
+    )
+    aggregation: str = option(
+        "mean",
+        "how the clients' changes are averaged: mean, by their images, or each number's median or "
+        "trimmed_mean, unweighted",
+        choices=lambda: ("mean", "median", "trimmed_mean"),
+    )
+    trim: float = option(0.1, "share that trimmed_mean leaves out at either end", low=0, below=0.5)
+    poison_rate: float = option(
+        0.0, "share of the answers that are rubbish, to try the server's checks", low=0, below=1
+    )
     server_optimizer: str = option(
         "sgd",
         "how the server steps along the clients' average: sgd, with server_momentum, or adagrad",
@@ -143,10 +171,16 @@ class Config:
     scale: float = option(PRESET, "the loss multiplies cosines by this", above=0)
     weight_init_scale: float = option(PRESET, "standard deviation of the class matrix at the start", above=0)
 
+    class_store: Path | None = option(
+        None, "folder for the class matrix, where it is larger than memory, none: it is in memory"
+    )
     seed: int = option(0, "the seed of everything but the data", low=0, below=2**63)
     eval_every: int = option(10, "rounds between two looks at the test images", low=1)
     checkpoint_every: int = option(10, "rounds between two checkpoints in the run's folder, 0: none", low=0)
-    threads: int = option(1, "torch threads; bits are reproducible at a fixed number", low=1, below=1025)
+    workers: int = option(1, "processes that play the clients, on this machine", low=1, below=1025)
+    threads: int = option(
+        1, "torch threads of each; bits are reproducible at a fixed number", low=1, below=1025
+    )
     out: Path | None = option(None, "the folder for the results, none: runs/DATA-METHOD-seedSEED")
     overwrite: bool = option(False, "replace the results of an earlier run in the same folder", saved=False)
 
@@ -156,6 +190,11 @@ class Config:
             if value is None and field.name in PRESETS[OWN]:
                 value = PRESETS[self.data][field.name]
             object.__setattr__(self, field.name, _checked(field, value))
+
+        if self.min_clients > self.cohort:
+            raise ConfigError(
+                "min_clients", f"expected at most {self.cohort}, the cohort, got {self.min_clients}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Every option with its resolved value, in JSON's types; the inverse of `from_dict`."""
@@ -178,6 +217,19 @@ class Config:
     @classmethod
     def load(cls, path: Path) -> "Config":
         return cls.from_dict(read_options(path))
+
+
+def learning_rate(config: Config, round: int) -> float:
+    """The clients' rate in a round, from 0: a linear rise to client_lr over warmup_rounds, then the decay.
+
+    A linear or cosine decay would reach 0 in the round after the last.
+    """
+    warmup = config.warmup_rounds
+    if round < warmup:
+        return config.client_lr * (round + 1) / warmup
+    done = (round - warmup) / max(1, config.rounds - warmup)
+    decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    return config.client_lr * decay[config.lr_decay]
 
 
 def read_options(path: Path) -> dict[str, Any]:

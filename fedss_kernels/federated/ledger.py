@@ -4,7 +4,7 @@ Per client and round, with P numbers in the extractor phi, S class rows of D num
 2 where they travel as bfloat16:
 
     down: phi (4 P) and the class rows (4 S D)
-    up:   the ids asked for (8 S), phi and the class rows again
+    up:   the ids asked for (8 S), phi and the class rows again, unless it never answers
 
 The rows come and go in the order of the ids, so the ids travel once. FullSoftmax needs none.
 """
@@ -38,6 +38,9 @@ class Traffic:
     def __add__(self, other: Traffic) -> Traffic:
         return Traffic(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
+    def times(self, n: int) -> Traffic:
+        return Traffic(*(n * count for count in astuple(self)))
+
     @property
     def extractor(self) -> int:
         return self.down_extractor + self.up_extractor
@@ -56,25 +59,40 @@ class Traffic:
         return self.extractor + self.classification
 
 
+OUTCOMES = ("accepted", "dropped", "late", "rejected")
+
+
 @dataclass(frozen=True)
 class Entry:
     """One client's line in the ledger of one round."""
 
     round: int
+    attempt: int  # from 0: rounds in which too few answer are tried again
     client: int
     num_rows: int  # |S_k|
+    outcome: str  # one of OUTCOMES
+    fault: str  # why it was rejected, or ""
     traffic: Traffic
 
 
 def client_traffic(
-    num_parameters: int, num_rows: int, embedding_dim: int, *, sends_ids: bool = True, dtype: str = "float32"
+    num_parameters: int,
+    num_rows: int,
+    embedding_dim: int,
+    *,
+    sends_ids: bool = True,
+    answers: bool = True,
+    dtype: str = "float32",
 ) -> Traffic:
     """What one client moves in one round, in bytes.
 
     >>> client_traffic(1000, 10, 64)
     Traffic(down_extractor=4000, down_rows=2560, up_ids=80, up_extractor=4000, up_rows=2560)
+
+    A client that never `answers` asks and is sent its rows like any other, and sends nothing back.
     """
     number_bytes = WIRE_DTYPES[dtype].itemsize
     extractor, rows = number_bytes * num_parameters, number_bytes * num_rows * embedding_dim
     ids = ID_BYTES * num_rows if sends_ids else 0
-    return Traffic(extractor, rows, ids, extractor, rows)
+    back = (extractor, rows) if answers else (0, 0)
+    return Traffic(extractor, rows, ids, *back)

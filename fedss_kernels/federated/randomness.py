@@ -19,6 +19,9 @@ class Purpose(IntEnum):
     BATCHES = 2  # the order in which a client goes through its images
     MODEL = 3  # whatever the model itself draws in training, such as dropout
     AUGMENTATION = 4  # how a client's images are shifted
+    DROPOUT = 5  # whether a client never answers
+    LATENCY = 6  # how long a client takes
+    POISON = 7  # whether a client sends rubbish, and what
 
 
 NO_CLIENT = 0  # for draws that belong to the round and not to a client

@@ -4,12 +4,11 @@ data -> cohort -> each client's class set -> server.select -> client.update -> s
      -> server.step -> metrics, ledger -> report
 """
 
-import copy
-import math
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,17 +16,26 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .algorithms import METHODS
-from .client import Client, Extractor, Update, as_input
-from .config import OWN, Config, ConfigError
+from .checkpoint import Checkpoint
+from .class_store import ClassStore
+from .client import Update
+from .cohort import absence, draw_cohort
+from .config import OWN, Config, ConfigError, learning_rate
 from .data import FederatedData, load
-from .ledger import Entry, Traffic, client_traffic, over_the_wire
+from .inspection import Inspection, clipped
+from .ledger import OUTCOMES, Entry, Traffic, client_traffic
 from .metrics import map_at_r, top1
-from .models import build_model, refuse_batch_norm
-from .randomness import NO_CLIENT, Purpose, generator, initial_rows
-from .row_table import SGD, Adagrad, Optimizer
+from .player import Player
+from .randomness import initial_rows
+from .robust import Statistic, median, trimmed_mean
+from .row_table import SGD, Adagrad, Optimizer, RowTable
 from .run_folder import RoundMetrics, RunFolder, Summary
 from .server import Server
+from .stopwatch import Stopwatch
+from .workers import Team, started
+
+ATTEMPTS = 100  # at a round, before it is given up
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,9 @@ class Result:
     history: list[RoundMetrics]
     summary: Summary
     extractor: nn.Module  # trained; maps images to (B, D)
-    weight: Tensor  # (C, D) float32: the trained class matrix
+    weight: Tensor | None  # (C, D) float32: the trained class matrix; None where it is in a class store
+    table: RowTable  # the same by the row: table.read(class_ids), table[2:5], len(table)
+    seconds: dict[str, float]  # by stage: where the time went
     out: Path | None
 
 
@@ -72,10 +82,24 @@ def run(
         config = replace(config, data=config.data if data.name == config.data else OWN, task=data.task)
     if model is not None:
         config = replace(config, model=OWN)
+    data = data or load_data(config)
+    check_data(config, data)
     with _torch_settings(config.threads):
-        simulation = Simulation(config, data or load_data(config), model)
-        folder, history = _open_folder(simulation, resume)
-        return _run(simulation, folder, history, on_round or (lambda metrics: None), stop or (lambda: False))
+        player = Player(config, data, model)
+        folder, checkpoint, history = _open_folder(config, resume)
+        store = _open_store(config, data.num_classes, checkpoint)
+        with started(config, data, model) as workers:
+            simulation = Simulation(config, player, workers, store)
+            if checkpoint:
+                simulation.server.restore(checkpoint.tensors, checkpoint.round)
+            with simulation.team:
+                return _run(
+                    simulation, folder, history, on_round or (lambda metrics: None), stop or (lambda: False)
+                )
+
+
+class TooFewClients(RuntimeError):
+    """A round that no cohort made."""
 
 
 class Stopped(Exception):
@@ -86,16 +110,24 @@ class Stopped(Exception):
         self.rounds, self.folder = rounds, folder
 
 
-def _open_folder(simulation: "Simulation", resume: bool) -> tuple[RunFolder | None, list[RoundMetrics]]:
-    """(where results go, the rounds that are done)"""
-    config = simulation.config
+def _open_folder(
+    config: Config, resume: bool
+) -> tuple[RunFolder | None, Checkpoint | None, list[RoundMetrics]]:
+    """(where results go, what is gone on from, the rounds that are done)"""
     if config.out is None:
-        return None, []
+        return None, None, []
     if not resume:
-        return RunFolder.new(config.out, config), []
-    folder, checkpoint, history = RunFolder.resumed(config.out, config)
-    simulation.server.restore(checkpoint.tensors, checkpoint.round)
-    return folder, history
+        return RunFolder.new(config.out, config), None, []
+    return RunFolder.resumed(config.out, config)
+
+
+def _open_store(config: Config, num_classes: int, checkpoint: Checkpoint | None) -> ClassStore | None:
+    if config.class_store is None:
+        return None
+    size = num_classes, config.embedding_dim
+    if checkpoint is None:
+        return ClassStore.new(config.class_store, *size, overwrite=config.overwrite)
+    return ClassStore.opened(config.class_store, *size, checkpoint.store)
 
 
 def _run(
@@ -114,41 +146,36 @@ def _run(
         accuracies = simulation.evaluate(last=done == config.rounds) if measured else (None, None)
         history.append(_round_metrics(config, history, updates, entries, accuracies, begun))
         if folder:
-            folder.add(history[-1], entries)
+            with simulation.watch("files"):
+                folder.add(history[-1], entries)
         on_round(history[-1])
         stopping = stop() and done < config.rounds
         due = config.checkpoint_every and done % config.checkpoint_every == 0
         if folder and done < config.rounds and (due or stopping):
-            folder.save_checkpoint(done, simulation.server.stored())
+            with simulation.watch("files"):
+                simulation.checkpoint(folder, done)
         if stopping:
             raise Stopped(done, config.out)
     summary = simulation.summarise(history)
-    extractor, weight = simulation.trained()
+    extractor, table = simulation.trained()
+    weight = None if table.store else table[:]
     if folder:
         folder.finish(summary, extractor, weight)
-    return Result(config, history, summary, extractor, weight, config.out)
+    if table.store:
+        table.store.finish()
+    return Result(config, history, summary, extractor, weight, table, simulation.watch.seconds, config.out)
 
 
 class Simulation:
-    """A run's state, which is the server's, and everything that is made once: client, data, method."""
+    """A run's state, which is the server's, and everything that is made once."""
 
-    def __init__(self, config: Config, data: FederatedData, model: nn.Module | None = None):
-        check_data(config, data)
-        self.config, self.data, self.method = config, data, METHODS[config.method]
-        module = copy.deepcopy(model) if model is not None else _build_model(config)
-        _check_model(module, config, data)
-        self.extractor = Extractor(module)
-        self.client = Client(
-            self.extractor,
-            data,
-            local_epochs=config.local_epochs,
-            batch_size=config.batch_size,
-            scale=config.scale,
-            seed=config.seed,
-            max_shift=config.max_shift,
-        )
+    def __init__(self, config: Config, player: Player, workers: int = 1, store: ClassStore | None = None):
+        data = player.data
+        self.config, self.data, self.player = config, data, player
+        self.watch = Stopwatch()
+        self.team = Team(player, workers, self.watch)
         self.server = Server(
-            self.extractor.flat,
+            player.extractor.flat,
             data.num_classes,
             config.embedding_dim,
             initial_rows=partial(
@@ -156,25 +183,64 @@ class Simulation:
             ),
             optimizer=_server_optimizer(config),
             denominator=config.denominator,
+            statistic=_statistic(config),
+            store=store,
+        )
+        self.inspection = Inspection(
+            len(self.server.extractor),
+            config.embedding_dim,
+            max_examples=max(map(len, data.clients)),
+            max_norm=config.max_norm,
         )
 
-    def play(self, round: int, attempt: int = 0) -> tuple[list[Update], list[Entry]]:
-        """One round: what the clients sent back, and what moved. Clients are played in order of their ids."""
-        config, lr = self.config, learning_rate(self.config, round)
-        travel = partial(over_the_wire, dtype=config.wire_dtype)
-        updates, entries = [], []
-        for k in draw_cohort(config.seed, round, attempt, len(self.data.clients), config.cohort):
-            rng = generator(config.seed, round, attempt, k, Purpose.NEGATIVES)
-            request = self.method.request(
-                self.data.num_classes, self.client.positives(k), config.num_negatives, config.correction, rng
-            )
-            phi, rows = map(travel, self.server.select(request.class_ids))
-            update = self.client.update(k, round, attempt, request, phi, rows, lr)
-            updates.append(replace(update, rows=travel(update.rows), extractor=travel(update.extractor)))
-            entries.append(Entry(round + 1, k, len(rows), self._traffic(len(rows), request.sends_ids)))
-        self.server.step(self.server.aggregate(updates))
-        self.extractor.check_buffers()
-        return updates, entries
+    def play(self, round: int) -> tuple[list[Update], list[Entry]]:
+        """One round: the updates that counted, and what moved.
+
+        Where fewer than `min_clients` count nothing is applied and another cohort is drawn. Raises
+        TooFewClients after ATTEMPTS of them.
+        """
+        entries: list[Entry] = []
+        for attempt in range(ATTEMPTS):
+            updates, moved = self._attempt(round, attempt)
+            entries += moved
+            if len(updates) >= self.config.min_clients:
+                with self.watch("aggregation"):
+                    self.server.step(self.server.aggregate(updates))
+                return updates, entries
+        raise TooFewClients(
+            f"round {round + 1}: of {ATTEMPTS} cohorts of {self.config.cohort} none had "
+            f"{self.config.min_clients} answers that counted"
+        )
+
+    def _attempt(self, round: int, attempt: int) -> tuple[list[Update], list[Entry]]:
+        """A cohort's updates that count, in order of the clients' ids, and a line on each client."""
+        config = self.config
+        cohort = draw_cohort(config.seed, round, attempt, len(self.data.clients), config.cohort)
+        absent = {k: absence(config, round, attempt, k) for k in cohort}
+        with self.watch("select"):
+            requests = {k: self.player.request(round, attempt, k) for k in cohort}
+        answered = {k: request for k, request in requests.items() if absent[k] is None}
+        updates = {update.client: update for update in self.team.play(round, attempt, answered, self.server)}
+        accepted, entries = [], []
+        for k, request in requests.items():
+            outcome, fault = absent[k] or "accepted", ""
+            if k in updates:
+                with self.watch("aggregation"):
+                    fault = self._fault(updates[k], request.class_ids)
+            if fault:
+                outcome = "rejected"
+                log.warning("round %d: client %d's update was left out: %s", round + 1, k, fault)
+            elif k in updates:
+                accepted.append(self._clipped(updates[k]))
+            traffic = self._traffic(len(request.class_ids), request.sends_ids, answers=k in updates)
+            entries.append(Entry(round + 1, attempt, k, len(request.class_ids), outcome, fault, traffic))
+        return accepted, entries
+
+    def _fault(self, update: Update, asked: Tensor) -> str:
+        return "" if self.config.trust_updates else self.inspection.fault(update, asked) or ""
+
+    def _clipped(self, update: Update) -> Update:
+        return update if self.config.clip_norm is None else clipped(update, self.config.clip_norm)
 
     def evaluate(self, *, last: bool) -> tuple[float | None, float | None]:
         """(top-1, MAP@10) of the server's model on the test images.
@@ -182,28 +248,42 @@ class Simulation:
         Of a classification task MAP@10, the dearer and the second number, is measured in the last round only;
         top-1 of a retrieval task, whose test classes have no rows, never.
         """
-        self.extractor.flat.copy_(self.server.extractor)
-        embeddings = self.extractor.embed(self.data.test_images)
+        embeddings = self.team.embed(self.server.extractor)
         labels = self.data.test_labels
-        if self.data.task == "retrieval":
-            return None, map_at_r(embeddings, labels)
-        return top1(embeddings, self.server.weight, labels), map_at_r(embeddings, labels) if last else None
+        with self.watch("evaluation"):
+            if self.data.task == "retrieval":
+                return None, map_at_r(embeddings, labels)
+            retrieved = map_at_r(embeddings, labels) if last else None
+            return top1(embeddings, self.server.weight, labels), retrieved
 
-    def trained(self) -> tuple[nn.Module, Tensor]:
-        self.extractor.flat.copy_(self.server.extractor)
-        return self.extractor.module.eval(), self.server.weight[:]
+    def checkpoint(self, folder: RunFolder, rounds: int) -> None:
+        store = self.server.weight.store
+        folder.save_checkpoint(rounds, self.server.stored(), store.identity if store else None)
+        self.server.checkpointed(rounds)
 
-    def _traffic(self, num_rows: int, sends_ids: bool) -> Traffic:
+    def trained(self) -> tuple[nn.Module, RowTable]:
+        extractor = self.player.extractor
+        extractor.flat.copy_(self.server.extractor)
+        return extractor.module.eval(), self.server.weight
+
+    def _traffic(self, num_rows: int, sends_ids: bool, answers: bool) -> Traffic:
         """Of one client in one round."""
-        config, num_parameters = self.config, len(self.server.extractor)
         return client_traffic(
-            num_parameters, num_rows, config.embedding_dim, sends_ids=sends_ids, dtype=config.wire_dtype
+            len(self.server.extractor),
+            num_rows,
+            self.config.embedding_dim,
+            sends_ids=sends_ids,
+            answers=answers,
+            dtype=self.config.wire_dtype,
         )
 
     def summarise(self, history: list[RoundMetrics]) -> Summary:
         config, data, last = self.config, self.data, history[-1]
-        full = self._traffic(data.num_classes, sends_ids=False)
-        updates = len(history) * config.cohort
+        full = [
+            self._traffic(data.num_classes, sends_ids=False, answers=answers) for answers in (True, False)
+        ]
+        counts = {outcome: sum(getattr(metrics, outcome) for metrics in history) for outcome in OUTCOMES}
+        answered = counts["accepted"] + counts["rejected"], counts["dropped"] + counts["late"]
         return Summary(
             method=config.method,
             data=data.name,
@@ -213,6 +293,7 @@ class Simulation:
             map_at_10=last.map_at_10,
             rounds=len(history),
             cohort=config.cohort,
+            **counts,
             num_classes=data.num_classes,
             num_clients=len(data.clients),
             num_train_images=sum(len(held) for held in data.clients),
@@ -221,34 +302,21 @@ class Simulation:
             embedding_dim=config.embedding_dim,
             mean_class_set=float(np.mean([metrics.mean_class_set for metrics in history])),
             traffic=sum((metrics.traffic for metrics in history), Traffic()),
-            full_traffic=Traffic(*(updates * count for count in astuple(full))),
+            full_traffic=sum((each.times(n) for each, n in zip(full, answered, strict=True)), Traffic()),
             seconds=last.seconds,
         )
+
+
+def _statistic(config: Config) -> Statistic | None:
+    if config.aggregation == "median":
+        return median
+    return partial(trimmed_mean, trim=config.trim) if config.aggregation == "trimmed_mean" else None
 
 
 def _server_optimizer(config: Config) -> Optimizer:
     if config.server_optimizer == "adagrad":
         return Adagrad(config.server_lr)
     return SGD(config.server_lr, config.server_momentum)
-
-
-def draw_cohort(seed: int, round: int, attempt: int, num_clients: int, cohort: int) -> list[int]:
-    """`cohort` different clients of [0, num_clients), uniformly, ascending."""
-    rng = generator(seed, round, attempt, NO_CLIENT, Purpose.COHORT)
-    return sorted(rng.choice(num_clients, cohort, replace=False).tolist())
-
-
-def learning_rate(config: Config, round: int) -> float:
-    """The clients' rate in a round, from 0: a linear rise to client_lr over warmup_rounds, then the decay.
-
-    A linear or cosine decay would reach 0 in the round after the last.
-    """
-    warmup = config.warmup_rounds
-    if round < warmup:
-        return config.client_lr * (round + 1) / warmup
-    done = (round - warmup) / max(1, config.rounds - warmup)
-    decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
-    return config.client_lr * decay[config.lr_decay]
 
 
 def load_data(config: Config) -> FederatedData:
@@ -278,26 +346,6 @@ def check_data(config: Config, data: FederatedData) -> None:
         raise ConfigError("data", f"expected at least 2 test images, got {len(data.test_images)}")
 
 
-def _build_model(config: Config) -> nn.Module:
-    if config.model == OWN:
-        raise ConfigError("model", f"{OWN!r} model is handed over in Python, as run(config, model=...)")
-    return build_model(config.model, config.embedding_dim, config.seed)
-
-
-def _check_model(module: nn.Module, config: Config, data: FederatedData) -> None:
-    """Raises ValueError unless the module maps these images to (B, D) and can be averaged."""
-    refuse_batch_norm(module)
-    module.eval()
-    with torch.no_grad():
-        embeddings = module(as_input(data.images[:2]))
-    expected = (len(data.images[:2]), config.embedding_dim)
-    if tuple(embeddings.shape) != expected:
-        raise ValueError(
-            f"model: expected embeddings of shape {expected} for {expected[0]} images (embedding_dim "
-            f"{config.embedding_dim}), got {tuple(embeddings.shape)}"
-        )
-
-
 def _round_metrics(
     config: Config,
     history: list[RoundMetrics],
@@ -314,6 +362,8 @@ def _round_metrics(
         client_lr=learning_rate(config, len(history)),
         top1=accuracies[0],
         map_at_10=accuracies[1],
+        attempts=entries[-1].attempt + 1,
+        **{outcome: sum(entry.outcome == outcome for entry in entries) for outcome in OUTCOMES},
         mean_class_set=sum(entry.num_rows for entry in entries) / len(entries),
         **{f"bytes_{kind}": count for kind, count in asdict(moved).items()},
         bytes_so_far=moved.total + (history[-1].bytes_so_far if history else 0),

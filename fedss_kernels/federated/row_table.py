@@ -5,59 +5,16 @@ What a row is now follows from what is stored and from the number of steps done:
 round costs what the rows in it cost, however many there are.
 """
 
-import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .. import _C
-
-
-@dataclass
-class Rows:
-    """What is stored: a row as it was after its own last step, zeros where it had none.
-
-    All of a row lies side by side, as it is read together, and rows come in no order.
-    """
-
-    weight: Tensor  # (C, D) float32
-    state: Tensor  # (C, D) float32, the optimiser's
-    stepped: Tensor  # (C,) int64: steps of the matrix that were done then, its own among them
-
-    @staticmethod
-    def zeros(num_rows: int, dim: int, folder: Path | None = None) -> "Rows":
-        """In memory, or in a new file of a folder: zeros take no room in either.
-
-        Raises FileExistsError for a file that is there, OSError for a folder that cannot be written to.
-        """
-        width = 2 * dim + 2  # weight, state and 8 bytes of an integer, counted in float32
-        size = 4 * num_rows * width
-        memory = _in_memory(size) if folder is None else _in_file(folder, size)
-        numbers = torch.from_numpy(np.frombuffer(memory, np.float32).reshape(num_rows, width))
-        return Rows(numbers[:, :dim], numbers[:, dim : 2 * dim], numbers.view(torch.int64)[:, dim])
-
-
-def _in_memory(size: int) -> mmap.mmap:
-    """Memory that comes as it is written, by the page: not by the huge page, of thousands of rows for one."""
-    memory = mmap.mmap(-1, size)
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):
-        memory.madvise(mmap.MADV_NOHUGEPAGE)
-    return memory
-
-
-def _in_file(folder: Path, size: int) -> mmap.mmap:
-    """A file that takes room as it is written, read by the page: rows come in no order."""
-    with (folder / "rows.bin").open("x+b") as file:
-        file.truncate(size)
-        memory = mmap.mmap(file.fileno(), size)
-    if hasattr(mmap, "MADV_RANDOM"):
-        memory.madvise(mmap.MADV_RANDOM)
-    return memory
+from .class_store import ClassStore
+from .rows import Rows
 
 
 class Optimizer(Protocol):
@@ -117,9 +74,9 @@ class RowTable:
         dim: int,
         optimizer: Optimizer,
         initial: Callable[[Tensor], Tensor],  # class_ids (S,) -> rows (S, D), a pure function of each id
-        folder: Path | None = None,  # for a file that may be larger than memory; None: memory
+        store: ClassStore | None = None,  # where rows are; None: in memory
     ):
-        self.rows = Rows.zeros(num_rows, dim, folder)
+        self.rows, self.store = store.rows if store else Rows.zeros(num_rows, dim), store
         self.optimizer, self.initial = optimizer, initial
         self.now = 0  # steps done
 
@@ -146,13 +103,18 @@ class RowTable:
         _check_range(class_ids, len(self))
         if (class_ids[1:] <= class_ids[:-1]).any():
             raise ValueError("class_ids: expected them ascending, each once")
+        if self.store:
+            self.store.keep(class_ids)
         new = class_ids[self.rows.stepped[class_ids] == 0]
         self.rows.weight[new] = self.initial(new)
         self.optimizer.step(self.rows, class_ids, gradient, self.now)
         self.now += 1
 
     def stored(self) -> dict[str, Tensor]:
-        """The rows that were stepped, U of them, for `restore`."""
+        """The rows that were stepped, U of them, for `restore`; of a store nothing, as it has them."""
+        if self.store:
+            self.store.sync()
+            return {}
         class_ids = self.rows.stepped.nonzero()[:, 0]
         return {
             "class_ids": class_ids,
@@ -162,12 +124,14 @@ class RowTable:
         }
 
     def restore(self, stored: dict[str, Tensor], now: int) -> None:
-        """In a table of which no row was stepped: the rows and the steps of another."""
+        """In a table of which no row was stepped, or in its store: the rows and the steps of another."""
+        self.now = now
+        if self.store:
+            return self.store.roll_back(now)
         class_ids = stored["class_ids"]
         self.rows.weight[class_ids] = stored["weight"]
         self.rows.state[class_ids] = stored["state"]
         self.rows.stepped[class_ids] = stored["stepped"]
-        self.now = now
 
 
 def _check_range(class_ids: Tensor, num_rows: int) -> None:

@@ -5,7 +5,8 @@ metrics.csv   one line for each round
 ledger.csv    one line for each client of each round: bytes by kind
 checkpoint-*  what a run that was stopped goes on from; gone once it is finished
 summary.json  the figures at the end
-model.pt      {"extractor": state dict, "weight": W}, for torch.load(path, weights_only=True)
+model.pt      {"extractor": state dict, "weight": W}, for torch.load(path, weights_only=True); without W
+              where that is in a class store
 report.html, accuracy_by_round.png, accuracy_by_bytes.png
 error.txt     the traceback, where a run of `fedss compare` failed
 """
@@ -16,7 +17,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,12 @@ class RoundMetrics:
     client_lr: float
     top1: float | None
     map_at_10: float | None
-    mean_class_set: float  # mean |S_k| over the cohort
+    attempts: int  # cohorts drawn, as one in which too few answer is followed by another
+    accepted: int  # answers that counted
+    dropped: int  # clients that never answered
+    late: int  # clients that took longer than the deadline
+    rejected: int  # answers that were left out, as something was wrong with them
+    mean_class_set: float  # mean |S_k| over the clients drawn
     bytes_down_extractor: int
     bytes_down_rows: int
     bytes_up_ids: int
@@ -76,6 +82,10 @@ class Summary:
     map_at_10: float | None
     rounds: int
     cohort: int
+    accepted: int
+    dropped: int
+    late: int
+    rejected: int
     num_classes: int  # C
     num_clients: int
     num_train_images: int
@@ -116,7 +126,9 @@ class RunFolder:
         checkpoint.remove(path)
         config.save(path / "config.json")
         _append(path / "metrics.csv", [[field.name for field in fields(RoundMetrics)]])
-        _append(path / "ledger.csv", [["round", "client", "num_rows", *(f.name for f in fields(Traffic))]])
+        kinds = [field.name for field in fields(Traffic)]
+        head = ["round", "attempt", "client", "num_rows", "outcome", "fault"]
+        _append(path / "ledger.csv", [[*head, *kinds]])
         return cls(path, config)
 
     @classmethod
@@ -142,23 +154,29 @@ class RunFolder:
             raise CheckpointError(f"{path / 'metrics.csv'} is damaged: not the rounds 1 to {found.round}")
         return cls(path, config), found, history
 
-    def save_checkpoint(self, rounds: int, tensors: Mapping[str, Tensor]) -> None:
+    def save_checkpoint(self, rounds: int, tensors: Mapping[str, Tensor], store: str | None = None) -> None:
         """Of what the server holds after so many rounds; the tables are synced first."""
         lengths = {}
         for name in ("metrics.csv", "ledger.csv"):
             with (self.path / name).open("rb") as file:
                 os.fsync(file.fileno())
                 lengths[name] = os.fstat(file.fileno()).st_size
-        checkpoint.write(self.path, self.config, Checkpoint(rounds, tensors, lengths))
+        checkpoint.write(self.path, self.config, Checkpoint(rounds, tensors, lengths, store))
 
     def add(self, metrics: RoundMetrics, entries: list[Entry]) -> None:
-        _append(self.path / "metrics.csv", [dataclasses.astuple(metrics)])
-        lines = [(e.round, e.client, e.num_rows, *dataclasses.astuple(e.traffic)) for e in entries]
-        _append(self.path / "ledger.csv", lines)
+        _append(self.path / "metrics.csv", [astuple(metrics)])
+        _append(
+            self.path / "ledger.csv",
+            [
+                (e.round, e.attempt, e.client, e.num_rows, e.outcome, e.fault, *astuple(e.traffic))
+                for e in entries
+            ],
+        )
 
-    def finish(self, summary: Summary, extractor: nn.Module, weight: Tensor) -> None:
+    def finish(self, summary: Summary, extractor: nn.Module, weight: Tensor | None) -> None:
         state = {name: value.detach().clone() for name, value in extractor.state_dict().items()}
-        torch.save({"extractor": state, "weight": weight.clone()}, self.path / "model.pt")
+        rows = {} if weight is None else {"weight": weight.clone()}
+        torch.save({"extractor": state, **rows}, self.path / "model.pt")
         # Under its name when it is whole: it says that the run is finished.
         unfinished = self.path / "summary-unfinished.json"
         unfinished.write_text(json.dumps(summary.to_dict(), indent=2) + "\n", encoding="utf-8")

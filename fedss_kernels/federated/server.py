@@ -7,13 +7,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..scatter_add import scatter_add_
+from .class_store import ClassStore
 from .client import Update
+from .robust import Statistic, by_row
 from .row_table import Optimizer, RowTable
 
 
@@ -36,10 +37,11 @@ class Server:
         initial_rows: Callable[[Tensor], Tensor],  # class_ids (S,) -> rows (S, D) of the initial W
         optimizer: Optimizer,  # of W and phi alike
         denominator: str = "cohort",
-        folder: Path | None = None,  # for W, where it is larger than memory
+        statistic: Statistic | None = None,  # of each number over the clients, unweighted; None: their mean
+        store: ClassStore | None = None,  # where W is; None: in memory
     ):
-        self.denominator = denominator
-        self.weight = RowTable(num_classes, embedding_dim, optimizer, initial_rows, folder)
+        self.denominator, self.statistic = denominator, statistic
+        self.weight = RowTable(num_classes, embedding_dim, optimizer, initial_rows, store)
         first = extractor.clone()[None]
         self._extractor = RowTable(
             1, len(extractor), optimizer, lambda ids: first[ids]
@@ -60,6 +62,11 @@ class Server:
             table.restore(parts, rounds)
         self.extractor = self._extractor[:][0]
 
+    def checkpointed(self, rounds: int) -> None:
+        """What `stored` gave after so many rounds is on disk."""
+        if self.weight.store:
+            self.weight.store.mark(rounds)
+
     def select(self, class_ids: Tensor) -> tuple[Tensor, Tensor]:
         """(phi (P,), W[class_ids] (S, D)): what a client downloads. Not to be changed in place."""
         return self.extractor, self.weight.read(class_ids)
@@ -68,10 +75,13 @@ class Server:
         """g of the updates, added up in their order, so the bits depend on nothing else.
 
         An update weighs n_k / n, n = sum n_k over the updates; for class rows and `denominator="holders"`, n
-        is the sum over the updates that hold the row.
+        is the sum over the updates that hold the row. A robust statistic of a row is taken over its holders,
+        unweighted, and times their sum of n_k / n.
         """
         class_ids = torch.cat([update.class_ids for update in updates]).unique()
         places = [torch.searchsorted(class_ids, update.class_ids) for update in updates]
+        if self.statistic is not None:
+            return self._robust(updates, class_ids, places, self.statistic)
         n = self._row_counts(updates, places, len(class_ids))
         total = sum(update.num_examples for update in updates)
         rows = torch.zeros(len(class_ids), updates[0].rows.shape[1])
@@ -81,6 +91,22 @@ class Server:
             share = torch.tensor([update.num_examples / total], dtype=extractor.dtype)
             scatter_add_(extractor[None], torch.zeros(1, dtype=torch.int64), update.extractor[None], share)
         return PseudoGradient(class_ids, rows, extractor)
+
+    def _robust(
+        self,
+        updates: Sequence[Update],
+        class_ids: Tensor,
+        places: Sequence[Tensor],
+        statistic: Statistic,
+    ) -> PseudoGradient:
+        held = torch.zeros(len(class_ids), dtype=torch.float64)  # sum of n_k over a row's holders
+        for update, place in zip(updates, places, strict=True):
+            held[place] += update.num_examples
+        weight = (held / self._row_counts(updates, places, len(class_ids))).to(torch.float32)
+        rows = torch.cat([update.rows for update in updates])
+        middle = by_row(statistic, rows, torch.cat(list(places)), len(class_ids))
+        extractor = statistic(torch.stack([update.extractor for update in updates]))
+        return PseudoGradient(class_ids, middle * weight[:, None], extractor)
 
     def _row_counts(self, updates: Sequence[Update], places: Sequence[Tensor], num_rows: int) -> Tensor:
         """(U,) float64: the n of each row's average. Counts are whole numbers, so their sum is exact."""

@@ -1,0 +1,90 @@
+"""What every process that plays clients has: the data, one model, the method. All made once."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from .algorithms import METHODS, Request
+from .client import Client, Extractor, Update, as_input
+from .config import OWN, Config, ConfigError, learning_rate
+from .data import FederatedData
+from .models import build_model, refuse_batch_norm
+from .poison import poisoned
+from .randomness import Purpose, generator
+
+EVALUATION_BATCH = 512  # test images
+
+
+class Player:
+    """Plays any client in any round. What comes out is a function of the arguments alone, in any process."""
+
+    def __init__(self, config: Config, data: FederatedData, model: nn.Module | None = None):
+        self.config, self.data, self.method = config, data, METHODS[config.method]
+        module = copy.deepcopy(model) if model is not None else _build_model(config)
+        _check_model(module, config, data)
+        self.extractor = Extractor(module)
+        self.client = Client(
+            self.extractor,
+            data,
+            local_epochs=config.local_epochs,
+            batch_size=config.batch_size,
+            scale=config.scale,
+            seed=config.seed,
+            max_shift=config.max_shift,
+        )
+
+    def num_images(self, client: int) -> int:
+        return len(self.data.clients[client])
+
+    def request(self, round: int, attempt: int, client: int) -> Request:
+        """What the client asks for."""
+        config = self.config
+        rng = generator(config.seed, round, attempt, client, Purpose.NEGATIVES)
+        positives = self.client.positives(client)
+        return self.method.request(
+            self.data.num_classes, positives, config.num_negatives, config.correction, rng
+        )
+
+    def update(
+        self, round: int, attempt: int, client: int, request: Request, phi: Tensor, rows: Tensor
+    ) -> Update:
+        """What it sends back for phi (P,) and its rows (S, D)."""
+        lr = learning_rate(self.config, round)
+        update = self.client.update(client, round, attempt, request, phi, rows, lr)
+        if self.config.poison_rate:
+            rng = generator(self.config.seed, round, attempt, client, Purpose.POISON)
+            if rng.random() < self.config.poison_rate:
+                return poisoned(update, self.data.num_classes, rng)
+        return update
+
+    def embed(self, phi: Tensor, part: int = 0, parts: int = 1) -> list[Tensor]:
+        """The test images' embeddings, in batches: every `parts`-th, from number `part` on."""
+        self.extractor.flat.copy_(phi)
+        batches = self.data.test_images.split(EVALUATION_BATCH)
+        return [self.extractor.embed(batch) for batch in batches[part::parts]]
+
+    def embedded(self, part: int, parts: int) -> list[tuple[int, int]]:
+        """Shapes of what `embed` makes."""
+        batches = self.data.test_images.split(EVALUATION_BATCH)
+        return [(len(batch), self.config.embedding_dim) for batch in batches[part::parts]]
+
+
+def _build_model(config: Config) -> nn.Module:
+    if config.model == OWN:
+        raise ConfigError("model", f"{OWN!r} model is handed over in Python, as run(config, model=...)")
+    return build_model(config.model, config.embedding_dim, config.seed)
+
+
+def _check_model(module: nn.Module, config: Config, data: FederatedData) -> None:
+    """Raises ValueError unless the module maps these images to (B, D) and can be averaged."""
+    refuse_batch_norm(module)
+    module.eval()
+    with torch.no_grad():
+        embeddings = module(as_input(data.images[:2]))
+    expected = (len(data.images[:2]), config.embedding_dim)
+    if tuple(embeddings.shape) != expected:
+        raise ValueError(
+            f"model: expected embeddings of shape {expected} for {expected[0]} images (embedding_dim "
+            f"{config.embedding_dim}), got {tuple(embeddings.shape)}"
+        )

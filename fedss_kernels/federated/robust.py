@@ -1,0 +1,37 @@
+"""Averages that a few wrong values do not move: of each coordinate by itself, over the clients, unweighted.
+
+Yin, Chen, Kannan and Bartlett, "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates",
+ICML 2018.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Statistic = Callable[[Tensor], Tensor]  # (..., K, N) of K clients -> (..., N)
+
+
+def median(values: Tensor) -> Tensor:  # (..., K, N) -> (..., N)
+    """Of an even number the mean of the two in the middle."""
+    K = values.shape[-2]
+    ordered = values.sort(-2).values
+    return (ordered[..., (K - 1) // 2, :] + ordered[..., K // 2, :]) / 2
+
+
+def trimmed_mean(values: Tensor, trim: float) -> Tensor:  # (..., K, N) -> (..., N)
+    """The mean without the floor(trim * K) smallest and as many of the largest; trim in [0, 0.5)."""
+    K = values.shape[-2]
+    cut = int(trim * K)
+    return values.sort(-2).values[..., cut : K - cut, :].mean(-2)
+
+
+def by_row(statistic: Statistic, rows: Tensor, places: Tensor, num_places: int) -> Tensor:
+    """(U, N) the statistic of the rows (M, N) of each place; places (M,) in [0, U), each at least once."""
+    holders = torch.bincount(places, minlength=num_places)
+    grouped, first = places.argsort(stable=True), holders.cumsum(0) - holders
+    out = rows.new_empty(num_places, rows.shape[1])
+    for count in holders.unique().tolist():
+        alike = (holders == count).nonzero()[:, 0]
+        out[alike] = statistic(rows[grouped[first[alike][:, None] + torch.arange(count)]])
+    return out

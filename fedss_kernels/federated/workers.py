@@ -1,0 +1,289 @@
+"""The processes that play a round's clients: ranks of torch.distributed, of which rank 0 is the server too.
+
+Every choice is a function of the round and the client, so a worker is told only which clients to play, and is
+sent phi and their class rows. Updates are added up in the clients' order, so the bits are the same for any
+number of workers.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from enum import IntEnum
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .algorithms import Request
+from .client import Update
+from .config import Config, ConfigError
+from .data import FederatedData
+from .ledger import over_the_wire
+from .player import Player
+from .server import Server
+from .stopwatch import Stopwatch
+
+FOREVER = timedelta(days=365)  # how long a worker waits for the others: an evaluation may take any time
+
+
+class WorkerLost(RuntimeError):
+    """A process that plays clients is gone."""
+
+
+class Call(IntEnum):
+    """What rank 0 wants of the others."""
+
+    PLAY = 0
+    EMBED = 1
+    END = 2
+
+
+@dataclass
+class Team:
+    """Rank 0's view of the workers, itself among them. With one, nothing is sent."""
+
+    player: Player
+    size: int
+    watch: Stopwatch
+
+    def play(self, round: int, attempt: int, requests: Mapping[int, Request], server: Server) -> list[Update]:
+        """What clients who make these requests send back, in their order."""
+        shares = divided(list(requests), self.player.num_images, self.size)
+        phi = self._travelled(server.extractor)
+        self._call(Call.PLAY, phi, round, attempt, list(requests))
+        rows: dict[int, Tensor] = {}
+        for rank in [*range(1, self.size), 0]:  # the others' first, as they wait for them
+            with self.watch("select"):
+                for k in shares[rank]:
+                    rows[k] = self._travelled(server.select(requests[k].class_ids)[1])
+            if rank:
+                self._send_all([rows.pop(k) for k in shares[rank]], rank)
+        updates = {}
+        with self.watch("local training"):
+            for k in shares[0]:
+                updates[k] = self.player.update(round, attempt, k, requests[k], phi, rows.pop(k))
+            self.player.extractor.check_buffers()
+        for rank in range(1, self.size):
+            sizes = [len(requests[k].class_ids) for k in shares[rank]]
+            with self._communication():
+                found = _receive_updates(shares[rank], sizes, self.player, rank)
+            updates |= {update.client: update for update in found}
+        return [
+            replace(u, rows=self._travelled(u.rows), extractor=self._travelled(u.extractor))
+            for u in (updates[k] for k in requests)
+        ]
+
+    def embed(self, phi: Tensor) -> Tensor:
+        """(T, D): the test images' embeddings, each worker's batches by its own."""
+        self._call(Call.EMBED, phi)
+        with self.watch("evaluation"):
+            batches = {0: self.player.embed(phi, 0, self.size)}
+        for rank in range(1, self.size):
+            with self._communication():
+                batches[rank] = [_receive(shape, rank) for shape in self.player.embedded(rank, self.size)]
+        total = sum(map(len, batches.values()))
+        return torch.cat([batches[i % self.size][i // self.size] for i in range(total)])
+
+    def __enter__(self) -> "Team":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Lets the others go."""
+        if self.size > 1:
+            with contextlib.suppress(RuntimeError):  # they are gone already
+                dist.broadcast(torch.tensor([Call.END, 0, 0, 0]), 0)
+
+    def _travelled(self, numbers: Tensor) -> Tensor:
+        return over_the_wire(numbers, self.player.config.wire_dtype)
+
+    def _call(
+        self, call: Call, phi: Tensor, round: int = 0, attempt: int = 0, clients: Sequence[int] = ()
+    ) -> None:
+        if self.size == 1:
+            return
+        with self._communication():
+            dist.broadcast(torch.tensor([call, round, attempt, len(clients)]), 0)
+            if clients:
+                dist.broadcast(torch.tensor(clients), 0)
+            dist.broadcast(phi.contiguous(), 0)
+
+    def _send_all(self, rows: list[Tensor], rank: int) -> None:
+        if rows:
+            with self._communication():
+                dist.send(torch.cat(rows), rank)
+
+    @contextlib.contextmanager
+    def _communication(self) -> Iterator[None]:
+        try:
+            with self.watch("communication"):
+                yield
+        except RuntimeError as error:
+            raise WorkerLost(f"a worker was lost: {error}") from error
+
+
+def serve(player: Player, rank: int, size: int) -> None:
+    """What every rank but 0 does until the run ends."""
+    header = torch.empty(4, dtype=torch.int64)
+    phi = torch.empty_like(player.extractor.flat)
+    while True:
+        try:
+            dist.broadcast(header, 0)
+        except RuntimeError:  # rank 0 is gone, and with it whom to tell
+            return
+        call, round, attempt, count = header.tolist()
+        if call == Call.END:
+            return
+        clients = torch.empty(count, dtype=torch.int64)
+        if count:
+            dist.broadcast(clients, 0)
+        dist.broadcast(phi, 0)
+        if call == Call.EMBED:
+            for batch in player.embed(phi, rank, size):
+                dist.send(batch, 0)
+        else:
+            share = divided(clients.tolist(), player.num_images, size)[rank]
+            _play_share(player, round, attempt, share, phi)
+
+
+def _play_share(player: Player, round: int, attempt: int, share: list[int], phi: Tensor) -> None:
+    if not share:
+        return
+    requests = [player.request(round, attempt, k) for k in share]
+    sizes = [len(request.class_ids) for request in requests]
+    rows = _receive((sum(sizes), player.config.embedding_dim), 0).split(sizes)
+    updates = [
+        player.update(round, attempt, k, request, phi, own)
+        for k, request, own in zip(share, requests, rows, strict=True)
+    ]
+    player.extractor.check_buffers()
+    dist.send(torch.cat([u.class_ids for u in updates]), 0)
+    dist.send(torch.cat([u.rows for u in updates]), 0)
+    dist.send(torch.stack([u.extractor for u in updates]), 0)
+    dist.send(torch.tensor([[u.num_examples, u.loss] for u in updates], dtype=torch.float64), 0)
+
+
+def _receive_updates(share: list[int], sizes: list[int], player: Player, rank: int) -> list[Update]:
+    """What `_play_share` sends."""
+    if not share:
+        return []
+    ids = _receive((sum(sizes),), rank, torch.int64).split(sizes)
+    rows = _receive((sum(sizes), player.config.embedding_dim), rank).split(sizes)
+    extractors = _receive((len(share), len(player.extractor.flat)), rank)
+    numbers = _receive((len(share), 2), rank, torch.float64).tolist()
+    return [
+        Update(k, of_rows, moved, extractor, int(count), loss)
+        for k, of_rows, moved, extractor, (count, loss) in zip(
+            share, ids, rows, extractors, numbers, strict=True
+        )
+    ]
+
+
+def _receive(shape: tuple[int, ...], rank: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    found = torch.empty(shape, dtype=dtype)
+    dist.recv(found, rank)
+    return found
+
+
+def divided(clients: Sequence[int], size_of: Callable[[int], int], parts: int) -> list[list[int]]:
+    """The clients in `parts` shares of about as many images: the largest first, to the least burdened."""
+    shares: list[list[int]] = [[] for _ in range(parts)]
+    burdens = [0] * parts
+    for k in sorted(clients, key=lambda k: (-size_of(k), k)):
+        least = burdens.index(min(burdens))
+        shares[least].append(k)
+        burdens[least] += size_of(k)
+    return [sorted(share) for share in shares]
+
+
+# ---- processes ---------------------------------------------------------------------------------------------
+
+
+def launched() -> tuple[int, int]:
+    """(rank, number of processes) that torchrun gave this one; (0, 1) where it did not start it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+@contextlib.contextmanager
+def started(config: Config, data: FederatedData, model: nn.Module | None) -> Iterator[int]:
+    """The number of workers, this process among them, all ready to `serve`: torchrun's, or config.workers."""
+    _, size = launched()
+    if size > 1 and config.workers not in (1, size):
+        raise ConfigError("workers", f"expected {size}, as many as torchrun started, got {config.workers}")
+    if size > 1:
+        dist.init_process_group("gloo", timeout=FOREVER)
+        try:
+            yield size
+        finally:
+            dist.destroy_process_group()
+    elif config.workers > 1:
+        with _local(config, data, model):
+            yield config.workers
+    else:
+        yield 1
+
+
+@contextlib.contextmanager
+def _local(config: Config, data: FederatedData, model: nn.Module | None) -> Iterator[None]:
+    """Workers on this machine, which end with the run or with this process."""
+    context = multiprocessing.get_context("spawn")
+    given = pickle.dumps((config, data, model))
+    with tempfile.TemporaryDirectory() as folder:
+        store = str(Path(folder, "store"))
+        others = [
+            context.Process(target=_work, args=(store, rank, config.workers, given), daemon=True)
+            for rank in range(1, config.workers)
+        ]
+        for process in others:
+            process.start()
+        try:
+            _join(store, 0, config.workers, others)
+            yield
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            for process in others:
+                process.join(timeout=5)
+                process.terminate()
+
+
+def _work(store: str, rank: int, size: int, given: bytes) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for rank 0, which finishes the round
+    config, data, model = pickle.loads(given)
+    _join(store, rank, size)
+    work(config, data, model, rank, size)
+
+
+def _join(
+    path: str, rank: int, size: int, others: Sequence[multiprocessing.process.BaseProcess] = ()
+) -> None:
+    """Meets the other ranks. Raises WorkerLost if one of the processes `others` ends before it comes."""
+    store = dist.FileStore(path, size)
+    store.set(f"here {rank}", "")
+    while others and not store.check([f"here {other}" for other in range(1, size)]):
+        if not all(process.is_alive() for process in others):
+            raise WorkerLost("a worker ended before the run began")
+        time.sleep(0.02)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=FOREVER)
+
+
+def help_out(config: Config, data: FederatedData, rank: int, size: int) -> None:
+    """What a process that torchrun gave a rank but 0 does, until rank 0's run ends."""
+    dist.init_process_group("gloo", timeout=FOREVER)
+    work(config, data, None, rank, size)
+
+
+def work(config: Config, data: FederatedData, model: nn.Module | None, rank: int, size: int) -> None:
+    """All that a rank but 0 does, in a process group that is there."""
+    torch.set_num_threads(config.threads)
+    serve(Player(config, data, model), rank, size)
+    dist.destroy_process_group()

@@ -4,11 +4,6 @@ import csv
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import textwrap
-import time
 from pathlib import Path
 
 import pytest
@@ -129,47 +124,6 @@ def test_a_crash_at_any_moment_of_a_checkpoint_hurts_nothing(tmp_path, undisturb
         if at < count - 2:  # after that the run is finished, and its checkpoint may stay
             assert found == undisturbed, at
     assert crashed == count
-
-
-KILLED = """
-    import sys
-    from pathlib import Path
-    sys.path.insert(0, {tests!r})
-    from tiny_federation import tiny_config, tiny_data, tiny_model
-    from fedss_kernels.federated import run
-    out = Path({out!r})
-    config = tiny_config(rounds={rounds}, checkpoint_every=1, out=out)
-    resume = any(out.glob("checkpoint-0*"))
-    if not resume and out.exists():
-        import shutil
-        shutil.rmtree(out)
-    print("ready", flush=True)
-    run(config, data=tiny_data(), model=tiny_model(), resume=resume)
-"""
-
-
-def test_a_process_that_is_killed_goes_on_bit_for_bit(tmp_path):
-    """SIGKILL at moments spread over the run, until one gets through."""
-    rounds = 40
-    code = {
-        name: textwrap.dedent(KILLED).format(
-            tests=str(Path(__file__).parent), out=str(tmp_path / name), rounds=rounds
-        )
-        for name in ("killed", "undisturbed")
-    }
-    subprocess.run([sys.executable, "-c", code["undisturbed"]], check=True, capture_output=True)
-    kills, wait = 0, 0.1
-    while True:
-        process = subprocess.Popen([sys.executable, "-c", code["killed"]], stdout=subprocess.PIPE)
-        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
-        time.sleep(wait)
-        process.send_signal(signal.SIGKILL)
-        process.stdout.close()
-        if process.wait() == 0:
-            break
-        kills, wait = kills + 1, wait * 3
-    assert kills >= 2
-    assert files(tmp_path / "killed") == files(tmp_path / "undisturbed")
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from .config import Config
 
 FORMAT = 2
 # Options that no bit of a result depends on.
-MAY_DIFFER = ("out", "data_dir", "cache_dir", "checkpoint_every", "workers")
+MAY_DIFFER = ("out", "data_dir", "cache_dir", "class_store", "checkpoint_every", "workers")
 _STATE, _REST = "state.safetensors", "checkpoint.json"
 
 

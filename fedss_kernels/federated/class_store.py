@@ -92,7 +92,7 @@ class ClassStore:
         """There is a checkpoint of what was synced: from now on `keep` keeps what it needs."""
         write_synced(self._journal(rounds), b"")
         sync_folder(self.folder)
-        self._forget_journals(but=rounds)
+        self.forget_journals(but=rounds)
         self._since = rounds
 
     def roll_back(self, rounds: int) -> None:
@@ -108,16 +108,11 @@ class ClassStore:
         path.unlink(missing_ok=True)
         self.mark(rounds)
 
-    def finish(self) -> None:
-        """Nothing will be rolled back any more."""
-        self.sync()
-        self._forget_journals()
-        self._since = None
-
     def _journal(self, rounds: int) -> Path:
         return self.folder / f"undo-{rounds:06}.bin"
 
-    def _forget_journals(self, but: int | None = None) -> None:
+    def forget_journals(self, but: int | None = None) -> None:
+        """Nothing will be rolled back any more, but to the checkpoint after so many rounds."""
         for path in self.folder.glob("undo-*.bin"):
             if but is None or path != self._journal(but):
                 path.unlink()

@@ -112,7 +112,13 @@ def plan(config: Config, methods: Sequence[str], seeds: Sequence[int], out: Path
                 name, f"expected at least one, each once, got {', '.join(map(str, values)) or 'none'}"
             )
     return [
-        replace(config, method=method, seed=seed, out=out / f"{method}-seed{seed}")
+        replace(
+            config,
+            method=method,
+            seed=seed,
+            out=out / f"{method}-seed{seed}",
+            class_store=config.class_store and config.class_store / f"{method}-seed{seed}",
+        )
         for seed in seeds
         for method in methods
     ]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, CheckpointError
 from .class_store import ClassStore
 from .client import Update
 from .cohort import absence, draw_cohort
@@ -118,7 +118,11 @@ def _open_folder(
         return None, None, []
     if not resume:
         return RunFolder.new(config.out, config), None, []
-    return RunFolder.resumed(config.out, config)
+    folder, checkpoint, history = RunFolder.resumed(config.out, config)
+    if (checkpoint.store is None) != (config.class_store is None):
+        where = "in memory" if checkpoint.store is None else "in a class store"
+        raise CheckpointError(f"the checkpoint in {config.out} has the class matrix {where}: class_store")
+    return folder, checkpoint, history
 
 
 def _open_store(config: Config, num_classes: int, checkpoint: Checkpoint | None) -> ClassStore | None:
@@ -159,10 +163,12 @@ def _run(
     summary = simulation.summarise(history)
     extractor, table = simulation.trained()
     weight = None if table.store else table[:]
+    if table.store:
+        table.store.sync()
     if folder:
         folder.finish(summary, extractor, weight)
     if table.store:
-        table.store.finish()
+        table.store.forget_journals()
     return Result(config, history, summary, extractor, weight, table, simulation.watch.seconds, config.out)
 
 

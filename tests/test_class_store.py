@@ -1,0 +1,198 @@
+"""A class matrix in files: the bits of one in memory, and those of the last checkpoint whatever happens."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_federation import DIM, NUM_CLASSES, tiny_config, tiny_data, tiny_model
+
+from fedss_kernels.federated import CheckpointError, Stopped, run
+from fedss_kernels.federated.class_store import ClassStore
+from fedss_kernels.federated.row_table import SGD, Adagrad, RowTable
+
+ROUNDS = 6
+
+
+def train(folder: Path, *, store="rows", resume=False, stop_after=None, **options):
+    settings = {"rounds": ROUNDS, "checkpoint_every": 2, "out": folder / "run"} | options
+    seen = []
+    return run(
+        tiny_config(class_store=folder / store if store else None, **settings),
+        data=tiny_data(),
+        model=tiny_model(),
+        on_round=seen.append,
+        resume=resume,
+        stop=None if stop_after is None else lambda: seen[-1].round == stop_after,
+    )
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad"])
+def test_it_agrees_with_memory_bit_for_bit(optimizer, tmp_path):
+    in_memory = train(tmp_path / "a", store=None, server_optimizer=optimizer)
+    in_files = train(tmp_path / "b", server_optimizer=optimizer)
+    assert in_files.weight is None and len(in_files.table) == NUM_CLASSES
+    assert torch.equal(in_files.table[:], in_memory.weight) and torch.equal(
+        in_memory.table[:], in_memory.weight
+    )
+    model = torch.load(tmp_path / "b/run/model.pt", weights_only=True)
+    assert set(model) == {"extractor"}
+    assert sorted(path.name for path in (tmp_path / "b/rows").iterdir()) == ["rows.bin", "store.json"]
+
+
+@pytest.mark.parametrize("stop_after", [1, 4, 5])
+def test_a_run_that_is_stopped_goes_on_bit_for_bit(stop_after, tmp_path):
+    expected = train(tmp_path / "whole")
+    with pytest.raises(Stopped):
+        train(tmp_path / "stopped", stop_after=stop_after)
+    (tmp_path / "stopped/rows").rename(tmp_path / "stopped/moved")
+    result = train(tmp_path / "stopped", store="moved", resume=True)
+    assert torch.equal(result.table[:], expected.table[:])
+
+
+def test_killed_at_random_moments_runs_go_on_bit_for_bit(tmp_path):
+    """Of both kinds of store; most kills hit a write, as the runs do little else."""
+    script = Path(__file__).parent / "kill_and_resume.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--kills", "4", "--folder", str(tmp_path)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(" kills, ") == 2
+
+
+def table_of(store: ClassStore, optimizer=None) -> RowTable:
+    return RowTable(
+        *(len(store.rows.numbers), DIM, optimizer or SGD(1.0, 0.9)),
+        lambda ids: ids[:, None].float().expand(-1, DIM),
+        store,
+    )
+
+
+def step(table: RowTable, *class_ids: int) -> None:
+    ids = torch.tensor(class_ids)
+    table.step(ids, torch.full((len(ids), DIM), 0.5 + table.now))
+
+
+@pytest.fixture
+def stepped(tmp_path):
+    """(a store with a checkpoint after 2 rounds and 3 rounds more, the rows at the checkpoint)"""
+    store = ClassStore.new(tmp_path / "rows", 9, DIM)
+    table = table_of(store)
+    step(table, 1, 2)
+    step(table, 2, 5)
+    table.stored()
+    store.mark(2)
+    then = store.rows.numbers.clone()
+    step(table, 5, 8)
+    step(table, 2, 5)
+    step(table, 0)
+    return store, then
+
+
+@pytest.mark.parametrize("optimizer", [SGD(1.0, 0.9), Adagrad(0.1)])
+def test_reads_after_a_roll_back_are_those_at_the_checkpoint(optimizer, tmp_path):
+    store = ClassStore.new(tmp_path, 6, DIM)
+    table = table_of(store, optimizer)
+    step(table, 1, 4)
+    store.mark(1)
+    then = table[:]
+    step(table, 0, 1)
+    assert not torch.equal(table[:], then)
+    table.restore({}, 1)
+    assert torch.equal(table[:], then) and table.now == 1
+
+
+def test_the_journal_keeps_each_row_once_and_before_it_changes(stepped):
+    store, then = stepped
+    width = then.shape[1]
+    (journal,) = store.folder.glob("undo-*.bin")
+    assert journal.stat().st_size == 3 * 16 + 4 * (8 + 4 * width)  # three entries; rows 5, 8, then 2, then 0
+    store.roll_back(2)
+    assert torch.equal(store.rows.numbers, then)
+    assert journal.stat().st_size == 0
+    store.roll_back(2)
+    assert torch.equal(store.rows.numbers, then)
+
+
+def test_an_entry_that_is_not_whole_was_of_rows_that_did_not_change(stepped):
+    """Every length that the journal can have had: the rows of each whole entry come back, no others."""
+    store, then = stepped
+    (journal,) = store.folder.glob("undo-*.bin")
+    whole, changed = journal.read_bytes(), store.rows.numbers.clone()
+    entry = {rows: 16 + rows * (8 + 4 * then.shape[1]) for rows in (1, 2)}
+    first, second = entry[2], entry[2] + entry[1]
+    for length in range(len(whole) + 1):
+        journal.write_bytes(whole[:length])
+        store.rows.numbers.copy_(changed)
+        store.roll_back(2)
+        back = {5, 8} if length >= first else set()
+        back |= {2} if length >= second else set()
+        back |= {0} if length == len(whole) else set()
+        for row in range(9):
+            expected = then if row in back else changed
+            assert torch.equal(store.rows.numbers[row], expected[row]), (length, row)
+
+
+def test_a_flipped_bit_is_an_error_or_changes_nothing(stepped):
+    store, then = stepped
+    (journal,) = store.folder.glob("undo-*.bin")
+    whole, changed = journal.read_bytes(), store.rows.numbers.clone()
+    for at in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << at % 8
+        journal.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="is damaged"):
+            store.roll_back(2)
+        assert torch.equal(store.rows.numbers, changed)
+
+
+def test_another_store_is_refused(tmp_path):
+    with pytest.raises(Stopped):
+        train(tmp_path, stop_after=3)
+    ClassStore.new(tmp_path / "other", NUM_CLASSES, DIM)
+    with pytest.raises(CheckpointError, match="holds another class store"):
+        train(tmp_path, store="other", resume=True)
+    with pytest.raises(CheckpointError, match="holds no class store"):
+        train(tmp_path, store="nowhere", resume=True)
+    with pytest.raises(CheckpointError, match="has the class matrix in a class store"):
+        train(tmp_path, store=None, resume=True)
+    identity = tmp_path / "rows/store.json"
+    whole = identity.read_bytes()
+    for at in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << at % 7
+        if json.dumps(_parsed(damaged)) == json.dumps(_parsed(whole)):
+            continue  # another spelling of the same
+        identity.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="class store"):
+            train(tmp_path, resume=True)
+    identity.write_bytes(whole)
+    with (tmp_path / "rows/rows.bin").open("r+b") as file:
+        file.truncate(100)
+    with pytest.raises(CheckpointError, match="has 100 bytes"):
+        train(tmp_path, resume=True)
+
+
+def _parsed(content: bytes) -> object:
+    try:
+        return json.loads(content)
+    except ValueError:
+        return None
+
+
+def test_a_store_is_not_overwritten_unasked(tmp_path):
+    first = train(tmp_path / "a")
+    with pytest.raises(FileExistsError, match="there is a class store in"):
+        train(tmp_path / "a", out=tmp_path / "elsewhere")
+    again = train(tmp_path / "a", overwrite=True)
+    assert torch.equal(first.table[:], again.table[:])
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "rows.bin").write_text("somebody's")
+    with pytest.raises(FileExistsError, match="there is a class store in"):
+        train(tmp_path, store="foreign", overwrite=True)
+    assert (foreign / "rows.bin").read_text() == "somebody's"

@@ -1,0 +1,173 @@
+"""Updates from outside: what is wrong with one is named, and it counts for nothing."""
+
+import csv
+import dataclasses
+import logging
+import math
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_federation import tiny_config, tiny_data, tiny_model
+
+from fedss_kernels.federated import run
+from fedss_kernels.federated.client import Update
+from fedss_kernels.federated.inspection import Inspection, clipped, norm
+from fedss_kernels.federated.poison import poisoned
+from fedss_kernels.federated.randomness import Purpose, generator
+
+ASKED = torch.tensor([1, 4, 6])
+INSPECTION = Inspection(num_parameters=5, embedding_dim=2, max_examples=10, max_norm=100.0)
+
+
+def update(**changes) -> Update:
+    good = Update(3, ASKED.clone(), torch.ones(3, 2), torch.ones(5), num_examples=10, loss=0.5)
+    return dataclasses.replace(good, **changes)
+
+
+def with_entry(value: float, size: int = 6) -> torch.Tensor:
+    numbers = torch.ones(size)
+    numbers[size // 2] = value
+    return numbers
+
+
+FAULTS = {
+    "dtype": [
+        {"rows": torch.ones(3, 2).double()},
+        {"rows": torch.ones(3, 2).numpy()},
+        {"rows": torch.ones(3, 2).to_sparse()},
+        {"extractor": torch.ones(5).bfloat16()},
+        {"class_ids": ASKED.int()},
+        {"class_ids": [1, 4, 6]},
+    ],
+    "shape": [
+        {"rows": torch.ones(3, 3)},
+        {"rows": torch.ones(2, 2)},
+        {"rows": torch.ones(6)},
+        {"extractor": torch.ones(4)},
+        {"extractor": torch.ones(5, 1)},
+        {"class_ids": ASKED[:2]},
+        {"class_ids": ASKED[:, None]},
+    ],
+    "ids": [
+        {"class_ids": torch.tensor([1, 4, 5])},
+        {"class_ids": torch.tensor([1, 6, 4])},
+        {"class_ids": torch.tensor([1, 4, 4])},
+        {"class_ids": torch.tensor([1, 4, 10**9])},
+        {"class_ids": torch.tensor([-1, 4, 6])},
+    ],
+    "examples": [{"num_examples": n} for n in (0, -1, 11, 10**30, 2.0, True, None)],
+    "loss": [{"loss": loss} for loss in (math.nan, math.inf, None, torch.tensor(1.0))],
+    "not finite": [
+        *({"rows": with_entry(value).view(3, 2)} for value in (math.nan, math.inf, -math.inf)),
+        {"extractor": with_entry(math.nan, 5)},
+    ],
+    "norm": [
+        {"rows": torch.full((3, 2), 60.0)},
+        {"extractor": with_entry(-101.0, 5)},
+        {"extractor": with_entry(3e38, 5)},
+    ],
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_is_found_and_named(fault):
+    for changes in FAULTS[fault]:
+        assert INSPECTION.fault(update(**changes), ASKED) == fault, changes
+
+
+def test_what_is_right_passes_up_to_the_bounds():
+    at_the_bound = torch.zeros(5)
+    at_the_bound[2] = 100.0
+    for changes in ({}, {"num_examples": 1}, {"rows": torch.zeros(3, 2), "extractor": at_the_bound}):
+        assert INSPECTION.fault(update(**changes), ASKED) is None
+
+
+@settings(deadline=None)
+@given(st.floats(1e-3, 1e3), st.floats(1e-3, 1e3))
+def test_clipping_keeps_the_direction_and_bounds_the_norm(size, bound):
+    each = update(rows=torch.randn(3, 2) * size, extractor=torch.randn(5) * size)
+    found, before = clipped(each, bound), norm(each)
+    assert norm(found) == pytest.approx(min(before, bound), rel=1e-6)
+    factor = min(1.0, bound / before)
+    torch.testing.assert_close(found.rows, each.rows * factor)
+    torch.testing.assert_close(found.extractor, each.extractor * factor)
+
+
+# ---- in a run ----------------------------------------------------------------------------------------------
+
+
+def train(**options):
+    settings = {"rounds": 8, "cohort": 5, "eval_every": 8, "method": "fedss"} | options
+    return run(tiny_config(**settings), data=tiny_data(), model=tiny_model())
+
+
+def poison_drawn(rounds: int, rate: float) -> set[tuple[int, int]]:
+    """(round, client) of every poisoned answer of a run in which all five clients play."""
+    return {
+        (round, k)
+        for round in range(rounds)
+        for k in range(5)
+        if generator(0, round, 0, k, Purpose.POISON).random() < rate
+    }
+
+
+def test_every_poisoned_update_is_left_out_counted_and_named(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "fedss_kernels.federated"):
+        result = train(poison_rate=0.4, out=tmp_path / "run")
+    expected = poison_drawn(8, 0.4)
+    assert 8 <= len(expected) <= 24
+    assert result.summary.rejected == len(expected) and result.summary.accepted == 40 - len(expected)
+    with (tmp_path / "run/ledger.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    rejected = {(int(line["round"]) - 1, int(line["client"])): line for line in lines if line["fault"]}
+    assert set(rejected) == expected
+    assert {line["outcome"] for line in rejected.values()} == {"rejected"}
+    assert set(Counter(line["fault"] for line in rejected.values())) == {"ids", "not finite", "norm"}
+    for metrics in result.history:
+        assert metrics.rejected == sum(round == metrics.round - 1 for round, _ in expected)
+    assert len(caplog.records) == len(expected)
+    assert all("client" in record.message and "left out" in record.message for record in caplog.records)
+
+
+def test_a_round_goes_on_with_the_rest_as_if_the_others_had_not_been_there(monkeypatch):
+    """The same run, with the poisoned clients' weight in the average put to nothing by hand."""
+    poisoned_run = train(poison_rate=0.4)
+    absent = poison_drawn(8, 0.4)
+    monkeypatch.setattr(
+        "fedss_kernels.federated.rounds.absence",
+        lambda config, round, attempt, k: "dropped" if (round, k) in absent else None,
+    )
+    without = train()
+    assert torch.equal(poisoned_run.weight, without.weight)
+    for a, b in zip(poisoned_run.extractor.parameters(), without.extractor.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_without_the_checks_the_same_run_is_ruined():
+    ruined = train(poison_rate=0.4, trust_updates=True)
+    assert ruined.summary.rejected == 0 and not ruined.weight.isfinite().all()
+
+
+def test_every_kind_of_poison_is_one_that_is_found():
+    faults = Counter(
+        INSPECTION.fault(poisoned(update(), 7, generator(0, 0, 0, k, Purpose.POISON)), ASKED)
+        for k in range(60)
+    )
+    assert set(faults) == {"ids", "not finite", "norm"} and min(faults.values()) >= 8
+
+
+def test_clipped_updates_move_the_model_no_further_than_the_bound():
+    """One round, plain SGD on the server: the mean of updates of norm 1e-3 at most is no longer."""
+    start = train(rounds=1, client_lr=1e-30)
+    moved = train(rounds=1, clip_norm=1e-3)
+    change = torch.cat(
+        [(moved.weight - start.weight).flatten()]
+        + [
+            (a - b).flatten()
+            for a, b in zip(moved.extractor.parameters(), start.extractor.parameters(), strict=True)
+        ]
+    )
+    assert 2e-4 < change.norm() <= 1e-3 * (1 + 1e-4)

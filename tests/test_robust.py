@@ -1,0 +1,60 @@
+"""Median and trimmed mean: against numpy, and in the server's step."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedss_kernels.federated.client import Update
+from fedss_kernels.federated.robust import by_row, median, trimmed_mean
+from fedss_kernels.federated.row_table import SGD
+from fedss_kernels.federated.server import Server
+
+
+def values(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 12), st.floats(0, 0.49))
+def test_they_are_what_numpy_says(seed, clients, trim):
+    found = values(seed, clients, 3)
+    np.testing.assert_allclose(median(found), np.median(found.numpy(), 0), rtol=1e-6)
+    cut = int(trim * clients)
+    kept = np.sort(found.numpy(), 0)[cut : clients - cut]
+    np.testing.assert_allclose(trimmed_mean(found, trim), kept.mean(0), rtol=1e-5, atol=1e-6)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10**6), st.lists(st.integers(0, 5), min_size=1, max_size=30))
+def test_each_row_has_the_statistic_of_its_own_holders(seed, held):
+    ids, places = torch.tensor(held).unique(return_inverse=True)
+    rows = values(seed, len(held), 4)
+    found = by_row(median, rows, places, len(ids))
+    for place in range(len(ids)):
+        np.testing.assert_allclose(found[place], np.median(rows[places == place].numpy(), 0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("denominator", ["cohort", "holders"])
+def test_a_rows_statistic_is_weighed_by_its_holders_share(denominator):
+    """Row 0 is held by clients of 1, 2 and 5 images of 10, row 1 by the one of 2 and that of the 2 others."""
+    server = Server(
+        torch.zeros(2),
+        3,
+        1,
+        initial_rows=lambda ids: torch.zeros(len(ids), 1),
+        optimizer=SGD(1.0, 0.0),
+        denominator=denominator,
+        statistic=median,
+    )
+    updates = [
+        Update(0, torch.tensor([0]), torch.tensor([[1.0]]), torch.tensor([0.0, 1.0]), 1, 0.0),
+        Update(1, torch.tensor([0, 1]), torch.tensor([[4.0], [2.0]]), torch.tensor([2.0, 2.0]), 2, 0.0),
+        Update(2, torch.tensor([0]), torch.tensor([[1e30]]), torch.tensor([1e30, 4.0]), 5, 0.0),
+        Update(3, torch.tensor([1]), torch.tensor([[4.0]]), torch.tensor([4.0, -1e30]), 2, 0.0),
+    ]
+    gradient = server.aggregate(updates)
+    share = torch.tensor([[8 / 10], [4 / 10]]) if denominator == "cohort" else torch.ones(2, 1)
+    torch.testing.assert_close(gradient.rows, torch.tensor([[4.0], [3.0]]) * share)
+    torch.testing.assert_close(gradient.extractor, torch.tensor([3.0, 1.5]))

@@ -1,0 +1,129 @@
+"""Any number of processes play the clients to the same bits; one that is lost is an error."""
+
+import csv
+import os
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_federation import tiny_config, tiny_data, tiny_model
+
+from fedss_kernels.federated import Config, ConfigError, WorkerLost, run
+from fedss_kernels.federated.run_folder import RoundMetrics
+from fedss_kernels.federated.workers import divided
+
+
+def train(workers: int, **options):
+    settings = {"rounds": 4, "cohort": 4, "eval_every": 1, "workers": workers} | options
+    return run(tiny_config(**settings), data=tiny_data(), model=tiny_model())
+
+
+def history(result) -> list[RoundMetrics]:
+    return [replace(metrics, seconds=0.0) for metrics in result.history]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {
+            "method": "neg_only",
+            "wire_dtype": "bfloat16",
+            "dropout_rate": 0.5,
+            "poison_rate": 0.3,
+            "cohort": 5,
+        },
+    ],
+)
+def test_bits_do_not_depend_on_the_number_of_workers(options, monkeypatch):
+    """Two and three, with batches of images for each, and in some rounds more workers than clients."""
+    monkeypatch.setattr("fedss_kernels.federated.player.EVALUATION_BATCH", 5)
+    alone, *others = (train(workers, **options) for workers in (1, 2, 3))
+    for other in others:
+        assert torch.equal(other.weight, alone.weight) and history(other) == history(alone)
+        for a, b in zip(other.extractor.parameters(), alone.extractor.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_worker_that_dies_is_an_error_and_not_a_wait(monkeypatch):
+    import multiprocessing
+
+    def kill_the_others(metrics):
+        for process in multiprocessing.active_children():
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+
+    with pytest.raises(WorkerLost, match="a worker was lost"):
+        run(tiny_config(workers=2), data=tiny_data(), model=tiny_model(), on_round=kill_the_others)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.destroy_process_group()  # nothing of it was left
+
+
+def test_a_worker_that_cannot_start_is_an_error_and_not_a_wait(monkeypatch):
+    monkeypatch.setattr("fedss_kernels.federated.workers._work", _fails)
+    with pytest.raises(WorkerLost, match="a worker ended before the run began"):
+        train(2)
+
+
+def _fails(store, rank, size, given):
+    raise SystemExit(3)
+
+
+@given(st.dictionaries(st.integers(0, 99), st.integers(1, 50), max_size=12), st.integers(1, 5))
+def test_shares_are_all_the_clients_and_no_share_is_much_larger(sizes, parts):
+    shares = divided(list(sizes), sizes.__getitem__, parts)
+    assert sorted(k for share in shares for k in share) == sorted(sizes)
+    assert all(share == sorted(share) for share in shares) and len(shares) == parts
+    burdens = [sum(sizes[k] for k in share) for share in shares]
+    assert max(burdens) - min(burdens) <= max(sizes.values(), default=0)
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+def test_torchrun_gives_the_workers(tmp_path):
+    """The same command under torchrun and alone: the same results, written once."""
+    options = ["--data", "glyphs", "--glyph-classes", "20", "--glyph-writers", "12", "--rounds", "2"]
+    options += ["--cohort", "3", "--num-negatives", "4", "--cache-dir", str(tmp_path / "cache")]
+    command = ["-m", "fedss_kernels", "run", *options]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for name, start in (("alone", []), ("together", torchrun)):
+        done = subprocess.run(
+            [sys.executable, *start, *command, "--out", str(tmp_path / name)],
+            capture_output=True,
+            text=True,
+            env=environment,
+        )
+        assert done.returncode == 0, done.stderr
+    models = [torch.load(tmp_path / name / "model.pt", weights_only=True) for name in ("alone", "together")]
+    assert torch.equal(models[0]["weight"], models[1]["weight"])
+    assert _ledger(tmp_path / "alone") == _ledger(tmp_path / "together")
+
+
+def _ledger(folder: Path) -> list[list[str]]:
+    with (folder / "ledger.csv").open(newline="") as file:
+        return list(csv.reader(file))
+
+
+def test_more_workers_than_torchrun_started_are_refused(monkeypatch):
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="workers: expected 2, as many as torchrun started, got 3"):
+        train(3)
+
+
+def test_workers_change_no_bit_so_a_run_may_be_resumed_with_others():
+    from fedss_kernels.federated.checkpoint import differences
+
+    assert differences(Config(workers=2).to_dict(), Config().to_dict()) == []

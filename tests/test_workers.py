@@ -16,13 +16,19 @@ from hypothesis import strategies as st
 from tiny_federation import tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import Config, ConfigError, WorkerLost, run
+from fedss_kernels.federated.player import EVALUATION_BATCH
 from fedss_kernels.federated.run_folder import RoundMetrics
 from fedss_kernels.federated.workers import divided
 
 
 def train(workers: int, **options):
     settings = {"rounds": 4, "cohort": 4, "eval_every": 1, "workers": workers} | options
-    return run(tiny_config(**settings), data=tiny_data(), model=tiny_model())
+    data = tiny_data()
+    data = replace(
+        data, test_images=data.test_images.repeat(80, 1, 1, 1), test_labels=data.test_labels.repeat(80)
+    )
+    assert len(data.test_images) > 3 * EVALUATION_BATCH
+    return run(tiny_config(**settings), data=data, model=tiny_model())
 
 
 def history(result) -> list[RoundMetrics]:
@@ -42,9 +48,8 @@ def history(result) -> list[RoundMetrics]:
         },
     ],
 )
-def test_bits_do_not_depend_on_the_number_of_workers(options, monkeypatch):
-    """Two and three, with batches of images for each, and in some rounds more workers than clients."""
-    monkeypatch.setattr("fedss_kernels.federated.player.EVALUATION_BATCH", 5)
+def test_bits_do_not_depend_on_the_number_of_workers(options):
+    """Two and three, in some rounds more than clients; test images for four batches of embeddings."""
     alone, *others = (train(workers, **options) for workers in (1, 2, 3))
     for other in others:
         assert torch.equal(other.weight, alone.weight) and history(other) == history(alone)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 from tiny_federation import tiny_config, tiny_data, tiny_model
 
-from fedss_kernels.federated import Config, ConfigError, run
+from fedss_kernels.federated import CheckpointError, Config, ConfigError, run
 from fedss_kernels.federated.compare import cells, compare, plan, tabulate, write_tables
 from fedss_kernels.federated.report import Run
 
@@ -121,6 +121,40 @@ def test_a_run_that_is_killed_is_told(tmp_path):
     ]
 
 
+class Stop(Exception):
+    pass
+
+
+def test_a_comparison_that_is_stopped_goes_on_and_plays_nothing_twice(tmp_path):
+    """Stopped while the second of three runs is between checkpoints; the third had not begun."""
+    config = Config(**(SMALL | {"rounds": 6}), checkpoint_every=2, cache_dir=tmp_path / "cache")
+    methods, out = ["fedss", "pos_only", "neg_only"], tmp_path / "stopped"
+    whole = compare(config, methods, [0], tmp_path / "whole")
+
+    def stop(job, metrics):
+        if job == 1 and metrics and metrics.round == 3:
+            raise Stop
+
+    with pytest.raises(Stop):
+        compare(config, methods, [0], out, on_round=stop)
+    played: list[tuple[int, int]] = []
+    resumed = compare(
+        config, methods, [0], out, resume=True, on_round=lambda job, m: m and played.append((job, m.round))
+    )
+    first = {job: min(round for j, round in played if j == job) for job, _ in played}
+    assert set(first) == {1, 2} and first[1] in (3, 5) and first[2] == 1
+    for a, b in zip(resumed.runs, whole.runs, strict=True):
+        assert replace(a.summary, seconds=0) == replace(b.summary, seconds=0)
+    assert not resumed.failed and len(resumed.table) == 3
+
+    with pytest.raises(CheckpointError, match=r"is another: rounds: 6 there, 7 here; seeds: \[0\] there"):
+        compare(replace(config, rounds=7), methods, [1], out, resume=True)
+    with pytest.raises(CheckpointError, match="no comparison to go on with in"):
+        compare(config, methods, [0], tmp_path / "nowhere", resume=True)
+
+
 def test_no_jobs_is_a_mistake_and_not_a_wait(tmp_path):
     with pytest.raises(ConfigError, match="jobs: expected an integer of at least 1, got 0"):
         compare(Config(), ["fedss"], [0], tmp_path / "out", jobs=0)
+    with pytest.raises(ConfigError, match="workers: expected 1 in a comparison"):
+        compare(Config(workers=2), ["fedss"], [0], tmp_path / "out")

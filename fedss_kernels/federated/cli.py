@@ -164,6 +164,12 @@ def _ctrl_c_finishes_the_round() -> Iterator[Callable[[], bool]]:
 
 
 def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        metavar="FOLDER",
+        help="go on with the comparison that was stopped there; its options are there too",
+    )
     _add_config_file(parser)
     parser.add_argument(
         "--methods",
@@ -190,15 +196,22 @@ def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from .compare import COMPARISON_FILES, HEADER, cells, compare, job_name, plan
+    from .compare import COMPARISON_FILES, HEADER, cells, compare, job_name, plan, read_plan
     from .progress import RunProgress
 
+    resume = arguments.resume is not None
     with _mistakes():
-        config = _config(arguments)
+        if resume:
+            there = read_plan(arguments.resume)
+            arguments.methods, arguments.seeds = there.methods, there.seeds
+            config = dataclasses.replace(there.config, out=arguments.resume)
+        else:
+            config = _config(arguments)
         out = config.out or Path("runs") / f"compare-{config.data}"
         configs = plan(config, arguments.methods, arguments.seeds, out)
         check_data(config, load_data(config))
-        check_folder(out, COMPARISON_FILES, overwrite=config.overwrite)
+        if not resume:
+            check_folder(out, COMPARISON_FILES, overwrite=config.overwrite)
     with RunProgress([job_name(c) for c in configs], config.rounds) as progress:
         comparison = compare(
             config,
@@ -206,6 +219,7 @@ def _compare(arguments: argparse.Namespace) -> int:
             arguments.seeds,
             out,
             jobs=arguments.jobs,
+            resume=resume,
             on_round=lambda job, metrics: progress.advance(job, metrics) if metrics else progress.start(job),
         )
     for line in comparison.failed:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from .algorithms import METHODS
+from .checkpoint import CheckpointError, differences
 from .config import Config, ConfigError, did_you_mean
 from .report import MEGABYTE, Run, percent, write_comparison_report, write_run_report
 from .rounds import check_data, load_data, run
@@ -71,23 +72,32 @@ def compare(
     *,
     jobs: int = 1,
     on_round: OnRound | None = None,
+    resume: bool = False,
 ) -> Comparison:
     """Runs every method with every seed, `jobs` at a time, each in its own process and folder in `out`.
+
+    With `resume` the comparison in `out` that was stopped goes on: its finished runs stand, the others go on
+    from their last checkpoints.
 
     Writes the table (CSV and Markdown), the plots and report.html to `out`. A run that fails leaves a line in
     `failed` and the others stand. Processes are spawned, so a script that calls this needs `if __name__ ==
     "__main__":`. Raises ConfigError for names or settings that cannot be, FileExistsError for a folder in
-    use.
+    use, CheckpointError where there is no such comparison to go on with.
     """
     if jobs < 1:
         raise ConfigError("jobs", f"expected an integer of at least 1, got {jobs}")
+    if config.workers > 1:
+        raise ConfigError("workers", f"expected 1 in a comparison, which has jobs, got {config.workers}")
     configs = plan(config, methods, seeds, out)
     # Once, before anything starts: mistakes surface here, and caches fill.
     check_data(config, load_data(config))
-    prepare(out, COMPARISON_FILES, overwrite=config.overwrite)
-    settings = {"methods": list(methods), "seeds": list(seeds), "jobs": jobs, "config": config.to_dict()}
-    (out / "comparison.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    errors = _run_all(configs, jobs, on_round or (lambda job, metrics: None))
+    if resume:
+        _check_same(config, methods, seeds, out)
+    else:
+        prepare(out, COMPARISON_FILES, overwrite=config.overwrite)
+        settings = {"methods": list(methods), "seeds": list(seeds), "jobs": jobs, "config": config.to_dict()}
+        (out / "comparison.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    errors = _run_all(configs, jobs, on_round or (lambda job, metrics: None), resume)
     failed = [f"{job_name(configs[job])} failed: {error}" for job, error in sorted(errors.items())]
     finished = [c for job, c in enumerate(configs) if job not in errors]
     runs = [Run(*read_run(_folder(c))) for c in finished]
@@ -124,6 +134,36 @@ def plan(config: Config, methods: Sequence[str], seeds: Sequence[int], out: Path
     ]
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What comparison.json says."""
+
+    config: Config
+    methods: list[str]
+    seeds: list[int]
+
+
+def read_plan(out: Path) -> Plan:
+    """Of the comparison in `out`. Raises CheckpointError where there is none."""
+    try:
+        found = json.loads((out / "comparison.json").read_text(encoding="utf-8"))
+        return Plan(Config.from_dict(found["config"]), found["methods"], found["seeds"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"no comparison to go on with in {out}: {error}") from None
+
+
+def _check_same(config: Config, methods: Sequence[str], seeds: Sequence[int], out: Path) -> None:
+    there = read_plan(out)
+    different = differences(there.config.to_dict(), config.to_dict())
+    different += [
+        f"{name}: {before} there, {list(now)} here"
+        for name, before, now in (("methods", there.methods, methods), ("seeds", there.seeds, seeds))
+        if before != list(now)
+    ]
+    if different:
+        raise CheckpointError(f"the comparison in {out} is another: {'; '.join(different)}")
+
+
 def job_name(config: Config) -> str:
     return f"{METHODS[config.method].label}, seed {config.seed}"
 
@@ -136,7 +176,7 @@ def _folder(config: Config) -> Path:
 # ---- processes ---------------------------------------------------------------------------------------------
 
 
-def _run_all(configs: Sequence[Config], jobs: int, on_round: OnRound) -> dict[int, str]:
+def _run_all(configs: Sequence[Config], jobs: int, on_round: OnRound, resume: bool) -> dict[int, str]:
     """Plays every configuration; returns the error of each job that failed."""
     context = multiprocessing.get_context("spawn")
     waiting, errors = list(range(len(configs))), dict[int, str]()
@@ -146,7 +186,7 @@ def _run_all(configs: Sequence[Config], jobs: int, on_round: OnRound) -> dict[in
             while waiting and len(running) < jobs:
                 job = waiting.pop(0)
                 receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(target=_child, args=(sender, configs[job]), daemon=True)
+                process = context.Process(target=_child, args=(sender, configs[job], resume), daemon=True)
                 with _deaf_to_ctrl_c():
                     process.start()
                 sender.close()  # so that the receiver sees the end when the child's copy is gone
@@ -195,11 +235,14 @@ def _receive(
         errors[job] = message
 
 
-def _child(sender: Connection, config: Config) -> None:
-    """One run; sends its metrics, or a line about what went wrong."""
+def _child(sender: Connection, config: Config, resume: bool) -> None:
+    """One run, if it is not done; sends its metrics, or a line about what went wrong."""
     try:
-        result = run(config, on_round=sender.send)
-        write_run_report(_folder(config), Run(result.config, result.history, result.summary))
+        begun = resume and any(_folder(config).glob("checkpoint-0*"))
+        if not (resume and (_folder(config) / "summary.json").exists()):
+            # a run that was stopped before its first checkpoint starts again
+            run(replace(config, overwrite=config.overwrite or resume), on_round=sender.send, resume=begun)
+        write_run_report(_folder(config), Run(*read_run(_folder(config))))
     except BrokenPipeError:
         pass  # the parent is gone: nobody waits for this run
     except Exception as error:

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -212,7 +213,9 @@ class Config:
         return cls(**values)
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        unfinished = path.with_name(path.name + "-unfinished")  # never half a file, whatever happens
+        unfinished.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        os.replace(unfinished, path)
 
     @classmethod
     def load(cls, path: Path) -> "Config":

@@ -23,6 +23,7 @@ def fails(capsys, *argv: str) -> str:
     return err.rstrip()
 
 
+METHODS = "fedss, full_softmax, pos_only, neg_only, fedaws, centralized"
 SMALL = ["--glyph-classes=12", "--glyph-writers=4", "--cohort=2", "--num-negatives=3", "--embedding-dim=8"]
 
 
@@ -61,7 +62,7 @@ def own_cache(tmp_path_factory, monkeypatch):
         ),
         (
             ["run", "--method", "full"],
-            "fedss run: --method: expected one of fedss, full_softmax, pos_only, neg_only, got 'full'",
+            f"fedss run: --method: expected one of {METHODS}, got 'full'",
         ),
         (["run", "--data-dir", "/no/such"], "fedss run: --data-dir: no such folder: /no/such"),
         (
@@ -86,7 +87,7 @@ def own_cache(tmp_path_factory, monkeypatch):
         ),
         (
             ["compare", "--methods", "fedss,foo"],
-            "fedss compare: --methods: expected some of fedss, full_softmax, pos_only, neg_only, got 'foo'",
+            f"fedss compare: --methods: expected some of {METHODS}, got 'foo'",
         ),
         (
             ["compare", "--seeds", "0,-1"],

@@ -19,7 +19,13 @@ from fedss_kernels.federated.poison import poisoned
 from fedss_kernels.federated.randomness import Purpose, generator
 
 ASKED = torch.tensor([1, 4, 6])
-INSPECTION = Inspection(num_parameters=5, embedding_dim=2, max_examples=10, max_norm=100.0)
+INSPECTION = Inspection(
+    num_parameters=5, embedding_dim=2, max_examples=10, max_norm=100.0, max_norm_ratio=8.0
+)
+
+
+def fault(update: Update) -> str:
+    return INSPECTION.faults([update], [ASKED])[0]
 
 
 def update(**changes) -> Update:
@@ -72,17 +78,31 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_each_fault_is_found_and_named(fault):
-    for changes in FAULTS[fault]:
-        assert INSPECTION.fault(update(**changes), ASKED) == fault, changes
+@pytest.mark.parametrize("name", FAULTS)
+def test_each_fault_is_found_and_named(name):
+    for changes in FAULTS[name]:
+        assert INSPECTION.faults([update(**changes)], [ASKED]) == [name], changes
 
 
 def test_what_is_right_passes_up_to_the_bounds():
     at_the_bound = torch.zeros(5)
     at_the_bound[2] = 100.0
     for changes in ({}, {"num_examples": 1}, {"rows": torch.zeros(3, 2), "extractor": at_the_bound}):
-        assert INSPECTION.fault(update(**changes), ASKED) is None
+        assert fault(update(**changes)) == ""
+
+
+def test_a_norm_is_held_against_the_median_of_the_rounds_whatever_its_size():
+    """As the rate falls so do norms: a million times 1e-6 is small, and still no right update."""
+    sizes = [1e-7, 2e-7, 1.59e-6, 1.61e-6, 0.1, 3e-7, math.nan]
+    of_size = [update(rows=torch.zeros(3, 2), extractor=torch.tensor([s, 0, 0, 0, 0])) for s in sizes]
+    short = update(class_ids=ASKED[:2], rows=torch.zeros(2, 2))
+    faults = INSPECTION.faults([*of_size, short], [ASKED] * 8)
+    # the lower median of the finite ones is 3e-7, times 8: 2.4e-6
+    assert faults == ["", "", "", "", "norm", "", "not finite", "shape"]
+    assert INSPECTION.faults(of_size[:1] + of_size[4:5], [ASKED] * 2) == ["", "norm"]
+    nothing = update(rows=torch.zeros(3, 2), extractor=torch.zeros(5))
+    assert INSPECTION.faults([nothing, nothing, update()], [ASKED] * 3) == ["", "", ""]
+    assert INSPECTION.faults([], []) == []
 
 
 @settings(deadline=None)
@@ -152,10 +172,7 @@ def test_without_the_checks_the_same_run_is_ruined():
 
 
 def test_every_kind_of_poison_is_one_that_is_found():
-    faults = Counter(
-        INSPECTION.fault(poisoned(update(), 7, generator(0, 0, 0, k, Purpose.POISON)), ASKED)
-        for k in range(60)
-    )
+    faults = Counter(fault(poisoned(update(), 7, generator(0, 0, 0, k, Purpose.POISON))) for k in range(60))
     assert set(faults) == {"ids", "not finite", "norm"} and min(faults.values()) >= 8
 
 

@@ -71,7 +71,7 @@ class ClassStore:
         return cls(folder, num_rows, dim, found["id"])
 
     def keep(self, class_ids: Tensor) -> None:
-        """To be called before rows change: their old values, where a roll-back would need them, on disk."""
+        """To be called before rows change: their old values, where a roll-back may need them, on disk."""
         if self._since is None:
             return
         unkept = class_ids[self.rows.stepped[class_ids] <= self._since]
@@ -102,7 +102,7 @@ class ClassStore:
         """
         path = self._journal(rounds)
         entries = _read(path, self.rows.numbers.shape) if path.exists() else []
-        for class_ids, numbers in entries:
+        for class_ids, numbers in reversed(entries):  # a row that was kept twice was first kept rightly
             self.rows.numbers[class_ids] = numbers
         self.sync()
         path.unlink(missing_ok=True)

@@ -1,7 +1,9 @@
 """The client's half of a round: local SGD on its own images, from what came to what goes back."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -92,7 +94,7 @@ class Client:
         rows: Tensor,  # (S, D): W[request.class_ids]
         lr: float,
     ) -> Update:
-        """`local_epochs` passes of plain SGD over the client's images, in batches drawn for this round."""
+        """Plain SGD over the client's images, in batches drawn for this round."""
         model, held = self.extractor, self.data.clients[client]
         model.flat.copy_(phi)
         if not model.module.training:
@@ -103,18 +105,22 @@ class Client:
         shuffle = generator(self.seed, round, attempt, client, Purpose.BATCHES)
         augmentation = generator(self.seed, round, attempt, client, Purpose.AUGMENTATION)
         trained = rows.clone().requires_grad_()
-        total = 0.0
-        for _ in range(self.local_epochs):
-            order = held[torch.from_numpy(shuffle.permutation(len(held)))]
+        total, seen = 0.0, 0
+        for order in self.passes(held, round, shuffle):
             images = as_input(self.data.images[order])
             if self.max_shift > 0:
                 images = random_shift(images, self.max_shift, augmentation)
             target = torch.searchsorted(request.class_ids, self.data.labels[order])
             for x, t in zip(images.split(self.batch_size), target.split(self.batch_size), strict=True):
                 total += len(t) * self._step(x, t, trained, request, lr)
+            seen += len(order)
         moved = rows - trained.detach()
-        loss = total / (len(held) * self.local_epochs)
-        return Update(client, request.class_ids, moved, phi - model.flat, len(held), loss)
+        return Update(client, request.class_ids, moved, phi - model.flat, len(held), total / seen)
+
+    def passes(self, held: Tensor, round: int, shuffle: np.random.Generator) -> Iterator[Tensor]:
+        """The images that are trained on, in order."""
+        for _ in range(self.local_epochs):
+            yield held[torch.from_numpy(shuffle.permutation(len(held)))]
 
     def _step(self, images: Tensor, target: Tensor, rows: Tensor, request: Request, lr: float) -> float:
         """theta <- theta - lr * gradient of the batch's mean loss, in place; returns the loss before."""

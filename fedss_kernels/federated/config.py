@@ -115,6 +115,17 @@ class Config:
         choices=lambda: ("cohort", "holders"),
     )
 
+    spreadout_weight: float = option(10.0, "of fedaws: how hard near class rows are pushed apart", low=0)
+    spreadout_margin: float = option(
+        0.9, "of fedaws: rows are near where 1 - cosine is below this", above=0, below=2.0001
+    )
+    spreadout_neighbours: int | None = option(
+        10, "of fedaws: the nearest rows that a row is pushed away from, none: all", low=1
+    )
+    spreadout_rows: int | None = option(
+        1024, "of fedaws: rows whose neighbours are looked at in a round, none: all", low=1
+    )
+
     rounds: int = option(PRESET, "rounds of training", low=1)
     cohort: int = option(PRESET, "clients drawn for each round", low=1)
     local_epochs: int = option(1, "passes of a client over its images in one round", low=1)
@@ -146,6 +157,9 @@ class Config:
     )
     trust_updates: bool = option(False, "count every answer, unchecked")
     max_norm: float = option(MAX_NORM, "an answer whose changes have a larger norm is left out", above=0)
+    max_norm_ratio: float = option(
+        30.0, "so is one with a norm more than this many times the round's median", low=1
+    )
     clip_norm: float | None = option(
         None, "scale changes of a larger norm down to it, none: leave them", above=0
     )

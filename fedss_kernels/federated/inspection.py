@@ -4,7 +4,9 @@ An update that fails is dropped whole, and the round goes on with the others.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import median_low
 
 import torch
 from torch import Tensor
@@ -18,12 +20,28 @@ class Inspection:
     embedding_dim: int  # D
     max_examples: int
     max_norm: float
+    max_norm_ratio: float  # to the median norm of the round
 
-    def fault(self, update: Update, asked: Tensor) -> str | None:
-        """The first thing wrong with an update from a client that asked for rows `asked` (S,); None: nothing.
+    def faults(self, updates: Sequence[Update], asked: Sequence[Tensor]) -> list[str]:
+        """The first thing wrong with each update of a round; asked: the rows its client asked for, (S,).
 
-        "dtype", "shape", "ids", "examples", "loss", "not finite" or "norm".
+        "dtype", "shape", "ids", "examples", "loss", "not finite", "norm", or "" for nothing.
         """
+        found = [self._fault(update, ids) for update, ids in zip(updates, asked, strict=True)]
+        norms = {i: norm(update) for i, update in enumerate(updates) if not found[i]}
+        finite = [size for size in norms.values() if math.isfinite(size)]
+        # Of two in the middle the lower: what is right is small, and rubbish may be of any size.
+        usual = median_low(finite) if finite else 0.0
+        bound = min(self.max_norm, self.max_norm_ratio * usual) if usual > 0 else self.max_norm
+        for i, size in norms.items():
+            if not math.isfinite(size):
+                found[i] = "not finite"
+            elif size > bound:
+                found[i] = "norm"
+        return found
+
+    def _fault(self, update: Update, asked: Tensor) -> str:
+        """But for its numbers."""
         shapes = {
             "class_ids": (torch.int64, (len(asked),)),
             "rows": (torch.float32, (len(asked), self.embedding_dim)),
@@ -42,10 +60,7 @@ class Inspection:
             return "examples"
         if not isinstance(update.loss, float) or not math.isfinite(update.loss):
             return "loss"
-        size = norm(update)
-        if not math.isfinite(size):
-            return "not finite"
-        return "norm" if size > self.max_norm else None
+        return ""
 
 
 def norm(update: Update) -> float:

@@ -1,6 +1,7 @@
 """What every process that plays clients has: the data, one model, the method. All made once."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from .config import OWN, Config, ConfigError, learning_rate
 from .data import FederatedData
 from .models import build_model, refuse_batch_norm
 from .poison import poisoned
+from .pooled import PooledClient
 from .randomness import Purpose, generator
 
 EVALUATION_BATCH = 512  # test images
@@ -24,18 +26,25 @@ class Player:
         module = copy.deepcopy(model) if model is not None else _build_model(config)
         _check_model(module, config, data)
         self.extractor = Extractor(module)
-        self.client = Client(
-            self.extractor,
-            data,
-            local_epochs=config.local_epochs,
-            batch_size=config.batch_size,
-            scale=config.scale,
-            seed=config.seed,
-            max_shift=config.max_shift,
-        )
+        options: dict[str, Any] = {
+            "local_epochs": config.local_epochs,
+            "batch_size": config.batch_size,
+            "scale": config.scale,
+            "seed": config.seed,
+            "max_shift": config.max_shift,
+        }
+        if self.method.pooled:
+            self.client: Client = PooledClient(self.extractor, data, cohort=config.cohort, **options)
+        else:
+            self.client = Client(self.extractor, data, **options)
 
     def num_images(self, client: int) -> int:
-        return len(self.data.clients[client])
+        return len(self.client.data.clients[client])
+
+    @property
+    def most_images(self) -> int:
+        """That any client has."""
+        return max(map(len, self.client.data.clients))
 
     def request(self, round: int, attempt: int, client: int) -> Request:
         """What the client asks for."""

@@ -21,6 +21,7 @@ class Purpose(IntEnum):
     AUGMENTATION = 4  # how a client's images are shifted
     DROPOUT = 5  # whether a client never answers
     LATENCY = 6  # how long a client takes
+    SPREADOUT = 8  # the rows whose neighbours the server looks at
     POISON = 7  # whether a client sends rubbish, and what
 
 

@@ -6,7 +6,7 @@ data -> cohort -> each client's class set -> server.select -> client.update -> s
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .algorithms import METHODS
 from .checkpoint import Checkpoint, CheckpointError
 from .class_store import ClassStore
 from .client import Update
@@ -26,11 +27,12 @@ from .inspection import Inspection, clipped
 from .ledger import OUTCOMES, Entry, Traffic, client_traffic
 from .metrics import map_at_r, top1
 from .player import Player
-from .randomness import initial_rows
+from .randomness import NO_CLIENT, Purpose, generator, initial_rows
 from .robust import Statistic, median, trimmed_mean
 from .row_table import SGD, Adagrad, Optimizer, RowTable
 from .run_folder import RoundMetrics, RunFolder, Summary
 from .server import Server
+from .spreadout import Spreadout
 from .stopwatch import Stopwatch
 from .workers import Team, started
 
@@ -177,7 +179,7 @@ class Simulation:
 
     def __init__(self, config: Config, player: Player, workers: int = 1, store: ClassStore | None = None):
         data = player.data
-        self.config, self.data, self.player = config, data, player
+        self.config, self.data, self.player, self.method = config, data, player, player.method
         self.watch = Stopwatch()
         self.team = Team(player, workers, self.watch)
         self.server = Server(
@@ -192,11 +194,18 @@ class Simulation:
             statistic=_statistic(config),
             store=store,
         )
+        self.spreadout = Spreadout(
+            config.spreadout_weight,
+            config.spreadout_margin,
+            config.spreadout_neighbours,
+            config.spreadout_rows,
+        )
         self.inspection = Inspection(
             len(self.server.extractor),
             config.embedding_dim,
-            max_examples=max(map(len, data.clients)),
+            max_examples=player.most_images,
             max_norm=config.max_norm,
+            max_norm_ratio=config.max_norm_ratio,
         )
 
     def play(self, round: int) -> tuple[list[Update], list[Entry]]:
@@ -205,45 +214,55 @@ class Simulation:
         Where fewer than `min_clients` count nothing is applied and another cohort is drawn. Raises
         TooFewClients after ATTEMPTS of them.
         """
-        entries: list[Entry] = []
+        config, entries = self.config, list[Entry]()
         for attempt in range(ATTEMPTS):
             updates, moved = self._attempt(round, attempt)
             entries += moved
-            if len(updates) >= self.config.min_clients:
+            if len(updates) >= (1 if self.method.pooled else config.min_clients):
                 with self.watch("aggregation"):
                     self.server.step(self.server.aggregate(updates))
+                    if self.method.spreads:
+                        rng = generator(config.seed, round, attempt, NO_CLIENT, Purpose.SPREADOUT)
+                        self.spreadout.step(self.server.weight, learning_rate(config, round), rng)
                 return updates, entries
         raise TooFewClients(
-            f"round {round + 1}: of {ATTEMPTS} cohorts of {self.config.cohort} none had "
-            f"{self.config.min_clients} answers that counted"
+            f"round {round + 1}: of {ATTEMPTS} cohorts of {config.cohort} none had "
+            f"{config.min_clients} answers that counted"
         )
 
     def _attempt(self, round: int, attempt: int) -> tuple[list[Update], list[Entry]]:
         """A cohort's updates that count, in order of the clients' ids, and a line on each client."""
         config = self.config
-        cohort = draw_cohort(config.seed, round, attempt, len(self.data.clients), config.cohort)
-        absent = {k: absence(config, round, attempt, k) for k in cohort}
+        cohort, absent = [0], dict[int, str | None]()
+        if not self.method.pooled:
+            cohort = draw_cohort(config.seed, round, attempt, len(self.data.clients), config.cohort)
+            absent = {k: absence(config, round, attempt, k) for k in cohort}
         with self.watch("select"):
             requests = {k: self.player.request(round, attempt, k) for k in cohort}
-        answered = {k: request for k, request in requests.items() if absent[k] is None}
-        updates = {update.client: update for update in self.team.play(round, attempt, answered, self.server)}
+        answered = {k: request for k, request in requests.items() if absent.get(k) is None}
+        updates = self.team.play(round, attempt, answered, self.server)
+        with self.watch("aggregation"):
+            faults = self._faults(updates, [request.class_ids for request in answered.values()])
         accepted, entries = [], []
         for k, request in requests.items():
-            outcome, fault = absent[k] or "accepted", ""
-            if k in updates:
-                with self.watch("aggregation"):
-                    fault = self._fault(updates[k], request.class_ids)
-            if fault:
-                outcome = "rejected"
-                log.warning("round %d: client %d's update was left out: %s", round + 1, k, fault)
-            elif k in updates:
+            outcome = absent.get(k) or ("rejected" if faults[k] else "accepted")
+            if outcome == "accepted":
                 accepted.append(self._clipped(updates[k]))
-            traffic = self._traffic(len(request.class_ids), request.sends_ids, answers=k in updates)
-            entries.append(Entry(round + 1, attempt, k, len(request.class_ids), outcome, fault, traffic))
+            elif outcome == "rejected":
+                log.warning("round %d: client %d's update was left out: %s", round + 1, k, faults[k])
+            traffic = self._traffic(len(request.class_ids), request.sends_ids, answers=k in answered)
+            if self.method.pooled:
+                traffic = Traffic()  # nothing leaves its place
+            entries.append(
+                Entry(round + 1, attempt, k, len(request.class_ids), outcome, faults.get(k, ""), traffic)
+            )
         return accepted, entries
 
-    def _fault(self, update: Update, asked: Tensor) -> str:
-        return "" if self.config.trust_updates else self.inspection.fault(update, asked) or ""
+    def _faults(self, updates: Mapping[int, Update], asked: Sequence[Tensor]) -> dict[int, str]:
+        """Of each client that answered what is wrong with its answer, or ""."""
+        if self.config.trust_updates:
+            return dict.fromkeys(updates, "")
+        return dict(zip(updates, self.inspection.faults(list(updates.values()), asked), strict=True))
 
     def _clipped(self, update: Update) -> Update:
         return update if self.config.clip_norm is None else clipped(update, self.config.clip_norm)
@@ -290,6 +309,8 @@ class Simulation:
         ]
         counts = {outcome: sum(getattr(metrics, outcome) for metrics in history) for outcome in OUTCOMES}
         answered = counts["accepted"] + counts["rejected"], counts["dropped"] + counts["late"]
+        if self.method.pooled:
+            answered = len(history) * config.cohort, 0  # of the clients that there would be
         return Summary(
             method=config.method,
             data=data.name,
@@ -320,6 +341,8 @@ def _statistic(config: Config) -> Statistic | None:
 
 
 def _server_optimizer(config: Config) -> Optimizer:
+    if METHODS[config.method].pooled:
+        return SGD(1.0, 0.0)  # what comes back is the model
     if config.server_optimizer == "adagrad":
         return Adagrad(config.server_lr)
     return SGD(config.server_lr, config.server_momentum)

@@ -100,15 +100,31 @@ class RowTable:
 
         Raises IndexError for an id that is none, ValueError for one out of order, before anything changes.
         """
-        _check_range(class_ids, len(self))
-        if (class_ids[1:] <= class_ids[:-1]).any():
-            raise ValueError("class_ids: expected them ascending, each once")
+        self._check_order(class_ids)
         if self.store:
             self.store.keep(class_ids)
         new = class_ids[self.rows.stepped[class_ids] == 0]
         self.rows.weight[new] = self.initial(new)
         self.optimizer.step(self.rows, class_ids, gradient, self.now)
         self.now += 1
+
+    def move(self, class_ids: Tensor, change: Tensor) -> None:
+        """Adds `change` (U, D) to rows class_ids (U,), ascending, outside the optimiser: its state stays.
+
+        Raises IndexError and ValueError as `step`.
+        """
+        self._check_order(class_ids)
+        if self.store:
+            self.store.keep(class_ids)
+        new = class_ids[self.rows.stepped[class_ids] == 0]
+        self.rows.weight[new] = self.initial(new)
+        self.rows.stepped[new] = max(self.now, 1)  # with state 0 it stays where it is from any time on
+        self.rows.weight[class_ids] += change
+
+    def _check_order(self, class_ids: Tensor) -> None:
+        _check_range(class_ids, len(self))
+        if (class_ids[1:] <= class_ids[:-1]).any():
+            raise ValueError("class_ids: expected them ascending, each once")
 
     def stored(self) -> dict[str, Tensor]:
         """The rows that were stepped, U of them, for `restore`; of a store nothing, as it has them."""

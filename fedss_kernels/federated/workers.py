@@ -54,7 +54,9 @@ class Team:
     size: int
     watch: Stopwatch
 
-    def play(self, round: int, attempt: int, requests: Mapping[int, Request], server: Server) -> list[Update]:
+    def play(
+        self, round: int, attempt: int, requests: Mapping[int, Request], server: Server
+    ) -> dict[int, Update]:
         """What clients who make these requests send back, in their order."""
         shares = divided(list(requests), self.player.num_images, self.size)
         phi = self._travelled(server.extractor)
@@ -76,10 +78,14 @@ class Team:
             with self._communication():
                 found = _receive_updates(shares[rank], sizes, self.player, rank)
             updates |= {update.client: update for update in found}
-        return [
-            replace(u, rows=self._travelled(u.rows), extractor=self._travelled(u.extractor))
-            for u in (updates[k] for k in requests)
-        ]
+        return {
+            k: replace(
+                updates[k],
+                rows=self._travelled(updates[k].rows),
+                extractor=self._travelled(updates[k].extractor),
+            )
+            for k in requests
+        }
 
     def embed(self, phi: Tensor) -> Tensor:
         """(T, D): the test images' embeddings, each worker's batches by its own."""

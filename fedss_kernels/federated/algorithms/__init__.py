@@ -1,11 +1,15 @@
 """The federated methods by name, one file each."""
 
+from .centralized import CENTRALIZED
+from .fedaws import FEDAWS
 from .fedss import FEDSS
 from .full_softmax import FULL_SOFTMAX
 from .method import Method, Request
 from .neg_only import NEG_ONLY
 from .pos_only import POS_ONLY
 
-METHODS: dict[str, Method] = {method.name: method for method in (FEDSS, FULL_SOFTMAX, POS_ONLY, NEG_ONLY)}
+METHODS: dict[str, Method] = {
+    method.name: method for method in (FEDSS, FULL_SOFTMAX, POS_ONLY, NEG_ONLY, FEDAWS, CENTRALIZED)
+}
 
 __all__ = ["METHODS", "Method", "Request"]

@@ -26,3 +26,5 @@ class Method:
     summary: str  # a sentence for readers who know none of this
     request: Callable[[int, Tensor, int, str, np.random.Generator], Request]
     # request(num_classes, positives (P,), num_negatives, correction, rng)
+    spreads: bool = False  # whether the server pushes near class rows apart after each round
+    pooled: bool = False  # whether there are no clients: all the images are in one place

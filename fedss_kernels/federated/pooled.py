@@ -1,0 +1,43 @@
+"""All the images in one place: the training without federation that the others are compared with."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .client import Client, Extractor
+from .data import FederatedData
+
+
+def pooled(data: FederatedData) -> FederatedData:
+    """The same data with one client, who has every image."""
+    images = torch.cat(data.clients)
+    return replace(data, clients=(images,), client_names=("everyone",))
+
+
+class PooledClient(Client):
+    """That client: a round is as many steps as a client makes in one on average, each of fresh IID images."""
+
+    def __init__(
+        self,
+        extractor: Extractor,
+        data: FederatedData,  # among its clients
+        *,
+        cohort: int,
+        local_epochs: int,
+        batch_size: int,
+        **options: Any,
+    ):
+        batches = [-(-len(held) // batch_size) for held in data.clients]
+        self.mean_steps = local_epochs * sum(batches) / len(batches)
+        super().__init__(extractor, pooled(data), local_epochs=1, batch_size=cohort * batch_size, **options)
+
+    def passes(self, held: Tensor, round: int, shuffle: np.random.Generator) -> Iterator[Tensor]:
+        """After `round` rounds floor(round * mean_steps) steps are done, each of different images."""
+        steps = int((round + 1) * self.mean_steps) - int(round * self.mean_steps)
+        for _ in range(steps):
+            size = min(self.batch_size, len(held))
+            yield held[torch.from_numpy(shuffle.choice(len(held), size, replace=False))]

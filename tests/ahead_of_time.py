@@ -28,6 +28,8 @@ from unittest import mock
 import torch
 import triton.language as tl
 
+from fedss_kernels.triton_kernels.configurations import SMALL_INSTRUCTIONS
+
 
 @dataclass(frozen=True)
 class Device:
@@ -231,7 +233,8 @@ def _compile(launch: Launch, device: Device) -> Resources:
     target = GPUTarget(device.backend, device.arch, device.warp_size)
     options = dict(launch.options)
     if device.backend == "hip":
-        options.pop("maxnreg", None)  # launched with it on NVIDIA's only
+        options.pop("maxnreg", None)  # launched with it on NVIDIA's only ...
+        options |= SMALL_INSTRUCTIONS  # ... and with these on AMD's
     log = io.StringIO()
     start = time.perf_counter()
     with contextlib.redirect_stdout(log):  # where ptxas' log goes

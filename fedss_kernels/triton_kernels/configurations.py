@@ -14,6 +14,9 @@ MOST_TILES = 2**15  # of classes in a chunk: a grid's second axis has 65,535 pro
 # A thread's registers: told so, NVIDIA's assembler does not spill a few to leave room for more warps. Not for
 # the products, which it then unrolls further than registers reach.
 ALL_REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
+# AMD: of the 16 x 16 results of a matrix instruction a thread holds 4 elements, of 32 x 32 ones 16. Each mask
+# of theirs takes two of its 102 scalar registers.
+SMALL_INSTRUCTIONS = {"matrix_instr_nonkdim": 16}
 PROGRAMS = 264  # that keep a large device busy: two for each of its multiprocessors
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.cuda import device_of
 
 from . import backward, forward, tuning
-from .configurations import ALL_REGISTERS, Blocks, Configuration, configure
+from .configurations import ALL_REGISTERS, SMALL_INSTRUCTIONS, Blocks, Configuration, configure
 from .scatter_add import scatter_add
 
 _OPERANDS = {
@@ -140,12 +140,14 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 
 
 def _blocks(blocks: Blocks) -> dict[str, int]:
+    """Of a kernel that multiplies."""
     return {
         "BLOCK_B": blocks.rows,
         "BLOCK_S": blocks.classes,
         "BLOCK_D": blocks.columns,
         "num_warps": blocks.warps,
         "num_stages": blocks.stages,
+        **(SMALL_INSTRUCTIONS if torch.version.hip else {}),
     }
 
 

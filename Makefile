@@ -17,6 +17,8 @@ $(READY): $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch pybind11 "setuptools>=77"
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[dev]"
+	# without what it requires: it asks for the newest torch
+	$(BIN)/pip install --quiet --no-deps torchvision
 	touch $(READY)
 
 # FedSS and what it is compared with, on images drawn on the spot; prints the table, writes plots and report.html.

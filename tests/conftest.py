@@ -1,8 +1,13 @@
+import importlib
+import importlib.util
 import os
+import re
 import subprocess
 import sys
 import textwrap
+import warnings
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,3 +105,23 @@ def peak_memory():
         return int(result.stdout)
 
     return measure
+
+
+@pytest.fixture(scope="session")
+def torchvision():
+    """The module. Beside another torch than its own it lacks its operators: then they are defined by name."""
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or spec.origin is None:
+        pytest.skip("torchvision is not installed")
+    try:
+        return importlib.import_module("torchvision")
+    except RuntimeError:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+    registrations = Path(spec.origin).with_name("_meta_registrations.py").read_text(encoding="utf-8")
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in sorted(set(re.findall(r'register_(?:meta|fake)\("(?:torchvision::)?(\w+)"', registrations))):
+        library.define(f"{name}(Tensor unused) -> Tensor")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that images cannot be decoded, which is not asked for
+        yield importlib.import_module("torchvision")

@@ -182,6 +182,9 @@ class Config:
     server_momentum: float = option(0.9, "momentum of the server's sgd", low=0, below=1)
 
     model: str = option("conv4", "the net that maps an image to an embedding", choices=lambda: (*MODELS, OWN))
+    init_checkpoint: Path | None = option(
+        None, "a file of parameters to start the net from, as of torch.save; none: drawn from the seed"
+    )
     embedding_dim: int = option(64, "numbers in one embedding, D", low=1, below=2**16)
     scale: float = option(PRESET, "the loss multiplies cosines by this", above=0)
     weight_init_scale: float = option(PRESET, "standard deviation of the class matrix at the start", above=0)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .vision_models import mobilenet_v3_large, mobilenet_v3_small, resnet18
+
 
 class SmallConvNet(nn.Module):
     """Four convolutions with GroupNorm and a linear layer: (B, in_channels, 28, 28) in [0, 1] to (B, D).
@@ -42,13 +44,19 @@ class SmallConvNet(nn.Module):
         return self.embedding(self.features(images))
 
 
-MODELS: dict[str, Callable[..., nn.Module]] = {"conv4": SmallConvNet}
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "conv4": SmallConvNet,
+    "mobilenet_v3_small": mobilenet_v3_small,
+    "mobilenet_v3_large": mobilenet_v3_large,
+    "resnet18": resnet18,
+}
 
 
 def build_model(name: str, embedding_dim: int, seed: int, **options: object) -> nn.Module:
     """The model `name`, one of MODELS, with weights that are a function of `seed` alone.
 
-    Raises ValueError for an unknown name, or for a model that `refuse_batch_norm` refuses.
+    Raises ValueError for an unknown name, a model that needs torchvision where there is none, or one that
+    `refuse_batch_norm` refuses.
     """
     if name not in MODELS:
         raise ValueError(f"model: expected one of {', '.join(MODELS)}, got {name!r}")

@@ -14,6 +14,7 @@ from .models import build_model, refuse_batch_norm
 from .poison import poisoned
 from .pooled import PooledClient
 from .randomness import Purpose, generator
+from .vision_models import load_checkpoint
 
 EVALUATION_BATCH = 512  # test images
 
@@ -82,7 +83,8 @@ class Player:
 def _build_model(config: Config) -> nn.Module:
     if config.model == OWN:
         raise ConfigError("model", f"{OWN!r} model is handed over in Python, as run(config, model=...)")
-    return build_model(config.model, config.embedding_dim, config.seed)
+    built = build_model(config.model, config.embedding_dim, config.seed)
+    return load_checkpoint(built, config.init_checkpoint) if config.init_checkpoint else built
 
 
 def _check_model(module: nn.Module, config: Config, data: FederatedData) -> None:

@@ -1,0 +1,86 @@
+"""MobileNetV3 and ResNet-18 of torchvision, extra `vision`, with GroupNorm and an embedding for a head.
+
+The FedSS paper (Waghmare et al., arXiv:2203.04888, A.2): "the default MobileNetV3 architecture, except that
+instead of 1280 dimensional embedding we output 64", GroupNorm in place of BatchNorm.
+"""
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CHANNELS_OF_A_GROUP = 8  # every layer has a multiple
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(channels // CHANNELS_OF_A_GROUP, channels)
+
+
+class InColour(nn.Module):
+    """Images of one channel as three."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+
+
+def mobilenet_v3_small(embedding_dim: int = 64) -> nn.Module:
+    """(B, 1 or 3, H, W) in [0, 1] to (B, D): the pooled features, 576 of them, and a linear layer."""
+    net = _torchvision("mobilenet_v3_small")(norm_layer=group_norm)
+    net.classifier = nn.Linear(576, embedding_dim)
+    return nn.Sequential(InColour(), net)
+
+
+def mobilenet_v3_large(embedding_dim: int = 64) -> nn.Module:
+    """The same of 960: in place of the layer that makes 1280 of them, and of its classifier."""
+    net = _torchvision("mobilenet_v3_large")(norm_layer=group_norm)
+    net.classifier = nn.Linear(960, embedding_dim)
+    return nn.Sequential(InColour(), net)
+
+
+def resnet18(embedding_dim: int = 64) -> nn.Module:
+    """He, Zhang, Ren and Sun, CVPR 2016: the pooled features, 512 of them, and a linear layer."""
+    net = _torchvision("resnet18")(norm_layer=group_norm)
+    net.fc = nn.Linear(512, embedding_dim)
+    return nn.Sequential(InColour(), net)
+
+
+def load_checkpoint(model: nn.Module, path: Any) -> nn.Module:
+    """The parameters in a file of torch.save: a state dict, or {"extractor": one}, as a run's model.pt.
+
+    Where shapes differ, as in the head of another D, the model's own stay. Raises ValueError for a file that
+    holds none of the model's parameters, or anything but tensors.
+    """
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError) as error:
+        raise ValueError(f"init_checkpoint: cannot read {path}: {error}") from None
+    except Exception as error:  # pickle's errors, of many kinds: weights_only refuses what is no tensor
+        raise ValueError(f"init_checkpoint: {path} holds more than tensors: {error}") from None
+    state = found.get("extractor", found) if isinstance(found, dict) else {}
+    own = model.state_dict()
+    fitting = {
+        name: value
+        for name, value in _named_alike(state, own).items()
+        if isinstance(value, Tensor) and value.shape == own[name].shape
+    }
+    if not fitting:
+        raise ValueError(f"init_checkpoint: {path} holds no parameter of this model")
+    model.load_state_dict(fitting, strict=False)
+    return model
+
+
+def _named_alike(state: dict[str, Any], own: dict[str, Tensor]) -> dict[str, Any]:
+    """Entries by this model's names: its own, or torchvision's, which have no "1." of a sequence before."""
+    return {name: state[key] for name in own for key in (name, name.removeprefix("1.")) if key in state}
+
+
+def _torchvision(name: str) -> Any:
+    """Imported when needed: the rest does without it."""
+    try:
+        return getattr(importlib.import_module("torchvision.models"), name)
+    except ImportError as error:
+        raise ValueError(
+            f"model: {name} needs torchvision, which cannot be imported ({error}): "
+            'pip install "fedss-kernels[vision]"'
+        ) from None

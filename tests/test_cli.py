@@ -36,10 +36,13 @@ def own_cache(tmp_path_factory, monkeypatch):
 @pytest.mark.parametrize(
     "argv, line",
     [
-        ([], "fedss: expected a command: run, compare, bench, doctor; fedss --help explains them"),
+        (
+            [],
+            "fedss: expected a command: run, compare, noise, parameters, bench, doctor; fedss --help explains them",
+        ),
         (
             ["rum"],
-            "fedss: no such command 'rum' (did you mean run?): expected one of run, compare, bench, doctor",
+            "fedss: no such command 'rum' (did you mean run?): expected one of run, compare, noise, parameters, bench, doctor",
         ),
         (["run", "--roundz", "3"], "fedss run: no such option --roundz (did you mean --rounds?)"),
         (["run", "--roundz=3"], "fedss run: no such option --roundz (did you mean --rounds?)"),

@@ -29,8 +29,9 @@ from .checkpoint import CheckpointError
 from .class_store import check_free
 from .config import OWN, PRESETS, Config, ConfigError, did_you_mean, expectation, option_type, read_options
 from .ledger import OUTCOMES
+from .models import MODELS
 from .rounds import Stopped, TooFewClients, check_data, load_data, run
-from .run_folder import RUN_FILES, check_folder, make_folder
+from .run_folder import RUN_FILES, check_folder, make_folder, read_model
 from .workers import WorkerLost, help_out, launched
 
 
@@ -230,6 +231,86 @@ def _compare(arguments: argparse.Namespace) -> int:
     return 1 if comparison.failed else 0
 
 
+def _add_noise_arguments(parser: argparse.ArgumentParser) -> None:
+    count = _reader(int, "an integer of at least 1", low=1)
+    parser.add_argument(
+        "--counts",
+        type=_counts,
+        metavar="INTS",
+        help="numbers of negatives, with commas between (default: seven, doubling, up to all the classes)",
+    )
+    parser.add_argument(
+        "--batches", type=count, default=16, metavar="INT", help="batches, of a client each (default: 16)"
+    )
+    parser.add_argument(
+        "--draws", type=count, default=4, metavar="INT", help="draws of negatives for each (default: 4)"
+    )
+    parser.add_argument(
+        "--run",
+        type=Path,
+        metavar="FOLDER",
+        help="measure the model of this finished run, on its data (default: a new one)",
+    )
+    _add_config_file(parser)
+    _add_options(parser)
+
+
+def _noise(arguments: argparse.Namespace) -> int:
+    from . import noise
+
+    with _mistakes():
+        if arguments.run:
+            arguments.config = arguments.config or arguments.run / "config.json"
+        config = _config(arguments)
+        out = arguments.out if "out" in arguments else Path("runs") / f"noise-{config.data}"
+        data = load_data(config)
+        model = None
+        if arguments.run:
+            model = read_model(arguments.run)
+        counts = arguments.counts or noise.default_counts(data.num_classes)
+        make_folder(out)
+    torch.set_num_threads(config.threads)
+    lines = noise.measure(
+        config,
+        data,
+        counts,
+        batches=arguments.batches,
+        draws=arguments.draws,
+        model=model,
+        on_line=lambda line: print(f"fedss noise: {line.num_negatives} negatives", file=sys.stderr),
+    )
+    print(noise.write(out, lines, data.num_classes), end="")
+    print(f"the table and the plot: {out}")
+    return 0
+
+
+def _add_parameters_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        type=_one_of(*MODELS),
+        default="mobilenet_v3_large",
+        metavar="NAME",
+        help=f"one of {', '.join(MODELS)} (default: mobilenet_v3_large, the paper's)",
+    )
+    parser.add_argument(
+        "--dims", type=_counts, default=[64, 1280], metavar="INTS", help="embedding sizes (default: 64,1280)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/parameters"), metavar="PATH", help="default: runs/parameters"
+    )
+
+
+def _parameters(arguments: argparse.Namespace) -> int:
+    from . import parameters
+
+    with _mistakes():
+        lines = parameters.measure(arguments.model, arguments.dims)
+        make_folder(arguments.out)
+    print(parameters.write(arguments.out, arguments.model, lines), end="")
+    print(f"the table and the plot: {arguments.out}")
+    return 0
+
+
 def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "subject",
@@ -314,6 +395,16 @@ COMMANDS: dict[str, Command] = {
         ("matplotlib", "rich", "safetensors"),
         _add_compare_arguments,
         _compare,
+    ),
+    "noise": Command(
+        "measure how far FedSS' gradient is from FullSoftmax'", ("matplotlib",), _add_noise_arguments, _noise
+    ),
+    "parameters": Command(
+        "say what share of a model its class matrix is, and what FedSS saves",
+        ("matplotlib",),
+        _add_parameters_arguments,
+        _parameters,
+        extra="sim,vision",
     ),
     "bench": Command(
         "time the loss and the aggregator beside what one would use instead",
@@ -424,6 +515,11 @@ def _numbers(text: str) -> list[int]:
         _reader(int, "integers of at least 0 with commas between", low=0)(number)
         for number in text.split(",")
     ]
+
+
+def _counts(text: str) -> list[int]:
+    read = _reader(int, "integers of at least 1 with commas between", low=1)
+    return [read(number) for number in text.split(",")]
 
 
 def _shapes(text: str) -> list[tuple[int, ...]]:

@@ -21,8 +21,9 @@ class Purpose(IntEnum):
     AUGMENTATION = 4  # how a client's images are shifted
     DROPOUT = 5  # whether a client never answers
     LATENCY = 6  # how long a client takes
-    SPREADOUT = 8  # the rows whose neighbours the server looks at
     POISON = 7  # whether a client sends rubbish, and what
+    SPREADOUT = 8  # the rows whose neighbours the server looks at
+    NOISE = 9  # the batches that gradient noise is measured on
 
 
 NO_CLIENT = 0  # for draws that belong to the round and not to a client

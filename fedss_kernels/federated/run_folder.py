@@ -238,6 +238,17 @@ def read_run(path: Path) -> tuple[Config, list[RoundMetrics], Summary]:
     return Config.load(path / "config.json"), read_metrics(path / "metrics.csv"), summary
 
 
+def read_model(path: Path) -> tuple[Tensor, Tensor]:
+    """(phi (P,), W (C, D)) of a finished run. Raises ValueError where there are none, as in a class store."""
+    try:
+        found = torch.load(path / "model.pt", weights_only=True)
+    except OSError as error:
+        raise ValueError(f"no model.pt of a finished run in {path}: {error.strerror}") from None
+    if "weight" not in found:
+        raise ValueError(f"{path / 'model.pt'} has no class matrix: it is in a class store")
+    return torch.cat([value.flatten() for value in found["extractor"].values()]), found["weight"]
+
+
 def read_metrics(path: Path) -> list[RoundMetrics]:
     with path.open(newline="", encoding="utf-8") as file:
         return [

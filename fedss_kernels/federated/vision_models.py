@@ -79,7 +79,7 @@ def _torchvision(name: str) -> Any:
     """Imported when needed: the rest does without it."""
     try:
         return getattr(importlib.import_module("torchvision.models"), name)
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # the latter beside a torch of another version
         raise ValueError(
             f"model: {name} needs torchvision, which cannot be imported ({error}): "
             'pip install "fedss-kernels[vision]"'

@@ -1,0 +1,173 @@
+"""How far FedSS' gradient is from FullSoftmax', over the number of negatives: Fig. 9 of the FedSS paper, A.3.
+
+    noise(m) = E || g_full - g_FedSS(m) ||,  g: the mean over clients of the gradient to (phi, W)
+
+All clients of a cohort have the same batch, as in the paper, and each its own negatives N_k, |N_k| = m. The
+expectation is over batches, each of one client's images, and over draws of the negatives. With m = C - |P|
+the two are one.
+"""
+
+import csv
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..sampled_softmax import sampled_softmax_loss
+from .algorithms import METHODS, Request
+from .client import as_input
+from .config import Config
+from .data import FederatedData
+from .player import Player
+from .randomness import Purpose, generator, initial_rows
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Line:
+    num_negatives: int  # asked for; a client with fewer other classes takes those
+    noise: float  # mean over batches and draws
+    noise_sd: float
+    full_norm: float  # mean norm of FullSoftmax' gradient
+    instances: int
+
+
+def default_counts(num_classes: int) -> list[int]:
+    """Seven of them, doubling, the last all the classes."""
+    return sorted({max(1, num_classes >> shift) for shift in range(6, -1, -1)})
+
+
+def measure(
+    config: Config,
+    data: FederatedData,
+    counts: Sequence[int],
+    *,
+    batches: int,
+    draws: int,
+    model: tuple[Tensor, Tensor] | None = None,  # (phi (P,), W (C, D)); None: as they are drawn
+    on_line: Callable[[Line], None] = lambda line: None,
+) -> list[Line]:
+    """A line for each of `counts`, on `batches` clients and `draws` of negatives for each."""
+    player = Player(config, data)
+    if model is None:
+        ids = torch.arange(data.num_classes)
+        weight = initial_rows(config.seed, ids, config.embedding_dim, config.weight_init_scale)
+    else:
+        player.extractor.flat.copy_(model[0])
+        weight = model[1]
+    instances = [_Batch(player, weight, number) for number in range(batches)]
+    lines = []
+    for count in counts:
+        noise = [batch.noise(count, draw) for batch in instances for draw in range(draws)]
+        sd = statistics.stdev(noise) if len(noise) > 1 else 0.0
+        full = statistics.fmean(batch.full_norm for batch in instances)
+        lines.append(Line(count, statistics.fmean(noise), sd, full, len(noise)))
+        on_line(lines[-1])
+    return lines
+
+
+class _Batch:
+    """Images of one client, their embeddings, and FullSoftmax' gradient."""
+
+    def __init__(self, player: Player, weight: Tensor, number: int):
+        self.player, self.weight, self.number = player, weight, number
+        config, data = player.config, player.data
+        rng = generator(config.seed, number, 0, 0, Purpose.NOISE)
+        client = int(rng.integers(len(data.clients)))
+        held = data.clients[client]
+        chosen = torch.from_numpy(rng.permutation(len(held))[: config.batch_size])
+        self.positives = data.labels[held[chosen]].unique()
+        self.labels = data.labels[held[chosen]]
+        player.extractor.module.eval()  # no draws but those of the negatives
+        self.embeddings = player.extractor.module(as_input(data.images[held[chosen]]))
+        self.full = self._gradient("full_softmax", 0, 0, 0)
+        self.full_norm = self._norm(*self.full)
+
+    def noise(self, num_negatives: int, draw: int) -> float:
+        """Of one cohort."""
+        cohort = self.player.config.cohort
+        of_embeddings, of_weight = (part.clone() for part in self.full)
+        for client in range(cohort):
+            found = self._gradient("fedss", num_negatives, draw, client)
+            of_embeddings -= found[0] / cohort
+            of_weight -= found[1] / cohort
+        return self._norm(of_embeddings, of_weight)
+
+    def _gradient(self, method: str, num_negatives: int, draw: int, client: int) -> tuple[Tensor, Tensor]:
+        """With respect to the embeddings (B, D) and to all of W (C, D), float64."""
+        config, num_classes = self.player.config, len(self.weight)
+        rng = generator(config.seed, self.number, draw, client, Purpose.NEGATIVES)
+        request: Request = METHODS[method].request(
+            num_classes, self.positives, num_negatives, config.correction, rng
+        )
+        embeddings = self.embeddings.detach().double().requires_grad_()
+        rows = self.weight[request.class_ids].double().requires_grad_()
+        loss = sampled_softmax_loss(
+            embeddings,
+            rows,
+            torch.searchsorted(request.class_ids, self.labels),
+            request.denominator,
+            request.log_expected_count,
+            scale=config.scale,
+        )
+        of_embeddings, of_rows = torch.autograd.grad(loss, [embeddings, rows])
+        of_weight = torch.zeros(num_classes, rows.shape[1], dtype=torch.float64)
+        of_weight[request.class_ids] = of_rows
+        return of_embeddings, of_weight
+
+    def _norm(self, of_embeddings: Tensor, of_weight: Tensor) -> float:
+        """Of (phi, W): the net's gradient is linear in that of the embeddings, so one pass gives it."""
+        extractor = self.player.extractor
+        trained = [p for p in extractor.module.parameters() if p.requires_grad]
+        of_phi = torch.autograd.grad(
+            self.embeddings, trained, of_embeddings.to(self.embeddings.dtype), retain_graph=True
+        )
+        squares = sum(part.double().square().sum().item() for part in (*of_phi, of_weight))
+        return math.sqrt(squares)
+
+
+def write(out: Path, lines: Sequence[Line], num_classes: int) -> str:
+    """noise.csv, noise.md and noise.png; returns the table's text."""
+    with (out / "noise.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([[field.name for field in fields(Line)], *map(astuple, lines)])
+    header = ["|N_k|", "of C", "noise", "sd", "of the full gradient's norm"]
+    text = "| " + " | ".join(cell.replace("|", "\\|") for cell in header) + " |\n"
+    text += "| " + " | ".join(["---:"] * len(header)) + " |\n"
+    for line in lines:
+        share = f"{100 * line.num_negatives / num_classes:.1f}%"
+        ratio = f"{100 * line.noise / line.full_norm:.2g}%" if line.full_norm else "–"
+        cells = [f"{line.num_negatives:,}", share, f"{line.noise:.3g}", f"{line.noise_sd:.2g}", ratio]
+        text += "| " + " | ".join(cells) + " |\n"
+    (out / "noise.md").write_text(text, encoding="utf-8")
+    _plot(lines).savefig(out / "noise.png", dpi=150)
+    return text
+
+
+def _plot(lines: Sequence[Line]) -> "Figure":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.8), layout="constrained")
+    axes = figure.add_subplot()
+    axes.errorbar(
+        [line.num_negatives for line in lines],
+        [line.noise for line in lines],
+        [line.noise_sd for line in lines],
+        marker="o",
+        capsize=3,
+    )
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([line.num_negatives for line in lines], [f"{line.num_negatives:,}" for line in lines])
+    axes.set(
+        xlabel=r"negatives of a client, $|N_k|$",
+        ylabel="gradient noise (L2 norm, mean ± sd)",
+        ylim=(0, None),
+    )
+    axes.grid(alpha=0.4)
+    return figure

@@ -1,0 +1,86 @@
+"""Gradient noise against its definition, by autograd through the whole model."""
+
+import csv
+
+import pytest
+import torch
+from tiny_federation import NUM_CLASSES, tiny_config, tiny_data, tiny_model
+
+from fedss_kernels import reference
+from fedss_kernels.class_sets import draw_class_set
+from fedss_kernels.federated import cli, noise
+from fedss_kernels.federated.randomness import Purpose, generator, initial_rows
+
+
+def config(**options):
+    return tiny_config(model="conv4", cohort=3, **options)
+
+
+@pytest.fixture
+def linear_model(monkeypatch):
+    monkeypatch.setattr("fedss_kernels.federated.player._build_model", lambda config: tiny_model())
+
+
+def by_definition(settings, count: int, batch: int, draw: int) -> float:
+    """|| g_full - mean over clients of g_FedSS ||, each gradient by itself, in float64."""
+    data, model = tiny_data(), tiny_model().double()
+    weight = initial_rows(0, torch.arange(NUM_CLASSES), 4, 0.5).double().requires_grad_()
+    rng = generator(0, batch, 0, 0, Purpose.NOISE)
+    held = data.clients[int(rng.integers(5))]
+    chosen = held[torch.from_numpy(rng.permutation(len(held))[: settings.batch_size])]
+    images, labels = data.images[chosen].double() / 255, data.labels[chosen]
+
+    def gradient(ids, log_count) -> torch.Tensor:
+        embeddings = model(images)
+        loss = reference.sampled_softmax_loss(
+            embeddings, weight, labels, ids, log_count, scale=settings.scale
+        )
+        parts = torch.autograd.grad(loss, [*model.parameters(), weight])
+        return torch.cat([part.flatten() for part in parts])
+
+    difference = gradient(None, None)
+    for client in range(3):
+        rng = generator(0, batch, draw, client, Purpose.NEGATIVES)
+        drawn = draw_class_set(NUM_CLASSES, labels.unique(), count, rng)
+        difference = difference - gradient(drawn.class_ids, drawn.log_expected_count) / 3
+    return difference.norm().item()
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_it_is_the_norm_of_the_difference_of_mean_gradients(count, linear_model):
+    settings = config()
+    (line,) = noise.measure(settings, tiny_data(), [count], batches=3, draws=2)
+    found = [by_definition(settings, count, batch, draw) for batch in range(3) for draw in range(2)]
+    assert line.noise == pytest.approx(sum(found) / 6, rel=1e-4) and line.instances == 6
+    assert line.noise_sd == pytest.approx(torch.tensor(found).std().item(), rel=1e-3, abs=1e-7)
+
+
+def test_it_falls_with_more_negatives_to_nothing_with_all(linear_model):
+    lines = noise.measure(config(), tiny_data(), [1, 2, 3, 4, 6, 7], batches=40, draws=6)
+    means = [line.noise for line in lines]
+    assert all(after < before for before, after in zip(means[:4], means[1:5], strict=True))
+    assert means[4] < 1e-12 * lines[0].full_norm and means[5] < 1e-12 * lines[0].full_norm
+
+
+def test_five_doublings_and_all():
+    assert noise.default_counts(659) == [10, 20, 41, 82, 164, 329, 659]
+    assert noise.default_counts(7) == [1, 3, 7]
+
+
+def test_the_command_measures_a_finished_run_too(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FEDSS_CACHE", str(tmp_path / "cache"))
+    small = ["--glyph-classes=12", "--glyph-writers=4", "--cohort=2", "--embedding-dim=8"]
+    assert cli.main(["run", *small, "--rounds=2", f"--out={tmp_path / 'run'}"]) == 0
+    new, trained = tmp_path / "new", tmp_path / "trained"
+    assert cli.main(["noise", *small, "--batches=2", "--draws=2", "--counts=1,4", f"--out={new}"]) == 0
+    of_run = ["noise", f"--run={tmp_path / 'run'}", "--batches=2", "--counts=1,4", f"--out={trained}"]
+    assert cli.main(of_run) == 0
+    tables = []
+    for out in (new, trained):
+        with (out / "noise.csv").open(newline="") as file:
+            tables.append(list(csv.DictReader(file)))
+        assert (out / "noise.png").read_bytes().startswith(b"\x89PNG")
+        assert (out / "noise.md").read_text() in capsys.readouterr().out or out == trained
+    assert [line["num_negatives"] for line in tables[0]] == ["1", "4"]
+    assert tables[0][0]["full_norm"] != tables[1][0]["full_norm"]
+    assert cli.main(["noise", f"--run={tmp_path / 'nowhere'}"]) == 2

@@ -23,6 +23,7 @@ def fails(capsys, *argv: str) -> str:
     return err.rstrip()
 
 
+COMMANDS = "run, compare, noise, parameters, bench, doctor"
 METHODS = "fedss, full_softmax, pos_only, neg_only, fedaws, centralized"
 SMALL = ["--glyph-classes=12", "--glyph-writers=4", "--cohort=2", "--num-negatives=3", "--embedding-dim=8"]
 
@@ -38,11 +39,11 @@ def own_cache(tmp_path_factory, monkeypatch):
     [
         (
             [],
-            "fedss: expected a command: run, compare, noise, parameters, bench, doctor; fedss --help explains them",
+            f"fedss: expected a command: {COMMANDS}; fedss --help explains them",
         ),
         (
             ["rum"],
-            "fedss: no such command 'rum' (did you mean run?): expected one of run, compare, noise, parameters, bench, doctor",
+            f"fedss: no such command 'rum' (did you mean run?): expected one of {COMMANDS}",
         ),
         (["run", "--roundz", "3"], "fedss run: no such option --roundz (did you mean --rounds?)"),
         (["run", "--roundz=3"], "fedss run: no such option --roundz (did you mean --rounds?)"),

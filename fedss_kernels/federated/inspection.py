@@ -64,10 +64,13 @@ class Inspection:
 
 
 def norm(update: Update) -> float:
-    """Of all that was sent: sqrt(|rows|^2 + |extractor|^2), in float64, where no float32 overflows."""
-    return math.hypot(
-        *(torch.linalg.vector_norm(part, dtype=torch.float64) for part in (update.rows, update.extractor))
-    )
+    """Of all that was sent: sqrt(|rows|^2 + |extractor|^2)."""
+    parts = update.rows.flatten(), update.extractor
+    squares = sum(torch.dot(part, part).item() for part in parts)
+    if 1e-30 < squares < math.inf:
+        return math.sqrt(squares)
+    # the squares are too small or too large for float32, or a number is not finite
+    return math.hypot(*(torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts))
 
 
 def clipped(update: Update, bound: float) -> Update:

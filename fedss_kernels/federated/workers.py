@@ -6,6 +6,7 @@ number of workers.
 """
 
 import contextlib
+import math
 import multiprocessing
 import os
 import pickle
@@ -61,6 +62,12 @@ class Team:
         shares = divided(list(requests), self.player.num_images, self.size)
         phi = self._travelled(server.extractor)
         self._call(Call.PLAY, phi, round, attempt, list(requests))
+        with self._communication():
+            coming = {
+                k: _Incoming(k, rank, len(requests[k].class_ids), self.player)
+                for rank in range(1, self.size)
+                for k in shares[rank]
+            }
         rows: dict[int, Tensor] = {}
         for rank in [*range(1, self.size), 0]:  # the others' first, as they wait for them
             with self.watch("select"):
@@ -73,11 +80,8 @@ class Team:
             for k in shares[0]:
                 updates[k] = self.player.update(round, attempt, k, requests[k], phi, rows.pop(k))
             self.player.extractor.check_buffers()
-        for rank in range(1, self.size):
-            sizes = [len(requests[k].class_ids) for k in shares[rank]]
-            with self._communication():
-                found = _receive_updates(shares[rank], sizes, self.player, rank)
-            updates |= {update.client: update for update in found}
+        with self._communication():
+            updates |= {k: incoming.wait() for k, incoming in coming.items()}
         return {
             k: replace(
                 updates[k],
@@ -165,31 +169,43 @@ def _play_share(player: Player, round: int, attempt: int, share: list[int], phi:
     requests = [player.request(round, attempt, k) for k in share]
     sizes = [len(request.class_ids) for request in requests]
     rows = _receive((sum(sizes), player.config.embedding_dim), 0).split(sizes)
-    updates = [
-        player.update(round, attempt, k, request, phi, own)
-        for k, request, own in zip(share, requests, rows, strict=True)
-    ]
+    sending = []  # each on its way while the next is trained
+    for k, request, own in zip(share, requests, rows, strict=True):
+        numbers, integers = _packed(player.update(round, attempt, k, request, phi, own))
+        sending += [_started(dist.isend(numbers, 0)), _started(dist.isend(integers, 0))]
     player.extractor.check_buffers()
-    dist.send(torch.cat([u.class_ids for u in updates]), 0)
-    dist.send(torch.cat([u.rows for u in updates]), 0)
-    dist.send(torch.stack([u.extractor for u in updates]), 0)
-    dist.send(torch.tensor([[u.num_examples, u.loss] for u in updates], dtype=torch.float64), 0)
+    for work in sending:
+        work.wait()
 
 
-def _receive_updates(share: list[int], sizes: list[int], player: Player, rank: int) -> list[Update]:
-    """What `_play_share` sends."""
-    if not share:
-        return []
-    ids = _receive((sum(sizes),), rank, torch.int64).split(sizes)
-    rows = _receive((sum(sizes), player.config.embedding_dim), rank).split(sizes)
-    extractors = _receive((len(share), len(player.extractor.flat)), rank)
-    numbers = _receive((len(share), 2), rank, torch.float64).tolist()
-    return [
-        Update(k, of_rows, moved, extractor, int(count), loss)
-        for k, of_rows, moved, extractor, (count, loss) in zip(
-            share, ids, rows, extractors, numbers, strict=True
-        )
-    ]
+def _packed(update: Update) -> tuple[Tensor, Tensor]:
+    """(rows and extractor, one after the other; class_ids, n_k and the bits of the loss)"""
+    loss = torch.tensor([update.loss], dtype=torch.float64).view(torch.int64)
+    numbers = torch.cat([update.rows.flatten(), update.extractor])
+    return numbers, torch.cat([update.class_ids, torch.tensor([update.num_examples]), loss])
+
+
+class _Incoming:
+    """An update that another rank is going to send."""
+
+    def __init__(self, client: int, rank: int, num_rows: int, player: Player):
+        self.client, self.shape = client, (num_rows, player.config.embedding_dim)
+        self.numbers = torch.empty(math.prod(self.shape) + len(player.extractor.flat))
+        self.integers = torch.empty(num_rows + 2, dtype=torch.int64)
+        self.works = [_started(dist.irecv(part, rank)) for part in (self.numbers, self.integers)]
+
+    def wait(self) -> Update:
+        for work in self.works:
+            work.wait()
+        rows, extractor = self.numbers.tensor_split([math.prod(self.shape)])
+        class_ids, (num_examples, _) = self.integers[:-2], self.integers[-2:].tolist()
+        loss = self.integers[-1:].view(torch.float64).item()
+        return Update(self.client, class_ids, rows.view(self.shape), extractor, num_examples, loss)
+
+
+def _started(work: dist.Work | None) -> dist.Work:
+    assert work is not None  # as both ranks are of the group
+    return work
 
 
 def _receive(shape: tuple[int, ...], rank: int, dtype: torch.dtype = torch.float32) -> Tensor:

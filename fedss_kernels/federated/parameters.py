@@ -90,10 +90,9 @@ def _plot(model: str, dims: Sequence[int]) -> "Figure":
         axes.plot(classes, [100 * c * dim / (extractor + c * dim) for c in classes], label=f"D = {dim:,}")
     for name, (count, _, _) in PAPER.items():
         axes.axvline(count, color="grey", linewidth=0.8, linestyle=":")
-        axes.text(count * 1.06, 2, name, rotation=90, fontsize=7, color="grey", va="bottom")
-    axes.set(
-        xscale="log", xlabel="classes C", ylabel=f"class matrix, % of the parameters ({model})", ylim=(0, 100)
-    )
-    axes.legend()
+        above = axes.get_xaxis_transform()  # y: a share of the height
+        axes.text(count, 1.02, name, transform=above, rotation=20, fontsize=8, color="grey")
+    axes.set(xscale="log", xlabel="classes C", ylabel="class matrix, % of the parameters", ylim=(0, 100))
+    axes.legend(title=model, loc="upper left")
     axes.grid(alpha=0.4)
     return figure

@@ -68,9 +68,19 @@ def draw_class_set(
     reading in which one constant stands on every member, the target included, and cancels. Raises ValueError
     as `draw_negatives` does.
     """
-    if correction not in ("negatives", "none"):
-        raise ValueError(f'correction: expected "negatives" or "none", got {correction!r}')
+    check_correction(correction)
     negatives = draw_negatives(num_classes, positives, num_negatives, rng)
+    return class_set_of(num_classes, positives, negatives, correction)
+
+
+def class_set_of(
+    num_classes: int,
+    positives: Tensor,  # (P,) int64, unique
+    negatives: Tensor,  # (m,) int64, unique, each with the same chance to be drawn
+    correction: str = "negatives",
+) -> ClassSet:
+    """The class set of positives and negatives that are drawn already."""
+    check_correction(correction)
     m, others = len(negatives), num_classes - len(positives)
     class_ids, order = torch.cat([positives, negatives]).sort()
     is_negative = order >= len(positives)
@@ -79,6 +89,11 @@ def draw_class_set(
         is_negative, log_count
     )
     return ClassSet(class_ids, is_negative, log_expected_count)
+
+
+def check_correction(correction: str) -> None:
+    if correction not in ("negatives", "none"):
+        raise ValueError(f'correction: expected "negatives" or "none", got {correction!r}')
 
 
 def draw_batch_class_set(

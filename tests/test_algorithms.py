@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_federation import NUM_CLASSES, tiny_config, tiny_data, tiny_model
 
+from fedss_kernels import draw_negatives
 from fedss_kernels.federated import Result, run
 from fedss_kernels.federated.algorithms import METHODS, Request
 
@@ -14,7 +15,8 @@ POSITIVES = torch.tensor([1, 4, 5])
 
 
 def ask(method: str, num_negatives: int, correction: str = "negatives") -> Request:
-    return METHODS[method].request(10, POSITIVES, num_negatives, correction, np.random.default_rng(3))
+    negatives = draw_negatives(10, POSITIVES, num_negatives, np.random.default_rng(3))
+    return METHODS[method].request(10, POSITIVES, negatives, correction)
 
 
 def trained(method: str, **options) -> Result:

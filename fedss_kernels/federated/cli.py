@@ -8,6 +8,7 @@ what is missing.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import io
 import json
@@ -27,7 +28,17 @@ import torch
 from .. import doctor
 from .checkpoint import CheckpointError
 from .class_store import check_free
-from .config import OWN, PRESETS, Config, ConfigError, did_you_mean, expectation, option_type, read_options
+from .config import (
+    OWN,
+    PRESETS,
+    STICKY,
+    Config,
+    ConfigError,
+    did_you_mean,
+    expectation,
+    option_type,
+    read_options,
+)
 from .ledger import OUTCOMES
 from .models import MODELS
 from .rounds import Stopped, TooFewClients, check_data, load_data, run
@@ -284,6 +295,49 @@ def _noise(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _add_privacy_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--clients",
+        type=_reader(int, "an integer of at least 1", low=1),
+        default=100,
+        metavar="INT",
+        help="clients whose requests are looked at (default: 100)",
+    )
+    parser.add_argument(
+        "--train", action="store_true", help="train with each kind of negatives too, for what it costs"
+    )
+    _add_config_file(parser)
+    _add_options(parser, without=("negatives",))
+
+
+def _privacy(arguments: argparse.Namespace) -> int:
+    from . import privacy
+    from .progress import RunProgress
+
+    with _mistakes():
+        config = _config(arguments)
+        out = config.out or Path("runs") / f"privacy-{config.data}"
+        config = dataclasses.replace(config, out=None)
+        data = load_data(config)
+        check_data(config, data)
+        make_folder(out)
+    accuracy = {}
+    if arguments.train:
+        with RunProgress(list(STICKY), config.rounds) as progress:
+            for job, negatives in enumerate(STICKY):
+                progress.start(job)
+                result = run(
+                    dataclasses.replace(config, negatives=negatives),
+                    data=data,
+                    on_round=functools.partial(progress.advance, job),
+                )
+                accuracy[negatives] = result.summary.top1, result.summary.map_at_10
+    lines = privacy.measure(config, data, clients=arguments.clients, accuracy=accuracy)
+    print(privacy.write(out, lines), end="")
+    print(f"the table and the plot: {out}")
+    return 0
+
+
 def _add_parameters_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
@@ -398,6 +452,12 @@ COMMANDS: dict[str, Command] = {
     ),
     "noise": Command(
         "measure how far FedSS' gradient is from FullSoftmax'", ("matplotlib",), _add_noise_arguments, _noise
+    ),
+    "privacy": Command(
+        "measure what a server learns from a client's requests",
+        ("matplotlib", "rich"),
+        _add_privacy_arguments,
+        _privacy,
     ),
     "parameters": Command(
         "say what share of a model its class matrix is, and what FedSS saves",

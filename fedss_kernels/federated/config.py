@@ -23,6 +23,7 @@ from .ledger import WIRE_DTYPES
 from .models import MODELS
 
 MAX_NORM = 1000.0
+STICKY = {"fresh": 0.0, "sticky": 1.0, "mixed": 0.5}  # the share of its negatives that a client keeps
 OWN = "own"  # the data set or model that a caller hands to run() as an object
 
 # Defaults that depend on the data set. An option left out takes its value from here; "own" data take those
@@ -104,6 +105,12 @@ class Config:
 
     method: str = option("fedss", "how to train", choices=lambda: tuple(METHODS))
     num_negatives: int = option(PRESET, "classes a client asks for besides its own", low=0)
+    negatives: str = option(
+        "fresh",
+        "what a client asks for besides its own classes: fresh, others in every round; sticky, always the "
+        "same; mixed, half of each",
+        choices=lambda: tuple(STICKY),
+    )
     correction: str = option(
         "negatives",
         "negatives: their logits are corrected for how rarely they are drawn; none: they are not",

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..class_sets import draw_negatives
 from ..sampled_softmax import sampled_softmax_loss
-from .algorithms import METHODS, Request
+from .algorithms import METHODS
 from .client import as_input
 from .config import Config
 from .data import FederatedData
@@ -104,9 +105,8 @@ class _Batch:
         """With respect to the embeddings (B, D) and to all of W (C, D), float64."""
         config, num_classes = self.player.config, len(self.weight)
         rng = generator(config.seed, self.number, draw, client, Purpose.NEGATIVES)
-        request: Request = METHODS[method].request(
-            num_classes, self.positives, num_negatives, config.correction, rng
-        )
+        negatives = draw_negatives(num_classes, self.positives, num_negatives, rng)
+        request = METHODS[method].request(num_classes, self.positives, negatives, config.correction)
         embeddings = self.embeddings.detach().double().requires_grad_()
         rows = self.weight[request.class_ids].double().requires_grad_()
         loss = sampled_softmax_loss(

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..class_sets import draw_negatives
 from .algorithms import METHODS, Request
 from .client import Client, Extractor, Update, as_input
-from .config import OWN, Config, ConfigError, learning_rate
+from .config import OWN, STICKY, Config, ConfigError, learning_rate
 from .data import FederatedData
 from .models import build_model, refuse_batch_norm
 from .poison import poisoned
@@ -49,12 +50,21 @@ class Player:
 
     def request(self, round: int, attempt: int, client: int) -> Request:
         """What the client asks for."""
-        config = self.config
+        config, positives = self.config, self.client.positives(client)
+        negatives = self._negatives(round, attempt, client, positives)
+        return self.method.request(self.data.num_classes, positives, negatives, config.correction)
+
+    def _negatives(self, round: int, attempt: int, client: int, positives: Tensor) -> Tensor:
+        """min(m, C - |P|) of them: new ones, or a share that is the same in every round."""
+        config, num_classes = self.config, self.data.num_classes
+        m = min(config.num_negatives, num_classes - len(positives))
+        kept = positives[:0]
+        if STICKY[config.negatives]:
+            rng = generator(config.seed, 0, 0, client, Purpose.STICKY_NEGATIVES)
+            kept = draw_negatives(num_classes, positives, int(STICKY[config.negatives] * m), rng)
         rng = generator(config.seed, round, attempt, client, Purpose.NEGATIVES)
-        positives = self.client.positives(client)
-        return self.method.request(
-            self.data.num_classes, positives, config.num_negatives, config.correction, rng
-        )
+        others = torch.cat([positives, kept])
+        return torch.cat([kept, draw_negatives(num_classes, others, m - len(kept), rng)])
 
     def update(
         self, round: int, attempt: int, client: int, request: Request, phi: Tensor, rows: Tensor

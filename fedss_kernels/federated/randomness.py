@@ -23,6 +23,7 @@ class Purpose(IntEnum):
     LATENCY = 6  # how long a client takes
     POISON = 7  # whether a client sends rubbish, and what
     SPREADOUT = 8  # the rows whose neighbours the server looks at
+    STICKY_NEGATIVES = 10  # those that a client asks for in every round
     NOISE = 9  # the batches that gradient noise is measured on
 
 

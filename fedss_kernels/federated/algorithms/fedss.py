@@ -7,17 +7,14 @@ The client gets the rows of its own classes P and of m others N, drawn afresh ev
 over both.
 """
 
-import numpy as np
 from torch import Tensor
 
-from ...class_sets import draw_class_set
+from ...class_sets import class_set_of
 from .method import Method, Request
 
 
-def request(
-    num_classes: int, positives: Tensor, num_negatives: int, correction: str, rng: np.random.Generator
-) -> Request:
-    class_set = draw_class_set(num_classes, positives, num_negatives, rng, correction)
+def request(num_classes: int, positives: Tensor, negatives: Tensor, correction: str) -> Request:
+    class_set = class_set_of(num_classes, positives, negatives, correction)
     return Request(class_set.class_ids, None, class_set.log_expected_count)
 
 

@@ -5,16 +5,13 @@ FedAvg (McMahan et al., "Communication-Efficient Learning of Deep Networks from 
 the other methods save on, and FedSS with m >= C - |P|.
 """
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .method import Method, Request
 
 
-def request(
-    num_classes: int, positives: Tensor, num_negatives: int, correction: str, rng: np.random.Generator
-) -> Request:
+def request(num_classes: int, positives: Tensor, negatives: Tensor, correction: str) -> Request:
     zeros = torch.zeros(num_classes, dtype=torch.float64)
     return Request(torch.arange(num_classes), None, zeros, sends_ids=False)
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 from torch import Tensor
 
 
@@ -24,7 +23,7 @@ class Method:
     name: str
     label: str  # its name in plots and tables
     summary: str  # a sentence for readers who know none of this
-    request: Callable[[int, Tensor, int, str, np.random.Generator], Request]
-    # request(num_classes, positives (P,), num_negatives, correction, rng)
+    request: Callable[[int, Tensor, Tensor, str], Request]
+    # request(num_classes, positives (P,), negatives drawn for the client (m,), correction)
     spreads: bool = False  # whether the server pushes near class rows apart after each round
     pooled: bool = False  # whether there are no clients: all the images are in one place

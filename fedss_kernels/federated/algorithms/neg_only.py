@@ -5,17 +5,14 @@ but each image's loss sums over its own class and the negatives N only, so nothi
 classes apart.
 """
 
-import numpy as np
 from torch import Tensor
 
-from ...class_sets import draw_class_set
+from ...class_sets import class_set_of
 from .method import Method, Request
 
 
-def request(
-    num_classes: int, positives: Tensor, num_negatives: int, correction: str, rng: np.random.Generator
-) -> Request:
-    class_set = draw_class_set(num_classes, positives, num_negatives, rng, correction)
+def request(num_classes: int, positives: Tensor, negatives: Tensor, correction: str) -> Request:
+    class_set = class_set_of(num_classes, positives, negatives, correction)
     negatives = class_set.is_negative.nonzero().flatten()
     return Request(class_set.class_ids, negatives, class_set.log_expected_count[negatives])
 

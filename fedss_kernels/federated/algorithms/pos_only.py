@@ -4,17 +4,14 @@ A comparison of the FedSS paper (Waghmare et al., arXiv:2203.04888, Eq. 8). It m
 never sees a class that it doesn't hold. It is FedSS without negatives.
 """
 
-import numpy as np
 from torch import Tensor
 
-from ...class_sets import draw_class_set
+from ...class_sets import class_set_of
 from .method import Method, Request
 
 
-def request(
-    num_classes: int, positives: Tensor, num_negatives: int, correction: str, rng: np.random.Generator
-) -> Request:
-    class_set = draw_class_set(num_classes, positives, 0, rng, correction)
+def request(num_classes: int, positives: Tensor, negatives: Tensor, correction: str) -> Request:
+    class_set = class_set_of(num_classes, positives, negatives[:0], correction)
     return Request(class_set.class_ids, None, class_set.log_expected_count)
 
 

@@ -1,0 +1,139 @@
+"""What a server learns from requests alone: the intersection of a client's class sets over rounds.
+
+A client asks for S = P u N. If N is new in every round and P is not, a class that is asked for every time is
+more and more probably one that the client holds. After T requests of a client with |P| of C classes,
+
+    posterior = prior / (prior + (1 - prior) * survival),  prior = |P| / C
+    survival  = s / (C - |P|) + (1 - s / (C - |P|)) * (f / (C - |P| - s))^T
+
+is the probability that a class in all of them is a positive; s negatives are the same in every round and f
+are new: `negatives` = fresh has s = 0, sticky f = 0. The attacker names every class in all T requests.
+
+It looks at requests only. What a client sends back says more: see the README.
+"""
+
+import csv
+import statistics
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from .config import STICKY, Config
+from .data import FederatedData
+from .player import Player
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+REQUESTS = (1, 2, 3, 5, 10, 20, 50)
+
+
+@dataclass(frozen=True)
+class Line:
+    """Means over clients."""
+
+    negatives: str  # fresh, sticky or mixed
+    requests: int  # T
+    named: float  # classes in all of them
+    precision: float  # share of those that the client holds
+    recall: float  # share of what it holds that is named
+    posterior: float  # by the formula
+    top1: float | None  # of a run with such negatives
+    map_at_10: float | None
+
+
+def posterior(num_classes: int, positives: int, sticky: int, fresh: int, requests: int) -> float:
+    """Of a class that is in all the requests: how probable it is that the client holds it."""
+    others = num_classes - positives
+    if others == 0:
+        return 1.0
+    kept = sticky / others
+    renewed = fresh / (others - sticky) if others > sticky else 1.0
+    prior, survival = positives / num_classes, kept + (1 - kept) * renewed**requests
+    return prior / (prior + (1 - prior) * survival)
+
+
+def measure(
+    config: Config,
+    data: FederatedData,
+    *,
+    clients: int,
+    requests: Sequence[int] = REQUESTS,
+    accuracy: dict[str, tuple[float | None, float | None]] | None = None,  # by negatives: top-1, MAP@10
+) -> list[Line]:
+    """A line for each kind of negatives and number of requests, of the first `clients`."""
+    lines = []
+    for negatives in STICKY:
+        player = Player(replace(config, negatives=negatives), data)
+        found = [_attack(player, client, requests) for client in range(min(clients, len(data.clients)))]
+        for place, count in enumerate(requests):
+            named, precision, recall, expected = (
+                statistics.fmean(values) for values in zip(*(of[place] for of in found), strict=True)
+            )
+            costs = (accuracy or {}).get(negatives, (None, None))
+            lines.append(Line(negatives, count, named, precision, recall, expected, *costs))
+    return lines
+
+
+def _attack(player: Player, client: int, requests: Sequence[int]) -> list[tuple[float, float, float, float]]:
+    """(classes named, precision, recall, posterior) after so many requests of a client."""
+    config, num_classes = player.config, player.data.num_classes
+    positives = player.client.positives(client)
+    m = min(config.num_negatives, num_classes - len(positives))
+    sticky = int(STICKY[config.negatives] * m)
+    seen, found = torch.zeros(num_classes, dtype=torch.int64), []
+    for round in range(max(requests)):
+        seen[player.request(round, 0, client).class_ids] += 1
+        if round + 1 in requests:
+            named = (seen == round + 1).nonzero()[:, 0]
+            right = torch.isin(named, positives).sum().item()
+            expected = posterior(num_classes, len(positives), sticky, m - sticky, round + 1)
+            found.append((float(len(named)), right / len(named), right / len(positives), expected))
+    return found
+
+
+def write(out: Path, lines: Sequence[Line]) -> str:
+    """privacy.csv, privacy.md and privacy.png; returns the table's text."""
+    with (out / "privacy.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([[field.name for field in fields(Line)], *map(astuple, lines)])
+    header = ["negatives", "requests", "named", "precision", "recall", "posterior", "top-1", "MAP@10"]
+    text = "| " + " | ".join(header) + " |\n| --- | " + " | ".join(["---:"] * (len(header) - 1)) + " |\n"
+    for line in lines:
+        shares = (line.precision, line.recall, line.posterior, line.top1, line.map_at_10)
+        cells = [line.negatives, f"{line.requests}", f"{line.named:.1f}", *map(_percent, shares)]
+        text += "| " + " | ".join(cells) + " |\n"
+    (out / "privacy.md").write_text(text, encoding="utf-8")
+    _plot(lines).savefig(out / "privacy.png", dpi=150)
+    return text
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f}%"
+
+
+def _plot(lines: Sequence[Line]) -> "Figure":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.8), layout="constrained")
+    axes = figure.add_subplot()
+    for negatives, marker in zip(STICKY, ("o", "s", "^"), strict=True):
+        mine = [line for line in lines if line.negatives == negatives]
+        x = [line.requests for line in mine]
+        (drawn,) = axes.plot(
+            x, [100 * line.precision for line in mine], marker, label=negatives, linestyle="none"
+        )
+        axes.plot(x, [100 * line.posterior for line in mine], color=drawn.get_color(), linewidth=1)
+    axes.set(
+        xscale="log",
+        xlabel="requests of a client that the server has seen",
+        ylabel="classes in all of them that it holds (%)",
+        ylim=(0, 105),
+    )
+    ticks = sorted({line.requests for line in lines})
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.legend(title="negatives: measured;\nlines: the posterior", fontsize=8, title_fontsize=8)
+    axes.grid(alpha=0.4)
+    return figure

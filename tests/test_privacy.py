@@ -1,0 +1,95 @@
+"""The intersection attack: its arithmetic against simulation, and the kinds of negatives."""
+
+import csv
+import itertools
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from tiny_federation import tiny_config, tiny_data, tiny_model
+
+from fedss_kernels.federated import cli, privacy
+from fedss_kernels.federated.config import Config
+from fedss_kernels.federated.player import Player
+from fedss_kernels.federated.rounds import load_data
+
+
+@pytest.mark.parametrize("sticky, fresh", [(0, 2), (2, 0), (1, 1), (0, 0), (3, 0)])
+def test_the_posterior_is_bayes_rule_over_every_draw(sticky, fresh):
+    """5 classes, 2 of them held: every choice of P, of the kept and of the new negatives, two requests."""
+    classes, requests = range(5), 2
+    held = seen_in_all = Fraction(0)
+    for positives in itertools.combinations(classes, 2):
+        others = [j for j in classes if j not in positives]
+        for kept in itertools.combinations(others, sticky):
+            rest = [j for j in others if j not in kept]
+            draws = list(itertools.combinations(rest, fresh))
+            choices = math.comb(len(others), sticky) * len(draws) ** requests
+            for drawn in itertools.product(draws, repeat=requests):
+                chance = Fraction(1, choices)
+                if 0 in {*positives, *kept} or all(0 in new for new in drawn):
+                    seen_in_all += chance
+                    held += chance * (0 in positives)
+    assert privacy.posterior(5, 2, sticky, fresh, requests) == pytest.approx(float(held / seen_in_all))
+
+
+@pytest.fixture(scope="module")
+def glyphs(tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
+    config = Config(glyph_classes=60, glyph_writers=40, num_negatives=20, cache_dir=cache)
+    return config, load_data(config)
+
+
+def test_sticky_negatives_are_the_same_in_every_round_and_mixed_ones_half(glyphs):
+    config, data = glyphs
+    for negatives, common in (("fresh", 0), ("sticky", 20), ("mixed", 10)):
+        player = Player(Config(**{**vars(config), "negatives": negatives}), data)
+        held = player.client.positives(3)
+        requests = [player.request(round, 0, 3).class_ids for round in range(40)]
+        assert {len(ids) for ids in requests} == {len(held) + 20}
+        shared = torch.stack([torch.bincount(ids, minlength=60) for ids in requests]).all(0)
+        assert shared.sum() == len(held) + common
+        assert torch.equal(
+            player.request(0, 0, 3).log_expected_count.exp().min(),
+            torch.tensor(20 / (60 - len(held)), dtype=torch.float64).log().exp(),
+        )
+
+
+def test_the_attack_finds_what_the_formula_says(glyphs):
+    config, data = glyphs
+    lines = privacy.measure(config, data, clients=40, requests=(1, 2, 3, 20))
+    assert [(line.negatives, line.requests) for line in lines] == [
+        (negatives, count) for negatives in ("fresh", "sticky", "mixed") for count in (1, 2, 3, 20)
+    ]
+    by = {(line.negatives, line.requests): line for line in lines}
+    assert all(line.recall == 1 for line in lines)
+    for line in lines:
+        assert line.precision == pytest.approx(line.posterior, abs=0.03)
+    assert by["fresh", 1].precision == by["sticky", 20].precision == by["mixed", 1].precision
+    assert by["fresh", 20].precision == 1 and by["sticky", 20].named == by["sticky", 1].named
+    assert by["sticky", 20].precision < by["mixed", 20].precision < 1
+
+
+def test_the_limits_of_the_methods_hold_for_sticky_negatives_too():
+    """With every class there is nothing to keep; without one neither."""
+    from fedss_kernels.federated import run
+
+    def weight(method: str, num_negatives: int) -> torch.Tensor:
+        config = tiny_config(method=method, num_negatives=num_negatives, negatives="mixed")
+        return run(config, data=tiny_data(), model=tiny_model()).weight
+
+    assert torch.equal(weight("fedss", 9), weight("full_softmax", 3))
+    assert torch.equal(weight("fedss", 0), weight("pos_only", 3))
+
+
+def test_the_command_writes_table_and_plot_and_trains_if_asked(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FEDSS_CACHE", str(tmp_path / "cache"))
+    small = ["--glyph-classes=12", "--glyph-writers=4", "--cohort=2", "--embedding-dim=8"]
+    out = tmp_path / "out"
+    assert cli.main(["privacy", *small, "--rounds=2", "--clients=3", "--train", f"--out={out}"]) == 0
+    with (out / "privacy.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 3 * len(privacy.REQUESTS) and all(float(line["top1"]) >= 0 for line in lines)
+    assert (out / "privacy.md").read_text() in capsys.readouterr().out
+    assert (out / "privacy.png").read_bytes().startswith(b"\x89PNG")

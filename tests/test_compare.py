@@ -6,12 +6,16 @@ import multiprocessing
 import os
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 from tiny_federation import tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import CheckpointError, Config, ConfigError, run
-from fedss_kernels.federated.compare import cells, compare, plan, tabulate, write_tables
+from fedss_kernels.federated.compare import cells, compare, tabulate, write_tables
+from fedss_kernels.federated.data.holdout import held_out
+from fedss_kernels.federated.plan import Case, Plan
 from fedss_kernels.federated.report import Run
 
 SMALL = {
@@ -38,7 +42,7 @@ def test_a_line_is_the_mean_and_the_sample_deviation_over_seeds():
     # Two values: the sample deviation is half their difference times sqrt(2).
     assert (line.top1, line.top1_sd) == pytest.approx((0.6, 0.1 * 2**0.5))
     assert (line.map_at_10, line.map_at_10_sd, line.seeds, line.seconds) == (0.2, 0.0, 2, 15.0)
-    assert cells(line)[:3] == ["FedSS", "60.0 ± 14.1", "20.0 ± 0.0"]
+    assert cells(line)[:4] == ["FedSS", "0.2", "60.0 ± 14.1", "20.0 ± 0.0"]
 
 
 def test_a_line_counts_bytes_per_client_round_and_savings():
@@ -50,7 +54,7 @@ def test_a_line_counts_bytes_per_client_round_and_savings():
     assert line.class_saving == pytest.approx(1 - held * 40 / (7 * 32))
     assert line.saving == pytest.approx(1 - (148 * 8 + held * 40) / (148 * 8 + 7 * 32))
     assert line.class_set_share == pytest.approx(held / 7)
-    assert line.top1_sd is None and cells(line)[1] == "50.0"
+    assert line.top1_sd is None and cells(line)[2] == "50.0"
 
 
 def test_the_tables_say_the_same(tmp_path):
@@ -74,9 +78,9 @@ def test_the_tables_say_the_same(tmp_path):
         (["fedss"], [1, 1], "seeds: expected at least one, each once, got 1, 1"),
     ],
 )
-def test_a_plan_that_cannot_be_is_refused(methods, seeds, message, tmp_path):
+def test_a_plan_that_cannot_be_is_refused(methods, seeds, message):
     with pytest.raises(ConfigError, match=message):
-        plan(Config(), methods, seeds, tmp_path)
+        Plan(Config(), methods, seeds)
 
 
 def test_a_run_that_fails_leaves_the_others(tmp_path):
@@ -88,9 +92,7 @@ def test_a_run_that_fails_leaves_the_others(tmp_path):
     (out / "comparison.json").write_text(json.dumps({"config": config.to_dict()}))
     seen: dict[int, list] = {0: [], 1: []}
     comparison = compare(
-        config,
-        ["fedss", "pos_only"],
-        [0],
+        Plan(config, ["fedss", "pos_only"], [0]),
         out,
         jobs=2,
         on_round=lambda job, m: seen[job].append(m and m.round),
@@ -115,7 +117,7 @@ def test_a_run_that_is_killed_is_told(tmp_path):
             os.kill(child.pid, signal.SIGKILL)
 
     config = Config(**(SMALL | {"rounds": 10**6}), cache_dir=tmp_path / "cache")
-    comparison = compare(config, ["fedss"], [0], tmp_path / "out", on_round=kill)
+    comparison = compare(Plan(config, ["fedss"], [0]), tmp_path / "out", on_round=kill)
     assert comparison.table == [] and comparison.failed == [
         "FedSS, seed 0 failed: its process ended with exit code -9 (killed? out of memory?)"
     ]
@@ -129,17 +131,20 @@ def test_a_comparison_that_is_stopped_goes_on_and_plays_nothing_twice(tmp_path):
     """Stopped while the second of three runs is between checkpoints; the third had not begun."""
     config = Config(**(SMALL | {"rounds": 6}), checkpoint_every=2, cache_dir=tmp_path / "cache")
     methods, out = ["fedss", "pos_only", "neg_only"], tmp_path / "stopped"
-    whole = compare(config, methods, [0], tmp_path / "whole")
+    whole = compare(Plan(config, methods, [0]), tmp_path / "whole")
 
     def stop(job, metrics):
         if job == 1 and metrics and metrics.round == 3:
             raise Stop
 
     with pytest.raises(Stop):
-        compare(config, methods, [0], out, on_round=stop)
+        compare(Plan(config, methods, [0]), out, on_round=stop)
     played: list[tuple[int, int]] = []
     resumed = compare(
-        config, methods, [0], out, resume=True, on_round=lambda job, m: m and played.append((job, m.round))
+        Plan(config, methods, [0]),
+        out,
+        resume=True,
+        on_round=lambda job, m: m and played.append((job, m.round)),
     )
     first = {job: min(round for j, round in played if j == job) for job, _ in played}
     assert set(first) == {1, 2} and first[1] in (3, 5) and first[2] == 1
@@ -148,13 +153,68 @@ def test_a_comparison_that_is_stopped_goes_on_and_plays_nothing_twice(tmp_path):
     assert not resumed.failed and len(resumed.table) == 3
 
     with pytest.raises(CheckpointError, match=r"is another: rounds: 6 there, 7 here; seeds: \[0\] there"):
-        compare(replace(config, rounds=7), methods, [1], out, resume=True)
+        compare(Plan(replace(config, rounds=7), methods, [1]), out, resume=True)
     with pytest.raises(CheckpointError, match="no comparison to go on with in"):
-        compare(config, methods, [0], tmp_path / "nowhere", resume=True)
+        compare(Plan(config, methods, [0]), tmp_path / "nowhere", resume=True)
+
+
+def test_cases_are_methods_and_where_they_ask_for_negatives_counts():
+    plan = Plan(Config(), ["fedss", "full_softmax"], [0, 1], counts=[5, 9], rates=[0.1])
+    assert plan.cases == [Case("fedss", 5), Case("fedss", 9), Case("full_softmax", None)]
+    assert [case.name for case in plan.cases] == ["fedss-m5", "fedss-m9", "full_softmax"]
+    rates = {Case("fedss", 9): 0.3}
+    runs = plan.runs(Path("out"), rates)
+    assert [c.out.name for c in runs[:3]] == ["fedss-m5-seed0", "fedss-m9-seed0", "full_softmax-seed0"]
+    assert [c.client_lr for c in runs] == [0.05, 0.3, 0.05] * 2
+    assert [c.seed for c in runs] == [0] * 3 + [1] * 3
+    trials = plan.trials(Path("out"))
+    assert [c.out.name for c in trials] == ["fedss-m5-lr0.1", "fedss-m9-lr0.1", "full_softmax-lr0.1"]
+    assert all((c.holdout, c.client_lr, c.seed) == (0.1, 0.1, 0) for c in trials)
+    one = Plan(Config(num_negatives=7), ["fedss"], [0])
+    assert one.cases == [Case("fedss", None)] and one.runs(Path("out"), {})[0].num_negatives == 7
+
+
+def test_each_case_has_the_best_of_the_rates(tmp_path):
+    """One rate trains, the other is so small that nothing moves; resumed, no trial is played again."""
+    options = SMALL | {"rounds": 40, "glyph_writers": 12, "warmup_rounds": 0}
+    config = Config(**options, cache_dir=tmp_path / "cache")
+    plan = Plan(config, ["fedss", "pos_only"], [0], counts=[2, 5], rates=[1e-12, 0.1])
+    trials = []
+    comparison = compare(
+        plan, tmp_path / "out", jobs=2, on_trial=lambda job, m: m and m.round == 1 and trials.append(job)
+    )
+    assert sorted(trials) == [0, 1, 2, 3, 4, 5] and not comparison.failed
+    with (tmp_path / "out" / "rates.csv").open(newline="") as file:
+        tried = list(csv.DictReader(file))
+    accuracy = {(line["case"], float(line["client_lr"])): float(line["accuracy"]) for line in tried}
+    lines = {Case(line.method, line.num_negatives): line for line in comparison.table}
+    assert list(lines) == plan.cases
+    for case, line in lines.items():
+        best = max(plan.rates, key=lambda rate, case=case: accuracy[case.name, rate])
+        assert line.client_lr == best
+    assert 0.1 in {line.client_lr for line in lines.values()}
+    for name in ("accuracy_by_class_set.png", "rates/fedss-m2-lr0.1/summary.json"):
+        assert (tmp_path / "out" / name).stat().st_size > 0
+    again = compare(plan, tmp_path / "out", resume=True, on_trial=lambda job, m: m and trials.append(job))
+    assert len(trials) == 6 and again.table == comparison.table
+
+
+def test_held_out_clients_do_not_train_and_are_tested_on():
+    data = tiny_data()
+    held = held_out(data, 0.4, seed=3)
+    assert len(held.clients) == 3 and held.num_classes == data.num_classes
+    trained = {int(row) for rows in held.clients for row in rows}
+    tested = [row for rows in data.clients for row in rows.tolist() if row not in trained]
+    assert torch.equal(held.test_images, data.images[tested])
+    assert torch.equal(held.test_labels, data.labels[tested])
+    assert held_out(data, 0.4, seed=3).client_names == held.client_names
+    assert len({held_out(data, 0.4, seed=seed).client_names for seed in range(20)}) > 1
+    with pytest.raises(ValueError, match="holdout: expected to leave some of 5 clients, got 0.95"):
+        held_out(data, 0.95, seed=0)
 
 
 def test_no_jobs_is_a_mistake_and_not_a_wait(tmp_path):
     with pytest.raises(ConfigError, match="jobs: expected an integer of at least 1, got 0"):
-        compare(Config(), ["fedss"], [0], tmp_path / "out", jobs=0)
+        compare(Plan(Config(), ["fedss"], [0]), tmp_path / "out", jobs=0)
     with pytest.raises(ConfigError, match="workers: expected 1 in a comparison"):
-        compare(Config(workers=2), ["fedss"], [0], tmp_path / "out")
+        Plan(Config(workers=2), ["fedss"], [0])

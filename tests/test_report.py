@@ -13,6 +13,7 @@ from fedss_kernels.federated.report import (
     LIGHT,
     Run,
     accuracy_by_bytes,
+    accuracy_by_class_set,
     accuracy_by_round,
     write_comparison_report,
     write_run_report,
@@ -134,3 +135,24 @@ def test_a_curve_is_the_mean_over_seeds_by_what_was_moved(runs):
         )
     # All but phi, which is 148 numbers of 4 bytes, down and up, for 3 clients a round.
     assert total[:, 0] - classes[:, 0] == pytest.approx([2 * 3 * 148 * 8 / 1e6, 4 * 3 * 148 * 8 / 1e6])
+
+
+def test_several_numbers_of_negatives_have_a_plot_of_their_own_and_one_line_in_the_others(tmp_path):
+    runs = [play("fedss", seed, num_negatives=m) for m in (1, 2, 4) for seed in (0, 1)]
+    runs += [play("full_softmax", seed) for seed in (0, 1)]
+    figure = accuracy_by_class_set(runs, LIGHT)
+    (axes,) = figure.axes
+    line, point = axes.containers
+    sizes = [sum(run.summary.mean_class_set for run in runs[i : i + 2]) / 2 for i in (0, 2, 4)]
+    assert line.lines[0].get_xdata().tolist() == pytest.approx(sizes)
+    values = [50 * sum(run.summary.top1 for run in runs[i : i + 2]) for i in (0, 2, 4)]
+    assert line.lines[0].get_ydata().tolist() == pytest.approx(values)
+    assert point.lines[0].get_xdata().tolist() == [7]
+    (by_round,) = accuracy_by_round(runs, LIGHT).axes
+    labels = [text.get_text() for text in by_round.get_figure().legends[0].get_texts()]
+    assert labels == ["FedSS, 2 negatives", "FullSoftmax"]
+    table = [cells(line) for line in tabulate(runs)]
+    write_comparison_report(tmp_path, runs, HEADER, table, [])
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert len(page.links) == 6 and "FedSS, 4 negatives" in page.text
+    assert (tmp_path / "accuracy_by_class_set.png").read_bytes().startswith(b"\x89PNG")

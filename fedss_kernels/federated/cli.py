@@ -41,8 +41,9 @@ from .config import (
 )
 from .ledger import OUTCOMES
 from .models import MODELS
+from .plan import Plan
 from .rounds import Stopped, TooFewClients, check_data, load_data, run
-from .run_folder import RUN_FILES, check_folder, make_folder, read_model
+from .run_folder import RUN_FILES, RoundMetrics, check_folder, make_folder, read_model
 from .workers import WorkerLost, help_out, launched
 
 
@@ -198,6 +199,22 @@ def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
         help="the seeds, with commas between; every method is run with each (default: 0,1,2)",
     )
     parser.add_argument(
+        "--counts",
+        type=_numbers,
+        default=[],
+        metavar="INTS",
+        help="numbers of negatives, with commas between; methods that ask for some are run with each "
+        "(default: --num-negatives)",
+    )
+    parser.add_argument(
+        "--rates",
+        type=_rates,
+        default=[],
+        metavar="NUMBERS",
+        help="values of --client-lr, with commas between: each method's best is found first, on a tenth of "
+        "the training clients (default: --client-lr for all)",
+    )
+    parser.add_argument(
         "--jobs",
         type=_reader(int, "an integer of at least 1", low=1),
         default=os.cpu_count() or 1,
@@ -208,31 +225,35 @@ def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from .compare import COMPARISON_FILES, HEADER, cells, compare, job_name, plan, read_plan
+    from .compare import COMPARISON_FILES, HEADER, cells, compare, job_name, trial_name
     from .progress import RunProgress
 
     resume = arguments.resume is not None
     with _mistakes():
         if resume:
-            there = read_plan(arguments.resume)
-            arguments.methods, arguments.seeds = there.methods, there.seeds
-            config = dataclasses.replace(there.config, out=arguments.resume)
+            there = Plan.read(arguments.resume)
+            plan = dataclasses.replace(there, config=dataclasses.replace(there.config, out=arguments.resume))
         else:
-            config = _config(arguments)
-        out = config.out or Path("runs") / f"compare-{config.data}"
-        configs = plan(config, arguments.methods, arguments.seeds, out)
-        check_data(config, load_data(config))
+            lists = arguments.methods, arguments.seeds, arguments.counts, arguments.rates
+            plan = Plan(_config(arguments), *lists)
+        out = plan.config.out or Path("runs") / f"compare-{plan.config.data}"
+        check_data(plan.config, load_data(plan.config))
         if not resume:
-            check_folder(out, COMPARISON_FILES, overwrite=config.overwrite)
-    with RunProgress([job_name(c) for c in configs], config.rounds) as progress:
+            check_folder(out, COMPARISON_FILES, overwrite=plan.config.overwrite)
+    names = [trial_name(plan, trial) for trial in plan.trials(out)]
+    names += [job_name(plan, run) for run in plan.runs(out, {})]
+    with RunProgress(names, plan.config.rounds) as progress:
+
+        def show(first: int) -> Callable[[int, RoundMetrics | None], None]:
+            return lambda job, m: progress.advance(first + job, m) if m else progress.start(first + job)
+
         comparison = compare(
-            config,
-            arguments.methods,
-            arguments.seeds,
+            plan,
             out,
             jobs=arguments.jobs,
+            on_trial=show(0),
+            on_round=show(len(plan.trials(out))),
             resume=resume,
-            on_round=lambda job, metrics: progress.advance(job, metrics) if metrics else progress.start(job),
         )
     for line in comparison.failed:
         print(f"fedss compare: {line}", file=sys.stderr)
@@ -579,6 +600,11 @@ def _numbers(text: str) -> list[int]:
 
 def _counts(text: str) -> list[int]:
     read = _reader(int, "integers of at least 1 with commas between", low=1)
+    return [read(number) for number in text.split(",")]
+
+
+def _rates(text: str) -> list[float]:
+    read = _reader(float, "numbers greater than 0 with commas between", low=1e-300)
     return [read(number) for number in text.split(",")]
 
 

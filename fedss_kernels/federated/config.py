@@ -100,6 +100,12 @@ class Config:
         "classification: unseen images of known classes; retrieval: images of classes that nobody trained on",
         choices=lambda: TASKS,
     )
+    holdout: float = option(
+        0.0,
+        "share of the training clients who do not train: the test is on their images; 0: the data's own test",
+        low=0,
+        below=1,
+    )
     glyph_classes: int = option(540, "classes of the data set glyphs", low=2, below=10**5)
     glyph_writers: int = option(800, "writers, that is clients, of the data set glyphs", low=1, below=10**6)
 

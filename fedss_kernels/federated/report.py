@@ -13,6 +13,7 @@ import numpy as np
 
 from .algorithms import METHODS
 from .config import Config
+from .plan import Case, case_of
 from .run_folder import RoundMetrics, Summary
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def write_comparison_report(
 def accuracy_by_round(runs: Sequence[Run], theme: dict[str, str]) -> "Figure":
     """Accuracy over rounds: a line for each method, the mean over its seeds, in a band of one sd."""
     figure, (axes,) = _figure(runs, theme, panels=1)
-    for style, group in _by_method(runs):
+    for style, group in _lines(runs):
         rounds, mean, sd = _curve(group)
         _draw(axes, rounds, mean, sd, style)
     axes.set_xlabel("rounds of training")
@@ -97,7 +98,7 @@ def accuracy_by_round(runs: Sequence[Run], theme: dict[str, str]) -> "Figure":
 def accuracy_by_bytes(runs: Sequence[Run], theme: dict[str, str]) -> "Figure":
     """Accuracy over what was moved: everything on the left, what the classes cost on the right."""
     figure, (left, right) = _figure(runs, theme, panels=2)
-    for style, group in _by_method(runs):
+    for style, group in _lines(runs):
         _, mean, sd = _curve(group)
         total, classes = np.mean([_megabytes(run) for run in group], axis=0)
         _draw(left, total, mean, sd, style)
@@ -113,6 +114,25 @@ def accuracy_by_bytes(runs: Sequence[Run], theme: dict[str, str]) -> "Figure":
         right.set_xlim(left=0)
     right.tick_params(labelleft=False)
     return _finish(figure, left, runs, theme)
+
+
+def accuracy_by_class_set(runs: Sequence[Run], theme: dict[str, str]) -> "Figure":
+    """Accuracy at the end over |S_k|: a line for each method with negatives, a point for each without."""
+    figure, (axes,) = _figure(runs, theme, panels=1)
+    cases = by_case(runs)
+    for method in dict.fromkeys(case.method for case in cases):
+        points = []
+        for group in (runs for case, runs in cases.items() if case.method == method):
+            values = [100 * run.summary.accuracy for run in group if run.summary.accuracy is not None]
+            sd = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+            sizes = [run.summary.mean_class_set for run in group]
+            points.append((float(np.mean(sizes)), float(np.mean(values)), sd))
+        x, mean, error = zip(*sorted(points), strict=True)
+        axes.errorbar(x, mean, error, label=METHODS[method].label, capsize=3, **_style(method))
+    axes.set_xscale("log")
+    axes.set_xlabel("class rows on a client, |S_k| (mean, log scale)")
+    axes.xaxis.set_major_formatter("{x:g}")
+    return _finish(figure, axes, runs, theme)
 
 
 def _figure(runs: Sequence[Run], theme: dict[str, str], panels: int) -> tuple["Figure", list]:
@@ -148,23 +168,31 @@ def _finish(figure: "Figure", axes, runs: Sequence[Run], theme: dict[str, str]) 
     return figure
 
 
-def _by_method(runs: Sequence[Run]) -> list[tuple[dict[str, str], list[Run]]]:
-    """(line style, runs) of each method; a method has the same style in every plot."""
-    groups: dict[str, list[Run]] = {}
+def by_case(runs: Sequence[Run]) -> dict[Case, list[Run]]:
+    """Runs that differ in their seed alone; a number of negatives counts where there are several."""
+    several = len({run.config.num_negatives for run in runs if METHODS[run.summary.method].samples}) > 1
+    groups: dict[Case, list[Run]] = {}
     for run in runs:
-        groups.setdefault(run.summary.method, []).append(run)
-    places = {name: i for i, name in enumerate(METHODS)}
-    return [
-        (
-            {
-                "label": METHODS[name].label,
-                "color": COLOURS[places[name] % len(COLOURS)],
-                "marker": MARKERS[places[name] % len(MARKERS)],
-            },
-            group,
-        )
-        for name, group in groups.items()
-    ]
+        groups.setdefault(case_of(run.config, several), []).append(run)
+    return groups
+
+
+def _style(method: str) -> dict[str, str]:
+    """The same in every plot."""
+    place = list(METHODS).index(method)
+    return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
+
+
+def _lines(runs: Sequence[Run]) -> list[tuple[dict[str, str], list[Run]]]:
+    """(style, runs) of one case of each method: of several numbers of negatives the one in the middle."""
+    lines: dict[str, list[tuple[Case, list[Run]]]] = {}
+    for case, group in by_case(runs).items():
+        lines.setdefault(case.method, []).append((case, group))
+    found = []
+    for cases in lines.values():
+        case, group = sorted(cases, key=lambda each: each[0].num_negatives or 0)[len(cases) // 2]
+        found.append((_style(case.method) | {"label": case.label}, group))
+    return found
 
 
 def _evaluations(run: Run) -> list[RoundMetrics]:
@@ -196,10 +224,13 @@ def _megabytes(run: Run) -> np.ndarray:
 def _save_plots(folder: Path, runs: Sequence[Run]) -> list[str]:
     """Writes the light PNG files; returns each plot's HTML, in the reader's light or dark theme."""
     pictures = []
-    for plot, alt in (
+    plots = [
         (accuracy_by_round, "Accuracy by rounds of training"),
         (accuracy_by_bytes, "Accuracy by megabytes moved"),
-    ):
+    ]
+    if len(by_case(runs)) > len({run.summary.method for run in runs}):
+        plots.append((accuracy_by_class_set, "Accuracy by class rows on a client"))
+    for plot, alt in plots:
         light, dark = _png(plot(runs, LIGHT)), _png(plot(runs, DARK))
         (folder / f"{plot.__name__}.png").write_bytes(light)
         pictures.append(
@@ -268,23 +299,24 @@ def _comparison_page(
             f"<p>{_TABLE_NOTE}{sd}</p>",
             f"<figure>{plots[0]}<figcaption>{_ROUND_CAPTION}{band}</figcaption></figure>",
             f"<figure>{plots[1]}<figcaption>{_BYTES_CAPTION}</figcaption></figure>",
+            *(f"<figure>{plot}<figcaption>{_SIZES_CAPTION}</figcaption></figure>" for plot in plots[2:]),
             _methods(names),
             _glossary(),
-            _settings(runs[0].config, without=("method", "seed", "out")),
+            _settings(runs[0].config, without=_varied(runs)),
         ],
     )
 
 
 def _method_cards(runs: Sequence[Run]) -> str:
-    """Each method's accuracy, the mean over its seeds, and what share of the classes its clients got."""
+    """Each case's accuracy, the mean over its seeds, and what share of the classes its clients got."""
     measure, _ = TASKS[runs[0].summary.task]
     figures = []
-    for name in dict.fromkeys(run.summary.method for run in runs):
-        of_method = [run.summary for run in runs if run.summary.method == name]
-        accuracies = [s.accuracy for s in of_method if s.accuracy is not None]
+    for case, group in by_case(runs).items():
+        summaries = [run.summary for run in group]
+        accuracies = [s.accuracy for s in summaries if s.accuracy is not None]
         accuracy = float(np.mean(accuracies)) if accuracies else None
-        share = float(np.mean([s.mean_class_set / s.num_classes for s in of_method]))
-        text = f"{measure} of {METHODS[name].label}, with {percent(share)} of the class rows on a client"
+        share = float(np.mean([s.mean_class_set / s.num_classes for s in summaries]))
+        text = f"{measure} of {case.label}, with {percent(share)} of the class rows on a client"
         figures.append((percent(accuracy), text))
     return _cards(figures)
 
@@ -361,6 +393,15 @@ def _settings(config: Config, without: Sequence[str] = ()) -> str:
     return f"<h2>Settings</h2>{_table(('option', 'value', 'meaning'), rows, words=True)}"
 
 
+def _varied(runs: Sequence[Run]) -> list[str]:
+    """Options that the runs have different values of."""
+    return [
+        field.name
+        for field in dataclasses.fields(Config)
+        if len({str(getattr(run.config, field.name)) for run in runs}) > 1
+    ]
+
+
 def _cards(figures: Sequence[tuple[str, str]]) -> str:
     cards = "".join(f"<div><strong>{escape(value)}</strong>{escape(text)}</div>" for value, text in figures)
     return f'<div class="cards">{cards}</div>'
@@ -410,6 +451,10 @@ _BAND = " A line is the mean over the seeds, its band one standard deviation."
 _BYTES_CAPTION = (
     "The same accuracy by what had been moved until then, down and up, by all clients together: on the left "
     "everything; on the right only what depends on the number of classes. Further left is cheaper."
+)
+_SIZES_CAPTION = (
+    "Accuracy at the end by how many class rows a client got. In the plots above are, of each method, the "
+    "runs with the number of negatives in the middle."
 )
 _TABLE_NOTE = (
     "|S_k| is the mean number of class rows that a client gets. MB count everything that moved, down and up, "

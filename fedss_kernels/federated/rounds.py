@@ -23,6 +23,7 @@ from .client import Update
 from .cohort import absence, draw_cohort
 from .config import OWN, Config, ConfigError, learning_rate
 from .data import FederatedData, load
+from .data.holdout import held_out
 from .inspection import Inspection, clipped
 from .ledger import OUTCOMES, Entry, Traffic, client_traffic
 from .metrics import map_at_r, top1
@@ -355,7 +356,7 @@ def load_data(config: Config) -> FederatedData:
     if config.data_dir is not None and not config.data_dir.is_dir():
         raise ConfigError("data_dir", f"no such folder: {config.data_dir}")
     glyphs = {"num_classes": config.glyph_classes, "writers": config.glyph_writers}
-    return load(
+    data = load(
         config.data,
         data_dir=config.data_dir,
         seed=config.data_seed,
@@ -363,6 +364,7 @@ def load_data(config: Config) -> FederatedData:
         cache_dir=config.cache_dir,
         **(glyphs if config.data == "glyphs" else {}),
     )
+    return held_out(data, config.holdout, config.data_seed) if config.holdout else data
 
 
 def check_data(config: Config, data: FederatedData) -> None:

@@ -24,4 +24,5 @@ FEDSS = Method(
     summary="Each client receives the rows of its own classes and of a few random others, new ones every "
     "round; the loss weighs the random ones up, so that they stand for all the classes left out.",
     request=request,
+    samples=True,
 )

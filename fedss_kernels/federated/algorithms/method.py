@@ -25,5 +25,6 @@ class Method:
     summary: str  # a sentence for readers who know none of this
     request: Callable[[int, Tensor, Tensor, str], Request]
     # request(num_classes, positives (P,), negatives drawn for the client (m,), correction)
+    samples: bool = False  # whether clients ask for negatives
     spreads: bool = False  # whether the server pushes near class rows apart after each round
     pooled: bool = False  # whether there are no clients: all the images are in one place

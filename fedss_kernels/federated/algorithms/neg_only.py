@@ -23,4 +23,5 @@ NEG_ONLY = Method(
     summary="Each client receives the same rows as in FedSS, but compares an image's class with the random "
     "others only, never with the client's other classes.",
     request=request,
+    samples=True,
 )

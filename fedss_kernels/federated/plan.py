@@ -1,0 +1,135 @@
+"""What a comparison compares: methods, numbers of negatives and seeds; the rates that are tried."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .algorithms import METHODS
+from .checkpoint import CheckpointError, differences
+from .config import Config, ConfigError, did_you_mean
+
+HOLDOUT = 0.1  # of the training clients, for the choice of a rate
+FILE = "comparison.json"
+
+
+@dataclass(frozen=True)
+class Case:
+    """What has a line in the table: a method, with a number of negatives if it asks for any."""
+
+    method: str
+    num_negatives: int | None
+
+    @property
+    def name(self) -> str:
+        """In names of folders."""
+        return self.method if self.num_negatives is None else f"{self.method}-m{self.num_negatives}"
+
+    @property
+    def label(self) -> str:
+        label = METHODS[self.method].label
+        return label if self.num_negatives is None else f"{label}, {self.num_negatives} negatives"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Raises ConfigError for names or numbers that cannot be."""
+
+    config: Config  # everything but method, seed and out
+    methods: Sequence[str]
+    seeds: Sequence[int]
+    counts: Sequence[int] = ()  # numbers of negatives; none: the configuration's
+    rates: Sequence[float] = ()  # client_lr to choose from; none: the configuration's
+
+    def __post_init__(self) -> None:
+        for name in self.methods:
+            if name not in METHODS:
+                raise ConfigError(
+                    "methods",
+                    f"expected some of {', '.join(METHODS)}, got {name!r}{did_you_mean(name, [*METHODS])}",
+                )
+        lists: dict[str, Sequence[Any]] = {"methods": self.methods, "seeds": self.seeds}
+        for name, values in (lists | {"counts": self.counts, "rates": self.rates}).items():
+            if (name in lists and not values) or len(set(values)) < len(values):
+                raise ConfigError(
+                    name, f"expected at least one, each once, got {', '.join(map(str, values)) or 'none'}"
+                )
+        if self.config.workers > 1:
+            raise ConfigError(
+                "workers", f"expected 1 in a comparison, which has jobs, got {self.config.workers}"
+            )
+
+    @property
+    def cases(self) -> list[Case]:
+        """A method that asks for negatives has one for each count, if there are several."""
+        return [
+            Case(method, count)
+            for method in self.methods
+            for count in (self.counts if METHODS[method].samples and self.counts else [None])
+        ]
+
+    def trials(self, out: Path) -> list[Config]:
+        """The runs that choose a rate, rates of one case next to each other."""
+        return [
+            self._run(case, self.seeds[0], out / f"{case.name}-lr{rate:g}", client_lr=rate, holdout=HOLDOUT)
+            for case in self.cases
+            for rate in self.rates
+        ]
+
+    def runs(self, out: Path, rates: Mapping[Case, float]) -> list[Config]:
+        """The runs that are compared, cases of one seed next to each other."""
+        return [
+            self._run(
+                case,
+                seed,
+                out / f"{case.name}-seed{seed}",
+                client_lr=rates.get(case, self.config.client_lr),
+            )
+            for seed in self.seeds
+            for case in self.cases
+        ]
+
+    def _run(self, case: Case, seed: int, out: Path, **options: Any) -> Config:
+        store = self.config.class_store
+        if case.num_negatives is not None:
+            options["num_negatives"] = case.num_negatives
+        return replace(
+            self.config,
+            method=case.method,
+            seed=seed,
+            out=out,
+            class_store=store and store / out.parent.name / out.name,
+            **options,
+        )
+
+    def save(self, out: Path) -> None:
+        lists = {name: list(getattr(self, name)) for name in ("methods", "seeds", "counts", "rates")}
+        text = json.dumps(lists | {"config": self.config.to_dict()}, indent=2)
+        (out / FILE).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, out: Path) -> "Plan":
+        """Of the comparison in `out`. Raises CheckpointError where there is none."""
+        try:
+            found = json.loads((out / FILE).read_text(encoding="utf-8"))
+            lists = [found[name] for name in ("methods", "seeds", "counts", "rates")]
+            return cls(Config.from_dict(found["config"]), *lists)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"no comparison to go on with in {out}: {error}") from None
+
+    def check_same(self, out: Path) -> None:
+        """Raises CheckpointError unless the comparison in `out` is this one."""
+        there = Plan.read(out)
+        different = differences(there.config.to_dict(), self.config.to_dict())
+        for name in ("methods", "seeds", "counts", "rates"):
+            before, now = list(getattr(there, name)), list(getattr(self, name))
+            if before != now:
+                different.append(f"{name}: {before} there, {now} here")
+        if different:
+            raise CheckpointError(f"the comparison in {out} is another: {'; '.join(different)}")
+
+
+def case_of(config: Config, several: bool) -> Case:
+    """The case of a run, where a comparison has several numbers of negatives or one."""
+    return Case(config.method, config.num_negatives if several and METHODS[config.method].samples else None)

@@ -134,6 +134,7 @@ def _plot(lines: Sequence[Line]) -> "Figure":
     )
     ticks = sorted({line.requests for line in lines})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.legend(title="negatives: measured;\nlines: the posterior", fontsize=8, title_fontsize=8)
+    title = "negatives (lines: the posterior)"
+    axes.legend(title=title, fontsize=8, title_fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.8))
     axes.grid(alpha=0.4)
     return figure

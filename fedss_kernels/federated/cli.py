@@ -316,6 +316,29 @@ def _noise(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _add_confusion_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of finished runs")
+    number = _reader(int, "an integer of at least 0", low=0)
+    parser.add_argument("--client", type=number, default=0, metavar="INT", help="default: 0")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/confusion"), metavar="PATH", help="default: runs/confusion"
+    )
+
+
+def _confusion(arguments: argparse.Namespace) -> int:
+    from . import confusion
+
+    found = []
+    with _mistakes():
+        for folder in arguments.runs:
+            config, model = Config.from_dict(read_options(folder / "config.json")), read_model(folder)
+            found.append(confusion.measure(config, load_data(config), model, arguments.client))
+        make_folder(arguments.out)
+    print(confusion.write(arguments.out, found, arguments.client), end="")
+    print(f"the table and the plot: {arguments.out}")
+    return 0
+
+
 def _add_privacy_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--clients",
@@ -473,6 +496,12 @@ COMMANDS: dict[str, Command] = {
     ),
     "noise": Command(
         "measure how far FedSS' gradient is from FullSoftmax'", ("matplotlib",), _add_noise_arguments, _noise
+    ),
+    "confusion": Command(
+        "show what runs take a client's images for, among its own classes",
+        ("matplotlib",),
+        _add_confusion_arguments,
+        _confusion,
     ),
     "privacy": Command(
         "measure what a server learns from a client's requests",

@@ -1,0 +1,93 @@
+"""What a model takes a client's images for, among the client's own classes: Fig. 7 of the FedSS paper.
+
+    confusion(i, j) = share of the client's images of class i whose largest cosine, of its classes, is with j
+
+Beside it the mean cosine between two of the client's class rows: near 1 they have collapsed onto one.
+"""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from .algorithms import METHODS
+from .config import Config
+from .data import FederatedData
+from .player import Player
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Confusion:
+    name: str  # of the run
+    classes: Tensor  # (P,) the client's, ascending
+    shares: Tensor  # (P, P), rows sum to 1
+    cosine: float  # mean over pairs of its class rows
+
+    @property
+    def right(self) -> float:
+        """Mean over its classes of the share taken for themselves."""
+        return self.shares.diagonal().mean().item()
+
+
+def measure(config: Config, data: FederatedData, model: tuple[Tensor, Tensor], client: int) -> Confusion:
+    """Of (phi (P,), W (C, D)) on images a client trains on. Raises ValueError for one that is none."""
+    if not 0 <= client < len(data.clients):
+        raise ValueError(f"client: expected one in [0, {len(data.clients)}), got {client}")
+    player = Player(config, data)
+    player.extractor.flat.copy_(model[0])
+    held = data.clients[client]
+    classes = player.client.positives(client)
+    rows = normalize(model[1][classes], dim=1)
+    found = (player.extractor.embed(data.images[held]) @ rows.T).argmax(1)
+    counts = torch.zeros(len(classes), len(classes), dtype=torch.float64)
+    counts.index_put_(
+        (torch.searchsorted(classes, data.labels[held]), found),
+        torch.ones((), dtype=torch.float64),
+        accumulate=True,
+    )
+    between = (rows @ rows.T).double()
+    pairs = len(classes) * (len(classes) - 1)
+    cosine = ((between.sum() - between.trace()) / pairs).item() if pairs else 1.0
+    return Confusion(METHODS[config.method].label, classes, counts / counts.sum(1, keepdim=True), cosine)
+
+
+def write(out: Path, found: Sequence[Confusion], client: int) -> str:
+    """confusion.csv, a line for each run and pair of classes, and confusion.png; returns a table's text."""
+    with (out / "confusion.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["run", "class", "taken_for", "share"])
+        for number, each in enumerate(found):
+            for i, row in enumerate(each.shares.tolist()):
+                for j, share in enumerate(row):
+                    pair = each.classes[i].item(), each.classes[j].item()
+                    writer.writerow([f"{number}: {each.name}", *pair, share])
+    text = "| run | right | mean cosine of its class rows |\n| --- | ---: | ---: |\n"
+    for each in found:
+        text += f"| {each.name} | {100 * each.right:.1f}% | {each.cosine:.2f} |\n"
+    (out / "confusion.md").write_text(text, encoding="utf-8")
+    _plot(found, client).savefig(out / "confusion.png", dpi=150)
+    return text
+
+
+def _plot(found: Sequence[Confusion], client: int) -> "Figure":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1 + 3.6 * len(found), 3.9), layout="constrained")
+    panels = figure.subplots(1, len(found), squeeze=False)[0]
+    for axes, each in zip(panels, found, strict=True):
+        image = axes.imshow(100 * each.shares.numpy(), vmin=0, vmax=100, cmap="viridis")
+        axes.set_title(f"{each.name}: {100 * each.right:.0f}% right", fontsize=10)
+        axes.set_xlabel(f"taken for, of the {len(each.classes)} classes of client {client}")
+        axes.set_xticks([])
+        axes.set_yticks([])
+    panels[0].set_ylabel("class of the image")
+    figure.colorbar(image, ax=list(panels), label="images of the class (%)", shrink=0.8)
+    return figure

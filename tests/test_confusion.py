@@ -1,0 +1,64 @@
+"""Confusion among a client's own classes, by hand and from finished runs."""
+
+import csv
+
+import pytest
+import torch
+from tiny_federation import CLASSES_HELD, DIM, NUM_CLASSES, tiny_config, tiny_data, tiny_model
+from torch.nn.functional import normalize
+
+from fedss_kernels.federated import cli, confusion
+from fedss_kernels.federated.player import Player
+
+
+@pytest.fixture
+def linear_model(monkeypatch):
+    monkeypatch.setattr("fedss_kernels.federated.player._build_model", lambda config: tiny_model())
+
+
+def test_shares_are_counts_of_the_nearest_of_the_clients_rows(linear_model):
+    config, data = tiny_config(), tiny_data()
+    phi = Player(config, data).extractor.flat.clone()
+    weight = torch.randn(NUM_CLASSES, DIM, generator=torch.Generator().manual_seed(5))
+    found = confusion.measure(config, data, (phi, weight), client=1)
+    assert found.classes.tolist() == list(CLASSES_HELD[1])
+    held, model = data.clients[1], tiny_model()
+    with torch.no_grad():
+        embeddings = normalize(model(data.images[held].float() / 255), dim=1)
+    rows = normalize(weight[list(CLASSES_HELD[1])], dim=1)
+    for i, label in enumerate(CLASSES_HELD[1]):
+        nearest = (embeddings[data.labels[held] == label] @ rows.T).argmax(1)
+        expected = torch.bincount(nearest, minlength=3) / len(nearest)
+        torch.testing.assert_close(found.shares[i], expected.double())
+    pairs = [(rows[i] @ rows[j]).item() for i in range(3) for j in range(3) if i != j]
+    assert found.cosine == pytest.approx(sum(pairs) / 6, rel=1e-5)
+    with pytest.raises(ValueError, match=r"client: expected one in \[0, 5\), got 5"):
+        confusion.measure(config, data, (phi, weight), client=5)
+
+
+def test_rows_that_are_one_confuse_everything(linear_model):
+    config, data = tiny_config(), tiny_data()
+    phi = Player(config, data).extractor.flat.clone()
+    found = confusion.measure(config, data, (phi, torch.ones(NUM_CLASSES, DIM)), client=1)
+    assert found.cosine == pytest.approx(1) and found.right == pytest.approx(1 / 3)
+
+
+def test_the_command_shows_runs_side_by_side(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FEDSS_CACHE", str(tmp_path / "cache"))
+    small = ["--glyph-classes=12", "--glyph-writers=4", "--cohort=2", "--embedding-dim=8", "--rounds=2"]
+    runs = [str(tmp_path / method) for method in ("fedss", "neg_only")]
+    for run in runs:
+        assert cli.main(["run", *small, f"--method={run.rsplit('/')[-1]}", f"--out={run}"]) == 0
+    capsys.readouterr()
+    out = tmp_path / "out"
+    assert cli.main(["confusion", *runs, "--client=2", f"--out={out}"]) == 0
+    with (out / "confusion.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    for name in ("0: FedSS", "1: NegOnly"):
+        mine = [line for line in lines if line["run"] == name]
+        classes = {line["class"] for line in mine}
+        assert len(mine) == len(classes) ** 2
+        assert sum(float(line["share"]) for line in mine) == pytest.approx(len(classes))
+    assert (out / "confusion.md").read_text() in capsys.readouterr().out
+    assert (out / "confusion.png").read_bytes().startswith(b"\x89PNG")
+    assert cli.main(["confusion", str(tmp_path / "nowhere"), f"--out={out}"]) == 2

@@ -5,11 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny_federation import NUM_CLASSES, tiny_config, tiny_data, tiny_model
+from tiny_federation import CLASSES_HELD, NUM_CLASSES, tiny_config, tiny_data, tiny_model
 
 from fedss_kernels import draw_negatives
 from fedss_kernels.federated import Result, run
 from fedss_kernels.federated.algorithms import METHODS, Request
+from fedss_kernels.federated.player import Player
 
 POSITIVES = torch.tensor([1, 4, 5])
 
@@ -94,3 +95,16 @@ def test_without_correction_every_expected_count_is_one():
 def test_a_method_says_what_it_is(method):
     assert METHODS[method].name == method
     assert METHODS[method].label and METHODS[method].summary.endswith(".")
+
+
+def test_with_equal_pushes_neg_only_asks_for_as_many_as_push_in_fedss():
+    """|P| - 1 of its own and m others push an image in FedSS; so many others in NegOnly, if there are."""
+    data = tiny_data()
+    for k, held in enumerate(CLASSES_HELD):
+        requests = {}
+        for name in ("fedss", "neg_only", "pos_only"):
+            config = tiny_config(method=name, equal_pushes=True, num_negatives=2)
+            requests[name] = Player(config, data, tiny_model()).request(0, 0, k)
+        assert len(requests["fedss"].class_ids) == len(held) + 2
+        assert len(requests["neg_only"].denominator) == min(len(held) - 1 + 2, NUM_CLASSES - len(held))
+        assert len(requests["pos_only"].class_ids) == len(held)

@@ -178,19 +178,28 @@ def _ctrl_c_finishes_the_round() -> Iterator[Callable[[], bool]]:
 
 def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--resume",
-        type=Path,
-        metavar="FOLDER",
-        help="go on with the comparison that was stopped there; its options are there too",
-    )
-    _add_config_file(parser)
-    parser.add_argument(
         "--methods",
         type=_names,
         default=["fedss", "full_softmax", "pos_only", "neg_only"],
         metavar="NAMES",
         help="the methods, with commas between (default: fedss,full_softmax,pos_only,neg_only)",
     )
+    _add_comparison_arguments(parser)
+
+
+def _add_compositions_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(methods=["fedss", "neg_only"], equal_pushes=True)
+    _add_comparison_arguments(parser, without=("equal_pushes",))
+
+
+def _add_comparison_arguments(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        metavar="FOLDER",
+        help="go on with the comparison that was stopped there; its options are there too",
+    )
+    _add_config_file(parser)
     parser.add_argument(
         "--seeds",
         type=_numbers,
@@ -221,7 +230,7 @@ def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="INT",
         help="runs at a time, each in a process of its own (default: the number of cores)",
     )
-    _add_options(parser, without=("method", "seed"))
+    _add_options(parser, without=("method", "seed", *without))
 
 
 def _compare(arguments: argparse.Namespace) -> int:
@@ -236,7 +245,7 @@ def _compare(arguments: argparse.Namespace) -> int:
         else:
             lists = arguments.methods, arguments.seeds, arguments.counts, arguments.rates
             plan = Plan(_config(arguments), *lists)
-        out = plan.config.out or Path("runs") / f"compare-{plan.config.data}"
+        out = plan.config.out or Path("runs") / f"{arguments.command}-{plan.config.data}"
         check_data(plan.config, load_data(plan.config))
         if not resume:
             check_folder(out, COMPARISON_FILES, overwrite=plan.config.overwrite)
@@ -256,7 +265,7 @@ def _compare(arguments: argparse.Namespace) -> int:
             resume=resume,
         )
     for line in comparison.failed:
-        print(f"fedss compare: {line}", file=sys.stderr)
+        print(f"fedss {arguments.command}: {line}", file=sys.stderr)
     if comparison.table:
         _print_table(HEADER, [cells(line) for line in comparison.table])
         print(f"the table, plots and report: {out / 'report.html'}")
@@ -494,6 +503,12 @@ COMMANDS: dict[str, Command] = {
         _add_compare_arguments,
         _compare,
     ),
+    "compositions": Command(
+        "compare FedSS with NegOnly on as many pushing classes",
+        ("matplotlib", "rich", "safetensors"),
+        _add_compositions_arguments,
+        _compare,
+    ),
     "noise": Command(
         "measure how far FedSS' gradient is from FullSoftmax'", ("matplotlib",), _add_noise_arguments, _noise
     ),
@@ -539,6 +554,7 @@ def _parse(name: str, command: Command, argv: Sequence[str]) -> argparse.Namespa
     parser = _Parser(prog=name, description=command.help, allow_abbrev=False)
     command.add_arguments(parser)
     arguments, unknown = parser.parse_known_args(argv)
+    arguments.command = name.removeprefix("fedss ")
     if unknown:
         given = unknown[0].split("=")[0]
         if not given.startswith("-"):

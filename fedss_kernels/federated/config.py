@@ -111,6 +111,10 @@ class Config:
 
     method: str = option("fedss", "how to train", choices=lambda: tuple(METHODS))
     num_negatives: int = option(PRESET, "classes a client asks for besides its own", low=0)
+    equal_pushes: bool = option(
+        False,
+        "neg_only asks for |P| - 1 more, so that an image is pushed from as many classes as with fedss",
+    )
     negatives: str = option(
         "fresh",
         "what a client asks for besides its own classes: fresh, others in every round; sticky, always the "

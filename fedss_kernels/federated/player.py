@@ -57,7 +57,8 @@ class Player:
     def _negatives(self, round: int, attempt: int, client: int, positives: Tensor) -> Tensor:
         """min(m, C - |P|) of them: new ones, or a share that is the same in every round."""
         config, num_classes = self.config, self.data.num_classes
-        m = min(config.num_negatives, num_classes - len(positives))
+        more = len(positives) - 1 if config.equal_pushes and not self.method.own_push else 0
+        m = min(config.num_negatives + more, num_classes - len(positives))
         kept = positives[:0]
         if STICKY[config.negatives]:
             rng = generator(config.seed, 0, 0, client, Purpose.STICKY_NEGATIVES)

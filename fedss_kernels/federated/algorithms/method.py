@@ -26,5 +26,6 @@ class Method:
     request: Callable[[int, Tensor, Tensor, str], Request]
     # request(num_classes, positives (P,), negatives drawn for the client (m,), correction)
     samples: bool = False  # whether clients ask for negatives
+    own_push: bool = True  # whether an image is pushed from the client's other classes
     spreads: bool = False  # whether the server pushes near class rows apart after each round
     pooled: bool = False  # whether there are no clients: all the images are in one place

@@ -24,4 +24,5 @@ NEG_ONLY = Method(
     "others only, never with the client's other classes.",
     request=request,
     samples=True,
+    own_push=False,
 )

@@ -60,7 +60,7 @@ def packages() -> dict[str, str]:
 setup(
     packages=list(packages()),
     package_dir=packages(),
-    package_data={"fedss_kernels": ["py.typed", "_C.pyi"]},
+    package_data={"fedss_kernels": ["py.typed", "_C.pyi"], "fedss_kernels.federated": ["presets/*.json"]},
     ext_modules=[
         Pybind11Extension(
             "fedss_kernels._C",

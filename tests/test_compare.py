@@ -15,7 +15,7 @@ from tiny_federation import tiny_config, tiny_data, tiny_model
 from fedss_kernels.federated import CheckpointError, Config, ConfigError, run
 from fedss_kernels.federated.compare import cells, compare, tabulate, write_tables
 from fedss_kernels.federated.data.holdout import held_out
-from fedss_kernels.federated.plan import Case, Plan
+from fedss_kernels.federated.plan import LISTS, PRESETS, Case, Plan, read_preset
 from fedss_kernels.federated.report import Run
 
 SMALL = {
@@ -197,6 +197,28 @@ def test_each_case_has_the_best_of_the_rates(tmp_path):
         assert (tmp_path / "out" / name).stat().st_size > 0
     again = compare(plan, tmp_path / "out", resume=True, on_trial=lambda job, m: m and trials.append(job))
     assert len(trials) == 6 and again.table == comparison.table
+
+
+def test_presets_are_plans_and_files_that_can_be_edited(tmp_path):
+    names = [path.stem for path in PRESETS.glob("*.json")]
+    assert {"glyphs", "omniglot"} <= set(names)
+    for name in names:
+        found = read_preset(name)
+        plan = Plan(Config.from_dict(found["config"]), *(found[part] for part in LISTS))
+        assert plan.config.data == name and plan.cases
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps(read_preset("glyphs") | {"seeds": [5]}))
+    assert read_preset(str(own))["seeds"] == [5]
+    for content, message in {
+        '{"method": ["fedss"]}': "preset: no such entry in .*: method .did you mean methods",
+        '{"seeds": 3}': "preset: expected a list for seeds in .*, got 3",
+        "nothing": "config: .* is not JSON",
+    }.items():
+        own.write_text(content)
+        with pytest.raises(ConfigError, match=message):
+            read_preset(str(own))
+    with pytest.raises(ConfigError, match="preset: expected a file or one of .*glyphs.*, got 'glyph'"):
+        read_preset("glyph")
 
 
 def test_held_out_clients_do_not_train_and_are_tested_on():

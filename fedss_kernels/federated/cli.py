@@ -41,7 +41,7 @@ from .config import (
 )
 from .ledger import OUTCOMES
 from .models import MODELS
-from .plan import Plan
+from .plan import LISTS, Plan, read_preset
 from .rounds import Stopped, TooFewClients, check_data, load_data, run
 from .run_folder import RUN_FILES, RoundMetrics, check_folder, make_folder, read_model
 from .workers import WorkerLost, help_out, launched
@@ -180,7 +180,6 @@ def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--methods",
         type=_names,
-        default=["fedss", "full_softmax", "pos_only", "neg_only"],
         metavar="NAMES",
         help="the methods, with commas between (default: fedss,full_softmax,pos_only,neg_only)",
     )
@@ -194,6 +193,11 @@ def _add_compositions_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_comparison_arguments(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
     parser.add_argument(
+        "--preset",
+        metavar="NAME",
+        help="methods, numbers and options from a preset of this name, or from a file like one",
+    )
+    parser.add_argument(
         "--resume",
         type=Path,
         metavar="FOLDER",
@@ -203,14 +207,12 @@ def _add_comparison_arguments(parser: argparse.ArgumentParser, without: Sequence
     parser.add_argument(
         "--seeds",
         type=_numbers,
-        default=[0, 1, 2],
         metavar="INTS",
         help="the seeds, with commas between; every method is run with each (default: 0,1,2)",
     )
     parser.add_argument(
         "--counts",
         type=_numbers,
-        default=[],
         metavar="INTS",
         help="numbers of negatives, with commas between; methods that ask for some are run with each "
         "(default: --num-negatives)",
@@ -218,7 +220,6 @@ def _add_comparison_arguments(parser: argparse.ArgumentParser, without: Sequence
     parser.add_argument(
         "--rates",
         type=_rates,
-        default=[],
         metavar="NUMBERS",
         help="values of --client-lr, with commas between: each method's best is found first, on a tenth of "
         "the training clients (default: --client-lr for all)",
@@ -233,6 +234,14 @@ def _add_comparison_arguments(parser: argparse.ArgumentParser, without: Sequence
     _add_options(parser, without=("method", "seed", *without))
 
 
+_COMPARED: dict[str, Any] = {
+    "methods": ["fedss", "full_softmax", "pos_only", "neg_only"],
+    "seeds": [0, 1, 2],
+    "counts": [],
+    "rates": [],
+}
+
+
 def _compare(arguments: argparse.Namespace) -> int:
     from .compare import COMPARISON_FILES, HEADER, cells, compare, job_name, trial_name
     from .progress import RunProgress
@@ -243,8 +252,10 @@ def _compare(arguments: argparse.Namespace) -> int:
             there = Plan.read(arguments.resume)
             plan = dataclasses.replace(there, config=dataclasses.replace(there.config, out=arguments.resume))
         else:
-            lists = arguments.methods, arguments.seeds, arguments.counts, arguments.rates
-            plan = Plan(_config(arguments), *lists)
+            preset = read_preset(arguments.preset) if arguments.preset else {}
+            given = {name: getattr(arguments, name) for name in LISTS}
+            lists = _COMPARED | preset | {name: value for name, value in given.items() if value is not None}
+            plan = Plan(_config(arguments, preset.get("config", {})), *(lists[name] for name in LISTS))
         out = plan.config.out or Path("runs") / f"{arguments.command}-{plan.config.data}"
         check_data(plan.config, load_data(plan.config))
         if not resume:
@@ -670,9 +681,9 @@ def _one_of(*choices: str) -> Callable[[str], str]:
     return read
 
 
-def _config(arguments: argparse.Namespace) -> Config:
-    """Config's defaults, overridden by the --config file, overridden by the command line."""
-    options = read_options(arguments.config) if arguments.config else {}
+def _config(arguments: argparse.Namespace, preset: Mapping[str, Any] | None = None) -> Config:
+    """Config's defaults, a preset, the --config file, the command line: the later win."""
+    options = dict(preset or {}) | (read_options(arguments.config) if arguments.config else {})
     names = [field.name for field in dataclasses.fields(Config)]
     config = Config.from_dict(
         options | {name: value for name, value in vars(arguments).items() if name in names}

@@ -8,10 +8,12 @@ from typing import Any
 
 from .algorithms import METHODS
 from .checkpoint import CheckpointError, differences
-from .config import Config, ConfigError, did_you_mean
+from .config import Config, ConfigError, did_you_mean, read_options
 
 HOLDOUT = 0.1  # of the training clients, for the choice of a rate
 FILE = "comparison.json"
+LISTS = ("methods", "seeds", "counts", "rates")
+PRESETS = Path(__file__).with_name("presets")
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ class Plan:
         )
 
     def save(self, out: Path) -> None:
-        lists = {name: list(getattr(self, name)) for name in ("methods", "seeds", "counts", "rates")}
+        lists = {name: list(getattr(self, name)) for name in LISTS}
         text = json.dumps(lists | {"config": self.config.to_dict()}, indent=2)
         (out / FILE).write_text(text + "\n", encoding="utf-8")
 
@@ -113,8 +115,7 @@ class Plan:
         """Of the comparison in `out`. Raises CheckpointError where there is none."""
         try:
             found = json.loads((out / FILE).read_text(encoding="utf-8"))
-            lists = [found[name] for name in ("methods", "seeds", "counts", "rates")]
-            return cls(Config.from_dict(found["config"]), *lists)
+            return cls(Config.from_dict(found["config"]), *(found[name] for name in LISTS))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"no comparison to go on with in {out}: {error}") from None
 
@@ -122,12 +123,33 @@ class Plan:
         """Raises CheckpointError unless the comparison in `out` is this one."""
         there = Plan.read(out)
         different = differences(there.config.to_dict(), self.config.to_dict())
-        for name in ("methods", "seeds", "counts", "rates"):
+        for name in LISTS:
             before, now = list(getattr(there, name)), list(getattr(self, name))
             if before != now:
                 different.append(f"{name}: {before} there, {now} here")
         if different:
             raise CheckpointError(f"the comparison in {out} is another: {'; '.join(different)}")
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """A preset of the package by its name, or a file: {"config": {...}} and any of LISTS, as comparison.json.
+
+    Raises ConfigError for a name that is neither, or a file that is none.
+    """
+    named = sorted(path.stem for path in PRESETS.glob("*.json"))
+    path = PRESETS / f"{name}.json" if name in named else Path(name)
+    if not path.is_file():
+        raise ConfigError("preset", f"expected a file or one of {', '.join(named)}, got {name!r}")
+    found = read_options(path)
+    for key, value in found.items():
+        if key not in ("config", *LISTS):
+            raise ConfigError(
+                "preset", f"no such entry in {path}: {key}{did_you_mean(key, ['config', *LISTS])}"
+            )
+        if not isinstance(value, dict if key == "config" else list):
+            kind = "an object" if key == "config" else "a list"
+            raise ConfigError("preset", f"expected {kind} for {key} in {path}, got {value!r}")
+    return found
 
 
 def case_of(config: Config, several: bool) -> Case:

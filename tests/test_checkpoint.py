@@ -1,6 +1,7 @@
 """A run that was stopped anywhere goes on to the bits of one that never was."""
 
 import csv
+import dataclasses
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import torch
 from tiny_federation import tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import CheckpointError, Config, ConfigError, Stopped, run
+from fedss_kernels.federated.lock import InUse, Lock
 
 ROUNDS = 6
 
@@ -146,8 +148,8 @@ def test_another_configuration_is_refused_with_what_differs(stopped):
 
 
 def test_another_version_is_refused(stopped, monkeypatch):
-    monkeypatch.setattr("fedss_kernels.federated.checkpoint.FORMAT", 3)
-    with pytest.raises(CheckpointError, match="is of format 2, this version reads 3"):
+    monkeypatch.setattr("fedss_kernels.federated.checkpoint.FORMAT", 9)
+    with pytest.raises(CheckpointError, match="is of format 3, this version reads 9"):
         train(stopped, resume=True)
 
 
@@ -174,16 +176,39 @@ def test_there_must_be_something_to_go_on_from(stopped, tmp_path):
         train(tmp_path / "nothing", resume=True)
     with pytest.raises(ConfigError, match="out: expected the folder of the run to resume, got none"):
         train(None, resume=True)
-    table = stopped / "metrics.csv"
-    whole = table.read_bytes()
-    for right, wrong in ((b"\n2,", b"\n7,"), (b"\n3,", b"\nx,"), (b"loss", b"less")):
-        table.write_bytes(whole.replace(right, wrong))
-        with pytest.raises(CheckpointError, match=r"metrics\.csv is damaged"):
+    for name in ("metrics.csv", "ledger.csv"):
+        table = stopped / name
+        whole = table.read_bytes()
+        for damaged in (whole.replace(b",3,", b",4,", 1), whole[:-1], b""):
+            table.write_bytes(damaged)
+            with pytest.raises(CheckpointError, match=f"{name} is not what it was at the checkpoint"):
+                train(stopped, resume=True)
+        table.unlink()
+        with pytest.raises(CheckpointError, match=f"{name} cannot be read"):
             train(stopped, resume=True)
-    table.write_bytes(whole)
-    (stopped / "ledger.csv").write_text("")
-    with pytest.raises(CheckpointError, match=r"ledger\.csv is shorter than it was at the checkpoint"):
+        table.write_bytes(whole + b"what a run that was killed wrote after its checkpoint\n")
+    train(stopped, resume=True)
+
+
+def test_other_data_and_another_net_are_refused(stopped):
+    data, config = tiny_data(), tiny_config(rounds=ROUNDS, checkpoint_every=1, out=stopped)
+    others = [
+        {"data": dataclasses.replace(data, images=255 - data.images), "model": tiny_model()},
+        {"data": dataclasses.replace(data, clients=data.clients[::-1]), "model": tiny_model()},
+        {"data": data, "model": torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 4, bias=False))},
+    ]
+    for other in others:
+        with pytest.raises(CheckpointError, match="began with other data or another net"):
+            run(config, resume=True, **other)
+    train(stopped, resume=True)
+
+
+def test_a_folder_is_used_by_one_run_at_a_time(stopped):
+    lock = Lock(stopped / "config.json")
+    with pytest.raises(InUse, match="another run is using"):
         train(stopped, resume=True)
+    lock.release()
+    train(stopped, resume=True)
 
 
 def test_a_finished_run_is_not_resumed_and_leaves_no_checkpoint(tmp_path):

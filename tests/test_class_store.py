@@ -1,6 +1,7 @@
 """A class matrix in files: the bits of one in memory, and those of the last checkpoint whatever happens."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,7 @@ def stepped(tmp_path):
     step(table, 1, 2)
     step(table, 2, 5)
     table.stored()
+    store.prepare(2)
     store.mark(2)
     then = store.rows.numbers.clone()
     step(table, 5, 8)
@@ -98,6 +100,7 @@ def test_reads_after_a_roll_back_are_those_at_the_checkpoint(optimizer, tmp_path
     store = ClassStore.new(tmp_path, 6, DIM)
     table = table_of(store, optimizer)
     step(table, 1, 4)
+    store.prepare(1)
     store.mark(1)
     then = table[:]
     step(table, 0, 1)
@@ -110,44 +113,99 @@ def test_the_journal_keeps_each_row_once_and_before_it_changes(stepped):
     store, then = stepped
     width = then.shape[1]
     (journal,) = store.folder.glob("undo-*.bin")
-    assert journal.stat().st_size == 3 * 16 + 4 * (8 + 4 * width)  # three entries; rows 5, 8, then 2, then 0
+    assert journal.stat().st_size == 64 + 3 * 16 + 4 * (8 + 4 * width)  # 3 entries; rows 5, 8, then 2, then 0
     store.roll_back(2)
     assert torch.equal(store.rows.numbers, then)
-    assert journal.stat().st_size == 0
+    assert journal.stat().st_size == 64
     store.roll_back(2)
     assert torch.equal(store.rows.numbers, then)
 
 
 def test_an_entry_that_is_not_whole_was_of_rows_that_did_not_change(stepped):
-    """Every length that the journal can have had: the rows of each whole entry come back, no others."""
+    """As if the process had ended while the third entry was written, at each of its lengths."""
     store, then = stepped
     (journal,) = store.folder.glob("undo-*.bin")
     whole, changed = journal.read_bytes(), store.rows.numbers.clone()
-    entry = {rows: 16 + rows * (8 + 4 * then.shape[1]) for rows in (1, 2)}
-    first, second = entry[2], entry[2] + entry[1]
-    for length in range(len(whole) + 1):
-        journal.write_bytes(whole[:length])
+    last = 16 + 8 + 4 * then.shape[1]
+    two_are_whole = whole[:56] + (2).to_bytes(8, "little") + whole[64:]
+    for length in range(len(whole) - last, len(whole) + 1):
+        journal.write_bytes(two_are_whole[:length])
         store.rows.numbers.copy_(changed)
         store.roll_back(2)
-        back = {5, 8} if length >= first else set()
-        back |= {2} if length >= second else set()
-        back |= {0} if length == len(whole) else set()
+        back = {5, 8, 2} | ({0} if length == len(whole) else set())
         for row in range(9):
             expected = then if row in back else changed
             assert torch.equal(store.rows.numbers[row], expected[row]), (length, row)
 
 
+def test_a_journal_that_was_cut_or_is_gone_is_an_error_and_changes_nothing(stepped):
+    store, _ = stepped
+    (journal,) = store.folder.glob("undo-*.bin")
+    whole, changed = journal.read_bytes(), store.rows.numbers.clone()
+    for length in range(len(whole)):
+        journal.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match="is damaged"):
+            store.roll_back(2)
+    journal.unlink()
+    with pytest.raises(CheckpointError, match="is not as the checkpoint left it"):
+        store.roll_back(2)
+    assert torch.equal(store.rows.numbers, changed)
+
+
 def test_a_flipped_bit_is_an_error_or_changes_nothing(stepped):
+    """The number of whole entries, which is a least one, may become smaller."""
     store, then = stepped
     (journal,) = store.folder.glob("undo-*.bin")
     whole, changed = journal.read_bytes(), store.rows.numbers.clone()
-    for at in range(len(whole)):
+    for at in range(8 * len(whole)):
         damaged = bytearray(whole)
-        damaged[at] ^= 1 << at % 8
+        damaged[at // 8] ^= 1 << at % 8
         journal.write_bytes(damaged)
+        store.rows.numbers.copy_(changed)
+        if at // 8 == 56 and at % 8 < 2:
+            store.roll_back(2)
+            assert torch.equal(store.rows.numbers, then)
+            continue
         with pytest.raises(CheckpointError, match="is damaged"):
             store.roll_back(2)
         assert torch.equal(store.rows.numbers, changed)
+
+
+def test_a_row_that_is_moved_in_every_round_is_kept_once(tmp_path):
+    store = ClassStore.new(tmp_path, 6, DIM)
+    table = table_of(store)
+    step(table, 1, 4)
+    table.stored()
+    store.prepare(1)
+    store.mark(1)
+    then = table[:]
+    for _ in range(5):
+        step(table, 4)
+        table.move(torch.tensor([0, 1, 4]), torch.ones(3, DIM))
+    (journal,) = tmp_path.glob("undo-*.bin")
+    width = store.rows.numbers.shape[1]
+    assert journal.stat().st_size == 64 + 2 * 16 + 3 * (8 + 4 * width)  # row 4, then rows 0 and 1
+    table.restore({}, 1)
+    assert torch.equal(table[:], then)
+
+
+@pytest.mark.parametrize("stop_after", [3, 5])
+def test_fedaws_goes_on_bit_for_bit_too(stop_after, tmp_path):
+    options = {"method": "fedaws", "spreadout_margin": 2.0, "lr_decay": "cosine"}
+    expected = train(tmp_path / "whole", store=None, **options)
+    with pytest.raises(Stopped):
+        train(tmp_path / "stopped", stop_after=stop_after, **options)
+    assert torch.equal(train(tmp_path / "stopped", resume=True, **options).table[:], expected.weight)
+
+
+def test_a_store_that_went_on_with_another_copy_of_the_run_is_refused(tmp_path):
+    """A run folder is copied, and the copy resumed to its end on the one store there is."""
+    with pytest.raises(Stopped):
+        train(tmp_path, stop_after=3)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    train(tmp_path, out=tmp_path / "copy", resume=True)
+    with pytest.raises(CheckpointError, match="is not as the checkpoint left it"):
+        train(tmp_path, resume=True)
 
 
 def test_another_store_is_refused(tmp_path):
@@ -165,8 +223,8 @@ def test_another_store_is_refused(tmp_path):
     for at in range(len(whole)):
         damaged = bytearray(whole)
         damaged[at] ^= 1 << at % 7
-        if json.dumps(_parsed(damaged)) == json.dumps(_parsed(whole)):
-            continue  # another spelling of the same
+        if _parsed(damaged) == _parsed(whole):
+            continue  # another spelling of the same, or another owner
         identity.write_bytes(damaged)
         with pytest.raises(CheckpointError, match="class store"):
             train(tmp_path, resume=True)
@@ -178,10 +236,12 @@ def test_another_store_is_refused(tmp_path):
 
 
 def _parsed(content: bytes) -> object:
+    """What a store is known by: all but whose it is."""
     try:
-        return json.loads(content)
+        found = json.loads(content)
     except ValueError:
         return None
+    return {name: found.get(name) for name in ("format", "id", "num_rows", "dim")}
 
 
 def test_a_store_is_not_overwritten_unasked(tmp_path):
@@ -190,9 +250,12 @@ def test_a_store_is_not_overwritten_unasked(tmp_path):
         train(tmp_path / "a", out=tmp_path / "elsewhere")
     again = train(tmp_path / "a", overwrite=True)
     assert torch.equal(first.table[:], again.table[:])
+    with pytest.raises(FileExistsError, match="is of the run in .*: it is not overwritten"):
+        train(tmp_path / "a", out=tmp_path / "elsewhere", overwrite=True)
+    assert not (tmp_path / "elsewhere").exists()
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "rows.bin").write_text("somebody's")
-    with pytest.raises(FileExistsError, match="there is a class store in"):
+    with pytest.raises(FileExistsError, match="is no class store: it is not overwritten"):
         train(tmp_path, store="foreign", overwrite=True)
     assert (foreign / "rows.bin").read_text() == "somebody's"

@@ -79,9 +79,12 @@ def test_too_few_answers_and_the_round_is_tried_again_with_other_clients(tmp_pat
             cohort = draw_cohort(0, metrics.round - 1, attempt, len(CLASSES_HELD), 4)
             answered = [k for k in cohort if absence(config, metrics.round - 1, attempt, k) is None]
             assert [int(line["client"]) for line in mine] == cohort
-            assert [int(line["client"]) for line in mine if line["outcome"] == "accepted"] == answered
+            outcome = "accepted" if attempt == metrics.attempts - 1 else "discarded"
+            assert [int(line["client"]) for line in mine if line["outcome"] == outcome] == answered
             assert (len(answered) >= 3) == (attempt == metrics.attempts - 1)
         assert len(tried) == 4 * metrics.attempts
+        assert metrics.accepted + metrics.discarded + metrics.dropped == len(tried)
+        assert metrics.accepted >= 3
     assert max(metrics.attempts for metrics in result.history) > 1
 
 

@@ -18,9 +18,9 @@ def linear_model(monkeypatch):
 
 def test_shares_are_counts_of_the_nearest_of_the_clients_rows(linear_model):
     config, data = tiny_config(), tiny_data()
-    phi = Player(config, data).extractor.flat.clone()
+    net = Player(config, data).extractor.module.state_dict()
     weight = torch.randn(NUM_CLASSES, DIM, generator=torch.Generator().manual_seed(5))
-    found = confusion.measure(config, data, (phi, weight), client=1)
+    found = confusion.measure(config, data, (net, weight), client=1)
     assert found.classes.tolist() == list(CLASSES_HELD[1])
     held, model = data.clients[1], tiny_model()
     with torch.no_grad():
@@ -33,13 +33,13 @@ def test_shares_are_counts_of_the_nearest_of_the_clients_rows(linear_model):
     pairs = [(rows[i] @ rows[j]).item() for i in range(3) for j in range(3) if i != j]
     assert found.cosine == pytest.approx(sum(pairs) / 6, rel=1e-5)
     with pytest.raises(ValueError, match=r"client: expected one in \[0, 5\), got 5"):
-        confusion.measure(config, data, (phi, weight), client=5)
+        confusion.measure(config, data, (net, weight), client=5)
 
 
 def test_rows_that_are_one_confuse_everything(linear_model):
     config, data = tiny_config(), tiny_data()
-    phi = Player(config, data).extractor.flat.clone()
-    found = confusion.measure(config, data, (phi, torch.ones(NUM_CLASSES, DIM)), client=1)
+    net = Player(config, data).extractor.module.state_dict()
+    found = confusion.measure(config, data, (net, torch.ones(NUM_CLASSES, DIM)), client=1)
     assert found.cosine == pytest.approx(1) and found.right == pytest.approx(1 / 3)
 
 

@@ -47,6 +47,9 @@ FAULTS = {
         {"extractor": torch.ones(5).bfloat16()},
         {"class_ids": ASKED.int()},
         {"class_ids": [1, 4, 6]},
+        {"rows": torch.ones(3, 2, requires_grad=True)},
+        {"rows": torch.nn.Parameter(torch.ones(3, 2))},
+        {"rows": torch.ones(3, 2, device="meta")},
     ],
     "shape": [
         {"rows": torch.ones(3, 3)},
@@ -65,7 +68,7 @@ FAULTS = {
         {"class_ids": torch.tensor([-1, 4, 6])},
     ],
     "examples": [{"num_examples": n} for n in (0, -1, 11, 10**30, 2.0, True, None)],
-    "loss": [{"loss": loss} for loss in (math.nan, math.inf, None, torch.tensor(1.0))],
+    "loss": [{"loss": loss} for loss in (math.nan, math.inf, 1e300, None, torch.tensor(1.0))],
     "not finite": [
         *({"rows": with_entry(value).view(3, 2)} for value in (math.nan, math.inf, -math.inf)),
         {"extractor": with_entry(math.nan, 5)},
@@ -82,6 +85,11 @@ FAULTS = {
 def test_each_fault_is_found_and_named(name):
     for changes in FAULTS[name]:
         assert INSPECTION.faults([update(**changes)], [ASKED]) == [name], changes
+
+
+@pytest.mark.parametrize("sent", [None, {}, 7, "update"])
+def test_what_is_no_update_is_left_out(sent):
+    assert INSPECTION.faults([sent, update()], [ASKED] * 2) == ["dtype", ""]
 
 
 def test_what_is_right_passes_up_to_the_bounds():

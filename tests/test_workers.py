@@ -1,11 +1,13 @@
 """Any number of processes play the clients to the same bits; one that is lost is an error."""
 
 import csv
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,8 +60,6 @@ def test_bits_do_not_depend_on_the_number_of_workers(options):
 
 
 def test_a_worker_that_dies_is_an_error_and_not_a_wait(monkeypatch):
-    import multiprocessing
-
     def kill_the_others(metrics):
         for process in multiprocessing.active_children():
             os.kill(process.pid, signal.SIGKILL)
@@ -77,8 +77,75 @@ def test_a_worker_that_cannot_start_is_an_error_and_not_a_wait(monkeypatch):
         train(2)
 
 
-def _fails(store, rank, size, given):
+def _fails(folder, rank, size, parent):
     raise SystemExit(3)
+
+
+def test_an_error_in_the_middle_of_a_call_is_an_error_and_not_a_wait(monkeypatch):
+    """Rank 0 fails where the other waits for class rows."""
+
+    def fail(self, class_ids):
+        raise RuntimeError("the server broke")
+
+    monkeypatch.setattr("fedss_kernels.federated.server.Server.select", fail)
+    with pytest.raises(RuntimeError, match="the server broke"):
+        train(2)
+    assert not multiprocessing.active_children()
+
+
+def test_a_script_that_cannot_be_spawned_from_is_told_why(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from fedss_kernels.federated import Config, run\n"
+        "run(Config(glyph_classes=20, glyph_writers=12, rounds=1, cohort=2, workers=2))\n"
+    )
+    environment = os.environ | {"FEDSS_CACHE": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=60, env=environment
+    )
+    assert done.returncode == 1 and 'needs if __name__ == "__main__":' in done.stderr
+
+
+def test_workers_end_with_the_process_that_started_them(tmp_path):
+    """Killed as soon as there is one, long before they have met."""
+    command = [
+        "run",
+        "--glyph-classes=20",
+        "--glyph-writers=12",
+        "--rounds=9999",
+        "--cohort=2",
+        "--workers=3",
+    ]
+    parent = subprocess.Popen(
+        [sys.executable, "-m", "fedss_kernels", *command, f"--out={tmp_path / 'run'}"],
+        env=os.environ | {"FEDSS_CACHE": str(tmp_path)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+    def children() -> list[str]:
+        listed = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+        return listed.read_text().split() if listed.exists() else []
+
+    _wait_until(lambda: len(children()) >= 2)
+    started = children()
+    parent.kill()
+    parent.wait()
+    _wait_until(lambda: not any(_runs(pid) for pid in started))
+
+
+def _wait_until(holds, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def _runs(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 @given(st.dictionaries(st.integers(0, 99), st.integers(1, 50), max_size=12), st.integers(1, 5))

@@ -5,7 +5,8 @@ checkpoint-000120/          once 120 rounds are done
     checkpoint.json         all else: the round, the configuration, the lengths of the run's tables, checksums
 
 It is written under another name, synced, and renamed; the one before goes when the new one is there. So
-whatever is interrupted, the last good one stands. What was changed since it was written is noticed.
+whatever is interrupted, the last good one stands. What was changed since in it, or in the tables that it goes
+with, is noticed.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from .config import Config
 
-FORMAT = 2
+FORMAT = 3
 # Options that no bit of a result depends on.
 MAY_DIFFER = ("out", "data_dir", "cache_dir", "class_store", "checkpoint_every", "workers")
 _STATE, _REST = "state.safetensors", "checkpoint.json"
@@ -38,6 +39,8 @@ class Checkpoint:
     round: int  # rounds done
     tensors: Mapping[str, Tensor]
     table_bytes: Mapping[str, int]  # lengths of the run's tables then: file name -> bytes
+    table_sha256: Mapping[str, str]  # of what they held
+    fingerprint: str  # of the data and the net that the run began with
     store: str | None = None  # identity of the class store that has the class matrix
 
 
@@ -54,6 +57,8 @@ def write(folder: Path, config: Config, checkpoint: Checkpoint) -> None:
         "round": checkpoint.round,
         "config": config.to_dict(),
         "table_bytes": dict(checkpoint.table_bytes),
+        "table_sha256": dict(checkpoint.table_sha256),
+        "fingerprint": checkpoint.fingerprint,
         "store": checkpoint.store,
         "state_sha256": hashlib.sha256(state).hexdigest(),
     }
@@ -95,7 +100,13 @@ def read(folder: Path, config: Config) -> Checkpoint:
     different = differences(rest["config"], config.to_dict())
     if different:
         raise CheckpointError(f"{path} is of another configuration: {'; '.join(different)}")
-    return Checkpoint(rest["round"], safetensors().load(state), rest["table_bytes"], rest["store"])
+    names = ("table_bytes", "table_sha256", "fingerprint", "store")
+    return Checkpoint(rest["round"], safetensors().load(state), *(rest[name] for name in names))
+
+
+def exists(folder: Path) -> bool:
+    """Whether there is one in a run's folder."""
+    return bool(_all(folder))
 
 
 def remove(folder: Path) -> None:

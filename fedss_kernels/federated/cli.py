@@ -14,9 +14,7 @@ import io
 import json
 import logging
 import os
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -39,7 +37,9 @@ from .config import (
     option_type,
     read_options,
 )
+from .interrupts import noticed
 from .ledger import OUTCOMES
+from .lock import InUse
 from .models import MODELS
 from .plan import LISTS, Plan, read_preset
 from .rounds import Stopped, TooFewClients, check_data, load_data, run
@@ -102,6 +102,9 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     _add_options(parser)
 
 
+_FINISHING = "fedss run: finishing this round; Ctrl-C again stops at once"
+
+
 def _run(arguments: argparse.Namespace) -> int:
     from .progress import RunProgress
     from .report import Run, percent, write_run_report
@@ -123,10 +126,10 @@ def _run(arguments: argparse.Namespace) -> int:
         if not resume:
             check_folder(out, RUN_FILES, overwrite=config.overwrite)
             if config.class_store:
-                check_free(config.class_store, overwrite=config.overwrite)
+                check_free(config.class_store, run=out, overwrite=config.overwrite)
     logging.getLogger("fedss_kernels").addHandler(logging.NullHandler())  # what is left out is counted below
     try:
-        with RunProgress([config.method], config.rounds) as progress, _ctrl_c_finishes_the_round() as stop:
+        with RunProgress([config.method], config.rounds) as progress, noticed(_FINISHING) as stop:
             result = run(
                 config,
                 data=data,
@@ -134,7 +137,9 @@ def _run(arguments: argparse.Namespace) -> int:
                 resume=resume,
                 stop=stop,
             )
-    except CheckpointError as error:
+    except ConfigError as error:
+        raise Mistake(f"{_flag(error.option)}: {error.message}") from None
+    except (CheckpointError, FileExistsError, InUse) as error:
         raise Mistake(str(error)) from None
     except (TooFewClients, WorkerLost) as error:
         print(f"fedss run: {error}; what was done is in {out}", file=sys.stderr)
@@ -154,26 +159,6 @@ def _run(arguments: argparse.Namespace) -> int:
     accuracy = f"top-1 {percent(s.top1)}, MAP@10 {percent(s.map_at_10)}"
     print(f"{accuracy}, {s.traffic.total / 1e6:,.1f} MB moved: {out / 'report.html'}")
     return 0
-
-
-@contextlib.contextmanager
-def _ctrl_c_finishes_the_round() -> Iterator[Callable[[], bool]]:
-    """Gives what says whether Ctrl-C was pressed; pressed again it stops at once."""
-    pressed = threading.Event()
-
-    def press(number: int, frame: object) -> None:
-        pressed.set()
-        signal.signal(signal.SIGINT, before)
-        print("fedss run: finishing this round; Ctrl-C again stops at once", file=sys.stderr)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield pressed.is_set  # only the main thread may set a handler
-        return
-    before = signal.signal(signal.SIGINT, press)
-    try:
-        yield pressed.is_set
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:

@@ -148,7 +148,9 @@ class Config:
     local_epochs: int = option(1, "passes of a client over its images in one round", low=1)
     batch_size: int = option(PRESET, "images in one local step of a client", low=1, below=2**31)
     client_lr: float = option(PRESET, "learning rate of the clients, at its highest", above=0)
-    warmup_rounds: int = option(PRESET, "rounds over which the clients' rate rises to client_lr", low=0)
+    warmup_rounds: int = option(
+        PRESET, "rounds over which the clients' rate rises to client_lr", low=0, below=2**31
+    )
     lr_decay: str = option(
         PRESET, "the clients' rate after the warm-up", choices=lambda: ("constant", "linear", "cosine")
     )

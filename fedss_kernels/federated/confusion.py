@@ -37,12 +37,17 @@ class Confusion:
         return self.shares.diagonal().mean().item()
 
 
-def measure(config: Config, data: FederatedData, model: tuple[Tensor, Tensor], client: int) -> Confusion:
-    """Of (phi (P,), W (C, D)) on images a client trains on. Raises ValueError for one that is none."""
+def measure(
+    config: Config,
+    data: FederatedData,
+    model: tuple[dict[str, Tensor], Tensor],  # (the net's state, W (C, D))
+    client: int,
+) -> Confusion:
+    """On the images that a client trains on. Raises ValueError for a client that is none."""
     if not 0 <= client < len(data.clients):
         raise ValueError(f"client: expected one in [0, {len(data.clients)}), got {client}")
     player = Player(config, data)
-    player.extractor.flat.copy_(model[0])
+    player.extractor.module.load_state_dict(model[0])
     held = data.clients[client]
     classes = player.client.positives(client)
     rows = normalize(model[1][classes], dim=1)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from .client import Update
 
+LARGEST_LOSS = 1e30  # that sums of many are still numbers of
+
 
 @dataclass(frozen=True)
 class Inspection:
@@ -42,6 +44,8 @@ class Inspection:
 
     def _fault(self, update: Update, asked: Tensor) -> str:
         """But for its numbers."""
+        if type(update) is not Update:
+            return "dtype"
         shapes = {
             "class_ids": (torch.int64, (len(asked),)),
             "rows": (torch.float32, (len(asked), self.embedding_dim)),
@@ -49,7 +53,7 @@ class Inspection:
         }
         for name, (dtype, shape) in shapes.items():
             sent = getattr(update, name)
-            if not isinstance(sent, Tensor) or sent.dtype != dtype or sent.layout != torch.strided:
+            if not _is_plain(sent) or sent.dtype != dtype:
                 return "dtype"
             if sent.shape != shape:
                 return "shape"
@@ -58,9 +62,20 @@ class Inspection:
         n = update.num_examples
         if type(n) is not int or not 1 <= n <= self.max_examples:
             return "examples"
-        if not isinstance(update.loss, float) or not math.isfinite(update.loss):
+        if not isinstance(update.loss, float) or not abs(update.loss) < LARGEST_LOSS:
             return "loss"
         return ""
+
+
+def _is_plain(sent: object) -> bool:
+    """A tensor like the server's own: in memory, dense, and nothing that does more than hold numbers."""
+    return (
+        type(sent) is Tensor
+        and sent.device.type == "cpu"
+        and sent.layout == torch.strided
+        and not sent.is_nested
+        and not sent.requires_grad
+    )
 
 
 def norm(update: Update) -> float:

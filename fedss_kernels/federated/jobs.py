@@ -1,17 +1,16 @@
 """Runs in processes of their own, several at a time."""
 
 import multiprocessing
-import signal
-import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, cast
 
+from . import checkpoint
 from .config import Config
+from .interrupts import deaf
 from .report import Run, write_run_report
 from .rounds import run
 from .run_folder import RoundMetrics, read_run
@@ -22,7 +21,8 @@ OnRound = Callable[[int, RoundMetrics | None], None]  # (job, its metrics; None 
 def run_all(configs: Sequence[Config], jobs: int, on_round: OnRound, resume: bool) -> dict[int, str]:
     """Plays every configuration; returns the error of each job that failed."""
     context = multiprocessing.get_context("spawn")
-    waiting, errors = list(range(len(configs))), dict[int, str]()
+    waiting = [job for job, config in enumerate(configs) if not (resume and _is_done(config))]
+    errors: dict[int, str] = {}
     running: dict[Connection, tuple[int, Any]] = {}
     try:
         while waiting or running:
@@ -30,7 +30,7 @@ def run_all(configs: Sequence[Config], jobs: int, on_round: OnRound, resume: boo
                 job = waiting.pop(0)
                 receiver, sender = context.Pipe(duplex=False)
                 process = context.Process(target=_child, args=(sender, configs[job], resume), daemon=True)
-                with _deaf_to_ctrl_c():
+                with deaf():
                     process.start()
                 sender.close()  # so that the receiver sees the end when the child's copy is gone
                 running[receiver] = (job, process)
@@ -42,19 +42,6 @@ def run_all(configs: Sequence[Config], jobs: int, on_round: OnRound, resume: boo
             process.terminate()
             process.join()
     return errors
-
-
-@contextmanager
-def _deaf_to_ctrl_c() -> Iterator[None]:
-    """A process started in here ignores Ctrl-C from its first moment: to stop it is its parent's business."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set a handler
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _receive(
@@ -81,7 +68,7 @@ def _receive(
 def _child(sender: Connection, config: Config, resume: bool) -> None:
     """One run, if it is not done; sends its metrics, or a line about what went wrong."""
     try:
-        begun = resume and any(folder_of(config).glob("checkpoint-0*"))
+        begun = resume and checkpoint.exists(folder_of(config))
         if not (resume and (folder_of(config) / "summary.json").exists()):
             # a run that was stopped before its first checkpoint starts again
             run(replace(config, overwrite=config.overwrite or resume), on_round=sender.send, resume=begun)
@@ -93,6 +80,10 @@ def _child(sender: Connection, config: Config, resume: bool) -> None:
         if folder.is_dir():
             (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
         sender.send(f"{type(error).__name__}: {error}")
+
+
+def _is_done(config: Config) -> bool:
+    return all((folder_of(config) / name).exists() for name in ("summary.json", "report.html"))
 
 
 def folder_of(config: Config) -> Path:

@@ -59,7 +59,7 @@ class Traffic:
         return self.extractor + self.classification
 
 
-OUTCOMES = ("accepted", "dropped", "late", "rejected")
+OUTCOMES = ("accepted", "dropped", "late", "rejected", "discarded")
 
 
 @dataclass(frozen=True)

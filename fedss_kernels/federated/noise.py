@@ -52,7 +52,7 @@ def measure(
     *,
     batches: int,
     draws: int,
-    model: tuple[Tensor, Tensor] | None = None,  # (phi (P,), W (C, D)); None: as they are drawn
+    model: tuple[dict[str, Tensor], Tensor] | None = None,  # (net, W (C, D)); None: as they are drawn
     on_line: Callable[[Line], None] = lambda line: None,
 ) -> list[Line]:
     """A line for each of `counts`, on `batches` clients and `draws` of negatives for each."""
@@ -61,7 +61,7 @@ def measure(
         ids = torch.arange(data.num_classes)
         weight = initial_rows(config.seed, ids, config.embedding_dim, config.weight_init_scale)
     else:
-        player.extractor.flat.copy_(model[0])
+        player.extractor.module.load_state_dict(model[0])
         weight = model[1]
     instances = [_Batch(player, weight, number) for number in range(batches)]
     lines = []

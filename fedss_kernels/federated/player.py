@@ -1,6 +1,7 @@
 """What every process that plays clients has: the data, one model, the method. All made once."""
 
 import copy
+import hashlib
 from typing import Any
 
 import torch
@@ -73,11 +74,24 @@ class Player:
         """What it sends back for phi (P,) and its rows (S, D)."""
         lr = learning_rate(self.config, round)
         update = self.client.update(client, round, attempt, request, phi, rows, lr)
-        if self.config.poison_rate:
+        if self.config.poison_rate and not self.method.pooled:
             rng = generator(self.config.seed, round, attempt, client, Purpose.POISON)
             if rng.random() < self.config.poison_rate:
                 return poisoned(update, self.data.num_classes, rng)
         return update
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the data and the net as it begins, which a resumed run must share. Reads a sample of images."""
+        data = self.data
+        digest = hashlib.sha256(self.extractor.flat.numpy().tobytes())
+        for images, labels in ((data.images, data.labels), (data.test_images, data.test_labels)):
+            sample = images[:: max(1, len(images) // 256)]
+            digest.update(str((images.shape, sample.shape)).encode())
+            digest.update(sample.contiguous().numpy().tobytes() + labels.numpy().tobytes())
+        for rows in data.clients:
+            digest.update(rows.numpy().tobytes())
+        return digest.hexdigest()
 
     def embed(self, phi: Tensor, part: int = 0, parts: int = 1) -> list[Tensor]:
         """The test images' embeddings, in batches: every `parts`-th, from number `part` on."""
@@ -95,7 +109,12 @@ def _build_model(config: Config) -> nn.Module:
     if config.model == OWN:
         raise ConfigError("model", f"{OWN!r} model is handed over in Python, as run(config, model=...)")
     built = build_model(config.model, config.embedding_dim, config.seed)
-    return load_checkpoint(built, config.init_checkpoint) if config.init_checkpoint else built
+    if config.init_checkpoint is None:
+        return built
+    try:
+        return load_checkpoint(built, config.init_checkpoint)
+    except ValueError as error:
+        raise ConfigError("init_checkpoint", str(error)) from None
 
 
 def _check_model(module: nn.Module, config: Config, data: FederatedData) -> None:

@@ -4,6 +4,7 @@ Yin, Chen, Kannan and Bartlett, "Byzantine-Robust Distributed Learning: Towards 
 ICML 2018.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -22,7 +23,7 @@ def median(values: Tensor) -> Tensor:  # (..., K, N) -> (..., N)
 def trimmed_mean(values: Tensor, trim: float) -> Tensor:  # (..., K, N) -> (..., N)
     """The mean without the floor(trim * K) smallest and as many of the largest; trim in [0, 0.5)."""
     K = values.shape[-2]
-    cut = int(trim * K)
+    cut = math.floor(trim * K + 1e-9)  # 0.29 * 100 is a little less than 29
     return values.sort(-2).values[..., cut : K - cut, :].mean(-2)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .algorithms import METHODS
 from .checkpoint import Checkpoint, CheckpointError
-from .class_store import ClassStore
+from .class_store import ClassStore, check_free
 from .client import Update
 from .cohort import absence, draw_cohort
 from .config import OWN, Config, ConfigError, learning_rate
@@ -77,7 +77,9 @@ def run(
 
     Raises ConfigError for settings that do not fit the data, ValueError for a model that cannot be averaged
     (BatchNorm), FileExistsError for a folder already in use, CheckpointError, a ValueError, for a checkpoint
-    that is not there, was damaged, or is of another configuration or version.
+    that is not there, was damaged, or is of another configuration, version, data or net, TooFewClients, a
+    RuntimeError, for a round that no cohort makes, WorkerLost, one too, for a process that is gone. With
+    `config.workers` a script needs `if __name__ == "__main__":`.
     """
     if resume and config.out is None:
         raise ConfigError("out", "expected the folder of the run to resume, got none")
@@ -89,16 +91,27 @@ def run(
     check_data(config, data)
     with _torch_settings(config.threads):
         player = Player(config, data, model)
-        folder, checkpoint, history = _open_folder(config, resume)
-        store = _open_store(config, data.num_classes, checkpoint)
-        with started(config, data, model) as workers:
-            simulation = Simulation(config, player, workers, store)
-            if checkpoint:
-                simulation.server.restore(checkpoint.tensors, checkpoint.round)
-            with simulation.team:
-                return _run(
-                    simulation, folder, history, on_round or (lambda metrics: None), stop or (lambda: False)
-                )
+        folder, checkpoint, history = _open_folder(config, player, resume)
+        store = None
+        try:
+            store = _open_store(config, data.num_classes, checkpoint)
+            with started(config, data, model) as workers:
+                simulation = Simulation(config, player, workers, store)
+                if checkpoint:
+                    simulation.server.restore(checkpoint.tensors, checkpoint.round)
+                with simulation.team:
+                    return _run(
+                        simulation,
+                        folder,
+                        history,
+                        on_round or (lambda metrics: None),
+                        stop or (lambda: False),
+                    )
+        finally:
+            if folder:
+                folder.close()
+            if store:
+                store.release()
 
 
 class TooFewClients(RuntimeError):
@@ -114,16 +127,19 @@ class Stopped(Exception):
 
 
 def _open_folder(
-    config: Config, resume: bool
+    config: Config, player: Player, resume: bool
 ) -> tuple[RunFolder | None, Checkpoint | None, list[RoundMetrics]]:
     """(where results go, what is gone on from, the rounds that are done)"""
+    if config.class_store and not resume:  # before anything is made
+        check_free(config.class_store, run=config.out, overwrite=config.overwrite)
     if config.out is None:
         return None, None, []
     if not resume:
-        return RunFolder.new(config.out, config), None, []
-    folder, checkpoint, history = RunFolder.resumed(config.out, config)
+        return RunFolder.new(config.out, config, player.fingerprint), None, []
+    folder, checkpoint, history = RunFolder.resumed(config.out, config, player.fingerprint)
     if (checkpoint.store is None) != (config.class_store is None):
         where = "in memory" if checkpoint.store is None else "in a class store"
+        folder.close()
         raise CheckpointError(f"the checkpoint in {config.out} has the class matrix {where}: class_store")
     return folder, checkpoint, history
 
@@ -133,7 +149,12 @@ def _open_store(config: Config, num_classes: int, checkpoint: Checkpoint | None)
         return None
     size = num_classes, config.embedding_dim
     if checkpoint is None:
-        return ClassStore.new(config.class_store, *size, overwrite=config.overwrite)
+        try:
+            return ClassStore.new(config.class_store, *size, run=config.out, overwrite=config.overwrite)
+        except FileExistsError:
+            raise
+        except OSError as error:
+            raise ConfigError("class_store", f"cannot write to {config.class_store}: {error}") from None
     return ClassStore.opened(config.class_store, *size, checkpoint.store)
 
 
@@ -218,14 +239,14 @@ class Simulation:
         config, entries = self.config, list[Entry]()
         for attempt in range(ATTEMPTS):
             updates, moved = self._attempt(round, attempt)
-            entries += moved
             if len(updates) >= (1 if self.method.pooled else config.min_clients):
                 with self.watch("aggregation"):
                     self.server.step(self.server.aggregate(updates))
                     if self.method.spreads:
                         rng = generator(config.seed, round, attempt, NO_CLIENT, Purpose.SPREADOUT)
                         self.spreadout.step(self.server.weight, learning_rate(config, round), rng)
-                return updates, entries
+                return updates, entries + moved
+            entries += [replace(e, outcome="discarded") if e.outcome == "accepted" else e for e in moved]
         raise TooFewClients(
             f"round {round + 1}: of {ATTEMPTS} cohorts of {config.cohort} none had "
             f"{config.min_clients} answers that counted"
@@ -261,12 +282,13 @@ class Simulation:
 
     def _faults(self, updates: Mapping[int, Update], asked: Sequence[Tensor]) -> dict[int, str]:
         """Of each client that answered what is wrong with its answer, or ""."""
-        if self.config.trust_updates:
+        if self.config.trust_updates or self.method.pooled:
             return dict.fromkeys(updates, "")
         return dict(zip(updates, self.inspection.faults(list(updates.values()), asked), strict=True))
 
     def _clipped(self, update: Update) -> Update:
-        return update if self.config.clip_norm is None else clipped(update, self.config.clip_norm)
+        bound = None if self.method.pooled else self.config.clip_norm
+        return update if bound is None else clipped(update, bound)
 
     def evaluate(self, *, last: bool) -> tuple[float | None, float | None]:
         """(top-1, MAP@10) of the server's model on the test images.
@@ -284,8 +306,12 @@ class Simulation:
 
     def checkpoint(self, folder: RunFolder, rounds: int) -> None:
         store = self.server.weight.store
-        folder.save_checkpoint(rounds, self.server.stored(), store.identity if store else None)
-        self.server.checkpointed(rounds)
+        stored = self.server.stored()
+        if store:
+            store.prepare(rounds)
+        folder.save_checkpoint(rounds, stored, store.identity if store else None)
+        if store:
+            store.mark(rounds)
 
     def trained(self) -> tuple[nn.Module, RowTable]:
         extractor = self.player.extractor
@@ -309,7 +335,8 @@ class Simulation:
             self._traffic(data.num_classes, sends_ids=False, answers=answers) for answers in (True, False)
         ]
         counts = {outcome: sum(getattr(metrics, outcome) for metrics in history) for outcome in OUTCOMES}
-        answered = counts["accepted"] + counts["rejected"], counts["dropped"] + counts["late"]
+        absent = counts["dropped"] + counts["late"]
+        answered = sum(counts.values()) - absent, absent
         if self.method.pooled:
             answered = len(history) * config.cohort, 0  # of the clients that there would be
         return Summary(

@@ -100,11 +100,7 @@ class RowTable:
 
         Raises IndexError for an id that is none, ValueError for one out of order, before anything changes.
         """
-        self._check_order(class_ids)
-        if self.store:
-            self.store.keep(class_ids)
-        new = class_ids[self.rows.stepped[class_ids] == 0]
-        self.rows.weight[new] = self.initial(new)
+        self._before_change(class_ids, stepped=True)
         self.optimizer.step(self.rows, class_ids, gradient, self.now)
         self.now += 1
 
@@ -113,18 +109,20 @@ class RowTable:
 
         Raises IndexError and ValueError as `step`.
         """
-        self._check_order(class_ids)
-        if self.store:
-            self.store.keep(class_ids)
-        new = class_ids[self.rows.stepped[class_ids] == 0]
-        self.rows.weight[new] = self.initial(new)
+        new = self._before_change(class_ids, stepped=False)
         self.rows.stepped[new] = max(self.now, 1)  # with state 0 it stays where it is from any time on
         self.rows.weight[class_ids] += change
 
-    def _check_order(self, class_ids: Tensor) -> None:
+    def _before_change(self, class_ids: Tensor, *, stepped: bool) -> Tensor:
+        """Checks ids, keeps what a roll-back needs, draws rows that are new; returns those."""
         _check_range(class_ids, len(self))
         if (class_ids[1:] <= class_ids[:-1]).any():
             raise ValueError("class_ids: expected them ascending, each once")
+        if self.store:
+            self.store.keep(class_ids, stepped=stepped)
+        new = class_ids[self.rows.stepped[class_ids] == 0]
+        self.rows.weight[new] = self.initial(new)
+        return new
 
     def stored(self) -> dict[str, Tensor]:
         """The rows that were stepped, U of them, for `restore`; of a store nothing, as it has them."""

@@ -13,10 +13,12 @@ error.txt     the traceback, where a run of `fedss compare` failed
 
 import csv
 import dataclasses
+import hashlib
+import io
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,9 @@ from . import checkpoint
 from .checkpoint import Checkpoint, CheckpointError
 from .config import Config
 from .ledger import Entry, Traffic
+from .lock import Lock
 
+TABLES = ("metrics.csv", "ledger.csv")
 RUN_FILES = (
     "config.json",
     "metrics.csv",
@@ -56,6 +60,7 @@ class RoundMetrics:
     dropped: int  # clients that never answered
     late: int  # clients that took longer than the deadline
     rejected: int  # answers that were left out, as something was wrong with them
+    discarded: int  # answers that nothing was wrong with, in cohorts of which too few answered
     mean_class_set: float  # mean |S_k| over the clients drawn
     bytes_down_extractor: int
     bytes_down_rows: int
@@ -86,6 +91,7 @@ class Summary:
     dropped: int
     late: int
     rejected: int
+    discarded: int
     num_classes: int  # C
     num_clients: int
     num_train_images: int
@@ -117,61 +123,82 @@ class RunFolder:
 
     path: Path
     config: Config
+    fingerprint: str  # of the data and the net
+    hashes: dict[str, Any]  # of what the tables hold
+    lock: Lock  # on config.json, for as long as the run lasts
 
     @classmethod
-    def new(cls, path: Path, config: Config) -> "RunFolder":
+    def new(cls, path: Path, config: Config, fingerprint: str) -> "RunFolder":
         """For a run from the start. Raises as `check_folder`."""
         checkpoint.safetensors()  # where it is missing, better now than at the first checkpoint
         prepare(path, RUN_FILES, overwrite=config.overwrite)
         checkpoint.remove(path)
         config.save(path / "config.json")
-        _append(path / "metrics.csv", [[field.name for field in fields(RoundMetrics)]])
+        hashes = {name: hashlib.sha256() for name in TABLES}
+        folder = cls(path, config, fingerprint, hashes, Lock(path / "config.json"))
+        folder._append("metrics.csv", [[field.name for field in fields(RoundMetrics)]])
         kinds = [field.name for field in fields(Traffic)]
         head = ["round", "attempt", "client", "num_rows", "outcome", "fault"]
-        _append(path / "ledger.csv", [[*head, *kinds]])
-        return cls(path, config)
+        folder._append("ledger.csv", [[*head, *kinds]])
+        return folder
 
     @classmethod
-    def resumed(cls, path: Path, config: Config) -> "tuple[RunFolder, Checkpoint, list[RoundMetrics]]":
+    def resumed(
+        cls, path: Path, config: Config, fingerprint: str
+    ) -> "tuple[RunFolder, Checkpoint, list[RoundMetrics]]":
         """(the folder of a run that stopped, its last checkpoint, the rounds until then).
 
         The tables are cut to the rounds that the checkpoint has. Raises CheckpointError as `checkpoint.read`,
-        and where a run is finished or its tables are not those of the checkpoint.
+        and where a run is finished or going on, its data or net are others, or its tables are not those of
+        the checkpoint.
         """
         if (path / "summary.json").exists():
             raise CheckpointError(f"the run in {path} is finished")
         found = checkpoint.read(path, config)
-        for name, length in found.table_bytes.items():
-            if (path / name).stat().st_size < length:
-                raise CheckpointError(f"{path / name} is shorter than it was at the checkpoint")
-        for name, length in found.table_bytes.items():
-            os.truncate(path / name, length)
-        try:
-            history = read_metrics(path / "metrics.csv")
-        except (ValueError, TypeError) as error:
-            raise CheckpointError(f"{path / 'metrics.csv'} is damaged: {error}") from None
-        if [metrics.round for metrics in history] != list(range(1, found.round + 1)):
-            raise CheckpointError(f"{path / 'metrics.csv'} is damaged: not the rounds 1 to {found.round}")
-        return cls(path, config), found, history
+        if found.fingerprint != fingerprint:
+            raise CheckpointError(f"the run in {path} began with other data or another net")
+        hashes = {}
+        for name in TABLES:
+            try:
+                content = (path / name).read_bytes()[: found.table_bytes[name]]
+            except OSError as error:
+                raise CheckpointError(f"{path / name} cannot be read: {error.strerror}") from None
+            hashes[name] = hashlib.sha256(content)
+            if hashes[name].hexdigest() != found.table_sha256[name]:
+                raise CheckpointError(f"{path / name} is not what it was at the checkpoint")
+        folder = cls(path, config, fingerprint, hashes, Lock(path / "config.json"))
+        for name in TABLES:
+            os.truncate(path / name, found.table_bytes[name])
+        return folder, found, read_metrics(path / "metrics.csv")
 
     def save_checkpoint(self, rounds: int, tensors: Mapping[str, Tensor], store: str | None = None) -> None:
         """Of what the server holds after so many rounds; the tables are synced first."""
         lengths = {}
-        for name in ("metrics.csv", "ledger.csv"):
+        for name in TABLES:
             with (self.path / name).open("rb") as file:
                 os.fsync(file.fileno())
                 lengths[name] = os.fstat(file.fileno()).st_size
-        checkpoint.write(self.path, self.config, Checkpoint(rounds, tensors, lengths, store))
+        digests = {name: of.hexdigest() for name, of in self.hashes.items()}
+        found = Checkpoint(rounds, tensors, lengths, digests, self.fingerprint, store)
+        checkpoint.write(self.path, self.config, found)
 
     def add(self, metrics: RoundMetrics, entries: list[Entry]) -> None:
-        _append(self.path / "metrics.csv", [astuple(metrics)])
-        _append(
-            self.path / "ledger.csv",
+        self._append("metrics.csv", [astuple(metrics)])
+        self._append(
+            "ledger.csv",
             [
                 (e.round, e.attempt, e.client, e.num_rows, e.outcome, e.fault, *astuple(e.traffic))
                 for e in entries
             ],
         )
+
+    def _append(self, name: str, lines: Sequence[Sequence[object]]) -> None:
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows(lines)
+        content = text.getvalue().encode()
+        with (self.path / name).open("ab") as file:
+            file.write(content)
+        self.hashes[name].update(content)
 
     def finish(self, summary: Summary, extractor: nn.Module, weight: Tensor | None) -> None:
         state = {name: value.detach().clone() for name, value in extractor.state_dict().items()}
@@ -182,6 +209,10 @@ class RunFolder:
         unfinished.write_text(json.dumps(summary.to_dict(), indent=2) + "\n", encoding="utf-8")
         os.replace(unfinished, self.path / "summary.json")
         checkpoint.remove(self.path)
+
+    def close(self) -> None:
+        """Another process may use the folder."""
+        self.lock.release()
 
 
 def check_folder(path: Path, files: tuple[str, ...], *, overwrite: bool) -> None:
@@ -194,7 +225,7 @@ def check_folder(path: Path, files: tuple[str, ...], *, overwrite: bool) -> None
         raise FileExistsError(f"{path} is a file, not a folder")
     if path.exists() and any(path.iterdir()):
         if not overwrite:
-            resume = ", go on with it with --resume" if any(path.glob("checkpoint-*")) else ""
+            resume = ", go on with it with --resume" if checkpoint.exists(path) else ""
             raise FileExistsError(
                 f"the folder {path} is not empty: choose another{resume}, or replace it with --overwrite"
             )
@@ -238,15 +269,15 @@ def read_run(path: Path) -> tuple[Config, list[RoundMetrics], Summary]:
     return Config.load(path / "config.json"), read_metrics(path / "metrics.csv"), summary
 
 
-def read_model(path: Path) -> tuple[Tensor, Tensor]:
-    """(phi (P,), W (C, D)) of a finished run. Raises ValueError where there are none, as in a class store."""
+def read_model(path: Path) -> tuple[dict[str, Tensor], Tensor]:
+    """(the net's state, W (C, D)) of a finished run. Raises ValueError where there is no W, as in a store."""
     try:
         found = torch.load(path / "model.pt", weights_only=True)
     except OSError as error:
         raise ValueError(f"no model.pt of a finished run in {path}: {error.strerror}") from None
     if "weight" not in found:
         raise ValueError(f"{path / 'model.pt'} has no class matrix: it is in a class store")
-    return torch.cat([value.flatten() for value in found["extractor"].values()]), found["weight"]
+    return found["extractor"], found["weight"]
 
 
 def read_metrics(path: Path) -> list[RoundMetrics]:
@@ -261,8 +292,3 @@ def _number(text: str) -> Any:
     if not text:
         return None
     return int(text) if text.lstrip("-").isdigit() else float(text)
-
-
-def _append(path: Path, lines: list) -> None:
-    with path.open("a", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(lines)

@@ -62,11 +62,6 @@ class Server:
             table.restore(parts, rounds)
         self.extractor = self._extractor[:][0]
 
-    def checkpointed(self, rounds: int) -> None:
-        """What `stored` gave after so many rounds is on disk."""
-        if self.weight.store:
-            self.weight.store.mark(rounds)
-
     def select(self, class_ids: Tensor) -> tuple[Tensor, Tensor]:
         """(phi (P,), W[class_ids] (S, D)): what a client downloads. Not to be changed in place."""
         return self.extractor, self.weight.read(class_ids)

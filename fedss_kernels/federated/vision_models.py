@@ -54,9 +54,9 @@ def load_checkpoint(model: nn.Module, path: Any) -> nn.Module:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError) as error:
-        raise ValueError(f"init_checkpoint: cannot read {path}: {error}") from None
+        raise ValueError(f"cannot read {path}: {error}") from None
     except Exception as error:  # pickle's errors, of many kinds: weights_only refuses what is no tensor
-        raise ValueError(f"init_checkpoint: {path} holds more than tensors: {error}") from None
+        raise ValueError(f"{path} holds more than tensors: {error}") from None
     state = found.get("extractor", found) if isinstance(found, dict) else {}
     own = model.state_dict()
     fitting = {
@@ -65,7 +65,7 @@ def load_checkpoint(model: nn.Module, path: Any) -> nn.Module:
         if isinstance(value, Tensor) and value.shape == own[name].shape
     }
     if not fitting:
-        raise ValueError(f"init_checkpoint: {path} holds no parameter of this model")
+        raise ValueError(f"{path} holds no parameter of this model")
     model.load_state_dict(fitting, strict=False)
     return model
 

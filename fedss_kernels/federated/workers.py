@@ -12,6 +12,7 @@ import os
 import pickle
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from .algorithms import Request
 from .client import Update
 from .config import Config, ConfigError
 from .data import FederatedData
+from .interrupts import deaf
 from .ledger import over_the_wire
 from .player import Player
 from .server import Server
@@ -54,6 +56,7 @@ class Team:
     player: Player
     size: int
     watch: Stopwatch
+    _busy: bool = False  # the others are in a call
 
     def play(
         self, round: int, attempt: int, requests: Mapping[int, Request], server: Server
@@ -82,6 +85,7 @@ class Team:
             self.player.extractor.check_buffers()
         with self._communication():
             updates |= {k: incoming.wait() for k, incoming in coming.items()}
+        self._busy = False
         return {
             k: replace(
                 updates[k],
@@ -99,6 +103,7 @@ class Team:
         for rank in range(1, self.size):
             with self._communication():
                 batches[rank] = [_receive(shape, rank) for shape in self.player.embedded(rank, self.size)]
+        self._busy = False
         total = sum(map(len, batches.values()))
         return torch.cat([batches[i % self.size][i // self.size] for i in range(total)])
 
@@ -106,12 +111,14 @@ class Team:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Lets the others go."""
-        if self.size > 1:
+        """Lets the others go, if they wait for a call; in the middle of one they are ended."""
+        if self.size > 1 and not self._busy:
             with contextlib.suppress(RuntimeError):  # they are gone already
                 dist.broadcast(torch.tensor([Call.END, 0, 0, 0]), 0)
 
     def _travelled(self, numbers: Tensor) -> Tensor:
+        if self.player.method.pooled:  # nothing leaves its place
+            return numbers
         return over_the_wire(numbers, self.player.config.wire_dtype)
 
     def _call(
@@ -119,6 +126,7 @@ class Team:
     ) -> None:
         if self.size == 1:
             return
+        self._busy = True
         with self._communication():
             dist.broadcast(torch.tensor([call, round, attempt, len(clients)]), 0)
             if clients:
@@ -256,33 +264,52 @@ def started(config: Config, data: FederatedData, model: nn.Module | None) -> Ite
 
 @contextlib.contextmanager
 def _local(config: Config, data: FederatedData, model: nn.Module | None) -> Iterator[None]:
-    """Workers on this machine, which end with the run or with this process."""
+    """Workers on this machine, which end with the run or with this process.
+
+    They are spawned, so a script that starts some needs `if __name__ == "__main__":`.
+    """
     context = multiprocessing.get_context("spawn")
-    given = pickle.dumps((config, data, model))
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder, "store"))
+        # In a file, not in the pipe to a new process, which may end before it has read it.
+        Path(folder, "given").write_bytes(pickle.dumps((config, data, model)))
         others = [
-            context.Process(target=_work, args=(store, rank, config.workers, given), daemon=True)
+            context.Process(target=_work, args=(folder, rank, config.workers, os.getpid()), daemon=True)
             for rank in range(1, config.workers)
         ]
-        for process in others:
-            process.start()
         try:
+            for process in others:
+                with deaf():  # Ctrl-C is for rank 0, which finishes the round
+                    process.start()
             _join(store, 0, config.workers, others)
             yield
+        except BaseException:
+            for process in others:  # whatever they wait for does not come
+                if process.pid is not None:
+                    process.terminate()
+            raise
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
             for process in others:
-                process.join(timeout=5)
-                process.terminate()
+                if process.pid is not None:
+                    process.join(timeout=5)
+                    process.terminate()
 
 
-def _work(store: str, rank: int, size: int, given: bytes) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for rank 0, which finishes the round
-    config, data, model = pickle.loads(given)
-    _join(store, rank, size)
+def _work(folder: str, rank: int, size: int, parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    config, data, model = pickle.loads(Path(folder, "given").read_bytes())
+    _join(str(Path(folder, "store")), rank, size)
     work(config, data, model, rank, size)
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process soon after its parent, whatever it is doing."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def _join(
@@ -293,13 +320,17 @@ def _join(
     store.set(f"here {rank}", "")
     while others and not store.check([f"here {other}" for other in range(1, size)]):
         if not all(process.is_alive() for process in others):
-            raise WorkerLost("a worker ended before the run began")
+            raise WorkerLost(
+                "a worker ended before the run began (a script that starts workers needs "
+                'if __name__ == "__main__":)'
+            )
         time.sleep(0.02)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=FOREVER)
 
 
 def help_out(config: Config, data: FederatedData, rank: int, size: int) -> None:
     """What a process that torchrun gave a rank but 0 does, until rank 0's run ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for rank 0
     dist.init_process_group("gloo", timeout=FOREVER)
     work(config, data, None, rank, size)
 

@@ -97,6 +97,14 @@ def own_cache(tmp_path_factory, monkeypatch):
             ["compare", "--seeds", "0,-1"],
             "fedss compare: --seeds: expected integers of at least 0 with commas between, got '-1'",
         ),
+        (
+            ["run", "--resume", "runs/a", "--out", "runs/b"],
+            "fedss run: --out: a run is resumed in its own folder, that of --resume",
+        ),
+        (
+            ["compare", "--resume", "runs/a", "--rounds", "7"],
+            "fedss compare: --rounds: a comparison is resumed with the options it began with",
+        ),
         (["compare", "--jobs", "0"], "fedss compare: --jobs: expected an integer of at least 1, got '0'"),
         (
             ["compare", "--method", "fedss"],

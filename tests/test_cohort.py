@@ -113,3 +113,17 @@ def test_a_round_that_nobody_can_make_says_so():
         train(min_clients=4, deadline=1e-9)
     with pytest.raises(ConfigError, match="min_clients: expected at most 4, the cohort, got 5"):
         train(min_clients=5)
+
+
+def test_rounds_before_one_that_nobody_makes_are_not_lost(tmp_path, monkeypatch):
+    """Round 4 fails; with clients that answer again the run goes on to the bits of one that never failed."""
+    options = {"min_clients": 4, "checkpoint_every": 0}
+    monkeypatch.setattr(
+        "fedss_kernels.federated.rounds.absence", lambda config, round, *_: "dropped" if round == 3 else None
+    )
+    with pytest.raises(TooFewClients, match="round 4"):
+        train(out=tmp_path, **options)
+    monkeypatch.setattr("fedss_kernels.federated.rounds.absence", lambda *_: None)
+    config = tiny_config(rounds=6, cohort=4, eval_every=6, out=tmp_path, **options)
+    resumed = run(config, data=tiny_data(), model=tiny_model(), resume=True)
+    assert torch.equal(resumed.weight, train(**options).weight)

@@ -26,6 +26,14 @@ def test_they_are_what_numpy_says(seed, clients, trim):
     np.testing.assert_allclose(trimmed_mean(found, trim), kept.mean(0), rtol=1e-5, atol=1e-6)
 
 
+def test_what_is_trimmed_is_the_share_whatever_its_binary_digits():
+    """0.29 * 100 is 28.999999999999996 in floating point."""
+    found = torch.arange(100.0)[:, None]
+    found[:29] = -1e6
+    found[71:] = 1e6
+    assert trimmed_mean(found, 0.29).item() == pytest.approx((29 + 70) / 2)
+
+
 @settings(deadline=None)
 @given(st.integers(0, 10**6), st.lists(st.integers(0, 5), min_size=1, max_size=30))
 def test_each_row_has_the_statistic_of_its_own_holders(seed, held):

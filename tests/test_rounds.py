@@ -409,3 +409,16 @@ def test_a_buffer_that_changes_late_is_noticed():
 
     with pytest.raises(ValueError, match="it changed 'seen'"):
         train(Late(), rounds=20)
+
+
+def test_another_attempt_at_a_round_is_another_draw_of_everything():
+    """The same client and round: other negatives and, at a rate of its own batches, another update."""
+    config = tiny_config(num_negatives=1, batch_size=1)
+    player = Player(config, tiny_data(), tiny_model())
+    phi = player.extractor.flat.clone()
+    requests = [player.request(2, attempt, 1) for attempt in range(12)]
+    assert len({tuple(request.class_ids.tolist()) for request in requests}) > 1
+    rows = initial_rows(0, requests[0].class_ids, 4, 0.5)
+    moved = [player.update(2, attempt, 1, requests[0], phi, rows).extractor for attempt in range(6)]
+    assert len({tuple(each.tolist()) for each in moved}) > 1
+    assert torch.equal(moved[0], player.update(2, 0, 1, requests[0], phi, rows).extractor)

@@ -9,6 +9,7 @@ from tiny_federation import DIM, NUM_CLASSES, tiny_config, tiny_data, tiny_model
 from torch.nn.functional import normalize
 
 from fedss_kernels.federated import run, spreadout
+from fedss_kernels.federated.config import learning_rate
 from fedss_kernels.federated.randomness import NO_CLIENT, Purpose, generator, initial_rows
 from fedss_kernels.federated.row_table import SGD, RowTable
 from fedss_kernels.federated.spreadout import Spreadout
@@ -120,3 +121,19 @@ def test_a_class_store_is_moved_in_too(tmp_path):
     assert torch.equal(in_files.table[:], in_memory.weight)
     start = initial_rows(0, torch.arange(NUM_CLASSES), DIM, 0.5)
     assert (in_memory.weight != start).any(1).all()  # class 6, which nobody holds, too
+
+
+def test_every_round_spreads_at_its_own_rate_and_over_rows_of_its_own(monkeypatch):
+    seen = []
+
+    def note(self, table, lr, rng):
+        seen.append((lr, rng.integers(2**40)))
+
+    monkeypatch.setattr(Spreadout, "step", note)
+    config = tiny_config(method="fedaws", rounds=4, warmup_rounds=2, lr_decay="cosine")
+    run(config, data=tiny_data(), model=tiny_model())
+    assert [lr for lr, _ in seen] == [learning_rate(config, round) for round in range(4)]
+    assert [draw for _, draw in seen] == [
+        generator(0, round, 0, NO_CLIENT, Purpose.SPREADOUT).integers(2**40) for round in range(4)
+    ]
+    assert len(set(seen)) == 4

@@ -112,6 +112,8 @@ def _run(arguments: argparse.Namespace) -> int:
     resume = arguments.resume is not None
     with _mistakes():
         if resume:
+            if "out" in arguments:
+                raise Mistake("--out: a run is resumed in its own folder, that of --resume")
             arguments.config = arguments.config or arguments.resume / "config.json"
             arguments.out = arguments.resume
         config = _config(arguments)
@@ -127,13 +129,19 @@ def _run(arguments: argparse.Namespace) -> int:
             check_folder(out, RUN_FILES, overwrite=config.overwrite)
             if config.class_store:
                 check_free(config.class_store, run=out, overwrite=config.overwrite)
+    played: list[RoundMetrics] = []
     logging.getLogger("fedss_kernels").addHandler(logging.NullHandler())  # what is left out is counted below
     try:
         with RunProgress([config.method], config.rounds) as progress, noticed(_FINISHING) as stop:
+
+            def show(metrics: RoundMetrics) -> None:
+                played.append(metrics)
+                progress.advance(0, metrics)
+
             result = run(
                 config,
                 data=data,
-                on_round=lambda metrics: progress.advance(0, metrics),
+                on_round=show,
                 resume=resume,
                 stop=stop,
             )
@@ -155,7 +163,7 @@ def _run(arguments: argparse.Namespace) -> int:
         counts = ", ".join(f"{n:,} {outcome}" for outcome, n in outcomes.items())
         print(f"of {sum(outcomes.values()):,} clients drawn {counts}: {out / 'ledger.csv'}")
     if arguments.profile:
-        _print_profile(result.seconds, sum(metrics.attempts for metrics in result.history))
+        _print_profile(result.seconds, len(played))
     accuracy = f"top-1 {percent(s.top1)}, MAP@10 {percent(s.map_at_10)}"
     print(f"{accuracy}, {s.traffic.total / 1e6:,.1f} MB moved: {out / 'report.html'}")
     return 0
@@ -219,6 +227,15 @@ def _add_comparison_arguments(parser: argparse.ArgumentParser, without: Sequence
     _add_options(parser, without=("method", "seed", *without))
 
 
+def _refuse_others(arguments: argparse.Namespace) -> None:
+    """A comparison is resumed as it was; only the number of jobs may be another."""
+    given = vars(arguments)
+    options = [field.name for field in dataclasses.fields(Config) if field.name in given]
+    options += [name for name in ("preset", "config", *LISTS) if given.get(name) is not None]
+    if options:
+        raise Mistake(f"{_flag(options[0])}: a comparison is resumed with the options it began with")
+
+
 _COMPARED: dict[str, Any] = {
     "methods": ["fedss", "full_softmax", "pos_only", "neg_only"],
     "seeds": [0, 1, 2],
@@ -234,6 +251,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     resume = arguments.resume is not None
     with _mistakes():
         if resume:
+            _refuse_others(arguments)
             there = Plan.read(arguments.resume)
             plan = dataclasses.replace(there, config=dataclasses.replace(there.config, out=arguments.resume))
         else:

@@ -168,7 +168,12 @@ def _run(
     config = simulation.config
     begun = time.perf_counter() - (history[-1].seconds if history else 0.0)
     for round in range(len(history), config.rounds):
-        updates, entries = simulation.play(round)
+        try:
+            updates, entries = simulation.play(round)
+        except TooFewClients:
+            if folder and round:
+                simulation.checkpoint(folder, round)
+            raise
         done = round + 1
         measured = done % config.eval_every == 0 or done == config.rounds
         accuracies = simulation.evaluate(last=done == config.rounds) if measured else (None, None)

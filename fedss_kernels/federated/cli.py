@@ -723,7 +723,8 @@ def _command(argv: Sequence[str]) -> Command:
 
 
 def _overview() -> str:
-    lines = [f"  {name:<10} {command.help}" for name, command in COMMANDS.items()]
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             "usage: fedss COMMAND [OPTIONS]",

@@ -13,6 +13,7 @@ import torch
 
 from fedss_kernels.federated import Config, cli
 from fedss_kernels.federated.config import OWN, PRESETS
+from fedss_kernels.federated.data import DATASETS
 
 
 def fails(capsys, *argv: str) -> str:
@@ -62,7 +63,8 @@ def own_cache(tmp_path_factory, monkeypatch):
         ),
         (
             ["run", "--data", "glyph"],
-            "fedss run: --data: expected one of glyphs, omniglot, own, got 'glyph' (did you mean glyphs?)",
+            f"fedss run: --data: expected one of {', '.join(DATASETS)}, own, got 'glyph' "
+            "(did you mean glyphs?)",
         ),
         (
             ["run", "--method", "full"],

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from .class_store import ClassStore
 from .client import Update
 from .cohort import absence, draw_cohort
 from .config import OWN, Config, ConfigError, learning_rate
-from .data import FederatedData, load
+from .data import RESIZED, FederatedData, Partition, load
 from .inspection import Inspection, clipped
 from .ledger import OUTCOMES, Entry, Traffic, client_traffic
 from .metrics import map_at_r, top1
@@ -354,14 +355,30 @@ def load_data(config: Config) -> FederatedData:
         raise ConfigError("data", f"{OWN!r} data is handed over in Python, as run(config, data=...)")
     if config.data_dir is not None and not config.data_dir.is_dir():
         raise ConfigError("data_dir", f"no such folder: {config.data_dir}")
-    glyphs = {"num_classes": config.glyph_classes, "writers": config.glyph_writers}
+    options: dict[str, Any] = {}
+    if config.data == "glyphs":
+        options = {"num_classes": config.glyph_classes, "writers": config.glyph_writers}
+    if config.data in RESIZED:
+        options = {"image_size": config.image_size}
+    elif config.image_size:
+        raise ConfigError(
+            "image_size",
+            f"expected 0 for {config.data}, whose images keep their size, got {config.image_size}",
+        )
     return load(
         config.data,
         data_dir=config.data_dir,
         seed=config.data_seed,
         task=config.task,
         cache_dir=config.cache_dir,
-        **(glyphs if config.data == "glyphs" else {}),
+        how=Partition(
+            config.partition,
+            num_clients=config.num_clients,
+            images_per_client=config.images_per_client,
+            classes_per_client=config.classes_per_client,
+            alpha=config.dirichlet_alpha,
+        ),
+        **options,
     )
 
 

@@ -99,6 +99,11 @@ def _build_model(config: Config) -> nn.Module:
     return load_checkpoint(built, config.init_checkpoint) if config.init_checkpoint else built
 
 
+def check_model(config: Config, data: FederatedData) -> None:
+    """Raises ValueError, or ConfigError, where the named model can't be made or doesn't fit the images."""
+    _check_model(_build_model(config), config, data)
+
+
 def _check_model(module: nn.Module, config: Config, data: FederatedData) -> None:
     """Raises ValueError unless the module maps these images to (B, D) and can be averaged."""
     refuse_batch_norm(module)

@@ -27,7 +27,7 @@ from .data import RESIZED, FederatedData, Partition, load
 from .inspection import Inspection, clipped
 from .ledger import OUTCOMES, Entry, Traffic, client_traffic
 from .metrics import map_at_r, top1
-from .player import Player
+from .player import Player, check_model
 from .randomness import NO_CLIENT, Purpose, generator, initial_rows
 from .robust import Statistic, median, trimmed_mean
 from .row_table import SGD, Adagrad, Optimizer, RowTable
@@ -390,6 +390,8 @@ def check_data(config: Config, data: FederatedData) -> None:
         )
     if len(data.test_images) < 2:
         raise ConfigError("data", f"expected at least 2 test images, got {len(data.test_images)}")
+    if config.model != OWN:
+        check_model(config, data)
 
 
 def _round_metrics(

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from ..federated import Config, run
 from ..federated.algorithms import Request
-from ..federated.client import as_input
 from ..federated.cohort import draw_cohort
 from ..federated.config import learning_rate
 from ..federated.data import FederatedData
@@ -74,7 +73,8 @@ class Training:
         order = held[torch.from_numpy(rng.permutation(len(held)))]
         target = torch.searchsorted(request.class_ids, data.labels[order])
         size = config.batch_size
-        batches = zip(as_input(data.images[order]).split(size), target.split(size), strict=True)
+        images = simulation.player.extractor.as_input(data.images[order])
+        batches = zip(images.split(size), target.split(size), strict=True)
         _, rows = simulation.server.select(request.class_ids)
         return request, rows.clone().requires_grad_(), list(batches)
 

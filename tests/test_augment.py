@@ -1,9 +1,9 @@
-"""Random shifts: by hand, within bounds, each image its own, repeatable."""
+"""Random shifts and crops: by hand, within bounds, each image its own, repeatable."""
 
 import numpy as np
 import torch
 
-from fedss_kernels.federated.augment import random_shift
+from fedss_kernels.federated.augment import centre_crop, random_crop, random_shift
 
 IMAGES = torch.arange(1, 1 + 2 * 3 * 4 * 6, dtype=torch.float32).reshape(2, 3, 4, 6)
 
@@ -43,3 +43,28 @@ def test_every_shift_occurs_equally_often():
 def test_a_seed_repeats_them():
     first, again = (random_shift(IMAGES, 2, np.random.default_rng(3)) for _ in range(2))
     assert torch.equal(first, again)
+
+
+def test_a_crop_is_a_square_of_the_image_each_place_equally_often():
+    """Of 5 x 7 there are 3 * 5 squares of 3 pixels: each 1/15 of 15,000 draws, within 5 sd of 30.6."""
+    image = torch.arange(35, dtype=torch.uint8).reshape(1, 1, 5, 7)
+    found = random_crop(image.expand(15_000, 1, 5, 7), 3, np.random.default_rng(0))
+    assert found.shape == (15_000, 1, 3, 3) and found.dtype == torch.uint8
+    corners, counts = found[:, 0, 0, 0].unique(return_counts=True)
+    assert corners.tolist() == [7 * top + left for top in range(3) for left in range(5)]
+    assert ((counts - 1000).abs() < 5 * 30.6).all()
+    offsets = (torch.arange(3)[:, None] * 7 + torch.arange(3)).to(torch.uint8)
+    assert torch.equal(found[:, 0], found[:, 0, :1, :1] + offsets)
+
+
+def test_crops_of_a_seed_repeat_and_of_the_whole_change_nothing():
+    first, again = (random_crop(IMAGES, 2, np.random.default_rng(3)) for _ in range(2))
+    assert torch.equal(first, again)
+    square = IMAGES[..., :4]
+    assert torch.equal(random_crop(square, 4, np.random.default_rng(0)), square)
+
+
+def test_the_centre_by_hand():
+    """Of 4 x 6: rows 1 and 2, columns 2 and 3; of 3 x 3 the square of 2 is the one at the top left."""
+    assert torch.equal(centre_crop(IMAGES, 2), IMAGES[:, :, 1:3, 2:4])
+    assert torch.equal(centre_crop(IMAGES[..., :3, :3], 2), IMAGES[..., :2, :2])

@@ -10,9 +10,11 @@ import sys
 
 import pytest
 import torch
+from image_files import write_image
 
 from fedss_kernels.federated import Config, cli
 from fedss_kernels.federated.config import OWN, PRESETS
+from fedss_kernels.federated.data import DATASETS
 
 
 def fails(capsys, *argv: str) -> str:
@@ -62,7 +64,8 @@ def own_cache(tmp_path_factory, monkeypatch):
         ),
         (
             ["run", "--data", "glyph"],
-            "fedss run: --data: expected one of glyphs, omniglot, own, got 'glyph' (did you mean glyphs?)",
+            f"fedss run: --data: expected one of {', '.join(DATASETS)}, own, got 'glyph' "
+            "(did you mean glyphs?)",
         ),
         (
             ["run", "--method", "full"],
@@ -114,6 +117,17 @@ def own_cache(tmp_path_factory, monkeypatch):
 )
 def test_a_mistake_is_one_line(argv, line, capsys):
     assert fails(capsys, *argv) == line
+
+
+def test_a_model_or_a_crop_that_does_not_fit_is_one_line(tmp_path, capsys):
+    for i in range(20):
+        write_image(tmp_path / f"data/class{i % 2}/{i}.png", i)
+    options = ["--data=image_folder", f"--data-dir={tmp_path}/data", f"--cache-dir={tmp_path}/cache"]
+    options += ["--image-size=32", "--num-clients=2", "--classes-per-client=2", "--cohort=2"]
+    line = fails(capsys, "run", *options, "--crop-size=28", "--model=conv4")
+    assert line.startswith("fedss run: model: conv4 can't take images of 3x28x28")
+    line = fails(capsys, "run", *options, "--crop-size=33", "--model=conv4_rgb")
+    assert line == "fedss run: --crop-size: expected at most 32, the images' pixels, got 33"
 
 
 def test_missing_data_are_one_line(tmp_path, capsys):

@@ -55,10 +55,13 @@ def test_a_preset_fills_what_is_left_out_and_only_that(name):
         ({"seed": "1"}, "seed: expected an integer of at least 0 and less than 9223372036854775808, got '1'"),
         ({"overwrite": 1}, "overwrite: expected true or false, got 1"),
         ({"out": 3}, "out: expected a path, got 3"),
-        ({"data": None}, "data: expected one of glyphs, omniglot, own, got None"),
+        (
+            {"data": None},
+            f"data: expected one of {', '.join(DATASETS)}, own, got None",
+        ),
         (
             {"data": "glyph"},
-            "data: expected one of glyphs, omniglot, own, got 'glyph' (did you mean glyphs?)",
+            f"data: expected one of {', '.join(DATASETS)}, own, got 'glyph' (did you mean glyphs?)",
         ),
         ({"denominator": "all"}, "denominator: expected one of cohort, holders, got 'all'"),
     ],

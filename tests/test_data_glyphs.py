@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedss_kernels.federated.data import FederatedData, cache, glyphs, load
+from fedss_kernels.federated.data import FederatedData, Partition, cache, glyphs, load
 from fedss_kernels.federated.data.cache import cached_arrays, default_cache_dir
 from fedss_kernels.federated.data.glyphs import GlyphSettings
 
@@ -41,6 +41,15 @@ def test_shapes_and_who_writes_what(tmp_path):
     # 24 writers and 8 test writers over 4 alphabets: 6 and 2 of them write each class, twice
     assert torch.bincount(data.labels).tolist() == [12] * 40
     assert torch.bincount(data.test_labels).tolist() == [4] * 40
+    assert torch.cat(data.clients).sort().values.equal(torch.arange(len(data.images)))
+
+
+@pytest.mark.parametrize("kind, clients", [("iid", 30), ("dirichlet", 30), ("classes", 30)])
+def test_the_same_drawings_otherwise_divided(kind, clients, tmp_path):
+    natural = small(tmp_path)
+    data = small(tmp_path, how=Partition(kind, num_clients=clients, classes_per_client=3))
+    assert torch.equal(data.images, natural.images) and torch.equal(data.test_images, natural.test_images)
+    assert len(data.clients) == clients == len(data.client_names)
     assert torch.cat(data.clients).sort().values.equal(torch.arange(len(data.images)))
 
 
@@ -205,7 +214,7 @@ def test_bad_options(tmp_path, options, message):
 
 
 def test_unknown_data_set_names_the_choices():
-    with pytest.raises(ValueError, match="expected one of glyphs, omniglot, got 'mnist'"):
+    with pytest.raises(ValueError, match="expected one of glyphs, omniglot, .*, got 'mnist'"):
         load("mnist", data_dir=None, seed=0)
 
 

@@ -9,6 +9,9 @@ def test_maps_images_to_embeddings():
     for batch in (1, 3):
         assert build_model("conv4", 10, seed=0)(torch.rand(batch, 1, 28, 28)).shape == (batch, 10)
     assert SmallConvNet(5, in_channels=3)(torch.rand(2, 3, 28, 28)).shape == (2, 5)
+    assert build_model("conv4", 10, seed=0)(torch.rand(2, 1, 32, 32)).shape == (2, 10)
+    for size in (28, 32):
+        assert build_model("conv4_rgb", 10, seed=0)(torch.rand(2, 3, size, size)).shape == (2, 10)
 
 
 def test_embedding_does_not_depend_on_the_rest_of_the_batch():

@@ -22,3 +22,23 @@ def random_shift(
     columns = right[:, None] + torch.arange(W)  # (n, W)
     moved = framed[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
     return moved.permute(0, 3, 1, 2).contiguous()  # indexing puts the channels last
+
+
+def random_crop(
+    images: Tensor,  # (n, channels, H, W)
+    size: int,  # pixels, at most H and W
+    rng: np.random.Generator,
+) -> Tensor:  # (n, channels, size, size)
+    """A square of each image, at a place of its own, uniform over all there are."""
+    n, _, H, W = images.shape
+    tops, lefts = rng.integers(0, H - size + 1, n).tolist(), rng.integers(0, W - size + 1, n).tolist()
+    squares = zip(images, tops, lefts, strict=True)
+    return torch.stack([image[:, top : top + size, left : left + size] for image, top, left in squares])
+
+
+def centre_crop(
+    images: Tensor, size: int
+) -> Tensor:  # (n, channels, H, W) -> (n, channels, size, size), a view
+    """The square in the middle of each image, half a pixel up and left where it has no middle."""
+    top, left = (images.shape[-2] - size) // 2, (images.shape[-1] - size) // 2
+    return images[..., top : top + size, left : left + size]

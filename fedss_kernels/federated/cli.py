@@ -620,13 +620,22 @@ def _help(field: dataclasses.Field) -> str:
 
 def _default(field: dataclasses.Field) -> str:
     if field.name in PRESETS[OWN]:
-        values = {name: str(preset[field.name]) for name, preset in PRESETS.items() if name != OWN}
-        if len(set(values.values())) == 1:
-            return values.popitem()[1]
-        return ", ".join(f"{value} for {name}" for name, value in values.items())
+        return _by_data_set(
+            {name: str(preset[field.name]) for name, preset in PRESETS.items() if name != OWN}
+        )
     if isinstance(field.default, bool):
         return "yes" if field.default else "no"
     return "none" if field.default is None else str(field.default)
+
+
+def _by_data_set(values: dict[str, str]) -> str:
+    """ "1 for a; 2 for b, c; else 0": the value that most have comes last."""
+    having: dict[str, list[str]] = {}
+    for name, value in values.items():
+        having.setdefault(value, []).append(name)
+    most = max(having, key=lambda value: len(having[value]))
+    others = [f"{value} for {', '.join(names)}" for value, names in having.items() if value != most]
+    return "; ".join([*others, f"else {most}"]) if others else most
 
 
 def _reader(

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from ..sampled_softmax import sampled_softmax_loss
 from .algorithms import Request
-from .augment import random_shift
+from .augment import centre_crop, random_crop, random_shift
 from .data import FederatedData
 from .randomness import Purpose, generator
+
+EMBEDDED_NUMBERS = 2**23  # in the images that are embedded at a time: 55 of 3x224x224, 512 of 3x64x64
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,10 @@ class Extractor:
     Frozen parameters and buffers are constants: they stay with the module and never travel.
     """
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: nn.Module, crop_size: int = 0):
         trainable = [p for p in module.parameters() if p.requires_grad]
         _check_dtypes(module)
-        self.module = module
+        self.module, self.crop_size = module, crop_size
         self.flat = torch.cat([p.detach().reshape(-1) for p in trainable])
         self.gradient = torch.zeros_like(self.flat)
         sizes = [p.numel() for p in trainable]
@@ -54,11 +56,16 @@ class Extractor:
                     f"model: expected buffers that training leaves alone, but it changed {name!r}"
                 )
 
+    def as_input(self, images: Tensor) -> Tensor:
+        """uint8 images as the module's input where it isn't trained on them."""
+        return as_input(centre_crop(images, self.crop_size) if self.crop_size else images)
+
     @torch.no_grad()
     def embed(self, images: Tensor, batch_size: int = 512) -> Tensor:  # (T, channels, H, W) uint8 -> (T, D)
         self.module.eval()
+        batch_size = max(1, min(batch_size, EMBEDDED_NUMBERS // images[0].numel()))
         return torch.cat(
-            [self.module(as_input(batch)).to(torch.float32) for batch in images.split(batch_size)]
+            [self.module(self.as_input(batch)).to(torch.float32) for batch in images.split(batch_size)]
         )
 
 
@@ -75,10 +82,11 @@ class Client:
         scale: float,
         seed: int,
         max_shift: int = 0,
+        crop_size: int = 0,  # of the images that it trains on, 0: they are whole
     ):
         self.extractor, self.data = extractor, data
         self.local_epochs, self.batch_size, self.scale, self.seed = local_epochs, batch_size, scale, seed
-        self.max_shift = max_shift
+        self.max_shift, self.crop_size = max_shift, crop_size
 
     def positives(self, client: int) -> Tensor:  # (P,) int64, ascending
         """The classes in the client's data."""
@@ -107,7 +115,10 @@ class Client:
         trained = rows.clone().requires_grad_()
         total, seen = 0.0, 0
         for order in self.passes(held, round, shuffle):
-            images = as_input(self.data.images[order])
+            images = self.data.images[order]
+            if self.crop_size:
+                images = random_crop(images, self.crop_size, augmentation)
+            images = as_input(images)
             if self.max_shift > 0:
                 images = random_shift(images, self.max_shift, augmentation)
             target = torch.searchsorted(request.class_ids, self.data.labels[order])

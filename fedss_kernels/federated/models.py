@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +12,11 @@ from .vision_models import mobilenet_v3_large, mobilenet_v3_small, resnet18
 
 
 class SmallConvNet(nn.Module):
-    """Four convolutions with GroupNorm and a linear layer: (B, in_channels, 28, 28) in [0, 1] to (B, D).
+    """Four convolutions with GroupNorm and a linear layer: (B, in_channels, H, W) in [0, 1] to (B, D).
 
-    Made for one core and small batches: the first convolution halves the image, so that the others work on
-    14x14 or less. GroupNorm, because federated averaging can't average the running statistics of BatchNorm.
-    127 thousand parameters.
+    H and W are 25 to 32. Made for one core and small batches: the first convolution halves the image, so that
+    the others work on 16x16 or less. GroupNorm, because federated averaging can't average the running
+    statistics of BatchNorm. 127 thousand parameters.
     """
 
     def __init__(
@@ -37,7 +38,8 @@ class SmallConvNet(nn.Module):
                 nn.GroupNorm(groups, after),
                 nn.ReLU(inplace=True),
             ]
-        self.features = nn.Sequential(*layers, nn.Flatten())  # 28 -> 14 -> 14 -> 7 -> 4
+        # 28 -> 14 -> 14 -> 7 -> 4, 32 -> 16 -> 16 -> 8 -> 4
+        self.features = nn.Sequential(*layers, nn.Flatten())
         self.embedding = nn.Linear(channels[-1] * 4 * 4, embedding_dim)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -46,6 +48,7 @@ class SmallConvNet(nn.Module):
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "conv4": SmallConvNet,
+    "conv4_rgb": partial(SmallConvNet, in_channels=3),
     "mobilenet_v3_small": mobilenet_v3_small,
     "mobilenet_v3_large": mobilenet_v3_large,
     "resnet18": resnet18,

@@ -21,7 +21,6 @@ from torch import Tensor
 from ..class_sets import draw_negatives
 from ..sampled_softmax import sampled_softmax_loss
 from .algorithms import METHODS
-from .client import as_input
 from .config import Config
 from .data import FederatedData
 from .player import Player
@@ -87,7 +86,7 @@ class _Batch:
         self.positives = data.labels[held[chosen]].unique()
         self.labels = data.labels[held[chosen]]
         player.extractor.module.eval()  # no draws but those of the negatives
-        self.embeddings = player.extractor.module(as_input(data.images[held[chosen]]))
+        self.embeddings = player.extractor.module(player.extractor.as_input(data.images[held[chosen]]))
         self.full = self._gradient("full_softmax", 0, 0, 0)
         self.full_norm = self._norm(*self.full)
 

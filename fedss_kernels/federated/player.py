@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..class_sets import draw_negatives
 from .algorithms import METHODS, Request
+from .augment import centre_crop
 from .client import Client, Extractor, Update, as_input
 from .config import OWN, STICKY, Config, ConfigError, learning_rate
 from .data import FederatedData
@@ -28,13 +29,14 @@ class Player:
         self.config, self.data, self.method = config, data, METHODS[config.method]
         module = copy.deepcopy(model) if model is not None else _build_model(config)
         _check_model(module, config, data)
-        self.extractor = Extractor(module)
+        self.extractor = Extractor(module, config.crop_size)
         options: dict[str, Any] = {
             "local_epochs": config.local_epochs,
             "batch_size": config.batch_size,
             "scale": config.scale,
             "seed": config.seed,
             "max_shift": config.max_shift,
+            "crop_size": config.crop_size,
         }
         if self.method.pooled:
             self.client: Client = PooledClient(self.extractor, data, cohort=config.cohort, **options)
@@ -117,12 +119,32 @@ def _build_model(config: Config) -> nn.Module:
         raise ConfigError("init_checkpoint", str(error)) from None
 
 
+def check_model(config: Config, data: FederatedData) -> None:
+    """Raises ValueError, or ConfigError, where the named model can't be made or doesn't fit the images."""
+    _check_model(_build_model(config), config, data)
+
+
 def _check_model(module: nn.Module, config: Config, data: FederatedData) -> None:
     """Raises ValueError unless the module maps these images to (B, D) and can be averaged."""
     refuse_batch_norm(module)
     module.eval()
-    with torch.no_grad():
-        embeddings = module(as_input(data.images[:2]))
+    images = as_input(data.images[:2])
+    if config.crop_size:
+        if config.crop_size > min(images.shape[2:]):
+            raise ConfigError(
+                "crop_size",
+                f"expected at most {min(images.shape[2:])}, the images' pixels, got {config.crop_size}",
+            )
+        images = centre_crop(images, config.crop_size)
+    try:
+        with torch.no_grad():
+            embeddings = module(images)
+    except RuntimeError as error:
+        shape = "x".join(map(str, images.shape[1:]))
+        raise ValueError(
+            f"model: {config.model} can't take images of {shape} (channels, height, width): {error}; conv4 "
+            "takes 1x28x28 to 1x32x32, conv4_rgb 3x28x28 to 3x32x32, the larger nets any"
+        ) from None
     expected = (len(data.images[:2]), config.embedding_dim)
     if tuple(embeddings.shape) != expected:
         raise ValueError(

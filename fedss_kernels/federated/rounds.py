@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,12 +23,12 @@ from .class_store import ClassStore, check_free
 from .client import Update
 from .cohort import absence, draw_cohort
 from .config import OWN, Config, ConfigError, learning_rate
-from .data import FederatedData, load
+from .data import RESIZED, FederatedData, Partition, load
 from .data.holdout import held_out
 from .inspection import Inspection, clipped
 from .ledger import OUTCOMES, Entry, Traffic, client_traffic
 from .metrics import map_at_r, top1
-from .player import Player
+from .player import Player, check_model
 from .randomness import NO_CLIENT, Purpose, generator, initial_rows
 from .robust import Statistic, median, trimmed_mean
 from .row_table import SGD, Adagrad, Optimizer, RowTable
@@ -387,14 +388,30 @@ def load_data(config: Config) -> FederatedData:
         raise ConfigError("data", f"{OWN!r} data is handed over in Python, as run(config, data=...)")
     if config.data_dir is not None and not config.data_dir.is_dir():
         raise ConfigError("data_dir", f"no such folder: {config.data_dir}")
-    glyphs = {"num_classes": config.glyph_classes, "writers": config.glyph_writers}
+    options: dict[str, Any] = {}
+    if config.data == "glyphs":
+        options = {"num_classes": config.glyph_classes, "writers": config.glyph_writers}
+    if config.data in RESIZED:
+        options = {"image_size": config.image_size}
+    elif config.image_size:
+        raise ConfigError(
+            "image_size",
+            f"expected 0 for {config.data}, whose images keep their size, got {config.image_size}",
+        )
     data = load(
         config.data,
         data_dir=config.data_dir,
         seed=config.data_seed,
         task=config.task,
         cache_dir=config.cache_dir,
-        **(glyphs if config.data == "glyphs" else {}),
+        how=Partition(
+            config.partition,
+            num_clients=config.num_clients,
+            images_per_client=config.images_per_client,
+            classes_per_client=config.classes_per_client,
+            alpha=config.dirichlet_alpha,
+        ),
+        **options,
     )
     return held_out(data, config.holdout, config.data_seed) if config.holdout else data
 
@@ -407,6 +424,8 @@ def check_data(config: Config, data: FederatedData) -> None:
         )
     if len(data.test_images) < 2:
         raise ConfigError("data", f"expected at least 2 test images, got {len(data.test_images)}")
+    if config.model != OWN:
+        check_model(config, data)
 
 
 def _round_metrics(

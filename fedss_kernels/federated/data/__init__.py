@@ -6,13 +6,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .cifar import load_cifar10, load_cifar100
 from .glyphs import load_glyphs
+from .image_folder import load_image_folder
+from .imagenet21k import load_imagenet21k
+from .landmarks import load_landmarks
 from .omniglot import load_omniglot
-from .partition import TASKS, FederatedData
+from .partition import PARTITIONS, TASKS, FederatedData, Partition
+from .sop import load_sop
 
-__all__ = ["DATASETS", "TASKS", "FederatedData", "load"]
+__all__ = ["DATASETS", "PARTITIONS", "RESIZED", "TASKS", "FederatedData", "Partition", "load"]
 
-DATASETS: dict[str, Callable[..., FederatedData]] = {"glyphs": load_glyphs, "omniglot": load_omniglot}
+DATASETS: dict[str, Callable[..., FederatedData]] = {
+    "glyphs": load_glyphs,
+    "omniglot": load_omniglot,
+    "sop": load_sop,
+    "landmarks": load_landmarks,
+    "imagenet21k": load_imagenet21k,
+    "image_folder": load_image_folder,
+    "cifar10": load_cifar10,
+    "cifar100": load_cifar100,
+}
+RESIZED = ("sop", "landmarks", "imagenet21k", "image_folder")  # whose images are resized, to `image_size`
 
 
 def load(
@@ -29,7 +44,7 @@ def load(
     data_dir: the folder that holds its files (glyphs needs none). seed: decides all that is random in it.
     task: "classification", or "retrieval" whose test classes are disjoint from training's. cache_dir: where
     made images are kept (default: $FEDSS_CACHE, else the user's cache folder). options: the keywords of the
-    loader in DATASETS.
+    loader in DATASETS; all have `how`, the Partition, by default the data set's own.
 
     Raises ValueError for a name, task or option out of range, FileNotFoundError where data isn't there.
     """

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from .cache import Arrays, cached_arrays
-from .partition import Drawings, FederatedData, partition
+from .partition import Drawings, FederatedData, Partition, partition
 
 VERSION = 2  # raise it whenever the same settings would give other bytes
 SIZE = 28  # of a drawing, in pixels
@@ -74,6 +74,7 @@ def load_glyphs(
     task: str = "classification",
     cache_dir: Path | None = None,
     holdout: float = 0.25,
+    how: Partition | None = None,
     **settings: Any,
 ) -> FederatedData:
     """Draws the data set, or reads it from the cache; `settings` are GlyphSettings' fields.
@@ -87,7 +88,12 @@ def load_glyphs(
     versions = {"matplotlib": matplotlib.__version__, "pillow": PIL.__version__, "numpy": np.__version__}
     key = {"version": VERSION, **versions, **asdict(chosen)}
     return partition(
-        "glyphs", _table(cached_arrays("glyphs", key, lambda: draw(chosen), cache_dir)), task, seed, holdout
+        "glyphs",
+        _table(cached_arrays("glyphs", key, lambda: draw(chosen), cache_dir)),
+        task,
+        seed,
+        holdout,
+        how,
     )
 
 

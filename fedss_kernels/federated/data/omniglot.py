@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from .cache import Arrays, cached_arrays
-from .partition import Drawings, FederatedData, partition
+from .partition import Drawings, FederatedData, Partition, partition
 
 VERSION = 1  # raise it whenever the same files would give other arrays
 PARTS = ("images_background", "images_evaluation")
@@ -44,6 +44,7 @@ def load_omniglot(
     task: str = "classification",
     cache_dir: Path | None = None,
     holdout: float = 0.25,
+    how: Partition | None = None,
 ) -> FederatedData:
     """Reads images_background, images_evaluation or both from `data_dir`, each zipped or unpacked.
 
@@ -54,7 +55,7 @@ def load_omniglot(
     parts = find_parts(data_dir)
     key = {"version": VERSION, "files": [file for part in parts for file in _fingerprint(part)]}
     arrays = cached_arrays("omniglot", key, lambda: read(parts), cache_dir)
-    return partition("omniglot", _table(arrays), task, seed, holdout)
+    return partition("omniglot", _table(arrays), task, seed, holdout, how)
 
 
 def find_parts(data_dir: Path | None) -> list[Path]:

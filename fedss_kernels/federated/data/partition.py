@@ -1,19 +1,25 @@
 """What a data set becomes: images held by clients, and a test set that no client has seen.
 
-Both data sets here are collections of drawings, each of one character of one alphabet by one person. That
-alone decides who holds what: a client is an (alphabet, person) pair, so clients differ by authorship as
-real ones do.
+Where the images have authors, an author is a client: that partition is the natural one. Glyphs and Omniglot
+are collections of drawings, each of one character of one alphabet by one person, so there a client is an
+(alphabet, person) pair. Other partitions are made: so many classes to a client, Dirichlet, IID.
 """
 
 from __future__ import annotations
 
+import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .images import map_images, mapped_from
+
 TASKS = ("classification", "retrieval")
+PARTITIONS = ("natural", "classes", "dirichlet", "iid")
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +38,21 @@ class FederatedData:
     num_classes: int  # C, the training classes
     class_names: tuple[str, ...]
     task: str  # "classification" | "retrieval"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Images that are mapped from a file travel to another process as its name."""
+        state = dict(self.__dict__)
+        for name in ("images", "test_images"):
+            path = mapped_from(state[name])
+            if path is not None:
+                state[name] = path, tuple(state[name].shape)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name in ("images", "test_images"):
+            if isinstance(state[name], tuple):
+                state[name] = map_images(*state[name])
+        self.__dict__.update(state)
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -103,7 +124,9 @@ class Drawings:
     alphabet_names: tuple[str, ...]
 
 
-def partition(name: str, drawings: Drawings, task: str, seed: int, holdout: float) -> FederatedData:
+def partition(
+    name: str, drawings: Drawings, task: str, seed: int, holdout: float, how: Partition | None = None
+) -> FederatedData:
     """Gives every (alphabet, person) pair its drawings as a client, and keeps a test set apart.
 
     "classification": all characters are classes; the people of the test split are the test set.
@@ -118,7 +141,7 @@ def partition(name: str, drawings: Drawings, task: str, seed: int, holdout: floa
     if task == "classification":
         test = drawings.in_test
     else:
-        test = np.isin(of_image, _held_out(len(drawings.alphabet_names), seed, holdout))
+        test = np.isin(of_image, draw_share(len(drawings.alphabet_names), seed, holdout))
     if test.all() or not test.any():
         raise ValueError(
             f"{name}: nothing is left for {'training' if test.all() else 'the test'} in this data"
@@ -135,7 +158,8 @@ def partition(name: str, drawings: Drawings, task: str, seed: int, holdout: floa
         test_labels = np.searchsorted(classes, shown)
     else:
         test_labels = np.unique(shown, return_inverse=True)[1]
-    rows, names = _clients(drawings, of_image, train)
+    authors, owner = _authors(drawings, of_image, train)
+    rows, names = divide(labels, how or Partition("natural"), seed, authors, owner)
     return FederatedData(
         name=name,
         images=torch.from_numpy(drawings.images[train]).unsqueeze(1),
@@ -150,22 +174,202 @@ def partition(name: str, drawings: Drawings, task: str, seed: int, holdout: floa
     )
 
 
-def _held_out(alphabets: int, seed: int, share: float) -> np.ndarray:
+def draw_share(
+    count: int, seed: int, share: float, *, name: str = "holdout", of: str = "alphabets"
+) -> np.ndarray:
+    """Which of `count` are held out: a share of them, at least one, never all."""
     if not 0 < share < 1:
-        raise ValueError(f"holdout: expected a share of the alphabets between 0 and 1, got {share}")
-    if alphabets < 2:
-        raise ValueError(f"task 'retrieval': expected at least 2 alphabets, to hold one out, got {alphabets}")
-    count = min(max(round(share * alphabets), 1), alphabets - 1)
-    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, 0x401D])))
-    return rng.permutation(alphabets)[:count]
+        raise ValueError(f"{name}: expected a share of the {of} between 0 and 1, got {share}")
+    if count < 2:
+        raise ValueError(f"task 'retrieval': expected at least 2 {of}, to hold one out, got {count}")
+    return _random(seed, 0x401D).permutation(count)[: min(max(round(share * count), 1), count - 1)]
 
 
-def _clients(
+def _authors(
     drawings: Drawings, of_image: np.ndarray, train: np.ndarray
-) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
-    """The rows (positions in `train`) of each (alphabet, person) pair, and its name."""
+) -> tuple[tuple[str, ...], np.ndarray]:
+    """Names of the (alphabet, person) pairs, and which of them drew each of `train`."""
     pairs, owner = np.unique(np.stack([of_image[train], drawings.person[train]]), axis=1, return_inverse=True)
-    order = np.argsort(owner.ravel(), kind="stable")
-    ends = np.cumsum(np.bincount(owner.ravel()))[:-1]
-    rows = tuple(torch.from_numpy(part.astype(np.int64)) for part in np.split(order, ends))
-    return rows, tuple(f"{drawings.alphabet_names[a]}/{p:02d}" for a, p in pairs.T)
+    return tuple(f"{drawings.alphabet_names[a]}/{p:02d}" for a, p in pairs.T), owner.ravel()
+
+
+# ---- who holds what ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Partition:
+    """How the training images are divided among clients, every image to one of them.
+
+    "natural": to their authors. "classes": every client has `classes_per_client` classes and about as many
+    images as the others, as in the FedSS paper. "dirichlet": every client has as many images, of classes by
+    its own draw from Dirichlet(alpha * shares of the classes), as in Hsu, Qi and Brown, arXiv:1909.06335.
+    "iid": as many images, at random.
+    """
+
+    kind: str = "natural"  # one of PARTITIONS
+    num_clients: int = 0  # 0: one for every `images_per_client` images
+    images_per_client: int = 100
+    classes_per_client: int = 20
+    alpha: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.kind not in PARTITIONS:
+            raise ValueError(f"partition: expected one of {', '.join(PARTITIONS)}, got {self.kind!r}")
+        for name, low in (("num_clients", 0), ("images_per_client", 1), ("classes_per_client", 1)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name}: expected at least {low}, got {getattr(self, name)}")
+        if not self.alpha > 0:
+            raise ValueError(f"dirichlet_alpha: expected a number greater than 0, got {self.alpha}")
+
+    def clients_of(self, num_images: int) -> int:
+        """How many clients share so many images."""
+        count = self.num_clients or -(-num_images // self.images_per_client)
+        if count > num_images:
+            raise ValueError(f"num_clients: expected at most {num_images}, the images there are, got {count}")
+        return count
+
+
+Clients = tuple[tuple[Tensor, ...], tuple[str, ...]]  # the rows that each holds, ascending; their names
+
+
+def divide(
+    labels: np.ndarray,  # (N,) of the training images
+    how: Partition,
+    seed: int,
+    authors: Sequence[str] | None = None,
+    owner: np.ndarray | None = None,  # (N,): whose of `authors` an image is
+) -> Clients:
+    """Raises ValueError where the images have no authors, or the numbers can't be had."""
+    if how.kind == "natural":
+        if authors is None or owner is None:
+            raise ValueError(
+                "partition: these images have no authors to be clients: expected one of "
+                f"{', '.join(PARTITIONS[1:])}, got 'natural'"
+            )
+        return _held(owner, len(authors)), tuple(authors)
+    count = how.clients_of(len(labels))
+    if how.kind == "classes":
+        holder = by_classes(labels, count, how.classes_per_client, seed)
+    elif how.kind == "dirichlet":
+        holder = by_dirichlet(labels, count, how.alpha, seed)
+    else:
+        holder = iid(len(labels), count, seed)
+    return _held(holder, count), tuple(f"client {k}" for k in range(count))
+
+
+def _held(holder: np.ndarray, count: int) -> tuple[Tensor, ...]:
+    order = np.argsort(holder, kind="stable").astype(np.int64)
+    ends = np.cumsum(np.bincount(holder, minlength=count))[:-1]
+    return tuple(torch.from_numpy(part) for part in np.split(order, ends))
+
+
+def iid(num_images: int, num_clients: int, seed: int) -> np.ndarray:  # (N,): the client of each image
+    """At random; numbers of images differ by one at most."""
+    order = _random(seed, 0x11D).permutation(num_images)
+    holder = np.empty(num_images, dtype=np.int64)
+    holder[order] = np.arange(num_images) % num_clients
+    return holder
+
+
+def by_classes(
+    labels: np.ndarray,  # (N,) int64 in [0, C)
+    num_clients: int,
+    classes_per_client: int,
+    seed: int,
+) -> np.ndarray:  # (N,): the client of each image
+    """Every client has exactly `classes_per_client` classes, and about as many images as the others.
+
+    Classes are cut into num_clients * classes_per_client shards, the largest into most. Clients take a shard
+    each in turn, from the largest to the smallest, so that their numbers of images differ by little more
+    than the largest shard and the smallest. A class' shards are neighbours in that order and no more than
+    there are clients, so none comes to one client twice. Raises ValueError where that many shards can't be.
+    """
+    rng = _random(seed, 0xC1A)
+    sizes = np.bincount(labels)
+    shards = _shards(sizes, num_clients, num_clients * classes_per_client)
+    classes = np.flatnonzero(shards)
+    classes = rng.permutation(classes)
+    classes = classes[np.argsort(-sizes[classes] / shards[classes], kind="stable")]
+    first = np.zeros(len(sizes), dtype=np.int64)  # of each class' shards, in the order of dealing
+    first[classes] = np.cumsum(shards[classes]) - shards[classes]
+    order = rng.permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]
+    place = np.arange(len(labels)) - (np.cumsum(sizes) - sizes)[labels[order]]  # among its class' images
+    own = labels[order]
+    holder = np.empty(len(labels), dtype=np.int64)
+    holder[order] = rng.permutation(num_clients)[(first[own] + place % shards[own].clip(1)) % num_clients]
+    return holder
+
+
+def _shards(sizes: np.ndarray, num_clients: int, wanted: int) -> np.ndarray:
+    """(C,): into how many shards each class is cut, `wanted` in all, none of them empty."""
+    shards = (sizes > 0).astype(np.int64)
+    most = np.minimum(sizes, num_clients)
+    if not shards.sum() <= wanted <= most.sum():
+        low, high = -(-int(shards.sum()) // num_clients), int(most.sum()) // num_clients
+        raise ValueError(
+            f"classes_per_client: {int(sizes.sum())} images of {int(shards.sum())} classes among "
+            f"{num_clients} clients: expected a number from {low} to {high}, "
+            f"got {wanted // num_clients}"
+        )
+    heap = [(-size, c) for c, size in enumerate(sizes.tolist()) if size]
+    heapq.heapify(heap)
+    for _ in range(wanted - int(shards.sum())):
+        while shards[heap[0][1]] >= most[heap[0][1]]:
+            heapq.heappop(heap)
+        c = heap[0][1]
+        shards[c] += 1
+        heapq.heapreplace(heap, (-sizes[c] / shards[c], c))
+    return shards
+
+
+def by_dirichlet(
+    labels: np.ndarray,  # (N,) int64 in [0, C)
+    num_clients: int,
+    alpha: float,
+    seed: int,
+) -> np.ndarray:  # (N,): the client of each image
+    """Client k draws q ~ Dirichlet(alpha * shares of the classes), then its images by q, without replacement.
+
+    Once a class is used up, the rest of q stands for the others; once q is, another is drawn of the classes
+    that are left. Numbers of images differ by one at most.
+    """
+    rng = _random(seed, 0xD12)
+    order = rng.permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]
+    left = np.bincount(labels)
+    classes = np.flatnonzero(left)
+    left, prior = left[classes], left[classes] / len(labels)
+    following = np.cumsum(left) - left  # the place in `order` of each class' next image
+    holder = np.empty(len(labels), dtype=np.int64)
+    for k, needed in enumerate(np.diff(np.linspace(0, len(labels), num_clients + 1).astype(np.int64))):
+        taken = _draw(alpha * prior, left, int(needed), rng)
+        for c in np.flatnonzero(taken):
+            holder[order[following[c] : following[c] + taken[c]]] = k
+        following += taken
+        left = left - taken
+    return holder
+
+
+def _draw(
+    alphas: np.ndarray,  # (C,)
+    left: np.ndarray,  # (C,) images
+    needed: int,
+    rng: np.random.Generator,
+) -> np.ndarray:  # (C,) images, `needed` in all
+    taken = np.zeros_like(left)
+    q = rng.dirichlet(alphas)
+    while needed:
+        shares = np.where(left > taken, q, 0.0)
+        if not shares.sum() > 0:  # all that q has a share in is used up
+            some = np.flatnonzero(left > taken)
+            q[some] = rng.dirichlet(alphas[some])
+            continue
+        found = np.minimum(rng.multinomial(needed, shares / shares.sum()), left - taken)
+        taken += found
+        needed -= int(found.sum())
+    return taken
+
+
+def _random(seed: int, purpose: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, purpose])))

@@ -1,0 +1,354 @@
+"""CIFAR-10 and CIFAR-100: 50,000 and 10,000 colour images of 32x32 pixels (Krizhevsky, 2009).
+
+Read from what the authors distribute, the archive or what it unpacks to, in the first form that is there:
+
+    cifar-10-binary.tar.gz  cifar-10-batches-bin/  data_batch_1.bin ... data_batch_5.bin, test_batch.bin
+    cifar-10-python.tar.gz  cifar-10-batches-py/   the same without .bin, pickled
+    cifar-100-binary.tar.gz cifar-100-binary/      train.bin, test.bin
+    cifar-100-python.tar.gz cifar-100-python/      the same without .bin, pickled
+
+and CIFAR-10 from JPEG files, train/<class>/<NNNN>.jpg and test/<class>/<NNNN>.jpg, in a folder or in
+cifar10_jpeg.tar.xz. A record of the binary form is one byte of label, of CIFAR-100 two (coarse, fine), and
+the 3 * 32 * 32 of an image. Nobody is known to own an image: by default 100 clients share them by
+Dirichlet(0.5).
+"""
+
+from __future__ import annotations
+
+import io
+import lzma
+import pickle
+import tarfile
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .cache import Arrays, cached_arrays
+from .image_folder import images_below
+from .images import VERSION, decode
+from .partition import FederatedData, Partition, divide
+
+SOURCE = "https://www.cs.toronto.edu/~kriz/cifar.html"
+SIZE = 32
+PIXELS = 3 * SIZE * SIZE
+JPEGS = "cifar10_jpeg.tar.xz"
+# What a damaged archive may raise.
+DAMAGES = (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError)
+
+
+@dataclass(frozen=True)
+class Format:
+    """Of one of the two, in both forms."""
+
+    name: str
+    binary: str  # the folder in the archive NAME-binary.tar.gz
+    python: str
+    archive: str  # archive + "-binary.tar.gz"
+    train: tuple[str, ...]
+    test: str
+    label_bytes: int  # before an image; the last is the class
+    label_key: bytes
+    num_classes: int
+    names: str  # of the file with the classes' names, a line each
+    meta: str  # the same in the pickled form
+    names_key: bytes
+
+
+CIFAR10 = Format(
+    name="cifar10",
+    binary="cifar-10-batches-bin",
+    python="cifar-10-batches-py",
+    archive="cifar-10",
+    train=tuple(f"data_batch_{i}" for i in range(1, 6)),
+    test="test_batch",
+    label_bytes=1,
+    label_key=b"labels",
+    num_classes=10,
+    names="batches.meta.txt",
+    meta="batches.meta",
+    names_key=b"label_names",
+)
+CIFAR100 = Format(
+    name="cifar100",
+    binary="cifar-100-binary",
+    python="cifar-100-python",
+    archive="cifar-100",
+    train=("train",),
+    test="test",
+    label_bytes=2,
+    label_key=b"fine_labels",
+    num_classes=100,
+    names="fine_label_names.txt",
+    meta="meta",
+    names_key=b"fine_label_names",
+)
+Batch = tuple[np.ndarray, np.ndarray]  # (n, 3, 32, 32) uint8, (n,) int64
+
+
+def load_cifar(
+    form: Format,
+    *,
+    data_dir: Path | None,
+    seed: int,
+    task: str = "classification",
+    cache_dir: Path | None = None,
+    how: Partition | None = None,
+) -> FederatedData:
+    """Raises FileNotFoundError where no form is whole, ValueError where a file isn't what it should be."""
+    if task != "classification":
+        raise ValueError(f"task: expected classification for {form.name}, got {task!r}")
+    arrays = _read(form, data_dir, cache_dir)
+    for part in ("labels", "test_labels"):
+        strange = arrays[part][(arrays[part] < 0) | (arrays[part] >= form.num_classes)]
+        if len(strange):
+            raise ValueError(
+                f"{form.name}: {part}: expected classes in [0, {form.num_classes}), got {strange[0]}; get it "
+                f"again from {SOURCE}"
+            )
+    how = how or Partition("dirichlet", num_clients=100)
+    clients, client_names = divide(arrays["labels"], how, seed)
+    return FederatedData(
+        name=form.name,
+        images=torch.from_numpy(arrays["images"]),
+        labels=torch.from_numpy(arrays["labels"]),
+        clients=clients,
+        client_names=client_names,
+        test_images=torch.from_numpy(arrays["test_images"]),
+        test_labels=torch.from_numpy(arrays["test_labels"]),
+        num_classes=form.num_classes,
+        class_names=tuple(arrays["class_names"].tolist()),
+        task=task,
+    )
+
+
+load_cifar10 = partial(load_cifar, CIFAR10)
+load_cifar100 = partial(load_cifar, CIFAR100)
+
+
+def _read(form: Format, data_dir: Path | None, cache_dir: Path | None) -> Arrays:
+    wanted = f"{form.archive}-binary.tar.gz or {form.archive}-python.tar.gz (or what they unpack to)"
+    if data_dir is None:
+        raise FileNotFoundError(
+            f"{form.name}: no folder given to look for {wanted} in; get them from {SOURCE}"
+        )
+    folder = Path(data_dir)
+    for parsed, inside, suffix, kind in (
+        (_from_binary, form.binary, ".bin", "binary"),
+        (_from_pickle, form.python, "", "python"),
+    ):
+        batches = [name + suffix for name in (*form.train, form.test)]
+        names = form.names if suffix else form.meta
+        files = _find(form, folder, inside, f"{form.archive}-{kind}.tar.gz", [*batches, names])
+        if files is not None:
+            return _joined(form, [parsed(form, files[name], name) for name in batches], files[names], suffix)
+    if form is CIFAR10:
+        if (folder / JPEGS).is_file():
+            return _from_jpegs(folder / JPEGS, cache_dir)
+        if (folder / "train").is_dir() and (folder / "test").is_dir():
+            return _from_jpegs(folder, cache_dir)
+    reason = "" if folder.is_dir() else ", which is not a folder"
+    raise FileNotFoundError(f"{form.name}: looked for {wanted} in {folder}{reason}; get them from {SOURCE}")
+
+
+def _find(
+    form: Format, data_dir: Path, inside: str, archive: str, names: list[str]
+) -> Mapping[str, bytes] | None:
+    """The content of the files `names`, from a folder or from an archive; None where neither is there."""
+    for folder in (data_dir / inside, data_dir):
+        there = [name for name in names if (folder / name).is_file()]
+        if there and (folder != data_dir or names[0] in there):
+            _check_whole(form, there, names, folder)
+            return {name: (folder / name).read_bytes() for name in names}
+    path = data_dir / archive
+    if not path.is_file():
+        return None
+    found = {}
+    for name, content in _members(form.name, path):
+        if name.partition("/")[2] in names:
+            found[name.partition("/")[2]] = content
+    _check_whole(form, list(found), names, path)
+    return found
+
+
+def _check_whole(form: Format, there: list[str], names: list[str], place: Path) -> None:
+    missing = [name for name in names if name not in there]
+    if missing:
+        raise FileNotFoundError(
+            f"{form.name}: looked for {', '.join(missing)} in {place}, where of its files there "
+            f"are {', '.join(there) or 'none'}; get it from {SOURCE}"
+        )
+
+
+def _members(name: str, path: Path) -> list[tuple[str, bytes]]:
+    """(name, content) of every file in an archive."""
+    try:
+        with tarfile.open(path) as archive:
+            opened = ((member.name, archive.extractfile(member)) for member in archive if member.isfile())
+            return [(member, file.read()) for member, file in opened if file is not None]
+    except DAMAGES as error:
+        raise ValueError(f"{name}: {path} is damaged ({error}); get it again from {SOURCE}") from error
+
+
+def _joined(form: Format, batches: list[Batch], names: bytes, suffix: str) -> Arrays:
+    *train, (test_images, test_labels) = batches
+    sizes = [len(labels) for _, labels in batches]
+    if len(set(sizes)) > 1 and form is CIFAR10:  # all have 10,000; train and test of CIFAR-100 differ
+        raise ValueError(f"{form.name}: expected batches of equal size, got {sizes}; get it from {SOURCE}")
+    listed = names.decode().split() if suffix else _names_in_pickle(form, names)
+    if len(listed) != form.num_classes:
+        raise ValueError(
+            f"{form.name}: expected {form.num_classes} names of classes in "
+            f"{form.names if suffix else form.meta}, got {len(listed)}; get it again from {SOURCE}"
+        )
+    return {
+        "images": np.concatenate([images for images, _ in train]),
+        "labels": np.concatenate([labels for _, labels in train]),
+        "test_images": test_images,
+        "test_labels": test_labels,
+        "class_names": np.array(listed),
+    }
+
+
+def _from_binary(form: Format, content: bytes, name: str) -> Batch:
+    record = form.label_bytes + PIXELS
+    if not content or len(content) % record:
+        raise ValueError(
+            f"{form.name}: {name}: expected records of {record} bytes, got {len(content)} bytes; get it "
+            f"again from {SOURCE}"
+        )
+    records = np.frombuffer(content, np.uint8).reshape(-1, record)
+    images = records[:, form.label_bytes :].reshape(-1, 3, SIZE, SIZE)
+    return images.copy(), records[:, form.label_bytes - 1].astype(np.int64)
+
+
+# ---- pickles: nothing in one is called or made but what stands here
+
+
+class _Array:
+    """What a pickled numpy array was: its shape, its type and its bytes. No code of numpy reads them."""
+
+    shape: object = None
+    dtype: object = None
+    content: object = None
+
+    def __init__(self, *ignored: object) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        _, self.shape, self.dtype, _, self.content = state
+
+
+class _Dtype:
+    def __init__(self, name: Any = None, *ignored: object) -> None:
+        self.name = name
+
+    def __setstate__(self, state: Any) -> None:
+        pass  # the byte order, of which a byte has none
+
+
+ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
+    (module, name): stand_in
+    for name, stand_in, modules in (
+        ("_reconstruct", _Array, ("numpy.core.multiarray", "numpy._core.multiarray")),
+        ("ndarray", _Array, ("numpy",)),
+        ("dtype", _Dtype, ("numpy",)),
+    )
+    for module in modules
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no such file needs")
+        return ALLOWED[module, name]
+
+
+def _unpickled(form: Format, content: bytes, name: str) -> dict:
+    """Written by Python 2, its text is bytes."""
+    try:
+        found = _Unpickler(io.BytesIO(content), encoding="bytes").load()
+    except Exception as error:  # a damaged pickle may raise anything
+        raise ValueError(
+            f"{form.name}: {name} is not as its authors wrote it ({error}); get it again from {SOURCE}"
+        ) from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{form.name}: {name}: expected a dictionary, got {type(found).__name__}")
+    return found
+
+
+def _from_pickle(form: Format, content: bytes, name: str) -> Batch:
+    found = _unpickled(form, content, name)
+    labels, data = found.get(form.label_key), found.get(b"data")
+    whole = (
+        isinstance(labels, list)
+        and len(labels) > 0
+        and all(type(label) is int and 0 <= label < form.num_classes for label in labels)
+        and isinstance(data, _Array)
+        and data.shape == (len(labels), PIXELS)
+        and isinstance(data.dtype, _Dtype)
+        and data.dtype.name in ("u1", b"u1")
+        and isinstance(data.content, bytes)
+        and len(data.content) == len(labels) * PIXELS
+    )
+    if not whole:
+        raise ValueError(
+            f"{form.name}: {name}: expected b'data', (n, {PIXELS}) uint8, and {form.label_key!r}, n classes "
+            f"below {form.num_classes}; get it again from {SOURCE}"
+        )
+    images = np.frombuffer(data.content, np.uint8).reshape(-1, 3, SIZE, SIZE)  # type: ignore[union-attr]
+    return images.copy(), np.array(labels, dtype=np.int64)
+
+
+def _names_in_pickle(form: Format, content: bytes) -> list[str]:
+    names = _unpickled(form, content, form.meta).get(form.names_key)
+    if not isinstance(names, list) or not all(isinstance(name, bytes) for name in names):
+        raise ValueError(f"{form.name}: {form.meta}: expected a list of names, {form.names_key!r}")
+    return [name.decode() for name in names]
+
+
+# ---- JPEG files
+
+
+def _from_jpegs(place: Path, cache_dir: Path | None) -> Arrays:
+    """From a folder or an archive with train/<class>/*.jpg and test/<class>/*.jpg."""
+    import PIL
+
+    files = [place] if place.is_file() else [*images_below(place / "train"), *images_below(place / "test")]
+    stats = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    key = {"version": VERSION, "pillow": PIL.__version__, "files": stats}
+    return cached_arrays("cifar10", key, lambda: _decoded(place, files), cache_dir)
+
+
+def _decoded(place: Path, files: list[Path]) -> Arrays:
+    if place.is_file():
+        found = _members("cifar10", place)
+    else:
+        found = [(file.relative_to(place).as_posix(), file.read_bytes()) for file in files]
+    found = sorted((name, content) for name, content in found if name.lower().endswith((".jpg", ".jpeg")))
+    classes = sorted({name.split("/")[1] for name, _ in found if name.count("/") == 2})
+    if len(classes) != CIFAR10.num_classes:
+        raise ValueError(
+            f"cifar10: expected train/<class>/*.jpg and test/<class>/*.jpg of 10 classes in {place}, got "
+            f"{', '.join(classes) or 'none'}"
+        )
+    arrays: Arrays = {"class_names": np.array(classes)}
+    for split, prefix in (("train", ""), ("test", "test_")):
+        own = [(name, content) for name, content in found if name.startswith(f"{split}/")]
+        pixels = b"".join(_pixels(content, f"{place}: {name}") for name, content in own)
+        arrays[f"{prefix}images"] = np.frombuffer(pixels, np.uint8).reshape(-1, 3, SIZE, SIZE).copy()
+        arrays[f"{prefix}labels"] = np.array([classes.index(name.split("/")[1]) for name, _ in own], np.int64)
+    return arrays
+
+
+def _pixels(content: bytes, name: str) -> bytes:
+    try:
+        return decode(content, SIZE)
+    except Exception as error:  # a damaged image may raise anything
+        raise ValueError(f"cifar10: {name} is damaged ({error})") from error

@@ -1,0 +1,296 @@
+"""CIFAR-10 and CIFAR-100 in each form that they are distributed in, and what can be wrong with one."""
+
+import io
+import os
+import pickle
+import struct
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from image_files import each_once, encoded, shown
+
+from fedss_kernels.federated.data import Partition, cifar, load
+from fedss_kernels.federated.data.images import decode
+
+DATA = Path(os.environ.get("FEDSS_TEST_DATA", Path(__file__).parents[2] / "shared" / "data")) / "cifar10"
+NAMES10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
+NAMES100 = [f"fine{c}" for c in range(100)]
+BATCHES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+EACH = 12  # images in a batch
+FOUR = Partition("iid", num_clients=4)
+
+
+class Python2Pickler(pickle._Pickler):
+    """Writes bytes as Python 2 wrote its str, as are all texts and the pixels in the authors' files."""
+
+    dispatch = dict(pickle._Pickler.dispatch)
+
+    def save_str(self, text):
+        self.write(pickle.BINSTRING + struct.pack("<i", len(text)) + text)
+        self.memoize(text)
+
+    dispatch[bytes] = save_str
+
+
+def pickled(value) -> bytes:
+    file = io.BytesIO()
+    Python2Pickler(file, protocol=2).dump(value)
+    return file.getvalue().replace(b"numpy._core", b"numpy.core")
+
+
+def batch(number: int, classes: int) -> tuple[np.ndarray, list[int]]:
+    """(EACH, 3072) uint8, EACH classes."""
+    rng = np.random.default_rng([number, classes])
+    return rng.integers(0, 256, (EACH, 3072), dtype=np.uint8), rng.integers(0, classes, EACH).tolist()
+
+
+def as_binary(pixels, labels, coarse: bool) -> bytes:
+    before = [bytes([label // 5] * coarse + [label]) for label in labels]
+    return b"".join(label + image.tobytes() for label, image in zip(before, pixels, strict=True))
+
+
+def files10(form: str) -> dict[str, bytes]:
+    if form == "binary":
+        files = {f"{n}.bin": as_binary(*batch(i, 10), coarse=False) for i, n in enumerate(BATCHES)}
+        return files | {"batches.meta.txt": "\n".join([*NAMES10, "", ""]).encode()}
+    files = {
+        n: pickled(
+            {
+                b"batch_label": b"a batch",
+                b"labels": batch(i, 10)[1],
+                b"data": batch(i, 10)[0],
+                b"filenames": [b"x.png"] * EACH,
+            }
+        )
+        for i, n in enumerate(BATCHES)
+    }
+    return files | {
+        "batches.meta": pickled({b"num_vis": 3072, b"label_names": [n.encode() for n in NAMES10]})
+    }
+
+
+def files100(form: str) -> dict[str, bytes]:
+    if form == "binary":
+        files = {f"{n}.bin": as_binary(*batch(i, 100), coarse=True) for i, n in enumerate(["train", "test"])}
+        return files | {"fine_label_names.txt": "\n".join([*NAMES100, ""]).encode()}
+    files = {}
+    for i, name in enumerate(["train", "test"]):
+        pixels, labels = batch(i, 100)
+        coarse = [label // 5 for label in labels]
+        files[name] = pickled({b"data": pixels, b"fine_labels": labels, b"coarse_labels": coarse})
+    return files | {"meta": pickled({b"fine_label_names": [n.encode() for n in NAMES100]})}
+
+
+INSIDE = {
+    ("cifar10", "binary"): ("cifar-10-batches-bin", "cifar-10-binary.tar.gz", files10),
+    ("cifar10", "python"): ("cifar-10-batches-py", "cifar-10-python.tar.gz", files10),
+    ("cifar100", "binary"): ("cifar-100-binary", "cifar-100-binary.tar.gz", files100),
+    ("cifar100", "python"): ("cifar-100-python", "cifar-100-python.tar.gz", files100),
+}
+
+
+def write(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def write_tar(path: Path, files: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w:" + path.suffix[1:]) as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+def read(name: str, folder: Path | None, how: Partition = FOUR, **options):
+    cache = folder / "cache" if folder else None
+    return load(name, data_dir=folder, seed=0, cache_dir=cache, how=how, **options)
+
+
+@pytest.mark.parametrize("place", ["folder", "inside", "archive"])
+@pytest.mark.parametrize("name, form", INSIDE)
+def test_every_form_gives_the_authors_images(name, form, place, tmp_path):
+    inside, archive, files_of = INSIDE[name, form]
+    files = files_of(form)
+    if place == "archive":
+        write_tar(tmp_path / archive, {f"{inside}/{n}": content for n, content in files.items()})
+    else:
+        write(tmp_path / inside if place == "folder" else tmp_path, files)
+    data = read(name, tmp_path)
+    classes, train = (10, 5) if name == "cifar10" else (100, 1)
+    pixels, labels = zip(*(batch(i, classes) for i in range(train + 1)), strict=True)
+    assert data.num_classes == classes
+    assert data.class_names == tuple(NAMES10 if classes == 10 else NAMES100)
+    assert data.images.numpy().tobytes() == b"".join(part.tobytes() for part in pixels[:-1])
+    assert data.labels.tolist() == sum(labels[:-1], [])
+    assert data.images.shape == (EACH * train, 3, 32, 32)
+    assert data.test_images.numpy().tobytes() == pixels[-1].tobytes()
+    assert data.test_labels.tolist() == labels[-1]
+    assert len(data.clients) == 4 and each_once(data.clients, EACH * train)
+
+
+def jpegs() -> dict[str, bytes]:
+    return {
+        f"{split}/{name}/{i:04d}.jpg": encoded(40 * c + i + (0 if split == "train" else 30))
+        for split, count in (("train", 3), ("test", 2))
+        for c, name in enumerate(NAMES10)
+        for i in range(count)
+    }
+
+
+@pytest.mark.parametrize("place", ["folder", "archive"])
+def test_jpeg_files(place, tmp_path, monkeypatch):
+    if place == "archive":
+        write_tar(tmp_path / "cifar10_jpeg.tar.xz", jpegs())
+    else:
+        write(tmp_path, jpegs())
+    data = read("cifar10", tmp_path)
+    assert data.class_names == tuple(NAMES10)
+    assert shown(data.images) == [40 * c + i for c in range(10) for i in range(3)]
+    assert data.labels.tolist() == [c for c in range(10) for _ in range(3)]
+    assert shown(data.test_images) == [40 * c + i + 30 for c in range(10) for i in range(2)]
+    monkeypatch.setattr(cifar, "decode", None)
+    assert torch.equal(read("cifar10", tmp_path).images, data.images), "the second time from the cache"
+
+
+def test_by_default_a_hundred_clients_by_dirichlet(tmp_path):
+    files = files10("binary")
+    for name in files:
+        if name.endswith(".bin"):
+            files[name] = files[name] * 10
+    write(tmp_path, files)
+    data = read("cifar10", tmp_path, how=None)
+    assert len(data.clients) == 100 and {len(held) for held in data.clients} == {6}
+
+
+def test_nothing_there(tmp_path):
+    for name, archive in (("cifar10", "cifar-10-binary"), ("cifar100", "cifar-100-binary")):
+        message = rf"{name}: looked for {archive}\.tar\.gz or .* in .*www\.cs\.toronto\.edu/~kriz/cifar"
+        with pytest.raises(FileNotFoundError, match=message):
+            read(name, tmp_path)
+        with pytest.raises(FileNotFoundError, match=f"{name}: no folder given"):
+            read(name, None)
+    with pytest.raises(FileNotFoundError, match="which is not a folder"):
+        read("cifar10", tmp_path / "nowhere")
+
+
+def test_a_part_that_is_missing_is_named(tmp_path):
+    files = files10("binary")
+    del files["data_batch_3.bin"]
+    write(tmp_path / "cifar-10-batches-bin", files)
+    with pytest.raises(
+        FileNotFoundError, match=r"looked for data_batch_3\.bin in .*cifar-10-batches-bin, where"
+    ):
+        read("cifar10", tmp_path)
+
+
+def changed(change) -> bytes:
+    content = pickle.loads(files10("python")["data_batch_2"], encoding="bytes")
+    change(content)
+    return pickled(content)
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("data_batch_2.bin", b"", "data_batch_2.bin: expected records of 3073 bytes, got 0"),
+        ("data_batch_2.bin", bytes(3072), "expected records of 3073 bytes, got 3072"),
+        ("data_batch_2.bin", bytes(3073), "expected batches of equal size, got .12, 1, 12"),
+        ("data_batch_2.bin", bytes([10] + [0] * 3072) * EACH, r"expected classes in \[0, 10\), got 10"),
+        ("batches.meta.txt", b"cat\ndog\n", "expected 10 names of classes in batches.meta.txt, got 2"),
+        ("data_batch_2", b"nonsense", "data_batch_2 is not as its authors wrote it"),
+        ("data_batch_2", pickled([1]), "data_batch_2: expected a dictionary, got list"),
+        ("data_batch_2", changed(lambda d: d.pop(b"labels")), "data_batch_2: expected b'data'"),
+        ("data_batch_2", changed(lambda d: d[b"labels"].append(3)), "data_batch_2: expected b'data'"),
+        ("data_batch_2", changed(lambda d: d[b"labels"].__setitem__(0, 10)), "n classes below 10"),
+        ("data_batch_2", changed(lambda d: d.update({b"data": np.zeros((EACH, 3072))})), "expected b'data'"),
+        ("batches.meta", pickled({b"label_names": 3}), "batches.meta: expected a list of names"),
+    ],
+)
+def test_what_is_wrong_is_named(name, content, message, tmp_path):
+    form = "binary" if name.endswith((".bin", ".txt")) else "python"
+    write(tmp_path, files10(form) | {name: content})
+    with pytest.raises(ValueError, match=message):
+        read("cifar10", tmp_path)
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.mkdir, ("harm",)
+
+
+@pytest.mark.parametrize("value", [Harmful(), {b"data": Harmful()}, {b"labels": [np.float64(3)]}])
+def test_a_pickle_that_calls_anything_is_refused(value, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, files10("python") | {"data_batch_1": pickled(value)})
+    with pytest.raises(ValueError, match=r"data_batch_1 is not as its authors wrote it \(it asks for "):
+        read("cifar10", tmp_path)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_damage_anywhere_in_a_pickle_is_told_in_words(tmp_path):
+    """A byte changed in each of many places: read as before, or a ValueError of ours."""
+    files = files10("python")
+    whole, refused = files["data_batch_1"], 0
+    write(tmp_path, files)
+    places = [*range(150), *range(len(whole) - 250, len(whole))]
+    for place in places:
+        damaged = whole[:place] + bytes([whole[place] ^ 0x15]) + whole[place + 1 :]
+        try:
+            cifar._from_pickle(cifar.CIFAR10, damaged, "data_batch_1")
+        except ValueError as error:
+            assert str(error).startswith("cifar10: data_batch_1")
+            refused += 1
+    assert refused > 50
+
+
+def test_a_damaged_archive(tmp_path):
+    path = write_tar(tmp_path / "cifar-10-binary.tar.gz", files10("binary"))
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"cifar-10-binary\.tar\.gz is damaged"):
+        read("cifar10", tmp_path)
+
+
+def test_a_damaged_jpeg_file(tmp_path):
+    write_tar(tmp_path / "cifar10_jpeg.tar.xz", jpegs() | {"train/cat/0001.jpg": b"nonsense"})
+    with pytest.raises(ValueError, match=r"cifar10_jpeg\.tar\.xz: train/cat/0001\.jpg is damaged"):
+        read("cifar10", tmp_path)
+
+
+def test_other_classes_of_jpeg_files(tmp_path):
+    write(tmp_path, {"train/cat/0.jpg": encoded(0), "test/cat/0.jpg": encoded(0)})
+    with pytest.raises(ValueError, match=r"of 10 classes in .*, got cat"):
+        read("cifar10", tmp_path)
+
+
+def test_no_retrieval(tmp_path):
+    with pytest.raises(ValueError, match="task: expected classification for cifar100, got 'retrieval'"):
+        read("cifar100", tmp_path, task="retrieval")
+
+
+@pytest.mark.skipif(
+    not (DATA / "cifar10_jpeg.tar.xz").is_file(),
+    reason=f"cifar10_jpeg.tar.xz is not in {DATA}; FEDSS_TEST_DATA names the folder above it",
+)
+def test_the_real_file(tmp_path, monkeypatch):
+    """All of its structure; of the images one in 25 is decoded, for the sake of time."""
+    contents = iter(range(60_000))
+    monkeypatch.setattr(
+        cifar, "decode", lambda content, size: bytes(3072) if next(contents) % 25 else decode(content, size)
+    )
+    data = load("cifar10", data_dir=DATA, seed=0, cache_dir=tmp_path)
+    assert data.images.shape == (50_000, 3, 32, 32) and data.test_images.shape == (10_000, 3, 32, 32)
+    assert data.class_names == tuple(NAMES10)
+    assert torch.bincount(data.labels).tolist() == [5000] * 10
+    assert torch.bincount(data.test_labels).tolist() == [1000] * 10
+    assert len(data.clients) == 100 and {len(held) for held in data.clients} == {500}
+    # The mean colours of CIFAR-10's training images, known to everyone who normalises by them. An image's has
+    # a standard deviation of 0.13 or so, 2,000 images' one of 0.003.
+    means = data.images[::25].double().mean((0, 2, 3)) / 255
+    torch.testing.assert_close(means, torch.tensor([0.4914, 0.4822, 0.4465]).double(), atol=0.015, rtol=0)

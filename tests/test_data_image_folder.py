@@ -1,5 +1,6 @@
 """Any folder of images, ImageNet-21k's among them: classes, splits, clients, and what is missing or wrong."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +8,9 @@ import pytest
 import torch
 from image_files import each_once, shown, write_image
 
-from fedss_kernels.federated import Config, ConfigError, run
+from fedss_kernels.federated import Config, ConfigError, noise, run
 from fedss_kernels.federated.data import FederatedData, Partition, images, load
+from fedss_kernels.federated.rounds import load_data
 
 CLASSES = {"ant": 10, "bee": 5, "cat": 15}
 FEW = Partition("classes", num_clients=4, classes_per_client=2)
@@ -58,6 +60,8 @@ def test_a_class_of_one_image_is_trained_on(folder):
     write_image(folder / "dog" / "only.png", 40)
     data = read(folder)
     assert torch.bincount(data.labels).tolist() == [8, 4, 12, 1] and int(data.test_labels.max()) == 2
+    data = read(folder, how=Partition("iid", num_clients=2), test_share=0.9)
+    assert torch.bincount(data.labels).tolist() == [1, 1, 1, 1]
 
 
 def test_a_retrieval_holds_out_classes(folder):
@@ -192,6 +196,19 @@ def test_two_rounds(folder):
 def test_two_workers_map_the_same_images(folder):
     alone, together = (run(config(folder, workers=workers, rounds=1)) for workers in (1, 2))
     assert torch.equal(alone.weight, together.weight)
+
+
+def test_gradient_noise_is_measured_on_the_centres(folder):
+    settings = config(folder)
+    data = load_data(settings)
+    centres = replace(
+        data, images=data.images[..., 2:34, 2:34], test_images=data.test_images[..., 2:34, 2:34]
+    )
+    cropped, whole = (
+        noise.measure(settings, data, [1], batches=1, draws=1),
+        noise.measure(replace(settings, crop_size=0), centres, [1], batches=1, draws=1),
+    )
+    assert cropped == whole and cropped[0].noise > 0
 
 
 def test_a_retrieval_run(folder):

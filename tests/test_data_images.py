@@ -60,10 +60,15 @@ def test_the_second_time_nothing_is_decoded(files, tmp_path, monkeypatch):
 
 def test_a_changed_file_is_decoded_again(files, tmp_path):
     read(files, tmp_path)
-    write_image(files[0], 7)
-    os.utime(files[0], ns=(1, 1))
-    assert shown(read(files, tmp_path)) == [7, 1, 2, 3]
-    assert shown(read(files[::-1], tmp_path)) == [3, 2, 1, 7]
+    before = files[2].stat()
+    write_image(files[2], 7)
+    os.utime(files[2], ns=(1, 1))
+    assert files[2].stat().st_size == before.st_size, "a BMP file, so that only the time tells"
+    assert shown(read(files, tmp_path)) == [0, 1, 7, 3]
+    write_image(files[2], 9, (5, 4))
+    os.utime(files[2], ns=(1, 1))
+    assert shown(read(files, tmp_path)) == [0, 1, 9, 3], "only the size tells"
+    assert shown(read(files[::-1], tmp_path)) == [3, 9, 1, 0]
 
 
 def test_half_a_cache_file_is_made_again(files, tmp_path):

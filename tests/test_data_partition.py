@@ -135,6 +135,8 @@ def test_natural_clients_are_the_authors():
     owner = np.array([1, 0, 1, 2, 1])
     clients, names = divide(np.zeros(5, np.int64), Partition("natural"), 0, ["a", "b", "c"], owner)
     assert names == ("a", "b", "c") and [held.tolist() for held in clients] == [[1], [0, 2, 4], [3]]
+    with pytest.raises(ValueError, match="num_clients: expected 0 for the natural .* the 3 authors, got 2"):
+        divide(np.zeros(5, np.int64), Partition("natural", num_clients=2), 0, ["a", "b", "c"], owner)
 
 
 @pytest.mark.parametrize(

@@ -129,14 +129,17 @@ def test_a_list_that_is_not_the_authors(folder, content, message):
         read(folder, how=Partition("iid", num_clients=1))
 
 
-def test_two_rounds(folder):
+@pytest.mark.parametrize("model, crop_size", [("conv4_rgb", 28), ("mobilenet_v3_small", 40)])
+def test_two_rounds(model, crop_size, folder, request):
+    if model != "conv4_rgb":
+        request.getfixturevalue("torchvision")
     config = Config(
         data="sop",
         data_dir=folder,
         cache_dir=folder.parent / "cache",
-        image_size=32,
-        crop_size=28,
-        model="conv4_rgb",
+        image_size=48,
+        crop_size=crop_size,
+        model=model,
         num_clients=3,
         classes_per_client=4,
         num_negatives=2,

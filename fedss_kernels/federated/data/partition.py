@@ -246,6 +246,11 @@ def divide(
                 "partition: these images have no authors to be clients: expected one of "
                 f"{', '.join(PARTITIONS[1:])}, got 'natural'"
             )
+        if how.num_clients:
+            raise ValueError(
+                f"num_clients: expected 0 for the natural partition, whose clients are the {len(authors)} "
+                f"authors, got {how.num_clients}"
+            )
         return _held(owner, len(authors)), tuple(authors)
     count = how.clients_of(len(labels))
     if how.kind == "classes":

@@ -188,7 +188,7 @@ class Config:
         choices=lambda: ("cohort", "holders"),
     )
 
-    spreadout_weight: float = option(10.0, "of fedaws: how hard near class rows are pushed apart", low=0)
+    spreadout_weight: float = option(0.1, "of fedaws: how hard near class rows are pushed apart", low=0)
     spreadout_margin: float = option(
         0.9, "of fedaws: rows are near where 1 - cosine is below this", above=0, below=2.0001
     )

@@ -98,7 +98,7 @@ def accuracy_by_round(runs: Sequence[Run], theme: dict[str, str]) -> "Figure":
 def accuracy_by_bytes(runs: Sequence[Run], theme: dict[str, str]) -> "Figure":
     """Accuracy over what was moved: everything on the left, what the classes cost on the right."""
     figure, (left, right) = _figure(runs, theme, panels=2)
-    for style, group in _lines(runs):
+    for style, group in _lines([run for run in runs if run.summary.traffic.total]) or _lines(runs):
         _, mean, sd = _curve(group)
         total, classes = np.mean([_megabytes(run) for run in group], axis=0)
         _draw(left, total, mean, sd, style)
@@ -118,6 +118,8 @@ def accuracy_by_bytes(runs: Sequence[Run], theme: dict[str, str]) -> "Figure":
 
 def accuracy_by_class_set(runs: Sequence[Run], theme: dict[str, str]) -> "Figure":
     """Accuracy at the end over |S_k|: a line for each method with negatives, a point for each without."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     figure, (axes,) = _figure(runs, theme, panels=1)
     cases = by_case(runs)
     for method in dict.fromkeys(case.method for case in cases):
@@ -131,7 +133,9 @@ def accuracy_by_class_set(runs: Sequence[Run], theme: dict[str, str]) -> "Figure
         axes.errorbar(x, mean, error, label=METHODS[method].label, capsize=3, **_style(method))
     axes.set_xscale("log")
     axes.set_xlabel("class rows on a client, |S_k| (mean, log scale)")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     return _finish(figure, axes, runs, theme)
 
 

@@ -121,6 +121,26 @@ def test_the_journal_keeps_each_row_once_and_before_it_changes(stepped):
     assert torch.equal(store.rows.numbers, then)
 
 
+def test_a_roll_back_that_is_interrupted_can_be_had_again(stepped, monkeypatch):
+    """Where the new journal is half written, and where it is not yet in the old one's place."""
+    store, then = stepped
+
+    def fail(*arguments):
+        raise OSError("the end")
+
+    for name in ("fedss_kernels.federated.class_store.write_synced", "os.replace"):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="the end"):
+            patch.setattr(name, fail)
+            store.roll_back(2)
+    store.roll_back(2)
+    assert torch.equal(store.rows.numbers, then)
+    assert sorted(path.name for path in store.folder.iterdir()) == [
+        "rows.bin",
+        "store.json",
+        "undo-000002.bin",
+    ]
+
+
 def test_an_entry_that_is_not_whole_was_of_rows_that_did_not_change(stepped):
     """As if the process had ended while the third entry was written, at each of its lengths."""
     store, then = stepped

@@ -115,9 +115,10 @@ def test_a_round_that_nobody_can_make_says_so():
         train(min_clients=5)
 
 
-def test_rounds_before_one_that_nobody_makes_are_not_lost(tmp_path, monkeypatch):
+@pytest.mark.parametrize("every", [0, 1, 2])
+def test_rounds_before_one_that_nobody_makes_are_not_lost(every, tmp_path, monkeypatch):
     """Round 4 fails; with clients that answer again the run goes on to the bits of one that never failed."""
-    options = {"min_clients": 4, "checkpoint_every": 0}
+    options = {"min_clients": 4, "checkpoint_every": every}
     monkeypatch.setattr(
         "fedss_kernels.federated.rounds.absence", lambda config, round, *_: "dropped" if round == 3 else None
     )

@@ -56,7 +56,7 @@ class ClassStore:
         """Of rows that are zeros, for the run in a folder. Raises FileExistsError as `check_free`."""
         check_free(folder, run=run, overwrite=overwrite)
         folder.mkdir(parents=True, exist_ok=True)
-        for path in [*folder.glob("undo-*.bin"), folder / _ROWS, folder / _IDENTITY]:
+        for path in [*folder.glob("undo-*"), folder / _ROWS, folder / _IDENTITY]:
             path.unlink(missing_ok=True)
         identity = uuid.uuid4().hex
         of_store = {"format": FORMAT, "id": identity, "num_rows": num_rows, "dim": dim, "run": _path(run)}
@@ -112,9 +112,10 @@ class ClassStore:
 
     def prepare(self, rounds: int) -> None:
         """To be called before there is a checkpoint of what was synced: its journal, empty."""
-        path = self._journal(rounds)
-        path.unlink(missing_ok=True)
-        write_synced(path, self._title(rounds, 0))
+        unfinished = self.folder / "undo-unfinished"  # the one before stays until this one is whole
+        unfinished.unlink(missing_ok=True)
+        write_synced(unfinished, self._title(rounds, 0))
+        os.replace(unfinished, self._journal(rounds))
         sync_folder(self.folder)
 
     def mark(self, rounds: int) -> None:

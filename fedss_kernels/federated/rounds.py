@@ -168,11 +168,12 @@ def _run(
 ) -> Result:
     config = simulation.config
     begun = time.perf_counter() - (history[-1].seconds if history else 0.0)
+    saved = len(history)  # rounds in the last checkpoint
     for round in range(len(history), config.rounds):
         try:
             updates, entries = simulation.play(round)
         except TooFewClients:
-            if folder and round:
+            if folder and round > saved:
                 simulation.checkpoint(folder, round)
             raise
         done = round + 1
@@ -188,6 +189,7 @@ def _run(
         if folder and done < config.rounds and (due or stopping):
             with simulation.watch("files"):
                 simulation.checkpoint(folder, done)
+            saved = done
         if stopping:
             raise Stopped(done, config.out)
     summary = simulation.summarise(history)

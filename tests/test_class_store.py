@@ -57,7 +57,7 @@ def test_killed_at_random_moments_runs_go_on_bit_for_bit(tmp_path):
     """Of both kinds of store; most kills hit a write, as the runs do little else."""
     script = Path(__file__).parent / "kill_and_resume.py"
     done = subprocess.run(
-        [sys.executable, str(script), "--kills", "3", "--folder", str(tmp_path)],
+        [sys.executable, str(script), "--kills", "2", "--folder", str(tmp_path)],
         capture_output=True,
         text=True,
     )

@@ -178,12 +178,12 @@ def test_each_case_has_the_best_of_the_rates(tmp_path):
     """One rate trains, the other is so small that nothing moves; resumed, no trial is played again."""
     options = SMALL | {"rounds": 40, "glyph_writers": 12, "warmup_rounds": 0}
     config = Config(**options, cache_dir=tmp_path / "cache")
-    plan = Plan(config, ["fedss"], [0], counts=[2, 5], rates=[1e-12, 0.1])
+    plan = Plan(config, ["fedss"], [0], counts=[5], rates=[1e-12, 0.1])
     trials = []
     comparison = compare(
         plan, tmp_path / "out", jobs=2, on_trial=lambda job, m: m and m.round == 1 and trials.append(job)
     )
-    assert sorted(trials) == [0, 1, 2, 3] and not comparison.failed
+    assert sorted(trials) == [0, 1] and not comparison.failed
     with (tmp_path / "out" / "rates.csv").open(newline="") as file:
         tried = list(csv.DictReader(file))
     accuracy = {(line["case"], float(line["client_lr"])): float(line["accuracy"]) for line in tried}
@@ -193,10 +193,9 @@ def test_each_case_has_the_best_of_the_rates(tmp_path):
         best = max(plan.rates, key=lambda rate, case=case: accuracy[case.name, rate])
         assert line.client_lr == best
     assert 0.1 in {line.client_lr for line in lines.values()}
-    for name in ("accuracy_by_class_set.png", "rates/fedss-m2-lr0.1/summary.json"):
-        assert (tmp_path / "out" / name).stat().st_size > 0
+    assert (tmp_path / "out" / "rates" / "fedss-m5-lr0.1" / "summary.json").stat().st_size > 0
     again = compare(plan, tmp_path / "out", resume=True, on_trial=lambda job, m: m and trials.append(job))
-    assert len(trials) == 4 and again.table == comparison.table
+    assert len(trials) == 2 and again.table == comparison.table
 
 
 def test_presets_are_plans_and_files_that_can_be_edited(tmp_path):

@@ -193,7 +193,8 @@ def test_each_case_has_the_best_of_the_rates(tmp_path):
         best = max(plan.rates, key=lambda rate, case=case: accuracy[case.name, rate])
         assert line.client_lr == best
     assert 0.1 in {line.client_lr for line in lines.values()}
-    assert (tmp_path / "out" / "rates" / "fedss-m5-lr0.1" / "summary.json").stat().st_size > 0
+    assert (tmp_path / "out" / "rates" / "fedss-lr0.1" / "summary.json").stat().st_size > 0
+    assert [run.config.num_negatives for run in comparison.runs] == [5]
     again = compare(plan, tmp_path / "out", resume=True, on_trial=lambda job, m: m and trials.append(job))
     assert len(trials) == 2 and again.table == comparison.table
 

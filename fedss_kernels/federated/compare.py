@@ -118,7 +118,7 @@ def _best_rates(
     for job, config in enumerate(trials):
         if job not in errors:
             accuracy = read_run(folder_of(config))[2].accuracy
-            case = case_of(config, bool(plan.counts))
+            case = case_of(config, plan.several)
             found.setdefault(case, {})[config.client_lr] = accuracy if accuracy is not None else 0.0
     with (out / "rates.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(
@@ -130,11 +130,11 @@ def _best_rates(
 
 
 def job_name(plan: Plan, config: Config) -> str:
-    return f"{case_of(config, bool(plan.counts)).label}, seed {config.seed}"
+    return f"{case_of(config, plan.several).label}, seed {config.seed}"
 
 
 def trial_name(plan: Plan, config: Config) -> str:
-    return f"{case_of(config, bool(plan.counts)).label}, rate {config.client_lr:g}"
+    return f"{case_of(config, plan.several).label}, rate {config.client_lr:g}"
 
 
 # ---- the table ---------------------------------------------------------------------------------------------

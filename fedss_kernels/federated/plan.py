@@ -63,12 +63,17 @@ class Plan:
             )
 
     @property
+    def several(self) -> bool:
+        """Whether there are several numbers of negatives: then cases are named by theirs."""
+        return len(self.counts) > 1
+
+    @property
     def cases(self) -> list[Case]:
         """A method that asks for negatives has one for each count, if there are several."""
         return [
             Case(method, count)
             for method in self.methods
-            for count in (self.counts if METHODS[method].samples and self.counts else [None])
+            for count in (self.counts if METHODS[method].samples and self.several else [None])
         ]
 
     def trials(self, out: Path) -> list[Config]:
@@ -96,6 +101,8 @@ class Plan:
         store = self.config.class_store
         if case.num_negatives is not None:
             options["num_negatives"] = case.num_negatives
+        elif len(self.counts) == 1:
+            options["num_negatives"] = self.counts[0]
         return replace(
             self.config,
             method=case.method,

@@ -112,7 +112,7 @@ def torchvision():
     """The module. Beside another torch than its own it lacks its operators: then they are defined by name."""
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None:
-        pytest.skip("torchvision is not installed")
+        pytest.skip("needs torchvision, of the extra vision, which is not installed")
     try:
         return importlib.import_module("torchvision")
     except RuntimeError:

@@ -135,7 +135,7 @@ def test_more_than_memory_can_be_mapped(tmp_path):
         try:
             file.truncate(file.tell() + shape[0] * 3 * 64 * 64)
         except OSError:
-            pytest.skip("this file system has no files of 8 TiB")
+            pytest.skip(f"needs a file system with files of 8 TiB, and that of {tmp_path} has none")
     found = images.map_images(path, shape)
     assert found.shape == shape and found[[0, shape[0] // 2, -1]].sum() == 0
 

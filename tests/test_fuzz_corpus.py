@@ -13,7 +13,7 @@ from native_build import ROOT
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     if shutil.which("g++") is None:
-        pytest.skip("no g++")
+        pytest.skip("needs g++ with the address sanitizer, and finds no g++")
     folder = tmp_path_factory.mktemp("replay")
     build_replay(["-O0", "-fsanitize=address"], folder)
     return folder

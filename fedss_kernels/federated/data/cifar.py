@@ -286,23 +286,23 @@ def _unpickled(form: Format, content: bytes, name: str) -> dict:
 def _from_pickle(form: Format, content: bytes, name: str) -> Batch:
     found = _unpickled(form, content, name)
     labels, data = found.get(form.label_key), found.get(b"data")
+    count = len(labels) if isinstance(labels, list) else 0
+    pixels = data.content if isinstance(data, _Array) else None
     whole = (
         isinstance(labels, list)
-        and len(labels) > 0
+        and count > 0
         and all(type(label) is int and 0 <= label < form.num_classes for label in labels)
         and isinstance(data, _Array)
-        and data.shape == (len(labels), PIXELS)
+        and data.shape == (count, PIXELS)
         and isinstance(data.dtype, _Dtype)
         and data.dtype.name in ("u1", b"u1")
-        and isinstance(data.content, bytes)
-        and len(data.content) == len(labels) * PIXELS
     )
-    if not whole:
+    if not (whole and isinstance(pixels, bytes) and len(pixels) == count * PIXELS):
         raise ValueError(
             f"{form.name}: {name}: expected b'data', (n, {PIXELS}) uint8, and {form.label_key!r}, n classes "
             f"below {form.num_classes}; get it again from {SOURCE}"
         )
-    images = np.frombuffer(data.content, np.uint8).reshape(-1, 3, SIZE, SIZE)  # type: ignore[union-attr]
+    images = np.frombuffer(pixels, np.uint8).reshape(-1, 3, SIZE, SIZE)
     return images.copy(), np.array(labels, dtype=np.int64)
 
 

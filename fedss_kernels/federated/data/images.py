@@ -194,10 +194,10 @@ def map_images(path: Path, shape: tuple[int, ...]) -> Tensor:
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     pixels = np.frombuffer(mapping, np.uint8, offset=start).reshape(shape)
     images = torch.from_numpy(pixels)
-    setattr(images, "mapped_from", Path(path))  # noqa: B010
+    vars(images)["mapped_from"] = Path(path)
     return images
 
 
 def mapped_from(images: Tensor) -> Path | None:
     """The file that `map_images` mapped them from."""
-    return getattr(images, "mapped_from", None)
+    return vars(images).get("mapped_from")

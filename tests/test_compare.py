@@ -162,19 +162,20 @@ def test_cases_are_methods_and_where_they_ask_for_negatives_counts():
     plan = Plan(Config(), ["fedss", "full_softmax"], [0, 1], counts=[5, 9], rates=[0.1])
     assert plan.cases == [Case("fedss", 5), Case("fedss", 9), Case("full_softmax", None)]
     assert [case.name for case in plan.cases] == ["fedss-m5", "fedss-m9", "full_softmax"]
-    rates = {Case("fedss", 9): 0.3}
-    runs = plan.runs(Path("out"), rates)
+    runs = plan.runs(Path("out"), {"full_softmax": 0.3})
     assert [c.out.name for c in runs[:3]] == ["fedss-m5-seed0", "fedss-m9-seed0", "full_softmax-seed0"]
-    assert [c.client_lr for c in runs] == [0.05, 0.3, 0.05] * 2
+    assert [c.client_lr for c in runs] == [0.05, 0.05, 0.3] * 2
     assert [c.seed for c in runs] == [0] * 3 + [1] * 3
     trials = plan.trials(Path("out"))
-    assert [c.out.name for c in trials] == ["fedss-m5-lr0.1", "fedss-m9-lr0.1", "full_softmax-lr0.1"]
+    assert [c.out.name for c in trials] == ["fedss-m9-lr0.1", "full_softmax-lr0.1"]
     assert all((c.holdout, c.client_lr, c.seed) == (0.1, 0.1, 0) for c in trials)
+    middle = Plan(Config(), ["fedss"], [0], counts=[40, 0, 20], rates=[0.1]).trials(Path("out"))
+    assert [c.num_negatives for c in middle] == [20]
     one = Plan(Config(num_negatives=7), ["fedss"], [0])
     assert one.cases == [Case("fedss", None)] and one.runs(Path("out"), {})[0].num_negatives == 7
 
 
-def test_each_case_has_the_best_of_the_rates(tmp_path):
+def test_each_method_has_the_best_of_the_rates(tmp_path):
     """One rate trains, the other is so small that nothing moves; resumed, no trial is played again."""
     options = SMALL | {"rounds": 40, "glyph_writers": 12, "warmup_rounds": 0}
     config = Config(**options, cache_dir=tmp_path / "cache")
@@ -186,11 +187,11 @@ def test_each_case_has_the_best_of_the_rates(tmp_path):
     assert sorted(trials) == [0, 1] and not comparison.failed
     with (tmp_path / "out" / "rates.csv").open(newline="") as file:
         tried = list(csv.DictReader(file))
-    accuracy = {(line["case"], float(line["client_lr"])): float(line["accuracy"]) for line in tried}
+    accuracy = {(line["method"], float(line["client_lr"])): float(line["accuracy"]) for line in tried}
     lines = {Case(line.method, line.num_negatives): line for line in comparison.table}
     assert list(lines) == plan.cases
     for case, line in lines.items():
-        best = max(plan.rates, key=lambda rate, case=case: accuracy[case.name, rate])
+        best = max(plan.rates, key=lambda rate, case=case: accuracy[case.method, rate])
         assert line.client_lr == best
     assert 0.1 in {line.client_lr for line in lines.values()}
     assert (tmp_path / "out" / "rates" / "fedss-lr0.1" / "summary.json").stat().st_size > 0

@@ -69,8 +69,8 @@ def compare(
 ) -> Comparison:
     """Runs every case with every seed, `jobs` at a time, each in its own process and folder in `out`.
 
-    With `plan.rates` each case has the best of them, found beforehand by runs with the first seed, on images
-    of a tenth of the training clients, who then do not train.
+    With `plan.rates` each method has the best of them, found beforehand by runs with the first seed and the
+    middle number of negatives, on images of a tenth of the training clients, who then do not train.
 
     With `resume` the comparison in `out` that was stopped goes on: its finished runs stand, the others go on
     from their last checkpoints.
@@ -107,26 +107,25 @@ def _ignore(job: int, metrics: object) -> None:
 
 def _best_rates(
     plan: Plan, out: Path, jobs: int, on_trial: OnRound, resume: bool
-) -> tuple[dict[Case, float], list[str]]:
-    """(the best rate of each case, a line for each trial that failed); writes rates.csv."""
+) -> tuple[dict[str, float], list[str]]:
+    """(the best rate of each method, a line for each trial that failed); writes rates.csv."""
     if not plan.rates:
         return {}, []
     trials = plan.trials(out / "rates")
     errors = run_all(trials, jobs, on_trial, resume)
     failed = [f"a trial of {folder_of(trials[job]).name} failed: {error}" for job, error in errors.items()]
-    found: dict[Case, dict[float, float]] = {}
+    found: dict[str, dict[float, float]] = {}
     for job, config in enumerate(trials):
         if job not in errors:
             accuracy = read_run(folder_of(config))[2].accuracy
-            case = case_of(config, plan.several)
-            found.setdefault(case, {})[config.client_lr] = accuracy if accuracy is not None else 0.0
+            found.setdefault(config.method, {})[config.client_lr] = accuracy if accuracy is not None else 0.0
     with (out / "rates.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(
-            [["case", "client_lr", "accuracy"]]
-            + [[case.name, rate, of[rate]] for case, of in found.items() for rate in of]
+            [["method", "client_lr", "accuracy"]]
+            + [[method, rate, of[rate]] for method, of in found.items() for rate in of]
         )
     # of equals the smallest
-    return {case: max(sorted(of), key=lambda rate: of[rate]) for case, of in found.items()}, failed
+    return {method: max(sorted(of), key=lambda rate: of[rate]) for method, of in found.items()}, failed
 
 
 def job_name(plan: Plan, config: Config) -> str:

@@ -5,6 +5,7 @@ that reach each entry of the table of configurations.
 """
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import triton
 import triton.language as tl
 from ahead_of_time import DEVICES, Launch, Resources, compile_all, recorded
 
-from fedss_kernels.triton_kernels import forward, row_momentum, sampled_softmax, scatter_add
+from fedss_kernels.triton_kernels import configurations, forward, row_momentum, sampled_softmax, scatter_add
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 MULTIPLYING = {"partial_terms", "small_tiles", "pull_chunk", "chunk_grad_rows", "chunk_grad_input"}
@@ -73,26 +74,27 @@ BRANCHES = [
 ]
 
 
-def launched(calls) -> list[Launch]:
-    """Each launch of these calls once."""
-    with recorded(forward.partial_terms) as launches:
+def launched(device: str, calls) -> list[Launch]:
+    """Each launch of these calls once, with the table of the device's maker."""
+    table = configurations.AMD if DEVICES[device].backend == "hip" else configurations.NVIDIA
+    with mock.patch.object(configurations, "TABLE", table), recorded(forward.partial_terms) as launches:
         for options in calls:
             call(**options)
     return launches
 
 
-def some() -> list[Launch]:
-    return launched([SIZES[0], SIZES[-1]])
+def some(device: str) -> list[Launch]:
+    return launched(device, [SIZES[0], SIZES[-1]])
 
 
-def shipped() -> list[Launch]:
+def shipped(device: str) -> list[Launch]:
     """Each entry of the table, for each dtype, and each branch; D = 500: rows that no vector loads fit."""
     table = [dtype | size | {"D": D} for dtype in DTYPES for size in SIZES for D in (512, 500)]
     branches = [size | branch for branch in BRANCHES for size in (SIZES[0], SIZES[-1])]
     precise = [
         {"dtype": F32, "S": 20, "D": D} for D in (64, 65)
     ]  # float32 in float64, and no more so past that
-    return launched([*table, *branches, *precise, {"B": 1, "S": 1, "C": 1, "D": 1}])
+    return launched(device, [*table, *branches, *precise, {"B": 1, "S": 1, "C": 1, "D": 1}])
 
 
 def _entry(launch: Launch) -> tuple:
@@ -130,10 +132,21 @@ def control(kernel, block: int, **options) -> Launch:
     return Launch(kernel, pointers, {"BLOCK": block}, aligned=("x", "y"), options=options | {"num_warps": 1})
 
 
+def scalar_spills_allowed(launch: Launch) -> int:
+    """AMD's, into lanes of vector registers and never to memory.
+
+    None, but a few where a double's functions want many constants, or a tile has all of up to 128 rows.
+    """
+    all_rows = launch.name == "small_tiles" and launch.constants["BLOCK_B"] == configurations.SMALL_BATCH
+    return 20 if all_rows or launch.constants.get("ACC") == tl.float64 else 0
+
+
 def complaints(launch: Launch, device: str, found: Resources) -> list[str]:
     wrong = []
     if found.spills or found.scratch:
         wrong.append(f"{found.spills} spills, {found.scratch} bytes of scratch, {found.registers} registers")
+    if found.scalar_spills > scalar_spills_allowed(launch):
+        wrong.append(f"{found.scalar_spills} scalar registers spilled")
     if found.shared > DEVICES[device].shared_limit:
         wrong.append(f"{found.shared} bytes of shared memory")
     if found.tensor_memory > TENSOR_MEMORY:
@@ -156,24 +169,30 @@ def check(launches: list[Launch], device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_kernels_fit(device):
-    check([*some(), *unfused()], device)
+    check([*some(device), *unfused()], device)
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_shipped_kernel_fits(device):
-    check(shipped(), device)
+    check(shipped(device), device)
 
 
 def test_what_is_wrong_is_seen():
-    """512 values per thread: an NVIDIA thread has 255 registers, an AMD one 512 for these and all else."""
+    """512 values per thread: an NVIDIA thread has 255 registers, an AMD one 512 for these and all else.
+
+    More elements a thread than the table gives AMD: their masks do not fit its scalar registers.
+    """
     requests = []
     for device in DEVICES:
         spills = control(spilling, 512 * DEVICES[device].warp_size)
         fuses = control(multiply_add, 128, enable_fp_fusion=True)
         apart = replace(fuses, options={"enable_fp_fusion": False})
         requests += [(launch, device) for launch in (spills, fuses, apart)]
-    found = compile_all(requests)
+    masks = next(launch for launch in some("sm_80") if launch.name == "partial_terms")
+    masks = replace(masks, constants=masks.constants | {"BLOCK_B": 128, "BLOCK_S": 64})
+    *found, masked = compile_all([*requests, (masks, "gfx942")])
+    assert masked.scalar_spills > 0 and complaints(masks, "gfx942", masked)
     for at, device in enumerate(DEVICES):
         spilled, fused, apart = found[3 * at : 3 * at + 3]
         assert spilled.spills > 0 and spilled.scratch > 0

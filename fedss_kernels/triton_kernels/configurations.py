@@ -41,18 +41,47 @@ class Configuration:
     products: Blocks  # of the large backward pass' two products
     result_columns: int  # of the last kernel of the backward pass
     result_entries: int  # of the compact gradient at a time in it; their ids, 16 times as many
+    merge_warps: int  # of the forward pass' last
     chunk: int  # classes at a time in the large backward pass, a multiple of tiles.classes
     splits: int  # of the class set in the forward pass
 
 
-# By bytes of an operand, as large as the registers of every target hold. Tiles of logits: for up to 32 rows,
-# for up to SMALL_BATCH, for more in the forward and in the backward pass; then those of the products.
-_FEW = {2: Blocks(32, 32, 32, 4, 2), 4: Blocks(32, 16, 16, 4, 2), 8: Blocks(128, 16, 16, 8, 2)}
-_MANY = {2: Blocks(128, 16, 32, 8, 2), 4: Blocks(128, 16, 16, 8, 2), 8: Blocks(128, 16, 16, 8, 2)}
-_LARGE_FORWARD = {2: Blocks(128, 64, 32, 8, 3), 4: Blocks(64, 32, 16, 8, 3), 8: Blocks(32, 32, 16, 4, 2)}
-_LARGE = {2: Blocks(64, 64, 32, 8, 3), 4: Blocks(64, 32, 16, 8, 3), 8: Blocks(32, 32, 16, 4, 2)}
-_PRODUCTS = {2: Blocks(64, 64, 64, 8, 3), 4: Blocks(32, 32, 64, 8, 2), 8: Blocks(16, 16, 16, 4, 2)}
-_RESULT_COLUMNS, _RESULT_ENTRIES = 64, 64
+@dataclass(frozen=True)
+class Table:
+    """The tiles, by bytes of an operand: as large as the registers of every target hold."""
+
+    few: dict[int, Blocks]  # of logits, for up to so many rows
+    many: dict[int, Blocks]  # for up to SMALL_BATCH
+    large_forward: dict[int, Blocks]  # for more
+    large: dict[int, Blocks]  # for more, in the backward pass
+    products: dict[int, Blocks]
+    result_columns: int
+    result_entries: int
+    merge_warps: int  # of the kernel that merges the splits
+
+
+NVIDIA = Table(
+    few={2: Blocks(32, 32, 32, 4, 2), 4: Blocks(32, 16, 16, 4, 2), 8: Blocks(128, 16, 16, 8, 2)},
+    many={2: Blocks(128, 16, 32, 8, 2), 4: Blocks(128, 16, 16, 8, 2), 8: Blocks(128, 16, 16, 8, 2)},
+    large_forward={2: Blocks(128, 64, 32, 8, 3), 4: Blocks(64, 32, 16, 8, 3), 8: Blocks(32, 32, 16, 4, 2)},
+    large={2: Blocks(64, 64, 32, 8, 3), 4: Blocks(64, 32, 16, 8, 3), 8: Blocks(32, 32, 16, 4, 2)},
+    products={2: Blocks(64, 64, 64, 8, 3), 4: Blocks(32, 32, 64, 8, 2), 8: Blocks(16, 16, 16, 4, 2)},
+    result_columns=64,
+    result_entries=64,
+    merge_warps=8,
+)
+# AMD's compiler keeps masks of each element that a thread holds in its 102 scalar registers: fewer elements.
+AMD = Table(
+    few=NVIDIA.few | {2: Blocks(32, 16, 32, 8, 2), 8: Blocks(32, 16, 16, 4, 1)},
+    many=NVIDIA.many | {8: Blocks(128, 16, 16, 8, 1)},
+    large_forward=NVIDIA.large_forward | {2: Blocks(128, 64, 32, 16, 3), 8: Blocks(32, 16, 16, 4, 1)},
+    large=NVIDIA.large,
+    products=NVIDIA.products | {2: Blocks(64, 32, 64, 8, 3)},
+    result_columns=64,
+    result_entries=32,
+    merge_warps=16,
+)
+TABLE = AMD if torch.version.hip else NVIDIA
 
 
 def configure(B: int, S: int, D: int, operand_bytes: int, problem_bytes: int) -> Configuration:
@@ -63,22 +92,25 @@ def configure(B: int, S: int, D: int, operand_bytes: int, problem_bytes: int) ->
     """
     if _override is not None:
         return _override(B, S, D)
-    few = B <= _FEW[operand_bytes].rows
-    tile = (_FEW if few else _MANY)[operand_bytes]
+    few = B <= TABLE.few[operand_bytes].rows
+    tile = (TABLE.few if few else TABLE.many)[operand_bytes]
     class_tiles = -(-S // tile.classes)
     small = B <= SMALL_BATCH and S + B <= SMALL_ENTRIES and class_tiles * B * D <= SMALL_PARTIALS
-    forward, products = tile, _PRODUCTS[operand_bytes]
+    forward, products = tile, TABLE.products[operand_bytes]
     if not small and not few:
-        forward, tile = _LARGE_FORWARD[operand_bytes], _LARGE[operand_bytes]
+        forward, tile = TABLE.large_forward[operand_bytes], TABLE.large[operand_bytes]
     if D % 16 != 0:  # rows are read an element at a time, with a pointer to each
-        forward, tile = (replace(b, rows=tile.rows, columns=16, stages=2) for b in (forward, tile))
+        forward, tile = (
+            replace(b, rows=tile.rows, columns=16, stages=min(b.stages, 2)) for b in (forward, tile)
+        )
         products = replace(products, stages=2)
     row_tiles, class_tiles = -(-B // forward.rows), -(-S // forward.classes)
     splits = max(1, min(-(-PROGRAMS // max(row_tiles, 1)), class_tiles, 256))
     pulls = max(FEWEST_PULLS, problem_bytes * 3 // 100 // operand_bytes)
     half = -(-S // (2 * tile.classes))  # of the class tiles: never a matrix of B x S
     chunk = min(max(min(pulls // max(B, 1) // tile.classes, half), 1), MOST_TILES) * tile.classes
-    return Configuration(small, forward, tile, products, _RESULT_COLUMNS, _RESULT_ENTRIES, chunk, splits)
+    ends = TABLE.result_columns, TABLE.result_entries, TABLE.merge_warps
+    return Configuration(small, forward, tile, products, *ends, chunk, splits)
 
 
 _override: Callable[[int, int, int], Configuration] | None = None

@@ -193,7 +193,7 @@ def _loss(p: Problem, c: Configuration) -> tuple[Tensor, Tensor]:
             REDUCTION=p.reduction,
             BLOCK_B=rows,
             BLOCK_SPLITS=splits,
-            num_warps=8,
+            num_warps=c.merge_warps,
             **ALL_REGISTERS,
             enable_fp_fusion=True,
         )

@@ -10,10 +10,11 @@ from torch.nn.functional import normalize
 
 from fedss_kernels import reference
 from fedss_kernels.federated import Config, ConfigError, Result, run
+from fedss_kernels.federated.algorithms import METHODS
 from fedss_kernels.federated.cohort import draw_cohort
 from fedss_kernels.federated.config import learning_rate
 from fedss_kernels.federated.metrics import map_at_r
-from fedss_kernels.federated.player import Player
+from fedss_kernels.federated.player import Player, training_device
 from fedss_kernels.federated.randomness import Purpose, generator, initial_rows
 from fedss_kernels.federated.rounds import Simulation
 from fedss_kernels.federated.run_folder import read_run
@@ -422,3 +423,34 @@ def test_another_attempt_at_a_round_is_another_draw_of_everything():
     moved = [player.update(2, attempt, 1, requests[0], phi, rows).extractor for attempt in range(6)]
     assert len({tuple(each.tolist()) for each in moved}) > 1
     assert torch.equal(moved[0], player.update(2, 0, 1, requests[0], phi, rows).extractor)
+
+
+# ---- GPUs --------------------------------------------------------------------------------------------------
+
+
+def test_a_gpu_is_not_asked_for_in_vain(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="device: expected cpu, as torch finds no GPU here, got 'cuda'"):
+        train(device="cuda")
+
+
+def test_workers_share_the_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    config = tiny_config(device="cuda")
+    assert [str(training_device(config, rank)) for rank in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert str(training_device(tiny_config(), 1)) == "cpu"
+    monkeypatch.setenv("LOCAL_RANK", "1")  # of torchrun, where the rank counts other machines' too
+    assert str(training_device(config, 4)) == "cuda:1"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+def test_training_on_a_gpu_is_training(method):
+    """The same as on a CPU but for rounding; everything that comes back is in main memory."""
+    there, here = train(method=method, max_shift=1, device="cuda"), train(method=method, max_shift=1)
+    assert there.weight.device == next(there.extractor.parameters()).device == torch.device("cpu")
+    for x, y in zip(bits(there), bits(here), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
+    assert there.summary.top1 == pytest.approx(here.summary.top1, abs=0.1)

@@ -13,6 +13,7 @@ from .augment import centre_crop, random_crop, random_shift
 from .data import FederatedData
 from .randomness import Purpose, generator
 
+CPU = torch.device("cpu")
 EMBEDDED_NUMBERS = 2**23  # in the images that are embedded at a time: 55 of 3x224x224, 512 of 3x64x64
 
 
@@ -32,10 +33,13 @@ class Extractor:
     """A module whose trainable parameters are views of one vector `flat`, phi, their gradients of `gradient`.
 
     Loading phi, a step of SGD and the difference of two phi are then one operation each, whatever the module.
-    Frozen parameters and buffers are constants: they stay with the module and never travel.
+    Frozen parameters and buffers are constants: they stay with the module and never travel. All of it is on
+    `device`; what comes and goes is in main memory, where the server is.
     """
 
-    def __init__(self, module: nn.Module, crop_size: int = 0):
+    def __init__(self, module: nn.Module, crop_size: int = 0, device: torch.device = CPU):
+        self.device = device
+        module.to(device)
         trainable = [p for p in module.parameters() if p.requires_grad]
         _check_dtypes(module)
         self.module, self.crop_size = module, crop_size
@@ -58,15 +62,15 @@ class Extractor:
 
     def as_input(self, images: Tensor) -> Tensor:
         """uint8 images as the module's input where it isn't trained on them."""
-        return as_input(centre_crop(images, self.crop_size) if self.crop_size else images)
+        images = centre_crop(images, self.crop_size) if self.crop_size else images
+        return as_input(images.to(self.device))
 
     @torch.no_grad()
     def embed(self, images: Tensor, batch_size: int = 512) -> Tensor:  # (T, channels, H, W) uint8 -> (T, D)
         self.module.eval()
         batch_size = max(1, min(batch_size, EMBEDDED_NUMBERS // images[0].numel()))
-        return torch.cat(
-            [self.module(self.as_input(batch)).to(torch.float32) for batch in images.split(batch_size)]
-        )
+        embedded = [self.module(self.as_input(batch)) for batch in images.split(batch_size)]
+        return torch.cat([part.to(CPU, torch.float32) for part in embedded])
 
 
 class Client:
@@ -110,30 +114,34 @@ class Client:
         # Not torch.manual_seed, which formats a traceback each time for the sake of GPUs.
         noise = generator(self.seed, round, attempt, client, Purpose.MODEL).integers(2**63)
         torch.default_generator.manual_seed(int(noise))
+        if model.device.type == "cuda":
+            torch.cuda.default_generators[model.device.index].manual_seed(int(noise))
         shuffle = generator(self.seed, round, attempt, client, Purpose.BATCHES)
         augmentation = generator(self.seed, round, attempt, client, Purpose.AUGMENTATION)
-        trained = rows.clone().requires_grad_()
-        total, seen = 0.0, 0
+        trained = rows.to(model.device, copy=True).requires_grad_()
+        there = request.to(model.device)
+        total, seen = torch.zeros((), dtype=torch.float64, device=model.device), 0
         for order in self.passes(held, round, shuffle):
             images = self.data.images[order]
             if self.crop_size:
                 images = random_crop(images, self.crop_size, augmentation)
-            images = as_input(images)
+            images = as_input(images.to(model.device))
             if self.max_shift > 0:
                 images = random_shift(images, self.max_shift, augmentation)
-            target = torch.searchsorted(request.class_ids, self.data.labels[order])
+            target = torch.searchsorted(request.class_ids, self.data.labels[order]).to(model.device)
             for x, t in zip(images.split(self.batch_size), target.split(self.batch_size), strict=True):
-                total += len(t) * self._step(x, t, trained, request, lr)
+                total += len(t) * self._step(x, t, trained, there, lr)
             seen += len(order)
-        moved = rows - trained.detach()
-        return Update(client, request.class_ids, moved, phi - model.flat, len(held), total / seen)
+        moved = rows - trained.detach().to(CPU)
+        phi_moved = phi - model.flat.to(CPU)
+        return Update(client, request.class_ids, moved, phi_moved, len(held), total.item() / seen)
 
     def passes(self, held: Tensor, round: int, shuffle: np.random.Generator) -> Iterator[Tensor]:
         """The images that are trained on, in order."""
         for _ in range(self.local_epochs):
             yield held[torch.from_numpy(shuffle.permutation(len(held)))]
 
-    def _step(self, images: Tensor, target: Tensor, rows: Tensor, request: Request, lr: float) -> float:
+    def _step(self, images: Tensor, target: Tensor, rows: Tensor, request: Request, lr: float) -> Tensor:
         """theta <- theta - lr * gradient of the batch's mean loss, in place; returns the loss before."""
         model = self.extractor
         model.gradient.zero_()
@@ -151,7 +159,7 @@ class Client:
         with torch.no_grad():
             model.flat.add_(model.gradient, alpha=-lr)
             rows.add_(rows.grad, alpha=-lr)
-        return loss.item()
+        return loss.detach().double()  # no number: that would wait for a GPU
 
 
 def as_input(images: Tensor) -> Tensor:

@@ -280,6 +280,12 @@ class Config:
     threads: int = option(
         1, "torch threads of each; bits are reproducible at a fixed number", low=1, below=1025
     )
+    device: str = option(
+        "cpu",
+        "where clients train: cpu, or cuda, a GPU for each worker while there are as many; bits are "
+        "reproducible on cpu",
+        choices=lambda: ("cpu", "cuda"),
+    )
     out: Path | None = option(None, "the folder for the results, none: runs/DATA-METHOD-seedSEED")
     overwrite: bool = option(False, "replace the results of an earlier run in the same folder", saved=False)
 

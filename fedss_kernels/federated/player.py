@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import os
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from ..class_sets import draw_negatives
 from .algorithms import METHODS, Request
 from .augment import centre_crop
-from .client import Client, Extractor, Update, as_input
+from .client import CPU, Client, Extractor, Update, as_input
 from .config import OWN, STICKY, Config, ConfigError, learning_rate
 from .data import FederatedData
 from .models import build_model, refuse_batch_norm
@@ -25,11 +26,17 @@ EVALUATION_BATCH = 512  # test images
 class Player:
     """Plays any client in any round. What comes out is a function of the arguments alone, in any process."""
 
-    def __init__(self, config: Config, data: FederatedData, model: nn.Module | None = None):
+    def __init__(
+        self,
+        config: Config,
+        data: FederatedData,
+        model: nn.Module | None = None,
+        device: torch.device = CPU,  # where clients train; what comes and goes is in main memory
+    ):
         self.config, self.data, self.method = config, data, METHODS[config.method]
         module = copy.deepcopy(model) if model is not None else _build_model(config)
         _check_model(module, config, data)
-        self.extractor = Extractor(module, config.crop_size)
+        self.extractor = Extractor(module, config.crop_size, device)
         options: dict[str, Any] = {
             "local_epochs": config.local_epochs,
             "batch_size": config.batch_size,
@@ -86,7 +93,7 @@ class Player:
     def fingerprint(self) -> str:
         """Of the data and the net as it begins, which a resumed run must share. Reads a sample of images."""
         data = self.data
-        digest = hashlib.sha256(self.extractor.flat.numpy().tobytes())
+        digest = hashlib.sha256(self.extractor.flat.to(CPU).numpy().tobytes())
         for images, labels in ((data.images, data.labels), (data.test_images, data.test_labels)):
             sample = images[:: max(1, len(images) // 256)]
             digest.update(str((images.shape, sample.shape)).encode())
@@ -105,6 +112,15 @@ class Player:
         """Shapes of what `embed` makes."""
         batches = self.data.test_images.split(EVALUATION_BATCH)
         return [(len(batch), self.config.embedding_dim) for batch in batches[part::parts]]
+
+
+def training_device(config: Config, rank: int = 0) -> torch.device:
+    """Of the worker of this rank on its machine. Raises ConfigError where there is no GPU."""
+    if config.device == "cpu":
+        return CPU
+    if not torch.cuda.is_available():
+        raise ConfigError("device", "expected cpu, as torch finds no GPU here, got 'cuda'")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
 
 
 def _build_model(config: Config) -> nn.Module:

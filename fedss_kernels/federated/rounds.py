@@ -28,7 +28,7 @@ from .data.holdout import held_out
 from .inspection import Inspection, clipped
 from .ledger import OUTCOMES, Entry, Traffic, client_traffic
 from .metrics import map_at_r, top1
-from .player import Player, check_model
+from .player import Player, check_model, training_device
 from .randomness import NO_CLIENT, Purpose, generator, initial_rows
 from .robust import Statistic, median, trimmed_mean
 from .row_table import SGD, Adagrad, Optimizer, RowTable
@@ -91,7 +91,7 @@ def run(
     data = data or load_data(config)
     check_data(config, data)
     with _torch_settings(config.threads):
-        player = Player(config, data, model)
+        player = Player(config, data, model, training_device(config))
         folder, checkpoint, history = _open_folder(config, player, resume)
         store = None
         try:
@@ -213,7 +213,7 @@ class Simulation:
         self.watch = Stopwatch()
         self.team = Team(player, workers, self.watch)
         self.server = Server(
-            player.extractor.flat,
+            player.extractor.flat.to("cpu"),
             data.num_classes,
             config.embedding_dim,
             initial_rows=partial(
@@ -324,7 +324,7 @@ class Simulation:
     def trained(self) -> tuple[nn.Module, RowTable]:
         extractor = self.player.extractor
         extractor.flat.copy_(self.server.extractor)
-        return extractor.module.eval(), self.server.weight
+        return extractor.module.eval().cpu(), self.server.weight
 
     def _traffic(self, num_rows: int, sends_ids: bool, answers: bool) -> Traffic:
         """Of one client in one round."""

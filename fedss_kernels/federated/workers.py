@@ -1,5 +1,8 @@
 """The processes that play a round's clients: ranks of torch.distributed, of which rank 0 is the server too.
 
+They speak through gloo wherever clients train, as what they send, phi and class rows, comes from the server's
+state in main memory and goes back there.
+
 Every choice is a function of the round and the client, so a worker is told only which clients to play, and is
 sent phi and their class rows. Updates are added up in the clients' order, so the bits are the same for any
 number of workers.
@@ -30,7 +33,7 @@ from .config import Config, ConfigError
 from .data import FederatedData
 from .interrupts import deaf
 from .ledger import over_the_wire
-from .player import Player
+from .player import Player, training_device
 from .server import Server
 from .stopwatch import Stopwatch
 
@@ -150,7 +153,7 @@ class Team:
 def serve(player: Player, rank: int, size: int) -> None:
     """What every rank but 0 does until the run ends."""
     header = torch.empty(4, dtype=torch.int64)
-    phi = torch.empty_like(player.extractor.flat)
+    phi = torch.empty(len(player.extractor.flat))
     while True:
         try:
             dist.broadcast(header, 0)
@@ -338,5 +341,5 @@ def help_out(config: Config, data: FederatedData, rank: int, size: int) -> None:
 def work(config: Config, data: FederatedData, model: nn.Module | None, rank: int, size: int) -> None:
     """All that a rank but 0 does, in a process group that is there."""
     torch.set_num_threads(config.threads)
-    serve(Player(config, data, model), rank, size)
+    serve(Player(config, data, model, training_device(config, rank)), rank, size)
     dist.destroy_process_group()

@@ -1,8 +1,9 @@
 """What a federated method is, here: which class rows a client gets, and which of them its loss sums over."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 
@@ -14,6 +15,14 @@ class Request:
     denominator: Tensor | None  # positions in class_ids over which the loss sums; None: all of them
     log_expected_count: Tensor  # one for each member of the denominator
     sends_ids: bool = True  # whether class_ids travel to the server
+
+    def to(self, device: torch.device) -> "Request":
+        """What the loss reads of it on another device."""
+        return replace(
+            self,
+            denominator=None if self.denominator is None else self.denominator.to(device),
+            log_expected_count=self.log_expected_count.to(device),
+        )
 
 
 @dataclass(frozen=True)

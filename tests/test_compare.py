@@ -13,7 +13,7 @@ import torch
 from tiny_federation import tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import CheckpointError, Config, ConfigError, run
-from fedss_kernels.federated.compare import cells, compare, tabulate, write_tables
+from fedss_kernels.federated.compare import cells, compare, header, tabulate, write_tables
 from fedss_kernels.federated.data.holdout import held_out
 from fedss_kernels.federated.plan import LISTS, PRESETS, Case, Plan, read_preset
 from fedss_kernels.federated.report import Run
@@ -43,6 +43,9 @@ def test_a_line_is_the_mean_and_the_sample_deviation_over_seeds():
     assert (line.top1, line.top1_sd) == pytest.approx((0.6, 0.1 * 2**0.5))
     assert (line.map_at_10, line.map_at_10_sd, line.seeds, line.seconds) == (0.2, 0.0, 2, 15.0)
     assert cells(line)[:4] == ["FedSS", "0.2", "60.0 ± 14.1", "20.0 ± 0.0"]
+    assert header([line])[2:4] == ["top-1 (%)", "MAP@10 (%)"]
+    of_retrieval = replace(line, top1=None, recall_at_1=0.3, recall_at_1_sd=None)
+    assert header([of_retrieval])[2] == "recall@1 (%)" and cells(of_retrieval)[2] == "30.0"
 
 
 def test_a_line_counts_bytes_per_client_round_and_savings():

@@ -1,11 +1,14 @@
-"""top-1 and MAP@R against brute force, and by hand."""
+"""top-1, MAP@R and recall against brute force, and by hand."""
 
 import math
 
 import pytest
 import torch
+from pytorch_metric_learning.distances import LpDistance
+from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+from pytorch_metric_learning.utils.inference import CustomKNN
 
-from fedss_kernels.federated.metrics import map_at_r, top1
+from fedss_kernels.federated.metrics import retrieval, top1
 
 
 def on_circle(*degrees: float, length: float = 1.0) -> torch.Tensor:
@@ -24,18 +27,43 @@ def test_map_by_hand():
     Their sum is 4, a third of it 4/3, and the mean of four queries 1/3.
     """
     embeddings, labels = on_circle(0, 10, 30, 100), torch.tensor([0, 1, 0, 0])
-    assert map_at_r(embeddings, labels, r=3) == pytest.approx(1 / 3, abs=1e-12)
+    assert retrieval(embeddings, labels, r=3).map_at_r == pytest.approx(1 / 3, abs=1e-12)
     lengths = torch.tensor([[3.0], [0.1], [7.0], [2.0]])  # distances are of normalised embeddings
-    assert map_at_r(embeddings * lengths, labels, r=3) == pytest.approx(1 / 3, abs=1e-12)
+    assert retrieval(embeddings * lengths, labels, r=3).map_at_r == pytest.approx(1 / 3, abs=1e-12)
 
 
 def test_map_divides_by_r_even_where_fewer_can_be_found():
-    assert map_at_r(on_circle(0, 1), torch.tensor([5, 5]), r=10) == pytest.approx(1 / 10)
+    assert retrieval(on_circle(0, 1), torch.tensor([5, 5]), r=10).map_at_r == pytest.approx(1 / 10)
 
 
 def test_map_of_one_embedding_is_refused():
     with pytest.raises(ValueError, match="at least 2 embeddings, got 1"):
-        map_at_r(on_circle(0), torch.tensor([0]))
+        retrieval(on_circle(0), torch.tensor([0]))
+
+
+def test_recall_by_hand():
+    """The four points of above: the nearest is right for 100, one of the nearest two for 0 and 30 too."""
+    embeddings, labels = on_circle(0, 10, 30, 100), torch.tensor([0, 1, 0, 0])
+    found = [retrieval(embeddings, labels, r=r) for r in (1, 2)]
+    assert [each.recall_at_1 for each in found] == [1 / 4] * 2
+    assert [each.recall_at_r for each in found] == [1 / 4, 3 / 4]
+
+
+def test_an_independent_implementation_agrees():
+    """Where every class has R + 1 images, the library's R, a query's number of matches, is ours."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(7).repeat(11)
+    embeddings = torch.randn(7, 6, generator=generator)[labels] + torch.randn(77, 6, generator=generator)
+    calculator = AccuracyCalculator(
+        include=("mean_average_precision_at_r", "precision_at_1"),
+        k="max_bin_count",
+        knn_func=CustomKNN(LpDistance(normalize_embeddings=True)),
+    )
+    theirs = calculator.get_accuracy(embeddings, labels)
+    ours = retrieval(embeddings, labels, r=10)
+    assert 0.2 < ours.map_at_r < 0.8
+    assert ours.map_at_r == pytest.approx(theirs["mean_average_precision_at_r"], abs=1e-6)
+    assert ours.recall_at_1 == pytest.approx(theirs["precision_at_1"], abs=1e-12)
 
 
 def brute_force_map(embeddings: torch.Tensor, labels: torch.Tensor, r: int) -> float:
@@ -59,7 +87,7 @@ def test_map_equals_brute_force(r, block):
     labels = torch.randint(0, 6, (57,), generator=generator)
     expected = brute_force_map(embeddings, labels, r)
     assert 0.05 < expected < 0.5
-    assert map_at_r(embeddings, labels, r, block) == pytest.approx(expected, abs=1e-12)
+    assert retrieval(embeddings, labels, r, block).map_at_r == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("block", [1, 100, 2**22])

@@ -7,7 +7,7 @@ import pytest
 from tiny_federation import tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import run
-from fedss_kernels.federated.compare import HEADER, cells, tabulate
+from fedss_kernels.federated.compare import cells, header, tabulate
 from fedss_kernels.federated.report import (
     DARK,
     LIGHT,
@@ -82,12 +82,12 @@ def test_the_report_of_a_run_is_whole_and_has_its_figures(tmp_path, runs):
 
 
 def test_the_report_of_a_comparison_has_the_table_and_what_failed(tmp_path, runs):
-    table = [cells(line) for line in tabulate(runs)]
-    write_comparison_report(tmp_path, runs, HEADER, table, ["NegOnly, seed 0 failed: <out of memory>"])
+    head, table = header(tabulate(runs)), [cells(line) for line in tabulate(runs)]
+    write_comparison_report(tmp_path, runs, head, table, ["NegOnly, seed 0 failed: <out of memory>"])
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     page = Page(html)
     assert_self_contained(html, page)
-    for cell in (*HEADER, *(cell for row in table for cell in row)):
+    for cell in (*head, *(cell for row in table for cell in row)):
         assert cell in page.text, cell
     assert "failed: <out of memory>" in page.text and "<out of memory>" not in html  # escaped
     assert "run 2 times" in page.text
@@ -151,8 +151,8 @@ def test_several_numbers_of_negatives_have_a_plot_of_their_own_and_one_line_in_t
     (by_round,) = accuracy_by_round(runs, LIGHT).axes
     labels = [text.get_text() for text in by_round.get_figure().legends[0].get_texts()]
     assert labels == ["FedSS, 2 negatives", "FullSoftmax"]
-    table = [cells(line) for line in tabulate(runs)]
-    write_comparison_report(tmp_path, runs, HEADER, table, [])
+    head, table = header(tabulate(runs)), [cells(line) for line in tabulate(runs)]
+    write_comparison_report(tmp_path, runs, head, table, [])
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert len(page.links) == 6 and "FedSS, 4 negatives" in page.text
     assert (tmp_path / "accuracy_by_class_set.png").read_bytes().startswith(b"\x89PNG")

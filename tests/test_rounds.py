@@ -13,7 +13,7 @@ from fedss_kernels.federated import Config, ConfigError, Result, run
 from fedss_kernels.federated.algorithms import METHODS
 from fedss_kernels.federated.cohort import draw_cohort
 from fedss_kernels.federated.config import learning_rate
-from fedss_kernels.federated.metrics import map_at_r
+from fedss_kernels.federated.metrics import retrieval
 from fedss_kernels.federated.player import Player, training_device
 from fedss_kernels.federated.randomness import Purpose, generator, initial_rows
 from fedss_kernels.federated.rounds import Simulation
@@ -265,7 +265,10 @@ def test_the_saved_model_is_plain_torch(tmp_path):
     embeddings = normalize(model(data.test_images / 255), dim=1)
     predicted = (embeddings @ normalize(saved["weight"], dim=1).T).argmax(dim=1)
     assert (predicted == data.test_labels).double().mean().item() == pytest.approx(result.summary.top1)
-    assert map_at_r(embeddings, data.test_labels) == pytest.approx(result.summary.map_at_10, abs=1e-6)
+    found = retrieval(embeddings, data.test_labels)
+    assert found.map_at_r == pytest.approx(result.summary.map_at_10, abs=1e-6)
+    assert found.recall_at_1 == pytest.approx(result.summary.recall_at_1, abs=1e-6)
+    assert found.recall_at_r == pytest.approx(result.summary.recall_at_10, abs=1e-6)
 
 
 def test_the_callers_model_is_not_touched():

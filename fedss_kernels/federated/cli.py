@@ -164,7 +164,9 @@ def _run(arguments: argparse.Namespace) -> int:
         print(f"of {sum(outcomes.values()):,} clients drawn {counts}: {out / 'ledger.csv'}")
     if arguments.profile:
         _print_profile(result.seconds, len(played))
-    accuracy = f"top-1 {percent(s.top1)}, MAP@10 {percent(s.map_at_10)}"
+    accuracy = f"MAP@10 {percent(s.map_at_10)}, recall@1 {percent(s.recall_at_1)}"
+    if s.task == "classification":
+        accuracy = f"top-1 {percent(s.top1)}, {accuracy}"
     print(f"{accuracy}, {s.traffic.total / 1e6:,.1f} MB moved: {out / 'report.html'}")
     return 0
 
@@ -245,7 +247,7 @@ _COMPARED: dict[str, Any] = {
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from .compare import COMPARISON_FILES, HEADER, cells, compare, job_name, trial_name
+    from .compare import COMPARISON_FILES, cells, compare, header, job_name, trial_name
     from .progress import RunProgress
 
     resume = arguments.resume is not None
@@ -281,7 +283,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     for line in comparison.failed:
         print(f"fedss {arguments.command}: {line}", file=sys.stderr)
     if comparison.table:
-        _print_table(HEADER, [cells(line) for line in comparison.table])
+        _print_table(header(comparison.table), [cells(line) for line in comparison.table])
         print(f"the table, plots and report: {out / 'report.html'}")
     return 1 if comparison.failed else 0
 

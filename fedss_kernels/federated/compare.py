@@ -38,6 +38,8 @@ class Line:
     top1_sd: float | None
     map_at_10: float | None
     map_at_10_sd: float | None
+    recall_at_1: float | None
+    recall_at_1_sd: float | None
     class_set: float  # mean |S_k|
     class_set_share: float  # of C
     bytes_per_client_round: float
@@ -97,7 +99,7 @@ def compare(
     table = tabulate(runs)
     if runs:
         write_tables(out, table)
-        write_comparison_report(out, runs, HEADER, [cells(line) for line in table], failed)
+        write_comparison_report(out, runs, header(table), [cells(line) for line in table], failed)
     return Comparison(table, runs, failed, out)
 
 
@@ -138,18 +140,12 @@ def trial_name(plan: Plan, config: Config) -> str:
 
 # ---- the table ---------------------------------------------------------------------------------------------
 
-HEADER = (
-    "method",
-    "rate",
-    "top-1 (%)",
-    "MAP@10 (%)",
-    "|S_k| (of C)",
-    "MB moved",
-    "saved",
-    "MB for classes",
-    "saved of these",
-    "seconds",
-)
+
+def header(table: Sequence[Line]) -> list[str]:
+    """Of the columns of `cells`."""
+    first = "top-1 (%)" if any(line.top1 is not None for line in table) else "recall@1 (%)"
+    counted = ["MB moved", "saved", "MB for classes", "saved of these", "seconds"]
+    return ["method", "rate", first, "MAP@10 (%)", "|S_k| (of C)", *counted]
 
 
 def tabulate(runs: Sequence[Run]) -> list[Line]:
@@ -162,6 +158,7 @@ def _line(case: Case, runs: Sequence[Run]) -> Line:
     summaries = [run.summary for run in runs]
     top1, top1_sd = _mean_sd([s.top1 for s in summaries])
     map_at_10, map_at_10_sd = _mean_sd([s.map_at_10 for s in summaries])
+    recall_at_1, recall_at_1_sd = _mean_sd([s.recall_at_1 for s in summaries])
     mean = statistics.fmean
     return Line(
         method=case.method,
@@ -172,6 +169,8 @@ def _line(case: Case, runs: Sequence[Run]) -> Line:
         top1_sd=top1_sd,
         map_at_10=map_at_10,
         map_at_10_sd=map_at_10_sd,
+        recall_at_1=recall_at_1,
+        recall_at_1_sd=recall_at_1_sd,
         class_set=mean(s.mean_class_set for s in summaries),
         class_set_share=mean(s.mean_class_set / s.num_classes for s in summaries),
         bytes_per_client_round=mean(run.summary.traffic.total / run.updates for run in runs),
@@ -194,11 +193,14 @@ def _mean_sd(values: Sequence[float | None]) -> tuple[float | None, float | None
 
 
 def cells(line: Line) -> list[str]:
-    """A line as text, under HEADER."""
+    """A line as text, under `header`."""
+    first = line.top1, line.top1_sd
+    if line.top1 is None:  # of a retrieval
+        first = line.recall_at_1, line.recall_at_1_sd
     return [
         Case(line.method, line.num_negatives).label,
         f"{line.client_lr:g}",
-        _with_sd(line.top1, line.top1_sd),
+        _with_sd(*first),
         _with_sd(line.map_at_10, line.map_at_10_sd),
         f"{line.class_set:.1f} ({percent(line.class_set_share)})",
         f"{line.bytes_total / MEGABYTE:,.1f}",
@@ -221,6 +223,7 @@ def write_tables(out: Path, table: Sequence[Line]) -> None:
         writer = csv.writer(file)
         writer.writerow([field.name for field in dataclasses.fields(Line)])
         writer.writerows(dataclasses.astuple(line) for line in table)
-    rows = [HEADER, ["---"] + ["---:"] * (len(HEADER) - 1), *(cells(line) for line in table)]
+    head = header(table)
+    rows = [head, ["---"] + ["---:"] * (len(head) - 1), *(cells(line) for line in table)]
     text = "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in rows)
     (out / "table.md").write_text(text, encoding="utf-8")

@@ -1,6 +1,7 @@
-"""How good the embeddings are: top-1 and MAP@R, in blocks: memory does not grow with T x T or T x C."""
+"""How good embeddings are: top-1, MAP@R and recall, in blocks: memory does not grow with T x T or T x C."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -8,7 +9,25 @@ from torch.nn.functional import normalize
 
 from .row_table import RowTable
 
+R = 10  # nearest others that a retrieval looks at
 BLOCK = 2**22  # numbers in one block of similarities: 16 MiB of float32
+
+
+@dataclass(frozen=True)
+class Accuracies:
+    """Shares in [0, 1]; None: not measured."""
+
+    top1: float | None = None
+    map_at_10: float | None = None
+    recall_at_1: float | None = None
+    recall_at_10: float | None = None
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    map_at_r: float
+    recall_at_1: float
+    recall_at_r: float
 
 
 def top1(
@@ -29,24 +48,25 @@ def top1(
     return (predicted == labels).double().mean().item()
 
 
-def map_at_r(
+def retrieval(
     embeddings: Tensor,  # (T, D)
     labels: Tensor,  # (T,) int64
-    r: int = 10,
+    r: int = R,
     block: int = BLOCK,
-) -> float:
-    """MAP@R, Eq. 9 of the FedSS paper: every row queries all the others by normalised Euclidean distance.
+) -> Retrieval:
+    """MAP@R and recall, where every row queries all the others by normalised Euclidean distance.
 
-        mean over queries of (1/R) sum_{i<=R} P(i)
-        P(i) = (right ones among the first i) / i if the i-th is right, else 0
+        MAP@R    = mean over queries of (1/R) sum_{i<=R} P(i)      (Eq. 9 of the FedSS paper)
+        P(i)     = (right ones among the first i) / i if the i-th is right, else 0
+        recall@k = share of queries with a right one among their first k
 
     A query with fewer than R others still divides by R. Raises ValueError unless there are two rows.
     """
     if len(embeddings) < 2:
-        raise ValueError(f"map_at_r: expected at least 2 embeddings, got {len(embeddings)}")
+        raise ValueError(f"retrieval: expected at least 2 embeddings, got {len(embeddings)}")
     unit = normalize(embeddings, dim=1)
     squared = unit.square().sum(dim=1)  # 1, or 0 for a zero embedding
-    total = 0.0
+    total, found_at_1, found_at_r = 0.0, 0, 0
     for first, queries in _blocks(unit, max(1, block // len(unit))):
         nearness = 2 * (queries @ unit.T) - squared  # |query|^2 - distance^2
         own = torch.arange(len(queries))
@@ -55,7 +75,9 @@ def map_at_r(
         right = (labels[found] == labels[first : first + len(queries), None]).double()
         precision = right.cumsum(dim=1) / torch.arange(1, found.shape[1] + 1)
         total += (precision * right).sum().item() / r
-    return total / len(unit)
+        found_at_1 += int(right[:, 0].sum())
+        found_at_r += int(right.any(dim=1).sum())
+    return Retrieval(total / len(unit), found_at_1 / len(unit), found_at_r / len(unit))
 
 
 def _blocks(rows: Tensor | RowTable, size: int) -> Iterator[tuple[int, Tensor]]:

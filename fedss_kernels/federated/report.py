@@ -446,6 +446,7 @@ GLOSSARY = {
     "top-1": "The share of test images whose largest cosine, of all classes, is with their own class.",
     "MAP@10": "Every test image looks for its ten nearest among the others; 100% if all ten are of its "
     "class, and the more, the earlier the right ones come.",
+    "recall@1": "The share of test images whose nearest other is of their own class.",
     "sd": "Standard deviation over the seeds, that is over repetitions with different random numbers.",
     "MB, kB": "A million and a thousand bytes. Numbers travel as 4 bytes, ids as 8.",
 }

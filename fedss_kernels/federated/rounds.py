@@ -27,7 +27,7 @@ from .data import RESIZED, FederatedData, Partition, load
 from .data.holdout import held_out
 from .inspection import Inspection, clipped
 from .ledger import OUTCOMES, Entry, Traffic, client_traffic
-from .metrics import map_at_r, top1
+from .metrics import Accuracies, retrieval, top1
 from .player import Player, check_model, training_device
 from .randomness import NO_CLIENT, Purpose, generator, initial_rows
 from .robust import Statistic, median, trimmed_mean
@@ -178,7 +178,7 @@ def _run(
             raise
         done = round + 1
         measured = done % config.eval_every == 0 or done == config.rounds
-        accuracies = simulation.evaluate(last=done == config.rounds) if measured else (None, None)
+        accuracies = simulation.evaluate(last=done == config.rounds) if measured else Accuracies()
         history.append(_round_metrics(config, history, updates, entries, accuracies, begun))
         if folder:
             with simulation.watch("files"):
@@ -298,19 +298,22 @@ class Simulation:
         bound = None if self.method.pooled else self.config.clip_norm
         return update if bound is None else clipped(update, bound)
 
-    def evaluate(self, *, last: bool) -> tuple[float | None, float | None]:
-        """(top-1, MAP@10) of the server's model on the test images.
+    def evaluate(self, *, last: bool) -> Accuracies:
+        """Of the server's model on the test images.
 
-        Of a classification task MAP@10, the dearer and the second number, is measured in the last round only;
-        top-1 of a retrieval task, whose test classes have no rows, never.
+        In a classification task a retrieval, the dearer and the second thing, is measured in the last round
+        only; top-1 of a retrieval task, whose test classes have no rows, never.
         """
         embeddings = self.team.embed(self.server.extractor)
         labels = self.data.test_labels
         with self.watch("evaluation"):
-            if self.data.task == "retrieval":
-                return None, map_at_r(embeddings, labels)
-            retrieved = map_at_r(embeddings, labels) if last else None
-            return top1(embeddings, self.server.weight, labels), retrieved
+            first = None
+            if self.data.task == "classification":
+                first = top1(embeddings, self.server.weight, labels)
+                if not last:
+                    return Accuracies(first)
+            found = retrieval(embeddings, labels)
+            return Accuracies(first, found.map_at_r, found.recall_at_1, found.recall_at_r)
 
     def checkpoint(self, folder: RunFolder, rounds: int) -> None:
         store = self.server.weight.store
@@ -354,6 +357,8 @@ class Simulation:
             seed=config.seed,
             top1=last.top1,
             map_at_10=last.map_at_10,
+            recall_at_1=last.recall_at_1,
+            recall_at_10=last.recall_at_10,
             rounds=len(history),
             cohort=config.cohort,
             **counts,
@@ -435,7 +440,7 @@ def _round_metrics(
     history: list[RoundMetrics],
     updates: list[Update],
     entries: list[Entry],
-    accuracies: tuple[float | None, float | None],
+    accuracies: Accuracies,
     begun: float,
 ) -> RoundMetrics:
     moved = sum((entry.traffic for entry in entries), Traffic())
@@ -444,8 +449,7 @@ def _round_metrics(
         round=len(history) + 1,
         loss=sum(update.num_examples * update.loss for update in updates) / images,
         client_lr=learning_rate(config, len(history)),
-        top1=accuracies[0],
-        map_at_10=accuracies[1],
+        **asdict(accuracies),
         attempts=entries[-1].attempt + 1,
         **{outcome: sum(entry.outcome == outcome for entry in entries) for outcome in OUTCOMES},
         mean_class_set=sum(entry.num_rows for entry in entries) / len(entries),

@@ -55,6 +55,8 @@ class RoundMetrics:
     client_lr: float
     top1: float | None
     map_at_10: float | None
+    recall_at_1: float | None
+    recall_at_10: float | None
     attempts: int  # cohorts drawn, as one in which too few answer is followed by another
     accepted: int  # answers that counted
     dropped: int  # clients that never answered
@@ -85,6 +87,8 @@ class Summary:
     seed: int
     top1: float | None
     map_at_10: float | None
+    recall_at_1: float | None
+    recall_at_10: float | None
     rounds: int
     cohort: int
     accepted: int

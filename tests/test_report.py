@@ -17,6 +17,7 @@ from fedss_kernels.federated.report import (
     accuracy_by_round,
     write_comparison_report,
     write_run_report,
+    write_section,
 )
 
 VOID = {"meta", "img", "source", "link", "br", "hr", "input"}
@@ -61,8 +62,8 @@ def runs() -> list[Run]:
     return [play(method, seed) for method in ("fedss", "full_softmax", "pos_only") for seed in (0, 1)]
 
 
-def assert_self_contained(html: str, page: Page) -> None:
-    assert len(page.links) == 4 and all(link.startswith("data:image/png;base64,") for link in page.links)
+def assert_self_contained(html: str, page: Page, links: int = 4) -> None:
+    assert len(page.links) == links and all(link.startswith("data:image/png;base64,") for link in page.links)
     assert "http" not in html and "@import" not in html and "url(" not in html and "<script" not in html
 
 
@@ -156,3 +157,33 @@ def test_several_numbers_of_negatives_have_a_plot_of_their_own_and_one_line_in_t
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert len(page.links) == 6 and "FedSS, 4 negatives" in page.text
     assert (tmp_path / "accuracy_by_class_set.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_else_is_measured_stands_in_the_report_once(tmp_path, runs):
+    """After a run's own page, which may be written anew; and in a page of its own where there is no run."""
+
+    def measured(folder, name, cell):
+        accuracy_by_round(runs[:1], LIGHT).savefig(folder / f"{name}.png")
+        text = write_section(folder, name, f"The {name}", "Of <one>.", ["x", "y|z"], [["a", cell]])
+        assert text == f"| x | y\\|z |\n| --- | ---: |\n| a | {cell} |\n"
+        assert (folder / f"{name}.md").read_text() == text
+
+    def page(folder, links):
+        html = (folder / "report.html").read_text(encoding="utf-8")
+        assert_self_contained(html, found := Page(html), links)
+        return found.text
+
+    of_run, alone = tmp_path / "run", tmp_path / "alone"
+    of_run.mkdir(), alone.mkdir()
+    write_run_report(of_run, runs[0])
+    measured(of_run, "noise", "0.25")
+    measured(of_run, "cost", "7.5")
+    measured(of_run, "noise", "0.75")
+    for _ in range(2):
+        text = page(of_run, 6)
+        assert text.count("The noise") == text.count("The cost") == 1 and "Glossary" in text
+        assert "0.75" in text and "0.25" not in text and "Of <one>." in text
+        write_run_report(of_run, runs[0])
+    measured(alone, "noise", "0.5")
+    text = page(alone, 1)
+    assert "The noise Of <one>." in text and "What was measured" in text

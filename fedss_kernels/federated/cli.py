@@ -337,7 +337,7 @@ def _noise(arguments: argparse.Namespace) -> int:
         on_line=lambda line: print(f"fedss noise: {line.num_negatives} negatives", file=sys.stderr),
     )
     print(noise.write(out, lines, data.num_classes), end="")
-    print(f"the table and the plot: {out}")
+    print(f"the table, the plot and the report: {out / 'report.html'}")
     return 0
 
 
@@ -360,7 +360,7 @@ def _confusion(arguments: argparse.Namespace) -> int:
             found.append(confusion.measure(config, load_data(config), model, arguments.client))
         make_folder(arguments.out)
     print(confusion.write(arguments.out, found, arguments.client), end="")
-    print(f"the table and the plot: {arguments.out}")
+    print(f"the table, the plot and the report: {arguments.out / 'report.html'}")
     return 0
 
 
@@ -403,7 +403,7 @@ def _privacy(arguments: argparse.Namespace) -> int:
                 accuracy[negatives] = result.summary.top1, result.summary.map_at_10
     lines = privacy.measure(config, data, clients=arguments.clients, accuracy=accuracy)
     print(privacy.write(out, lines), end="")
-    print(f"the table and the plot: {out}")
+    print(f"the table, the plot and the report: {out / 'report.html'}")
     return 0
 
 
@@ -430,7 +430,7 @@ def _parameters(arguments: argparse.Namespace) -> int:
         lines = parameters.measure(arguments.model, arguments.dims)
         make_folder(arguments.out)
     print(parameters.write(arguments.out, arguments.model, lines), end="")
-    print(f"the table and the plot: {arguments.out}")
+    print(f"the table, the plot and the report: {arguments.out / 'report.html'}")
     return 0
 
 

@@ -13,6 +13,7 @@ from .plan import FILE, Case, Plan, case_of
 from .report import MEGABYTE, Run, by_case, percent, write_comparison_report
 from .rounds import check_data, load_data
 from .run_folder import prepare, read_run
+from .tables import markdown
 
 COMPARISON_FILES = (
     FILE,
@@ -223,7 +224,5 @@ def write_tables(out: Path, table: Sequence[Line]) -> None:
         writer = csv.writer(file)
         writer.writerow([field.name for field in dataclasses.fields(Line)])
         writer.writerows(dataclasses.astuple(line) for line in table)
-    head = header(table)
-    rows = [head, ["---"] + ["---:"] * (len(head) - 1), *(cells(line) for line in table)]
-    text = "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in rows)
+    text = markdown(header(table), [cells(line) for line in table])
     (out / "table.md").write_text(text, encoding="utf-8")

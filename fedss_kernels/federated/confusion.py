@@ -19,9 +19,17 @@ from .algorithms import METHODS
 from .config import Config
 from .data import FederatedData
 from .player import Player
+from .report import write_section
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+WORDS = (
+    "Each image of one client is given the one of the client's classes whose row points most nearly the "
+    "way its embedding does. A row of a square is a class, a column what its images were taken for: a "
+    "bright diagonal is right. The mean cosine says how alike the client's class rows are, 1: all point "
+    "the same way."
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,10 @@ def measure(
 
 
 def write(out: Path, found: Sequence[Confusion], client: int) -> str:
-    """confusion.csv, a line for each run and pair of classes, and confusion.png; returns a table's text."""
+    """confusion.csv, a line for each run and pair of classes, confusion.md and .png, a section of the report.
+
+    Returns a table's text.
+    """
     with (out / "confusion.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["run", "class", "taken_for", "share"])
@@ -74,12 +85,11 @@ def write(out: Path, found: Sequence[Confusion], client: int) -> str:
                 for j, share in enumerate(row):
                     pair = each.classes[i].item(), each.classes[j].item()
                     writer.writerow([f"{number}: {each.name}", *pair, share])
-    text = "| run | right | mean cosine of its class rows |\n| --- | ---: | ---: |\n"
-    for each in found:
-        text += f"| {each.name} | {100 * each.right:.1f}% | {each.cosine:.2f} |\n"
-    (out / "confusion.md").write_text(text, encoding="utf-8")
+    header = ["run", "right", "mean cosine of its class rows"]
+    rows = [[each.name, f"{100 * each.right:.1f}%", f"{each.cosine:.2f}"] for each in found]
     _plot(found, client).savefig(out / "confusion.png", dpi=150)
-    return text
+    title = f"What client {client}'s images are taken for"
+    return write_section(out, "confusion", title, WORDS, header, rows)
 
 
 def _plot(found: Sequence[Confusion], client: int) -> "Figure":

@@ -25,9 +25,18 @@ from .config import Config
 from .data import FederatedData
 from .player import Player
 from .randomness import Purpose, generator, initial_rows
+from .report import write_section
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+WORDS = (
+    "A client of FedSS sums its loss over its own classes and a few others, the negatives, instead of "
+    "all. So the step it makes is an estimate of FullSoftmax'. The noise is the length of the difference "
+    "between the two, for a whole cohort, a mean over batches and draws with its standard deviation; "
+    "beside it its share of the length of FullSoftmax' step. With all the other classes as negatives "
+    "nothing is left but rounding."
+)
 
 
 @dataclass(frozen=True)
@@ -133,20 +142,17 @@ class _Batch:
 
 
 def write(out: Path, lines: Sequence[Line], num_classes: int) -> str:
-    """noise.csv, noise.md and noise.png; returns the table's text."""
+    """noise.csv, noise.md, noise.png and a section of report.html; returns the table's text."""
     with (out / "noise.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([[field.name for field in fields(Line)], *map(astuple, lines)])
     header = ["|N_k|", "of C", "noise", "sd", "of the full gradient's norm"]
-    text = "| " + " | ".join(cell.replace("|", "\\|") for cell in header) + " |\n"
-    text += "| " + " | ".join(["---:"] * len(header)) + " |\n"
+    rows = []
     for line in lines:
         share = f"{100 * line.num_negatives / num_classes:.1f}%"
         ratio = f"{100 * line.noise / line.full_norm:.2g}%" if line.full_norm else "–"
-        cells = [f"{line.num_negatives:,}", share, f"{line.noise:.3g}", f"{line.noise_sd:.2g}", ratio]
-        text += "| " + " | ".join(cells) + " |\n"
-    (out / "noise.md").write_text(text, encoding="utf-8")
+        rows.append([f"{line.num_negatives:,}", share, f"{line.noise:.3g}", f"{line.noise_sd:.2g}", ratio])
     _plot(lines).savefig(out / "noise.png", dpi=150)
-    return text
+    return write_section(out, "noise", "Gradient noise by number of negatives", WORDS, header, rows)
 
 
 def _plot(lines: Sequence[Line]) -> "Figure":

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .models import build_model
+from .report import write_section
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,6 +23,13 @@ PAPER = {
     "SOP": (11_318, 100, {64: 0.16, 1280: 0.79}),
     "ImageNet-21k": (21_841, 820, {}),
 }
+
+WORDS = (
+    "A model is a net, the extractor, that maps an image to an embedding of D numbers, and a class "
+    "matrix, D numbers for each of C classes. The share is the class matrix' of all the numbers. Saved is"
+    " what a client need not load that gets the rows of |S_k| classes instead of all, again of all the "
+    "numbers; beside it what the FedSS paper says."
+)
 
 
 @dataclass(frozen=True)
@@ -58,21 +66,19 @@ def num_parameters(model: str, embedding_dim: int) -> int:
 
 
 def write(out: Path, model: str, lines: Sequence[Line]) -> str:
-    """parameters.csv, parameters.md and parameters.png; returns the table's text."""
+    """parameters.csv, parameters.md, parameters.png, a section of report.html; returns the table's text."""
     with (out / "parameters.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([[field.name for field in fields(Line)], *map(astuple, lines)])
     header = ["data", "C", "D", "extractor", "class matrix", "share", "|S_k|", "saved", "the paper's"]
-    text = "| " + " | ".join(cell.replace("|", "\\|") for cell in header) + " |\n"
-    text += "| " + " | ".join(["---", *["---:"] * (len(header) - 1)]) + " |\n"
+    rows = []
     for line in lines:
         of_paper = "–" if line.paper_saved is None else f"{100 * line.paper_saved:.3g}%"
         counts = [f"{n:,}" for n in (line.num_classes, line.embedding_dim, line.extractor, line.class_matrix)]
         shares = _percent(line.share), f"{line.class_set:,}", _percent(line.saved), of_paper
-        cells = [line.data, *counts, *shares]
-        text += "| " + " | ".join(cells) + " |\n"
-    (out / "parameters.md").write_text(text, encoding="utf-8")
+        rows.append([line.data, *counts, *shares])
     _plot(model, sorted({line.embedding_dim for line in lines})).savefig(out / "parameters.png", dpi=150)
-    return text
+    title = f"The class matrix' share of {model}"
+    return write_section(out, "parameters", title, WORDS, header, rows)
 
 
 def _percent(share: float) -> str:

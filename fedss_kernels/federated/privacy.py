@@ -24,11 +24,19 @@ import torch
 from .config import STICKY, Config
 from .data import FederatedData
 from .player import Player
+from .report import write_section
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 REQUESTS = (1, 2, 3, 5, 10, 20, 50)
+WORDS = (
+    "A client asks the server for the rows of its own classes and of others, its negatives, which hide "
+    "them. A server that keeps a client's requests names the classes that are in all of them. Precision "
+    "is the share of those that the client holds, recall the share of what it holds that is named, "
+    "posterior how probable it is by a formula that a named class is held; means over clients. Negatives "
+    "are fresh, others in every round; sticky, always the same; or mixed, half of each."
+)
 
 
 @dataclass(frozen=True)
@@ -96,18 +104,16 @@ def _attack(player: Player, client: int, requests: Sequence[int]) -> list[tuple[
 
 
 def write(out: Path, lines: Sequence[Line]) -> str:
-    """privacy.csv, privacy.md and privacy.png; returns the table's text."""
+    """privacy.csv, privacy.md, privacy.png and a section of report.html; returns the table's text."""
     with (out / "privacy.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([[field.name for field in fields(Line)], *map(astuple, lines)])
     header = ["negatives", "requests", "named", "precision", "recall", "posterior", "top-1", "MAP@10"]
-    text = "| " + " | ".join(header) + " |\n| --- | " + " | ".join(["---:"] * (len(header) - 1)) + " |\n"
+    rows = []
     for line in lines:
         shares = (line.precision, line.recall, line.posterior, line.top1, line.map_at_10)
-        cells = [line.negatives, f"{line.requests}", f"{line.named:.1f}", *map(_percent, shares)]
-        text += "| " + " | ".join(cells) + " |\n"
-    (out / "privacy.md").write_text(text, encoding="utf-8")
+        rows.append([line.negatives, f"{line.requests}", f"{line.named:.1f}", *map(_percent, shares)])
     _plot(lines).savefig(out / "privacy.png", dpi=150)
-    return text
+    return write_section(out, "privacy", "What requests tell the server", WORDS, header, rows)
 
 
 def _percent(share: float | None) -> str:

@@ -15,6 +15,7 @@ from .algorithms import METHODS
 from .config import Config
 from .plan import Case, case_of
 from .run_folder import RoundMetrics, Summary
+from .tables import markdown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,7 +65,7 @@ class Run:
 def write_run_report(folder: Path, run: Run) -> None:
     """accuracy_by_round.png, accuracy_by_bytes.png and report.html of one run."""
     plots = _save_plots(folder, [run])
-    (folder / "report.html").write_text(_run_page(run, plots), encoding="utf-8")
+    (folder / "report.html").write_text(_run_page(folder, run, plots), encoding="utf-8")
 
 
 def write_comparison_report(
@@ -77,8 +78,30 @@ def write_comparison_report(
     """The same files over several runs; `table` has a row for each method, `failed` a line for each loss."""
     plots = _save_plots(folder, runs)
     (folder / "report.html").write_text(
-        _comparison_page(runs, header, table, failed, plots), encoding="utf-8"
+        _comparison_page(folder, runs, header, table, failed, plots), encoding="utf-8"
     )
+
+
+def write_section(
+    folder: Path, name: str, title: str, words: str, header: Sequence[str], rows: Sequence[Sequence[str]]
+) -> str:
+    """NAME.md, and with NAME.png, which is there, a section of report.html; returns the table as text.
+
+    Where the folder has a report already, of a run or of other sections, the section is added to it.
+    """
+    text = markdown(header, rows)
+    (folder / f"{name}.md").write_text(text, encoding="utf-8")
+    image = f'<img alt="{escape(title)}" src="{_data_uri((folder / f"{name}.png").read_bytes())}">'
+    parts = [f"<h2>{escape(title)}</h2>", f"<p>{escape(words)}</p>", _table(header, rows)]
+    parts.append(f'<figure class="plain">{image}</figure>')
+    (folder / f"section-{name}.html").write_text("\n".join(parts) + "\n", encoding="utf-8")
+    report = folder / "report.html"
+    page = report.read_text(encoding="utf-8") if report.exists() else ""
+    if page.count(_BESIDES) != 2:
+        page = _page("What was measured", [], folder)
+    before, _, after = page.split(_BESIDES)
+    report.write_text(before + _besides(folder) + after, encoding="utf-8")
+    return text
 
 
 # ---- plots -------------------------------------------------------------------------------------------------
@@ -257,7 +280,7 @@ def _data_uri(png: bytes) -> str:
 # ---- pages -------------------------------------------------------------------------------------------------
 
 
-def _run_page(run: Run, plots: Sequence[str]) -> str:
+def _run_page(folder: Path, run: Run, plots: Sequence[str]) -> str:
     summary, method = run.summary, METHODS[run.summary.method]
     measure, meaning = TASKS[summary.task]
     figures = [
@@ -280,10 +303,12 @@ def _run_page(run: Run, plots: Sequence[str]) -> str:
             _glossary(),
             _settings(run.config),
         ],
+        folder,
     )
 
 
 def _comparison_page(
+    folder: Path,
     runs: Sequence[Run],
     header: Sequence[str],
     table: Sequence[Sequence[str]],
@@ -308,6 +333,7 @@ def _comparison_page(
             _glossary(),
             _settings(runs[0].config, without=_varied(runs)),
         ],
+        folder,
     )
 
 
@@ -419,12 +445,18 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], words: bool = F
     return f'<div class="wide"><table class="{kind}">{head}{body}</table></div>'
 
 
-def _page(title: str, sections: Sequence[str]) -> str:
+def _besides(folder: Path) -> str:
+    """The sections of what else was measured in this folder, between marks that another is put in by."""
+    found = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("section-*.html"))]
+    return "\n".join([_BESIDES, *found, _BESIDES])
+
+
+def _page(title: str, sections: Sequence[str], folder: Path) -> str:
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{_STYLE}</style></head><body><main><h1>{escape(title)}</h1>\n"
-        + "\n".join(sections)
+        + "\n".join([*sections, _besides(folder)])
         + "\n</main></body></html>\n"
     )
 
@@ -450,6 +482,7 @@ GLOSSARY = {
     "sd": "Standard deviation over the seeds, that is over repetitions with different random numbers.",
     "MB, kB": "A million and a thousand bytes. Numbers travel as 4 bytes, ids as 8.",
 }
+_BESIDES = "<!-- what else was measured -->"
 _ROUND_CAPTION = "Accuracy on the test images as training goes on."
 _SD = " ± is the standard deviation over the seeds."
 _BAND = " A line is the mean over the seeds, its band one standard deviation."
@@ -480,6 +513,7 @@ p, dd, figcaption { max-width: 46rem; }
 0; } .cards div { background: var(--card); border-radius: .6rem; padding: 1rem; color: var(--soft); font-size:
 .9rem; } .cards strong { display: block; color: var(--ink); font-size: 1.6rem; } .failed { border-left: 4px
 solid #D55E00; padding-left: .75rem; } figure { margin: 1.5rem 0; } img { max-width: 100%; height: auto; }
+.plain img { background: #ffffff; }
 figcaption { color: var(--soft); font-size: .9rem; } .wide { overflow-x: auto; } table { border-collapse:
 collapse; font-size: .92rem; font-variant-numeric: tabular-nums; } th, td { padding: .4rem .65rem;
 border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; } th { color: var(--soft);

@@ -165,20 +165,19 @@ def test_cases_are_methods_and_where_they_ask_for_negatives_counts():
     plan = Plan(Config(), ["fedss", "full_softmax"], [0, 1], counts=[5, 9], rates=[0.1])
     assert plan.cases == [Case("fedss", 5), Case("fedss", 9), Case("full_softmax", None)]
     assert [case.name for case in plan.cases] == ["fedss-m5", "fedss-m9", "full_softmax"]
-    runs = plan.runs(Path("out"), {"full_softmax": 0.3})
+    rates = {Case("fedss", 9): 0.3}
+    runs = plan.runs(Path("out"), rates)
     assert [c.out.name for c in runs[:3]] == ["fedss-m5-seed0", "fedss-m9-seed0", "full_softmax-seed0"]
-    assert [c.client_lr for c in runs] == [0.05, 0.05, 0.3] * 2
+    assert [c.client_lr for c in runs] == [0.05, 0.3, 0.05] * 2
     assert [c.seed for c in runs] == [0] * 3 + [1] * 3
     trials = plan.trials(Path("out"))
-    assert [c.out.name for c in trials] == ["fedss-m9-lr0.1", "full_softmax-lr0.1"]
+    assert [c.out.name for c in trials] == ["fedss-m5-lr0.1", "fedss-m9-lr0.1", "full_softmax-lr0.1"]
     assert all((c.holdout, c.client_lr, c.seed) == (0.1, 0.1, 0) for c in trials)
-    middle = Plan(Config(), ["fedss"], [0], counts=[40, 0, 20], rates=[0.1]).trials(Path("out"))
-    assert [c.num_negatives for c in middle] == [20]
     one = Plan(Config(num_negatives=7), ["fedss"], [0])
     assert one.cases == [Case("fedss", None)] and one.runs(Path("out"), {})[0].num_negatives == 7
 
 
-def test_each_method_has_the_best_of_the_rates(tmp_path):
+def test_each_case_has_the_best_of_the_rates(tmp_path):
     """One rate trains, the other is so small that nothing moves; resumed, no trial is played again."""
     options = SMALL | {"rounds": 40, "glyph_writers": 12, "warmup_rounds": 0}
     config = Config(**options, cache_dir=tmp_path / "cache")
@@ -190,17 +189,32 @@ def test_each_method_has_the_best_of_the_rates(tmp_path):
     assert sorted(trials) == [0, 1] and not comparison.failed
     with (tmp_path / "out" / "rates.csv").open(newline="") as file:
         tried = list(csv.DictReader(file))
-    accuracy = {(line["method"], float(line["client_lr"])): float(line["accuracy"]) for line in tried}
+    accuracy = {(line["case"], float(line["client_lr"])): float(line["accuracy"]) for line in tried}
     lines = {Case(line.method, line.num_negatives): line for line in comparison.table}
     assert list(lines) == plan.cases
     for case, line in lines.items():
-        best = max(plan.rates, key=lambda rate, case=case: accuracy[case.method, rate])
+        best = max(plan.rates, key=lambda rate, case=case: accuracy[case.name, rate])
         assert line.client_lr == best
     assert 0.1 in {line.client_lr for line in lines.values()}
     assert (tmp_path / "out" / "rates" / "fedss-lr0.1" / "summary.json").stat().st_size > 0
     assert [run.config.num_negatives for run in comparison.runs] == [5]
     again = compare(plan, tmp_path / "out", resume=True, on_trial=lambda job, m: m and trials.append(job))
     assert len(trials) == 2 and again.table == comparison.table
+
+
+def test_no_rate_is_chosen_while_a_trial_is_missing(tmp_path, monkeypatch):
+    """With it another rate might be the best, and runs that are done would stand with the first."""
+    played = []
+
+    def fail_one(configs, *rest):
+        played.extend(config.out.name for config in configs)
+        return {0: "OSError: no space left"}
+
+    monkeypatch.setattr("fedss_kernels.federated.compare.run_all", fail_one)
+    plan = Plan(Config(**SMALL, cache_dir=tmp_path / "cache"), ["pos_only"], [0], rates=[0.1])
+    comparison = compare(plan, tmp_path / "out")
+    assert comparison.failed == ["a trial of pos_only-lr0.1 failed: OSError: no space left"]
+    assert comparison.table == comparison.runs == [] and played == ["pos_only-lr0.1"]
 
 
 def test_presets_are_plans_and_files_that_can_be_edited(tmp_path):

@@ -216,8 +216,8 @@ def _add_comparison_arguments(parser: argparse.ArgumentParser, without: Sequence
         "--rates",
         type=_rates,
         metavar="NUMBERS",
-        help="values of --client-lr, with commas between: each method's best is found first, with the "
-        "middle of the counts, on a tenth of the training clients (default: --client-lr for all)",
+        help="values of --client-lr, with commas between: the best for each method and number of "
+        "negatives is found first, on a tenth of the training clients (default: --client-lr for all)",
     )
     parser.add_argument(
         "--jobs",

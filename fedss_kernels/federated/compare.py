@@ -72,16 +72,17 @@ def compare(
 ) -> Comparison:
     """Runs every case with every seed, `jobs` at a time, each in its own process and folder in `out`.
 
-    With `plan.rates` each method has the best of them, found beforehand by runs with the first seed and the
-    middle number of negatives, on images of a tenth of the training clients, who then do not train.
+    With `plan.rates` each case has the best of them, found beforehand by runs with the first seed, on images
+    of a tenth of the training clients, who then do not train.
 
     With `resume` the comparison in `out` that was stopped goes on: its finished runs stand, the others go on
     from their last checkpoints.
 
     Writes the table (CSV and Markdown), the plots and report.html to `out`. A run that fails leaves a line in
-    `failed` and the others stand. Processes are spawned, so a script that calls this needs `if __name__ ==
-    "__main__":`. Raises ConfigError for settings that cannot be, FileExistsError for a folder in use,
-    CheckpointError where there is no such comparison to go on with.
+    `failed` and the others stand; one that was to choose a rate ends the comparison, which can be resumed.
+    Processes are spawned, so a script that calls this needs `if __name__ == "__main__":`. Raises ConfigError
+    for settings that cannot be, FileExistsError for a folder in use, CheckpointError where there is no such
+    comparison to go on with.
     """
     if jobs < 1:
         raise ConfigError("jobs", f"expected an integer of at least 1, got {jobs}")
@@ -93,9 +94,11 @@ def compare(
         prepare(out, COMPARISON_FILES, overwrite=plan.config.overwrite)
         plan.save(out)
     rates, failed = _best_rates(plan, out, jobs, on_trial or _ignore, resume)
+    if failed:  # a rate chosen without it might be another once it is there
+        return Comparison([], [], failed, out)
     configs = plan.runs(out, rates)
     errors = run_all(configs, jobs, on_round or _ignore, resume)
-    failed += [f"{job_name(plan, configs[job])} failed: {error}" for job, error in sorted(errors.items())]
+    failed = [f"{job_name(plan, configs[job])} failed: {error}" for job, error in sorted(errors.items())]
     runs = [Run(*read_run(folder_of(c))) for job, c in enumerate(configs) if job not in errors]
     table = tabulate(runs)
     if runs:
@@ -110,25 +113,26 @@ def _ignore(job: int, metrics: object) -> None:
 
 def _best_rates(
     plan: Plan, out: Path, jobs: int, on_trial: OnRound, resume: bool
-) -> tuple[dict[str, float], list[str]]:
-    """(the best rate of each method, a line for each trial that failed); writes rates.csv."""
+) -> tuple[dict[Case, float], list[str]]:
+    """(the best rate of each case, a line for each trial that failed); writes rates.csv."""
     if not plan.rates:
         return {}, []
     trials = plan.trials(out / "rates")
     errors = run_all(trials, jobs, on_trial, resume)
     failed = [f"a trial of {folder_of(trials[job]).name} failed: {error}" for job, error in errors.items()]
-    found: dict[str, dict[float, float]] = {}
+    found: dict[Case, dict[float, float]] = {}
     for job, config in enumerate(trials):
         if job not in errors:
             accuracy = read_run(folder_of(config))[2].accuracy
-            found.setdefault(config.method, {})[config.client_lr] = accuracy if accuracy is not None else 0.0
+            case = case_of(config, plan.several)
+            found.setdefault(case, {})[config.client_lr] = accuracy if accuracy is not None else 0.0
     with (out / "rates.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(
-            [["method", "client_lr", "accuracy"]]
-            + [[method, rate, of[rate]] for method, of in found.items() for rate in of]
+            [["case", "client_lr", "accuracy"]]
+            + [[case.name, rate, of[rate]] for case, of in found.items() for rate in of]
         )
     # of equals the smallest
-    return {method: max(sorted(of), key=lambda rate: of[rate]) for method, of in found.items()}, failed
+    return {case: max(sorted(of), key=lambda rate: of[rate]) for case, of in found.items()}, failed
 
 
 def job_name(plan: Plan, config: Config) -> str:

@@ -77,24 +77,21 @@ class Plan:
         ]
 
     def trials(self, out: Path) -> list[Config]:
-        """The runs that choose the rates, a method's together, with the middle number of negatives."""
-        trials = []
-        for method in self.methods:
-            cases = [case for case in self.cases if case.method == method]
-            case = sorted(cases, key=lambda case: case.num_negatives or 0)[len(cases) // 2]
-            for rate in self.rates:
-                folder = out / f"{case.name}-lr{rate:g}"
-                trials.append(self._run(case, self.seeds[0], folder, client_lr=rate, holdout=HOLDOUT))
-        return trials
+        """The runs that choose a rate, rates of one case next to each other."""
+        return [
+            self._run(case, self.seeds[0], out / f"{case.name}-lr{rate:g}", client_lr=rate, holdout=HOLDOUT)
+            for case in self.cases
+            for rate in self.rates
+        ]
 
-    def runs(self, out: Path, rates: Mapping[str, float]) -> list[Config]:
-        """The runs that are compared, cases of one seed next to each other; `rates` are by method."""
+    def runs(self, out: Path, rates: Mapping[Case, float]) -> list[Config]:
+        """The runs that are compared, cases of one seed next to each other."""
         return [
             self._run(
                 case,
                 seed,
                 out / f"{case.name}-seed{seed}",
-                client_lr=rates.get(case.method, self.config.client_lr),
+                client_lr=rates.get(case, self.config.client_lr),
             )
             for seed in self.seeds
             for case in self.cases

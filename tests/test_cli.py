@@ -193,7 +193,7 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys):
 def test_ctrl_c_finishes_the_round_and_the_run_can_be_resumed(tmp_path, monkeypatch, capsys):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert cli.main(["run", *SMALL, "--rounds=4", f"--out={whole}"]) == 0
-    real = cli.run
+    real = cli.train.run
 
     def pressed_in_round_2(*arguments, on_round, **options):
         def press(metrics):
@@ -205,7 +205,7 @@ def test_ctrl_c_finishes_the_round_and_the_run_can_be_resumed(tmp_path, monkeypa
 
     before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "run", pressed_in_round_2)
+        patch.setattr(cli.train, "run", pressed_in_round_2)
         capsys.readouterr()
         assert cli.main(["run", *SMALL, "--rounds=4", f"--out={stopped}"]) == 130
     assert signal.getsignal(signal.SIGINT) == before
@@ -229,7 +229,7 @@ def test_a_bug_is_not_called_a_mistake(monkeypatch, tmp_path):
     def broken(*args, **kwargs):
         raise ValueError("a bug")
 
-    monkeypatch.setattr(cli, "run", broken)
+    monkeypatch.setattr(cli.train, "run", broken)
     with pytest.raises(ValueError, match="a bug"):
         cli.main(["run", *SMALL, f"--out={tmp_path / 'run'}"])
 

@@ -1,0 +1,14 @@
+"""What a command of `fedss` is."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Command:
+    help: str
+    needs: tuple[str, ...]  # modules beyond what the package itself requires
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    main: Callable[[argparse.Namespace], int]
+    extra: str = "sim"  # that brings what it needs

@@ -1,0 +1,200 @@
+"""The commands that measure without comparing runs: `noise`, `confusion`, `privacy`, `parameters`."""
+
+import argparse
+import dataclasses
+import functools
+import sys
+from pathlib import Path
+
+import torch
+
+from ..config import (
+    STICKY,
+    Config,
+    read_options,
+)
+from ..models import MODELS
+from ..rounds import check_data, load_data, run
+from ..run_folder import make_folder, read_model
+from .command import Command
+from .options import add_config_file, add_options, config_of, mistakes, one_of, read_counts, reader
+
+
+def _add_noise_arguments(parser: argparse.ArgumentParser) -> None:
+    count = reader(int, "an integer of at least 1", low=1)
+    parser.add_argument(
+        "--counts",
+        type=read_counts,
+        metavar="INTS",
+        help="numbers of negatives, with commas between (default: seven, doubling, up to all the classes)",
+    )
+    parser.add_argument(
+        "--batches", type=count, default=16, metavar="INT", help="batches, of a client each (default: 16)"
+    )
+    parser.add_argument(
+        "--draws", type=count, default=4, metavar="INT", help="draws of negatives for each (default: 4)"
+    )
+    parser.add_argument(
+        "--run",
+        type=Path,
+        metavar="FOLDER",
+        help="measure the model of this finished run, on its data (default: a new one)",
+    )
+    add_config_file(parser)
+    add_options(parser)
+
+
+def _noise(arguments: argparse.Namespace) -> int:
+    from .. import noise
+
+    with mistakes():
+        if arguments.run:
+            arguments.config = arguments.config or arguments.run / "config.json"
+        config = config_of(arguments)
+        out = arguments.out if "out" in arguments else Path("runs") / f"noise-{config.data}"
+        data = load_data(config)
+        model = None
+        if arguments.run:
+            model = read_model(arguments.run)
+        counts = arguments.counts or noise.default_counts(data.num_classes)
+        make_folder(out)
+    torch.set_num_threads(config.threads)
+    lines = noise.measure(
+        config,
+        data,
+        counts,
+        batches=arguments.batches,
+        draws=arguments.draws,
+        model=model,
+        on_line=lambda line: print(f"fedss noise: {line.num_negatives} negatives", file=sys.stderr),
+    )
+    print(noise.write(out, lines, data.num_classes), end="")
+    print(f"the table, the plot and the report: {out / 'report.html'}")
+    return 0
+
+
+def _add_confusion_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of finished runs")
+    number = reader(int, "an integer of at least 0", low=0)
+    parser.add_argument("--client", type=number, default=0, metavar="INT", help="default: 0")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/confusion"), metavar="PATH", help="default: runs/confusion"
+    )
+
+
+def _confusion(arguments: argparse.Namespace) -> int:
+    from .. import confusion
+
+    found = []
+    with mistakes():
+        for folder in arguments.runs:
+            config, model = Config.from_dict(read_options(folder / "config.json")), read_model(folder)
+            found.append(confusion.measure(config, load_data(config), model, arguments.client))
+        make_folder(arguments.out)
+    print(confusion.write(arguments.out, found, arguments.client), end="")
+    print(f"the table, the plot and the report: {arguments.out / 'report.html'}")
+    return 0
+
+
+def _add_privacy_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--clients",
+        type=reader(int, "an integer of at least 1", low=1),
+        default=100,
+        metavar="INT",
+        help="clients whose requests are looked at (default: 100)",
+    )
+    parser.add_argument(
+        "--train", action="store_true", help="train with each kind of negatives too, for what it costs"
+    )
+    add_config_file(parser)
+    add_options(parser, without=("negatives",))
+
+
+def _privacy(arguments: argparse.Namespace) -> int:
+    from .. import privacy
+    from ..progress import RunProgress
+
+    with mistakes():
+        config = config_of(arguments)
+        out = config.out or Path("runs") / f"privacy-{config.data}"
+        config = dataclasses.replace(config, out=None)
+        data = load_data(config)
+        check_data(config, data)
+        make_folder(out)
+    accuracy = {}
+    if arguments.train:
+        with RunProgress(list(STICKY), config.rounds) as progress:
+            for job, negatives in enumerate(STICKY):
+                progress.start(job)
+                result = run(
+                    dataclasses.replace(config, negatives=negatives),
+                    data=data,
+                    on_round=functools.partial(progress.advance, job),
+                )
+                accuracy[negatives] = result.summary.top1, result.summary.map_at_10
+    lines = privacy.measure(config, data, clients=arguments.clients, accuracy=accuracy)
+    print(privacy.write(out, lines), end="")
+    print(f"the table, the plot and the report: {out / 'report.html'}")
+    return 0
+
+
+def _add_parameters_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        type=one_of(*MODELS),
+        default="mobilenet_v3_large",
+        metavar="NAME",
+        help=f"one of {', '.join(MODELS)} (default: mobilenet_v3_large, the paper's)",
+    )
+    parser.add_argument(
+        "--dims",
+        type=read_counts,
+        default=[64, 1280],
+        metavar="INTS",
+        help="embedding sizes (default: 64,1280)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/parameters"), metavar="PATH", help="default: runs/parameters"
+    )
+
+
+def _parameters(arguments: argparse.Namespace) -> int:
+    from .. import parameters
+
+    with mistakes():
+        lines = parameters.measure(arguments.model, arguments.dims)
+        make_folder(arguments.out)
+    print(parameters.write(arguments.out, arguments.model, lines), end="")
+    print(f"the table, the plot and the report: {arguments.out / 'report.html'}")
+    return 0
+
+
+NOISE = Command(
+    "measure how far FedSS' gradient is from FullSoftmax'", ("matplotlib",), _add_noise_arguments, _noise
+)
+
+
+CONFUSION = Command(
+    "show what runs take a client's images for, among its own classes",
+    ("matplotlib",),
+    _add_confusion_arguments,
+    _confusion,
+)
+
+
+PRIVACY = Command(
+    "measure what a server learns from a client's requests",
+    ("matplotlib", "rich"),
+    _add_privacy_arguments,
+    _privacy,
+)
+
+
+PARAMETERS = Command(
+    "say what share of a model its class matrix is, and what FedSS saves",
+    ("matplotlib",),
+    _add_parameters_arguments,
+    _parameters,
+    extra="sim,vision",
+)

@@ -1,0 +1,166 @@
+"""Options: generated from Config, read from text, and what is wrong with them in one line."""
+
+import argparse
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..config import (
+    OWN,
+    PRESETS,
+    Config,
+    ConfigError,
+    expectation,
+    option_type,
+    read_options,
+)
+
+
+class Mistake(Exception):
+    """What the user should put right, in one line."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise Mistake(message.removeprefix("argument "))
+
+
+def add_config_file(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="take the options from this file, a run's config.json; those on the command line win",
+    )
+
+
+def add_options(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
+    """An option for each field of Config. What isn't given is left to Config: one place for the defaults."""
+    for field in dataclasses.fields(Config):
+        if field.name in without:
+            continue
+        kind, _ = option_type(field.name)
+        settings: dict[str, Any] = {
+            "dest": field.name,
+            "default": argparse.SUPPRESS,
+            "help": f"{_help(field)} (default: {_default(field)})".replace("%", "%%"),
+        }
+        if kind is bool:
+            settings["action"] = "store_true"
+        else:
+            settings |= {"type": reader(kind, expectation(field)), "metavar": _METAVARS[kind]}
+        parser.add_argument(flag(field.name), **settings)
+
+
+_METAVARS = {int: "INT", float: "NUMBER", str: "NAME", Path: "PATH"}
+
+
+def flag(field_name: str) -> str:
+    return "--" + field_name.replace("_", "-")
+
+
+def _help(field: dataclasses.Field) -> str:
+    choices = field.metadata["choices"]
+    if choices is None or all(choice in field.metadata["help"] for choice in choices()):
+        return field.metadata["help"]
+    return f"{field.metadata['help']}: {', '.join(choice for choice in choices() if choice != OWN)}"
+
+
+def _default(field: dataclasses.Field) -> str:
+    if field.name in PRESETS[OWN]:
+        return _by_data_set(
+            {name: str(preset[field.name]) for name, preset in PRESETS.items() if name != OWN}
+        )
+    if isinstance(field.default, bool):
+        return "yes" if field.default else "no"
+    return "none" if field.default is None else str(field.default)
+
+
+def _by_data_set(values: dict[str, str]) -> str:
+    """ "1 for a; 2 for b, c; else 0": the value that most have comes last."""
+    having: dict[str, list[str]] = {}
+    for name, value in values.items():
+        having.setdefault(value, []).append(name)
+    most = max(having, key=lambda value: len(having[value]))
+    others = [f"{value} for {', '.join(names)}" for value, names in having.items() if value != most]
+    return "; ".join([*others, f"else {most}"]) if others else most
+
+
+def reader(
+    kind: type, expected: str, low: float | None = None, high: float | None = None
+) -> Callable[[str], Any]:
+    """Text -> kind, for argparse. Bounds are Config's to check, but for the options that aren't Config's."""
+
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}") from None
+        if (low is not None and not value >= low) or (high is not None and not value <= high):
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        return value
+
+    return read
+
+
+def read_names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def read_numbers(text: str) -> list[int]:
+    return [
+        reader(int, "integers of at least 0 with commas between", low=0)(number) for number in text.split(",")
+    ]
+
+
+def read_counts(text: str) -> list[int]:
+    read = reader(int, "integers of at least 1 with commas between", low=1)
+    return [read(number) for number in text.split(",")]
+
+
+def read_rates(text: str) -> list[float]:
+    read = reader(float, "numbers greater than 0 with commas between", low=1e-300)
+    return [read(number) for number in text.split(",")]
+
+
+def read_shapes(text: str) -> list[tuple[int, ...]]:
+    read = reader(int, "sizes of at least 1 with x between, as in 32x100x64x11318", low=1)
+    shapes = [tuple(read(size) for size in shape.split("x")) for shape in read_names(text)]
+    if not shapes:
+        raise argparse.ArgumentTypeError(f"expected at least one shape, got {text!r}")
+    return shapes
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if text not in choices:
+            raise argparse.ArgumentTypeError(f"expected one of {', '.join(choices)}, got {text!r}")
+        return text
+
+    return read
+
+
+def config_of(arguments: argparse.Namespace, preset: Mapping[str, Any] | None = None) -> Config:
+    """Config's defaults, a preset, the --config file, the command line: the later win."""
+    options = dict(preset or {}) | (read_options(arguments.config) if arguments.config else {})
+    names = [field.name for field in dataclasses.fields(Config)]
+    config = Config.from_dict(
+        options | {name: value for name, value in vars(arguments).items() if name in names}
+    )
+    for name in ("data", "model"):
+        if getattr(config, name) == OWN:
+            raise ConfigError(name, f"{OWN!r} {name} is handed over in Python, as run(config, {name}=...)")
+    return config
+
+
+@contextlib.contextmanager
+def mistakes() -> Iterator[None]:
+    """Wraps what reads and checks the user's choices, and nothing else: there, an error is a mistake."""
+    try:
+        yield
+    except ConfigError as error:
+        raise Mistake(f"{flag(error.option)}: {error.message}") from None
+    except (ValueError, OSError) as error:
+        raise Mistake(" ".join(str(error).split())) from None

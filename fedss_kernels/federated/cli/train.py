@@ -1,0 +1,255 @@
+"""`fedss run`, and `compare` and `compositions`, which run several."""
+
+import argparse
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import CheckpointError
+from ..class_store import check_free
+from ..config import (
+    Config,
+    ConfigError,
+)
+from ..interrupts import noticed
+from ..ledger import OUTCOMES
+from ..lock import InUse
+from ..plan import LISTS, Plan, read_preset
+from ..rounds import Stopped, TooFewClients, check_data, load_data, run
+from ..run_folder import RUN_FILES, RoundMetrics, check_folder
+from ..workers import WorkerLost, help_out, launched
+from .command import Command
+from .options import (
+    Mistake,
+    add_config_file,
+    add_options,
+    config_of,
+    flag,
+    mistakes,
+    read_names,
+    read_numbers,
+    read_rates,
+    reader,
+)
+from .output import print_profile, print_table
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        metavar="FOLDER",
+        help="go on with the run that was stopped there, from its last checkpoint; its options are there too",
+    )
+    parser.add_argument("--profile", action="store_true", help="say where the time went")
+    add_config_file(parser)
+    add_options(parser)
+
+
+_FINISHING = "fedss run: finishing this round; Ctrl-C again stops at once"
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from ..progress import RunProgress
+    from ..report import Run, percent, write_run_report
+
+    resume = arguments.resume is not None
+    with mistakes():
+        if resume:
+            if "out" in arguments:
+                raise Mistake("--out: a run is resumed in its own folder, that of --resume")
+            arguments.config = arguments.config or arguments.resume / "config.json"
+            arguments.out = arguments.resume
+        config = config_of(arguments)
+        out = config.out or Path("runs") / f"{config.data}-{config.method}-seed{config.seed}"
+        config = dataclasses.replace(config, out=out)
+        data = load_data(config)
+        check_data(config, data)
+        rank, processes = launched()
+        if rank > 0:
+            help_out(config, data, rank, processes)
+            return 0
+        if not resume:
+            check_folder(out, RUN_FILES, overwrite=config.overwrite)
+            if config.class_store:
+                check_free(config.class_store, run=out, overwrite=config.overwrite)
+    played: list[RoundMetrics] = []
+    logging.getLogger("fedss_kernels").addHandler(logging.NullHandler())  # what is left out is counted below
+    try:
+        with RunProgress([config.method], config.rounds) as progress, noticed(_FINISHING) as stop:
+
+            def show(metrics: RoundMetrics) -> None:
+                played.append(metrics)
+                progress.advance(0, metrics)
+
+            result = run(
+                config,
+                data=data,
+                on_round=show,
+                resume=resume,
+                stop=stop,
+            )
+    except ConfigError as error:
+        raise Mistake(f"{flag(error.option)}: {error.message}") from None
+    except (CheckpointError, FileExistsError, InUse) as error:
+        raise Mistake(str(error)) from None
+    except (TooFewClients, WorkerLost) as error:
+        print(f"fedss run: {error}; what was done is in {out}", file=sys.stderr)
+        return 1
+    except Stopped as stopped:
+        done = f"stopped after round {stopped.rounds} of {config.rounds}"
+        print(f"fedss run: {done}; go on with: fedss run --resume {out}", file=sys.stderr)
+        return 130
+    write_run_report(out, Run(result.config, result.history, result.summary))
+    s = result.summary
+    outcomes = {outcome: getattr(s, outcome) for outcome in OUTCOMES}
+    if outcomes["accepted"] < sum(outcomes.values()):
+        counts = ", ".join(f"{n:,} {outcome}" for outcome, n in outcomes.items())
+        print(f"of {sum(outcomes.values()):,} clients drawn {counts}: {out / 'ledger.csv'}")
+    if arguments.profile:
+        print_profile(result.seconds, len(played))
+    accuracy = f"MAP@10 {percent(s.map_at_10)}, recall@1 {percent(s.recall_at_1)}"
+    if s.task == "classification":
+        accuracy = f"top-1 {percent(s.top1)}, {accuracy}"
+    print(f"{accuracy}, {s.traffic.total / 1e6:,.1f} MB moved: {out / 'report.html'}")
+    return 0
+
+
+def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--methods",
+        type=read_names,
+        metavar="NAMES",
+        help="the methods, with commas between (default: fedss,full_softmax,pos_only,neg_only)",
+    )
+    _add_comparison_arguments(parser)
+
+
+def _add_compositions_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(methods=["fedss", "neg_only"], equal_pushes=True)
+    _add_comparison_arguments(parser, without=("equal_pushes",))
+
+
+def _add_comparison_arguments(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
+    parser.add_argument(
+        "--preset",
+        metavar="NAME",
+        help="methods, numbers and options from a preset of this name, or from a file like one",
+    )
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        metavar="FOLDER",
+        help="go on with the comparison that was stopped there; its options are there too",
+    )
+    add_config_file(parser)
+    parser.add_argument(
+        "--seeds",
+        type=read_numbers,
+        metavar="INTS",
+        help="the seeds, with commas between; every method is run with each (default: 0,1,2)",
+    )
+    parser.add_argument(
+        "--counts",
+        type=read_numbers,
+        metavar="INTS",
+        help="numbers of negatives, with commas between; methods that ask for some are run with each "
+        "(default: --num-negatives)",
+    )
+    parser.add_argument(
+        "--rates",
+        type=read_rates,
+        metavar="NUMBERS",
+        help="values of --client-lr, with commas between: the best for each method and number of "
+        "negatives is found first, on a tenth of the training clients (default: --client-lr for all)",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=reader(int, "an integer of at least 1", low=1),
+        default=os.cpu_count() or 1,
+        metavar="INT",
+        help="runs at a time, each in a process of its own (default: the number of cores)",
+    )
+    add_options(parser, without=("method", "seed", *without))
+
+
+def _refuse_others(arguments: argparse.Namespace) -> None:
+    """A comparison is resumed as it was; only the number of jobs may be another."""
+    given = vars(arguments)
+    options = [field.name for field in dataclasses.fields(Config) if field.name in given]
+    options += [name for name in ("preset", "config", *LISTS) if given.get(name) is not None]
+    if options:
+        raise Mistake(f"{flag(options[0])}: a comparison is resumed with the options it began with")
+
+
+_COMPARED: dict[str, Any] = {
+    "methods": ["fedss", "full_softmax", "pos_only", "neg_only"],
+    "seeds": [0, 1, 2],
+    "counts": [],
+    "rates": [],
+}
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from ..compare import COMPARISON_FILES, cells, compare, header, job_name, trial_name
+    from ..progress import RunProgress
+
+    resume = arguments.resume is not None
+    with mistakes():
+        if resume:
+            _refuse_others(arguments)
+            there = Plan.read(arguments.resume)
+            plan = dataclasses.replace(there, config=dataclasses.replace(there.config, out=arguments.resume))
+        else:
+            preset = read_preset(arguments.preset) if arguments.preset else {}
+            given = {name: getattr(arguments, name) for name in LISTS}
+            lists = _COMPARED | preset | {name: value for name, value in given.items() if value is not None}
+            plan = Plan(config_of(arguments, preset.get("config", {})), *(lists[name] for name in LISTS))
+        out = plan.config.out or Path("runs") / f"{arguments.command}-{plan.config.data}"
+        check_data(plan.config, load_data(plan.config))
+        if not resume:
+            check_folder(out, COMPARISON_FILES, overwrite=plan.config.overwrite)
+    names = [trial_name(plan, trial) for trial in plan.trials(out)]
+    names += [job_name(plan, run) for run in plan.runs(out, {})]
+    with RunProgress(names, plan.config.rounds) as progress:
+
+        def show(first: int) -> Callable[[int, RoundMetrics | None], None]:
+            return lambda job, m: progress.advance(first + job, m) if m else progress.start(first + job)
+
+        comparison = compare(
+            plan,
+            out,
+            jobs=arguments.jobs,
+            on_trial=show(0),
+            on_round=show(len(plan.trials(out))),
+            resume=resume,
+        )
+    for line in comparison.failed:
+        print(f"fedss {arguments.command}: {line}", file=sys.stderr)
+    if comparison.table:
+        print_table(header(comparison.table), [cells(line) for line in comparison.table])
+        print(f"the table, plots and report: {out / 'report.html'}")
+    return 1 if comparison.failed else 0
+
+
+RUN = Command("train with one method", ("matplotlib", "rich", "safetensors"), _add_run_arguments, _run)
+
+
+COMPARE = Command(
+    "run several methods and seeds, and compare them",
+    ("matplotlib", "rich", "safetensors"),
+    _add_compare_arguments,
+    _compare,
+)
+
+
+COMPOSITIONS = Command(
+    "compare FedSS with NegOnly on as many pushing classes",
+    ("matplotlib", "rich", "safetensors"),
+    _add_compositions_arguments,
+    _compare,
+)

@@ -187,3 +187,7 @@ def test_what_else_is_measured_stands_in_the_report_once(tmp_path, runs):
     measured(alone, "noise", "0.5")
     text = page(alone, 1)
     assert "The noise Of <one>." in text and "What was measured" in text
+    for other in ("<main>mine</main>", "mine"):  # nothing in a page without sections is lost
+        (alone / "report.html").write_text(other)
+        measured(alone, "noise", "0.5")
+        assert "mine The noise" in page(alone, 1)

@@ -96,9 +96,10 @@ def write_section(
     parts.append(f'<figure class="plain">{image}</figure>')
     (folder / f"section-{name}.html").write_text("\n".join(parts) + "\n", encoding="utf-8")
     report = folder / "report.html"
-    page = report.read_text(encoding="utf-8") if report.exists() else ""
-    if page.count(_BESIDES) != 2:
-        page = _page("What was measured", [], folder)
+    page = report.read_text(encoding="utf-8") if report.exists() else _page("What was measured", [], folder)
+    if page.count(_BESIDES) != 2:  # a page without: at its end
+        before, end, after = page.rpartition("</main>")
+        page = (before or after) + 2 * _BESIDES + (end and end + after)
     before, _, after = page.split(_BESIDES)
     report.write_text(before + _besides(folder) + after, encoding="utf-8")
     return text

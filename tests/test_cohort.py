@@ -91,7 +91,7 @@ def test_too_few_answers_and_the_round_is_tried_again_with_other_clients(tmp_pat
 def test_of_a_cohort_of_too_few_nothing_is_applied(monkeypatch):
     """Attempt 0 fails in every round: the run is one whose cohorts are those of attempt 1."""
     monkeypatch.setattr(
-        "fedss_kernels.federated.rounds.absence",
+        "fedss_kernels.federated.simulation.absence",
         lambda config, round, attempt, k: None if attempt == 1 or k == 2 else "dropped",
     )
     retried = train(min_clients=4)
@@ -104,7 +104,7 @@ def test_of_a_cohort_of_too_few_nothing_is_applied(monkeypatch):
         self.server.step(self.server.aggregate(updates))
         return updates, entries
 
-    monkeypatch.setattr("fedss_kernels.federated.rounds.Simulation.play", always_attempt_one)
+    monkeypatch.setattr("fedss_kernels.federated.simulation.Simulation.play", always_attempt_one)
     assert torch.equal(train().weight, retried.weight) and applied == [4] * 6
 
 
@@ -120,11 +120,12 @@ def test_rounds_before_one_that_nobody_makes_are_not_lost(every, tmp_path, monke
     """Round 4 fails; with clients that answer again the run goes on to the bits of one that never failed."""
     options = {"min_clients": 4, "checkpoint_every": every}
     monkeypatch.setattr(
-        "fedss_kernels.federated.rounds.absence", lambda config, round, *_: "dropped" if round == 3 else None
+        "fedss_kernels.federated.simulation.absence",
+        lambda config, round, *_: "dropped" if round == 3 else None,
     )
     with pytest.raises(TooFewClients, match="round 4"):
         train(out=tmp_path, **options)
-    monkeypatch.setattr("fedss_kernels.federated.rounds.absence", lambda *_: None)
+    monkeypatch.setattr("fedss_kernels.federated.simulation.absence", lambda *_: None)
     config = tiny_config(rounds=6, cohort=4, eval_every=6, out=tmp_path, **options)
     resumed = run(config, data=tiny_data(), model=tiny_model(), resume=True)
     assert torch.equal(resumed.weight, train(**options).weight)

@@ -10,7 +10,7 @@ from image_files import each_once, shown, write_image
 
 from fedss_kernels.federated import Config, ConfigError, noise, run
 from fedss_kernels.federated.data import FederatedData, Partition, images, load
-from fedss_kernels.federated.rounds import load_data
+from fedss_kernels.federated.loading import load_data
 
 CLASSES = {"ant": 10, "bee": 5, "cat": 15}
 FEW = Partition("classes", num_clients=4, classes_per_client=2)

@@ -16,8 +16,8 @@ from fedss_kernels.federated.config import learning_rate
 from fedss_kernels.federated.metrics import retrieval
 from fedss_kernels.federated.player import Player, training_device
 from fedss_kernels.federated.randomness import Purpose, generator, initial_rows
-from fedss_kernels.federated.rounds import Simulation
 from fedss_kernels.federated.run_folder import read_run
+from fedss_kernels.federated.simulation import Simulation
 
 
 def train(model: nn.Module | None = None, **options) -> Result:

@@ -7,7 +7,8 @@
 
 from .checkpoint import CheckpointError
 from .config import Config, ConfigError
-from .rounds import Result, Stopped, TooFewClients, run
+from .rounds import Result, Stopped, run
+from .simulation import TooFewClients
 from .workers import WorkerLost
 
 __all__ = [

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from .config import Config, ConfigError
 from .jobs import OnRound, folder_of, run_all
+from .loading import check_data, load_data
 from .plan import FILE, Case, Plan, case_of
 from .report import MEGABYTE, Run, by_case, percent, write_comparison_report
-from .rounds import check_data, load_data
 from .run_folder import prepare, read_run
 from .tables import markdown
 

@@ -13,8 +13,9 @@ from ..config import (
     Config,
     read_options,
 )
+from ..loading import check_data, load_data
 from ..models import MODELS
-from ..rounds import check_data, load_data, run
+from ..rounds import run
 from ..run_folder import make_folder, read_model
 from .command import Command
 from .options import add_config_file, add_options, config_of, mistakes, one_of, read_counts, reader

@@ -17,10 +17,12 @@ from ..config import (
 )
 from ..interrupts import noticed
 from ..ledger import OUTCOMES
+from ..loading import check_data, load_data
 from ..lock import InUse
 from ..plan import LISTS, Plan, read_preset
-from ..rounds import Stopped, TooFewClients, check_data, load_data, run
+from ..rounds import Stopped, run
 from ..run_folder import RUN_FILES, RoundMetrics, check_folder
+from ..simulation import TooFewClients
 from ..workers import WorkerLost, help_out, launched
 from .command import Command
 from .options import (

@@ -167,25 +167,27 @@ def check(launches: list[Launch], device: str) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", ["sm_90", "gfx942"])
 def test_kernels_fit(device):
+    """One of each maker; every target is below."""
     check([*some(device), *unfused()], device)
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_shipped_kernel_fits(device):
-    check(shipped(device), device)
+    check([*shipped(device), *unfused()], device)
 
 
 def test_what_is_wrong_is_seen():
-    """512 values per thread: an NVIDIA thread has 255 registers, an AMD one 512 for these and all else.
+    """As many values per thread as it has registers (NVIDIA's 255, AMD's 512), where all else needs some too.
 
     More elements a thread than the table gives AMD: their masks do not fit its scalar registers.
     """
     requests = []
     for device in DEVICES:
-        spills = control(spilling, 512 * DEVICES[device].warp_size)
+        values = 512 if DEVICES[device].backend == "hip" else 256
+        spills = control(spilling, values * DEVICES[device].warp_size)
         fuses = control(multiply_add, 128, enable_fp_fusion=True)
         apart = replace(fuses, options={"enable_fp_fusion": False})
         requests += [(launch, device) for launch in (spills, fuses, apart)]

@@ -66,7 +66,7 @@ void add_exponentials(const LogitTile<T>& tile, int64_t begin, int64_t end, int6
     e = target == number ? Vec<T>{} : e;
     store(value, e);
     sum += e;
-    if (SIMILARITY) sum_similarity += target == number ? Vec<T>{} : e * similarity;
+    if (SIMILARITY) sum_similarity += target == number ? Vec<T>{} : e * (similarity - load(tile.origin + r));
   }
   for (int i = 0; i < kLanes<T>; ++i) {
     tile.sum[r + i] += double(sum[i]);

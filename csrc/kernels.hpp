@@ -40,11 +40,12 @@ struct LogitTile {
   T* values;                      // in: dot; out: exp(o - max)
   const T *class_factor, *offset, *offset_low;
   const T *row_factor, *row_factor_low;
+  const T* origin;  // (rows,) of dot * class_factor, for sum_similarity
   const T* target;  // (rows,) the class of the row's target, as a number on the axis of first_class
   T first_class;
   T* max;                  // (rows,) out: of o, nearly; anything where there is none
   double* sum;             // (rows,) out: of exp(o - max)
-  double* sum_similarity;  // (rows,) out, if not null: of exp(o - max) * dot * class_factor
+  double* sum_similarity;  // (rows,) out, if not null: of exp(o - max) * (dot * class_factor - origin_r)
 };
 
 template <class T>

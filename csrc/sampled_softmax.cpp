@@ -88,7 +88,7 @@ class Solver {
     double target_logit = 0;        // o_t
     double max = -kInf;             // of o_j over the columns so far, nearly
     double sum = 0;                 // of exp(o_j - max)
-    double sum_similarity = 0;      // of exp(o_j - max) * similarity_j
+    double sum_similarity = 0;      // of exp(o_j - max) * (similarity_j - origin)
     double share = 0;               // dlogits_j = share * exp(o_j - max_)
     double peak = 0;                // max_: of o_t and every o_j
     double target_gradient = 0;     // dlogits_t
@@ -115,6 +115,7 @@ class Solver {
   T *x_, *target_rows_;                      // (wave, ld) unit rows; unit rows of their targets
   T* x_columns_;                             // (row tiles, D, row_tile) x_ transposed
   T *row_factor_, *row_factor_low_;          // (wave,)
+  T* origin_;                                // (wave,) the target's similarity, in the units of the products
   T* target_;                                // (wave,) column of the chunk that is the target, or a negative number
   T* w_;                                     // (chunk, ld) unit class rows
   double* inverse_;                          // (chunk,) 1 / |w|, as Row::inverse
@@ -190,6 +191,7 @@ class Solver {
       x_columns_ = arena_.take<T>(wave * D_), w_ = arena_.take<T>(chunk_ * ld_);
     }
     row_factor_ = arena_.take<T>(wave), row_factor_low_ = arena_.take<T>(wave), target_ = arena_.take<T>(wave);
+    origin_ = arena_.take<T>(wave);
     inverse_ = arena_.take<double>(chunk_);
     class_factor_ = arena_.take<T>(chunk_), offset_ = arena_.take<T>(chunk_), offset_low_ = arena_.take<T>(chunk_);
     logits_ = arena_.take<T>(wave * chunk_);
@@ -380,7 +382,7 @@ class Solver {
         } else {
           std::fill_n(x_ + r * ld_, ld_, T(0));
           if (pairs_) std::fill_n(x_rows_ + r * pairs_ld_, pairs_ld_, 0);
-          row_factor_[r] = row_factor_low_[r] = 0;
+          row_factor_[r] = row_factor_low_[r] = origin_[r] = 0;
         }
       }
       const int64_t begin = task * kRowStep;
@@ -423,6 +425,7 @@ class Solver {
     }
     const double factor = p_.scale * row.similarity_factor / kLogitUnit<T>;
     row_factor_[r] = T(factor), row_factor_low_[r] = T(factor - double(row_factor_[r]));
+    origin_[r] = row.similarity_factor == 0.0 ? T(0) : T(row.target_similarity / row.similarity_factor);
     if (sizeof(T) == 4 && std::abs(row.target_logit) > kLargestLogit) out_of_range_ = true;
   }
 
@@ -484,8 +487,9 @@ class Solver {
       T* values = logits(row_tile, t.begin);
       multiply_logits(t, r, lanes, values);
       kernels_.exponentiate({classes, lanes, row_tile_, values, class_factor_ + t.begin, offset_ + t.begin,
-                             offset_low_ + t.begin, row_factor_ + r, row_factor_low_ + r, target_ + r, T(t.begin),
-                             tile_max_ + at, tile_sum_ + at, tile_similarity_ ? tile_similarity_ + at : nullptr});
+                             offset_low_ + t.begin, row_factor_ + r, row_factor_low_ + r, origin_ + r, target_ + r,
+                             T(t.begin), tile_max_ + at, tile_sum_ + at,
+                             tile_similarity_ ? tile_similarity_ + at : nullptr});
     });
   }
 
@@ -564,9 +568,12 @@ class Solver {
       row.share = row.upstream / all;
       row.target_gradient = -through(others, row.share);
       if (!out_.grad_scale) continue;
-      const double others_similarity =
+      // sum_{j != t} exp(o_j) (similarity_j - similarity_t): of differences, as all may be nearly the same. What the
+      // origin lost when it was rounded is made good.
+      const double differences =
           row.sum == 0 ? 0.0 : row.sum_similarity * row.similarity_factor * std::exp(row.max - row.peak);
-      grad_scale_ += through(others_similarity - others * row.target_similarity, row.share);
+      const double rounded = double(origin_[r]) * row.similarity_factor - row.target_similarity;
+      grad_scale_ += through(differences + others * rounded, row.share);
     }
   }
 

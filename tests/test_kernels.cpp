@@ -204,7 +204,7 @@ double exponential_error() {
     }
   }
   kernels.exponentiate({classes, rows, rows, values.data(), factor.data(), offset.data(), low.data(), row_factor.data(),
-                        row_low.data(), target.data(), T(0), max.data(), sum.data(), nullptr});
+                        row_low.data(), nullptr, target.data(), T(0), max.data(), sum.data(), nullptr});
   double worst = 0;
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t j = 0; j < classes; ++j) {

@@ -8,8 +8,10 @@ from fedss_kernels.reference import sampled_softmax_loss as reference_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_cases import BF16, F16, F32, F64, Case, assert_same, check, cpp_only, gpu_only
+from tolerance import eager_loss, excess, with_features_reversed
 
 import fedss_kernels
+from fedss_kernels import sampled_softmax_loss
 
 DTYPES = (F32, F64, BF16, F16)
 
@@ -76,6 +78,22 @@ def test_small_float32_problems_on_a_gpu_are_computed_in_float64(seed, gpu_loss)
     """Where rows are nearly parallel and plain PyTorch may be lucky: well inside the tolerance."""
     drawn = FAMILIES["nearly parallel"] | AROUND_16 | {"dtype": (F32,)}
     check(random_case(seed, drawn), gpu_loss)
+
+
+def test_nearly_parallel_rows_in_float32_are_as_exact_as_float32_allows():
+    """Too large for float64, and all cancels: twice the error of plain PyTorch is a matter of its luck.
+
+    Plain PyTorch itself, with the features in another order, is often past it.
+    """
+    excesses, of_plain = [], []
+    for seed in range(30):
+        case = Case(seed, B=64, S=90, C=100, D=64, spread=random.Random(seed).choice((0.003, 0.01, 0.03)))
+        truth, plain = case.results(reference_loss, in_float64=True), case.results(eager_loss)
+        for found, loss in ((excesses, sampled_softmax_loss), (of_plain, with_features_reversed(eager_loss))):
+            results = case.results(loss)
+            found.append(max(excess(results[name], truth[name], plain[name], F32) for name in results))
+    assert max(excesses) < 2 < max(of_plain)
+    assert sum(e > 1 for e in excesses) <= 1 < sum(e > 1 for e in of_plain)
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)

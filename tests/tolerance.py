@@ -1,5 +1,7 @@
 """What every comparison of a kernel with the truth goes through."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,6 +26,15 @@ def excess(kernel: Tensor, truth: Tensor, plain: Tensor, dtype: torch.dtype) -> 
     plain_error = (plain - truth).abs().max().item() if plain.isfinite().all() else 0.0
     allowed = 2 * plain_error + FLOOR[dtype] * truth.abs().max().item()
     return error / allowed if allowed > 0 and error == error else float("inf")
+
+
+def with_features_reversed(loss_function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same loss, its products added in another order."""
+
+    def loss(input: Tensor, weight: Tensor, **options: object) -> Tensor:
+        return loss_function(input.flip(-1), weight.flip(-1), **options)
+
+    return loss
 
 
 def eager_loss(

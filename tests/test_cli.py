@@ -13,6 +13,7 @@ import torch
 from image_files import write_image
 
 from fedss_kernels.federated import Config, cli
+from fedss_kernels.federated.compare import Comparison
 from fedss_kernels.federated.config import OWN, PRESETS
 from fedss_kernels.federated.data import DATASETS
 
@@ -303,3 +304,25 @@ def test_an_encoding_without_the_tables_letters_loses_letters_and_no_results(tmp
         env={**os.environ, "PYTHONIOENCODING": "ascii"},
     )
     assert (result.returncode, result.stderr) == (0, b"") and b" ? " in result.stdout
+
+
+def test_compositions_can_be_resumed(tmp_path, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(
+        "fedss_kernels.federated.compare.compare",
+        lambda plan, out, **options: seen.append((plan, options["resume"])) or Comparison([], [], [], out),
+    )
+    out = tmp_path / "out"
+    assert cli.main(["compositions", *SMALL, f"--out={out}"]) == 0
+    (plan, _), *_ = seen
+    assert list(plan.methods) == ["fedss", "neg_only"] and plan.config.equal_pushes
+    out.mkdir(exist_ok=True)
+    plan.save(out)
+    assert cli.main(["compositions", f"--resume={out}"]) == 0
+    assert seen[1][1] and list(seen[1][0].methods) == ["fedss", "neg_only"]
+    capsys.readouterr()
+    error = fails(capsys, "compositions", f"--resume={out}", "--rounds=3")
+    assert error.endswith("--rounds: a comparison is resumed with the options it began with")
+    assert "--seeds" not in fails(capsys, "compare", *SMALL, "--rates=inf", f"--out={tmp_path / 'other'}")
+    error = fails(capsys, "noise", "--run=nowhere", "--glyph-classes=3")
+    assert error.endswith("--glyph-classes: the model of --run is measured on its own data")

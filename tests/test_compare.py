@@ -79,6 +79,8 @@ def test_the_tables_say_the_same(tmp_path):
         (["fedss", "fedsss"], [0], "methods: expected some of .*, got 'fedsss'.*did you mean fedss"),
         ([], [0], "methods: expected at least one, each once, got none"),
         (["fedss"], [1, 1], "seeds: expected at least one, each once, got 1, 1"),
+        (["fedss"], [[1]], r"seeds: expected numbers, got \[1\]"),
+        ([1], [0], "methods: expected some of .*, got 1"),
     ],
 )
 def test_a_plan_that_cannot_be_is_refused(methods, seeds, message):

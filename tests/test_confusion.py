@@ -62,3 +62,10 @@ def test_the_command_shows_runs_side_by_side(tmp_path, capsys, monkeypatch):
     assert (out / "confusion.md").read_text() in capsys.readouterr().out
     assert (out / "confusion.png").read_bytes().startswith(b"\x89PNG")
     assert cli.main(["confusion", str(tmp_path / "nowhere"), f"--out={out}"]) == 2
+
+
+def test_a_centralized_runs_client_has_its_own_classes(linear_model):
+    config, data = tiny_config(method="centralized"), tiny_data()
+    net = Player(config, data).extractor.module.state_dict()
+    found = confusion.measure(config, data, (net, torch.ones(NUM_CLASSES, DIM)), client=1)
+    assert found.classes.tolist() == list(CLASSES_HELD[1]) and found.shares.isfinite().all()

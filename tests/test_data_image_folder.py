@@ -71,11 +71,15 @@ def test_a_retrieval_holds_out_classes(folder):
     assert len({read(folder, task="retrieval", seed=seed).class_names for seed in range(8)}) == 3
 
 
-@pytest.mark.parametrize("test", ["test", "val"])
+@pytest.mark.parametrize("test", ["test", "validation"])
 def test_a_split_that_is_given(tmp_path, test):
     folder = tmp_path / "data"
     write_tree(folder / "train", CLASSES)
     write_tree(folder / test, {"bee": 2, "cat": 1}, first=100)
+    (folder / test).rename(tmp_path / "aside")
+    with pytest.raises(FileNotFoundError, match="has train alone: expected test, val, valid, validation too"):
+        read(folder)
+    (tmp_path / "aside").rename(folder / test)
     data = read(folder)
     assert len(data.images) == 30 and shown(data.test_images) == [100, 101, 102]
     assert data.test_labels.tolist() == [1, 1, 2]
@@ -87,7 +91,14 @@ def test_a_split_that_is_given(tmp_path, test):
 
 
 def test_hidden_and_other_files_do_not_count_and_folders_within_do(folder):
-    for name in (".hidden/0.jpg", "ant/notes.txt", "readme.jpg", "ant/.0.jpg", "empty/notes.txt"):
+    for name in (
+        ".hidden/0.jpg",
+        "ant/.hidden/0.jpg",
+        "ant/notes.txt",
+        "readme.jpg",
+        "ant/.0.jpg",
+        "empty/notes.txt",
+    ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).touch()
     write_image(folder / "bee" / "more" / "5.PNG", 50)

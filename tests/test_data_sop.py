@@ -121,6 +121,10 @@ def test_missing_parts_are_named(folder):
             " ".join(HEADER) + "\n1 11 1 bicycle_final/1002_0.JPG\n",
             "'11' is a class of training and of the test",
         ),
+        (
+            " ".join(HEADER) + "\n1 1 1 bicycle_final/1002_0.JPG\n2 2 1 bicycle_final/1002_0.JPG\n",
+            r"1002_0\.JPG is listed twice, of training and test images",
+        ),
     ],
 )
 def test_a_list_that_is_not_the_authors(folder, content, message):

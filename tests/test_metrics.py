@@ -115,3 +115,12 @@ def test_top1_of_equals_the_first_counts():
     weight = torch.ones(3, 2)
     for block in (1, 2**22):
         assert top1(torch.ones(4, 2), weight, torch.tensor([0, 2, 1, 2]), block) == 1 / 4
+
+
+def test_embeddings_that_have_collapsed_are_still_told_apart():
+    """Ten clusters of twelve around one direction, 1e-4 apart: squared, that is below float32's digits."""
+    g = torch.Generator().manual_seed(0)
+    labels = torch.arange(10).repeat_interleave(12)
+    embeddings = torch.ones(120, 16) + 1e-4 * torch.randn(10, 16, generator=g)[labels]
+    embeddings += 1e-6 * torch.randn(120, 16, generator=g)
+    assert retrieval(embeddings, labels).map_at_r == 1

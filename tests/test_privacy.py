@@ -10,7 +10,7 @@ import torch
 from tiny_federation import tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import cli, privacy
-from fedss_kernels.federated.config import Config
+from fedss_kernels.federated.config import Config, ConfigError
 from fedss_kernels.federated.loading import load_data
 from fedss_kernels.federated.player import Player
 
@@ -93,3 +93,27 @@ def test_the_command_writes_table_and_plot_and_trains_if_asked(tmp_path, capsys,
     assert len(lines) == 3 * len(privacy.REQUESTS) and all(float(line["top1"]) >= 0 for line in lines)
     assert (out / "privacy.md").read_text() in capsys.readouterr().out
     assert (out / "privacy.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "method, options, named, precision",
+    [
+        ("pos_only", {}, "held", 1.0),
+        ("full_softmax", {}, "all", "prior"),
+        ("neg_only", {"num_negatives": 60, "equal_pushes": True}, "all", "prior"),
+    ],
+)
+def test_the_posterior_is_of_what_the_method_asks_for(method, options, named, precision, glyphs):
+    config, data = glyphs
+    config = Config(**{**vars(config), "method": method, **options})
+    held = len(Player(config, data).client.positives(0))
+    for line in privacy.measure(config, data, clients=1, requests=(1, 3)):
+        assert line.named == {"held": held, "all": 60}[named]
+        expected = held / 60 if precision == "prior" else precision
+        assert line.precision == line.posterior == pytest.approx(expected)
+
+
+def test_a_method_without_clients_has_no_requests(glyphs):
+    config, data = glyphs
+    with pytest.raises(ConfigError, match="method: expected one whose clients ask for rows"):
+        privacy.measure(Config(**{**vars(config), "method": "centralized"}), data, clients=1)

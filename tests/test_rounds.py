@@ -13,6 +13,7 @@ from fedss_kernels.federated import Config, ConfigError, Result, run
 from fedss_kernels.federated.algorithms import METHODS
 from fedss_kernels.federated.cohort import draw_cohort
 from fedss_kernels.federated.config import learning_rate
+from fedss_kernels.federated.lock import InUse, Lock
 from fedss_kernels.federated.metrics import retrieval
 from fedss_kernels.federated.player import Player, training_device
 from fedss_kernels.federated.randomness import Purpose, generator, initial_rows
@@ -359,6 +360,15 @@ def test_a_folder_in_use_is_refused_and_only_an_earlier_runs_files_are_overwritt
     train(out=out, rounds=1, overwrite=True)
     assert len((out / "metrics.csv").read_text().splitlines()) == 1 + 1
     assert (out / "notes.txt").read_text() == "mine"
+
+    going_on, metrics = Lock(out / "config.json"), (out / "metrics.csv").read_text()
+    with pytest.raises(InUse, match="another run is using"):
+        train(out=out, overwrite=True)
+    going_on.release()
+    assert (out / "metrics.csv").read_text() == metrics
+    (out / "section-noise.html").write_text("of the old model")
+    train(out=out, rounds=1, overwrite=True)
+    assert not (out / "section-noise.html").exists()
 
     other = tmp_path / "other"
     other.mkdir()

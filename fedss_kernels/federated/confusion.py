@@ -57,7 +57,7 @@ def measure(
     player = Player(config, data)
     player.extractor.module.load_state_dict(model[0])
     held = data.clients[client]
-    classes = player.client.positives(client)
+    classes = data.labels[held].unique()
     rows = normalize(model[1][classes], dim=1)
     found = (player.extractor.embed(data.images[held]) @ rows.T).argmax(1)
     counts = torch.zeros(len(classes), len(classes), dtype=torch.float64)

@@ -1,6 +1,8 @@
 """Runs in processes of their own, several at a time."""
 
 import multiprocessing
+import os
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -67,6 +69,7 @@ def _receive(
 
 def _child(sender: Connection, config: Config, resume: bool) -> None:
     """One run, if it is not done; sends its metrics, or a line about what went wrong."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         begun = resume and checkpoint.exists(folder_of(config))
         if not (resume and (folder_of(config) / "summary.json").exists()):
@@ -80,6 +83,14 @@ def _child(sender: Connection, config: Config, resume: bool) -> None:
         if folder.is_dir():
             (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
         sender.send(f"{type(error).__name__}: {error}")
+
+
+def _end_with_parent() -> None:
+    """Whatever this process is doing: a resumed comparison would find it writing to the run's folder."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _is_done(config: Config) -> bool:

@@ -65,7 +65,8 @@ def retrieval(
     if len(embeddings) < 2:
         raise ValueError(f"retrieval: expected at least 2 embeddings, got {len(embeddings)}")
     unit = normalize(embeddings, dim=1)
-    squared = unit.square().sum(dim=1)  # 1, or 0 for a zero embedding
+    unit = unit - unit.mean(dim=0)  # as far apart as before; products of nearly equal ones would cancel
+    squared = unit.square().sum(dim=1)
     total, found_at_1, found_at_r = 0.0, 0, 0
     for first, queries in _blocks(unit, max(1, block // len(unit))):
         nearness = 2 * (queries @ unit.T) - squared  # |query|^2 - distance^2

@@ -45,11 +45,17 @@ class Plan:
     rates: Sequence[float] = ()  # client_lr to choose from; none: the configuration's
 
     def __post_init__(self) -> None:
+        kinds: dict[str, type | tuple[type, ...]] = {"seeds": int, "counts": int, "rates": (int, float)}
+        for option, kind in kinds.items():
+            for value in getattr(self, option):
+                if not isinstance(value, kind) or isinstance(value, bool):
+                    raise ConfigError(option, f"expected numbers, got {value!r}")
         for name in self.methods:
-            if name not in METHODS:
+            if not isinstance(name, str) or name not in METHODS:
                 raise ConfigError(
                     "methods",
-                    f"expected some of {', '.join(METHODS)}, got {name!r}{did_you_mean(name, [*METHODS])}",
+                    f"expected some of {', '.join(METHODS)}, got {name!r}"
+                    f"{did_you_mean(str(name), [*METHODS])}",
                 )
         lists: dict[str, Sequence[Any]] = {"methods": self.methods, "seeds": self.seeds}
         for name, values in (lists | {"counts": self.counts, "rates": self.rates}).items():
@@ -79,7 +85,7 @@ class Plan:
     def trials(self, out: Path) -> list[Config]:
         """The runs that choose a rate, rates of one case next to each other."""
         return [
-            self._run(case, self.seeds[0], out / f"{case.name}-lr{rate:g}", client_lr=rate, holdout=HOLDOUT)
+            self._run(case, self.seeds[0], out / f"{case.name}-lr{rate}", client_lr=rate, holdout=HOLDOUT)
             for case in self.cases
             for rate in self.rates
         ]

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .config import STICKY, Config
+from .algorithms import METHODS
+from .config import STICKY, Config, ConfigError
 from .data import FederatedData
 from .player import Player
 from .report import write_section
@@ -72,7 +73,12 @@ def measure(
     requests: Sequence[int] = REQUESTS,
     accuracy: dict[str, tuple[float | None, float | None]] | None = None,  # by negatives: top-1, MAP@10
 ) -> list[Line]:
-    """A line for each kind of negatives and number of requests, of the first `clients`."""
+    """A line for each kind of negatives and number of requests, of the first `clients`.
+
+    Raises ConfigError for a method without clients, who ask for nothing.
+    """
+    if METHODS[config.method].pooled:
+        raise ConfigError("method", f"expected one whose clients ask for rows, got {config.method!r}")
     lines = []
     for negatives in STICKY:
         player = Player(replace(config, negatives=negatives), data)
@@ -88,16 +94,16 @@ def measure(
 
 def _attack(player: Player, client: int, requests: Sequence[int]) -> list[tuple[float, float, float, float]]:
     """(classes named, precision, recall, posterior) after so many requests of a client."""
-    config, num_classes = player.config, player.data.num_classes
-    positives = player.client.positives(client)
-    m = min(config.num_negatives, num_classes - len(positives))
-    sticky = int(STICKY[config.negatives] * m)
+    num_classes, positives = player.data.num_classes, player.client.positives(client)
     seen, found = torch.zeros(num_classes, dtype=torch.int64), []
     for round in range(max(requests)):
-        seen[player.request(round, 0, client).class_ids] += 1
+        asked = player.request(round, 0, client).class_ids
+        seen[asked] += 1
         if round + 1 in requests:
             named = (seen == round + 1).nonzero()[:, 0]
             right = torch.isin(named, positives).sum().item()
+            m = len(asked) - len(positives)
+            sticky = int(STICKY[player.config.negatives] * m)
             expected = posterior(num_classes, len(positives), sticky, m - sticky, round + 1)
             found.append((float(len(named)), right / len(named), right / len(positives), expected))
     return found

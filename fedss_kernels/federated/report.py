@@ -13,6 +13,7 @@ import numpy as np
 
 from .algorithms import METHODS
 from .config import Config
+from .ledger import OUTCOMES
 from .plan import Case, case_of
 from .run_folder import RoundMetrics, Summary
 from .tables import markdown
@@ -48,8 +49,8 @@ class Run:
 
     @property
     def updates(self) -> int:
-        """Clients times rounds: what a figure per client and round divides by."""
-        return self.summary.rounds * self.summary.cohort
+        """Clients drawn: what a figure per client and round divides by."""
+        return max(sum(getattr(self.summary, outcome) for outcome in OUTCOMES), 1)
 
     @property
     def saving(self) -> float:
@@ -360,6 +361,8 @@ def _what_was_run(runs: Sequence[Run]) -> str:
         if s.task == "classification"
         else f"{s.num_test_images:,} images of classes that no client holds"
     )
+    if runs[0].config.holdout and s.task == "retrieval":
+        tested = f"{s.num_test_images:,} images of clients who do not train, of the same classes"
     repeated = f" Every method was run {seeds} times, with different random numbers." if seeds > 1 else ""
     return (
         f"<p>{s.num_clients:,} clients, such as phones, each hold a few images of a few classes, and keep "

@@ -133,10 +133,15 @@ class RunFolder:
 
     @classmethod
     def new(cls, path: Path, config: Config, fingerprint: str) -> "RunFolder":
-        """For a run from the start. Raises as `check_folder`."""
+        """For a run from the start. Raises as `check_folder`, and InUse where a run is going on."""
         checkpoint.safetensors()  # where it is missing, better now than at the first checkpoint
-        prepare(path, RUN_FILES, overwrite=config.overwrite)
+        check_folder(path, RUN_FILES, overwrite=config.overwrite)
+        # a run that is going on there would write on
+        before = Lock(path / "config.json") if (path / "config.json").exists() else None
         checkpoint.remove(path)
+        prepare(path, RUN_FILES, overwrite=config.overwrite)
+        if before:
+            before.release()
         config.save(path / "config.json")
         hashes = {name: hashlib.sha256() for name in TABLES}
         folder = cls(path, config, fingerprint, hashes, Lock(path / "config.json"))
@@ -261,9 +266,15 @@ def _is_ours(marker: Path) -> bool:
 
 
 def prepare(path: Path, files: tuple[str, ...], *, overwrite: bool) -> None:
-    """Makes the folder, and frees it of an earlier run's `files` alone. Raises as `check_folder`."""
+    """Makes the folder, and frees it of an earlier run's `files` alone. Raises as `check_folder`.
+
+    And of what was measured of it, the sections of its report. The first of the files, by which the folder is
+    known to be one of ours, goes last.
+    """
     check_folder(path, files, overwrite=overwrite)
-    for name in files:
+    for section in path.glob("section-*.html"):
+        section.unlink()
+    for name in reversed(files):
         (path / name).unlink(missing_ok=True)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..algorithms import METHODS
 from ..config import (
     STICKY,
     Config,
@@ -17,8 +18,19 @@ from ..loading import check_data, load_data
 from ..models import MODELS
 from ..rounds import run
 from ..run_folder import make_folder, read_model
+from ..simulation import TooFewClients
 from .command import Command
-from .options import add_config_file, add_options, config_of, mistakes, one_of, read_counts, reader
+from .options import (
+    Mistake,
+    add_config_file,
+    add_options,
+    config_of,
+    flag,
+    mistakes,
+    one_of,
+    read_counts,
+    reader,
+)
 
 
 def _add_noise_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,15 +57,26 @@ def _add_noise_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser)
 
 
+# Options by which the data or the net would be another than the run's.
+_OF_A_RUN = (
+    *("data", "data_seed", "task", "holdout", "image_size", "partition", "num_clients", "images_per_client"),
+    *("classes_per_client", "dirichlet_alpha", "glyph_classes", "glyph_writers", "model", "embedding_dim"),
+)
+
+
 def _noise(arguments: argparse.Namespace) -> int:
     from .. import noise
 
     with mistakes():
         if arguments.run:
+            given = next((name for name in _OF_A_RUN if name in arguments), None)
+            if given:
+                raise Mistake(f"{flag(given)}: the model of --run is measured on its own data")
             arguments.config = arguments.config or arguments.run / "config.json"
         config = config_of(arguments)
         out = arguments.out if "out" in arguments else Path("runs") / f"noise-{config.data}"
         data = load_data(config)
+        check_data(config, data)
         model = None
         if arguments.run:
             model = read_model(arguments.run)
@@ -122,17 +145,24 @@ def _privacy(arguments: argparse.Namespace) -> int:
         config = dataclasses.replace(config, out=None)
         data = load_data(config)
         check_data(config, data)
+        if METHODS[config.method].pooled:
+            raise Mistake(f"--method: expected one whose clients ask for rows, got {config.method!r}")
         make_folder(out)
     accuracy = {}
     if arguments.train:
         with RunProgress(list(STICKY), config.rounds) as progress:
             for job, negatives in enumerate(STICKY):
                 progress.start(job)
-                result = run(
-                    dataclasses.replace(config, negatives=negatives),
-                    data=data,
-                    on_round=functools.partial(progress.advance, job),
-                )
+                store = config.class_store and config.class_store / negatives
+                try:
+                    with mistakes():
+                        result = run(
+                            dataclasses.replace(config, negatives=negatives, class_store=store),
+                            data=data,
+                            on_round=functools.partial(progress.advance, job),
+                        )
+                except TooFewClients as error:
+                    raise Mistake(str(error)) from None
                 accuracy[negatives] = result.summary.top1, result.summary.map_at_10
     lines = privacy.measure(config, data, clients=arguments.clients, accuracy=accuracy)
     print(privacy.write(out, lines), end="")

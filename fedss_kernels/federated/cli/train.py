@@ -128,11 +128,12 @@ def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAMES",
         help="the methods, with commas between (default: fedss,full_softmax,pos_only,neg_only)",
     )
+    parser.set_defaults(own={})
     _add_comparison_arguments(parser)
 
 
 def _add_compositions_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(methods=["fedss", "neg_only"], equal_pushes=True)
+    parser.set_defaults(own={"methods": ["fedss", "neg_only"], "equal_pushes": True})
     _add_comparison_arguments(parser, without=("equal_pushes",))
 
 
@@ -208,6 +209,7 @@ def _compare(arguments: argparse.Namespace) -> int:
             plan = dataclasses.replace(there, config=dataclasses.replace(there.config, out=arguments.resume))
         else:
             preset = read_preset(arguments.preset) if arguments.preset else {}
+            vars(arguments).update(arguments.own)
             given = {name: getattr(arguments, name) for name in LISTS}
             lists = _COMPARED | preset | {name: value for name, value in given.items() if value is not None}
             plan = Plan(config_of(arguments, preset.get("config", {})), *(lists[name] for name in LISTS))
@@ -215,8 +217,8 @@ def _compare(arguments: argparse.Namespace) -> int:
         check_data(plan.config, load_data(plan.config))
         if not resume:
             check_folder(out, COMPARISON_FILES, overwrite=plan.config.overwrite)
-    names = [trial_name(plan, trial) for trial in plan.trials(out)]
-    names += [job_name(plan, run) for run in plan.runs(out, {})]
+        names = [trial_name(plan, trial) for trial in plan.trials(out)]
+        names += [job_name(plan, run) for run in plan.runs(out, {})]
     with RunProgress(names, plan.config.rounds) as progress:
 
         def show(first: int) -> Callable[[int, RoundMetrics | None], None]:

@@ -1,4 +1,4 @@
-"""Any folder of images with a folder for each class, of its own or of `train` and `test` (or `val`):
+"""Any folder of images with a folder for each class, of its own or of `train` and one of TESTS:
 
 <class>/**/*.jpg                     a share of each class' images, drawn by the seed, is the test set
 train/<class>/**/*.jpg  test/<class>/**/*.jpg
@@ -7,6 +7,7 @@ train/<class>/**/*.jpg  test/<class>/**/*.jpg
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from .partition import FederatedData, Partition, divide, draw_share
 
 SOURCE = "wherever they come from: this is a folder of your own"
 ByClass = dict[str, list[Path]]  # the files of each class, sorted
+TESTS = ("test", "val", "valid", "validation")
 
 
 def load_image_folder(
@@ -32,13 +34,15 @@ def load_image_folder(
 ) -> FederatedData:
     """Every image below data_dir/<class>, in colour, resized to image_size x image_size.
 
-    Where there are folders `train` and `test` (or `val`) those are the split; else a share `test_share` of
+    Where there are folders `train` and one of TESTS those are the split; else a share `test_share` of
     each class' images is the test set of a classification, a share of the classes that of a retrieval.
     """
     folder = _existing(data_dir)
-    given = next((folder / name for name in ("test", "val") if (folder / name).is_dir()), None)
+    given = next((folder / name for name in TESTS if (folder / name).is_dir()), None)
     if (folder / "train").is_dir() and given:
         train, test = find_classes(folder / "train"), find_classes(given)
+    elif list(find_classes(folder)) == ["train"]:
+        raise FileNotFoundError(f"image_folder: {folder} has train alone: expected {', '.join(TESTS)} too")
     elif task == "retrieval":
         train, test = split_classes(find_classes(folder), seed, test_share)
     else:
@@ -82,13 +86,16 @@ def find_classes(folder: Path) -> ByClass:
 
 
 def images_below(folder: Path) -> list[Path]:
-    """Sorted."""
-    return sorted(
-        Path(parent, name)
-        for parent, _, names in os.walk(folder)
-        for name in names
-        if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
-    )
+    """Sorted; none that is hidden, or in a hidden folder."""
+    found = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [
+            Path(parent, name)
+            for name in names
+            if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+        ]
+    return sorted(found)
 
 
 def split_images(by_class: Mapping[str, list[Path]], seed: int, share: float) -> tuple[ByClass, ByClass]:
@@ -134,7 +141,7 @@ def from_files(
     """The data set of these files; classes are numbered in the order of `train`.
 
     Raises ValueError where a classification's test has a class that training lacks, or a retrieval's one that
-    it has.
+    it has, or a file is there twice.
     """
     number = {name: c for c, name in enumerate(train)}
     common, new = [c for c in test if c in number], [c for c in test if c not in number]
@@ -150,6 +157,10 @@ def from_files(
     of_test = number if task == "classification" else {c: i for i, c in enumerate(test)}
     files = [file for of_class in train.values() for file in of_class]
     test_files = [file for of_class in test.values() for file in of_class]
+    times = Counter([*files, *test_files])
+    twice = next((file for file, count in times.items() if count > 1), None)
+    if twice is not None:
+        raise ValueError(f"{name}: {twice} is listed twice, of training and test images")
     labels = np.repeat([number[c] for c in train], [len(found) for found in train.values()])
     test_labels = np.repeat([of_test[c] for c in test], [len(found) for found in test.values()])
     authors = sorted(set(owner.values())) if owner else None

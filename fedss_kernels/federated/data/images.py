@@ -155,6 +155,8 @@ def decode(content: bytes, size: int) -> bytes:
     from PIL import Image
 
     with Image.open(io.BytesIO(content)) as image:
+        if image.mode[0] in "IF":  # which convert would clip
+            raise ValueError(f"expected 8 bits a channel, got mode {image.mode}")
         colour = image.convert("RGB")
     if colour.size != (size, size):
         colour = colour.resize((size, size), Image.Resampling.BILINEAR)

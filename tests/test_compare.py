@@ -260,3 +260,14 @@ def test_no_jobs_is_a_mistake_and_not_a_wait(tmp_path):
         compare(Plan(Config(), ["fedss"], [0]), tmp_path / "out", jobs=0)
     with pytest.raises(ConfigError, match="workers: expected 1 in a comparison"):
         Plan(Config(workers=2), ["fedss"], [0])
+
+
+def test_class_stores_lie_as_the_runs_do_whatever_the_comparison_is_called_by(tmp_path, monkeypatch):
+    plan = Plan(Config(class_store=Path("stores")), ["fedss"], [0], rates=[0.1, 0.1000001])
+    (tmp_path / "a").mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    for out in (tmp_path / "a", Path()):
+        trials, (run,) = plan.trials(out / "rates"), plan.runs(out, {})
+        places = [trial.class_store for trial in trials]
+        assert places == [Path(f"stores/a/rates/fedss-lr{rate}") for rate in ("0.1", "0.1000001")]
+        assert run.class_store == Path("stores/a/fedss-seed0")

@@ -84,27 +84,40 @@ class Plan:
 
     def trials(self, out: Path) -> list[Config]:
         """The runs that choose a rate, rates of one case next to each other."""
+        store = self._store(out.resolve().parent.name, out.name)
         return [
-            self._run(case, self.seeds[0], out / f"{case.name}-lr{rate}", client_lr=rate, holdout=HOLDOUT)
+            self._run(
+                case,
+                self.seeds[0],
+                out / f"{case.name}-lr{rate}",
+                store,
+                client_lr=rate,
+                holdout=HOLDOUT,
+            )
             for case in self.cases
             for rate in self.rates
         ]
 
     def runs(self, out: Path, rates: Mapping[Case, float]) -> list[Config]:
         """The runs that are compared, cases of one seed next to each other."""
+        store = self._store(out.resolve().name)
         return [
             self._run(
                 case,
                 seed,
                 out / f"{case.name}-seed{seed}",
+                store,
                 client_lr=rates.get(case, self.config.client_lr),
             )
             for seed in self.seeds
             for case in self.cases
         ]
 
-    def _run(self, case: Case, seed: int, out: Path, **options: Any) -> Config:
-        store = self.config.class_store
+    def _store(self, *of_comparison: str) -> Path | None:
+        """Where its runs' class stores are, if they have any: beside those of others."""
+        return self.config.class_store and self.config.class_store.joinpath(*of_comparison)
+
+    def _run(self, case: Case, seed: int, out: Path, store: Path | None, **options: Any) -> Config:
         if case.num_negatives is not None:
             options["num_negatives"] = case.num_negatives
         elif len(self.counts) == 1:
@@ -114,7 +127,7 @@ class Plan:
             method=case.method,
             seed=seed,
             out=out,
-            class_store=store and store / out.parent.name / out.name,
+            class_store=store and store / out.name,
             **options,
         )
 

@@ -320,6 +320,8 @@ def test_compositions_can_be_resumed(tmp_path, monkeypatch, capsys):
     plan.save(out)
     assert cli.main(["compositions", f"--resume={out}"]) == 0
     assert seen[1][1] and list(seen[1][0].methods) == ["fedss", "neg_only"]
+    assert cli.main(["compositions", f"--resume={out}", f"--cache-dir={tmp_path}"]) == 0
+    assert seen[2][0].config.cache_dir == tmp_path
     capsys.readouterr()
     error = fails(capsys, "compositions", f"--resume={out}", "--rounds=3")
     assert error.endswith("--rounds: a comparison is resumed with the options it began with")

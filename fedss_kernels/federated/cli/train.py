@@ -181,14 +181,15 @@ def _add_comparison_arguments(parser: argparse.ArgumentParser, without: Sequence
 
 
 def _refuse_others(arguments: argparse.Namespace) -> None:
-    """A comparison is resumed as it was; only the number of jobs may be another."""
+    """A comparison is resumed as it was; only the number of jobs may be another, and where its data are."""
     given = vars(arguments)
-    options = [field.name for field in dataclasses.fields(Config) if field.name in given]
+    options = [field.name for field in dataclasses.fields(Config) if field.name in given.keys() - _PLACES]
     options += [name for name in ("preset", "config", *LISTS) if given.get(name) is not None]
     if options:
         raise Mistake(f"{flag(options[0])}: a comparison is resumed with the options it began with")
 
 
+_PLACES = {"data_dir", "cache_dir"}
 _COMPARED: dict[str, Any] = {
     "methods": ["fedss", "full_softmax", "pos_only", "neg_only"],
     "seeds": [0, 1, 2],
@@ -206,7 +207,9 @@ def _compare(arguments: argparse.Namespace) -> int:
         if resume:
             _refuse_others(arguments)
             there = Plan.read(arguments.resume)
-            plan = dataclasses.replace(there, config=dataclasses.replace(there.config, out=arguments.resume))
+            places = {name: value for name, value in vars(arguments).items() if name in _PLACES}
+            config = dataclasses.replace(there.config, out=arguments.resume, **places)
+            plan = dataclasses.replace(there, config=config)
         else:
             preset = read_preset(arguments.preset) if arguments.preset else {}
             vars(arguments).update(arguments.own)

@@ -28,8 +28,6 @@ from unittest import mock
 import torch
 import triton.language as tl
 
-from fedss_kernels.triton_kernels.configurations import SMALL_INSTRUCTIONS
-
 
 @dataclass(frozen=True)
 class Device:
@@ -133,8 +131,8 @@ def specialized(kernel: Any, bound: inspect.BoundArguments, options: dict[str, A
             signature[name] = annotation.name
         elif isinstance(value, torch.Tensor):
             signature[name] = f"*{_TYPES[value.dtype]}"
-            aligned += [name] * (value.data_ptr() % 16 == 0)
-            near += [name] * (value.untyped_storage().nbytes() < 2**31)
+            aligned += [name] * (value.data_ptr() % 16 == 0 and name not in plain)
+            near += [name] * (value.untyped_storage().nbytes() < 2**31 and name not in plain)
         else:
             assert type(value) is int, (name, value)
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
@@ -231,14 +229,12 @@ def _compile(launch: Launch, device: Device) -> Resources:
     from triton.backends.compiler import GPUTarget
 
     target = GPUTarget(device.backend, device.arch, device.warp_size)
-    options = dict(launch.options)
-    if device.backend == "hip":
-        options.pop("maxnreg", None)  # launched with it on NVIDIA's only ...
-        options |= SMALL_INSTRUCTIONS  # ... and with these on AMD's
     log = io.StringIO()
     start = time.perf_counter()
     with contextlib.redirect_stdout(log):  # where ptxas' log goes
-        compiled = triton.compile(_source(launch, device.backend == "hip"), target=target, options=options)
+        compiled = triton.compile(
+            _source(launch, device.backend == "hip"), target=target, options=dict(launch.options)
+        )
     seconds = time.perf_counter() - start
     if device.backend == "cuda":
         usage, code = read_ptxas_log(log.getvalue()), read_ptx(compiled.asm["ptx"], compiled.asm["ttgir"])

@@ -38,6 +38,7 @@ def blocks_of_16(small: bool, B: int, S: int, D: int) -> Configuration:
         products=block,
         result_columns=32,
         result_entries=16,
+        result_warps=4,
         merge_warps=4,
         chunk=32,
         splits=splits,

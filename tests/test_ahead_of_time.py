@@ -74,10 +74,14 @@ BRANCHES = [
 ]
 
 
-def launched(device: str, calls) -> list[Launch]:
-    """Each launch of these calls once, with the table of the device's maker."""
+def with_table_of(device: str):
     table = configurations.AMD if DEVICES[device].backend == "hip" else configurations.NVIDIA
-    with mock.patch.object(configurations, "TABLE", table), recorded(forward.partial_terms) as launches:
+    return mock.patch.object(configurations, "TABLE", table)
+
+
+def launched(device: str, calls) -> list[Launch]:
+    """Each launch of these calls once."""
+    with with_table_of(device), recorded(forward.partial_terms) as launches:
         for options in calls:
             call(**options)
     return launches
@@ -103,10 +107,12 @@ def _entry(launch: Launch) -> tuple:
     return launch.name, *chosen.items(), *map(str, dtypes), *launch.options.items()
 
 
-def unfused() -> list[Launch]:
+def unfused(device: str) -> list[Launch]:
     """Of the aggregator and the optimiser."""
     made = []
-    for kernel, types, constants, options in [*scatter_add.specimens(), *row_momentum.specimens()]:
+    with with_table_of(device):
+        specimens = [*scatter_add.specimens(), *row_momentum.specimens()]
+    for kernel, types, constants, options in specimens:
         types = {name: kind for name, kind in types.items() if kind != "constexpr"}
         made.append(Launch(kernel, types, constants, options=options))
     return made
@@ -133,12 +139,10 @@ def control(kernel, block: int, **options) -> Launch:
 
 
 def scalar_spills_allowed(launch: Launch) -> int:
-    """AMD's, into lanes of vector registers and never to memory.
-
-    None, but a few where a double's functions want many constants, or a tile has all of up to 128 rows.
-    """
-    all_rows = launch.name == "small_tiles" and launch.constants["BLOCK_B"] == configurations.SMALL_BATCH
-    return 20 if all_rows or launch.constants.get("ACC") == tl.float64 else 0
+    """AMD's, into lanes of vector registers and never to memory: a few where a tile has up to 128 rows."""
+    if launch.name != "small_tiles" or launch.constants["BLOCK_B"] < configurations.SMALL_BATCH:
+        return 0
+    return 10 if launch.constants["ACC"] == tl.float64 else 4
 
 
 def complaints(launch: Launch, device: str, found: Resources) -> list[str]:
@@ -170,13 +174,13 @@ def check(launches: list[Launch], device: str) -> None:
 @pytest.mark.parametrize("device", ["sm_90", "gfx942"])
 def test_kernels_fit(device):
     """One of each maker; every target is below."""
-    check([*some(device), *unfused()], device)
+    check([*some(device), *unfused(device)], device)
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_shipped_kernel_fits(device):
-    check([*shipped(device), *unfused()], device)
+    check([*shipped(device), *unfused(device)], device)
 
 
 def test_what_is_wrong_is_seen():
@@ -191,8 +195,9 @@ def test_what_is_wrong_is_seen():
         fuses = control(multiply_add, 128, enable_fp_fusion=True)
         apart = replace(fuses, options={"enable_fp_fusion": False})
         requests += [(launch, device) for launch in (spills, fuses, apart)]
-    masks = next(launch for launch in some("sm_80") if launch.name == "partial_terms")
+    masks = next(launch for launch in some("gfx942") if launch.name == "partial_terms")
     masks = replace(masks, constants=masks.constants | {"BLOCK_B": 128, "BLOCK_S": 64})
+    masks = replace(masks, options=masks.options | {"num_warps": 4})
     *found, masked = compile_all([*requests, (masks, "gfx942")])
     assert masked.scalar_spills > 0 and complaints(masks, "gfx942", masked)
     for at, device in enumerate(DEVICES):

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from .tiles import (
-    SIZES,
+    UNSPECIALIZED,
     add_product,
     dots,
     load_bias,
@@ -161,7 +161,7 @@ def store_target_rows(
         tl.store(grad_bias + S + rows, dlogits, mask=rows < B)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def small_tiles(
     input,
     weight,
@@ -332,7 +332,7 @@ def finish_scale(partial_scale, grad_scale, tiles, B, BLOCK_TILES: tl.constexpr,
     tl.store(grad_scale + one, rounded(total + tl.zeros((1,), tl.float64), grad_scale.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def small_results(
     input,
     weight,
@@ -396,7 +396,7 @@ def small_results(
 # ---- large problems: a chunk of classes at a time ----------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def pull_chunk(
     input,
     weight,
@@ -470,7 +470,7 @@ def sum_tiles(partial, at, inside, tiles, stride, ACC: tl.constexpr):
     return total
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def chunk_grad_rows(
     input,
     weight,
@@ -535,7 +535,7 @@ def add_tiles(sums, partial, rows, B, class_tiles, ACC: tl.constexpr):
     tl.store(sums + rows, tl.load(sums + rows, mask=rows < B, other=0.0) + found, mask=rows < B)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def chunk_grad_input(
     weight,
     class_ids,
@@ -587,7 +587,7 @@ def chunk_grad_input(
             add_tiles(sums_scale, scale_rows, rows, B, class_tiles, ACC)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def target_rows(
     input,
     weight,

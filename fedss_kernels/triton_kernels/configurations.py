@@ -11,12 +11,6 @@ SMALL_ENTRIES = 4096  # of the compact gradient, S + B, that every program may l
 SMALL_PARTIALS = 2**22  # elements of the tiles' parts of the gradient of input
 FEWEST_PULLS = 2**23  # elements of a chunk of pulls, unless 3% of the inputs and gradients are more
 MOST_TILES = 2**15  # of classes in a chunk: a grid's second axis has 65,535 programs
-# A thread's registers: told so, NVIDIA's assembler does not spill a few to leave room for more warps. Not for
-# the products, which it then unrolls further than registers reach.
-ALL_REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
-# AMD: of the 16 x 16 results of a matrix instruction a thread holds 4 elements, of 32 x 32 ones 16. Each mask
-# of theirs takes two of its 102 scalar registers.
-SMALL_INSTRUCTIONS = {"matrix_instr_nonkdim": 16}
 PROGRAMS = 264  # that keep a large device busy: two for each of its multiprocessors
 
 
@@ -41,6 +35,7 @@ class Configuration:
     products: Blocks  # of the large backward pass' two products
     result_columns: int  # of the last kernel of the backward pass
     result_entries: int  # of the compact gradient at a time in it; their ids, 16 times as many
+    result_warps: int
     merge_warps: int  # of the forward pass' last
     chunk: int  # classes at a time in the large backward pass, a multiple of tiles.classes
     splits: int  # of the class set in the forward pass
@@ -57,9 +52,14 @@ class Table:
     products: dict[int, Blocks]
     result_columns: int
     result_entries: int
+    result_warps: int
     merge_warps: int  # of the kernel that merges the splits
+    all_registers: dict[str, int]  # options of every kernel but the products
+    matrices: dict[int, dict[str, int]]  # options of those that multiply
 
 
+# maxnreg, a thread's registers: told so, the assembler does not spill a few to leave room for more warps. Not
+# for the products, which it then unrolls further than registers reach.
 NVIDIA = Table(
     few={2: Blocks(32, 32, 32, 4, 2), 4: Blocks(32, 16, 16, 4, 2), 8: Blocks(128, 16, 16, 8, 2)},
     many={2: Blocks(128, 16, 32, 8, 2), 4: Blocks(128, 16, 16, 8, 2), 8: Blocks(128, 16, 16, 8, 2)},
@@ -68,18 +68,27 @@ NVIDIA = Table(
     products={2: Blocks(64, 64, 64, 8, 3), 4: Blocks(32, 32, 64, 8, 2), 8: Blocks(16, 16, 16, 4, 2)},
     result_columns=64,
     result_entries=64,
+    result_warps=4,
     merge_warps=8,
+    all_registers={"maxnreg": 255},
+    matrices={2: {}, 4: {}, 8: {}},
 )
-# AMD's compiler keeps masks of each element that a thread holds in its 102 scalar registers: fewer elements.
+# AMD's compiler keeps masks of each element that a thread holds in its 102 scalar registers: fewer elements,
+# and matrix instructions of 16 x 16 results, of which a thread holds 4 (of 32 x 32 ones 16). Constants of
+# float64 functions are there too; it holds fewer at a time where it need not make room for many waves.
+_SMALL = {"matrix_instr_nonkdim": 16}
 AMD = Table(
     few=NVIDIA.few | {2: Blocks(32, 16, 32, 8, 2), 8: Blocks(32, 16, 16, 4, 1)},
     many=NVIDIA.many | {8: Blocks(128, 16, 16, 8, 1)},
     large_forward=NVIDIA.large_forward | {2: Blocks(128, 64, 32, 16, 3), 8: Blocks(32, 16, 16, 4, 1)},
-    large=NVIDIA.large,
+    large=NVIDIA.large | {2: Blocks(64, 64, 32, 16, 3)},
     products=NVIDIA.products | {2: Blocks(64, 32, 64, 8, 3)},
     result_columns=64,
     result_entries=32,
+    result_warps=8,
     merge_warps=16,
+    all_registers={},
+    matrices={2: _SMALL, 4: _SMALL, 8: _SMALL | {"waves_per_eu": 2}},
 )
 TABLE = AMD if torch.version.hip else NVIDIA
 
@@ -109,7 +118,7 @@ def configure(B: int, S: int, D: int, operand_bytes: int, problem_bytes: int) ->
     pulls = max(FEWEST_PULLS, problem_bytes * 3 // 100 // operand_bytes)
     half = -(-S // (2 * tile.classes))  # of the class tiles: never a matrix of B x S
     chunk = min(max(min(pulls // max(B, 1) // tile.classes, half), 1), MOST_TILES) * tile.classes
-    ends = TABLE.result_columns, TABLE.result_entries, TABLE.merge_warps
+    ends = TABLE.result_columns, TABLE.result_entries, TABLE.result_warps, TABLE.merge_warps
     return Configuration(small, forward, tile, products, *ends, chunk, splits)
 
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .tiles import (
-    SIZES,
+    UNSPECIALIZED,
     dots,
     load_bias,
     load_classes,
@@ -29,7 +29,7 @@ from .tiles import (
 KEPT = 6
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def partial_terms(
     input,
     weight,
@@ -95,7 +95,7 @@ def partial_terms(
         tl.store(at + 2 * B, w_inverse, mask=rows < B)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def merge_splits(
     target,
     target_counts,

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.cuda import device_of
 
-from .scatter_add import OPTIONS, add_runs, own_runs, specimen, tile
+from .scatter_add import add_runs, options, own_runs, specimen, tile
 
 
 @triton.jit(do_not_specialize=["C", "M"])
@@ -82,7 +82,7 @@ def row_momentum_step(
     tensors, numbers = (weight, velocity, class_ids, order, rows), (lr, momentum, weight_decay)
     with device_of(weight):
         row_momentum_kernel[(programs,)](
-            *tensors, *sizes, *strides, *numbers, weight_decay != 0, nesterov, positions, columns, **OPTIONS
+            *tensors, *sizes, *strides, *numbers, weight_decay != 0, nesterov, positions, columns, **options()
         )
 
 

@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.cuda import device_of
 
-from . import backward, forward, tuning
-from .configurations import ALL_REGISTERS, SMALL_INSTRUCTIONS, Blocks, Configuration, configure
+from . import backward, configurations, forward, tuning
+from .configurations import Blocks, Configuration, configure
 from .scatter_add import scatter_add
 
 _OPERANDS = {
@@ -118,6 +118,17 @@ class Problem(NamedTuple):
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return self.input.new_empty(shape, dtype=dtype or self.accumulator)
 
+    def blocks(self, blocks: Blocks) -> dict[str, int]:
+        """Of a kernel that multiplies."""
+        return {
+            "BLOCK_B": blocks.rows,
+            "BLOCK_S": blocks.classes,
+            "BLOCK_D": blocks.columns,
+            "num_warps": blocks.warps,
+            "num_stages": blocks.stages,
+            **configurations.TABLE.matrices[self.operand.itemsize],
+        }
+
     def configuration(self, stage: str, run: Callable[[Configuration], object]) -> Configuration:
         """The table's, or with FEDSS_AUTOTUNE=1 that with which `run` ("forward", "backward") is fastest."""
         B, C, S, D = self.sizes
@@ -137,18 +148,6 @@ def _exact() -> bool:
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
-
-
-def _blocks(blocks: Blocks) -> dict[str, int]:
-    """Of a kernel that multiplies."""
-    return {
-        "BLOCK_B": blocks.rows,
-        "BLOCK_S": blocks.classes,
-        "BLOCK_D": blocks.columns,
-        "num_warps": blocks.warps,
-        "num_stages": blocks.stages,
-        **(SMALL_INSTRUCTIONS if torch.version.hip else {}),
-    }
 
 
 def empty_results(input: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
@@ -178,8 +177,8 @@ def _loss(p: Problem, c: Configuration) -> tuple[Tensor, Tensor]:
                 *(partials, kept, B, C, S, D, p.ignore_index, *p.strides, p.factor),
                 **p.constants,
                 **p.precision,
-                **_blocks(blocks),
-                **ALL_REGISTERS,
+                **p.blocks(blocks),
+                **configurations.TABLE.all_registers,
             )
         rows = min(128, triton.next_power_of_2(max(B, 16)))
         splits = triton.next_power_of_2(c.splits)
@@ -194,7 +193,7 @@ def _loss(p: Problem, c: Configuration) -> tuple[Tensor, Tensor]:
             BLOCK_B=rows,
             BLOCK_SPLITS=splits,
             num_warps=c.merge_warps,
-            **ALL_REGISTERS,
+            **configurations.TABLE.all_registers,
             enable_fp_fusion=True,
         )
     return losses, kept
@@ -299,8 +298,8 @@ def _small(
             *(B, C, S, D, p.ignore_index, *p.strides, p.factor),
             **options,
             **p.precision,
-            **_blocks(blocks),
-            **ALL_REGISTERS,
+            **p.blocks(blocks),
+            **configurations.TABLE.all_registers,
         )
     spread = 0 if results.weight is None and results.bias is None else S + B
     backward.small_results[(B + 1 + spread, triton.cdiv(max(D, 1), c.result_columns))](
@@ -312,8 +311,8 @@ def _small(
         BLOCK_D=c.result_columns,
         BLOCK_TILES=16,
         BLOCK_ENTRIES=c.result_entries,
-        num_warps=4,
-        **ALL_REGISTERS,
+        num_warps=c.result_warps,
+        **configurations.TABLE.all_registers,
     )
 
 
@@ -350,8 +349,8 @@ def _large(
             *(first, size, B, C, S, D, p.ignore_index, *p.strides, p.factor),
             **options,
             **p.precision,
-            **_blocks(tile),
-            **ALL_REGISTERS,
+            **p.blocks(tile),
+            **configurations.TABLE.all_registers,
         )
         if needed[1] or needed[2]:
             grid = (triton.cdiv(size, product.classes), triton.cdiv(max(D, 1), product.columns))
@@ -361,7 +360,7 @@ def _large(
                 *(B, C, S, D, row_tiles, p.ignore_index, *p.strides),
                 **p.constants,
                 **p.precision,
-                **_blocks(product),
+                **p.blocks(product),
             )
         if needed[0] or needed[3]:
             columns = triton.cdiv(D, product.columns) if needed[0] else 1
@@ -371,7 +370,7 @@ def _large(
                 FOLD=fold,
                 **{name: value for name, value in p.constants.items() if name != "COSINE"},
                 **p.precision,
-                **_blocks(product),
+                **p.blocks(product),
             )
     if not fold and (needed[1] or needed[2]):
         backward.target_rows[(triton.cdiv(B, 16), triton.cdiv(max(D, 1), c.result_columns))](
@@ -381,8 +380,8 @@ def _large(
             **p.constants,
             BLOCK_B=16,
             BLOCK_D=c.result_columns,
-            num_warps=4,
-            **ALL_REGISTERS,
+            num_warps=c.result_warps,
+            **configurations.TABLE.all_registers,
         )
     backward.small_results[(B + 1, triton.cdiv(max(D, 1), c.result_columns))](
         *(p.input, p.weight, p.target, p.class_ids, p.learned, upstream, kept, None, None),
@@ -392,8 +391,8 @@ def _large(
         BLOCK_D=c.result_columns,
         BLOCK_TILES=1,
         BLOCK_ENTRIES=c.result_entries,
-        num_warps=4,
-        **ALL_REGISTERS,
+        num_warps=c.result_warps,
+        **configurations.TABLE.all_registers,
     )
 
 

@@ -15,10 +15,15 @@ import triton.language as tl
 from torch import Tensor
 from torch.cuda import device_of
 
-from .configurations import ALL_REGISTERS
+from . import configurations
 from .tiles import rounded
 
-OPTIONS = {"enable_fp_fusion": False} | ALL_REGISTERS  # a fused multiply-add would skip one rounding
+
+def options() -> dict[str, int]:
+    """A fused multiply-add would skip one rounding."""
+    return {"enable_fp_fusion": False} | configurations.TABLE.all_registers
+
+
 ELEMENTS = 256  # of one program's tile: with more, one target or another spills registers
 STEPS = tl.constexpr(4)  # rows added before a program asks whether any of its runs goes on
 
@@ -118,14 +123,14 @@ def scatter_add(
             *(out, class_ids, order, rows, scale, *sizes, *strides),
             tl.float64 if out.dtype == torch.float64 else tl.float32,
             *(positions, columns),
-            **OPTIONS,
+            **options(),
         )
 
 
 def specimen(kernel, types: dict[str, str], constants: dict) -> tuple:
     """(kernel, signature, constants, options): as `triton.compile` wants what a launch would compile."""
     others = {name: "constexpr" if name in constants else "i32" for name in kernel.arg_names}
-    return kernel, others | types, constants, OPTIONS
+    return kernel, others | types, constants, options()
 
 
 def specimens() -> list[tuple]:

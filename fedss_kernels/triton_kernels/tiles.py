@@ -12,8 +12,13 @@ import triton.language as tl
 ZERO_NORM: tl.constexpr = tl.constexpr(1e-12)  # shorter rows have cosine 0 and pass no gradient
 
 
-# Sizes that a kernel is not compiled anew for, when they become 1 or a multiple of 16.
+# What a kernel is not compiled anew for: sizes that become 1 or a multiple of 16, and vectors at an address
+# that is none. (For AMD a specialized pointer is a descriptor too, of four scalar registers.)
 SIZES = ["B", "C", "S", "splits", "tiles", "first", "CHUNK", "row_tiles", "class_tiles", "ignore_index"]
+GIVEN = ["target", "target_counts", "class_ids", "counts", "bias", "learned", "grad_loss"]
+KEPT = ["kept", "partials", "partial_share", "partial_scale", "share_rows", "share_classes", "scale_rows"]
+RESULTS = ["loss", "bias_classes", "sums_share", "sums_scale", "grad_bias", "grad_class_bias", "grad_scale"]
+UNSPECIALIZED = [*SIZES, *GIVEN, *KEPT, *RESULTS]
 
 # The interpreter multiplies bfloat16 wrongly and truncates where it should round. There, and only there,
 # operands are widened, which is exact, and rounding is done by hand.

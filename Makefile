@@ -8,7 +8,7 @@ DEMO_OUT ?= runs/demo
 BENCH_OUT ?= runs/bench
 FUZZ_RUNS ?= 1000000
 
-.PHONY: all demo test test-gpu-code lint check sanitize sanitize-address sanitize-thread fuzz fuzz-coverage bench wheel \
+.PHONY: all demo test test-targets lint check sanitize sanitize-address sanitize-thread fuzz fuzz-coverage bench wheel \
 	clean
 all: check
 
@@ -30,8 +30,9 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
-# every configuration of the GPU kernels, compiled for every target: takes minutes, and no GPU
-test-gpu-code: $(READY)
+# what other machines run: every configuration of the GPU kernels, compiled for every target, and the NEON kernels,
+# under an emulator: takes minutes, and no GPU
+test-targets: $(READY)
 	$(BIN)/python -m pytest -m exhaustive
 
 # style, format and types
@@ -41,7 +42,7 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror csrc/*.cpp csrc/*.hpp tests/*.cpp tests/fuzz/*.?pp
 
-check: lint test test-gpu-code demo
+check: lint test test-targets demo
 
 # The extension, and the fuzz corpus without Python, under the address and undefined-behaviour sanitizers and under the
 # thread sanitizer: minutes. Not: tests that limit memory, which a sanitizer has its own use for, tests of other

@@ -171,10 +171,9 @@ def check(launches: list[Launch], device: str) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("device", ["sm_90", "gfx942"])
-def test_kernels_fit(device):
-    """One of each maker; every target is below."""
-    check([*some(device), *unfused(device)], device)
+def test_kernels_fit():
+    """One target; every one is below."""
+    check([*some("sm_90"), *unfused("sm_90")], "sm_90")
 
 
 @pytest.mark.exhaustive

@@ -50,6 +50,15 @@ def test_every_mode_becomes_colour(mode, tmp_path):
     assert read([path], tmp_path).shape == (1, 3, 8, 8)
 
 
+def test_16_bits_are_scaled_and_not_clipped(tmp_path):
+    dark, floats = tmp_path / "dark.png", tmp_path / "floats.tif"
+    Image.fromarray(np.full((4, 4), 50 * 257, np.uint16)).save(dark)
+    assert (read([dark], tmp_path) == 50).all()
+    Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(floats)
+    with pytest.raises(ValueError, match="expected 8 or 16 bits a channel, got float32, 0.5 to 0.5"):
+        read([floats], tmp_path)
+
+
 def test_the_second_time_nothing_is_decoded(files, tmp_path, monkeypatch):
     first = read(files, tmp_path)
     monkeypatch.setattr(images, "decode", None)

@@ -134,6 +134,7 @@ CROSS, EMULATOR = "aarch64-linux-gnu-g++", shutil.which("qemu-aarch64-static") o
 
 # Nothing else here needs another machine's compiler and an emulator of it, so a developer may lack them;
 # .ci/run installs both.
+@pytest.mark.exhaustive
 @pytest.mark.skipif(
     shutil.which(CROSS) is None or EMULATOR is None,
     reason="code for another machine: needs g++-aarch64-linux-gnu and qemu-user-static",

@@ -44,7 +44,7 @@ def gradients(loss, *tensors):
 # ---- wrong values ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bad", [-1, 12, 2**40, -(2**62)])
+@pytest.mark.parametrize("bad", [12, -(2**62)])
 def test_a_target_that_does_not_exist_makes_its_own_loss_nan(bad):
     x, w, t, ids, counts = problem()
     t[2] = bad

@@ -155,12 +155,19 @@ def decode(content: bytes, size: int) -> bytes:
     from PIL import Image
 
     with Image.open(io.BytesIO(content)) as image:
-        if image.mode[0] in "IF":  # which convert would clip
-            raise ValueError(f"expected 8 bits a channel, got mode {image.mode}")
-        colour = image.convert("RGB")
+        more_bits = image.mode[0] in "IF"
+        narrow = Image.fromarray(_of_8_bits(np.asarray(image))) if more_bits else image
+        colour = narrow.convert("RGB")
     if colour.size != (size, size):
         colour = colour.resize((size, size), Image.Resampling.BILINEAR)
     return np.asarray(colour).transpose(2, 0, 1).tobytes()
+
+
+def _of_8_bits(grey: np.ndarray) -> np.ndarray:
+    """A grey image of 16 bits, which `convert` would clip. Raises ValueError for other numbers."""
+    if grey.dtype.kind == "f" or grey.min() < 0 or grey.max() > 0xFFFF:
+        raise ValueError(f"expected 8 or 16 bits a channel, got {grey.dtype}, {grey.min()} to {grey.max()}")
+    return (grey / 257).round().astype(np.uint8)
 
 
 # ---- reading it

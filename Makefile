@@ -30,8 +30,8 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
-# what other machines run: every configuration of the GPU kernels, compiled for every target, and the NEON kernels,
-# under an emulator: takes minutes, and no GPU
+# for every target: each configuration of the GPU kernels, compiled, and the C++ kernels' own test, for NEON under an
+# emulator: takes minutes, and no GPU
 test-targets: $(READY)
 	$(BIN)/python -m pytest -m exhaustive
 

@@ -182,6 +182,7 @@ def test_every_shipped_kernel_fits(device):
     check([*shipped(device), *unfused(device)], device)
 
 
+@pytest.mark.exhaustive
 def test_what_is_wrong_is_seen():
     """As many values per thread as it has registers (NVIDIA's 255, AMD's 512), where all else needs some too.
 

@@ -125,6 +125,7 @@ def run(command: list[str]) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+@pytest.mark.exhaustive
 def test_kernels_in_cpp(tmp_path):
     run([str(build("g++", tmp_path, NATIVE)), "60"])
 

@@ -65,6 +65,12 @@ def posterior(num_classes: int, positives: int, sticky: int, fresh: int, request
     return prior / (prior + (1 - prior) * survival)
 
 
+def check(config: Config) -> None:
+    """Raises ConfigError for a method without clients, who ask for nothing."""
+    if METHODS[config.method].pooled:
+        raise ConfigError("method", f"expected one whose clients ask for rows, got {config.method!r}")
+
+
 def measure(
     config: Config,
     data: FederatedData,
@@ -73,12 +79,8 @@ def measure(
     requests: Sequence[int] = REQUESTS,
     accuracy: dict[str, tuple[float | None, float | None]] | None = None,  # by negatives: top-1, MAP@10
 ) -> list[Line]:
-    """A line for each kind of negatives and number of requests, of the first `clients`.
-
-    Raises ConfigError for a method without clients, who ask for nothing.
-    """
-    if METHODS[config.method].pooled:
-        raise ConfigError("method", f"expected one whose clients ask for rows, got {config.method!r}")
+    """A line for each kind of negatives and number of requests, of the first `clients`. Raises as `check`."""
+    check(config)
     lines = []
     for negatives in STICKY:
         player = Player(replace(config, negatives=negatives), data)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from ..algorithms import METHODS
 from ..config import (
     STICKY,
     Config,
@@ -145,8 +144,7 @@ def _privacy(arguments: argparse.Namespace) -> int:
         config = dataclasses.replace(config, out=None)
         data = load_data(config)
         check_data(config, data)
-        if METHODS[config.method].pooled:
-            raise Mistake(f"--method: expected one whose clients ask for rows, got {config.method!r}")
+        privacy.check(config)
         make_folder(out)
     accuracy = {}
     if arguments.train:

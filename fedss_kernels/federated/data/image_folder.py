@@ -41,12 +41,13 @@ def load_image_folder(
     given = next((folder / name for name in TESTS if (folder / name).is_dir()), None)
     if (folder / "train").is_dir() and given:
         train, test = find_classes(folder / "train"), find_classes(given)
-    elif list(find_classes(folder)) == ["train"]:
-        raise FileNotFoundError(f"image_folder: {folder} has train alone: expected {', '.join(TESTS)} too")
-    elif task == "retrieval":
-        train, test = split_classes(find_classes(folder), seed, test_share)
     else:
-        train, test = split_images(find_classes(folder), seed, test_share)
+        classes = find_classes(folder)
+        if list(classes) == ["train"]:
+            expected = ", ".join(TESTS)
+            raise FileNotFoundError(f"image_folder: {folder} has train alone: expected {expected} too")
+        split = split_classes if task == "retrieval" else split_images
+        train, test = split(classes, seed, test_share)
     return from_files(
         "image_folder",
         train,

@@ -1,6 +1,8 @@
 // Compiled once for each instruction set; see kernels.hpp.
 #include "kernels.hpp"
 
+#include <type_traits>
+
 #include "simd.hpp"
 
 namespace fedss {
@@ -132,24 +134,96 @@ double dot(const T* a, const T* b, int64_t n) {
   return sum;
 }
 
+#if defined(FEDSS_FUSED)
+// The same in half the time: sums of a few float products, which are then added in float64. Good to 2^-26 of the sum of
+// the products' sizes, if that is in float's range.
+inline double dot_in_blocks(const float* a, const float* b, int64_t n) {
+  constexpr int64_t kStep = kLanes<float>, kBlockVectors = 8;
+  Doubles total{};
+  int64_t d = 0;
+  while (d + kStep <= n) {
+    Vec<float> first{}, second{};
+    const int64_t left = (n - d) / kStep, vectors = left < kBlockVectors ? left : kBlockVectors;
+    for (int64_t v = 0; v + 2 <= vectors; v += 2, d += 2 * kStep) {
+      first = fused(load(a + d), load(b + d), first);
+      second = fused(load(a + d + kStep), load(b + d + kStep), second);
+    }
+    if (vectors % 2) first = fused(load(a + d), load(b + d), first), d += kStep;
+    total += halves_added(first + second);
+  }
+  double sum = sum_of(total);
+  for (; d < n; ++d) sum += double(a[d]) * double(b[d]);
+  return sum;
+}
+
+// A float64 number as a sum of two floats: what it multiplies is rounded as if by itself.
+struct TwoFloats {
+  Vec<float> high, low;
+
+  explicit TwoFloats(double value)
+      : high(broadcast(float(value))), low(broadcast(float(value - double(float(value))))) {}
+  // Whether both are normal numbers with room for a product.
+  static bool hold(double value) {
+    const double size = __builtin_fabs(value);
+    return size == 0 || (size > 0x1p-80 && size < 0x1p80);
+  }
+};
+
+inline Vec<float> operator*(Vec<float> value, TwoFloats by) { return fused(value, by.high, value * by.low); }
+#endif
+
+// |row|
+template <class T>
+double norm(const T* row, int64_t n) {
+#if defined(FEDSS_FUSED)
+  if constexpr (std::is_same<T, float>::value) {
+    const double squares = dot_in_blocks(row, row, n);
+    if (squares > 0x1p-60 && squares < 0x1p100) return __builtin_sqrt(squares);
+  }
+#endif
+  return __builtin_sqrt(dot(row, row, n));
+}
+
 template <class T>
 void scale(const T* row, int64_t n, double factor, T* out) {
   int64_t d = 0;
+#if defined(FEDSS_FUSED)
+  if constexpr (std::is_same<T, float>::value) {
+    if (TwoFloats::hold(factor)) {
+      const TwoFloats by(factor);
+      for (; d + kLanes<float> <= n; d += kLanes<float>) store(out + d, load(row + d) * by);
+    }
+  }
+#endif
   for (; d + kDoubles <= n; d += kDoubles) store_doubles(out + d, load_doubles(row + d) * factor);
   for (; d < n; ++d) out[d] = T(double(row[d]) * factor);
 }
 
 template <class T>
 double normalize(const T* row, int64_t n, double least, T* out) {
-  const double norm = __builtin_sqrt(dot(row, row, n));
-  if (norm >= least && norm < kInf) scale(row, n, 1 / norm, out);
-  return norm;
+  const double length = norm(row, n);
+  if (length >= least && length < kInf) scale(row, n, 1 / length, out);
+  return length;
 }
 
 template <class T>
 void project(const T* row, int64_t n, double along, const T* unit, double factor, T* out) {
-  if (along != 0) along *= dot(row, unit, n);
   int64_t d = 0;
+#if defined(FEDSS_FUSED)
+  if constexpr (std::is_same<T, float>::value) {
+    const double share = along == 0 ? 0.0 : along * dot_in_blocks(row, unit, n);
+    if (TwoFloats::hold(share) && TwoFloats::hold(factor)) {
+      const TwoFloats minus(-share), by(factor);
+      for (; d + kLanes<float> <= n; d += kLanes<float>) {
+        const Vec<float> across = fused(load(unit + d), minus.high, load(row + d));
+        store(out + d, fused(load(unit + d), minus.low, across) * by);
+      }
+      for (; d < n; ++d) out[d] = float((double(row[d]) - double(unit[d]) * share) * factor);
+      return;
+    }
+  }
+#endif
+  if (along != 0) along *= dot(row, unit, n);
   for (; d + kDoubles <= n; d += kDoubles) {
     store_doubles(out + d, (load_doubles(row + d) - load_doubles(unit + d) * along) * factor);
   }
@@ -254,8 +328,9 @@ constexpr double kPreciseWork = 1 << 20;
 #endif
 
 template <class T>
-constexpr KernelsFor<T> kKernelsFor = {kLanes<T>, multiply<T, T>, exponentiate<T>, scale_columns<T>, sum<T>,
-                                       dot<T>,    scale<T>,       normalize<T>,    project<T>,       add_scaled<T>};
+constexpr KernelsFor<T> kKernelsFor = {kLanes<T>,    multiply<T, T>, exponentiate<T>, scale_columns<T>,
+                                       sum<T>,       dot<T>,         norm<T>,         scale<T>,
+                                       normalize<T>, project<T>,     add_scaled<T>};
 
 #define FEDSS_STRING(name) #name
 #define FEDSS_NAME(name) FEDSS_STRING(name)

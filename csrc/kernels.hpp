@@ -58,6 +58,7 @@ struct KernelsFor {
   double (*sum)(const T* values, int64_t n);  // n: whole vectors of float64
   // a . b, in float64
   double (*dot)(const T* a, const T* b, int64_t n);
+  double (*norm)(const T* row, int64_t n);  // |row|
   // out = factor * row
   void (*scale)(const T* row, int64_t n, double factor, T* out);
   // Returns |row|; where that is at least `least`, and finite, out = row / |row|.

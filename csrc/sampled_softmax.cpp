@@ -263,7 +263,7 @@ class Solver {
     const T* row = read_row(from, i, scratch);
     std::fill(out + D_, out + ld_, T(0));
     if (!p_.cosine) {
-      check_length(from, std::sqrt(kernels_.dot(row, row, D_)));
+      check_length(from, kernels_.norm(row, D_));
       std::copy(row, row + D_, out);
       return 1;
     }
@@ -291,7 +291,7 @@ class Solver {
     } else {
       pairs_->narrow(row, D_, reinterpret_cast<uint16_t*>(out));
     }
-    const double norm = std::sqrt(kernels_.dot(row, row, D_));
+    const double norm = kernels_.norm(row, D_);
     if (p_.cosine && norm < kZeroNorm) return 0;
     check_length(from, norm);
     return p_.cosine ? 1 / norm : 1;

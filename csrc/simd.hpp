@@ -22,6 +22,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 namespace fedss {
@@ -109,14 +111,50 @@ inline void store_doubles(float* to, Doubles value) {
 #endif
 }
 
+// Halves are added to halves, down to one number.
 inline double sum_of(Doubles value) {
-  double room[kDoubles];
-  store(room, value);
-  for (int step = kDoubles / 2; step > 0; step /= 2) {
-    for (int i = 0; i < step; ++i) room[i] += room[i + step];
-  }
-  return room[0];
+#if defined(__AVX512F__)
+  const __m256d four = _mm256_add_pd(_mm512_castpd512_pd256((__m512d)value), _mm512_extractf64x4_pd((__m512d)value, 1));
+#elif defined(__AVX2__)
+  const __m256d four = (__m256d)value;
+#endif
+#if defined(__AVX2__)
+  const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+  return two[0] + two[1];
+#else
+  return value[0] + value[1];
+#endif
 }
+
+// The sums of the lanes i and i + kDoubles.
+inline Doubles halves_added(Vec<float> value) {
+#if defined(__AVX512F__)
+  const __m256 low = _mm512_castps512_ps256((__m512)value), high = _mm512_extractf32x8_ps((__m512)value, 1);
+  return (Doubles)_mm512_cvtps_pd(low) + (Doubles)_mm512_cvtps_pd(high);
+#elif defined(__AVX2__)
+  const __m128 low = _mm256_castps256_ps128((__m256)value), high = _mm256_extractf128_ps((__m256)value, 1);
+  return (Doubles)_mm256_cvtps_pd(low) + (Doubles)_mm256_cvtps_pd(high);
+#else
+  float room[kLanes<float>];
+  store(room, value);
+  return load_doubles(room) + load_doubles(room + kDoubles);
+#endif
+}
+
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#define FEDSS_FUSED 1
+
+// a b + c, rounded once. Not left to the compiler where c is a product too, as it may fuse that one instead.
+inline Vec<float> fused(Vec<float> a, Vec<float> b, Vec<float> c) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (Vec<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return (Vec<float>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#endif
+}
+#endif
 
 // e^x for x <= 0, or NaN; 0 near and below the smallest normal number. Within about one unit in the last place:
 // x = n ln 2 + r with |r| <= ln 2 / 2, and the exponential series of r.
@@ -145,8 +183,8 @@ inline Doubles exp_of(Doubles x) {
 
 // a b + c, nearly as if rounded once, where most of a b cancels.
 inline Vec<float> add_exactly(Vec<float> a, Vec<float> b, Vec<float> c) {
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-  return a * b + c;  // compiled to one instruction
+#if defined(FEDSS_FUSED)
+  return fused(a, b, c);
 #else
   // Dekker's product: both factors in halves, whose products are exact.
   const Vec<float> product = a * b, a_shifted = a * 4097.0f, b_shifted = b * 4097.0f;

@@ -90,15 +90,19 @@ def sampled_softmax_loss(
     if impl != "reference":
         try:
             loss = direct_loss(
-                *(input, weight, target, class_ids, log_expected_count, target_log_expected_count, bias),
-                *(
-                    float(scale) if type(scale) is int else scale,
-                    similarity,
-                    ignore_index,
-                    reduction,
-                    sparse_grad,
-                    impl,
-                ),
+                input,
+                weight,
+                target,
+                class_ids,
+                log_expected_count,
+                target_log_expected_count,
+                bias,
+                float(scale) if type(scale) is int else scale,
+                similarity,
+                ignore_index,
+                reduction,
+                sparse_grad,
+                impl,
             )
             if loss is not None:
                 return loss

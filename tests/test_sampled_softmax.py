@@ -371,6 +371,29 @@ def test_rows_of_any_length_have_a_cosine(sampled_softmax_loss):
     assert torch.equal(loss, expected)
 
 
+@cpp_only
+@pytest.mark.parametrize(
+    "of_x, of_w, upstream", [(100, -20, 0), (-30, 61, 0), (-36, -36, 0), (0, 0, -100), (3, 0, 90)]
+)
+def test_powers_of_two_change_nothing_else(of_x, of_w, upstream, sampled_softmax_loss):
+    """In a problem large enough for float32, rows and gradients in and out of its comfortable range."""
+    g = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(n, 70, generator=g) for n in (40, 40))
+    t = torch.randint(40, (40,), generator=g)
+
+    def results(x, w, upstream):
+        x, w = x.requires_grad_(), w.requires_grad_()
+        losses = sampled_softmax_loss(x, w, t, reduction="none")
+        return losses, *gradients((losses * upstream).sum(), x, w)
+
+    expected = results(x.clone(), w.clone(), 1.0)
+    loss, grad_x, grad_w = results(x * 2.0**of_x, w * 2.0**of_w, 2.0**upstream)
+    got = loss, grad_x.double() * 2.0 ** (of_x - upstream), grad_w.double() * 2.0 ** (of_w - upstream)
+    for result, right in zip(got, expected, strict=True):
+        error = (result - right).abs().max() / right.abs().max()
+        assert error < 1e-6
+
+
 @pytest.mark.parametrize("name", ["input", "weight"])
 def test_a_length_out_of_range_is_never_a_cosine_of_zero(name, sampled_softmax_loss):
     """On a GPU the squares of 1e30 are infinite: that is NaN, as a wrong number would be silent."""

@@ -164,7 +164,9 @@ class Solver {
     pairs_ld_ = (D_ + 1) / 2;
     const bool resident = N_ * ld_ <= kMostPacked && N_ * kFewestRows <= kMostLogits;
     const int64_t columns = std::max<int64_t>(N_, 1);
-    wave_ = resident ? std::clamp(kFewLogits / columns / kRowTile * kRowTile, kFewestRows, kMostRows) : kChunkedRows;
+    // The more there is of the class rows that each wave reads again, the more rows share them.
+    const int64_t logits = N_ * ld_ > kFewLogits ? kMostLogits : kFewLogits;
+    wave_ = resident ? std::clamp(logits / columns / kRowTile * kRowTile, kFewestRows, kMostRows) : kChunkedRows;
     wave_ = std::min(wave_, V_);
     row_tile_ = std::min(kRowTile, round_up(wave_, kernels_.lanes));
     chunk_ = resident ? N_ : std::min({N_, kMostLogits / padded_wave(), std::max(kMostPacked / ld_, kClassTile)});

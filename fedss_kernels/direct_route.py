@@ -39,12 +39,12 @@ def direct_loss(
         _plain_eager()
         and _ordinary(input)
         and _ordinary(weight)
-        and (bias is None or (_ordinary(bias) and bias.dtype == weight.dtype))
-        and _constant(target)
-        and (class_ids is None or _constant(class_ids))
+        and type(target) is Tensor
+        and (class_ids is None or type(class_ids) is Tensor)
         and (log_expected_count is None or _constant(log_expected_count))
         and (target_log_expected_count is None or _constant(target_log_expected_count))
-        and _ordinary_scale(scale)
+        and (bias is None or (_ordinary(bias) and bias.dtype == weight.dtype))
+        and (math.isfinite(scale) if type(scale) is float else _ordinary_scale(scale))
         and type(ignore_index) is int
         and type(sparse_grad) is bool
     ):
@@ -57,7 +57,7 @@ def direct_loss(
     if (
         impl not in ("auto", "cpp")
         or not input.is_cpu
-        or torch.is_autocast_enabled("cpu")
+        or (torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled("cpu"))
         or (isinstance(scale, Tensor) and not scale.is_cpu)
     ):
         return None
@@ -101,12 +101,15 @@ def _ordinary(tensor: Tensor) -> bool:
 
 
 def _constant(tensor: Tensor) -> bool:
-    return type(tensor) is Tensor and _ordinary(tensor) and not tensor.requires_grad
+    return (
+        type(tensor) is Tensor
+        and tensor.layout is torch.strided
+        and not tensor.requires_grad
+        and not tensor.is_neg()
+    )
 
 
-def _ordinary_scale(scale: float | Tensor) -> bool:
-    if type(scale) is float:
-        return math.isfinite(scale)
+def _ordinary_scale(scale: Tensor) -> bool:
     return isinstance(scale, Tensor) and _ordinary(scale) and scale.dim() == 0 and scale.is_floating_point()
 
 
@@ -146,6 +149,8 @@ class _Loss(torch.autograd.Function):
         made, ctx.made = ctx.made, None  # handed on; a second backward makes them again
         grad_mode = torch.is_grad_enabled()
         if dense and made is not None and not grad_mode and math.isfinite(upstream := grad_loss.item()):
+            if upstream == 1 and input.dtype is weight.dtype is grad_loss.dtype:
+                return made.input, made.rows, None, None, None
             return (
                 None if made.input is None else finish(made.input, upstream, input, owned=True),
                 None if made.rows is None else finish(made.rows, upstream, weight, owned=True),

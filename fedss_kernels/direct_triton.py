@@ -68,7 +68,12 @@ def _fits(input, weight, constants, bias, scale, similarity, ignore_index, reduc
 
 
 def _is(tensor: Tensor, shape: tuple[int, ...], device: torch.device, dtypes: Sequence[torch.dtype]) -> bool:
-    return tensor.shape == shape and tensor.device == device and tensor.dtype in dtypes
+    return (
+        tensor.shape == shape
+        and tensor.device == device
+        and tensor.dtype in dtypes
+        and tensor.layout is torch.strided
+    )
 
 
 class _Loss(torch.autograd.Function):

@@ -57,9 +57,12 @@ sanitize-address: SANITIZERS := address,undefined
 sanitize-address: RUNTIME := libasan.so
 sanitize-thread: SANITIZERS := thread
 sanitize-thread: RUNTIME := libtsan.so
+# setuptools takes one of the two for C++, by its version
+sanitize-address sanitize-thread: INSTRUMENT = -g -fsanitize=$(SANITIZERS) -fno-sanitize-recover=all
 sanitize-address sanitize-thread: sanitize-%: $(READY)
-	CFLAGS="-g -fsanitize=$(SANITIZERS) -fno-sanitize-recover=all" LDFLAGS="-fsanitize=$(SANITIZERS)" \
+	CXXFLAGS="$(INSTRUMENT)" CFLAGS="$(INSTRUMENT)" LDFLAGS="-fsanitize=$(SANITIZERS)" \
 		$(BIN)/python setup.py --quiet build --build-base build/$* --build-lib build/$*/lib
+	nm --dynamic build/$*/lib/fedss_kernels/_C*.so | grep -qE "U __(asan_report|tsan_read)"  # instrumented at all
 	cd tests && PYTHONPATH=../build/$*/lib ASAN_OPTIONS=detect_leaks=0 TSAN_OPTIONS=ignore_noninstrumented_modules=1 \
 		LD_PRELOAD="$$(g++ -print-file-name=$(RUNTIME)) $$(g++ -print-file-name=libstdc++.so)" \
 		../$(BIN)/pytest -q -p no:cacheprovider $(COMPILED:%=test_%.py) -k "$(UNFIT)"

@@ -329,7 +329,7 @@ class Solver {
     if (sizeof(T) != 4) return;
     if (std::abs(value) > kLargestLogit / kLogitUnit<T>) out_of_range_ = true;
     constexpr double kShift = 0x1.8p43;  // its last bit is 2^-9: adding it rounds there
-    volatile double shifted = value + kShift;
+    const double shifted = value + kShift;
     *high = T(shifted - kShift), *low = T(value - (shifted - kShift));
   }
 

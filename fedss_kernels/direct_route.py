@@ -109,7 +109,7 @@ def _constant(tensor: Tensor) -> bool:
     )
 
 
-def _ordinary_scale(scale: Tensor) -> bool:
+def _ordinary_scale(scale: float | Tensor) -> bool:
     return isinstance(scale, Tensor) and _ordinary(scale) and scale.dim() == 0 and scale.is_floating_point()
 
 

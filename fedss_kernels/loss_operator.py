@@ -89,18 +89,16 @@ def _empty_results(
     input: Tensor, weight: Tensor, class_ids: Tensor | None, reduction: str, made: Sequence[bool]
 ) -> tuple[Tensor, Gradients]:
     """(loss, gradients)"""
-    empty, B = _allocator(input), input.shape[0]
-    loss = empty((B,) if reduction == "none" else ())
-    grad_input = empty(input.shape) if made[0] else None
-    scale = input.new_empty((), dtype=torch.float64) if made[3] else None
-    if class_ids is None:
-        rows = empty(weight.shape) if made[1] else None
-        return loss, Gradients(grad_input, rows, None, empty(weight.shape[:1]) if made[2] else None, scale)
-    C, D = weight.shape
-    touched = min(class_ids.shape[0] + B, C)  # at most
-    ids = class_ids.new_empty(touched) if made[1] or made[2] else None
-    rows = empty((touched, D)) if made[1] else None
-    return loss, Gradients(grad_input, rows, ids, empty((touched,)) if made[2] else None, scale)
+    (B, D), C = input.shape, weight.shape[0]
+    capacity = C if class_ids is None else min(class_ids.shape[0] + B, C)
+    empty = _allocator(input)
+    return empty((B,) if reduction == "none" else ()), Gradients(
+        empty((B, D)) if made[0] else None,
+        empty((capacity, D)) if made[1] else None,
+        class_ids.new_empty(capacity) if class_ids is not None and (made[1] or made[2]) else None,
+        empty((capacity,)) if made[2] else None,
+        input.new_empty((), dtype=torch.float64) if made[3] else None,
+    )
 
 
 def _operator_results(p: Arguments, gradients: Gradients) -> tuple[Tensor, ...]:

@@ -17,7 +17,7 @@ COMMON = ["-O3", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # multiply-add.
 FLAGS = [*COMMON, "-ffp-contract=off"]
 # No vectors cross a function's edge, which is all that -Wpsabi is about; g++ 12 warns of its own headers.
-QUIET = ["-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+QUIET = ["-Wno-psabi", "-Wno-maybe-uninitialized"]
 KERNEL_FLAGS = [*COMMON, *QUIET, "-ffp-contract=fast", "-std=c++17", "-fPIC"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"]
 INSTRUCTION_SETS = (

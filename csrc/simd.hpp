@@ -111,34 +111,20 @@ inline void store_doubles(float* to, Doubles value) {
 #endif
 }
 
-// Halves are added to halves, down to one number.
 inline double sum_of(Doubles value) {
-#if defined(__AVX512F__)
-  const __m256d four = _mm256_add_pd(_mm512_castpd512_pd256((__m512d)value), _mm512_extractf64x4_pd((__m512d)value, 1));
-#elif defined(__AVX2__)
-  const __m256d four = (__m256d)value;
-#endif
-#if defined(__AVX2__)
-  const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
-  return two[0] + two[1];
-#else
-  return value[0] + value[1];
-#endif
+  double room[kDoubles];
+  store(room, value);
+  for (int step = kDoubles / 2; step > 0; step /= 2) {
+    for (int i = 0; i < step; ++i) room[i] += room[i + step];
+  }
+  return room[0];
 }
 
 // The sums of the lanes i and i + kDoubles.
 inline Doubles halves_added(Vec<float> value) {
-#if defined(__AVX512F__)
-  const __m256 low = _mm512_castps512_ps256((__m512)value), high = _mm512_extractf32x8_ps((__m512)value, 1);
-  return (Doubles)_mm512_cvtps_pd(low) + (Doubles)_mm512_cvtps_pd(high);
-#elif defined(__AVX2__)
-  const __m128 low = _mm256_castps256_ps128((__m256)value), high = _mm256_extractf128_ps((__m256)value, 1);
-  return (Doubles)_mm256_cvtps_pd(low) + (Doubles)_mm256_cvtps_pd(high);
-#else
   float room[kLanes<float>];
   store(room, value);
   return load_doubles(room) + load_doubles(room + kDoubles);
-#endif
 }
 
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)

@@ -16,6 +16,7 @@ import torch
 import triton
 from fedss_kernels.reference import sampled_softmax_loss as reference_loss
 from loss_cases import BF16, F16, F32, F64, Case, assert_same, blocks_of_16, check
+from tolerance import eager_loss, excess
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fedss_kernels
@@ -216,6 +217,35 @@ def test_nothing_is_searched_unless_asked_for(monkeypatch):
     assert tuning.wanted(device) and not tuning.wanted(torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert not tuning.wanted(device)
+
+
+# ---- digits ------------------------------------------------------------------------------------------------
+
+
+PARALLEL, PARALLEL_DOT = {"spread": 0.003}, {"spread": 0.03, "similarity": "dot", "scale": 5 / 6}
+
+
+@pytest.mark.parametrize(
+    "case, chunks",
+    [
+        (Case(0, B=17, S=None, C=70, D=64, **PARALLEL), False),
+        (Case(9, B=17, S=70, C=80, D=64, **PARALLEL), False),
+        (Case(64, B=17, S=None, C=70, D=64, **PARALLEL_DOT), True),
+    ],
+)
+def test_differences_of_cosines_keep_their_digits(case, chunks, gpu_loss):
+    """Too large for float64, logits nearly the same, and one draw of plain PyTorch's error, not a large one.
+
+    Of logits that are single float32 numbers the gradient of the scale is 1.6 to 14 times the tolerance.
+    """
+    S = case.S or case.C
+    assert case.B * S * case.D > sampled_softmax.PRECISE_WORK
+    blocks = forced(partial(blocks_of_16, False)) if chunks else contextlib.nullcontext()
+    with blocks:
+        found = case.results(gpu_loss, sparse_grad=True)
+    truth, plain = case.results(reference_loss, in_float64=True), case.results(eager_loss)
+    for name, result in found.items():
+        assert excess(result.to_dense(), truth[name], plain[name], F32) <= 1, name
 
 
 # ---- in torch ----------------------------------------------------------------------------------------------

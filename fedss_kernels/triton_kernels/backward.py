@@ -22,17 +22,24 @@ import triton.language as tl
 
 from .tiles import (
     UNSPECIALIZED,
+    add_block,
     add_product,
+    along_inputs,
     dots,
+    exponentials,
     load_bias,
     load_classes,
     load_rows,
     load_scale,
     load_targets,
     logit_unit,
+    logits_of,
+    one_part,
     product_or_zero,
     rounded,
     target_cosines,
+    two_parts,
+    unit_of_low_parts,
     wide,
 )
 
@@ -48,35 +55,60 @@ def load_upstream(grad_loss, kept, rows, counted, B, ACC: tl.constexpr, PER_ROW:
 
 
 @triton.jit
+def cosines_beyond_target(
+    dots, low, x_inverse, w_inverse, kept, rows, known, B,
+    COSINE: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """cosine(i, j) - cosine(i, t) (R, J), or that of dot products, with the digits of small differences."""
+    if WIDE != ACC:
+        at = kept + 3 * wide(B) + rows
+        own = tl.load(at, mask=known, other=0.0) * tl.load(at + 2 * wide(B), mask=known, other=0.0)
+        own_high, own_low = two_parts(own)
+        high, low = along_inputs(dots, low, w_inverse, COSINE)
+        return ((high - own_high[:, None]) + (low - own_low[:, None])) * x_inverse.to(ACC)[:, None]
+    else:  # in another order than in the logits: computed again, not held in registers
+        own = target_cosines(kept, rows, known, B, ACC)
+        return dots * w_inverse[None, :] * x_inverse[:, None] - own[:, None]
+
+
+@triton.jit
 def pulls_tile(
     input, weight, target, class_ids, counts, bias, grad_loss, kept, rows, entries,
     B, C, S, D, ignore_index, input_row, input_column, weight_row, weight_column, scale,
     FOLD: tl.constexpr,  # every class is in the set: a target is a column of the tile like any other
     COSINE: tl.constexpr, PER_ROW: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """(dlogits, pulls, along, the scale's gradients (R, J); ids, which are read (J,); both inverse norms)
 
     along: pulls * dots
     """
     targets, counted, known = load_targets(target, rows, B, C, ignore_index)
-    ids, corrections, live, wrong = load_classes(class_ids, counts, entries, S, C, ACC)
+    ids, corrections, live, wrong = load_classes(class_ids, counts, entries, S, C, WIDE)
     hits = known[:, None] & (ids[None, :] == targets[:, None])
     read = live
     if FOLD:
         read = live | ((entries < S) & (tl.max(hits.to(tl.int32), 0) > 0))
-    sums, x_inverse, w_inverse = dots(
+    sums, low, x_inverse, w_inverse = dots(
         input, weight, rows, counted, ids, read, D, input_row, input_column, weight_row, weight_column,
-        False, COSINE, OPERAND, ACC, PRECISION, BLOCK_D,
+        False, COSINE, OPERAND, ACC, WIDE, PRECISION, BLOCK_D,
     )  # fmt: skip
-    cosines = sums * x_inverse[:, None] * w_inverse[None, :]
-    unit = logit_unit(scale, COSINE)
-    logits = (scale / unit) * cosines
-    logits += ((load_bias(bias, ids, live, ACC) - corrections) / unit)[None, :]
-    largest = tl.load(kept + rows, mask=counted, other=0.0).to(ACC)
+    unit = logit_unit(scale.to(ACC), COSINE)
+    offsets = tl.where(live, load_bias(bias, ids, live, WIDE) - corrections, 0.0)
+    logits, logits_low = logits_of(
+        sums, low, x_inverse, w_inverse, scale, unit, offsets, COSINE, ACC, WIDE
+    )  # fmt: skip
+    largest = tl.load(kept + rows, mask=counted, other=0.0)
     inverse_total = tl.load(kept + wide(B) + rows, mask=counted, other=0.0).to(ACC)
     # The forward pass may have rounded otherwise: at large scales a logit can come out above the largest.
-    probs = tl.exp(tl.minimum(logits - largest[:, None], 0.0) * unit) * inverse_total[:, None]
+    if WIDE != ACC:
+        most, most_low = two_parts(largest)
+        exponents = tl.minimum(logits - most[:, None], 0.0) * unit
+        low_unit = unit_of_low_parts(most, unit)
+        probs = exponentials(exponents, (logits_low - most_low[:, None]) * low_unit[:, None], True)
+    else:
+        probs = tl.exp(tl.minimum(logits - largest.to(ACC)[:, None], 0.0) * unit)
+    probs *= inverse_total[:, None]
     probs = tl.where(live[None, :] & counted[:, None] & (ids[None, :] != targets[:, None]), probs, 0.0)
     if FOLD:
         own = tl.load(kept + 2 * wide(B) + rows, mask=known, other=0.0).to(ACC)
@@ -85,24 +117,33 @@ def pulls_tile(
     upstream = load_upstream(grad_loss, kept, rows, counted, B, ACC, PER_ROW)
     dlogits = product_or_zero(probs, upstream[:, None])
     # A zero row has inverse norm 0: nothing passes through it, even of an infinite upstream.
-    pulls = product_or_zero(scale * x_inverse[:, None] * w_inverse[None, :], dlogits)
+    pulls = product_or_zero((scale * x_inverse).to(ACC)[:, None] * w_inverse.to(ACC)[None, :], dlogits)
     if OPERAND != tl.float16:  # which is too narrow for small gradients
         pulls = rounded(pulls, OPERAND)
-    # the cosines in another order: computed again, not held in registers
-    cosines = sums * w_inverse[None, :] * x_inverse[:, None]
-    own_cosine = target_cosines(kept, rows, known, B, ACC)
-    slopes = product_or_zero(dlogits, cosines - own_cosine[:, None])
+    beyond = cosines_beyond_target(
+        sums, low, x_inverse, w_inverse, kept, rows, known, B, COSINE, ACC, WIDE
+    )  # fmt: skip
+    if FOLD and WIDE != ACC:
+        beyond = tl.where(hits, 0.0, beyond)  # exactly: its dlogits are as large as all others' together
+    slopes = product_or_zero(dlogits, beyond)
     along = product_or_zero(pulls.to(ACC), sums)
     return dlogits, pulls, along, slopes, ids, read, x_inverse, w_inverse
 
 
 @triton.jit
-def add_pulled(sums, pulls, rows, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
-    """sums + pulls @ rows; beside float16 rows the pulls are float32, and multiplied as tf32."""
+def add_pulled(high, low, pulls, rows, OPERAND: tl.constexpr, PRECISION: tl.constexpr, EXACTLY: tl.constexpr):
+    """high + low + pulls @ rows as two parts; beside float16 rows pulls are float32, multiplied as tf32."""
     if OPERAND == tl.float16:
-        return add_product(sums, pulls, rows.to(tl.float32), "tf32")
+        return add_product(high, pulls, rows.to(tl.float32), "tf32"), low
     else:
-        return add_product(sums, pulls, rows, PRECISION)
+        return add_block(high, low, pulls, rows, PRECISION, EXACTLY)
+
+
+@triton.jit
+def pulled(pulls, rows, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """pulls @ rows"""
+    zeros = tl.zeros((pulls.shape[0], rows.shape[1]), ACC)
+    return add_pulled(zeros, zeros, pulls, rows, OPERAND, PRECISION, False)[0]
 
 
 @triton.jit
@@ -129,8 +170,8 @@ def share_along(along, inverse):
 
 @triton.jit
 def without_share(values, share, rows):
-    """values - share * rows"""
-    return values - product_or_zero(share[:, None], rows.to(values.dtype))
+    """values - share * rows, in the dtype of share"""
+    return values.to(share.dtype) - product_or_zero(share[:, None], rows.to(share.dtype))
 
 
 @triton.jit
@@ -192,6 +233,7 @@ def small_tiles(
     PER_ROW: tl.constexpr,
     OPERAND: tl.constexpr,
     ACC: tl.constexpr,
+    WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -199,14 +241,14 @@ def small_tiles(
 ):
     """Program t: all rows and the t-th tile of classes; the last one, without FOLD: the rows' own targets."""
     tile = tl.program_id(0)
-    scale = load_scale(factor, learned, ACC)
+    scale = load_scale(factor, learned, WIDE)
     rows = tl.arange(0, BLOCK_B)
     if tile < tl.cdiv(S, BLOCK_S):
         entries = tile * BLOCK_S + tl.arange(0, BLOCK_S)
         dlogits, pulls, along, slopes, ids, read, x_inverse, w_inverse = pulls_tile(
             input, weight, target, class_ids, counts, bias, grad_loss, kept, rows, entries,
             B, C, S, D, ignore_index, input_row, input_column, weight_row, weight_column, scale,
-            FOLD, COSINE, PER_ROW, OPERAND, ACC, PRECISION, BLOCK_D,
+            FOLD, COSINE, PER_ROW, OPERAND, ACC, WIDE, PRECISION, BLOCK_D,
         )  # fmt: skip
         share_classes = share_along(tl.sum(along, 0), w_inverse)
         at_rows = tile.to(tl.int64) * B + rows
@@ -223,19 +265,19 @@ def small_tiles(
             w = load_rows(weight, ids, read, columns, D, weight_row, weight_column, OPERAND)
             if grad_rows is not None:
                 x = load_rows(input, rows, counted, columns, D, input_row, input_column, OPERAND)
-                values = add_pulled(tl.zeros((BLOCK_S, BLOCK_D), ACC), tl.trans(pulls), x, OPERAND, PRECISION)
+                values = pulled(tl.trans(pulls), x, OPERAND, ACC, PRECISION)
                 if COSINE:
                     values = without_share(values, share_classes, w)
                 store_rows(grad_rows, entries, entries < S, columns, D, values)
             if partial_input is not None:
-                values = add_pulled(tl.zeros((BLOCK_B, BLOCK_D), ACC), pulls, w, OPERAND, PRECISION)
+                values = pulled(pulls, w, OPERAND, ACC, PRECISION)
                 store_rows(partial_input + tile.to(tl.int64) * B * D, rows, rows < B, columns, D, values)
     else:
         for start in range(0, tl.maximum(D, 1), BLOCK_D):  # the bias is there without columns too
             store_target_rows(
                 input, weight, target, grad_loss, kept, grad_rows, grad_bias, rows,
                 start + tl.arange(0, BLOCK_D), B, C, S, D, ignore_index,
-                input_row, input_column, weight_row, weight_column, scale, COSINE, PER_ROW, OPERAND, ACC,
+                input_row, input_column, weight_row, weight_column, scale, COSINE, PER_ROW, OPERAND, WIDE,
             )  # fmt: skip
 
 
@@ -264,7 +306,7 @@ def finish_input_row(
             share += tl.sum(tl.load(partial_share + at, mask=tile < tiles, other=0.0), 0)
         inside = (tile < tiles)[:, None] & (columns < D)[None, :]
         found = tl.load(partial_input + at[:, None] * D + columns[None, :], mask=inside, other=0.0)
-        values += tl.sum(found, 0)[None, :]
+        values += tl.sum(found.to(ACC), 0)[None, :]
     if COSINE:
         x = load_rows(input, rows, known, columns, D, input_row, input_column, OPERAND)
         values = without_share(values, share, x)
@@ -429,6 +471,7 @@ def pull_chunk(
     PER_ROW: tl.constexpr,
     OPERAND: tl.constexpr,
     ACC: tl.constexpr,
+    WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -437,11 +480,11 @@ def pull_chunk(
     """Program (b, t): pulls of a tile of rows and the chunk's t-th tile of classes, and their sums."""
     rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     inside = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
-    scale = load_scale(factor, learned, ACC)
+    scale = load_scale(factor, learned, WIDE)
     dlogits, pulls, along, slopes, _, _, x_inverse, w_inverse = pulls_tile(
         input, weight, target, class_ids, counts, bias, grad_loss, kept, rows, first + inside,
         B, C, S, D, ignore_index, input_row, input_column, weight_row, weight_column, scale,
-        FOLD, COSINE, PER_ROW, OPERAND, ACC, PRECISION, BLOCK_D,
+        FOLD, COSINE, PER_ROW, OPERAND, ACC, WIDE, PRECISION, BLOCK_D,
     )  # fmt: skip
     store_rows(pulls_chunk, rows, rows < B, inside, CHUNK, pulls)
     at_rows = tl.program_id(1).to(tl.int64) * B + rows
@@ -466,7 +509,7 @@ def sum_tiles(partial, at, inside, tiles, stride, ACC: tl.constexpr):
     """Sum over tiles of partial[tile, at], in order."""
     total = tl.zeros(at.shape, ACC)
     for tile in range(0, tiles):
-        total += tl.load(partial + wide(tile) * stride + at, mask=inside, other=0.0)
+        total += tl.load(partial + wide(tile) * stride + at, mask=inside, other=0.0).to(ACC)
     return total
 
 
@@ -497,6 +540,7 @@ def chunk_grad_rows(
     COSINE: tl.constexpr,
     OPERAND: tl.constexpr,
     ACC: tl.constexpr,
+    WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -508,22 +552,24 @@ def chunk_grad_rows(
     entries = first + inside
     if grad_rows is not None:
         values = tl.zeros((BLOCK_S, BLOCK_D), ACC)
+        low = tl.zeros((BLOCK_S, BLOCK_D), ACC)
         for start in range(0, B, BLOCK_B):
             rows = start + tl.arange(0, BLOCK_B)
             counted = load_targets(target, rows, B, C, ignore_index)[1]
             pulls = load_pulls(pulls_chunk, rows, inside, B, CHUNK)
             x = load_rows(input, rows, counted, columns, D, input_row, input_column, OPERAND)
-            values = add_pulled(values, tl.trans(pulls), x, OPERAND, PRECISION)
+            values, low = add_pulled(values, low, tl.trans(pulls), x, OPERAND, PRECISION, WIDE != ACC)
+        values = one_part(values, low, WIDE)
         if COSINE:
             ids, _, live, _ = load_classes(class_ids, counts, entries, S, C, ACC)
-            share = sum_tiles(share_classes, inside, inside < CHUNK, row_tiles, CHUNK, ACC)
+            share = sum_tiles(share_classes, inside, inside < CHUNK, row_tiles, CHUNK, WIDE)
             read = live | (share != 0.0)  # no share: a row that takes no part, whatever it holds
             w = load_rows(weight, ids, read, columns, D, weight_row, weight_column, OPERAND)
             values = without_share(values, share, w)
         store_rows(grad_rows, entries, inside < CHUNK, columns, D, values)
     if grad_bias is not None:
         if tl.program_id(1) == 0:
-            found = sum_tiles(bias_classes, inside, inside < CHUNK, row_tiles, CHUNK, ACC)
+            found = sum_tiles(bias_classes, inside, inside < CHUNK, row_tiles, CHUNK, WIDE)
             of_bias = rounded(found, grad_bias.dtype.element_ty)
             tl.store(grad_bias + entries, of_bias, mask=inside < CHUNK)
 
@@ -558,6 +604,7 @@ def chunk_grad_input(
     FOLD: tl.constexpr,
     OPERAND: tl.constexpr,
     ACC: tl.constexpr,
+    WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -569,7 +616,11 @@ def chunk_grad_input(
     if sums_input is not None:
         at = sums_input + rows.to(tl.int64)[:, None] * D + columns[None, :]
         there = (rows < B)[:, None] & (columns < D)[None, :]
-        values = tl.load(at, mask=there, other=0.0)
+        before = tl.load(at, mask=there, other=0.0)
+        values = before.to(ACC)
+        low = tl.zeros((BLOCK_B, BLOCK_D), ACC)
+        if WIDE != ACC:
+            low = (before - values).to(ACC)
         for start in range(0, CHUNK, BLOCK_S):
             inside = start + tl.arange(0, BLOCK_S)
             ids, _, live, _ = load_classes(class_ids, counts, first + inside, S, C, ACC)
@@ -578,13 +629,13 @@ def chunk_grad_input(
             if FOLD:
                 read = (inside < CHUNK) & (live | (tl.max((pulls.to(ACC) != 0.0).to(tl.int32), 0) > 0))
             w = load_rows(weight, ids, read, columns, D, weight_row, weight_column, OPERAND)
-            values = add_pulled(values, pulls, w, OPERAND, PRECISION)
-        tl.store(at, values, mask=there)
+            values, low = add_pulled(values, low, pulls, w, OPERAND, PRECISION, WIDE != ACC)
+        tl.store(at, one_part(values, low, WIDE), mask=there)
     if tl.program_id(1) == 0:
         if sums_share is not None:
-            add_tiles(sums_share, share_rows, rows, B, class_tiles, ACC)
+            add_tiles(sums_share, share_rows, rows, B, class_tiles, WIDE)
         if sums_scale is not None:
-            add_tiles(sums_scale, scale_rows, rows, B, class_tiles, ACC)
+            add_tiles(sums_scale, scale_rows, rows, B, class_tiles, WIDE)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)

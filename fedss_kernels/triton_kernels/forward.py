@@ -14,12 +14,15 @@ import triton.language as tl
 from .tiles import (
     UNSPECIALIZED,
     dots,
+    exponentials,
     load_bias,
     load_classes,
     load_scale,
     load_targets,
     logit_unit,
+    logits_of,
     target_cosines,
+    unit_of_low_parts,
     wide,
 )
 
@@ -53,6 +56,7 @@ def partial_terms(
     COSINE: tl.constexpr,
     OPERAND: tl.constexpr,
     ACC: tl.constexpr,
+    WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -62,32 +66,34 @@ def partial_terms(
     split, splits = tl.program_id(1), tl.num_programs(1)
     rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     targets, counted, known = load_targets(target, rows, B, C, ignore_index)
-    scale = load_scale(factor, learned, ACC)
-    unit = logit_unit(scale, COSINE)
+    scale = load_scale(factor, learned, WIDE)
+    unit = logit_unit(scale.to(ACC), COSINE)
     largest = tl.full((BLOCK_B,), float("-inf"), ACC)
-    total = tl.zeros((BLOCK_B,), ACC)
+    total = tl.zeros((BLOCK_B,), WIDE)
     for start in tl.range(split * BLOCK_S, S, splits * BLOCK_S, disable_licm=True):
         entries = start + tl.arange(0, BLOCK_S)
-        ids, corrections, live, wrong = load_classes(class_ids, counts, entries, S, C, ACC)
-        sums, x_inverse, w_inverse = dots(
+        ids, corrections, live, wrong = load_classes(class_ids, counts, entries, S, C, WIDE)
+        sums, low, x_inverse, w_inverse = dots(
             input, weight, rows, counted, ids, live, D, input_row, input_column, weight_row, weight_column,
-            False, COSINE, OPERAND, ACC, PRECISION, BLOCK_D,
+            False, COSINE, OPERAND, ACC, WIDE, PRECISION, BLOCK_D,
         )  # fmt: skip
-        logits = (scale / unit) * (sums * x_inverse[:, None] * w_inverse[None, :])
-        logits += ((load_bias(bias, ids, live, ACC) - corrections) / unit)[None, :]
+        offsets = tl.where(live, load_bias(bias, ids, live, WIDE) - corrections, 0.0)
+        logits, low = logits_of(sums, low, x_inverse, w_inverse, scale, unit, offsets, COSINE, ACC, WIDE)
         logits = tl.where(live[None, :] & (ids[None, :] != targets[:, None]), logits, float("-inf"))
         logits = tl.where(wrong[None, :], float("nan"), logits)
         larger = tl.maximum(largest, tl.max(logits, 1))
         shift = tl.where(larger == float("-inf"), 0.0, larger)
         total = total * tl.exp((largest - shift) * unit)
-        total += tl.sum(tl.exp((logits - shift[:, None]) * unit), 1)
+        low *= unit_of_low_parts(shift, unit)[:, None]
+        terms = exponentials((logits - shift[:, None]) * unit, low, WIDE != ACC)
+        total += tl.sum(terms, 1)
         largest = larger
     tl.store(partials + split.to(tl.int64) * B + rows, largest, mask=rows < B)
     tl.store(partials + (splits + split).to(tl.int64) * B + rows, total, mask=rows < B)
     if split == 0:
-        sums, x_inverse, w_inverse = dots(
+        sums, _, x_inverse, w_inverse = dots(
             input, weight, rows, known, targets, known, D, input_row, input_column, weight_row, weight_column,
-            True, COSINE, OPERAND, ACC, PRECISION, 16,
+            True, COSINE, OPERAND, ACC, WIDE, PRECISION, 16,
         )  # fmt: skip
         at = kept + wide(B) * 3 + rows
         tl.store(at, sums, mask=rows < B)
@@ -117,7 +123,7 @@ def merge_splits(
 ):
     """A tile of rows each program; for "mean" and "sum" a single program takes them all, in order."""
     scale = load_scale(factor, learned, ACC)
-    unit = logit_unit(scale, COSINE)
+    unit = logit_unit(scale.to(partials.dtype.element_ty), COSINE)
     sum_of_losses = tl.zeros((), tl.float64)
     rows_counted = tl.zeros((), tl.int32)
     step = tl.num_programs(0) * BLOCK_B

@@ -26,7 +26,7 @@ _OPERANDS = {
 }
 
 
-LARGEST_FACTOR = 1e30  # of the scale, for logits in float32
+LARGEST_FACTOR = {"cosine": 1e20, "dot": 1e30}  # of the scale, for it and scale / |input| in float32
 PRECISE_WORK = 2**16  # B * S * D of float32 problems computed in float64: launches take longer than these
 
 
@@ -69,7 +69,8 @@ class Problem(NamedTuple):
         work = target.numel() * (weight if class_ids is None else class_ids).shape[0] * input.shape[1]
         if rounding is not None and operand != torch.float64:
             operand = rounding
-        if abs(factor) > LARGEST_FACTOR or (operand == torch.float32 and work <= PRECISE_WORK and _exact()):
+        small = operand == torch.float32 and work <= PRECISE_WORK and _exact()
+        if small or abs(factor) > LARGEST_FACTOR[similarity]:
             operand = torch.float64
         return cls(
             input,
@@ -98,6 +99,12 @@ class Problem(NamedTuple):
         return torch.float64 if self.operand == torch.float64 else torch.float32
 
     @property
+    def wide(self) -> torch.dtype:
+        """Of what there is one of for each row or class: float64 if float32 products keep their digits."""
+        exact = self.operand == torch.float32 and _exact()
+        return torch.float64 if exact else self.accumulator
+
+    @property
     def strides(self) -> tuple[int, int, int, int]:
         (input_row, input_column), (weight_row, weight_column) = self.input.stride(), self.weight.stride()
         return input_row, input_column, weight_row, weight_column
@@ -112,8 +119,14 @@ class Problem(NamedTuple):
         }
 
     @property
-    def precision(self) -> dict[str, str]:
-        return {"PRECISION": "ieee" if self.operand != torch.float32 or _exact() else "tf32"}
+    def wide_constants(self) -> dict[str, Any]:
+        """Of kernels that do not multiply, and accumulate in `wide`."""
+        return {**self.constants, "ACC": _OPERANDS[self.wide]}
+
+    @property
+    def precision(self) -> dict[str, Any]:
+        exact = self.operand != torch.float32 or _exact()
+        return {"PRECISION": "ieee" if exact else "tf32", "WIDE": _OPERANDS[self.wide]}
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return self.input.new_empty(shape, dtype=dtype or self.accumulator)
@@ -188,7 +201,7 @@ def _loss(p: Problem, c: Configuration) -> tuple[Tensor, Tensor]:
             *(p.target, p.target_log_expected_count, p.bias, p.learned, partials, kept, losses),
             *(B, C, c.splits, p.ignore_index, p.factor),
             COSINE=p.cosine,
-            ACC=p.constants["ACC"],
+            ACC=p.wide_constants["ACC"],
             REDUCTION=p.reduction,
             BLOCK_B=rows,
             BLOCK_SPLITS=splits,
@@ -288,15 +301,16 @@ def _small(
     fold, blocks = p.class_ids is None, c.tiles
     tiles = triton.cdiv(S, blocks.classes)
     partial_input = p.empty(tiles, B, D) if needed[0] else None
-    partial_share = p.empty(tiles, B) if needed[0] and p.cosine else None
-    partial_scale = p.empty(tiles, B) if needed[3] else None
-    options = {"FOLD": fold, "PER_ROW": p.reduction == "none", **p.constants}
+    partial_share = p.empty(tiles, B, dtype=p.wide) if needed[0] and p.cosine else None
+    partial_scale = p.empty(tiles, B, dtype=p.wide) if needed[3] else None
+    options = {"FOLD": fold, "PER_ROW": p.reduction == "none"}
     if tiles + (not fold) > 0:
         backward.small_tiles[(tiles + (not fold),)](
             *(p.input, p.weight, p.target, p.class_ids, p.log_expected_count, p.bias, p.learned, upstream),
             *(kept, grad_rows, grad_bias, partial_input, partial_share, partial_scale),
             *(B, C, S, D, p.ignore_index, *p.strides, p.factor),
             **options,
+            **p.constants,
             **p.precision,
             **p.blocks(blocks),
             **configurations.TABLE.all_registers,
@@ -308,6 +322,7 @@ def _small(
         *(partial_input, partial_share, partial_scale, *results),
         *(B, C, S, D, tiles, p.ignore_index, *p.strides, p.factor),
         **options,
+        **p.wide_constants,
         BLOCK_D=c.result_columns,
         BLOCK_TILES=16,
         BLOCK_ENTRIES=c.result_entries,
@@ -333,13 +348,13 @@ def _large(
     row_tiles, class_tiles = triton.cdiv(B, tile.rows), chunk // tile.classes
     # float16 is too narrow for small gradients.
     pulls = p.empty(B, chunk, dtype=p.accumulator if p.operand == torch.float16 else p.operand)
-    share_rows, share_classes = p.empty(class_tiles, B), p.empty(row_tiles, chunk)
+    share_rows, share_classes = (p.empty(*s, dtype=p.wide) for s in ((class_tiles, B), (row_tiles, chunk)))
     bias_classes = p.empty(row_tiles, chunk) if needed[2] else None
-    scale_rows = p.empty(class_tiles, B) if needed[3] else None
-    sums_input = p.empty(1, B, D).zero_() if needed[0] else None
-    sums_share = p.empty(1, B).zero_() if needed[0] and p.cosine else None
-    sums_scale = p.empty(1, B).zero_() if needed[3] else None
-    options = {"FOLD": fold, "PER_ROW": p.reduction == "none", **p.constants}
+    scale_rows = p.empty(class_tiles, B, dtype=p.wide) if needed[3] else None
+    sums_input = p.empty(1, B, D, dtype=p.wide).zero_() if needed[0] else None
+    sums_share = p.empty(1, B, dtype=p.wide).zero_() if needed[0] and p.cosine else None
+    sums_scale = p.empty(1, B, dtype=p.wide).zero_() if needed[3] else None
+    options = {"FOLD": fold, "PER_ROW": p.reduction == "none"}
     for first in range(0, S, chunk):
         size = min(chunk, S - first)
         tiles = triton.cdiv(size, tile.classes)
@@ -348,6 +363,7 @@ def _large(
             *(upstream, kept, pulls, share_rows, share_classes, bias_classes, scale_rows),
             *(first, size, B, C, S, D, p.ignore_index, *p.strides, p.factor),
             **options,
+            **p.constants,
             **p.precision,
             **p.blocks(tile),
             **configurations.TABLE.all_registers,
@@ -377,7 +393,7 @@ def _large(
             *(p.input, p.weight, p.target, p.learned, upstream, kept, grad_rows, grad_bias),
             *(B, C, S, D, p.ignore_index, *p.strides, p.factor),
             PER_ROW=options["PER_ROW"],
-            **p.constants,
+            **p.wide_constants,
             BLOCK_B=16,
             BLOCK_D=c.result_columns,
             num_warps=c.result_warps,
@@ -388,6 +404,7 @@ def _large(
         *(sums_input, sums_share, sums_scale, results.input, None, None, results.scale),
         *(B, C, S, D, 1, p.ignore_index, *p.strides, p.factor),
         **options,
+        **p.wide_constants,
         BLOCK_D=c.result_columns,
         BLOCK_TILES=1,
         BLOCK_ENTRIES=c.result_entries,

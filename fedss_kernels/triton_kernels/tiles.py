@@ -4,6 +4,11 @@
     logits(i, j) = scale * dots(i, j) * input_inverse_i * weight_inverse_j + bias_j    (dot: inverses are 1)
 
 Rows are gathered through their ids; the squares that the norms need are summed in the same pass.
+
+Where float32 products keep all their digits, WIDE is float64 (elsewhere ACC): the dtype of what there is one
+of for each row or class. What there is one of for each pair of them, from dot products to exponents, is two
+float32 numbers there, a high part and a low part: a logit of 100 in a single one is off by 4e-6, and its
+probability with it; and of nearly parallel rows it is the differences that count, of nearly the same cosines.
 """
 
 import triton
@@ -65,6 +70,50 @@ def add_product(sums, a, b, PRECISION: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, sums, input_precision=PRECISION, out_dtype=sums.dtype)
+
+
+@triton.jit
+def add_exactly(high, low, addend):
+    """high + low + addend as two parts (Knuth's TwoSum: all but the low parts' sum is exact)."""
+    total = high + addend
+    added = total - high
+    return total, low + ((high - (total - added)) + (addend - added))
+
+
+@triton.jit
+def times_exactly(high, low, factor, factor_low):
+    """(high + low) * (factor + factor_low) as two parts.
+
+    The product is an fma: of a multiplication and an addition that follows a compiler makes an fma, and then
+    the rounding of the product, found here, is in the sum twice.
+    """
+    product = tl.fma(high, factor, 0.0)
+    return product, tl.fma(high, factor, -product) + (high * factor_low + low * factor)
+
+
+@triton.jit
+def two_parts(values):
+    """float64 values as two float32 parts."""
+    high = values.to(tl.float32)
+    return high, tl.where(tl.abs(high) < float("inf"), values - high, 0.0).to(tl.float32)
+
+
+@triton.jit
+def one_part(high, low, WIDE: tl.constexpr):
+    """The sum of two parts in WIDE; the high part alone where it is of that dtype."""
+    if WIDE != high.dtype:
+        return high.to(WIDE) + low
+    else:
+        return high
+
+
+@triton.jit
+def add_block(high, low, a, b, PRECISION: tl.constexpr, EXACTLY: tl.constexpr):
+    """high + low + a @ b; EXACTLY: the product summed by itself, without the long sum's roundings."""
+    if EXACTLY:
+        return add_exactly(high, low, add_product(tl.zeros(high.shape, high.dtype), a, b, PRECISION))
+    else:
+        return add_product(high, a, b, PRECISION), low
 
 
 @triton.jit
@@ -141,34 +190,80 @@ def load_bias(bias, ids, wanted, ACC: tl.constexpr):
 @triton.jit
 def dots(
     input, weight, rows, counted, ids, wanted, D, input_row, input_column, weight_row, weight_column,
-    PAIRED: tl.constexpr, COSINE: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr,
+    PAIRED: tl.constexpr, COSINE: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """(dots, 1 / |input_i| (R,), 1 / |weight_j| (J,)); inverses are 1 without COSINE.
+    """(dots, their low part, 1 / |input_i| (R,), 1 / |weight_j| (J,)); inverses are 1 without COSINE.
 
-    dots: (R, J) of every row with every class row; PAIRED: (R,) of row i with class row i.
+    dots: (R, J) of every row with every class row; PAIRED: (R,) of row i with class row i, in WIDE. The low
+    part is 0 unless WIDE is wider than ACC.
     """
     if PAIRED:
-        sums = tl.zeros(rows.shape, ACC)
+        sums = tl.zeros(rows.shape, WIDE)
     else:
         sums = tl.zeros((rows.shape[0], ids.shape[0]), ACC)
-    input_squares = tl.zeros(rows.shape, ACC)
-    weight_squares = tl.zeros(ids.shape, ACC)
+    low = tl.zeros(sums.shape, ACC)
+    input_squares = tl.zeros(rows.shape, WIDE)
+    weight_squares = tl.zeros(ids.shape, WIDE)
     for start in range(0, D, BLOCK_D):
         columns = start + tl.arange(0, BLOCK_D)
         x = load_rows(input, rows, counted, columns, D, input_row, input_column, OPERAND)
         w = load_rows(weight, ids, wanted, columns, D, weight_row, weight_column, OPERAND)
         if PAIRED:
-            sums += tl.sum(x.to(ACC) * w.to(ACC), 1)
+            sums += tl.sum(x.to(WIDE) * w.to(WIDE), 1)
         else:
-            sums = add_product(sums, x, tl.trans(w), PRECISION)
+            sums, low = add_block(sums, low, x, tl.trans(w), PRECISION, WIDE != ACC)
         if COSINE:
             input_squares = add_squares(input_squares, x)
             weight_squares = add_squares(weight_squares, w)
     if COSINE:
-        return sums, inverse_norm(input_squares), inverse_norm(weight_squares)
+        return sums, low, inverse_norm(input_squares), inverse_norm(weight_squares)
     else:
-        return sums, input_squares + 1.0, weight_squares + 1.0
+        return sums, low, input_squares + 1.0, weight_squares + 1.0
+
+
+@triton.jit
+def along_inputs(dots, low, w_inverse, COSINE: tl.constexpr):
+    """|input_i| * cosine(i, j) as two parts; the dot products themselves without COSINE."""
+    if COSINE:
+        factor, factor_low = two_parts(w_inverse)
+        return times_exactly(dots, low, factor[None, :], factor_low[None, :])
+    else:
+        return dots, low
+
+
+@triton.jit
+def logits_of(
+    dots, low, x_inverse, w_inverse, scale, unit, offsets,
+    COSINE: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """(R, J) logits in units and their low part; offsets (J,): what is added to each class's."""
+    if WIDE != ACC:
+        high, low = along_inputs(dots, low, w_inverse, COSINE)
+        factor, factor_low = two_parts((scale / unit) * x_inverse)
+        high, low = times_exactly(high, low, factor[:, None], factor_low[:, None])
+        offset, offset_low = two_parts(offsets / unit)
+        return add_exactly(high, low + offset_low[None, :], tl.broadcast_to(offset[None, :], high.shape))
+    else:
+        logits = (scale / unit) * (dots * x_inverse[:, None] * w_inverse[None, :])
+        return logits + (offsets / unit)[None, :], low
+
+
+@triton.jit
+def unit_of_low_parts(largest, unit):
+    """`unit`; 0 in rows with logits past 2^24, whose low parts could pass the range of exp: left out."""
+    return tl.where(tl.abs(largest * unit) < 16777216.0, unit, 0.0)
+
+
+@triton.jit
+def exponentials(high, low, EXACTLY: tl.constexpr):
+    """exp(high + low) with EXACTLY, else exp(high)"""
+    if EXACTLY:
+        exponents = high + low
+        found = tl.exp(exponents)  # short of what the sum has lost; -inf has nothing to lose
+        return tl.where(found == 0.0, 0.0, found + found * (low - (exponents - high)))
+    else:
+        return tl.exp(high)
 
 
 @triton.jit

@@ -56,7 +56,7 @@ def load_upstream(grad_loss, kept, rows, counted, B, ACC: tl.constexpr, PER_ROW:
 
 @triton.jit
 def cosines_beyond_target(
-    dots, low, x_inverse, w_inverse, kept, rows, known, B,
+    dots, low, x_inverse, w_inverse, scale, kept, rows, known, B,
     COSINE: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """cosine(i, j) - cosine(i, t) (R, J), or that of dot products, with the digits of small differences."""
@@ -65,7 +65,11 @@ def cosines_beyond_target(
         own = tl.load(at, mask=known, other=0.0) * tl.load(at + 2 * wide(B), mask=known, other=0.0)
         own_high, own_low = two_parts(own)
         high, low = along_inputs(dots, low, w_inverse, COSINE)
-        return ((high - own_high[:, None]) + (low - own_low[:, None])) * x_inverse.to(ACC)[:, None]
+        factor = x_inverse.to(ACC)
+        largest = tl.load(kept + rows, mask=known, other=0.0).to(ACC)
+        low_unit = unit_of_low_parts(largest, logit_unit(scale.to(ACC), COSINE))
+        factor_low = tl.where(low_unit == 0.0, 0.0, factor)
+        return (high - own_high[:, None]) * factor[:, None] + (low - own_low[:, None]) * factor_low[:, None]
     else:  # in another order than in the logits: computed again, not held in registers
         own = target_cosines(kept, rows, known, B, ACC)
         return dots * w_inverse[None, :] * x_inverse[:, None] - own[:, None]
@@ -121,7 +125,7 @@ def pulls_tile(
     if OPERAND != tl.float16:  # which is too narrow for small gradients
         pulls = rounded(pulls, OPERAND)
     beyond = cosines_beyond_target(
-        sums, low, x_inverse, w_inverse, kept, rows, known, B, COSINE, ACC, WIDE
+        sums, low, x_inverse, w_inverse, scale, kept, rows, known, B, COSINE, ACC, WIDE
     )  # fmt: skip
     if FOLD and WIDE != ACC:
         beyond = tl.where(hits, 0.0, beyond)  # exactly: its dlogits are as large as all others' together

@@ -135,6 +135,9 @@ def merge_splits(
         if target_counts is not None:
             correction = tl.load(target_counts + rows, mask=known, other=0.0).to(ACC)
             own -= tl.where(tl.abs(correction) < float("inf"), correction / unit, float("nan"))
+        if partials.dtype.element_ty != ACC:  # what is equal stays so without low parts too
+            nearest = own.to(partials.dtype.element_ty).to(ACC)
+            own = tl.where(unit_of_low_parts(own, unit) == 0.0, nearest, own)
         own = tl.where(known, own, float("nan"))
 
         split = tl.arange(0, BLOCK_SPLITS)

@@ -237,13 +237,15 @@ def logits_of(
     dots, low, x_inverse, w_inverse, scale, unit, offsets,
     COSINE: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """(R, J) logits in units and their low part; offsets (J,): what is added to each class's."""
+    """(R, J) logits in units, to nearest, and their low part; offsets (J,): what is added to each class's."""
     if WIDE != ACC:
         high, low = along_inputs(dots, low, w_inverse, COSINE)
         factor, factor_low = two_parts((scale / unit) * x_inverse)
         high, low = times_exactly(high, low, factor[:, None], factor_low[:, None])
         offset, offset_low = two_parts(offsets / unit)
-        return add_exactly(high, low + offset_low[None, :], tl.broadcast_to(offset[None, :], high.shape))
+        high, low = add_exactly(high, low + offset_low[None, :], offset[None, :])
+        nearest = high + low
+        return nearest, low - (nearest - high)
     else:
         logits = (scale / unit) * (dots * x_inverse[:, None] * w_inverse[None, :])
         return logits + (offsets / unit)[None, :], low

@@ -27,7 +27,6 @@ from .tiles import (
     along_inputs,
     dots,
     exponentials,
-    load_bias,
     load_classes,
     load_rows,
     load_scale,
@@ -98,9 +97,8 @@ def pulls_tile(
         False, COSINE, OPERAND, ACC, WIDE, PRECISION, BLOCK_D,
     )  # fmt: skip
     unit = logit_unit(scale.to(ACC), COSINE)
-    offsets = tl.where(live, load_bias(bias, ids, live, WIDE) - corrections, 0.0)
     logits, logits_low = logits_of(
-        sums, low, x_inverse, w_inverse, scale, unit, offsets, COSINE, ACC, WIDE
+        sums, low, x_inverse, w_inverse, scale, unit, bias, ids, live, corrections, COSINE, ACC, WIDE
     )  # fmt: skip
     largest = tl.load(kept + rows, mask=counted, other=0.0)
     inverse_total = tl.load(kept + wide(B) + rows, mask=counted, other=0.0).to(ACC)

@@ -77,14 +77,16 @@ def partial_terms(
             input, weight, rows, counted, ids, live, D, input_row, input_column, weight_row, weight_column,
             False, COSINE, OPERAND, ACC, WIDE, PRECISION, BLOCK_D,
         )  # fmt: skip
-        offsets = tl.where(live, load_bias(bias, ids, live, WIDE) - corrections, 0.0)
-        logits, low = logits_of(sums, low, x_inverse, w_inverse, scale, unit, offsets, COSINE, ACC, WIDE)
+        logits, low = logits_of(
+            sums, low, x_inverse, w_inverse, scale, unit, bias, ids, live, corrections, COSINE, ACC, WIDE
+        )  # fmt: skip
         logits = tl.where(live[None, :] & (ids[None, :] != targets[:, None]), logits, float("-inf"))
         logits = tl.where(wrong[None, :], float("nan"), logits)
         larger = tl.maximum(largest, tl.max(logits, 1))
         shift = tl.where(larger == float("-inf"), 0.0, larger)
         total = total * tl.exp((largest - shift) * unit)
-        low *= unit_of_low_parts(shift, unit)[:, None]
+        if WIDE != ACC:
+            low *= unit_of_low_parts(shift, unit)[:, None]
         terms = exponentials((logits - shift[:, None]) * unit, low, WIDE != ACC)
         total += tl.sum(terms, 1)
         largest = larger

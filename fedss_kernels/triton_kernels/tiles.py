@@ -212,7 +212,10 @@ def dots(
         if PAIRED:
             sums += tl.sum(x.to(WIDE) * w.to(WIDE), 1)
         else:
-            sums, low = add_block(sums, low, x, tl.trans(w), PRECISION, WIDE != ACC)
+            if WIDE != ACC:
+                sums, low = add_block(sums, low, x, tl.trans(w), PRECISION, True)
+            else:  # no low part is carried through the loop
+                sums = add_product(sums, x, tl.trans(w), PRECISION)
         if COSINE:
             input_squares = add_squares(input_squares, x)
             weight_squares = add_squares(weight_squares, w)
@@ -234,21 +237,23 @@ def along_inputs(dots, low, w_inverse, COSINE: tl.constexpr):
 
 @triton.jit
 def logits_of(
-    dots, low, x_inverse, w_inverse, scale, unit, offsets,
+    dots, low, x_inverse, w_inverse, scale, unit, bias, ids, live, corrections,
     COSINE: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """(R, J) logits in units, to nearest, and their low part; offsets (J,): what is added to each class's."""
+    """(R, J) logits in units, to nearest, and their low part; of classes that are not live: anything."""
     if WIDE != ACC:
         high, low = along_inputs(dots, low, w_inverse, COSINE)
         factor, factor_low = two_parts((scale / unit) * x_inverse)
         high, low = times_exactly(high, low, factor[:, None], factor_low[:, None])
+        offsets = tl.where(live, load_bias(bias, ids, live, WIDE) - corrections, 0.0)
         offset, offset_low = two_parts(offsets / unit)
         high, low = add_exactly(high, low + offset_low[None, :], offset[None, :])
         nearest = high + low
         return nearest, low - (nearest - high)
     else:
         logits = (scale / unit) * (dots * x_inverse[:, None] * w_inverse[None, :])
-        return logits + (offsets / unit)[None, :], low
+        logits += ((load_bias(bias, ids, live, ACC) - corrections) / unit)[None, :]
+        return logits, low
 
 
 @triton.jit

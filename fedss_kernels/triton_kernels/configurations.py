@@ -78,7 +78,7 @@ NVIDIA = Table(
 # float64 functions are there too; it holds fewer at a time where it need not make room for many waves.
 _SMALL = {"matrix_instr_nonkdim": 16}
 AMD = Table(
-    few=NVIDIA.few | {2: Blocks(32, 16, 32, 8, 2), 4: Blocks(32, 16, 16, 8, 2), 8: Blocks(32, 16, 16, 4, 1)},
+    few=NVIDIA.few | {2: Blocks(32, 16, 32, 8, 2), 4: Blocks(32, 16, 16, 8, 1), 8: Blocks(32, 16, 16, 4, 1)},
     many=NVIDIA.many | {4: Blocks(128, 16, 16, 8, 1), 8: Blocks(128, 16, 16, 8, 1)},
     large_forward=NVIDIA.large_forward | {2: Blocks(128, 64, 32, 16, 3), 8: Blocks(32, 16, 16, 4, 1)},
     large=NVIDIA.large | {2: Blocks(64, 64, 32, 16, 3)},

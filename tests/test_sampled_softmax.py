@@ -345,6 +345,28 @@ def test_large_logits_are_exact(scale, sampled_softmax_loss):
     assert loss.item() == scale and gradients(loss, x)[0].isfinite().all()
 
 
+def test_a_logit_of_minus_infinity_leaves_a_class_out(sampled_softmax_loss):
+    """By the bias, or a correction past float32's largest number; in a problem large enough for float32."""
+    x, w, t = (*problem(B=20, C=60, D=64)[:2], torch.arange(20))
+    bias, counts, without = torch.zeros(60), torch.zeros(60, dtype=F64), torch.zeros(60)
+    bias[58], counts[59], without[58:] = -torch.inf, 1e39, torch.inf
+    loss = sampled_softmax_loss(x, w, t, None, counts, bias=bias)
+    expected = sampled_softmax_loss(x, w, t, None, without)
+    pairs = zip((loss, *gradients(loss, x, w)), (expected, *gradients(expected, x, w)), strict=True)
+    for result, right in pairs:
+        torch.testing.assert_close(result, right, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # numpy's, under interpreted kernels
+@pytest.mark.parametrize("name", ["input", "weight"])
+def test_a_nan_loss_has_no_gradients_of_zero(name, sampled_softmax_loss):
+    """Products past float32's largest number, in a problem large enough for float32."""
+    x, w, t = (*problem(B=20, C=60, D=64)[:2], torch.arange(20))
+    loss = sampled_softmax_loss(x * 1e25, w * 1e25, t)
+    (gradient,) = gradients(loss, x if name == "input" else w)
+    assert loss.isfinite() or gradient.isnan().any()
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16, F64])
 @pytest.mark.parametrize("scale", [1e23, -1e25, 1e28])
 def test_logits_past_float32_are_exact(scale, dtype, sampled_softmax_loss):

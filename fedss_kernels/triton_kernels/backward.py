@@ -119,7 +119,11 @@ def pulls_tile(
     upstream = load_upstream(grad_loss, kept, rows, counted, B, ACC, PER_ROW)
     dlogits = product_or_zero(probs, upstream[:, None])
     # A zero row has inverse norm 0: nothing passes through it, even of an infinite upstream.
-    pulls = product_or_zero((scale * x_inverse).to(ACC)[:, None] * w_inverse.to(ACC)[None, :], dlogits)
+    if WIDE != ACC:  # one factor after the other: a product of both may be 0, and a NaN must not vanish in it
+        pulls = product_or_zero((scale * x_inverse).to(ACC)[:, None], dlogits)
+        pulls = product_or_zero(w_inverse.to(ACC)[None, :], pulls)
+    else:
+        pulls = product_or_zero(scale * x_inverse[:, None] * w_inverse[None, :], dlogits)
     if OPERAND != tl.float16:  # which is too narrow for small gradients
         pulls = rounded(pulls, OPERAND)
     beyond = cosines_beyond_target(

@@ -248,8 +248,9 @@ def logits_of(
         offsets = tl.where(live, load_bias(bias, ids, live, WIDE) - corrections, 0.0)
         offset, offset_low = two_parts(offsets / unit)
         high, low = add_exactly(high, low + offset_low[None, :], offset[None, :])
-        nearest = high + low
-        return nearest, low - (nearest - high)
+        # Of an infinite one nothing is left over: on the way to it the low part has become NaN.
+        nearest = tl.where(tl.abs(high) < float("inf"), high + low, high)
+        return nearest, tl.where(tl.abs(nearest) < float("inf"), low - (nearest - high), 0.0)
     else:
         logits = (scale / unit) * (dots * x_inverse[:, None] * w_inverse[None, :])
         logits += ((load_bias(bias, ids, live, ACC) - corrections) / unit)[None, :]

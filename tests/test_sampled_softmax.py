@@ -358,13 +358,12 @@ def test_a_logit_of_minus_infinity_leaves_a_class_out(sampled_softmax_loss):
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # numpy's, under interpreted kernels
-@pytest.mark.parametrize("name", ["input", "weight"])
-def test_a_nan_loss_has_no_gradients_of_zero(name, sampled_softmax_loss):
+def test_a_nan_loss_has_no_gradients_of_zero(sampled_softmax_loss):
     """Products past float32's largest number, in a problem large enough for float32."""
     x, w, t = (*problem(B=20, C=60, D=64)[:2], torch.arange(20))
     loss = sampled_softmax_loss(x * 1e25, w * 1e25, t)
-    (gradient,) = gradients(loss, x if name == "input" else w)
-    assert loss.isfinite() or gradient.isnan().any()
+    for gradient in gradients(loss, x, w):
+        assert loss.isfinite() or gradient.isnan().any()
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F64])

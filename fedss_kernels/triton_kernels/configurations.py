@@ -32,7 +32,8 @@ class Configuration:
     small: bool
     forward: Blocks
     tiles: Blocks  # of the backward pass' logits
-    products: Blocks  # of the large backward pass' two products
+    grad_rows: Blocks  # of the large backward pass' products: the gradient of class rows
+    grad_input: Blocks  # and that of input
     result_columns: int  # of the last kernel of the backward pass
     result_entries: int  # of the compact gradient at a time in it; their ids, 16 times as many
     result_warps: int
@@ -49,7 +50,8 @@ class Table:
     many: dict[int, Blocks]  # for up to SMALL_BATCH
     large_forward: dict[int, Blocks]  # for more
     large: dict[int, Blocks]  # for more, in the backward pass
-    products: dict[int, Blocks]
+    grad_rows: dict[int, Blocks]
+    grad_input: dict[int, Blocks]
     result_columns: int
     result_entries: int
     result_warps: int
@@ -65,7 +67,8 @@ NVIDIA = Table(
     many={2: Blocks(128, 16, 32, 8, 2), 4: Blocks(128, 16, 16, 8, 2), 8: Blocks(128, 16, 16, 8, 2)},
     large_forward={2: Blocks(128, 64, 32, 8, 3), 4: Blocks(64, 32, 16, 8, 3), 8: Blocks(32, 32, 16, 4, 2)},
     large={2: Blocks(64, 64, 32, 8, 3), 4: Blocks(64, 32, 16, 8, 3), 8: Blocks(32, 32, 16, 4, 2)},
-    products={2: Blocks(64, 64, 64, 8, 3), 4: Blocks(32, 32, 64, 8, 2), 8: Blocks(16, 16, 16, 4, 2)},
+    grad_rows={2: Blocks(64, 64, 64, 8, 3), 4: Blocks(32, 32, 64, 8, 2), 8: Blocks(16, 16, 16, 4, 2)},
+    grad_input={2: Blocks(64, 64, 64, 8, 3), 4: Blocks(32, 32, 64, 8, 2), 8: Blocks(16, 16, 16, 4, 2)},
     result_columns=64,
     result_entries=64,
     result_warps=4,
@@ -82,7 +85,8 @@ AMD = Table(
     many=NVIDIA.many | {4: Blocks(128, 16, 16, 8, 1), 8: Blocks(128, 16, 16, 8, 1)},
     large_forward=NVIDIA.large_forward | {2: Blocks(128, 64, 32, 16, 3), 8: Blocks(32, 16, 16, 4, 1)},
     large=NVIDIA.large | {2: Blocks(64, 64, 32, 16, 3)},
-    products=NVIDIA.products | {2: Blocks(64, 32, 64, 8, 3)},
+    grad_rows=NVIDIA.grad_rows | {2: Blocks(64, 32, 64, 8, 3)},
+    grad_input=NVIDIA.grad_input | {2: Blocks(64, 32, 64, 8, 3)},
     result_columns=64,
     result_entries=32,
     result_warps=8,
@@ -105,21 +109,21 @@ def configure(B: int, S: int, D: int, operand_bytes: int, problem_bytes: int) ->
     tile = (TABLE.few if few else TABLE.many)[operand_bytes]
     class_tiles = -(-S // tile.classes)
     small = B <= SMALL_BATCH and S + B <= SMALL_ENTRIES and class_tiles * B * D <= SMALL_PARTIALS
-    forward, products = tile, TABLE.products[operand_bytes]
+    forward, products = tile, [by[operand_bytes] for by in (TABLE.grad_rows, TABLE.grad_input)]
     if not small and not few:
         forward, tile = TABLE.large_forward[operand_bytes], TABLE.large[operand_bytes]
     if D % 16 != 0:  # rows are read an element at a time, with a pointer to each
         forward, tile = (
             replace(b, rows=tile.rows, columns=16, stages=min(b.stages, 2)) for b in (forward, tile)
         )
-        products = replace(products, stages=2)
+        products = [replace(b, stages=2) for b in products]
     row_tiles, class_tiles = -(-B // forward.rows), -(-S // forward.classes)
     splits = max(1, min(-(-PROGRAMS // max(row_tiles, 1)), class_tiles, 256))
     pulls = max(FEWEST_PULLS, problem_bytes * 3 // 100 // operand_bytes)
     half = -(-S // (2 * tile.classes))  # of the class tiles: never a matrix of B x S
     chunk = min(max(min(pulls // max(B, 1) // tile.classes, half), 1), MOST_TILES) * tile.classes
     ends = TABLE.result_columns, TABLE.result_entries, TABLE.result_warps, TABLE.merge_warps
-    return Configuration(small, forward, tile, products, *ends, chunk, splits)
+    return Configuration(small, forward, tile, *products, *ends, chunk, splits)
 
 
 _override: Callable[[int, int, int], Configuration] | None = None

@@ -343,7 +343,7 @@ def _large(
 ) -> None:
     """Three launches for each chunk of classes, two in the end."""
     B, C, S, D = p.sizes
-    fold, tile, product = p.class_ids is None, c.tiles, c.products
+    fold, tile = p.class_ids is None, c.tiles
     chunk = min(c.chunk, triton.cdiv(max(S, 1), tile.classes) * tile.classes)
     row_tiles, class_tiles = triton.cdiv(B, tile.rows), chunk // tile.classes
     # float16 is too narrow for small gradients.
@@ -369,24 +369,24 @@ def _large(
             **configurations.TABLE.all_registers,
         )
         if needed[1] or needed[2]:
-            grid = (triton.cdiv(size, product.classes), triton.cdiv(max(D, 1), product.columns))
+            grid = (triton.cdiv(size, c.grad_rows.classes), triton.cdiv(max(D, 1), c.grad_rows.columns))
             backward.chunk_grad_rows[grid](
                 *(p.input, p.weight, p.target, p.class_ids, p.log_expected_count),
                 *(pulls, share_classes, bias_classes, grad_rows, grad_bias, first, size),
                 *(B, C, S, D, row_tiles, p.ignore_index, *p.strides),
                 **p.constants,
                 **p.precision,
-                **p.blocks(product),
+                **p.blocks(c.grad_rows),
             )
         if needed[0] or needed[3]:
-            columns = triton.cdiv(D, product.columns) if needed[0] else 1
-            backward.chunk_grad_input[(triton.cdiv(B, product.rows), max(columns, 1))](
+            columns = triton.cdiv(D, c.grad_input.columns) if needed[0] else 1
+            backward.chunk_grad_input[(triton.cdiv(B, c.grad_input.rows), max(columns, 1))](
                 *(p.weight, p.class_ids, p.log_expected_count, pulls, share_rows, scale_rows),
                 *(sums_input, sums_share, sums_scale, first, size, B, C, S, D, tiles, *p.weight.stride()),
                 FOLD=fold,
                 **{name: value for name, value in p.constants.items() if name != "COSINE"},
                 **p.precision,
-                **p.blocks(product),
+                **p.blocks(c.grad_input),
             )
     if not fold and (needed[1] or needed[2]):
         backward.target_rows[(triton.cdiv(B, 16), triton.cdiv(max(D, 1), c.result_columns))](

@@ -47,7 +47,8 @@ def candidates(table: Configuration, stage: str) -> Iterator[Configuration]:
         else:
             tiles = near(table.tiles)
             chunk = min(-(-table.chunk // tiles.classes), MOST_TILES) * tiles.classes
-            yield replace(table, tiles=tiles, products=near(table.products), chunk=chunk)
+            products = {of: near(getattr(table, of)) for of in ("grad_rows", "grad_input")}
+            yield replace(table, tiles=tiles, **products, chunk=chunk)
 
 
 def _near(blocks: Blocks, halvings: int, warps: int, stages: int) -> Blocks:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .checks import FLOATING
 from .implementations import triton_kernels
-from .loss_operator import Arguments, autocast_dtype, gradients_by_triton, loss_by_triton
+from .loss_operator import autocast_dtype
 
 
 def direct_triton_loss(
@@ -31,16 +31,13 @@ def direct_triton_loss(
     """
     if os.environ.get("FEDSS_VALIDATE") == "1" or not (input.is_cuda or input.is_cpu):
         return None
-    if not input.is_cuda:
-        triton_kernels("sampled_softmax", input.device)  # raises unless they are interpreted
+    kernels = triton_kernels("sampled_softmax", input.device)  # raises on a CPU, unless they are interpreted
     if not _fits(input, weight, constants, bias, scale, similarity, ignore_index, reduction):
         return None
     learned = scale if isinstance(scale, Tensor) else None
-    number = torch.tensor(scale, dtype=torch.float64) if learned is None else learned
     rounding = autocast_dtype(input.device.type)
-    options = (similarity, ignore_index, reduction, sparse_grad, "triton", [False] * 4, rounding)
-    arguments = Arguments._make((input, weight, *constants, bias, number, *options))
-    return _apply(input, weight, bias, learned, arguments)
+    rest = (kernels, constants, scale, similarity, ignore_index, reduction, sparse_grad, rounding)
+    return _apply(input, weight, bias, learned, rest)
 
 
 def _fits(input, weight, constants, bias, scale, similarity, ignore_index, reduction) -> bool:
@@ -77,25 +74,35 @@ def _is(tensor: Tensor, shape: tuple[int, ...], device: torch.device, dtypes: Se
 
 
 class _Loss(torch.autograd.Function):
-    """Differentiable in its first four arguments; `arguments`, the operator's, travel as one."""
+    """Differentiable in its first four arguments; `rest` travels as one, as each argument costs time."""
 
     @staticmethod
-    def forward(ctx, input, weight, bias, learned, arguments):
-        loss, kept = loss_by_triton(arguments)
-        ctx.save_for_backward(*arguments[:8], kept)
-        ctx.options = arguments[8:]
+    def forward(ctx, input, weight, bias, learned, rest):
+        kernels, constants, scale, similarity, ignore_index, reduction, _, rounding = rest
+        problem = kernels.Problem.of(
+            input, weight, *constants, bias, scale, similarity, ignore_index, reduction, rounding
+        )
+        loss, kept = kernels.loss(problem)
+        ctx.save_for_backward(*problem.tensors, learned, kept)
+        ctx.rest = problem.others, rest
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
-        *tensors, kept = ctx.saved_tensors
-        arguments = Arguments(*tensors, *ctx.options)
-        needed = list(ctx.needs_input_grad[:4])
+        *tensors, learned, kept = ctx.saved_tensors
+        others, rest = ctx.rest
+        kernels, _, scale, similarity, ignore_index, reduction, sparse_grad, rounding = rest
+        needed = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():  # create_graph: the operator refuses a second derivative
-            by_operator = torch.ops.fedss_kernels.sampled_softmax_loss_backward
-            found = by_operator(grad_loss, [kept] * 5, needed, *arguments)
+            scale = torch.tensor(scale, dtype=torch.float64) if learned is None else learned
+            options = (similarity, ignore_index, reduction, sparse_grad, "triton", [False] * 4, rounding)
+            found = torch.ops.fedss_kernels.sampled_softmax_loss_backward(
+                grad_loss, [kept] * 5, list(needed), *tensors[:7], scale, *options
+            )
             return *(gradient if need else None for need, gradient in zip(needed, found, strict=True)), None
-        return *gradients_by_triton(arguments, kept, grad_loss, needed), None
+        problem = kernels.Problem(*tensors, *others)
+        dtype = None if learned is None else learned.dtype
+        return *kernels.gradients(problem, kept, grad_loss, needed, sparse_grad, dtype), None
 
 
 # Function.apply without what it does for function transforms, which do not come here.

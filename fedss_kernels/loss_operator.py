@@ -184,7 +184,7 @@ def gradients_by_triton(
     """Of input, weight, bias and scale."""
     kernels = _triton()
     problem = kernels.Problem.of(*p[:11], p.rounding)
-    return kernels.gradients(problem, kept, grad_loss, needed, p.sparse_grad, p.scale)
+    return kernels.gradients(problem, kept, grad_loss, needed, p.sparse_grad, p.scale.dtype)
 
 
 @torch.library.register_fake("fedss_kernels::sampled_softmax_loss", lib=_library)

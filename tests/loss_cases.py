@@ -9,7 +9,7 @@ from tolerance import eager_loss, excess, with_features_reversed
 from torch import Tensor
 
 from fedss_kernels import sampled_softmax_loss
-from fedss_kernels.triton_kernels.configurations import Blocks, Configuration
+from fedss_kernels.triton_kernels.configurations import Blocks, Configuration, Tiling
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
@@ -31,19 +31,20 @@ def blocks_of_16(small: bool, B: int, S: int, D: int) -> Configuration:
     block = Blocks(rows=16, classes=16, columns=16, warps=4, stages=2)
     all_rows = Blocks(rows=max(16, 1 << (B - 1).bit_length()), classes=16, columns=16, warps=4, stages=2)
     splits = max(1, min(3, -(-S // 16)))
-    return Configuration(
-        small=small,
+    tiling = Tiling(
         forward=block,
         tiles=all_rows if small else block,
         grad_rows=block,
         grad_input=block,
         result_columns=32,
+        large_columns=32,
         result_entries=16,
         result_warps=4,
+        merged_rows=16,
+        merged_splits=4,
         merge_warps=4,
-        chunk=32,
-        splits=splits,
     )
+    return Configuration(small, tiling, chunk=32, splits=splits)
 
 
 @dataclass(frozen=True)

@@ -158,8 +158,8 @@ def test_a_client_takes_two_launches_each_way(S, sparse_grad, reduction, monkeyp
 def test_small_problems_are_those_of_clients(B, S, D):
     chosen = configure(B, S, D, 2, 2**20)
     assert chosen.small == (B <= 128 and S + B <= 4096)
-    assert not chosen.small or chosen.tiles.rows >= B, "all rows in one tile"
-    assert chosen.chunk % chosen.tiles.classes == 0
+    assert not chosen.small or chosen.tiling.tiles.rows >= B, "all rows in one tile"
+    assert chosen.chunk % chosen.tiling.tiles.classes == 0
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_a_chunk_of_pulls_is_never_a_matrix_of_all_of_them(B, S, D):
     problem_bytes = 2 * 2 * (B + S) * D  # of inputs and gradients in bfloat16
     chosen = configure(B, S, D, 2, problem_bytes)
     chunk = B * chosen.chunk
-    assert not chosen.small and chunk <= B * (S + 2 * chosen.tiles.classes) / 2
+    assert not chosen.small and chunk <= B * (S + 2 * chosen.tiling.tiles.classes) / 2
     assert 2 * chunk <= max(0.03 * problem_bytes, 2**24)
 
 
@@ -195,7 +195,7 @@ def test_tuning_keeps_the_fastest_and_searches_once(stage, monkeypatch):
 
     def milliseconds(run, configuration):
         run(configuration)
-        blocks = configuration.forward if stage == "forward" else configuration.tiles
+        blocks = configuration.tiling.forward if stage == "forward" else configuration.tiling.tiles
         return 1.0 if (blocks.warps, blocks.stages, blocks.classes) == (8, 1, 64) else 2.0
 
     monkeypatch.setattr(tuning, "_milliseconds", milliseconds)
@@ -203,10 +203,11 @@ def test_tuning_keeps_the_fastest_and_searches_once(stage, monkeypatch):
     for _ in range(2):
         best = tuning.fastest("key", table, stage, tried.append)
     assert len(tried) == 37 and tried[0] == table
-    assert all(c.chunk % c.tiles.classes == 0 for c in tried)
-    blocks, other = (best.forward, best.tiles) if stage == "forward" else (best.tiles, best.forward)
+    assert all(c.chunk % c.tiling.tiles.classes == 0 for c in tried)
+    t = best.tiling
+    blocks, other = (t.forward, t.tiles) if stage == "forward" else (t.tiles, t.forward)
     assert (blocks.warps, blocks.stages, blocks.classes) == (8, 1, 64)
-    assert other == table.forward, "the other stage is tuned by itself"
+    assert other == table.tiling.forward, "the other stage is tuned by itself"
 
 
 def test_nothing_is_searched_unless_asked_for(monkeypatch):
@@ -388,7 +389,8 @@ def test_a_scale_that_stays_on_the_device_is_read_there(dtype, monkeypatch):
 def test_passes_that_round_otherwise_agree_at_large_scales(scale):
     """The forward and backward tiles may differ: the logit that led need not be the largest in both."""
     x, w, t, ids, counts = problem(B=20, C=50, D=65, S=40)
-    other = replace(blocks_of_16(False, 20, 40, 65), forward=Blocks(16, 32, 32, 4, 2))
+    other = blocks_of_16(False, 20, 40, 65)
+    other = replace(other, tiling=replace(other.tiling, forward=Blocks(16, 32, 32, 4, 2)))
     with forced(lambda B, S, D: other):
         found = gradients(loss_by_triton(x, w, t, ids, counts, scale=scale), x, w)
     for gradient in found:

@@ -13,8 +13,8 @@ to the row.
 
 A small problem takes two launches: `small_tiles`, a tile of classes for each program with all the rows, then
 `small_results`, which adds up what the programs found. A large one goes over the classes in chunks:
-`pull_chunk` stores a chunk of pulls, `chunk_grad_rows` and `chunk_grad_input` are products with it, and
-`small_results` ends it too. No atomics: each sum has one owner and one order.
+`pull_chunk` stores a chunk of pulls, `chunk_grad_rows` and `chunk_grad_input` are products with it, of rows
+that `class_sources` and `target_sources` have listed, and `small_results` ends it too. No atomics: each sum has one owner and one order.
 """
 
 import triton
@@ -36,6 +36,7 @@ from .tiles import (
     one_part,
     product_or_zero,
     rounded,
+    same,
     target_cosines,
     two_parts,
     unit_of_low_parts,
@@ -87,20 +88,25 @@ def pulls_tile(
     along: pulls * dots
     """
     targets, counted, known = load_targets(target, rows, B, C, ignore_index)
-    ids, corrections, live, wrong = load_classes(class_ids, counts, entries, S, C, WIDE)
-    hits = known[:, None] & (ids[None, :] == targets[:, None])
+    upstream = load_upstream(grad_loss, kept, rows, counted, B, ACC, PER_ROW)
+    # Of a row with an upstream of 0 nothing is read: whatever it holds, it passes no gradient.
+    counted &= upstream != 0.0
+    ids, corrections, live, _ = load_classes(class_ids, counts, entries, S, C, WIDE)
+    hits = same(ids, targets, C)
     read = live
     if FOLD:
-        read = live | ((entries < S) & (tl.max(hits.to(tl.int32), 0) > 0))
+        read = live | ((entries < S) & (tl.max((hits & known[:, None]).to(tl.int32), 0) > 0))
     sums, low, x_inverse, w_inverse = dots(
         input, weight, rows, counted, ids, read, D, input_row, input_column, weight_row, weight_column,
         False, COSINE, OPERAND, ACC, WIDE, PRECISION, BLOCK_D,
     )  # fmt: skip
     unit = logit_unit(scale.to(ACC), COSINE)
     logits, logits_low = logits_of(
-        sums, low, x_inverse, w_inverse, scale, unit, bias, ids, live, corrections, COSINE, ACC, WIDE
+        sums, low, x_inverse, w_inverse, scale, unit, bias, ids, live, entries < 0, corrections,
+        COSINE, ACC, WIDE,
     )  # fmt: skip
     largest = tl.load(kept + rows, mask=counted, other=0.0)
+    largest = tl.where(largest == float("-inf"), 0.0, largest)  # -inf less it is to stay
     inverse_total = tl.load(kept + wide(B) + rows, mask=counted, other=0.0).to(ACC)
     # The forward pass may have rounded otherwise: at large scales a logit can come out above the largest.
     if WIDE != ACC:
@@ -110,22 +116,21 @@ def pulls_tile(
         probs = exponentials(exponents, (logits_low - most_low[:, None]) * low_unit[:, None], True)
     else:
         probs = tl.exp(tl.minimum(logits - largest.to(ACC)[:, None], 0.0) * unit)
-    probs *= inverse_total[:, None]
-    probs = tl.where(live[None, :] & counted[:, None] & (ids[None, :] != targets[:, None]), probs, 0.0)
+    probs *= inverse_total[:, None]  # 0 of rows that do not count; NaN, of all, beside a wrong class
+    own = tl.zeros(rows.shape, ACC)
     if FOLD:
-        own = tl.load(kept + 2 * wide(B) + rows, mask=known, other=0.0).to(ACC)
-        probs = tl.where(hits, own[:, None], probs)
-    probs = tl.where(wrong[None, :] & counted[:, None], float("nan"), probs)
-    upstream = load_upstream(grad_loss, kept, rows, counted, B, ACC, PER_ROW)
+        own = tl.load(kept + 2 * wide(B) + rows, mask=known & counted, other=0.0).to(ACC)
+    probs = tl.where(hits, own[:, None], probs)
     dlogits = product_or_zero(probs, upstream[:, None])
     # A zero row has inverse norm 0: nothing passes through it, even of an infinite upstream.
     if WIDE != ACC:  # one factor after the other: a product of both may be 0, and a NaN must not vanish in it
         pulls = product_or_zero((scale * x_inverse).to(ACC)[:, None], dlogits)
         pulls = product_or_zero(w_inverse.to(ACC)[None, :], pulls)
     else:
-        pulls = product_or_zero(scale * x_inverse[:, None] * w_inverse[None, :], dlogits)
-    if OPERAND != tl.float16:  # which is too narrow for small gradients
-        pulls = rounded(pulls, OPERAND)
+        pulls = product_or_zero(probs, product_or_zero(scale * x_inverse, upstream)[:, None])
+        if COSINE:
+            pulls = tl.where((w_inverse == 0.0)[None, :], 0.0, pulls * w_inverse[None, :])
+    pulls = rounded_for_products(pulls, OPERAND)
     beyond = cosines_beyond_target(
         sums, low, x_inverse, w_inverse, scale, kept, rows, known, B, COSINE, ACC, WIDE
     )  # fmt: skip
@@ -134,6 +139,17 @@ def pulls_tile(
     slopes = product_or_zero(dlogits, beyond)
     along = product_or_zero(pulls.to(ACC), sums)
     return dlogits, pulls, along, slopes, ids, read, x_inverse, w_inverse
+
+
+@triton.jit
+def rounded_for_products(pulls, OPERAND: tl.constexpr):
+    """As they are multiplied: beside float16 rows, which would be too narrow for small ones, as tf32."""
+    if OPERAND == tl.float16:
+        bits = pulls.to(tl.uint32, bitcast=True)
+        nearest = ((bits + 0xFFF + ((bits >> 13) & 1)) & 0xFFFFE000).to(tl.float32, bitcast=True)
+        return tl.where(tl.abs(pulls) < float("inf"), nearest, pulls)
+    else:
+        return rounded(pulls, OPERAND)
 
 
 @triton.jit
@@ -445,6 +461,22 @@ def small_results(
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
+def class_sources(class_ids, counts, sources, S, C, BLOCK_S: tl.constexpr):
+    """The row of `weight` that each entry of the class set is multiplied with; -1 for those left out."""
+    entries = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    ids, _, live, _ = load_classes(class_ids, counts, entries, S, C, tl.float32)
+    tl.store(sources + entries, tl.where(live, ids, -1), mask=entries < S)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def target_sources(target, sources, B, C, ignore_index, BLOCK_B: tl.constexpr):
+    """With FOLD: targets take part whether or not they are in the denominator."""
+    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    targets, _, known = load_targets(target, rows, B, C, ignore_index)
+    tl.store(sources + targets, targets, mask=known)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def pull_chunk(
     input,
     weight,
@@ -455,13 +487,14 @@ def pull_chunk(
     learned,
     grad_loss,
     kept,
-    pulls_chunk,  # (B, CHUNK)
+    pulls_chunk,  # (B, pitch)
     share_rows,  # (tiles of classes in the chunk, B)
-    share_classes,  # (tiles of rows, CHUNK)
-    bias_classes,  # (tiles of rows, CHUNK); None: not wanted
+    share_classes,  # (tiles of rows, pitch)
+    bias_classes,  # (tiles of rows, pitch); None: not wanted
     scale_rows,  # (tiles of classes in the chunk, B); None: not wanted
     first,  # entry of the class set that the chunk starts with
-    CHUNK,
+    size,  # of the chunk
+    pitch,  # of its rows, a multiple of 16: Triton is told, so they are read in long words
     B,
     C,
     S,
@@ -489,25 +522,36 @@ def pull_chunk(
     scale = load_scale(factor, learned, WIDE)
     dlogits, pulls, along, slopes, _, _, x_inverse, w_inverse = pulls_tile(
         input, weight, target, class_ids, counts, bias, grad_loss, kept, rows, first + inside,
-        B, C, S, D, ignore_index, input_row, input_column, weight_row, weight_column, scale,
+        B, C, tl.minimum(first + size, S), D, ignore_index, input_row, input_column, weight_row, weight_column, scale,
         FOLD, COSINE, PER_ROW, OPERAND, ACC, WIDE, PRECISION, BLOCK_D,
     )  # fmt: skip
-    store_rows(pulls_chunk, rows, rows < B, inside, CHUNK, pulls)
+    at = pulls_chunk + rows.to(tl.int64)[:, None] * pitch + inside[None, :]
+    tl.store(at, rounded(pulls, pulls_chunk.dtype.element_ty), mask=(rows < B)[:, None])
     at_rows = tl.program_id(1).to(tl.int64) * B + rows
-    at_classes = tl.program_id(0).to(tl.int64) * CHUNK + inside
+    at_classes = tl.program_id(0).to(tl.int64) * pitch + inside
     if COSINE:
         tl.store(share_rows + at_rows, share_along(tl.sum(along, 1), x_inverse), mask=rows < B)
-        tl.store(share_classes + at_classes, share_along(tl.sum(along, 0), w_inverse), mask=inside < CHUNK)
+        tl.store(share_classes + at_classes, share_along(tl.sum(along, 0), w_inverse), mask=inside < size)
     if bias_classes is not None:
-        tl.store(bias_classes + at_classes, tl.sum(dlogits, 0), mask=inside < CHUNK)
+        tl.store(bias_classes + at_classes, tl.sum(dlogits, 0), mask=inside < size)
     if scale_rows is not None:
         tl.store(scale_rows + at_rows, tl.sum(slopes, 1), mask=rows < B)
 
 
 @triton.jit
-def load_pulls(pulls_chunk, rows, classes, B, CHUNK):
-    at = rows.to(tl.int64)[:, None] * CHUNK + classes[None, :]
-    return tl.load(pulls_chunk + at, mask=(rows < B)[:, None] & (classes < CHUNK)[None, :], other=0.0)
+def load_pulls(pulls_chunk, rows, classes, B, size, pitch):
+    at = pulls_chunk + rows.to(tl.int64)[:, None] * pitch + classes[None, :]
+    return tl.load(at, mask=(rows < B)[:, None] & (classes < size)[None, :], other=0.0)
+
+
+@triton.jit
+def load_sources(sources, entries, inside):
+    """(rows of weight, which are read) of entries of the class set."""
+    if sources is None:
+        return entries.to(tl.int64), inside
+    else:
+        found = tl.load(sources + entries, mask=inside, other=-1)
+        return found, found >= 0
 
 
 @triton.jit
@@ -524,19 +568,19 @@ def chunk_grad_rows(
     input,
     weight,
     target,
-    class_ids,
-    counts,
+    sources,  # (S,), of `class_sources`; None: every class, in order
     pulls_chunk,
     share_classes,
     bias_classes,
     grad_rows,  # (S + B, D), or (C, D) with FOLD; None: not wanted
     grad_bias,
     first,
-    CHUNK,
+    size,
+    pitch,
     B,
     C,
-    S,
     D,
+    column_tiles,
     row_tiles,
     ignore_index,
     input_row,
@@ -552,9 +596,13 @@ def chunk_grad_rows(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Program (t, d): columns d of the gradient of a tile of class rows, all rows of input in order."""
-    inside = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
-    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    """Program (t, d): columns d of the gradient of a tile of class rows, all rows of input in order.
+
+    Programs side by side share the tile of pulls; `input` stays in the cache.
+    """
+    column_tile = tl.program_id(0) % column_tiles
+    inside = (tl.program_id(0) // column_tiles) * BLOCK_S + tl.arange(0, BLOCK_S)
+    columns = column_tile * BLOCK_D + tl.arange(0, BLOCK_D)
     entries = first + inside
     if grad_rows is not None:
         values = tl.zeros((BLOCK_S, BLOCK_D), ACC)
@@ -562,22 +610,21 @@ def chunk_grad_rows(
         for start in range(0, B, BLOCK_B):
             rows = start + tl.arange(0, BLOCK_B)
             counted = load_targets(target, rows, B, C, ignore_index)[1]
-            pulls = load_pulls(pulls_chunk, rows, inside, B, CHUNK)
+            pulls = load_pulls(pulls_chunk, rows, inside, B, size, pitch)
             x = load_rows(input, rows, counted, columns, D, input_row, input_column, OPERAND)
             values, low = add_pulled(values, low, tl.trans(pulls), x, OPERAND, PRECISION, WIDE != ACC)
         values = one_part(values, low, WIDE)
         if COSINE:
-            ids, _, live, _ = load_classes(class_ids, counts, entries, S, C, ACC)
-            share = sum_tiles(share_classes, inside, inside < CHUNK, row_tiles, CHUNK, WIDE)
-            read = live | (share != 0.0)  # no share: a row that takes no part, whatever it holds
+            share = sum_tiles(share_classes, inside, inside < size, row_tiles, pitch, WIDE)
+            ids, read = load_sources(sources, entries, inside < size)
             w = load_rows(weight, ids, read, columns, D, weight_row, weight_column, OPERAND)
             values = without_share(values, share, w)
-        store_rows(grad_rows, entries, inside < CHUNK, columns, D, values)
+        store_rows(grad_rows, entries, inside < size, columns, D, values)
     if grad_bias is not None:
-        if tl.program_id(1) == 0:
-            found = sum_tiles(bias_classes, inside, inside < CHUNK, row_tiles, CHUNK, WIDE)
+        if column_tile == 0:
+            found = sum_tiles(bias_classes, inside, inside < size, row_tiles, pitch, WIDE)
             of_bias = rounded(found, grad_bias.dtype.element_ty)
-            tl.store(grad_bias + entries, of_bias, mask=inside < CHUNK)
+            tl.store(grad_bias + entries, of_bias, mask=inside < size)
 
 
 @triton.jit
@@ -590,8 +637,7 @@ def add_tiles(sums, partial, rows, B, class_tiles, ACC: tl.constexpr):
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def chunk_grad_input(
     weight,
-    class_ids,
-    counts,
+    sources,
     pulls_chunk,
     share_rows,
     scale_rows,
@@ -599,15 +645,13 @@ def chunk_grad_input(
     sums_share,  # (B,), so too; None: not wanted, or no cosine
     sums_scale,  # (B,), so too; None: not wanted
     first,
-    CHUNK,
+    size,
+    pitch,
     B,
-    C,
-    S,
     D,
     class_tiles,
     weight_row,
     weight_column,
-    FOLD: tl.constexpr,
     OPERAND: tl.constexpr,
     ACC: tl.constexpr,
     WIDE: tl.constexpr,
@@ -620,23 +664,18 @@ def chunk_grad_input(
     rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     if sums_input is not None:
+        values = tl.zeros((BLOCK_B, BLOCK_D), ACC)
+        low = tl.zeros((BLOCK_B, BLOCK_D), ACC)
+        for start in range(0, size, BLOCK_S):
+            inside = start + tl.arange(0, BLOCK_S)
+            pulls = load_pulls(pulls_chunk, rows, inside, B, size, pitch)
+            ids, read = load_sources(sources, first + inside, inside < size)
+            w = load_rows(weight, ids, read, columns, D, weight_row, weight_column, OPERAND)
+            values, low = add_pulled(values, low, pulls, w, OPERAND, PRECISION, WIDE != ACC)
         at = sums_input + rows.to(tl.int64)[:, None] * D + columns[None, :]
         there = (rows < B)[:, None] & (columns < D)[None, :]
         before = tl.load(at, mask=there, other=0.0)
-        values = before.to(ACC)
-        low = tl.zeros((BLOCK_B, BLOCK_D), ACC)
-        if WIDE != ACC:
-            low = (before - values).to(ACC)
-        for start in range(0, CHUNK, BLOCK_S):
-            inside = start + tl.arange(0, BLOCK_S)
-            ids, _, live, _ = load_classes(class_ids, counts, first + inside, S, C, ACC)
-            pulls = load_pulls(pulls_chunk, rows, inside, B, CHUNK)
-            read = live & (inside < CHUNK)
-            if FOLD:
-                read = (inside < CHUNK) & (live | (tl.max((pulls.to(ACC) != 0.0).to(tl.int32), 0) > 0))
-            w = load_rows(weight, ids, read, columns, D, weight_row, weight_column, OPERAND)
-            values, low = add_pulled(values, low, pulls, w, OPERAND, PRECISION, WIDE != ACC)
-        tl.store(at, one_part(values, low, WIDE), mask=there)
+        tl.store(at, before + one_part(values, low, WIDE), mask=there)
     if tl.program_id(1) == 0:
         if sums_share is not None:
             add_tiles(sums_share, share_rows, rows, B, class_tiles, WIDE)

@@ -1,8 +1,9 @@
 """Launch configurations of the loss' kernels: a small table, looked up by size and dtype."""
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -26,23 +27,35 @@ class Blocks:
 
 
 @dataclass(frozen=True)
-class Configuration:
-    """What one call uses. `small`: the backward pass in two launches, a tile of classes for each program."""
+class Tiling:
+    """What the kernels are compiled for."""
 
-    small: bool
     forward: Blocks
     tiles: Blocks  # of the backward pass' logits
     grad_rows: Blocks  # of the large backward pass' products: the gradient of class rows
     grad_input: Blocks  # and that of input
     result_columns: int  # of the last kernel of the backward pass
+    large_columns: int  # of the same, after the large backward pass
     result_entries: int  # of the compact gradient at a time in it; their ids, 16 times as many
     result_warps: int
-    merge_warps: int  # of the forward pass' last
-    chunk: int  # classes at a time in the large backward pass, a multiple of tiles.classes
-    splits: int  # of the class set in the forward pass
+    merged_rows: int  # of the forward pass' last
+    merged_splits: int  # of it, at least as many as there are
+    merge_warps: int
 
 
 @dataclass(frozen=True)
+class Configuration:
+    """What one call uses. `small`: the backward pass in two launches, a tile of classes for each program."""
+
+    small: bool
+    tiling: Tiling
+    chunk: int  # classes at a time in the large backward pass, a multiple of tiling.tiles.classes
+    splits: int  # of the class set in the forward pass
+    # what was made for it, which lives as long: sampled_softmax.py
+    kernels: dict = field(default_factory=dict, init=False, compare=False, repr=False)
+
+
+@dataclass(frozen=True, eq=False)
 class Table:
     """The tiles, by bytes of an operand: as large as the registers of every target hold."""
 
@@ -105,13 +118,20 @@ def configure(B: int, S: int, D: int, operand_bytes: int, problem_bytes: int) ->
     """
     if _override is not None:
         return _override(B, S, D)
-    few = B <= TABLE.few[operand_bytes].rows
-    tile = (TABLE.few if few else TABLE.many)[operand_bytes]
+    return _looked_up(TABLE, B, S, D, operand_bytes, problem_bytes)
+
+
+@functools.lru_cache(maxsize=4096)  # it is asked twice for each step of a client
+def _looked_up(
+    table: Table, B: int, S: int, D: int, operand_bytes: int, problem_bytes: int
+) -> Configuration:
+    few = B <= table.few[operand_bytes].rows
+    tile = (table.few if few else table.many)[operand_bytes]
     class_tiles = -(-S // tile.classes)
     small = B <= SMALL_BATCH and S + B <= SMALL_ENTRIES and class_tiles * B * D <= SMALL_PARTIALS
-    forward, products = tile, [by[operand_bytes] for by in (TABLE.grad_rows, TABLE.grad_input)]
+    forward, products = tile, [by[operand_bytes] for by in (table.grad_rows, table.grad_input)]
     if not small and not few:
-        forward, tile = TABLE.large_forward[operand_bytes], TABLE.large[operand_bytes]
+        forward, tile = table.large_forward[operand_bytes], table.large[operand_bytes]
     if D % 16 != 0:  # rows are read an element at a time, with a pointer to each
         forward, tile = (
             replace(b, rows=tile.rows, columns=16, stages=min(b.stages, 2)) for b in (forward, tile)
@@ -122,8 +142,25 @@ def configure(B: int, S: int, D: int, operand_bytes: int, problem_bytes: int) ->
     pulls = max(FEWEST_PULLS, problem_bytes * 3 // 100 // operand_bytes)
     half = -(-S // (2 * tile.classes))  # of the class tiles: never a matrix of B x S
     chunk = min(max(min(pulls // max(B, 1) // tile.classes, half), 1), MOST_TILES) * tile.classes
-    ends = TABLE.result_columns, TABLE.result_entries, TABLE.result_warps, TABLE.merge_warps
-    return Configuration(small, forward, tile, *products, *ends, chunk, splits)
+    merged_splits = _power_of_two(splits)
+    tiling = Tiling(
+        forward,
+        tile,
+        *products,
+        table.result_columns,
+        min(max(_power_of_two(D), table.result_columns), 8 * table.result_columns),
+        table.result_entries,
+        table.result_warps,
+        merged_rows=max(min(_power_of_two(B), 128, 4096 // merged_splits), 16),
+        merged_splits=merged_splits,
+        merge_warps=table.merge_warps,
+    )
+    return Configuration(small, tiling, chunk, splits)
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
 
 
 _override: Callable[[int, int, int], Configuration] | None = None

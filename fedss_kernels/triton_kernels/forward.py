@@ -21,6 +21,7 @@ from .tiles import (
     load_targets,
     logit_unit,
     logits_of,
+    same,
     target_cosines,
     unit_of_low_parts,
     wide,
@@ -78,10 +79,10 @@ def partial_terms(
             False, COSINE, OPERAND, ACC, WIDE, PRECISION, BLOCK_D,
         )  # fmt: skip
         logits, low = logits_of(
-            sums, low, x_inverse, w_inverse, scale, unit, bias, ids, live, corrections, COSINE, ACC, WIDE
+            sums, low, x_inverse, w_inverse, scale, unit, bias, ids, live, wrong, corrections,
+            COSINE, ACC, WIDE,
         )  # fmt: skip
-        logits = tl.where(live[None, :] & (ids[None, :] != targets[:, None]), logits, float("-inf"))
-        logits = tl.where(wrong[None, :], float("nan"), logits)
+        logits = tl.where(same(ids, targets, C), float("-inf"), logits)
         larger = tl.maximum(largest, tl.max(logits, 1))
         shift = tl.where(larger == float("-inf"), 0.0, larger)
         total = total * tl.exp((largest - shift) * unit)
@@ -123,7 +124,10 @@ def merge_splits(
     BLOCK_B: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
 ):
-    """A tile of rows each program; for "mean" and "sum" a single program takes them all, in order."""
+    """A tile of rows each program; for "mean" and "sum" a single program takes them all, in order.
+
+    "none": the rows' own losses, which `reduce_losses` may reduce.
+    """
     scale = load_scale(factor, learned, ACC)
     unit = logit_unit(scale.to(partials.dtype.element_ty), COSINE)
     sum_of_losses = tl.zeros((), tl.float64)
@@ -173,4 +177,30 @@ def merge_splits(
         inverse = 1.0 / tl.maximum(rows_counted, 1).to(tl.float64)
     if REDUCTION != "none":
         tl.store(loss, sum_of_losses * inverse)
+    tl.store(kept + wide(B) * 6, inverse)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def reduce_losses(
+    target,
+    row_losses,  # (B,)
+    kept,  # its last number
+    loss,  # ()
+    B,
+    ignore_index,
+    REDUCTION: tl.constexpr,  # "mean" | "sum"
+    BLOCK_B: tl.constexpr,
+):
+    """One program: the rows' losses summed in order, as many sums as there are lanes, then those."""
+    sums = tl.zeros((BLOCK_B,), tl.float64)
+    rows_counted = tl.zeros((BLOCK_B,), tl.int32)
+    for start in range(0, B, BLOCK_B):
+        rows = start + tl.arange(0, BLOCK_B)
+        _, counted, _ = load_targets(target, rows, B, 0, ignore_index)
+        sums += tl.load(row_losses + rows, mask=rows < B, other=0.0)
+        rows_counted += counted.to(tl.int32)
+    inverse = tl.full((), 1.0, tl.float64)
+    if REDUCTION == "mean":
+        inverse = 1.0 / tl.maximum(tl.sum(rows_counted, 0), 1).to(tl.float64)
+    tl.store(loss, tl.sum(sums, 0) * inverse)
     tl.store(kept + wide(B) * 6, inverse)

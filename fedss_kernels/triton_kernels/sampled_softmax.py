@@ -4,7 +4,8 @@ No host synchronisation, so a call can be captured in a CUDA graph. Ids are not 
 out of range is never read; it makes losses NaN.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,10 +16,11 @@ from torch import Tensor
 from torch.cuda import device_of
 
 from . import backward, configurations, forward, tuning
-from .configurations import Blocks, Configuration, configure
+from .configurations import Blocks, Configuration, Table, Tiling, configure
+from .launch import Variant
 from .scatter_add import scatter_add
 
-_OPERANDS = {
+_TYPES = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
     torch.float32: tl.float32,
@@ -28,6 +30,22 @@ _OPERANDS = {
 
 LARGEST_FACTOR = {"cosine": 1e20, "dot": 1e30}  # of the scale, for it and scale / |input| in float32
 PRECISE_WORK = 2**16  # B * S * D of float32 problems computed in float64: launches take longer than these
+MANY_ROWS = 512  # more than one program merges, where their losses are reduced
+SOURCES = 1024  # of one program
+
+
+class Traits(NamedTuple):
+    """What the kernels are compiled for, besides the arguments' dtypes."""
+
+    operand: torch.dtype  # of products
+    wide: torch.dtype  # of what there is one of for each row or class; see tiles.py
+    cosine: bool
+    reduction: str
+    fold: bool  # every class is in the set
+
+    @property
+    def accumulator(self) -> torch.dtype:
+        return torch.float64 if self.operand == torch.float64 else torch.float32
 
 
 class Problem(NamedTuple):
@@ -40,12 +58,10 @@ class Problem(NamedTuple):
     log_expected_count: Tensor | None  # (S,)
     target_log_expected_count: Tensor | None  # (B,)
     bias: Tensor | None  # (C,)
-    factor: float  # the scale is this times ...
-    learned: Tensor | None  # () ... this
-    cosine: bool
+    learned: Tensor | None  # (): the scale is this, or 1, times ...
+    factor: float  # ... this
     ignore_index: int
-    reduction: str
-    operand: torch.dtype  # of products
+    traits: Traits
 
     @classmethod
     def of(
@@ -57,21 +73,31 @@ class Problem(NamedTuple):
         log_expected_count: Tensor | None,
         target_log_expected_count: Tensor | None,
         bias: Tensor | None,
-        scale: Tensor,
+        scale: float | Tensor,
         similarity: str,
         ignore_index: int,
         reduction: str,
         rounding: torch.dtype | None,
     ) -> "Problem":
-        on_host = scale.device != input.device or scale.device.type == "cpu"
-        factor = scale.item() if on_host else 1.0
-        operand = torch.promote_types(input.dtype, weight.dtype)
-        work = target.numel() * (weight if class_ids is None else class_ids).shape[0] * input.shape[1]
+        learned = None
+        if not isinstance(scale, Tensor):
+            factor = scale
+        elif scale.is_cpu or scale.device != input.device:
+            factor = scale.item()
+        else:
+            learned, factor = scale, 1.0
+        alike = input.dtype == weight.dtype
+        operand = input.dtype if alike else torch.promote_types(input.dtype, weight.dtype)
         if rounding is not None and operand != torch.float64:
             operand = rounding
-        small = operand == torch.float32 and work <= PRECISE_WORK and _exact()
-        if small or abs(factor) > LARGEST_FACTOR[similarity]:
+        exact = operand == torch.float32 and _exact()
+        if abs(factor) > LARGEST_FACTOR[similarity]:
             operand = torch.float64
+        elif exact and alike:
+            B, D = input.shape
+            if B * (weight if class_ids is None else class_ids).shape[0] * D <= PRECISE_WORK:
+                operand = torch.float64
+        wide = torch.float64 if exact or operand == torch.float64 else torch.float32
         return cls(
             input,
             weight,
@@ -80,77 +106,51 @@ class Problem(NamedTuple):
             _contiguous(log_expected_count),
             _contiguous(target_log_expected_count),
             _contiguous(bias),
+            learned,
             factor,
-            None if on_host else scale,
-            similarity == "cosine",
             ignore_index,
-            reduction,
-            operand,
+            Traits(operand, wide, similarity == "cosine", reduction, class_ids is None),
         )
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Those of the fields that are, in order."""
+        return self[:8]
+
+    @property
+    def others(self) -> tuple[Any, ...]:
+        return self[8:]
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
         """B, C, S, D"""
-        (B, D), C = self.input.shape, len(self.weight)
-        return B, C, C if self.class_ids is None else len(self.class_ids), D
+        (B, D), C = self.input.shape, self.weight.shape[0]
+        return B, C, C if self.class_ids is None else self.class_ids.shape[0], D
 
     @property
-    def accumulator(self) -> torch.dtype:
-        return torch.float64 if self.operand == torch.float64 else torch.float32
+    def operands(self) -> tuple[Tensor, Tensor, tuple[int, int, int, int]]:
+        """(input, weight, their strides) for kernels to read.
 
-    @property
-    def wide(self) -> torch.dtype:
-        """Of what there is one of for each row or class: float64 if float32 products keep their digits."""
-        exact = self.operand == torch.float32 and _exact()
-        return torch.float64 if exact else self.accumulator
-
-    @property
-    def strides(self) -> tuple[int, int, int, int]:
-        (input_row, input_column), (weight_row, weight_column) = self.input.stride(), self.weight.stride()
-        return input_row, input_column, weight_row, weight_column
-
-    @property
-    def constants(self) -> dict[str, Any]:
-        return {
-            "COSINE": self.cosine,
-            "OPERAND": _OPERANDS[self.operand],
-            "ACC": _OPERANDS[self.accumulator],
-            "enable_fp_fusion": True,
-        }
-
-    @property
-    def wide_constants(self) -> dict[str, Any]:
-        """Of kernels that do not multiply, and accumulate in `wide`."""
-        return {**self.constants, "ACC": _OPERANDS[self.wide]}
-
-    @property
-    def precision(self) -> dict[str, Any]:
-        exact = self.operand != torch.float32 or _exact()
-        return {"PRECISION": "ieee" if exact else "tf32", "WIDE": _OPERANDS[self.wide]}
+        Triton 3.6 cannot compile products in float64 of what was read as 16 bits: such are widened, all of
+        them, for a scale past LARGEST_FACTOR.
+        """
+        input, weight = self.input, self.weight
+        if self.traits.operand == torch.float64:
+            input, weight = (m.float() if m.itemsize == 2 else m for m in (input, weight))
+        return input, weight, (*input.stride(), *weight.stride())
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return self.input.new_empty(shape, dtype=dtype or self.accumulator)
-
-    def blocks(self, blocks: Blocks) -> dict[str, int]:
-        """Of a kernel that multiplies."""
-        return {
-            "BLOCK_B": blocks.rows,
-            "BLOCK_S": blocks.classes,
-            "BLOCK_D": blocks.columns,
-            "num_warps": blocks.warps,
-            "num_stages": blocks.stages,
-            **configurations.TABLE.matrices[self.operand.itemsize],
-        }
+        return self.input.new_empty(shape, dtype=dtype or self.traits.accumulator)
 
     def configuration(self, stage: str, run: Callable[[Configuration], object]) -> Configuration:
         """The table's, or with FEDSS_AUTOTUNE=1 that with which `run` ("forward", "backward") is fastest."""
         B, C, S, D = self.sizes
         inputs = self.input.numel() * self.input.itemsize + self.weight.numel() * self.weight.itemsize
-        table = configure(B, S, D, self.operand.itemsize, 2 * inputs)
+        table = configure(B, S, D, self.traits.operand.itemsize, 2 * inputs)
         if not tuning.wanted(self.input.device):
             return table
         given = tuple(part is None for part in self)
-        key = (stage, self.sizes, self.operand, self.cosine, self.reduction, given, self.input.device)
+        key = (stage, self.sizes, self.traits, given, self.input.device)
         return tuning.fastest(key, table, stage, run)
 
 
@@ -161,6 +161,94 @@ def _exact() -> bool:
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
+
+
+class Kernels(NamedTuple):
+    """Each kernel with the constants and options of a configuration."""
+
+    partial_terms: Variant
+    merge_splits: Variant
+    merge_rows: Variant  # the same, where what it finds is reduced by the next
+    reduce_losses: Variant
+    small_tiles: Variant
+    small_results: Variant
+    class_sources: Variant
+    target_sources: Variant
+    pull_chunk: Variant
+    chunk_grad_rows: Variant
+    chunk_grad_input: Variant
+    target_rows: Variant
+    large_results: Variant
+
+
+def kernels(c: Configuration, traits: Traits) -> Kernels:
+    found = c.kernels.get(traits)
+    if found is None:
+        found = c.kernels[traits] = _kernels(traits, c.tiling, configurations.TABLE)
+    return found
+
+
+@functools.lru_cache(maxsize=1024)
+def _kernels(traits: Traits, t: Tiling, table: Table) -> Kernels:
+    acc, wide = _TYPES[traits.accumulator], _TYPES[traits.wide]
+    operand, cosine, fold = _TYPES[traits.operand], traits.cosine, traits.fold
+    registers = {**table.all_registers, "enable_fp_fusion": True}
+    exact = traits.operand != torch.float32 or traits.wide == torch.float64
+    products = {"OPERAND": operand, "ACC": acc, "WIDE": wide, "PRECISION": "ieee" if exact else "tf32"}
+    gradients = {"FOLD": fold, "COSINE": cosine, "PER_ROW": traits.reduction == "none"}
+
+    def multiplying(blocks: Blocks) -> dict[str, Any]:
+        return {
+            "BLOCK_B": blocks.rows,
+            "BLOCK_S": blocks.classes,
+            "BLOCK_D": blocks.columns,
+            "num_warps": blocks.warps,
+            "num_stages": blocks.stages,
+            "enable_fp_fusion": True,
+            **table.matrices[traits.operand.itemsize],
+        }
+
+    def merging(reduction: str) -> Variant:
+        blocks = {"BLOCK_B": t.merged_rows, "BLOCK_SPLITS": t.merged_splits, "num_warps": t.merge_warps}
+        return Variant(
+            forward.merge_splits, COSINE=cosine, ACC=wide, REDUCTION=reduction, **blocks, **registers
+        )
+
+    def results(columns: int, tiles: int) -> Variant:
+        blocks = {"BLOCK_D": columns, "BLOCK_TILES": tiles, "BLOCK_ENTRIES": t.result_entries}
+        types = {"OPERAND": operand, "ACC": wide}
+        options = {"num_warps": t.result_warps, **registers}
+        return Variant(backward.small_results, **gradients, **types, **blocks, **options)
+
+    return Kernels(
+        Variant(
+            forward.partial_terms,
+            **{"COSINE": cosine, **products, **multiplying(t.forward), **registers},
+        ),
+        merging(traits.reduction),
+        merging("none"),
+        Variant(forward.reduce_losses, REDUCTION=traits.reduction, BLOCK_B=1024, num_warps=4, **registers),
+        Variant(
+            backward.small_tiles,
+            **{**gradients, **products, **multiplying(t.tiles), **registers},
+        ),
+        results(t.result_columns, 16),
+        Variant(backward.class_sources, BLOCK_S=SOURCES, num_warps=4, **registers),
+        Variant(backward.target_sources, BLOCK_B=SOURCES, num_warps=4, **registers),
+        Variant(
+            backward.pull_chunk,
+            **{**gradients, **products, **multiplying(t.tiles), **registers},
+        ),
+        Variant(backward.chunk_grad_rows, COSINE=cosine, **products, **multiplying(t.grad_rows)),
+        Variant(backward.chunk_grad_input, **products, **multiplying(t.grad_input)),
+        Variant(
+            backward.target_rows,
+            **{"COSINE": cosine, "PER_ROW": gradients["PER_ROW"], "OPERAND": operand, "ACC": wide},
+            **{"BLOCK_B": 16, "BLOCK_D": t.result_columns, "num_warps": t.result_warps},
+            **registers,
+        ),
+        results(t.large_columns, 1),
+    )
 
 
 def empty_results(input: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
@@ -174,41 +262,33 @@ def empty_results(input: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
 
 
 def loss(p: Problem) -> tuple[Tensor, Tensor]:
-    """(loss () or (B,), kept), in two launches."""
+    """(loss () or (B,), kept), in two launches; of many rows that are reduced in three."""
     return _loss(p, p.configuration("forward", partial(_loss, p)))
 
 
 def _loss(p: Problem, c: Configuration) -> tuple[Tensor, Tensor]:
     B, C, S, D = p.sizes
-    blocks = c.forward
-    losses, kept = empty_results(p.input, p.reduction)
+    k, t = kernels(c, p.traits), c.tiling
+    losses, kept = empty_results(p.input, p.traits.reduction)
     partials = p.empty(2, c.splits, B)
+    input, weight, strides = p.operands
+    reduced = p.traits.reduction != "none"
+    apart = reduced and B > MANY_ROWS
+    row_losses = p.empty(B, dtype=torch.float64) if apart else losses
     with device_of(p.input):
         if B > 0:
-            forward.partial_terms[(triton.cdiv(B, blocks.rows), c.splits)](
-                *(p.input, p.weight, p.target, p.class_ids, p.log_expected_count, p.bias, p.learned),
-                *(partials, kept, B, C, S, D, p.ignore_index, *p.strides, p.factor),
-                **p.constants,
-                **p.precision,
-                **p.blocks(blocks),
-                **configurations.TABLE.all_registers,
+            k.partial_terms(
+                (triton.cdiv(B, t.forward.rows), c.splits),
+                *(input, weight, p.target, p.class_ids, p.log_expected_count, p.bias, p.learned),
+                *(partials, kept, B, C, S, D, p.ignore_index, *strides, p.factor),
             )
-        rows = min(128, triton.next_power_of_2(max(B, 16)))
-        splits = triton.next_power_of_2(c.splits)
-        rows = max(min(rows, 4096 // splits), 16)
-        reduced = p.reduction != "none"
-        forward.merge_splits[(1 if reduced else max(triton.cdiv(B, rows), 1),)](
-            *(p.target, p.target_log_expected_count, p.bias, p.learned, partials, kept, losses),
+        (k.merge_rows if apart else k.merge_splits)(
+            (1 if reduced and not apart else max(triton.cdiv(B, t.merged_rows), 1),),
+            *(p.target, p.target_log_expected_count, p.bias, p.learned, partials, kept, row_losses),
             *(B, C, c.splits, p.ignore_index, p.factor),
-            COSINE=p.cosine,
-            ACC=p.wide_constants["ACC"],
-            REDUCTION=p.reduction,
-            BLOCK_B=rows,
-            BLOCK_SPLITS=splits,
-            num_warps=c.merge_warps,
-            **configurations.TABLE.all_registers,
-            enable_fp_fusion=True,
         )
+        if apart:
+            k.reduce_losses((1,), p.target, row_losses, kept, losses, B, p.ignore_index)
     return losses, kept
 
 
@@ -222,10 +302,14 @@ class Gradients(NamedTuple):
 
 
 def gradients(
-    p: Problem, kept: Tensor, grad_loss: Tensor, needed: list[bool], sparse_grad: bool, scale: Tensor
+    p: Problem,
+    kept: Tensor,
+    grad_loss: Tensor,
+    needed: Sequence[bool],  # of input, weight, bias and scale
+    sparse_grad: bool,
+    scale_dtype: torch.dtype | None,  # None: not needed
 ) -> Gradients:
-    """Of input, weight, bias and scale, those that are needed."""
-    run = partial(_gradients, p, kept, grad_loss, needed, sparse_grad, scale)
+    run = partial(_gradients, p, kept, grad_loss, needed, sparse_grad, scale_dtype)
     return run(p.configuration("backward", run))
 
 
@@ -233,30 +317,32 @@ def _gradients(
     p: Problem,
     kept: Tensor,
     grad_loss: Tensor,
-    needed: list[bool],
+    needed: Sequence[bool],
     sparse_grad: bool,
-    scale: Tensor,
+    scale_dtype: torch.dtype | None,
     c: Configuration,
 ) -> Gradients:
     B, C, S, D = p.sizes
     fold = p.class_ids is None
     entries = C if fold else S + B
     spread = not fold and ((needed[1] and not sparse_grad) or needed[2])
-    compact_dtype = p.weight.dtype if fold or sparse_grad else p.accumulator
+    input_dtype, weight_dtype = p.input.dtype, p.weight.dtype
+    compact_dtype = weight_dtype if fold or sparse_grad else p.traits.accumulator
     grad_rows = p.empty(entries, D, dtype=compact_dtype) if needed[1] else None
-    grad_bias = p.empty(entries, dtype=p.weight.dtype if fold else p.accumulator) if needed[2] else None
+    grad_bias = p.empty(entries, dtype=weight_dtype if fold else p.traits.accumulator) if needed[2] else None
+    dense = needed[1] and not (fold or sparse_grad)
     results = Gradients(
-        p.empty(B, D, dtype=p.input.dtype) if needed[0] else None,
-        p.weight.new_zeros(p.weight.shape) if needed[1] and not (fold or sparse_grad) else None,
+        p.empty(B, D, dtype=input_dtype) if needed[0] else None,
+        p.weight.new_zeros(p.weight.shape) if dense else None,
         p.weight.new_zeros(C) if needed[2] and not fold else None,
-        torch.zeros((), dtype=scale.dtype, device=p.input.device) if needed[3] else None,
+        p.input.new_zeros((), dtype=scale_dtype) if needed[3] else None,
     )
     upstream = grad_loss.contiguous()
     with device_of(p.input):
         if B > 0 and c.small:
-            _small(p, c, kept, upstream, grad_rows, grad_bias, results, needed)
+            _small(p, c, kept, upstream, grad_rows, grad_bias, results)
         elif B > 0:
-            _large(p, c, kept, upstream, grad_rows, grad_bias, results, needed)
+            _large(p, c, kept, upstream, grad_rows, grad_bias, results)
             if spread:
                 _spread(p, None if sparse_grad else grad_rows, grad_bias, results)
     if B == 0:
@@ -294,40 +380,32 @@ def _small(
     grad_rows: Tensor | None,
     grad_bias: Tensor | None,
     results: Gradients,
-    needed: list[bool],
 ) -> None:
     """Two launches."""
     B, C, S, D = p.sizes
-    fold, blocks = p.class_ids is None, c.tiles
-    tiles = triton.cdiv(S, blocks.classes)
-    partial_input = p.empty(tiles, B, D) if needed[0] else None
-    partial_share = p.empty(tiles, B, dtype=p.wide) if needed[0] and p.cosine else None
-    partial_scale = p.empty(tiles, B, dtype=p.wide) if needed[3] else None
-    options = {"FOLD": fold, "PER_ROW": p.reduction == "none"}
-    if tiles + (not fold) > 0:
-        backward.small_tiles[(tiles + (not fold),)](
-            *(p.input, p.weight, p.target, p.class_ids, p.log_expected_count, p.bias, p.learned, upstream),
+    k, t, wide = kernels(c, p.traits), c.tiling, p.traits.wide
+    input, weight, strides = p.operands
+    tiles = triton.cdiv(S, t.tiles.classes)
+    partial_input = partial_share = partial_scale = None
+    if results.input is not None:
+        partial_input = p.empty(tiles, B, D)
+        partial_share = p.empty(tiles, B, dtype=wide) if p.traits.cosine else None
+    if results.scale is not None:
+        partial_scale = p.empty(tiles, B, dtype=wide)
+    if tiles + (not p.traits.fold) > 0:
+        k.small_tiles(
+            (tiles + (not p.traits.fold),),
+            *(input, weight, p.target, p.class_ids, p.log_expected_count, p.bias, p.learned, upstream),
             *(kept, grad_rows, grad_bias, partial_input, partial_share, partial_scale),
-            *(B, C, S, D, p.ignore_index, *p.strides, p.factor),
-            **options,
-            **p.constants,
-            **p.precision,
-            **p.blocks(blocks),
-            **configurations.TABLE.all_registers,
+            *(B, C, S, D, p.ignore_index, *strides, p.factor),
         )
     spread = 0 if results.weight is None and results.bias is None else S + B
-    backward.small_results[(B + 1 + spread, triton.cdiv(max(D, 1), c.result_columns))](
-        *(p.input, p.weight, p.target, p.class_ids, p.learned, upstream, kept),
+    k.small_results(
+        (B + 1 + spread, triton.cdiv(max(D, 1), t.result_columns)),
+        *(input, weight, p.target, p.class_ids, p.learned, upstream, kept),
         *(None if results.weight is None else grad_rows, None if results.bias is None else grad_bias),
         *(partial_input, partial_share, partial_scale, *results),
-        *(B, C, S, D, tiles, p.ignore_index, *p.strides, p.factor),
-        **options,
-        **p.wide_constants,
-        BLOCK_D=c.result_columns,
-        BLOCK_TILES=16,
-        BLOCK_ENTRIES=c.result_entries,
-        num_warps=c.result_warps,
-        **configurations.TABLE.all_registers,
+        *(B, C, S, D, tiles, p.ignore_index, *strides, p.factor),
     )
 
 
@@ -339,78 +417,79 @@ def _large(
     grad_rows: Tensor | None,
     grad_bias: Tensor | None,
     results: Gradients,
-    needed: list[bool],
 ) -> None:
-    """Three launches for each chunk of classes, two in the end."""
+    """Three launches for each chunk of classes, and up to two before and two after them."""
     B, C, S, D = p.sizes
-    fold, tile = p.class_ids is None, c.tiles
+    k, t, traits = kernels(c, p.traits), c.tiling, p.traits
+    input, weight, strides = p.operands
+    tile, of_rows, of_input = t.tiles, t.grad_rows, t.grad_input
     chunk = min(c.chunk, triton.cdiv(max(S, 1), tile.classes) * tile.classes)
     row_tiles, class_tiles = triton.cdiv(B, tile.rows), chunk // tile.classes
     # float16 is too narrow for small gradients.
-    pulls = p.empty(B, chunk, dtype=p.accumulator if p.operand == torch.float16 else p.operand)
-    share_rows, share_classes = (p.empty(*s, dtype=p.wide) for s in ((class_tiles, B), (row_tiles, chunk)))
-    bias_classes = p.empty(row_tiles, chunk) if needed[2] else None
-    scale_rows = p.empty(class_tiles, B, dtype=p.wide) if needed[3] else None
-    sums_input = p.empty(1, B, D, dtype=p.wide).zero_() if needed[0] else None
-    sums_share = p.empty(1, B, dtype=p.wide).zero_() if needed[0] and p.cosine else None
-    sums_scale = p.empty(1, B, dtype=p.wide).zero_() if needed[3] else None
-    options = {"FOLD": fold, "PER_ROW": p.reduction == "none"}
+    pulls = p.empty(B, chunk, dtype=traits.accumulator if traits.operand == torch.float16 else traits.operand)
+    share_rows, share_classes = (
+        p.empty(*shape, dtype=traits.wide) for shape in ((class_tiles, B), (row_tiles, chunk))
+    )
+    bias_classes = scale_rows = sums_input = sums_share = sums_scale = None
+    if grad_bias is not None:
+        bias_classes = p.empty(row_tiles, chunk)
+    if results.scale is not None:
+        scale_rows = p.empty(class_tiles, B, dtype=traits.wide)
+        sums_scale = p.empty(1, B, dtype=traits.wide).zero_()
+    if results.input is not None:
+        sums_input = p.empty(1, B, D, dtype=traits.wide).zero_()
+        sums_share = p.empty(1, B, dtype=traits.wide).zero_() if traits.cosine else None
+    sources = _sources(p, k)
     for first in range(0, S, chunk):
         size = min(chunk, S - first)
         tiles = triton.cdiv(size, tile.classes)
-        backward.pull_chunk[(row_tiles, tiles)](
-            *(p.input, p.weight, p.target, p.class_ids, p.log_expected_count, p.bias, p.learned),
+        k.pull_chunk(
+            (row_tiles, tiles),
+            *(input, weight, p.target, p.class_ids, p.log_expected_count, p.bias, p.learned),
             *(upstream, kept, pulls, share_rows, share_classes, bias_classes, scale_rows),
-            *(first, size, B, C, S, D, p.ignore_index, *p.strides, p.factor),
-            **options,
-            **p.constants,
-            **p.precision,
-            **p.blocks(tile),
-            **configurations.TABLE.all_registers,
+            *(first, size, chunk, B, C, S, D, p.ignore_index, *strides, p.factor),
         )
-        if needed[1] or needed[2]:
-            grid = (triton.cdiv(size, c.grad_rows.classes), triton.cdiv(max(D, 1), c.grad_rows.columns))
-            backward.chunk_grad_rows[grid](
-                *(p.input, p.weight, p.target, p.class_ids, p.log_expected_count),
-                *(pulls, share_classes, bias_classes, grad_rows, grad_bias, first, size),
-                *(B, C, S, D, row_tiles, p.ignore_index, *p.strides),
-                **p.constants,
-                **p.precision,
-                **p.blocks(c.grad_rows),
+        if grad_rows is not None or grad_bias is not None:
+            columns = max(triton.cdiv(D, of_rows.columns), 1)
+            k.chunk_grad_rows(
+                (triton.cdiv(size, of_rows.classes) * columns,),
+                *(input, weight, p.target, sources, pulls, share_classes, bias_classes),
+                *(grad_rows, grad_bias, first, size, chunk, B, C, D, columns, row_tiles, p.ignore_index),
+                *strides,
             )
-        if needed[0] or needed[3]:
-            columns = triton.cdiv(D, c.grad_input.columns) if needed[0] else 1
-            backward.chunk_grad_input[(triton.cdiv(B, c.grad_input.rows), max(columns, 1))](
-                *(p.weight, p.class_ids, p.log_expected_count, pulls, share_rows, scale_rows),
-                *(sums_input, sums_share, sums_scale, first, size, B, C, S, D, tiles, *p.weight.stride()),
-                FOLD=fold,
-                **{name: value for name, value in p.constants.items() if name != "COSINE"},
-                **p.precision,
-                **p.blocks(c.grad_input),
+        if results.input is not None or results.scale is not None:
+            columns = max(triton.cdiv(D, of_input.columns), 1) if results.input is not None else 1
+            k.chunk_grad_input(
+                (triton.cdiv(B, of_input.rows), columns),
+                *(weight, sources, pulls, share_rows, scale_rows, sums_input, sums_share, sums_scale),
+                *(first, size, chunk, B, D, tiles, *strides[2:]),
             )
-    if not fold and (needed[1] or needed[2]):
-        backward.target_rows[(triton.cdiv(B, 16), triton.cdiv(max(D, 1), c.result_columns))](
-            *(p.input, p.weight, p.target, p.learned, upstream, kept, grad_rows, grad_bias),
-            *(B, C, S, D, p.ignore_index, *p.strides, p.factor),
-            PER_ROW=options["PER_ROW"],
-            **p.wide_constants,
-            BLOCK_B=16,
-            BLOCK_D=c.result_columns,
-            num_warps=c.result_warps,
-            **configurations.TABLE.all_registers,
+    if not traits.fold and (grad_rows is not None or grad_bias is not None):
+        k.target_rows(
+            (triton.cdiv(B, 16), triton.cdiv(max(D, 1), t.result_columns)),
+            *(input, weight, p.target, p.learned, upstream, kept, grad_rows, grad_bias),
+            *(B, C, S, D, p.ignore_index, *strides, p.factor),
         )
-    backward.small_results[(B + 1, triton.cdiv(max(D, 1), c.result_columns))](
-        *(p.input, p.weight, p.target, p.class_ids, p.learned, upstream, kept, None, None),
+    k.large_results(
+        (B + 1, triton.cdiv(max(D, 1), t.large_columns)),
+        *(input, weight, p.target, p.class_ids, p.learned, upstream, kept, None, None),
         *(sums_input, sums_share, sums_scale, results.input, None, None, results.scale),
-        *(B, C, S, D, 1, p.ignore_index, *p.strides, p.factor),
-        **options,
-        **p.wide_constants,
-        BLOCK_D=c.result_columns,
-        BLOCK_TILES=1,
-        BLOCK_ENTRIES=c.result_entries,
-        num_warps=c.result_warps,
-        **configurations.TABLE.all_registers,
+        *(B, C, S, D, 1, p.ignore_index, *strides, p.factor),
     )
+
+
+def _sources(p: Problem, k: Kernels) -> Tensor | None:
+    """(S,) the row of `weight` of each entry, -1 for those that take no part; None: row j is entry j's."""
+    B, C, S, _ = p.sizes
+    if p.traits.fold and p.log_expected_count is None:
+        return None
+    sources = p.empty(S, dtype=torch.int64)
+    k.class_sources(
+        (triton.cdiv(max(S, 1), SOURCES),), p.class_ids, p.log_expected_count, sources, S, C
+    )
+    if p.traits.fold:
+        k.target_sources((triton.cdiv(B, SOURCES),), p.target, sources, B, C, p.ignore_index)
+    return sources
 
 
 def _spread(p: Problem, grad_rows: Tensor | None, grad_bias: Tensor | None, results: Gradients) -> None:

@@ -19,10 +19,11 @@ ZERO_NORM: tl.constexpr = tl.constexpr(1e-12)  # shorter rows have cosine 0 and 
 
 # What a kernel is not compiled anew for: sizes that become 1 or a multiple of 16, and vectors at an address
 # that is none. (For AMD a specialized pointer is a descriptor too, of four scalar registers.)
-SIZES = ["B", "C", "S", "splits", "tiles", "first", "CHUNK", "row_tiles", "class_tiles", "ignore_index"]
+SIZES = ["B", "C", "S", "splits", "tiles", "first", "size", "row_tiles", "class_tiles", "column_tiles"]
+SIZES += ["ignore_index"]
 GIVEN = ["target", "target_counts", "class_ids", "counts", "bias", "learned", "grad_loss"]
 KEPT = ["kept", "partials", "partial_share", "partial_scale", "share_rows", "share_classes", "scale_rows"]
-RESULTS = ["loss", "bias_classes", "sums_share", "sums_scale", "grad_bias", "grad_class_bias", "grad_scale"]
+RESULTS = ["loss", "row_losses", "sources", "bias_classes", "sums_share", "sums_scale", "grad_bias", "grad_class_bias", "grad_scale"]
 UNSPECIALIZED = [*SIZES, *GIVEN, *KEPT, *RESULTS]
 
 # The interpreter multiplies bfloat16 wrongly and truncates where it should round. There, and only there,
@@ -117,9 +118,13 @@ def add_block(high, low, a, b, PRECISION: tl.constexpr, EXACTLY: tl.constexpr):
 
 
 @triton.jit
-def add_squares(sums, rows):
+def add_squares(sums, rows, EXACTLY: tl.constexpr):
+    """sums (R,) + those of squares (R, BLOCK_D); EXACTLY: (R, BLOCK_D), to be summed in the end."""
     values = rows.to(sums.dtype)
-    return sums + tl.sum(values * values, 1)
+    if EXACTLY:
+        return sums + values * values
+    else:
+        return sums + tl.sum(values * values, 1)
 
 
 @triton.jit
@@ -165,7 +170,10 @@ def load_targets(target, rows, B, C, ignore_index):
 
 @triton.jit
 def load_classes(class_ids, counts, entries, S, C, ACC: tl.constexpr):
-    """(ids, corrections, which are in the denominator, which are wrong) of entries of the class set."""
+    """(ids, corrections, which are in the denominator, which are wrong) of entries of the class set.
+
+    Wrong ones have the id -1, so that they are no row's target: they are to be seen.
+    """
     inside = entries < S
     if class_ids is not None:
         ids = tl.load(class_ids + entries, mask=inside, other=0)
@@ -176,7 +184,14 @@ def load_classes(class_ids, counts, entries, S, C, ACC: tl.constexpr):
     if counts is not None:
         corrections = tl.load(counts + entries, mask=inside, other=0.0).to(ACC)
     wrong = inside & ~(exists & (corrections > float("-inf")))  # NaN too
+    ids = tl.where(wrong, -1, ids)
     return ids, corrections, inside & exists & (corrections < float("inf")), wrong
+
+
+@triton.jit
+def same(ids, targets, C):
+    """(R, J) whether an entry's class is a row's target; compared in 32 bits where these hold all classes."""
+    return ids.to(C.dtype)[None, :] == targets.to(C.dtype)[:, None]
 
 
 @triton.jit
@@ -203,8 +218,13 @@ def dots(
     else:
         sums = tl.zeros((rows.shape[0], ids.shape[0]), ACC)
     low = tl.zeros(sums.shape, ACC)
-    input_squares = tl.zeros(rows.shape, WIDE)
-    weight_squares = tl.zeros(ids.shape, WIDE)
+    # Where tiles are small, squares are kept as they come, and summed once.
+    if WIDE == tl.float64:
+        input_squares = tl.zeros((rows.shape[0], BLOCK_D), WIDE)
+        weight_squares = tl.zeros((ids.shape[0], BLOCK_D), WIDE)
+    else:
+        input_squares = tl.zeros(rows.shape, WIDE)
+        weight_squares = tl.zeros(ids.shape, WIDE)
     for start in range(0, D, BLOCK_D):
         columns = start + tl.arange(0, BLOCK_D)
         x = load_rows(input, rows, counted, columns, D, input_row, input_column, OPERAND)
@@ -217,8 +237,11 @@ def dots(
             else:  # no low part is carried through the loop
                 sums = add_product(sums, x, tl.trans(w), PRECISION)
         if COSINE:
-            input_squares = add_squares(input_squares, x)
-            weight_squares = add_squares(weight_squares, w)
+            input_squares = add_squares(input_squares, x, WIDE == tl.float64)
+            weight_squares = add_squares(weight_squares, w, WIDE == tl.float64)
+    if WIDE == tl.float64:
+        input_squares = tl.sum(input_squares, 1)
+        weight_squares = tl.sum(weight_squares, 1)
     if COSINE:
         return sums, low, inverse_norm(input_squares), inverse_norm(weight_squares)
     else:
@@ -237,24 +260,26 @@ def along_inputs(dots, low, w_inverse, COSINE: tl.constexpr):
 
 @triton.jit
 def logits_of(
-    dots, low, x_inverse, w_inverse, scale, unit, bias, ids, live, corrections,
+    dots, low, x_inverse, w_inverse, scale, unit, bias, ids, live, wrong, corrections,
     COSINE: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """(R, J) logits in units, to nearest, and their low part; of classes that are not live: anything."""
+    """(R, J) logits in units, to nearest, and their low part; -inf of classes that are not live, NaN of wrong."""
+    offsets = tl.where(live, load_bias(bias, ids, live, WIDE) - corrections, 0.0)
     if WIDE != ACC:
         high, low = along_inputs(dots, low, w_inverse, COSINE)
         factor, factor_low = two_parts((scale / unit) * x_inverse)
         high, low = times_exactly(high, low, factor[:, None], factor_low[:, None])
-        offsets = tl.where(live, load_bias(bias, ids, live, WIDE) - corrections, 0.0)
         offset, offset_low = two_parts(offsets / unit)
         high, low = add_exactly(high, low + offset_low[None, :], offset[None, :])
         # Of an infinite one nothing is left over: on the way to it the low part has become NaN.
         nearest = tl.where(tl.abs(high) < float("inf"), high + low, high)
+        nearest = tl.where(live[None, :], nearest, tl.where(wrong, float("nan"), float("-inf"))[None, :])
         return nearest, tl.where(tl.abs(nearest) < float("inf"), low - (nearest - high), 0.0)
     else:
-        logits = (scale / unit) * (dots * x_inverse[:, None] * w_inverse[None, :])
-        logits += ((load_bias(bias, ids, live, ACC) - corrections) / unit)[None, :]
-        return logits, low
+        # Two operations for each logit: all else is done for each row or class.
+        offsets = tl.where(live, offsets / unit, tl.where(wrong, float("nan"), float("-inf")))
+        factors = (scale / unit) * x_inverse
+        return (dots * w_inverse[None, :]) * factors[:, None] + offsets[None, :], low
 
 
 @triton.jit

@@ -42,13 +42,14 @@ def candidates(table: Configuration, stage: str) -> Iterator[Configuration]:
     yield table
     for halvings, warps, stages in itertools.product((-1, 0, 1), (2, 4, 8), (1, 2, 3, 4)):
         near = partial(_near, halvings=halvings, warps=warps, stages=stages)
+        tiling = table.tiling
         if stage == "forward":
-            yield replace(table, forward=near(table.forward))
+            yield replace(table, tiling=replace(tiling, forward=near(tiling.forward)))
         else:
-            tiles = near(table.tiles)
+            tiles = near(tiling.tiles)
+            products = {of: near(getattr(tiling, of)) for of in ("grad_rows", "grad_input")}
             chunk = min(-(-table.chunk // tiles.classes), MOST_TILES) * tiles.classes
-            products = {of: near(getattr(table, of)) for of in ("grad_rows", "grad_input")}
-            yield replace(table, tiles=tiles, **products, chunk=chunk)
+            yield replace(table, tiling=replace(tiling, tiles=tiles, **products), chunk=chunk)
 
 
 def _near(blocks: Blocks, halvings: int, warps: int, stages: int) -> Blocks:

@@ -43,11 +43,23 @@ def set_threads():
     torch.set_num_threads(before)
 
 
+class _Moved(torch.autograd.Function):
+    """tensor.cuda(), whose gradient may be sparse."""
+
+    @staticmethod
+    def forward(ctx, tensor):
+        return tensor.cuda()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.cpu()
+
+
 def _on_the_gpu(*arguments, **options):
     """The loss of tensors moved to the GPU, moved back."""
 
     def move(value):
-        return value.cuda() if isinstance(value, torch.Tensor) else value
+        return _Moved.apply(value) if isinstance(value, torch.Tensor) else value
 
     moved = {name: move(value) for name, value in options.items()}
     return fedss_kernels.sampled_softmax_loss(*map(move, arguments), **moved).cpu()

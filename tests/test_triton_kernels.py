@@ -417,22 +417,26 @@ def test_a_scale_past_float32_is_exact():
 def test_captured_in_a_graph(B, S):
     x, w, t, ids, counts = problem(B=B, C=20_000, D=64, S=S, device="cuda")
 
-    def step():
-        loss = loss_by_triton(x, w, t, ids, counts)
-        return loss, *torch.autograd.grad(loss, (x, w))
+    def step(leaves):
+        loss = loss_by_triton(*leaves, t, ids, counts)
+        return loss, *torch.autograd.grad(loss, leaves)
 
-    stream = torch.cuda.Stream()
+    def fresh():  # autograd remembers the stream that a leaf was first used on
+        return x.detach().requires_grad_(), w.detach().requires_grad_()
+
+    leaves, stream = fresh(), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    with torch.cuda.stream(stream):
+        step(leaves)
+        stream.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            captured = step(leaves)
+    torch.cuda.synchronize()
     with torch.no_grad():
         x.copy_(torch.randn_like(x))
     graph.replay()
-    for a, b in zip(captured, step(), strict=True):
+    for a, b in zip(captured, step(fresh()), strict=True):
         assert torch.equal(a, b)
 
 

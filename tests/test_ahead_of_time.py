@@ -29,6 +29,7 @@ TENSOR_MEMORY = 512  # columns
 def call(
     B=32, S=1000, C=5000, D=512, dtype=BF16, weight_dtype=None, rounding=None, bias=True, learned=True,
     similarity="cosine", reduction="mean", counts=True, sparse=False, precision="highest", transposed=False,
+    scale=20.0, offsets=F32,
 ):  # fmt: skip
     """The loss and all its gradients, on tensors that have no memory. S = None: every class."""
 
@@ -43,15 +44,15 @@ def call(
     try:
         x, w = matrix(B, dtype), matrix(C, weight_dtype or dtype)
         ids = None if S is None else empty(S, dtype=torch.int64)
-        scale = empty() if learned else torch.tensor(20.0)
+        scale = empty(dtype=offsets) if learned else torch.tensor(scale)
         problem = sampled_softmax.Problem.of(
             *(x, w, empty(B, dtype=torch.int64), ids),
-            *((empty(S or C), empty(B)) if counts else (None, None)),
+            *((empty(S or C, dtype=offsets), empty(B, dtype=offsets)) if counts else (None, None)),
             *(empty(C, dtype=w.dtype) if bias else None, scale, similarity, -100, reduction, rounding),
         )
         loss, kept = sampled_softmax.loss(problem)
         needed = [True, True, bias, learned]
-        sampled_softmax.gradients(problem, kept, torch.empty_like(loss), needed, sparse, scale)
+        sampled_softmax.gradients(problem, kept, torch.empty_like(loss), needed, sparse, scale.dtype)
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -72,10 +73,14 @@ BRANCHES = [
     {"learned": False, "sparse": True, "reduction": "sum"},
     {"transposed": True},
 ]
+# for each of `room`, where less is asked for and tiles are larger
+_PLAIN = {"bias": False, "learned": False}
+ROOMS = [_PLAIN, _PLAIN | {"similarity": "dot"}, _PLAIN | {"similarity": "dot", "S": None, "counts": False}]
 
 
 def with_table_of(device: str):
-    table = configurations.AMD if DEVICES[device].backend == "hip" else configurations.NVIDIA
+    tables = {"gfx942": configurations.AMD, "sm_90": configurations.HOPPER}
+    table = tables.get(device, configurations.NVIDIA)
     return mock.patch.object(configurations, "TABLE", table)
 
 
@@ -88,17 +93,20 @@ def launched(device: str, calls) -> list[Launch]:
 
 
 def some(device: str) -> list[Launch]:
-    return launched(device, [SIZES[0], SIZES[-1]])
+    return launched(device, [SIZES[0], SIZES[-1], SIZES[-1] | ROOMS[0]])
 
 
 def shipped(device: str) -> list[Launch]:
     """Each entry of the table, for each dtype, and each branch; D = 500: rows that no vector loads fit."""
     table = [dtype | size | {"D": D} for dtype in DTYPES for size in SIZES for D in (512, 500)]
     branches = [size | branch for branch in BRANCHES for size in (SIZES[0], SIZES[-1])]
+    branches += [SIZES[-1] | room | {"dtype": dtype} for room in ROOMS for dtype in (BF16, F16)]
     precise = [
         {"dtype": F32, "S": 20, "D": D} for D in (64, 65)
     ]  # float32 in float64, and no more so past that
-    return launched(device, [*table, *branches, *precise, {"B": 1, "S": 1, "C": 1, "D": 1}])
+    huge = [{"dtype": F16, "learned": False, "scale": 1e30, "S": 20}]  # 16 bits in float64
+    precise += [{"dtype": F32, "S": 20, "offsets": dtype} for dtype in (BF16, F16)]
+    return launched(device, [*table, *branches, *precise, *huge, {"B": 1, "S": 1, "C": 1, "D": 1}])
 
 
 def _entry(launch: Launch) -> tuple:

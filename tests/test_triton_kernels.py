@@ -20,8 +20,8 @@ from tolerance import eager_loss, excess
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fedss_kernels
-from fedss_kernels.triton_kernels import sampled_softmax, tuning
-from fedss_kernels.triton_kernels.configurations import Blocks, configure, forced
+from fedss_kernels.triton_kernels import configurations, sampled_softmax, tuning
+from fedss_kernels.triton_kernels.configurations import NVIDIA, Blocks, configure, forced
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPS = torch.ops.fedss_kernels
@@ -156,7 +156,7 @@ def test_a_client_takes_two_launches_each_way(S, sparse_grad, reduction, monkeyp
     "B, S, D", [(32, 820, 64), (128, 4096, 64), (100, 170, 1280), (1, 1, 1), (4096, 8192, 512)]
 )
 def test_small_problems_are_those_of_clients(B, S, D):
-    chosen = configure(B, S, D, 2, 2**20)
+    chosen = configure(NVIDIA, B, S, D, 2, "", 2**20)
     assert chosen.small == (B <= 128 and S + B <= 4096)
     assert not chosen.small or chosen.tiling.tiles.rows >= B, "all rows in one tile"
     assert chosen.chunk % chosen.tiling.tiles.classes == 0
@@ -167,10 +167,10 @@ def test_small_problems_are_those_of_clients(B, S, D):
 )
 def test_a_chunk_of_pulls_is_never_a_matrix_of_all_of_them(B, S, D):
     problem_bytes = 2 * 2 * (B + S) * D  # of inputs and gradients in bfloat16
-    chosen = configure(B, S, D, 2, problem_bytes)
+    chosen = configure(NVIDIA, B, S, D, 2, "", problem_bytes)
     chunk = B * chosen.chunk
     assert not chosen.small and chunk <= B * (S + 2 * chosen.tiling.tiles.classes) / 2
-    assert 2 * chunk <= max(0.03 * problem_bytes, 2**24)
+    assert 2 * chunk <= max(0.03 * problem_bytes, 2**25)
 
 
 @pytest.mark.parametrize("B", [5, 140])
@@ -190,7 +190,7 @@ def test_the_same_bits_every_time(S):
 
 @pytest.mark.parametrize("stage", ["forward", "backward"])
 def test_tuning_keeps_the_fastest_and_searches_once(stage, monkeypatch):
-    table = configure(32, 820, 64, 2, 2**20)
+    table = configure(NVIDIA, 32, 820, 64, 2, "", 2**20)
     tried = []
 
     def milliseconds(run, configuration):
@@ -234,13 +234,13 @@ PARALLEL, PARALLEL_DOT = {"spread": 0.003}, {"spread": 0.03, "similarity": "dot"
         (Case(64, B=17, S=None, C=70, D=64, **PARALLEL_DOT), True),
     ],
 )
-def test_differences_of_cosines_keep_their_digits(case, chunks, gpu_loss):
-    """Too large for float64, logits nearly the same, and one draw of plain PyTorch's error, not a large one.
+def test_differences_of_cosines_keep_their_digits(case, chunks, gpu_loss, monkeypatch):
+    """In float32, logits nearly the same, and one draw of plain PyTorch's error, not a large one.
 
     Of logits that are single float32 numbers the gradient of the scale is 1.6 to 14 times the tolerance.
     """
-    S = case.S or case.C
-    assert case.B * S * case.D > sampled_softmax.PRECISE_WORK
+    table = replace(configurations.table_of(torch.device(DEVICE)), precise_work=0)
+    monkeypatch.setattr(configurations, "TABLE", table)
     blocks = forced(partial(blocks_of_16, False)) if chunks else contextlib.nullcontext()
     with blocks:
         found = case.results(gpu_loss, sparse_grad=True)
@@ -484,7 +484,7 @@ def test_offsets_past_two_to_the_31_on_the_device():
 
 @gpu
 def test_memory_is_inputs_and_gradients():
-    """Nothing of size B x S (256 MiB here, in bfloat16): a chunk of 16 MiB of it, and O(B + S)."""
+    """Nothing of size B x S (256 MiB here, in bfloat16): a chunk of 32 MiB of it, and O(B + S)."""
     B, S, D = 2048, 65536, 64
     x = torch.randn(B, D, device="cuda", dtype=BF16, requires_grad=True)
     w = torch.randn(S, D, device="cuda", dtype=BF16, requires_grad=True)

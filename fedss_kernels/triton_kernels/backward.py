@@ -494,7 +494,7 @@ def pull_chunk(
     scale_rows,  # (tiles of classes in the chunk, B); None: not wanted
     first,  # entry of the class set that the chunk starts with
     size,  # of the chunk
-    pitch,  # of its rows, a multiple of 16: Triton is told, so they are read in long words
+    pitch,  # of its rows, a multiple of 16, as Triton is told
     B,
     C,
     S,
@@ -539,9 +539,9 @@ def pull_chunk(
 
 
 @triton.jit
-def load_pulls(pulls_chunk, rows, classes, B, size, pitch):
+def load_pulls(pulls_chunk, rows, classes, B, stored, pitch):
     at = pulls_chunk + rows.to(tl.int64)[:, None] * pitch + classes[None, :]
-    return tl.load(at, mask=(rows < B)[:, None] & (classes < size)[None, :], other=0.0)
+    return tl.load(at, mask=(rows < B)[:, None] & (classes < stored)[None, :], other=0.0)
 
 
 @triton.jit
@@ -558,8 +558,11 @@ def load_sources(sources, entries, inside):
 def sum_tiles(partial, at, inside, tiles, stride, ACC: tl.constexpr):
     """Sum over tiles of partial[tile, at], in order."""
     total = tl.zeros(at.shape, ACC)
-    for tile in range(0, tiles):
-        total += tl.load(partial + wide(tile) * stride + at, mask=inside, other=0.0).to(ACC)
+    for start in range(0, tiles, 8):
+        tile = start + tl.arange(0, 8)
+        there = (tile < tiles)[:, None] & inside[None, :]
+        found = tl.load(partial + tile.to(tl.int64)[:, None] * stride + at[None, :], mask=there, other=0.0)
+        total += tl.sum(found.to(ACC), 0)
     return total
 
 
@@ -576,6 +579,7 @@ def chunk_grad_rows(
     grad_bias,
     first,
     size,
+    stored,  # of its classes, zeros past `size` among them: a multiple of 16, so pulls are read in long words
     pitch,
     B,
     C,
@@ -610,7 +614,7 @@ def chunk_grad_rows(
         for start in range(0, B, BLOCK_B):
             rows = start + tl.arange(0, BLOCK_B)
             counted = load_targets(target, rows, B, C, ignore_index)[1]
-            pulls = load_pulls(pulls_chunk, rows, inside, B, size, pitch)
+            pulls = load_pulls(pulls_chunk, rows, inside, B, stored, pitch)
             x = load_rows(input, rows, counted, columns, D, input_row, input_column, OPERAND)
             values, low = add_pulled(values, low, tl.trans(pulls), x, OPERAND, PRECISION, WIDE != ACC)
         values = one_part(values, low, WIDE)
@@ -646,6 +650,7 @@ def chunk_grad_input(
     sums_scale,  # (B,), so too; None: not wanted
     first,
     size,
+    stored,
     pitch,
     B,
     D,
@@ -664,18 +669,20 @@ def chunk_grad_input(
     rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     if sums_input is not None:
-        values = tl.zeros((BLOCK_B, BLOCK_D), ACC)
-        low = tl.zeros((BLOCK_B, BLOCK_D), ACC)
-        for start in range(0, size, BLOCK_S):
-            inside = start + tl.arange(0, BLOCK_S)
-            pulls = load_pulls(pulls_chunk, rows, inside, B, size, pitch)
-            ids, read = load_sources(sources, first + inside, inside < size)
-            w = load_rows(weight, ids, read, columns, D, weight_row, weight_column, OPERAND)
-            values, low = add_pulled(values, low, pulls, w, OPERAND, PRECISION, WIDE != ACC)
         at = sums_input + rows.to(tl.int64)[:, None] * D + columns[None, :]
         there = (rows < B)[:, None] & (columns < D)[None, :]
         before = tl.load(at, mask=there, other=0.0)
-        tl.store(at, before + one_part(values, low, WIDE), mask=there)
+        values = before.to(ACC)
+        low = tl.zeros((BLOCK_B, BLOCK_D), ACC)
+        if WIDE != ACC:
+            low = (before - values).to(ACC)
+        for start in range(0, size, BLOCK_S):
+            inside = start + tl.arange(0, BLOCK_S)
+            pulls = load_pulls(pulls_chunk, rows, inside, B, stored, pitch)
+            ids, read = load_sources(sources, first + inside, inside < size)
+            w = load_rows(weight, ids, read, columns, D, weight_row, weight_column, OPERAND)
+            values, low = add_pulled(values, low, pulls, w, OPERAND, PRECISION, WIDE != ACC)
+        tl.store(at, one_part(values, low, WIDE), mask=there)
     if tl.program_id(1) == 0:
         if sums_share is not None:
             add_tiles(sums_share, share_rows, rows, B, class_tiles, WIDE)

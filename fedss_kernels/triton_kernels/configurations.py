@@ -4,13 +4,14 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 
 SMALL_BATCH = 128  # rows that one tile holds
 SMALL_ENTRIES = 4096  # of the compact gradient, S + B, that every program may look through
 SMALL_PARTIALS = 2**22  # elements of the tiles' parts of the gradient of input
-FEWEST_PULLS = 2**23  # elements of a chunk of pulls, unless 3% of the inputs and gradients are more
+FEWEST_PULLS = 2**24  # elements of a chunk of pulls, unless 3% of the inputs and gradients are more
 MOST_TILES = 2**15  # of classes in a chunk: a grid's second axis has 65,535 programs
 PROGRAMS = 264  # that keep a large device busy: two for each of its multiprocessors
 
@@ -55,22 +56,32 @@ class Configuration:
     kernels: dict = field(default_factory=dict, init=False, compare=False, repr=False)
 
 
+class Large(NamedTuple):
+    """Tiles of the kernels for large problems."""
+
+    forward: Blocks
+    tiles: Blocks
+    grad_rows: Blocks
+    grad_input: Blocks
+
+
 @dataclass(frozen=True, eq=False)
 class Table:
-    """The tiles, by bytes of an operand: as large as the registers of every target hold."""
+    """The tiles, by bytes of an operand: as large as registers hold, whatever is asked for."""
 
     few: dict[int, Blocks]  # of logits, for up to so many rows
     many: dict[int, Blocks]  # for up to SMALL_BATCH
-    large_forward: dict[int, Blocks]  # for more
-    large: dict[int, Blocks]  # for more, in the backward pass
-    grad_rows: dict[int, Blocks]
-    grad_input: dict[int, Blocks]
+    large: dict[int, Large]  # for more
     result_columns: int
     result_entries: int
     result_warps: int
     merge_warps: int  # of the kernel that merges the splits
     all_registers: dict[str, int]  # options of every kernel but the products
     matrices: dict[int, dict[str, int]]  # options of those that multiply
+    few_forward: dict[int, Blocks] = field(default_factory=dict)  # where it differs from `few`
+    # in place of `large` where less is asked for: by `room` too, see `configure`
+    roomy: dict[tuple[int, str], Large] = field(default_factory=dict)
+    precise_work: int = 2**16  # B * S * D of float32 problems that float64 takes no longer for
 
 
 # maxnreg, a thread's registers: told so, the assembler does not spill a few to leave room for more warps. Not
@@ -78,16 +89,66 @@ class Table:
 NVIDIA = Table(
     few={2: Blocks(32, 32, 32, 4, 2), 4: Blocks(32, 16, 16, 4, 2), 8: Blocks(128, 16, 16, 8, 2)},
     many={2: Blocks(128, 16, 32, 8, 2), 4: Blocks(128, 16, 16, 8, 2), 8: Blocks(128, 16, 16, 8, 2)},
-    large_forward={2: Blocks(128, 64, 32, 8, 3), 4: Blocks(64, 32, 16, 8, 3), 8: Blocks(32, 32, 16, 4, 2)},
-    large={2: Blocks(64, 64, 32, 8, 3), 4: Blocks(64, 32, 16, 8, 3), 8: Blocks(32, 32, 16, 4, 2)},
-    grad_rows={2: Blocks(64, 64, 64, 8, 3), 4: Blocks(32, 32, 64, 8, 2), 8: Blocks(16, 16, 16, 4, 2)},
-    grad_input={2: Blocks(64, 64, 64, 8, 3), 4: Blocks(32, 32, 64, 8, 2), 8: Blocks(16, 16, 16, 4, 2)},
+    large={
+        2: Large(
+            forward=Blocks(128, 64, 32, 8, 3),
+            tiles=Blocks(64, 64, 32, 8, 3),
+            grad_rows=Blocks(64, 64, 64, 8, 3),
+            grad_input=Blocks(64, 64, 64, 8, 3),
+        ),
+        4: Large(
+            forward=Blocks(64, 32, 16, 8, 3),
+            tiles=Blocks(64, 32, 16, 8, 3),
+            grad_rows=Blocks(32, 32, 64, 8, 2),
+            grad_input=Blocks(32, 32, 64, 8, 2),
+        ),
+        8: Large(
+            forward=Blocks(32, 32, 16, 4, 2),
+            tiles=Blocks(32, 32, 16, 4, 2),
+            grad_rows=Blocks(16, 16, 16, 4, 2),
+            grad_input=Blocks(16, 16, 16, 4, 2),
+        ),
+    },
     result_columns=64,
     result_entries=64,
     result_warps=4,
     merge_warps=8,
     all_registers={"maxnreg": 255},
     matrices={2: {}, 4: {}, 8: {}},
+)
+# Measured on an H100. Its matrix instructions multiply 64 rows or more by up to 256 columns, of operands in
+# shared memory. Its float64 is half as fast as float32: a client's problem is computed in it.
+HOPPER = replace(
+    NVIDIA,
+    few=NVIDIA.few | {8: Blocks(32, 16, 64, 8, 1)},
+    few_forward={8: Blocks(16, 16, 64, 4, 1)},
+    roomy={
+        (2, ""): Large(
+            forward=Blocks(128, 64, 64, 8, 3),
+            tiles=Blocks(128, 64, 64, 8, 3),
+            grad_rows=Blocks(64, 128, 128, 8, 3),
+            grad_input=Blocks(128, 64, 128, 8, 3),
+        ),
+        (2, "cosine"): Large(
+            forward=Blocks(128, 256, 64, 8, 3),
+            tiles=Blocks(256, 64, 64, 8, 3),
+            grad_rows=Blocks(64, 128, 128, 8, 3),
+            grad_input=Blocks(128, 64, 256, 8, 3),
+        ),
+        (2, "dot"): Large(
+            forward=Blocks(128, 256, 64, 8, 4),
+            tiles=Blocks(128, 128, 64, 8, 3),
+            grad_rows=Blocks(64, 128, 256, 8, 3),
+            grad_input=Blocks(128, 64, 256, 8, 3),
+        ),
+        (2, "linear"): Large(
+            forward=Blocks(128, 256, 64, 8, 4),
+            tiles=Blocks(256, 128, 64, 8, 3),
+            grad_rows=Blocks(64, 128, 256, 8, 3),
+            grad_input=Blocks(128, 64, 128, 8, 3),
+        ),
+    },
+    precise_work=2**23,
 )
 # AMD's compiler keeps masks of each element that a thread holds in its 102 scalar registers: fewer elements,
 # and matrix instructions of 16 x 16 results, of which a thread holds 4 (of 32 x 32 ones 16). Constants of
@@ -96,10 +157,16 @@ _SMALL = {"matrix_instr_nonkdim": 16}
 AMD = Table(
     few=NVIDIA.few | {2: Blocks(32, 16, 32, 8, 2), 4: Blocks(32, 16, 16, 8, 1), 8: Blocks(32, 16, 16, 4, 1)},
     many=NVIDIA.many | {4: Blocks(128, 16, 16, 8, 1), 8: Blocks(128, 16, 16, 8, 1)},
-    large_forward=NVIDIA.large_forward | {2: Blocks(128, 64, 32, 16, 3), 8: Blocks(32, 16, 16, 4, 1)},
-    large=NVIDIA.large | {2: Blocks(64, 64, 32, 16, 3)},
-    grad_rows=NVIDIA.grad_rows | {2: Blocks(64, 32, 64, 8, 3)},
-    grad_input=NVIDIA.grad_input | {2: Blocks(64, 32, 64, 8, 3)},
+    large={
+        2: Large(
+            forward=Blocks(128, 64, 32, 16, 3),
+            tiles=Blocks(64, 64, 32, 16, 3),
+            grad_rows=Blocks(64, 32, 64, 8, 3),
+            grad_input=Blocks(64, 32, 64, 8, 3),
+        ),
+        4: NVIDIA.large[4],
+        8: NVIDIA.large[8]._replace(forward=Blocks(32, 16, 16, 4, 1)),
+    },
     result_columns=64,
     result_entries=32,
     result_warps=8,
@@ -107,34 +174,55 @@ AMD = Table(
     all_registers={},
     matrices={2: _SMALL, 4: _SMALL | {"waves_per_eu": 2}, 8: _SMALL | {"waves_per_eu": 2}},
 )
-TABLE = AMD if torch.version.hip else NVIDIA
+TABLE: Table | None = None  # for every device, in place of its own: for tests
 
 
-def configure(B: int, S: int, D: int, operand_bytes: int, problem_bytes: int) -> Configuration:
+def table_of(device: torch.device) -> Table:
+    return TABLE or _table_of(device.type, device.index)
+
+
+@functools.cache
+def _table_of(kind: str, index: int | None) -> Table:
+    if torch.version.hip:
+        return AMD
+    hopper = kind == "cuda" and torch.cuda.get_device_capability(index) == (9, 0)
+    return HOPPER if hopper else NVIDIA
+
+
+def configure(
+    table: Table, B: int, S: int, D: int, operand_bytes: int, room: str, problem_bytes: int
+) -> Configuration:
     """The configuration for B rows, S entries and D columns.
 
     operand_bytes: 2, 4 or 8, of the dtype of products. problem_bytes: of the inputs and gradients, which a
-    chunk of pulls must stay far below.
+    chunk of pulls must stay far below. room: what leaves registers for larger tiles, "cosine" or "dot" without
+    bias and learned scale, of rows in the dtype of products (not float16), or "linear", dot products with every class and
+    nothing else; or "" for none of these.
     """
     if _override is not None:
         return _override(B, S, D)
-    return _looked_up(TABLE, B, S, D, operand_bytes, problem_bytes)
+    return _looked_up(table, B, S, D, operand_bytes, room, problem_bytes)
 
 
 @functools.lru_cache(maxsize=4096)  # it is asked twice for each step of a client
 def _looked_up(
-    table: Table, B: int, S: int, D: int, operand_bytes: int, problem_bytes: int
+    table: Table, B: int, S: int, D: int, operand_bytes: int, room: str, problem_bytes: int
 ) -> Configuration:
     few = B <= table.few[operand_bytes].rows
     tile = (table.few if few else table.many)[operand_bytes]
     class_tiles = -(-S // tile.classes)
     small = B <= SMALL_BATCH and S + B <= SMALL_ENTRIES and class_tiles * B * D <= SMALL_PARTIALS
-    forward, products = tile, [by[operand_bytes] for by in (table.grad_rows, table.grad_input)]
+    forward = table.few_forward.get(operand_bytes, tile) if few else tile
+    vectors = D % 16 == 0
+    large = table.large[operand_bytes]
+    if vectors:
+        large = table.roomy.get((operand_bytes, room), large)
+    products = large[2:]
     if not small and not few:
-        forward, tile = table.large_forward[operand_bytes], table.large[operand_bytes]
-    if D % 16 != 0:  # rows are read an element at a time, with a pointer to each
+        forward, tile = large.forward, large.tiles
+    if not vectors:  # rows are read an element at a time, with a pointer to each
         forward, tile = (
-            replace(b, rows=tile.rows, columns=16, stages=min(b.stages, 2)) for b in (forward, tile)
+            replace(b, rows=min(b.rows, tile.rows), columns=16, stages=min(b.stages, 2)) for b in (forward, tile)
         )
         products = [replace(b, stages=2) for b in products]
     row_tiles, class_tiles = -(-B // forward.rows), -(-S // forward.classes)

@@ -26,34 +26,41 @@ class Variant:
 
     def __init__(self, kernel: Any, **named: Any):
         self.kernel, self.named = kernel, named
-        self.compiled: dict[Hashable, Any] = {}
-        if not _LOOKED_UP:
-            parameters = [p for p in kernel.params if not p.is_constexpr]
-            self.specialized = [not p.do_not_specialize for p in parameters]
-            self.constants = (None,) * (len(kernel.params) - len(parameters))  # nobody reads them any more
+        self.compiled: dict[tuple[Hashable, ...], Any] = {}
+        self.tensors: list[int] = []  # which arguments are tensors, or None
+        self.integers: list[int] = []
+        self.specialized: list[int] = []  # of both
 
     def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
         if _LOOKED_UP:
             self.kernel[grid](*arguments, **self.named)
             return
-        kinds: list[Hashable] = [torch._C._cuda_getDevice()]
-        values = []
-        for argument, specialized in zip(arguments, self.specialized, strict=True):
-            if argument is None or type(argument) is float:
-                kinds.append(argument is None)
-            elif type(argument) is int:
-                kinds.append(argument in _INT32)
-                if specialized:
-                    kinds.append("1" if argument == 1 else argument & 15 == 0)
+        if not self.compiled:
+            self._sort(arguments)
+        values = list(arguments)
+        key: list[Hashable] = [torch._C._cuda_getDevice()]
+        for at in self.tensors:
+            tensor = values[at]
+            if tensor is None:
+                key.append(None)
             else:
-                kinds.append(argument.dtype)
-                argument = argument.data_ptr()
-                if specialized:
-                    kinds.append(argument & 15 == 0)
-            values.append(argument)
-        key = tuple(kinds)
-        found = self.compiled.get(key)
+                key.append(tensor.dtype)
+                values[at] = tensor.data_ptr()
+        for at in self.specialized:
+            number = values[at]
+            key.append(number is not None and (number & 15 == 0) + 2 * (number == 1))
+        key += [values[at] in _INT32 for at in self.integers]
+        found = self.compiled.get(tuple(key))
         if found is None:
-            self.compiled[key] = self.kernel[grid](*arguments, **self.named)
+            self.compiled[tuple(key)] = self.kernel[grid](*arguments, **self.named)
         else:
             found[grid + (1,) * (3 - len(grid))](*values, *self.constants)
+
+    def _sort(self, arguments: tuple[Any, ...]) -> None:
+        parameters = self.kernel.params
+        self.constants = (None,) * (len(parameters) - len(arguments))  # nobody reads them any more
+        for at, argument in enumerate(arguments):
+            if type(argument) is not float:
+                (self.integers if type(argument) is int else self.tensors).append(at)
+                if not parameters[at].do_not_specialize:
+                    self.specialized.append(at)

@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.cuda import device_of
 
-from . import backward, configurations, forward, tuning
-from .configurations import Blocks, Configuration, Table, Tiling, configure
+from . import backward, forward, tuning
+from .configurations import Blocks, Configuration, Table, Tiling, configure, table_of
 from .launch import Variant
 from .scatter_add import scatter_add
 
@@ -29,8 +29,7 @@ _TYPES = {
 
 
 LARGEST_FACTOR = {"cosine": 1e20, "dot": 1e30}  # of the scale, for it and scale / |input| in float32
-PRECISE_WORK = 2**16  # B * S * D of float32 problems computed in float64: launches take longer than these
-MANY_ROWS = 512  # more than one program merges, where their losses are reduced
+MANY_ROWS = 128  # more than one program merges, where their losses are reduced
 SOURCES = 1024  # of one program
 
 
@@ -95,18 +94,19 @@ class Problem(NamedTuple):
             operand = torch.float64
         elif exact and alike:
             B, D = input.shape
-            if B * (weight if class_ids is None else class_ids).shape[0] * D <= PRECISE_WORK:
+            work = B * (weight if class_ids is None else class_ids).shape[0] * D
+            if work <= table_of(input.device).precise_work:
                 operand = torch.float64
         wide = torch.float64 if exact or operand == torch.float64 else torch.float32
+        offsets = log_expected_count, target_log_expected_count, bias, learned
+        if operand == torch.float64:
+            offsets = tuple(map(_not_of_16_bits, offsets))
         return cls(
             input,
             weight,
             target.contiguous(),
             _contiguous(class_ids),
-            _contiguous(log_expected_count),
-            _contiguous(target_log_expected_count),
-            _contiguous(bias),
-            learned,
+            *map(_contiguous, offsets),
             factor,
             ignore_index,
             Traits(operand, wide, similarity == "cosine", reduction, class_ids is None),
@@ -129,34 +129,47 @@ class Problem(NamedTuple):
 
     @property
     def operands(self) -> tuple[Tensor, Tensor, tuple[int, int, int, int]]:
-        """(input, weight, their strides) for kernels to read.
-
-        Triton 3.6 cannot compile products in float64 of what was read as 16 bits: such are widened, all of
-        them, for a scale past LARGEST_FACTOR.
-        """
+        """(input, weight, their strides) for kernels to read."""
         input, weight = self.input, self.weight
         if self.traits.operand == torch.float64:
-            input, weight = (m.float() if m.itemsize == 2 else m for m in (input, weight))
+            input, weight = _not_of_16_bits(input), _not_of_16_bits(weight)
         return input, weight, (*input.stride(), *weight.stride())
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return self.input.new_empty(shape, dtype=dtype or self.traits.accumulator)
 
+    @property
+    def room(self) -> str:
+        """See `configure`."""
+        if self.bias is not None or self.learned is not None:
+            return ""
+        operand = self.traits.operand
+        if not operand == self.input.dtype == self.weight.dtype or operand == torch.float16:
+            return ""
+        whole = self.traits.fold and self.log_expected_count is None
+        return "cosine" if self.traits.cosine else "linear" if whole else "dot"
+
     def configuration(self, stage: str, run: Callable[[Configuration], object]) -> Configuration:
         """The table's, or with FEDSS_AUTOTUNE=1 that with which `run` ("forward", "backward") is fastest."""
         B, C, S, D = self.sizes
         inputs = self.input.numel() * self.input.itemsize + self.weight.numel() * self.weight.itemsize
-        table = configure(B, S, D, self.traits.operand.itemsize, 2 * inputs)
-        if not tuning.wanted(self.input.device):
+        device, traits = self.input.device, self.traits
+        table = configure(table_of(device), B, S, D, traits.operand.itemsize, self.room, 2 * inputs)
+        if not tuning.wanted(device):
             return table
         given = tuple(part is None for part in self)
-        key = (stage, self.sizes, self.traits, given, self.input.device)
+        key = (stage, self.sizes, traits, given, device)
         return tuning.fastest(key, table, stage, run)
 
 
 def _exact() -> bool:
     """Whether float32 products keep all their digits: unless torch is told otherwise."""
     return torch.get_float32_matmul_precision() == "highest"
+
+
+def _not_of_16_bits(tensor: Tensor | None) -> Tensor | None:
+    """The same in float32: Triton 3.6 cannot compile float64 products of what comes from 16 bits."""
+    return tensor.float() if tensor is not None and tensor.itemsize == 2 else tensor
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -181,10 +194,10 @@ class Kernels(NamedTuple):
     large_results: Variant
 
 
-def kernels(c: Configuration, traits: Traits) -> Kernels:
-    found = c.kernels.get(traits)
+def kernels(c: Configuration, p: Problem) -> Kernels:
+    found = c.kernels.get(p.traits)
     if found is None:
-        found = c.kernels[traits] = _kernels(traits, c.tiling, configurations.TABLE)
+        found = c.kernels[p.traits] = _kernels(p.traits, c.tiling, table_of(p.input.device))
     return found
 
 
@@ -268,7 +281,7 @@ def loss(p: Problem) -> tuple[Tensor, Tensor]:
 
 def _loss(p: Problem, c: Configuration) -> tuple[Tensor, Tensor]:
     B, C, S, D = p.sizes
-    k, t = kernels(c, p.traits), c.tiling
+    k, t = kernels(c, p), c.tiling
     losses, kept = empty_results(p.input, p.traits.reduction)
     partials = p.empty(2, c.splits, B)
     input, weight, strides = p.operands
@@ -383,7 +396,7 @@ def _small(
 ) -> None:
     """Two launches."""
     B, C, S, D = p.sizes
-    k, t, wide = kernels(c, p.traits), c.tiling, p.traits.wide
+    k, t, wide = kernels(c, p), c.tiling, p.traits.wide
     input, weight, strides = p.operands
     tiles = triton.cdiv(S, t.tiles.classes)
     partial_input = partial_share = partial_scale = None
@@ -420,7 +433,7 @@ def _large(
 ) -> None:
     """Three launches for each chunk of classes, and up to two before and two after them."""
     B, C, S, D = p.sizes
-    k, t, traits = kernels(c, p.traits), c.tiling, p.traits
+    k, t, traits = kernels(c, p), c.tiling, p.traits
     input, weight, strides = p.operands
     tile, of_rows, of_input = t.tiles, t.grad_rows, t.grad_input
     chunk = min(c.chunk, triton.cdiv(max(S, 1), tile.classes) * tile.classes)
@@ -443,6 +456,7 @@ def _large(
     for first in range(0, S, chunk):
         size = min(chunk, S - first)
         tiles = triton.cdiv(size, tile.classes)
+        stored = tiles * tile.classes
         k.pull_chunk(
             (row_tiles, tiles),
             *(input, weight, p.target, p.class_ids, p.log_expected_count, p.bias, p.learned),
@@ -454,15 +468,15 @@ def _large(
             k.chunk_grad_rows(
                 (triton.cdiv(size, of_rows.classes) * columns,),
                 *(input, weight, p.target, sources, pulls, share_classes, bias_classes),
-                *(grad_rows, grad_bias, first, size, chunk, B, C, D, columns, row_tiles, p.ignore_index),
-                *strides,
+                *(grad_rows, grad_bias, first, size, stored, chunk, B, C, D, columns, row_tiles),
+                *(p.ignore_index, *strides),
             )
         if results.input is not None or results.scale is not None:
             columns = max(triton.cdiv(D, of_input.columns), 1) if results.input is not None else 1
             k.chunk_grad_input(
                 (triton.cdiv(B, of_input.rows), columns),
                 *(weight, sources, pulls, share_rows, scale_rows, sums_input, sums_share, sums_scale),
-                *(first, size, chunk, B, D, tiles, *strides[2:]),
+                *(first, size, stored, chunk, B, D, tiles, *strides[2:]),
             )
     if not traits.fold and (grad_rows is not None or grad_bias is not None):
         k.target_rows(

@@ -15,13 +15,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.cuda import device_of
 
-from . import configurations
+from .configurations import table_of
 from .tiles import rounded
 
 
-def options() -> dict[str, int]:
+def options(device: torch.device) -> dict[str, int]:
     """A fused multiply-add would skip one rounding."""
-    return {"enable_fp_fusion": False} | configurations.TABLE.all_registers
+    return {"enable_fp_fusion": False} | table_of(device).all_registers
 
 
 ELEMENTS = 256  # of one program's tile: with more, one target or another spills registers
@@ -123,14 +123,14 @@ def scatter_add(
             *(out, class_ids, order, rows, scale, *sizes, *strides),
             tl.float64 if out.dtype == torch.float64 else tl.float32,
             *(positions, columns),
-            **options(),
+            **options(out.device),
         )
 
 
 def specimen(kernel, types: dict[str, str], constants: dict) -> tuple:
     """(kernel, signature, constants, options): as `triton.compile` wants what a launch would compile."""
     others = {name: "constexpr" if name in constants else "i32" for name in kernel.arg_names}
-    return kernel, others | types, constants, options()
+    return kernel, others | types, constants, options(torch.device("cpu"))
 
 
 def specimens() -> list[tuple]:

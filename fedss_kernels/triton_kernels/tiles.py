@@ -177,15 +177,18 @@ def load_classes(class_ids, counts, entries, S, C, ACC: tl.constexpr):
     inside = entries < S
     if class_ids is not None:
         ids = tl.load(class_ids + entries, mask=inside, other=0)
+        exists = inside & (ids >= 0) & (ids < C)
     else:
         ids = entries.to(tl.int64)
-    exists = (ids >= 0) & (ids < C)
+        exists = inside
     corrections = tl.zeros(entries.shape, ACC)
+    live = exists
     if counts is not None:
         corrections = tl.load(counts + entries, mask=inside, other=0.0).to(ACC)
-    wrong = inside & ~(exists & (corrections > float("-inf")))  # NaN too
-    ids = tl.where(wrong, -1, ids)
-    return ids, corrections, inside & exists & (corrections < float("inf")), wrong
+        live = exists & (corrections < float("inf"))
+        exists &= corrections > float("-inf")  # not NaN either
+    wrong = inside & ~exists
+    return tl.where(wrong, -1, ids), corrections, live & exists, wrong
 
 
 @triton.jit

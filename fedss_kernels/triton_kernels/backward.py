@@ -545,13 +545,17 @@ def load_pulls(pulls_chunk, rows, classes, B, stored, pitch):
 
 
 @triton.jit
-def load_sources(sources, entries, inside):
-    """(rows of weight, which are read) of entries of the class set."""
-    if sources is None:
-        return entries.to(tl.int64), inside
+def load_class_rows(
+    weight, sources, first, inside, columns, D, weight_row, weight_column, OPERAND: tl.constexpr
+):  # fmt: skip
+    """Rows of `weight` of the entries from `first` on, those `inside` that take part."""
+    nth = tl.arange(0, inside.shape[0])
+    if sources is None:  # rows by their distance from one address: fewer registers
+        base = weight + wide(first) * weight_row
+        return load_rows(base, nth, inside, columns, D, weight_row, weight_column, OPERAND)
     else:
-        found = tl.load(sources + entries, mask=inside, other=-1)
-        return found, found >= 0
+        rows = tl.load(sources + first + nth, mask=inside, other=-1)
+        return load_rows(weight, rows, rows >= 0, columns, D, weight_row, weight_column, OPERAND)
 
 
 @triton.jit
@@ -564,6 +568,16 @@ def sum_tiles(partial, at, inside, tiles, stride, ACC: tl.constexpr):
         found = tl.load(partial + tile.to(tl.int64)[:, None] * stride + at[None, :], mask=there, other=0.0)
         total += tl.sum(found.to(ACC), 0)
     return total
+
+
+@triton.jit
+def all_counted(target, B, C, ignore_index):
+    """Whether no row of all B is ignored."""
+    ignored = tl.zeros((1024,), tl.int32)
+    for start in range(0, B, 1024):
+        rows = start + tl.arange(0, 1024)
+        ignored |= ((rows < B) & ~load_targets(target, rows, B, C, ignore_index)[1]).to(tl.int32)
+    return tl.max(ignored, 0) == 0
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -604,24 +618,34 @@ def chunk_grad_rows(
 
     Programs side by side share the tile of pulls; `input` stays in the cache.
     """
-    column_tile = tl.program_id(0) % column_tiles
-    inside = (tl.program_id(0) // column_tiles) * BLOCK_S + tl.arange(0, BLOCK_S)
+    column_tile, class_tile = tl.program_id(0) % column_tiles, tl.program_id(0) // column_tiles
+    inside = class_tile * BLOCK_S + tl.arange(0, BLOCK_S)
     columns = column_tile * BLOCK_D + tl.arange(0, BLOCK_D)
     entries = first + inside
     if grad_rows is not None:
         values = tl.zeros((BLOCK_S, BLOCK_D), ACC)
         low = tl.zeros((BLOCK_S, BLOCK_D), ACC)
-        for start in range(0, B, BLOCK_B):
-            rows = start + tl.arange(0, BLOCK_B)
-            counted = load_targets(target, rows, B, C, ignore_index)[1]
-            pulls = load_pulls(pulls_chunk, rows, inside, B, stored, pitch)
-            x = load_rows(input, rows, counted, columns, D, input_row, input_column, OPERAND)
-            values, low = add_pulled(values, low, tl.trans(pulls), x, OPERAND, PRECISION, WIDE != ACC)
+        # A mask that is loaded holds up the loads that wait for it: without one where it would pass all rows.
+        if all_counted(target, B, C, ignore_index):
+            for start in range(0, B, BLOCK_B):
+                rows = start + tl.arange(0, BLOCK_B)
+                pulls = load_pulls(pulls_chunk, rows, inside, B, stored, pitch)
+                x = load_rows(input, rows, rows < B, columns, D, input_row, input_column, OPERAND)
+                values, low = add_pulled(values, low, tl.trans(pulls), x, OPERAND, PRECISION, WIDE != ACC)
+        else:
+            for start in range(0, B, BLOCK_B):
+                rows = start + tl.arange(0, BLOCK_B)
+                counted = load_targets(target, rows, B, C, ignore_index)[1]
+                pulls = load_pulls(pulls_chunk, rows, inside, B, stored, pitch)
+                x = load_rows(input, rows, counted, columns, D, input_row, input_column, OPERAND)
+                values, low = add_pulled(values, low, tl.trans(pulls), x, OPERAND, PRECISION, WIDE != ACC)
         values = one_part(values, low, WIDE)
         if COSINE:
             share = sum_tiles(share_classes, inside, inside < size, row_tiles, pitch, WIDE)
-            ids, read = load_sources(sources, entries, inside < size)
-            w = load_rows(weight, ids, read, columns, D, weight_row, weight_column, OPERAND)
+            w = load_class_rows(
+                weight, sources, first + class_tile * BLOCK_S, inside < size, columns,
+                D, weight_row, weight_column, OPERAND,
+            )  # fmt: skip
             values = without_share(values, share, w)
         store_rows(grad_rows, entries, inside < size, columns, D, values)
     if grad_bias is not None:
@@ -679,8 +703,9 @@ def chunk_grad_input(
         for start in range(0, size, BLOCK_S):
             inside = start + tl.arange(0, BLOCK_S)
             pulls = load_pulls(pulls_chunk, rows, inside, B, stored, pitch)
-            ids, read = load_sources(sources, first + inside, inside < size)
-            w = load_rows(weight, ids, read, columns, D, weight_row, weight_column, OPERAND)
+            w = load_class_rows(
+                weight, sources, first + start, inside < size, columns, D, weight_row, weight_column, OPERAND
+            )
             values, low = add_pulled(values, low, pulls, w, OPERAND, PRECISION, WIDE != ACC)
         tl.store(at, one_part(values, low, WIDE), mask=there)
     if tl.program_id(1) == 0:

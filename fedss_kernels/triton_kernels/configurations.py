@@ -99,8 +99,8 @@ NVIDIA = Table(
         4: Large(
             forward=Blocks(64, 32, 16, 8, 3),
             tiles=Blocks(64, 32, 16, 8, 3),
-            grad_rows=Blocks(32, 32, 64, 8, 2),
-            grad_input=Blocks(32, 32, 64, 8, 2),
+            grad_rows=Blocks(32, 32, 32, 4, 3),
+            grad_input=Blocks(32, 32, 32, 4, 3),
         ),
         8: Large(
             forward=Blocks(32, 32, 16, 4, 2),
@@ -123,7 +123,7 @@ HOPPER = replace(
     few=NVIDIA.few | {8: Blocks(32, 16, 64, 8, 1)},
     few_forward={8: Blocks(16, 16, 64, 4, 1)},
     roomy={
-        (2, ""): Large(
+        (2, "vectors"): Large(
             forward=Blocks(128, 64, 64, 8, 3),
             tiles=Blocks(128, 64, 64, 8, 3),
             grad_rows=Blocks(64, 128, 128, 8, 3),
@@ -131,9 +131,9 @@ HOPPER = replace(
         ),
         (2, "cosine"): Large(
             forward=Blocks(128, 256, 64, 8, 3),
-            tiles=Blocks(256, 64, 64, 8, 3),
-            grad_rows=Blocks(64, 128, 128, 8, 3),
-            grad_input=Blocks(128, 64, 256, 8, 3),
+            tiles=Blocks(256, 64, 64, 8, 4),
+            grad_rows=Blocks(128, 128, 128, 8, 3),
+            grad_input=Blocks(128, 128, 128, 8, 3),
         ),
         (2, "dot"): Large(
             forward=Blocks(128, 256, 64, 8, 4),
@@ -143,9 +143,9 @@ HOPPER = replace(
         ),
         (2, "linear"): Large(
             forward=Blocks(128, 256, 64, 8, 4),
-            tiles=Blocks(256, 128, 64, 8, 3),
+            tiles=Blocks(128, 256, 64, 8, 3),
             grad_rows=Blocks(64, 128, 256, 8, 3),
-            grad_input=Blocks(128, 64, 128, 8, 3),
+            grad_input=Blocks(128, 64, 256, 8, 3),
         ),
     },
     precise_work=2**23,
@@ -195,9 +195,9 @@ def configure(
     """The configuration for B rows, S entries and D columns.
 
     operand_bytes: 2, 4 or 8, of the dtype of products. problem_bytes: of the inputs and gradients, which a
-    chunk of pulls must stay far below. room: what leaves registers for larger tiles, "cosine" or "dot" without
-    bias and learned scale, of rows in the dtype of products (not float16), or "linear", dot products with every class and
-    nothing else; or "" for none of these.
+    chunk of pulls must stay far below. room: what leaves registers for larger tiles, "vectors" where rows are
+    read in long words; "cosine" or "dot" if besides there is no bias, no learned scale and the rows have the
+    dtype of products, not float16; "linear" for dot products with every class and nothing else; or "".
     """
     if _override is not None:
         return _override(B, S, D)
@@ -213,14 +213,11 @@ def _looked_up(
     class_tiles = -(-S // tile.classes)
     small = B <= SMALL_BATCH and S + B <= SMALL_ENTRIES and class_tiles * B * D <= SMALL_PARTIALS
     forward = table.few_forward.get(operand_bytes, tile) if few else tile
-    vectors = D % 16 == 0
-    large = table.large[operand_bytes]
-    if vectors:
-        large = table.roomy.get((operand_bytes, room), large)
+    large = table.roomy.get((operand_bytes, room), table.large[operand_bytes])
     products = large[2:]
     if not small and not few:
         forward, tile = large.forward, large.tiles
-    if not vectors:  # rows are read an element at a time, with a pointer to each
+    if D % 16 != 0:  # rows are read an element at a time, with a pointer to each
         forward, tile = (
             replace(b, rows=min(b.rows, tile.rows), columns=16, stages=min(b.stages, 2)) for b in (forward, tile)
         )

@@ -141,11 +141,12 @@ class Problem(NamedTuple):
     @property
     def room(self) -> str:
         """See `configure`."""
-        if self.bias is not None or self.learned is not None:
-            return ""
         operand = self.traits.operand
-        if not operand == self.input.dtype == self.weight.dtype or operand == torch.float16:
+        if self.input.shape[1] % 16 != 0 or self.input.stride(1) != 1 or self.weight.stride(1) != 1:
             return ""
+        alike = operand == self.input.dtype == self.weight.dtype and operand != torch.float16
+        if self.bias is not None or self.learned is not None or not alike:
+            return "vectors"
         whole = self.traits.fold and self.log_expected_count is None
         return "cosine" if self.traits.cosine else "linear" if whole else "dot"
 

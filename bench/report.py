@@ -49,8 +49,17 @@ class Report:
             raise ValueError(f"--contenders: expected some of {known}, got {got}")
 
     def produce(self, plan: Plan, machine: Any, out: Path) -> None:
-        """Measures, prints the table, writes NAME.csv, NAME.md and NAME.png to `out`, replacing earlier."""
-        rows = list(self.measure(plan))
+        """Measures, prints the table, writes NAME.csv, NAME.md and NAME.png to `out`, replacing earlier.
+
+        Interrupted (Ctrl-C), it reports what was measured until then, if anything was.
+        """
+        rows: list[Row] = []
+        try:
+            rows.extend(self.measure(plan))
+        except KeyboardInterrupt:
+            if not rows:
+                raise
+            plan.progress("interrupted: what was measured until now")
         table = self.table(rows, machine)
         print_table(table, machine)
         write_csv(out / f"{self.name}.csv", self.axes, rows)

@@ -36,6 +36,7 @@ def blocks_of_16(small: bool, B: int, S: int, D: int) -> Configuration:
         tiles=all_rows if small else block,
         grad_rows=block,
         grad_input=block,
+        looks_ahead=D % 2 == 0,
         result_columns=32,
         large_columns=32,
         result_entries=16,

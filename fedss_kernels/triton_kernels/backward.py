@@ -580,6 +580,28 @@ def all_counted(target, B, C, ignore_index):
     return tl.max(ignored, 0) == 0
 
 
+@triton.jit
+def class_rows_sums(
+    input, target, pulls_chunk, inside, columns, stored, pitch, B, C, D, ignore_index,
+    input_row, input_column,
+    MASKED: tl.constexpr,  # some rows are ignored, whatever they hold
+    OPERAND: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    """pulls^T @ input for classes `inside` the chunk and some columns, as two parts."""
+    values = tl.zeros((inside.shape[0], columns.shape[0]), ACC)
+    low = tl.zeros((inside.shape[0], columns.shape[0]), ACC)
+    for start in range(0, B, BLOCK_B):
+        rows = start + tl.arange(0, BLOCK_B)
+        counted = rows < B
+        if MASKED:
+            counted = load_targets(target, rows, B, C, ignore_index)[1]
+        pulls = load_pulls(pulls_chunk, rows, inside, B, stored, pitch)
+        x = load_rows(input, rows, counted, columns, D, input_row, input_column, OPERAND)
+        values, low = add_pulled(values, low, tl.trans(pulls), x, OPERAND, PRECISION, WIDE != ACC)
+    return values, low
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def chunk_grad_rows(
     input,
@@ -605,6 +627,7 @@ def chunk_grad_rows(
     input_column,
     weight_row,
     weight_column,
+    LOOKS_AHEAD: tl.constexpr,  # for ignored rows: a mask that is loaded holds up the loads that wait for it
     COSINE: tl.constexpr,
     OPERAND: tl.constexpr,
     ACC: tl.constexpr,
@@ -623,22 +646,22 @@ def chunk_grad_rows(
     columns = column_tile * BLOCK_D + tl.arange(0, BLOCK_D)
     entries = first + inside
     if grad_rows is not None:
-        values = tl.zeros((BLOCK_S, BLOCK_D), ACC)
-        low = tl.zeros((BLOCK_S, BLOCK_D), ACC)
-        # A mask that is loaded holds up the loads that wait for it: without one where it would pass all rows.
-        if all_counted(target, B, C, ignore_index):
-            for start in range(0, B, BLOCK_B):
-                rows = start + tl.arange(0, BLOCK_B)
-                pulls = load_pulls(pulls_chunk, rows, inside, B, stored, pitch)
-                x = load_rows(input, rows, rows < B, columns, D, input_row, input_column, OPERAND)
-                values, low = add_pulled(values, low, tl.trans(pulls), x, OPERAND, PRECISION, WIDE != ACC)
+        if LOOKS_AHEAD:
+            if all_counted(target, B, C, ignore_index):
+                values, low = class_rows_sums(
+                    input, target, pulls_chunk, inside, columns, stored, pitch, B, C, D, ignore_index,
+                    input_row, input_column, False, OPERAND, ACC, WIDE, PRECISION, BLOCK_B,
+                )  # fmt: skip
+            else:
+                values, low = class_rows_sums(
+                    input, target, pulls_chunk, inside, columns, stored, pitch, B, C, D, ignore_index,
+                    input_row, input_column, True, OPERAND, ACC, WIDE, PRECISION, BLOCK_B,
+                )  # fmt: skip
         else:
-            for start in range(0, B, BLOCK_B):
-                rows = start + tl.arange(0, BLOCK_B)
-                counted = load_targets(target, rows, B, C, ignore_index)[1]
-                pulls = load_pulls(pulls_chunk, rows, inside, B, stored, pitch)
-                x = load_rows(input, rows, counted, columns, D, input_row, input_column, OPERAND)
-                values, low = add_pulled(values, low, tl.trans(pulls), x, OPERAND, PRECISION, WIDE != ACC)
+            values, low = class_rows_sums(
+                input, target, pulls_chunk, inside, columns, stored, pitch, B, C, D, ignore_index,
+                input_row, input_column, True, OPERAND, ACC, WIDE, PRECISION, BLOCK_B,
+            )  # fmt: skip
         values = one_part(values, low, WIDE)
         if COSINE:
             share = sum_tiles(share_classes, inside, inside < size, row_tiles, pitch, WIDE)

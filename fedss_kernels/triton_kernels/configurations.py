@@ -35,6 +35,7 @@ class Tiling:
     tiles: Blocks  # of the backward pass' logits
     grad_rows: Blocks  # of the large backward pass' products: the gradient of class rows
     grad_input: Blocks  # and that of input
+    looks_ahead: bool
     result_columns: int  # of the last kernel of the backward pass
     large_columns: int  # of the same, after the large backward pass
     result_entries: int  # of the compact gradient at a time in it; their ids, 16 times as many
@@ -63,6 +64,7 @@ class Large(NamedTuple):
     tiles: Blocks
     grad_rows: Blocks
     grad_input: Blocks
+    looks_ahead: bool = False  # the gradient of class rows, for ignored rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +78,7 @@ class Table:
     result_entries: int
     result_warps: int
     merge_warps: int  # of the kernel that merges the splits
-    all_registers: dict[str, int]  # options of every kernel but the products
+    all_registers: dict[str, int]  # options of every kernel
     matrices: dict[int, dict[str, int]]  # options of those that multiply
     few_forward: dict[int, Blocks] = field(default_factory=dict)  # where it differs from `few`
     # in place of `large` where less is asked for: by `room` too, see `configure`
@@ -84,8 +86,7 @@ class Table:
     precise_work: int = 2**16  # B * S * D of float32 problems that float64 takes no longer for
 
 
-# maxnreg, a thread's registers: told so, the assembler does not spill a few to leave room for more warps. Not
-# for the products, which it then unrolls further than registers reach.
+# maxnreg, a thread's registers: told so, the assembler does not spill a few to leave room for more warps.
 NVIDIA = Table(
     few={2: Blocks(32, 32, 32, 4, 2), 4: Blocks(32, 16, 16, 4, 2), 8: Blocks(128, 16, 16, 8, 2)},
     many={2: Blocks(128, 16, 32, 8, 2), 4: Blocks(128, 16, 16, 8, 2), 8: Blocks(128, 16, 16, 8, 2)},
@@ -99,7 +100,7 @@ NVIDIA = Table(
         4: Large(
             forward=Blocks(64, 32, 16, 8, 3),
             tiles=Blocks(64, 32, 16, 8, 3),
-            grad_rows=Blocks(32, 32, 32, 4, 3),
+            grad_rows=Blocks(32, 32, 32, 8, 3),
             grad_input=Blocks(32, 32, 32, 4, 3),
         ),
         8: Large(
@@ -128,24 +129,28 @@ HOPPER = replace(
             tiles=Blocks(128, 64, 64, 8, 3),
             grad_rows=Blocks(64, 128, 128, 8, 3),
             grad_input=Blocks(128, 64, 128, 8, 3),
+            looks_ahead=True,
         ),
         (2, "cosine"): Large(
             forward=Blocks(128, 256, 64, 8, 3),
             tiles=Blocks(256, 64, 64, 8, 4),
             grad_rows=Blocks(128, 128, 128, 8, 3),
             grad_input=Blocks(128, 128, 128, 8, 3),
+            looks_ahead=True,
         ),
         (2, "dot"): Large(
             forward=Blocks(128, 256, 64, 8, 4),
             tiles=Blocks(128, 128, 64, 8, 3),
             grad_rows=Blocks(64, 128, 256, 8, 3),
             grad_input=Blocks(128, 64, 256, 8, 3),
+            looks_ahead=True,
         ),
         (2, "linear"): Large(
             forward=Blocks(128, 256, 64, 8, 4),
             tiles=Blocks(128, 256, 64, 8, 3),
             grad_rows=Blocks(64, 128, 256, 8, 3),
             grad_input=Blocks(128, 64, 256, 8, 3),
+            looks_ahead=True,
         ),
     },
     precise_work=2**23,
@@ -214,7 +219,7 @@ def _looked_up(
     small = B <= SMALL_BATCH and S + B <= SMALL_ENTRIES and class_tiles * B * D <= SMALL_PARTIALS
     forward = table.few_forward.get(operand_bytes, tile) if few else tile
     large = table.roomy.get((operand_bytes, room), table.large[operand_bytes])
-    products = large[2:]
+    products = [large.grad_rows, large.grad_input]
     if not small and not few:
         forward, tile = large.forward, large.tiles
     if D % 16 != 0:  # rows are read an element at a time, with a pointer to each
@@ -232,6 +237,7 @@ def _looked_up(
         forward,
         tile,
         *products,
+        large.looks_ahead,
         table.result_columns,
         min(max(_power_of_two(D), table.result_columns), 8 * table.result_columns),
         table.result_entries,

@@ -253,8 +253,12 @@ def _kernels(traits: Traits, t: Tiling, table: Table) -> Kernels:
             backward.pull_chunk,
             **{**gradients, **products, **multiplying(t.tiles), **registers},
         ),
-        Variant(backward.chunk_grad_rows, COSINE=cosine, **products, **multiplying(t.grad_rows)),
-        Variant(backward.chunk_grad_input, **products, **multiplying(t.grad_input)),
+        Variant(
+            backward.chunk_grad_rows,
+            **{"LOOKS_AHEAD": t.looks_ahead, "COSINE": cosine},
+            **{**products, **multiplying(t.grad_rows), **registers},
+        ),
+        Variant(backward.chunk_grad_input, **{**products, **multiplying(t.grad_input), **registers}),
         Variant(
             backward.target_rows,
             **{"COSINE": cosine, "PER_ROW": gradients["PER_ROW"], "OPERAND": operand, "ACC": wide},

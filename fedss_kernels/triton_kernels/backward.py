@@ -25,7 +25,7 @@ from .tiles import (
     add_block,
     add_product,
     along_inputs,
-    dots,
+    dots_and_inverses,
     exponentials,
     load_classes,
     load_rows,
@@ -77,7 +77,7 @@ def cosines_beyond_target(
 
 @triton.jit
 def pulls_tile(
-    input, weight, target, class_ids, counts, bias, grad_loss, kept, rows, entries,
+    input, weight, inverses, target, class_ids, counts, bias, grad_loss, kept, rows, entries,
     B, C, S, D, ignore_index, input_row, input_column, weight_row, weight_column, scale,
     FOLD: tl.constexpr,  # every class is in the set: a target is a column of the tile like any other
     COSINE: tl.constexpr, PER_ROW: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr,
@@ -96,9 +96,10 @@ def pulls_tile(
     read = live
     if FOLD:
         read = live | ((entries < S) & (tl.max((hits & known[:, None]).to(tl.int32), 0) > 0))
-    sums, low, x_inverse, w_inverse = dots(
-        input, weight, rows, counted, ids, read, D, input_row, input_column, weight_row, weight_column,
-        False, COSINE, OPERAND, ACC, WIDE, PRECISION, BLOCK_D,
+    sums, low, x_inverse, w_inverse = dots_and_inverses(
+        input, weight, inverses, rows, counted, entries, ids, read, B, D,
+        input_row, input_column, weight_row, weight_column,
+        COSINE, OPERAND, ACC, WIDE, PRECISION, BLOCK_D,
     )  # fmt: skip
     unit = logit_unit(scale.to(ACC), COSINE)
     logits, logits_low = logits_of(
@@ -268,7 +269,7 @@ def small_tiles(
     if tile < tl.cdiv(S, BLOCK_S):
         entries = tile * BLOCK_S + tl.arange(0, BLOCK_S)
         dlogits, pulls, along, slopes, ids, read, x_inverse, w_inverse = pulls_tile(
-            input, weight, target, class_ids, counts, bias, grad_loss, kept, rows, entries,
+            input, weight, None, target, class_ids, counts, bias, grad_loss, kept, rows, entries,
             B, C, S, D, ignore_index, input_row, input_column, weight_row, weight_column, scale,
             FOLD, COSINE, PER_ROW, OPERAND, ACC, WIDE, PRECISION, BLOCK_D,
         )  # fmt: skip
@@ -345,6 +346,14 @@ def entry_ids(class_ids, target, entries, B, C, S, ignore_index):
     return tl.where(of_target, tl.where(known, targets, -1), tl.where((ids >= 0) & (ids < C), ids, -1))
 
 
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def sparse_ids(class_ids, target, found, B, C, S, ignore_index, BLOCK_S: tl.constexpr):
+    """The class of each row of the compact gradient; 0 for what has none."""
+    entries = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    ids = entry_ids(class_ids, target, entries, B, C, S, ignore_index)
+    tl.store(found + entries, tl.maximum(ids, 0), mask=entries < S + B)
+
+
 @triton.jit
 def spread_entry(
     class_ids, target, grad_rows, grad_bias, grad_weight, grad_class_bias, entry, columns,
@@ -414,6 +423,7 @@ def small_results(
     grad_weight,  # (C, D) zeros
     grad_class_bias,  # (C,) zeros
     grad_scale,  # ()
+    found,  # (S + B,) classes of a sparse gradient's rows, see `sparse_ids`
     B,
     C,
     S,
@@ -451,10 +461,16 @@ def small_results(
                 finish_scale(partial_scale, grad_scale, tiles, B, BLOCK_TILES, BLOCK_ENTRIES)
     else:
         if class_ids is not None:
-            spread_entry(
-                class_ids, target, grad_rows, grad_bias, grad_weight, grad_class_bias, n - B - 1, columns,
-                B, C, S, D, ignore_index, tl.program_id(1) == 0, ACC, BLOCK_ENTRIES,
-            )  # fmt: skip
+            if found is not None:
+                if tl.program_id(1) == 0:
+                    entry = n - B - 1 + tl.zeros((1,), tl.int32)
+                    ids = entry_ids(class_ids, target, entry, B, C, S, ignore_index)
+                    tl.store(found + entry, tl.maximum(ids, 0))
+            if grad_rows is not None or grad_bias is not None:
+                spread_entry(
+                    class_ids, target, grad_rows, grad_bias, grad_weight, grad_class_bias, n - B - 1, columns,
+                    B, C, S, D, ignore_index, tl.program_id(1) == 0, ACC, BLOCK_ENTRIES,
+                )  # fmt: skip
 
 
 # ---- large problems: a chunk of classes at a time ----------------------------------------------------------
@@ -485,6 +501,7 @@ def pull_chunk(
     counts,
     bias,
     learned,
+    inverses,
     grad_loss,
     kept,
     pulls_chunk,  # (B, pitch)
@@ -521,7 +538,7 @@ def pull_chunk(
     inside = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
     scale = load_scale(factor, learned, WIDE)
     dlogits, pulls, along, slopes, _, _, x_inverse, w_inverse = pulls_tile(
-        input, weight, target, class_ids, counts, bias, grad_loss, kept, rows, first + inside,
+        input, weight, inverses, target, class_ids, counts, bias, grad_loss, kept, rows, first + inside,
         B, C, tl.minimum(first + size, S), D, ignore_index, input_row, input_column, weight_row, weight_column, scale,
         FOLD, COSINE, PER_ROW, OPERAND, ACC, WIDE, PRECISION, BLOCK_D,
     )  # fmt: skip

@@ -89,7 +89,8 @@ class Table:
 # maxnreg, a thread's registers: told so, the assembler does not spill a few to leave room for more warps.
 NVIDIA = Table(
     few={2: Blocks(32, 32, 32, 4, 2), 4: Blocks(32, 16, 16, 4, 2), 8: Blocks(128, 16, 16, 8, 2)},
-    many={2: Blocks(128, 16, 32, 8, 2), 4: Blocks(128, 16, 16, 8, 2), 8: Blocks(128, 16, 16, 8, 2)},
+    # one stage: products in matrix instructions that run by themselves, and norms on the way: see forward.py
+    many={2: Blocks(128, 16, 32, 8, 1), 4: Blocks(128, 16, 16, 8, 1), 8: Blocks(128, 16, 16, 8, 2)},
     large={
         2: Large(
             forward=Blocks(128, 64, 32, 8, 3),

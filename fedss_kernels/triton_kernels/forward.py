@@ -2,6 +2,10 @@
 
 What the backward pass needs is kept, O(B): see `KEPT`.
 
+The norms are summed with the products, but in matrix instructions that run by themselves (Hopper's on): there
+the compiler (Triton 3.6) does not wait for them before what they read is overwritten, if anything else reads
+it too. So `inverse_norms` finds them first, where problems are large and products not exact.
+
 Bytes: `partial_terms` reads each gathered row of `weight` once for each tile of rows (D elements, an id and a
 correction), each row of `input` once for each tile of classes (from the caches: a tile of rows is small), the
 B rows of the targets once more, and writes 8 B bytes for each split, 24 B besides; `merge_splits` reads them
@@ -13,10 +17,14 @@ import triton.language as tl
 
 from .tiles import (
     UNSPECIALIZED,
+    add_squares,
     dots,
+    dots_and_inverses,
     exponentials,
+    inverse_norm,
     load_bias,
     load_classes,
+    load_rows,
     load_scale,
     load_targets,
     logit_unit,
@@ -34,6 +42,38 @@ KEPT = 6
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
+def inverse_norms(
+    input,
+    weight,
+    class_ids,
+    inverses,  # (B + S,)
+    B,
+    C,
+    S,
+    D,
+    input_row,
+    input_column,
+    weight_row,
+    weight_column,
+    OPERAND: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """1 / |input_i| and then 1 / |weight_j|, of a tile of rows each program; those that do not exist: 0."""
+    nth = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    ids, _, exists, _ = load_classes(class_ids, None, tl.maximum(nth - B, 0), S, C, ACC)
+    of_class = exists & (nth >= B) & (nth < B + S)
+    squares = tl.zeros((BLOCK_S,), ACC)
+    for start in range(0, D, BLOCK_D):
+        columns = start + tl.arange(0, BLOCK_D)
+        x = load_rows(input, nth, nth < B, columns, D, input_row, input_column, OPERAND)
+        w = load_rows(weight, ids, of_class, columns, D, weight_row, weight_column, OPERAND)
+        squares = add_squares(add_squares(squares, x, False), w, False)
+    tl.store(inverses + nth, inverse_norm(squares), mask=nth < S + B)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def partial_terms(
     input,
     weight,
@@ -42,6 +82,7 @@ def partial_terms(
     counts,
     bias,
     learned,
+    inverses,  # (B + S,), of `inverse_norms`; None: they are found on the way
     partials,  # (2, SPLITS, B): the largest o, in units, and sum exp(o - largest) of each split
     kept,  # (KEPT, B)
     B,
@@ -74,9 +115,10 @@ def partial_terms(
     for start in tl.range(split * BLOCK_S, S, splits * BLOCK_S, disable_licm=True):
         entries = start + tl.arange(0, BLOCK_S)
         ids, corrections, live, wrong = load_classes(class_ids, counts, entries, S, C, WIDE)
-        sums, low, x_inverse, w_inverse = dots(
-            input, weight, rows, counted, ids, live, D, input_row, input_column, weight_row, weight_column,
-            False, COSINE, OPERAND, ACC, WIDE, PRECISION, BLOCK_D,
+        sums, low, x_inverse, w_inverse = dots_and_inverses(
+            input, weight, inverses, rows, counted, entries, ids, live, B, D,
+            input_row, input_column, weight_row, weight_column,
+            COSINE, OPERAND, ACC, WIDE, PRECISION, BLOCK_D,
         )  # fmt: skip
         logits, low = logits_of(
             sums, low, x_inverse, w_inverse, scale, unit, bias, ids, live, wrong, corrections,

@@ -30,7 +30,7 @@ _TYPES = {
 
 LARGEST_FACTOR = {"cosine": 1e20, "dot": 1e30}  # of the scale, for it and scale / |input| in float32
 MANY_ROWS = 128  # more than one program merges, where their losses are reduced
-SOURCES = 1024  # of one program
+ENTRIES = 1024  # of one program that lists classes
 
 
 class Traits(NamedTuple):
@@ -180,12 +180,14 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 class Kernels(NamedTuple):
     """Each kernel with the constants and options of a configuration."""
 
+    inverse_norms: Variant
     partial_terms: Variant
     merge_splits: Variant
     merge_rows: Variant  # the same, where what it finds is reduced by the next
     reduce_losses: Variant
     small_tiles: Variant
     small_results: Variant
+    sparse_ids: Variant
     class_sources: Variant
     target_sources: Variant
     pull_chunk: Variant
@@ -236,6 +238,11 @@ def _kernels(traits: Traits, t: Tiling, table: Table) -> Kernels:
 
     return Kernels(
         Variant(
+            forward.inverse_norms,
+            **{"OPERAND": operand, "ACC": acc, "BLOCK_S": 16, "BLOCK_D": 64, "num_warps": 4},
+            **registers,
+        ),
+        Variant(
             forward.partial_terms,
             **{"COSINE": cosine, **products, **multiplying(t.forward), **registers},
         ),
@@ -247,8 +254,9 @@ def _kernels(traits: Traits, t: Tiling, table: Table) -> Kernels:
             **{**gradients, **products, **multiplying(t.tiles), **registers},
         ),
         results(t.result_columns, 16),
-        Variant(backward.class_sources, BLOCK_S=SOURCES, num_warps=4, **registers),
-        Variant(backward.target_sources, BLOCK_B=SOURCES, num_warps=4, **registers),
+        Variant(backward.sparse_ids, BLOCK_S=ENTRIES, num_warps=4, **registers),
+        Variant(backward.class_sources, BLOCK_S=ENTRIES, num_warps=4, **registers),
+        Variant(backward.target_sources, BLOCK_B=ENTRIES, num_warps=4, **registers),
         Variant(
             backward.pull_chunk,
             **{**gradients, **products, **multiplying(t.tiles), **registers},
@@ -298,7 +306,7 @@ def _loss(p: Problem, c: Configuration) -> tuple[Tensor, Tensor]:
             k.partial_terms(
                 (triton.cdiv(B, t.forward.rows), c.splits),
                 *(input, weight, p.target, p.class_ids, p.log_expected_count, p.bias, p.learned),
-                *(partials, kept, B, C, S, D, p.ignore_index, *strides, p.factor),
+                *(_inverses(p, c, k), partials, kept, B, C, S, D, p.ignore_index, *strides, p.factor),
             )
         (k.merge_rows if apart else k.merge_splits)(
             (1 if reduced and not apart else max(triton.cdiv(B, t.merged_rows), 1),),
@@ -355,39 +363,32 @@ def _gradients(
         p.weight.new_zeros(C) if needed[2] and not fold else None,
         p.input.new_zeros((), dtype=scale_dtype) if needed[3] else None,
     )
+    ids = None
+    if needed[1] and sparse_grad:
+        ids = torch.arange(C, device=p.weight.device)[None] if fold else p.empty(1, entries, dtype=torch.int64)
     upstream = grad_loss.contiguous()
     with device_of(p.input):
         if B > 0 and c.small:
-            _small(p, c, kept, upstream, grad_rows, grad_bias, results)
+            _small(p, c, kept, upstream, grad_rows, grad_bias, results, None if fold else ids)
         elif B > 0:
             _large(p, c, kept, upstream, grad_rows, grad_bias, results)
+            if ids is not None and not fold:
+                grid = (triton.cdiv(entries, ENTRIES),)
+                kernels(c, p).sparse_ids(grid, p.class_ids, p.target, ids, B, C, S, p.ignore_index)
             if spread:
                 _spread(p, None if sparse_grad else grad_rows, grad_bias, results)
     if B == 0:
-        for found in (grad_rows, grad_bias):
+        for found in (grad_rows, grad_bias, ids if not fold else None):
             if found is not None:
                 found.zero_()
     weight = results.weight
-    if needed[1] and sparse_grad:
-        assert grad_rows is not None
-        weight = _sparse(p, grad_rows)
+    if ids is not None:
+        # nnz = S + B, the class set's entries and then the targets'; those without a class go to class 0, and
+        # are 0, or NaN beside losses that are NaN too.
+        weight = torch.sparse_coo_tensor(ids, grad_rows, p.weight.shape, check_invariants=False)
     elif needed[1] and fold:
         weight = grad_rows
     return results._replace(weight=weight, bias=grad_bias if fold else results.bias)
-
-
-def _sparse(p: Problem, grad_rows: Tensor) -> Tensor:
-    """nnz = S + B, the class set's entries and then the targets'; those without a class go to class 0.
-
-    What they hold is 0, or NaN beside losses that are NaN too.
-    """
-    C = len(p.weight)
-    if p.class_ids is None:
-        ids = torch.arange(C, device=p.weight.device)
-    else:
-        ids = torch.cat([p.class_ids, p.target])
-        ids = torch.where((ids >= 0) & (ids < C), ids, 0)
-    return torch.sparse_coo_tensor(ids[None], grad_rows, p.weight.shape, check_invariants=False)
 
 
 def _small(
@@ -398,6 +399,7 @@ def _small(
     grad_rows: Tensor | None,
     grad_bias: Tensor | None,
     results: Gradients,
+    ids: Tensor | None,  # (1, S + B) to be filled: the classes of a sparse gradient's rows
 ) -> None:
     """Two launches."""
     B, C, S, D = p.sizes
@@ -417,12 +419,12 @@ def _small(
             *(kept, grad_rows, grad_bias, partial_input, partial_share, partial_scale),
             *(B, C, S, D, p.ignore_index, *strides, p.factor),
         )
-    spread = 0 if results.weight is None and results.bias is None else S + B
+    spread = 0 if results.weight is None and results.bias is None and ids is None else S + B
     k.small_results(
         (B + 1 + spread, triton.cdiv(max(D, 1), t.result_columns)),
         *(input, weight, p.target, p.class_ids, p.learned, upstream, kept),
         *(None if results.weight is None else grad_rows, None if results.bias is None else grad_bias),
-        *(partial_input, partial_share, partial_scale, *results),
+        *(partial_input, partial_share, partial_scale, *results, ids),
         *(B, C, S, D, tiles, p.ignore_index, *strides, p.factor),
     )
 
@@ -457,7 +459,7 @@ def _large(
     if results.input is not None:
         sums_input = p.empty(1, B, D, dtype=traits.wide).zero_()
         sums_share = p.empty(1, B, dtype=traits.wide).zero_() if traits.cosine else None
-    sources = _sources(p, k)
+    sources, inverses = _sources(p, k), _inverses(p, c, k)
     for first in range(0, S, chunk):
         size = min(chunk, S - first)
         tiles = triton.cdiv(size, tile.classes)
@@ -465,7 +467,7 @@ def _large(
         k.pull_chunk(
             (row_tiles, tiles),
             *(input, weight, p.target, p.class_ids, p.log_expected_count, p.bias, p.learned),
-            *(upstream, kept, pulls, share_rows, share_classes, bias_classes, scale_rows),
+            *(inverses, upstream, kept, pulls, share_rows, share_classes, bias_classes, scale_rows),
             *(first, size, chunk, B, C, S, D, p.ignore_index, *strides, p.factor),
         )
         if grad_rows is not None or grad_bias is not None:
@@ -492,9 +494,21 @@ def _large(
     k.large_results(
         (B + 1, triton.cdiv(max(D, 1), t.large_columns)),
         *(input, weight, p.target, p.class_ids, p.learned, upstream, kept, None, None),
-        *(sums_input, sums_share, sums_scale, results.input, None, None, results.scale),
+        *(sums_input, sums_share, sums_scale, results.input, None, None, results.scale, None),
         *(B, C, S, D, 1, p.ignore_index, *strides, p.factor),
     )
+
+
+def _inverses(p: Problem, c: Configuration, k: Kernels) -> Tensor | None:
+    """(B + S,) inverse norms of the rows and then of the entries'; None: the kernels find them on the way."""
+    B, C, S, D = p.sizes
+    if c.small or not p.traits.cosine or p.traits.wide == torch.float64:
+        return None
+    input, weight, strides = p.operands
+    inverses = p.empty(B + S)
+    grid = (triton.cdiv(B + S, k.inverse_norms.named["BLOCK_S"]),)
+    k.inverse_norms(grid, input, weight, p.class_ids, inverses, B, C, S, D, *strides)
+    return inverses
 
 
 def _sources(p: Problem, k: Kernels) -> Tensor | None:
@@ -504,10 +518,10 @@ def _sources(p: Problem, k: Kernels) -> Tensor | None:
         return None
     sources = p.empty(S, dtype=torch.int64)
     k.class_sources(
-        (triton.cdiv(max(S, 1), SOURCES),), p.class_ids, p.log_expected_count, sources, S, C
+        (triton.cdiv(max(S, 1), ENTRIES),), p.class_ids, p.log_expected_count, sources, S, C
     )
     if p.traits.fold:
-        k.target_sources((triton.cdiv(B, SOURCES),), p.target, sources, B, C, p.ignore_index)
+        k.target_sources((triton.cdiv(B, ENTRIES),), p.target, sources, B, C, p.ignore_index)
     return sources
 
 

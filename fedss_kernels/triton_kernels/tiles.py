@@ -21,9 +21,9 @@ ZERO_NORM: tl.constexpr = tl.constexpr(1e-12)  # shorter rows have cosine 0 and 
 # that is none. (For AMD a specialized pointer is a descriptor too, of four scalar registers.)
 SIZES = ["B", "C", "S", "splits", "tiles", "first", "size", "row_tiles", "class_tiles", "column_tiles"]
 SIZES += ["ignore_index"]
-GIVEN = ["target", "target_counts", "class_ids", "counts", "bias", "learned", "grad_loss"]
+GIVEN = ["inverses", "target", "target_counts", "class_ids", "counts", "bias", "learned", "grad_loss"]
 KEPT = ["kept", "partials", "partial_share", "partial_scale", "share_rows", "share_classes", "scale_rows"]
-RESULTS = ["loss", "row_losses", "sources", "bias_classes", "sums_share", "sums_scale", "grad_bias", "grad_class_bias", "grad_scale"]
+RESULTS = ["loss", "row_losses", "sources", "found", "bias_classes", "sums_share", "sums_scale", "grad_bias", "grad_class_bias", "grad_scale"]
 UNSPECIALIZED = [*SIZES, *GIVEN, *KEPT, *RESULTS]
 
 # The interpreter multiplies bfloat16 wrongly and truncates where it should round. There, and only there,
@@ -208,10 +208,10 @@ def load_bias(bias, ids, wanted, ACC: tl.constexpr):
 @triton.jit
 def dots(
     input, weight, rows, counted, ids, wanted, D, input_row, input_column, weight_row, weight_column,
-    PAIRED: tl.constexpr, COSINE: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+    PAIRED: tl.constexpr, NORMS: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """(dots, their low part, 1 / |input_i| (R,), 1 / |weight_j| (J,)); inverses are 1 without COSINE.
+    """(dots, their low part, 1 / |input_i| (R,), 1 / |weight_j| (J,)); inverses are 1 without NORMS.
 
     dots: (R, J) of every row with every class row; PAIRED: (R,) of row i with class row i, in WIDE. The low
     part is 0 unless WIDE is wider than ACC.
@@ -239,16 +239,34 @@ def dots(
                 sums, low = add_block(sums, low, x, tl.trans(w), PRECISION, True)
             else:  # no low part is carried through the loop
                 sums = add_product(sums, x, tl.trans(w), PRECISION)
-        if COSINE:
+        if NORMS:
             input_squares = add_squares(input_squares, x, WIDE == tl.float64)
             weight_squares = add_squares(weight_squares, w, WIDE == tl.float64)
     if WIDE == tl.float64:
         input_squares = tl.sum(input_squares, 1)
         weight_squares = tl.sum(weight_squares, 1)
-    if COSINE:
+    if NORMS:
         return sums, low, inverse_norm(input_squares), inverse_norm(weight_squares)
     else:
         return sums, low, input_squares + 1.0, weight_squares + 1.0
+
+
+@triton.jit
+def dots_and_inverses(
+    input, weight, inverses, rows, counted, entries, ids, wanted, B, D,
+    input_row, input_column, weight_row, weight_column,
+    COSINE: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """As `dots`, of every row with every class row; `inverses`: what `inverse_norms` found, or None."""
+    sums, low, x_inverse, w_inverse = dots(
+        input, weight, rows, counted, ids, wanted, D, input_row, input_column, weight_row, weight_column,
+        False, COSINE and inverses is None, OPERAND, ACC, WIDE, PRECISION, BLOCK_D,
+    )  # fmt: skip
+    if inverses is not None:
+        x_inverse = tl.load(inverses + rows, mask=counted, other=0.0)
+        w_inverse = tl.load(inverses + wide(B) + entries, mask=wanted, other=0.0)
+    return sums, low, x_inverse, w_inverse
 
 
 @triton.jit

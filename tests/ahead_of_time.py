@@ -81,6 +81,7 @@ class Resources:
     matrix_instructions: tuple[str, ...]  # each kind once: "v_mfma_f32_32x32x8_bf16" ...
     matrix_operands: frozenset[str]  # the types multiplied: "bf16", "f16", "tf32", "f32" ...
     fuses: bool  # some product is added without having been rounded, outside the matrix units
+    overtakes: bool  # see `overtakes`
     seconds: float  # the time to compile
 
 
@@ -313,14 +314,32 @@ def read_ptx(ptx: str, ttgir: str) -> dict[str, Any]:
             types = re.findall(r"\.((?:bf|tf|[fsue])\d+(?:m\d)?)(?=\.|$)", instruction)
             operands.add(types[1])
     fused = re.search(r"\bfma\.r\w\.\S*f(16|32|64)", ptx)
-    return _code(instructions, operands, fused)
+    return _code(instructions, operands, fused) | {"overtakes": overtakes(ptx, ttgir)}
+
+
+def overtakes(ptx: str, ttgir: str) -> bool:
+    """Whether copies may overwrite a tile that a matrix instruction still reads: Hopper's run by themselves.
+
+    Copies run ahead of the products by all copies of a tile but the one in the loop; while an instruction is
+    left running, its tile needs a buffer more than that. Triton (3.6 to 3.9) has one too few for a tile that
+    threads read as well: on a device, results that differ from run to run.
+    """
+    if "wgmma.mma_async" not in ptx or not re.search(r"warp_group_dot_wait .*pendings = [1-9]", ttgir):
+        return False
+    for name, count in re.findall(r"(%\w+) = ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+x", ttgir):
+        places = re.findall(rf"(%\w+) = ttg\.memdesc_index {name}\[", ttgir)
+        copies = [re.findall(rf"async_copy_global_to_local [^\n]*, {place}\b", ttgir) for place in places]
+        if sum(map(len, copies)) > int(count):
+            return True
+    return False
 
 
 def read_amdgcn(assembly: str) -> dict[str, Any]:
     instructions = set(re.findall(r"\bv_s?mfma[ci]?_\w+", assembly))
     operands = {re.sub(r".*\d+x\d+x\d+_(?:\d+b_)?", "", name) for name in instructions}
     fused = re.search(r"\bv_(pk_)?(fma|mad|mac)\w*_(f16|f32|f64)", assembly)
-    return _code(instructions, {"tf32" if name == "xf32" else name for name in operands}, fused)
+    operands = {"tf32" if name == "xf32" else name for name in operands}
+    return _code(instructions, operands, fused) | {"overtakes": False}
 
 
 def _code(instructions: set[str], operands: set[str], fused: re.Match | None) -> dict[str, Any]:

@@ -141,6 +141,19 @@ def multiply_add(x, y, BLOCK: tl.constexpr):
     tl.store(y + at, values * values + tl.load(y + at))
 
 
+@triton.jit
+def squares_beside_products(x, w, y, D, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """x @ w.T, and what the tiles of x hold besides: by threads, from where the matrix instructions read."""
+    rows = tl.arange(0, BLOCK)
+    sums, squares = tl.zeros((BLOCK, BLOCK), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        at = rows[:, None] * D + start + tl.arange(0, BLOCK_D)[None, :]
+        a, b = tl.load(x + at), tl.load(w + at)
+        sums = tl.dot(a, tl.trans(b), sums)
+        squares += tl.sum(a.to(tl.float32) * a.to(tl.float32), 1)
+    tl.store(y + rows[:, None] * BLOCK + rows[None, :], sums * squares[:, None])
+
+
 def control(kernel, block: int, **options) -> Launch:
     pointers = {"x": "*fp32", "y": "*fp32"}
     return Launch(kernel, pointers, {"BLOCK": block}, aligned=("x", "y"), options=options | {"num_warps": 1})
@@ -167,6 +180,8 @@ def complaints(launch: Launch, device: str, found: Resources) -> list[str]:
         on_units = all(name.startswith(UNITS[device]) for name in found.matrix_instructions)
         if not on_units or found.matrix_operands != {"bf16"}:
             wrong.append(f"multiplies by {found.matrix_instructions}")
+    if found.overtakes:
+        wrong.append("copies overtake matrix instructions")
     if launch.options.get("enable_fp_fusion") is False and found.fuses:
         wrong.append("a product is added unrounded")
     return [f"{_entry(launch)}: {complaint}" for complaint in wrong]
@@ -206,7 +221,11 @@ def test_what_is_wrong_is_seen():
     masks = next(launch for launch in some("gfx942") if launch.name == "partial_terms")
     masks = replace(masks, constants=masks.constants | {"BLOCK_B": 128, "BLOCK_S": 64})
     masks = replace(masks, options=masks.options | {"num_warps": 4})
-    *found, masked = compile_all([*requests, (masks, "gfx942")])
+    types = {"x": "*bf16", "w": "*bf16", "y": "*fp32", "D": "i32"}
+    beside = Launch(squares_beside_products, types, {"BLOCK": 128, "BLOCK_D": 64}, ("x", "w", "y", "D"))
+    beside = replace(beside, options={"num_warps": 8, "num_stages": 3})
+    *found, masked, raced = compile_all([*requests, (masks, "gfx942"), (beside, "sm_90")])
+    assert raced.overtakes and not any(each.overtakes for each in found)
     assert masked.scalar_spills > 0 and complaints(masks, "gfx942", masked)
     for at, device in enumerate(DEVICES):
         spilled, fused, apart = found[3 * at : 3 * at + 3]

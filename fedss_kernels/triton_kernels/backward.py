@@ -14,7 +14,8 @@ to the row.
 A small problem takes two launches: `small_tiles`, a tile of classes for each program with all the rows, then
 `small_results`, which adds up what the programs found. A large one goes over the classes in chunks:
 `pull_chunk` stores a chunk of pulls, `chunk_grad_rows` and `chunk_grad_input` are products with it, of rows
-that `class_sources` and `target_sources` have listed, and `small_results` ends it too. No atomics: each sum has one owner and one order.
+that `class_sources` and `target_sources` have listed, and `small_results` ends it too. No atomics: each sum
+has one owner and one order.
 """
 
 import triton
@@ -539,7 +540,8 @@ def pull_chunk(
     scale = load_scale(factor, learned, WIDE)
     dlogits, pulls, along, slopes, _, _, x_inverse, w_inverse = pulls_tile(
         input, weight, inverses, target, class_ids, counts, bias, grad_loss, kept, rows, first + inside,
-        B, C, tl.minimum(first + size, S), D, ignore_index, input_row, input_column, weight_row, weight_column, scale,
+        B, C, tl.minimum(first + size, S), D, ignore_index,
+        input_row, input_column, weight_row, weight_column, scale,
         FOLD, COSINE, PER_ROW, OPERAND, ACC, WIDE, PRECISION, BLOCK_D,
     )  # fmt: skip
     at = pulls_chunk + rows.to(tl.int64)[:, None] * pitch + inside[None, :]

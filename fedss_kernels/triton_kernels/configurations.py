@@ -133,7 +133,7 @@ HOPPER = replace(
             looks_ahead=True,
         ),
         (2, "cosine"): Large(
-            forward=Blocks(128, 256, 64, 8, 3),
+            forward=Blocks(128, 128, 64, 8, 4),
             tiles=Blocks(256, 64, 64, 8, 4),
             grad_rows=Blocks(128, 128, 128, 8, 3),
             grad_input=Blocks(128, 128, 128, 8, 3),
@@ -220,14 +220,15 @@ def _looked_up(
     small = B <= SMALL_BATCH and S + B <= SMALL_ENTRIES and class_tiles * B * D <= SMALL_PARTIALS
     forward = table.few_forward.get(operand_bytes, tile) if few else tile
     large = table.roomy.get((operand_bytes, room), table.large[operand_bytes])
-    products = [large.grad_rows, large.grad_input]
+    grad_rows, grad_input = large.grad_rows, large.grad_input
     if not small and not few:
         forward, tile = large.forward, large.tiles
     if D % 16 != 0:  # rows are read an element at a time, with a pointer to each
         forward, tile = (
-            replace(b, rows=min(b.rows, tile.rows), columns=16, stages=min(b.stages, 2)) for b in (forward, tile)
+            replace(b, rows=min(b.rows, tile.rows), columns=16, stages=min(b.stages, 2))
+            for b in (forward, tile)
         )
-        products = [replace(b, stages=2) for b in products]
+        grad_rows, grad_input = replace(grad_rows, stages=2), replace(grad_input, stages=2)
     row_tiles, class_tiles = -(-B // forward.rows), -(-S // forward.classes)
     splits = max(1, min(-(-PROGRAMS // max(row_tiles, 1)), class_tiles, 256))
     pulls = max(FEWEST_PULLS, problem_bytes * 3 // 100 // operand_bytes)
@@ -237,7 +238,8 @@ def _looked_up(
     tiling = Tiling(
         forward,
         tile,
-        *products,
+        grad_rows,
+        grad_input,
         large.looks_ahead,
         table.result_columns,
         min(max(_power_of_two(D), table.result_columns), 8 * table.result_columns),

@@ -2,14 +2,15 @@
 
 What the backward pass needs is kept, O(B): see `KEPT`.
 
-The norms are summed with the products, but in matrix instructions that run by themselves (Hopper's on): there
-the compiler (Triton 3.6) does not wait for them before what they read is overwritten, if anything else reads
-it too. So `inverse_norms` finds them first, where problems are large and products not exact.
+Norms are summed with the products, but for large problems in 16 bits or tf32: there `inverse_norms` finds
+them first. Matrix instructions that run by themselves (Hopper's) read tiles where the compiler (Triton 3.6 to
+3.9) lets the next ones be copied to before they are done, if threads read the tiles too, as for norms.
 
 Bytes: `partial_terms` reads each gathered row of `weight` once for each tile of rows (D elements, an id and a
 correction), each row of `input` once for each tile of classes (from the caches: a tile of rows is small), the
 B rows of the targets once more, and writes 8 B bytes for each split, 24 B besides; `merge_splits` reads them
-and writes 24 B and the losses.
+and writes 24 B and the losses. `inverse_norms` reads each row of `input` and each gathered one once, and
+writes 4 (B + S) bytes.
 """
 
 import triton

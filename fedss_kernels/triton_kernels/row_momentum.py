@@ -82,7 +82,15 @@ def row_momentum_step(
     tensors, numbers = (weight, velocity, class_ids, order, rows), (lr, momentum, weight_decay)
     with device_of(weight):
         row_momentum_kernel[(programs,)](
-            *tensors, *sizes, *strides, *numbers, weight_decay != 0, nesterov, positions, columns, **options(weight.device)
+            *tensors,
+            *sizes,
+            *strides,
+            *numbers,
+            weight_decay != 0,
+            nesterov,
+            positions,
+            columns,
+            **options(weight.device),
         )
 
 

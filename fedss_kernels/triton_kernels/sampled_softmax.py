@@ -98,15 +98,16 @@ class Problem(NamedTuple):
             if work <= table_of(input.device).precise_work:
                 operand = torch.float64
         wide = torch.float64 if exact or operand == torch.float64 else torch.float32
-        offsets = log_expected_count, target_log_expected_count, bias, learned
-        if operand == torch.float64:
-            offsets = tuple(map(_not_of_16_bits, offsets))
+        float32 = operand == torch.float64
         return cls(
             input,
             weight,
             target.contiguous(),
             _contiguous(class_ids),
-            *map(_contiguous, offsets),
+            _contiguous(log_expected_count, float32),
+            _contiguous(target_log_expected_count, float32),
+            _contiguous(bias, float32),
+            _contiguous(learned, float32),
             factor,
             ignore_index,
             Traits(operand, wide, similarity == "cosine", reduction, class_ids is None),
@@ -133,7 +134,8 @@ class Problem(NamedTuple):
         input, weight = self.input, self.weight
         if self.traits.operand == torch.float64:
             input, weight = _not_of_16_bits(input), _not_of_16_bits(weight)
-        return input, weight, (*input.stride(), *weight.stride())
+        (input_row, input_column), (weight_row, weight_column) = input.stride(), weight.stride()
+        return input, weight, (input_row, input_column, weight_row, weight_column)
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return self.input.new_empty(shape, dtype=dtype or self.traits.accumulator)
@@ -168,13 +170,16 @@ def _exact() -> bool:
     return torch.get_float32_matmul_precision() == "highest"
 
 
-def _not_of_16_bits(tensor: Tensor | None) -> Tensor | None:
+def _not_of_16_bits(tensor: Tensor) -> Tensor:
     """The same in float32: Triton 3.6 cannot compile float64 products of what comes from 16 bits."""
-    return tensor.float() if tensor is not None and tensor.itemsize == 2 else tensor
+    return tensor.float() if tensor.itemsize == 2 else tensor
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+def _contiguous(tensor: Tensor | None, float32: bool = False) -> Tensor | None:
+    """float32: not of 16 bits"""
+    if tensor is None:
+        return None
+    return (_not_of_16_bits(tensor) if float32 else tensor).contiguous()
 
 
 class Kernels(NamedTuple):
@@ -365,7 +370,9 @@ def _gradients(
     )
     ids = None
     if needed[1] and sparse_grad:
-        ids = torch.arange(C, device=p.weight.device)[None] if fold else p.empty(1, entries, dtype=torch.int64)
+        ids = (
+            torch.arange(C, device=p.weight.device)[None] if fold else p.empty(1, entries, dtype=torch.int64)
+        )
     upstream = grad_loss.contiguous()
     with device_of(p.input):
         if B > 0 and c.small:
@@ -382,7 +389,7 @@ def _gradients(
             if found is not None:
                 found.zero_()
     weight = results.weight
-    if ids is not None:
+    if ids is not None and grad_rows is not None:
         # nnz = S + B, the class set's entries and then the targets'; those without a class go to class 0, and
         # are 0, or NaN beside losses that are NaN too.
         weight = torch.sparse_coo_tensor(ids, grad_rows, p.weight.shape, check_invariants=False)
@@ -517,9 +524,7 @@ def _sources(p: Problem, k: Kernels) -> Tensor | None:
     if p.traits.fold and p.log_expected_count is None:
         return None
     sources = p.empty(S, dtype=torch.int64)
-    k.class_sources(
-        (triton.cdiv(max(S, 1), ENTRIES),), p.class_ids, p.log_expected_count, sources, S, C
-    )
+    k.class_sources((triton.cdiv(max(S, 1), ENTRIES),), p.class_ids, p.log_expected_count, sources, S, C)
     if p.traits.fold:
         k.target_sources((triton.cdiv(B, ENTRIES),), p.target, sources, B, C, p.ignore_index)
     return sources

@@ -23,7 +23,18 @@ SIZES = ["B", "C", "S", "splits", "tiles", "first", "size", "row_tiles", "class_
 SIZES += ["ignore_index"]
 GIVEN = ["inverses", "target", "target_counts", "class_ids", "counts", "bias", "learned", "grad_loss"]
 KEPT = ["kept", "partials", "partial_share", "partial_scale", "share_rows", "share_classes", "scale_rows"]
-RESULTS = ["loss", "row_losses", "sources", "found", "bias_classes", "sums_share", "sums_scale", "grad_bias", "grad_class_bias", "grad_scale"]
+RESULTS = [
+    "loss",
+    "row_losses",
+    "sources",
+    "found",
+    "bias_classes",
+    "sums_share",
+    "sums_scale",
+    "grad_bias",
+    "grad_class_bias",
+    "grad_scale",
+]
 UNSPECIALIZED = [*SIZES, *GIVEN, *KEPT, *RESULTS]
 
 # The interpreter multiplies bfloat16 wrongly and truncates where it should round. There, and only there,
@@ -284,7 +295,7 @@ def logits_of(
     dots, low, x_inverse, w_inverse, scale, unit, bias, ids, live, wrong, corrections,
     COSINE: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """(R, J) logits in units, to nearest, and their low part; -inf of classes that are not live, NaN of wrong."""
+    """(R, J) logits in units, to nearest, and their low part; -inf of classes not live, NaN of wrong ones."""
     offsets = tl.where(live, load_bias(bias, ids, live, WIDE) - corrections, 0.0)
     if WIDE != ACC:
         high, low = along_inputs(dots, low, w_inverse, COSINE)

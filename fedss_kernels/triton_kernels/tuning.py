@@ -47,13 +47,16 @@ def candidates(table: Configuration, stage: str) -> Iterator[Configuration]:
             yield replace(table, tiling=replace(tiling, forward=near(tiling.forward)))
         else:
             tiles = near(tiling.tiles)
-            products = {of: near(getattr(tiling, of)) for of in ("grad_rows", "grad_input")}
+            grad_rows, grad_input = near(tiling.grad_rows), near(tiling.grad_input)
+            tiling = replace(tiling, tiles=tiles, grad_rows=grad_rows, grad_input=grad_input)
             chunk = min(-(-table.chunk // tiles.classes), MOST_TILES) * tiles.classes
-            yield replace(table, tiling=replace(tiling, tiles=tiles, **products), chunk=chunk)
+            yield replace(table, tiling=tiling, chunk=chunk)
 
 
 def _near(blocks: Blocks, halvings: int, warps: int, stages: int) -> Blocks:
     classes = int(min(max(blocks.classes / 2**halvings, 16), 256))
+    if blocks.stages == 1:  # not for speed: see forward.py
+        stages = 1
     return replace(blocks, classes=classes, warps=warps, stages=stages)
 
 

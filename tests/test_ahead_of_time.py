@@ -163,7 +163,7 @@ def scalar_spills_allowed(launch: Launch) -> int:
     """AMD's, into lanes of vector registers and never to memory: a few where a tile has up to 128 rows."""
     if launch.name != "small_tiles" or launch.constants["BLOCK_B"] < configurations.SMALL_BATCH:
         return 0
-    return 10 if launch.constants["ACC"] == tl.float64 else 4
+    return 10
 
 
 def complaints(launch: Launch, device: str, found: Resources) -> list[str]:

@@ -80,7 +80,7 @@ class Table:
     merge_warps: int  # of the kernel that merges the splits
     all_registers: dict[str, int]  # options of every kernel
     matrices: dict[int, dict[str, int]]  # options of those that multiply
-    few_forward: dict[int, Blocks] = field(default_factory=dict)  # where it differs from `few`
+    small_forward: dict[int, Blocks] = field(default_factory=dict)  # where it differs from both
     # in place of `large` where less is asked for: by `room` too, see `configure`
     roomy: dict[tuple[int, str], Large] = field(default_factory=dict)
     precise_work: int = 2**16  # B * S * D of float32 problems that float64 takes no longer for
@@ -93,7 +93,7 @@ NVIDIA = Table(
     many={2: Blocks(128, 16, 32, 8, 1), 4: Blocks(128, 16, 16, 8, 1), 8: Blocks(128, 16, 16, 8, 2)},
     large={
         2: Large(
-            forward=Blocks(128, 64, 32, 8, 3),
+            forward=Blocks(64, 64, 32, 8, 3),
             tiles=Blocks(64, 64, 32, 8, 3),
             grad_rows=Blocks(64, 64, 64, 8, 3),
             grad_input=Blocks(64, 64, 64, 8, 3),
@@ -123,7 +123,7 @@ NVIDIA = Table(
 HOPPER = replace(
     NVIDIA,
     few=NVIDIA.few | {8: Blocks(32, 16, 64, 8, 1)},
-    few_forward={8: Blocks(16, 16, 64, 4, 1)},
+    small_forward={8: Blocks(16, 16, 64, 4, 1)},
     roomy={
         (2, "vectors"): Large(
             forward=Blocks(128, 64, 64, 8, 3),
@@ -161,8 +161,9 @@ HOPPER = replace(
 # float64 functions are there too; it holds fewer at a time where it need not make room for many waves.
 _SMALL = {"matrix_instr_nonkdim": 16}
 AMD = Table(
-    few=NVIDIA.few | {2: Blocks(32, 16, 32, 8, 2), 4: Blocks(32, 16, 16, 8, 1), 8: Blocks(32, 16, 16, 4, 1)},
-    many=NVIDIA.many | {4: Blocks(128, 16, 16, 8, 1), 8: Blocks(128, 16, 16, 8, 1)},
+    few=NVIDIA.few | {2: Blocks(32, 16, 32, 8, 2), 4: Blocks(32, 16, 16, 8, 1), 8: Blocks(16, 16, 16, 4, 1)},
+    many=NVIDIA.many
+    | {2: Blocks(128, 16, 32, 8, 2), 4: Blocks(128, 16, 16, 8, 1), 8: Blocks(128, 16, 16, 8, 1)},
     large={
         2: Large(
             forward=Blocks(128, 64, 32, 16, 3),
@@ -175,6 +176,7 @@ AMD = Table(
     },
     result_columns=64,
     result_entries=32,
+    small_forward={8: Blocks(16, 16, 16, 4, 1)},
     result_warps=8,
     merge_warps=16,
     all_registers={},
@@ -218,7 +220,7 @@ def _looked_up(
     tile = (table.few if few else table.many)[operand_bytes]
     class_tiles = -(-S // tile.classes)
     small = B <= SMALL_BATCH and S + B <= SMALL_ENTRIES and class_tiles * B * D <= SMALL_PARTIALS
-    forward = table.few_forward.get(operand_bytes, tile) if few else tile
+    forward = table.small_forward.get(operand_bytes, tile)
     large = table.roomy.get((operand_bytes, room), table.large[operand_bytes])
     grad_rows, grad_input = large.grad_rows, large.grad_input
     if not small and not few:

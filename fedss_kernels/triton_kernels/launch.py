@@ -57,10 +57,11 @@ class Variant:
             found[grid + (1,) * (3 - len(grid))](*values, *self.constants)
 
     def _sort(self, arguments: tuple[Any, ...]) -> None:
+        """The same for every call, so that threads may do it at once."""
         parameters = self.kernel.params
         self.constants = (None,) * (len(parameters) - len(arguments))  # nobody reads them any more
-        for at, argument in enumerate(arguments):
-            if type(argument) is not float:
-                (self.integers if type(argument) is int else self.tensors).append(at)
-                if not parameters[at].do_not_specialize:
-                    self.specialized.append(at)
+        kinds = [None if type(each) is float else type(each) is int for each in arguments]
+        self.tensors = [at for at, is_integer in enumerate(kinds) if is_integer is False]
+        self.integers = [at for at, is_integer in enumerate(kinds) if is_integer]
+        both = (at for at, is_integer in enumerate(kinds) if is_integer is not None)
+        self.specialized = [at for at in both if not parameters[at].do_not_specialize]

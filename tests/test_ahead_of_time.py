@@ -209,7 +209,7 @@ def test_every_shipped_kernel_fits(device):
 def test_what_is_wrong_is_seen():
     """As many values per thread as it has registers (NVIDIA's 255, AMD's 512), where all else needs some too.
 
-    More elements a thread than the table gives AMD: their masks do not fit its scalar registers.
+    More warps than the table gives AMD: what a thread holds for all its rows does not fit scalar registers.
     """
     requests = []
     for device in DEVICES:
@@ -218,15 +218,14 @@ def test_what_is_wrong_is_seen():
         fuses = control(multiply_add, 128, enable_fp_fusion=True)
         apart = replace(fuses, options={"enable_fp_fusion": False})
         requests += [(launch, device) for launch in (spills, fuses, apart)]
-    masks = next(launch for launch in some("gfx942") if launch.name == "partial_terms")
-    masks = replace(masks, constants=masks.constants | {"BLOCK_B": 128, "BLOCK_S": 64})
-    masks = replace(masks, options=masks.options | {"num_warps": 4})
+    masks = next(launch for launch in launched("gfx942", [{"B": 128}]) if launch.name == "small_tiles")
+    masks = replace(masks, options=masks.options | {"num_warps": 16})
     types = {"x": "*bf16", "w": "*bf16", "y": "*fp32", "D": "i32"}
     beside = Launch(squares_beside_products, types, {"BLOCK": 128, "BLOCK_D": 64}, ("x", "w", "y", "D"))
     beside = replace(beside, options={"num_warps": 8, "num_stages": 3})
     *found, masked, raced = compile_all([*requests, (masks, "gfx942"), (beside, "sm_90")])
     assert raced.overtakes and not any(each.overtakes for each in found)
-    assert masked.scalar_spills > 0 and complaints(masks, "gfx942", masked)
+    assert masked.scalar_spills > scalar_spills_allowed(masks) and complaints(masks, "gfx942", masked)
     for at, device in enumerate(DEVICES):
         spilled, fused, apart = found[3 * at : 3 * at + 3]
         assert spilled.spills > 0 and spilled.scratch > 0

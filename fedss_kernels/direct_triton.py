@@ -78,29 +78,28 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input, weight, bias, learned, rest):
-        kernels, constants, scale, similarity, ignore_index, reduction, _, rounding = rest
+        kernels, constants, scale, similarity, ignore_index, reduction, sparse_grad, rounding = rest
         problem = kernels.Problem.of(
             input, weight, *constants, bias, scale, similarity, ignore_index, reduction, rounding
         )
         loss, kept = kernels.loss(problem)
         ctx.save_for_backward(*problem.tensors, learned, kept)
-        ctx.rest = problem.others, rest
+        ctx.rest = problem.others, (kernels, similarity, sparse_grad, rounding)
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
         *tensors, learned, kept = ctx.saved_tensors
-        others, rest = ctx.rest
-        kernels, _, scale, similarity, ignore_index, reduction, sparse_grad, rounding = rest
+        others, (kernels, similarity, sparse_grad, rounding) = ctx.rest
+        problem = kernels.Problem(*tensors, *others)
         needed = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():  # create_graph: the operator refuses a second derivative
-            scale = torch.tensor(scale, dtype=torch.float64) if learned is None else learned
-            options = (similarity, ignore_index, reduction, sparse_grad, "triton", [False] * 4, rounding)
+            scale = torch.tensor(problem.factor, dtype=torch.float64) if learned is None else learned
+            options = (similarity, problem.ignore_index, problem.traits.reduction, sparse_grad, "triton")
             found = torch.ops.fedss_kernels.sampled_softmax_loss_backward(
-                grad_loss, [kept] * 5, list(needed), *tensors[:7], scale, *options
+                *(grad_loss, [kept] * 5, list(needed), *tensors[:7], scale, *options, [False] * 4, rounding)
             )
             return *(gradient if need else None for need, gradient in zip(needed, found, strict=True)), None
-        problem = kernels.Problem(*tensors, *others)
         dtype = None if learned is None else learned.dtype
         return *kernels.gradients(problem, kept, grad_loss, needed, sparse_grad, dtype), None
 

@@ -68,7 +68,7 @@ setup(
             depends=[*HEADERS, KERNELS],
             cxx_std=17,
             extra_compile_args=FLAGS,
-            extra_link_args=["-pthread"],
+            extra_link_args=["-pthread", "-ldl"],
         )
     ],
     cmdclass={"build_ext": BuildExtension},

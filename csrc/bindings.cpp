@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "gpu_launches.hpp"
 #include "instruction_sets.hpp"
 #include "lazy_momentum.hpp"
 #include "row_momentum.hpp"
@@ -285,6 +286,31 @@ void run_lazy_momentum_step(const py::object& weight, const py::object& velocity
   lazy_momentum_step(table, ids, from, threads);
 }
 
+void add_gpu_launch(GpuLaunches& launches, uint64_t function, const std::array<unsigned, 3>& grid, unsigned threads,
+                    unsigned shared, const std::vector<std::tuple<int, int, int64_t>>& parameters) {
+  std::vector<GpuLaunches::Parameter> found;
+  for (const auto& [bytes, source, value] : parameters) {
+    expect(bytes == 4 || bytes == 8, "parameters", "4 or 8 bytes each");
+    found.push_back({bytes, source, value});
+  }
+  launches.add(function, grid, threads, shared, found);
+}
+
+// memories: tensors on the device, and None for those that no kernel reads.
+void run_gpu_launches(GpuLaunches& launches, uint64_t stream, double factor, const py::args& memories) {
+  const DLPackExchangeAPI& api = exchange_api();
+  std::vector<uint64_t> addresses;
+  addresses.reserve(memories.size());
+  for (const py::handle& memory : memories) {
+    DLTensor fields{};
+    if (!memory.is_none() && api.dltensor_from_py_object_no_sync(memory.ptr(), &fields) != 0) {
+      throw py::error_already_set();
+    }
+    addresses.push_back(reinterpret_cast<uint64_t>(fields.data) + fields.byte_offset);
+  }
+  launches.run(stream, factor, addresses);
+}
+
 }  // namespace
 }  // namespace fedss
 
@@ -310,4 +336,9 @@ PYBIND11_MODULE(_C, m) {
         arg("now"), arg("lr"), arg("momentum"), arg("class_ids"), arg("out"), arg("threads") = 1);
   m.def("lazy_momentum_step", &fedss::run_lazy_momentum_step, arg("weight"), arg("velocity"), arg("stepped"),
         arg("now"), arg("lr"), arg("momentum"), arg("class_ids"), arg("rows"), arg("threads") = 1);
+  py::class_<fedss::GpuLaunches>(m, "GpuLaunches")
+      .def(py::init<const std::string&>(), arg("library") = "libcuda.so.1")
+      .def("add", &fedss::add_gpu_launch, arg("function"), arg("grid"), arg("threads"), arg("shared"),
+           arg("parameters"), "Each parameter: (bytes, source, value), see gpu_launches.hpp.")
+      .def("run", &fedss::run_gpu_launches, arg("stream"), arg("factor"));
 }

@@ -1,10 +1,13 @@
 """The short way from Python to the GPU kernels: direct_route.py's counterpart, under autocast too.
 
-Like it, one autograd.Function around what the registered operator runs, and the same bits.
+Like it, one autograd.Function around what the registered operator runs, and the same bits. What a call has in
+common with earlier ones is looked up by dtypes, shapes, strides and options, and not looked at again.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +15,10 @@ from torch import Tensor
 from .checks import FLOATING
 from .implementations import triton_kernels
 from .loss_operator import autocast_dtype
+
+_kernels: dict[str, ModuleType] = {}  # by type of device
+_known: dict[Hashable, Any] = {}  # -> Calls, of problems whose tensors kernels read as they are
+_MOST_KNOWN = 4096
 
 
 def direct_triton_loss(
@@ -29,18 +36,51 @@ def direct_triton_loss(
 
     Raises ValueError for CPU tensors, unless the kernels run interpreted.
     """
-    if os.environ.get("FEDSS_VALIDATE") == "1" or not (input.is_cuda or input.is_cpu):
+    if (
+        type(similarity) is not str
+        or type(reduction) is not str
+        or not (input.is_cuda or input.is_cpu)
+        or os.environ.get("FEDSS_VALIDATE") == "1"
+    ):
         return None
-    kernels = triton_kernels("sampled_softmax", input.device)  # raises on a CPU, unless they are interpreted
-    if not _fits(input, weight, constants, bias, scale, similarity, ignore_index, reduction):
-        return None
-    learned = scale if isinstance(scale, Tensor) else None
+    kernels = _kernels.get(input.device.type)
+    if kernels is None:  # raises on a CPU, unless they are interpreted
+        kernels = _kernels[input.device.type] = triton_kernels("sampled_softmax", input.device)
     rounding = autocast_dtype(input.device.type)
-    rest = (kernels, constants, scale, similarity, ignore_index, reduction, sparse_grad, rounding)
-    return _apply(input, weight, bias, learned, rest)
+    learned, factor, on_device = None, scale, None
+    if isinstance(scale, Tensor):
+        learned = scale
+        if scale.is_cpu:
+            factor = scale.item()
+        elif scale.device == input.device:
+            on_device, factor = scale, 1.0
+        else:
+            return None
+    tensors = (input, weight, *constants, bias, on_device)
+    options = (similarity, ignore_index, reduction, rounding)
+    key = (*map(_kind, tensors), *options, *kernels.circumstances(input, weight, similarity, factor))
+    calls = _known.get(key)
+    if calls is None:
+        if not _fits(input, weight, constants, bias, similarity, ignore_index, reduction):
+            return None
+        with torch.no_grad():
+            problem = kernels.Problem.of(input, weight, *constants, bias, scale, *options)
+        calls = kernels.calls_like(problem)
+        if all(mine is given for mine, given in zip(problem.tensors, tensors, strict=True)):
+            if len(_known) >= _MOST_KNOWN:
+                _known.clear()
+            _known[key] = calls
+        tensors = problem.tensors
+    return _apply(input, weight, bias, learned, (kernels, calls, tensors, factor, sparse_grad, rounding))
 
 
-def _fits(input, weight, constants, bias, scale, similarity, ignore_index, reduction) -> bool:
+def _kind(tensor: Tensor | None) -> Hashable:
+    if tensor is None or tensor.layout is not torch.strided:
+        return None if tensor is None else tensor.layout
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.device
+
+
+def _fits(input, weight, constants, bias, similarity, ignore_index, reduction) -> bool:
     """Whether shapes, dtypes and devices are those of the most common call."""
     target, class_ids, counts, target_counts = constants
     if input.dim() != 2 or weight.dim() != 2 or (class_ids is not None and class_ids.dim() != 1):
@@ -57,7 +97,6 @@ def _fits(input, weight, constants, bias, scale, similarity, ignore_index, reduc
         and (counts is None or _is(counts, (S,), device, FLOATING))
         and (target_counts is None or _is(target_counts, (B,), device, FLOATING))
         and (bias is None or _is(bias, (C,), device, (weight.dtype,)))
-        and (not isinstance(scale, Tensor) or scale.device == device or scale.is_cpu)
         and similarity in ("cosine", "dot")
         and reduction in ("mean", "sum", "none")
         and -(2**63) <= ignore_index < 2**63
@@ -78,30 +117,36 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input, weight, bias, learned, rest):
-        kernels, constants, scale, similarity, ignore_index, reduction, sparse_grad, rounding = rest
-        problem = kernels.Problem.of(
-            input, weight, *constants, bias, scale, similarity, ignore_index, reduction, rounding
-        )
-        loss, kept = kernels.loss(problem)
-        ctx.save_for_backward(*problem.tensors, learned, kept)
-        ctx.rest = problem.others, (kernels, similarity, sparse_grad, rounding)
+        kernels, calls, tensors, factor, sparse_grad, rounding = rest
+        needed = ctx.needs_input_grad[:4]
+        if True not in needed:
+            return calls.loss(tensors, factor)[0]
+        wanted = kernels.Wanted(needed, sparse_grad, None if learned is None else learned.dtype)
+        prepared = calls.prepare(tensors, wanted)
+        loss, kept = calls.loss(tensors, factor, prepared)
+        ctx.save_for_backward(*tensors, learned, kept)
+        ctx.rest = calls, factor, wanted, rounding
+        ctx.prepared = prepared
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
         *tensors, learned, kept = ctx.saved_tensors
-        others, (kernels, similarity, sparse_grad, rounding) = ctx.rest
-        problem = kernels.Problem(*tensors, *others)
-        needed = ctx.needs_input_grad[:4]
+        calls, factor, wanted, rounding = ctx.rest
         if torch.is_grad_enabled():  # create_graph: the operator refuses a second derivative
-            scale = torch.tensor(problem.factor, dtype=torch.float64) if learned is None else learned
-            options = (similarity, problem.ignore_index, problem.traits.reduction, sparse_grad, "triton")
+            traits, needed = calls.traits, wanted.needed
+            scale = torch.tensor(factor, dtype=torch.float64) if learned is None else learned
+            similarity = "cosine" if traits.cosine else "dot"
+            options = (similarity, calls.ignore_index, traits.reduction, wanted.sparse, "triton")
             found = torch.ops.fedss_kernels.sampled_softmax_loss_backward(
                 *(grad_loss, [kept] * 5, list(needed), *tensors[:7], scale, *options, [False] * 4, rounding)
             )
             return *(gradient if need else None for need, gradient in zip(needed, found, strict=True)), None
-        dtype = None if learned is None else learned.dtype
-        return *kernels.gradients(problem, kept, grad_loss, needed, sparse_grad, dtype), None
+        prepared = ctx.prepared
+        if prepared is not None:
+            ctx.prepared = None  # handed on; a second backward pass allocates its own
+            return *calls.finish(tensors, factor, kept, grad_loss, prepared), None
+        return *calls.gradients(tensors, factor, kept, grad_loss, wanted), None
 
 
 # Function.apply without what it does for function transforms, which do not come here.

@@ -38,6 +38,7 @@ def blocks_of_16(small: bool, B: int, S: int, D: int) -> Configuration:
         grad_input=block,
         looks_ahead=D % 2 == 0,
         result_columns=32,
+        result_tiles=16,
         large_columns=32,
         result_entries=16,
         result_warps=4,

@@ -19,7 +19,8 @@ from tolerance import eager_loss, excess
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fedss_kernels
-from fedss_kernels.triton_kernels import configurations, launch, sampled_softmax, tuning
+from fedss_kernels import direct_triton
+from fedss_kernels.triton_kernels import configurations, launch, plan, sampled_softmax, tuning
 from fedss_kernels.triton_kernels.configurations import NVIDIA, Blocks, configure, forced
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -118,7 +119,7 @@ def test_interpreting_is_asked_for_not_fallen_into():
 
 @contextlib.contextmanager
 def counted_launches(monkeypatch):
-    """Names of the kernels launched inside."""
+    """Names of the kernels launched inside, all by Triton: nothing is known from earlier calls."""
     names = []
     call = launch.Variant.__call__
 
@@ -128,6 +129,8 @@ def counted_launches(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(launch.Variant, "__call__", counting)
+        patch.setattr(sampled_softmax, "_calls", {})
+        patch.setattr(direct_triton, "_known", {})
         yield names
 
 
@@ -144,6 +147,69 @@ def test_a_client_takes_two_launches_each_way(S, sparse_grad, reduction, monkeyp
         assert len(names) == 2
         gradients(loss, x, w, bias, scale)
         assert len(names) == 4
+
+
+@pytest.fixture
+def memories(monkeypatch):
+    """Of each run, as if all but the first were launched without Triton; None: the run's own."""
+    found = []
+
+    def run(self, given, factor, memory=None):
+        self.again = True
+        assert memory is None or memory.numel() >= self.bytes
+        found.append(memory)
+        self._run_by_triton(given, factor)
+
+    monkeypatch.setattr(plan.Plan, "run", run)
+    monkeypatch.setattr(sampled_softmax, "_calls", {})
+    monkeypatch.setattr(direct_triton, "_known", {})
+    return found
+
+
+@pytest.mark.parametrize("S, sparse_grad", [(None, False), (None, True), (9, True)])
+def test_what_waits_for_the_backward_pass_is_used_once(S, sparse_grad, memories):
+    x, w, t, ids, counts = problem(S=S or 12)
+    arguments = x, w, t, ids if S else None, counts
+    first = loss_by_triton(*arguments, sparse_grad=sparse_grad)
+    expected = [each.to_dense() for each in gradients(first, x, w)]
+    assert memories == [None, None]
+    loss = loss_by_triton(*arguments, sparse_grad=sparse_grad)
+    found = [torch.autograd.grad(loss, (x, w), retain_graph=True) for _ in range(2)]
+    forward, once, twice = memories[2:]
+    assert forward is once is not None and twice is None
+    for each in found:
+        for got, right in zip(each, expected, strict=True):
+            assert torch.equal(got.to_dense(), right)
+    values = [w_grad.coalesce().values() if sparse_grad else w_grad for _, w_grad in found]
+    assert found[0][0].data_ptr() != found[1][0].data_ptr() and values[0].data_ptr() != values[1].data_ptr()
+    x.detach().add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gradients(loss, x, w)
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": True}, {"reduction": "none"}])
+def test_little_waits_for_the_backward_pass(options, memories):
+    """Nothing of size C x D; other gradients than the last time's are not prepared for."""
+    x, w, t, ids, counts = problem()
+    bias = torch.zeros(12, device=DEVICE, requires_grad=True) if options.pop("bias", False) else None
+    for _ in range(2):
+        gradients(loss_by_triton(x, w, t, ids, counts, bias=bias, **options), x, w)
+    assert memories == [None] * 4
+    loss_by_triton(x, w.detach(), t, ids, counts, bias=bias, **options)
+    assert memories[4] is None
+
+
+@gpu
+def test_all_but_the_first_call_are_launched_without_triton(monkeypatch):
+    monkeypatch.setattr(sampled_softmax, "_calls", {})
+    monkeypatch.setattr(direct_triton, "_known", {})
+    for B, dtype in ((6, F32), (300, BF16)):
+        x, w, t, ids, counts = problem(B=B, S=300, C=400, D=64, dtype=dtype)
+        steps = [gradients(loss_by_triton(x, w, t, ids, counts, sparse_grad=True), x, w) for _ in range(3)]
+        for step in steps[1:]:
+            assert torch.equal(step[0], steps[0][0]) and torch.equal(step[1]._values(), steps[0][1]._values())
+    plans = [made for calls in sampled_softmax._calls.values() for _, made in calls.plans.values()]
+    assert len(plans) == 4 and all(made.again for made in plans)
 
 
 @pytest.mark.parametrize(
@@ -469,10 +535,11 @@ def test_right_every_time(B, S, D, dtype, class_set):
     x, w, t, ids, counts = problem(B=B, C=5000 if class_set else S, D=D, S=S, dtype=dtype, device="cuda")
     ids = ids if class_set else None
     truth = reference_loss(x.double(), w.double(), t, ids, counts.double())
+    right_gradients = gradients(truth, x, w)
     for _ in range(12):
         loss = loss_by_triton(x, w, t, ids, counts)
-        torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=1e-5)
-        for found, right in zip(gradients(loss, x, w), gradients(truth, x, w), strict=True):
+        torch.testing.assert_close(loss.double(), truth.detach(), rtol=1e-5, atol=1e-5)
+        for found, right in zip(gradients(loss, x, w), right_gradients, strict=True):
             assert (found.double() - right).norm() <= (0.01 if dtype != F32 else 1e-5) * right.norm()
 
 

@@ -600,6 +600,16 @@ def all_counted(target, B, C, ignore_index):
 
 
 @triton.jit
+def all_in_order(sources, S):
+    """Whether entry j stands for row j, of all S; where class_ids are not given, others are left out."""
+    left_out = tl.zeros((1024,), tl.int32)
+    for start in range(0, S, 1024):
+        entries = start + tl.arange(0, 1024)
+        left_out |= (tl.load(sources + entries, mask=entries < S, other=0) < 0).to(tl.int32)
+    return tl.max(left_out, 0) == 0
+
+
+@triton.jit
 def class_rows_sums(
     input, target, pulls_chunk, inside, columns, stored, pitch, B, C, D, ignore_index,
     input_row, input_column,
@@ -698,10 +708,29 @@ def chunk_grad_rows(
 
 
 @triton.jit
-def add_tiles(sums, partial, rows, B, class_tiles, ACC: tl.constexpr):
-    """sums (B,) += sum over tiles of partial (class_tiles, B)"""
+def input_sums(
+    weight, sources, pulls_chunk, values, low, first, size, stored, pitch, rows, columns, B, D,
+    weight_row, weight_column,
+    OPERAND: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """values + low + pulls @ class rows for some rows and columns, as two parts."""
+    for start in range(0, size, BLOCK_S):
+        inside = start + tl.arange(0, BLOCK_S)
+        pulls = load_pulls(pulls_chunk, rows, inside, B, stored, pitch)
+        w = load_class_rows(
+            weight, sources, first + start, inside < size, columns, D, weight_row, weight_column, OPERAND
+        )
+        values, low = add_pulled(values, low, pulls, w, OPERAND, PRECISION, WIDE != ACC)
+    return values, low
+
+
+@triton.jit
+def add_tiles(sums, partial, rows, first, B, class_tiles, ACC: tl.constexpr):
+    """sums (B,) += sum over tiles of partial (class_tiles, B); of the first chunk: sums ="""
     found = sum_tiles(partial, rows, rows < B, class_tiles, B, ACC)
-    tl.store(sums + rows, tl.load(sums + rows, mask=rows < B, other=0.0) + found, mask=rows < B)
+    begun = tl.where(rows < B, first, 0) > 0
+    tl.store(sums + rows, tl.load(sums + rows, mask=begun, other=0.0) + found, mask=rows < B)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -711,18 +740,20 @@ def chunk_grad_input(
     pulls_chunk,
     share_rows,
     scale_rows,
-    sums_input,  # (B, D), zeros before the first chunk; None: not wanted
-    sums_share,  # (B,), so too; None: not wanted, or no cosine
-    sums_scale,  # (B,), so too; None: not wanted
+    sums_input,  # (B, D); None: not wanted
+    sums_share,  # (B,); None: not wanted, or no cosine
+    sums_scale,  # (B,); None: not wanted
     first,
     size,
     stored,
     pitch,
     B,
+    S,
     D,
     class_tiles,
     weight_row,
     weight_column,
+    LOOKS_AHEAD: tl.constexpr,  # for classes left out, where class_ids are not given; as in `chunk_grad_rows`
     OPERAND: tl.constexpr,
     ACC: tl.constexpr,
     WIDE: tl.constexpr,
@@ -731,30 +762,41 @@ def chunk_grad_input(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Program (b, d): adds what a chunk of classes gives to columns d of a tile of rows, chunk by chunk."""
+    """Program (b, d): adds what a chunk of classes gives to columns d of a tile of rows, from chunk 0 on."""
     rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     if sums_input is not None:
         at = sums_input + rows.to(tl.int64)[:, None] * D + columns[None, :]
         there = (rows < B)[:, None] & (columns < D)[None, :]
-        before = tl.load(at, mask=there, other=0.0)
-        values = before.to(ACC)
+        values = tl.zeros((BLOCK_B, BLOCK_D), ACC)
         low = tl.zeros((BLOCK_B, BLOCK_D), ACC)
-        if WIDE != ACC:
-            low = (before - values).to(ACC)
-        for start in range(0, size, BLOCK_S):
-            inside = start + tl.arange(0, BLOCK_S)
-            pulls = load_pulls(pulls_chunk, rows, inside, B, stored, pitch)
-            w = load_class_rows(
-                weight, sources, first + start, inside < size, columns, D, weight_row, weight_column, OPERAND
-            )
-            values, low = add_pulled(values, low, pulls, w, OPERAND, PRECISION, WIDE != ACC)
+        if first > 0:
+            before = tl.load(at, mask=there, other=0.0)
+            values = before.to(ACC)
+            if WIDE != ACC:
+                low = (before - values).to(ACC)
+        if LOOKS_AHEAD and sources is not None:
+            if all_in_order(sources, S):
+                values, low = input_sums(
+                    weight, None, pulls_chunk, values, low, first, size, stored, pitch, rows, columns, B, D,
+                    weight_row, weight_column, OPERAND, ACC, WIDE, PRECISION, BLOCK_S,
+                )  # fmt: skip
+            else:
+                values, low = input_sums(
+                    weight, sources, pulls_chunk, values, low, first, size, stored, pitch, rows, columns,
+                    B, D, weight_row, weight_column, OPERAND, ACC, WIDE, PRECISION, BLOCK_S,
+                )  # fmt: skip
+        else:
+            values, low = input_sums(
+                weight, sources, pulls_chunk, values, low, first, size, stored, pitch, rows, columns, B, D,
+                weight_row, weight_column, OPERAND, ACC, WIDE, PRECISION, BLOCK_S,
+            )  # fmt: skip
         tl.store(at, one_part(values, low, WIDE), mask=there)
     if tl.program_id(1) == 0:
         if sums_share is not None:
-            add_tiles(sums_share, share_rows, rows, B, class_tiles, WIDE)
+            add_tiles(sums_share, share_rows, rows, first, B, class_tiles, WIDE)
         if sums_scale is not None:
-            add_tiles(sums_scale, scale_rows, rows, B, class_tiles, WIDE)
+            add_tiles(sums_scale, scale_rows, rows, first, B, class_tiles, WIDE)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)

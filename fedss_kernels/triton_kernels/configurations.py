@@ -1,7 +1,7 @@
 """Launch configurations of the loss' kernels: a small table, looked up by size and dtype."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -13,7 +13,7 @@ SMALL_ENTRIES = 4096  # of the compact gradient, S + B, that every program may l
 SMALL_PARTIALS = 2**22  # elements of the tiles' parts of the gradient of input
 FEWEST_PULLS = 2**24  # elements of a chunk of pulls, unless 3% of the inputs and gradients are more
 MOST_TILES = 2**15  # of classes in a chunk: a grid's second axis has 65,535 programs
-PROGRAMS = 264  # that keep a large device busy: two for each of its multiprocessors
+MOST_RESULT_TILES = 64  # at a time, of the tiles' parts of a gradient
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Tiling:
     grad_input: Blocks  # and that of input
     looks_ahead: bool
     result_columns: int  # of the last kernel of the backward pass
+    result_tiles: int  # of classes at a time in it
     large_columns: int  # of the same, after the large backward pass
     result_entries: int  # of the compact gradient at a time in it; their ids, 16 times as many
     result_warps: int
@@ -53,8 +54,6 @@ class Configuration:
     tiling: Tiling
     chunk: int  # classes at a time in the large backward pass, a multiple of tiling.tiles.classes
     splits: int  # of the class set in the forward pass
-    # what was made for it, which lives as long: sampled_softmax.py
-    kernels: dict = field(default_factory=dict, init=False, compare=False, repr=False)
 
 
 class Large(NamedTuple):
@@ -64,7 +63,7 @@ class Large(NamedTuple):
     tiles: Blocks
     grad_rows: Blocks
     grad_input: Blocks
-    looks_ahead: bool = False  # the gradient of class rows, for ignored rows
+    looks_ahead: bool = False  # the gradients' products, for ignored rows and for classes left out
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +80,7 @@ class Table:
     all_registers: dict[str, int]  # options of every kernel
     matrices: dict[int, dict[str, int]]  # options of those that multiply
     small_forward: dict[int, Blocks] = field(default_factory=dict)  # where it differs from both
+    programs: int = 264  # of 8 warps, which keep a large device busy
     # in place of `large` where less is asked for: by `room` too, see `configure`
     roomy: dict[tuple[int, str], Large] = field(default_factory=dict)
     precise_work: int = 2**16  # B * S * D of float32 problems that float64 takes no longer for
@@ -102,7 +102,7 @@ NVIDIA = Table(
             forward=Blocks(64, 32, 16, 8, 3),
             tiles=Blocks(64, 32, 16, 8, 3),
             grad_rows=Blocks(32, 32, 32, 8, 3),
-            grad_input=Blocks(32, 32, 32, 4, 3),
+            grad_input=Blocks(32, 32, 32, 8, 3),
         ),
         8: Large(
             forward=Blocks(32, 32, 16, 4, 2),
@@ -133,8 +133,8 @@ HOPPER = replace(
             looks_ahead=True,
         ),
         (2, "cosine"): Large(
-            forward=Blocks(128, 128, 64, 8, 4),
-            tiles=Blocks(256, 64, 64, 8, 4),
+            forward=Blocks(128, 64, 64, 4, 3),
+            tiles=Blocks(128, 64, 64, 4, 3),
             grad_rows=Blocks(128, 128, 128, 8, 3),
             grad_input=Blocks(128, 128, 128, 8, 3),
             looks_ahead=True,
@@ -155,6 +155,7 @@ HOPPER = replace(
         ),
     },
     precise_work=2**23,
+    programs=132,  # one on each multiprocessor, whose registers hold one: never a second round, half empty
 )
 # AMD's compiler keeps masks of each element that a thread holds in its 102 scalar registers: fewer elements,
 # and matrix instructions of 16 x 16 results, of which a thread holds 4 (of 32 x 32 ones 16). Constants of
@@ -183,6 +184,11 @@ AMD = Table(
     matrices={2: _SMALL, 4: _SMALL | {"waves_per_eu": 2}, 8: _SMALL | {"waves_per_eu": 2}},
 )
 TABLE: Table | None = None  # for every device, in place of its own: for tests
+
+
+def in_force() -> Hashable:
+    """What is set by hand, in place of the device's table."""
+    return TABLE, _override
 
 
 def table_of(device: torch.device) -> Table:
@@ -232,7 +238,8 @@ def _looked_up(
         )
         grad_rows, grad_input = replace(grad_rows, stages=2), replace(grad_input, stages=2)
     row_tiles, class_tiles = -(-B // forward.rows), -(-S // forward.classes)
-    splits = max(1, min(-(-PROGRAMS // max(row_tiles, 1)), class_tiles, 256))
+    programs = table.programs * 8 // forward.warps
+    splits = max(1, min(programs // max(row_tiles, 1), class_tiles, 256))
     pulls = max(FEWEST_PULLS, problem_bytes * 3 // 100 // operand_bytes)
     half = -(-S // (2 * tile.classes))  # of the class tiles: never a matrix of B x S
     chunk = min(max(min(pulls // max(B, 1) // tile.classes, half), 1), MOST_TILES) * tile.classes
@@ -244,6 +251,7 @@ def _looked_up(
         grad_input,
         large.looks_ahead,
         table.result_columns,
+        min(max(_power_of_two(-(-S // tile.classes)), 16), MOST_RESULT_TILES),
         min(max(_power_of_two(D), table.result_columns), 8 * table.result_columns),
         table.result_entries,
         table.result_warps,

@@ -31,10 +31,10 @@ class Variant:
         self.integers: list[int] = []
         self.specialized: list[int] = []  # of both
 
-    def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
+    def __call__(self, grid: tuple[int, ...], *arguments: Any) -> Any:
+        """What was compiled; None where kernels are interpreted."""
         if _LOOKED_UP:
-            self.kernel[grid](*arguments, **self.named)
-            return
+            return self.kernel[grid](*arguments, **self.named)
         if not self.compiled:
             self._sort(arguments)
         values = list(arguments)
@@ -52,9 +52,10 @@ class Variant:
         key += [values[at] in _INT32 for at in self.integers]
         found = self.compiled.get(tuple(key))
         if found is None:
-            self.compiled[tuple(key)] = self.kernel[grid](*arguments, **self.named)
+            found = self.compiled[tuple(key)] = self.kernel[grid](*arguments, **self.named)
         else:
             found[grid + (1,) * (3 - len(grid))](*values, *self.constants)
+        return found
 
     def _sort(self, arguments: tuple[Any, ...]) -> None:
         """The same for every call, so that threads may do it at once."""

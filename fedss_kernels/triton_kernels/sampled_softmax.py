@@ -4,281 +4,42 @@ No host synchronisation, so a call can be captured in a CUDA graph. Ids are not 
 out of range is never read; it makes losses NaN.
 """
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from torch.cuda import device_of
 
-from . import backward, forward, tuning
-from .configurations import Blocks, Configuration, Table, Tiling, configure, table_of
-from .launch import Variant
+from . import forward, tuning
+from .configurations import Configuration, configure, in_force, table_of
+from .plan import FACTOR, Given, Plan, Scratch
+from .problem import LARGEST_FACTOR, Problem, widened
 from .scatter_add import scatter_add
+from .variants import ENTRIES, Kernels, kernels_of
 
-_TYPES = {
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-}
-
-
-LARGEST_FACTOR = {"cosine": 1e20, "dot": 1e30}  # of the scale, for it and scale / |input| in float32
+Tensors = Sequence[Any]  # those of a problem, None for those not given, in the order of its fields
 MANY_ROWS = 128  # more than one program merges, where their losses are reduced
-ENTRIES = 1024  # of one program that lists classes
+PREPARED = 2**22  # bytes that may wait for the backward pass
 
 
-class Traits(NamedTuple):
-    """What the kernels are compiled for, besides the arguments' dtypes."""
-
-    operand: torch.dtype  # of products
-    wide: torch.dtype  # of what there is one of for each row or class; see tiles.py
-    cosine: bool
-    reduction: str
-    fold: bool  # every class is in the set
-
-    @property
-    def accumulator(self) -> torch.dtype:
-        return torch.float64 if self.operand == torch.float64 else torch.float32
+def loss(p: Problem) -> tuple[Tensor, Tensor]:
+    """(loss () or (B,), kept), in two launches; of many rows that are reduced in three."""
+    return calls_like(p).loss(p.tensors, p.factor)
 
 
-class Problem(NamedTuple):
-    """What the kernels are given. Tensors on one device; those of one dimension contiguous."""
-
-    input: Tensor  # (B, D)
-    weight: Tensor  # (C, D)
-    target: Tensor  # (B,)
-    class_ids: Tensor | None  # (S,)
-    log_expected_count: Tensor | None  # (S,)
-    target_log_expected_count: Tensor | None  # (B,)
-    bias: Tensor | None  # (C,)
-    learned: Tensor | None  # (): the scale is this, or 1, times ...
-    factor: float  # ... this
-    ignore_index: int
-    traits: Traits
-
-    @classmethod
-    def of(
-        cls,
-        input: Tensor,
-        weight: Tensor,
-        target: Tensor,
-        class_ids: Tensor | None,
-        log_expected_count: Tensor | None,
-        target_log_expected_count: Tensor | None,
-        bias: Tensor | None,
-        scale: float | Tensor,
-        similarity: str,
-        ignore_index: int,
-        reduction: str,
-        rounding: torch.dtype | None,
-    ) -> "Problem":
-        learned = None
-        if not isinstance(scale, Tensor):
-            factor = scale
-        elif scale.is_cpu or scale.device != input.device:
-            factor = scale.item()
-        else:
-            learned, factor = scale, 1.0
-        alike = input.dtype == weight.dtype
-        operand = input.dtype if alike else torch.promote_types(input.dtype, weight.dtype)
-        if rounding is not None and operand != torch.float64:
-            operand = rounding
-        exact = operand == torch.float32 and _exact()
-        if abs(factor) > LARGEST_FACTOR[similarity]:
-            operand = torch.float64
-        elif exact and alike:
-            B, D = input.shape
-            work = B * (weight if class_ids is None else class_ids).shape[0] * D
-            if work <= table_of(input.device).precise_work:
-                operand = torch.float64
-        wide = torch.float64 if exact or operand == torch.float64 else torch.float32
-        float32 = operand == torch.float64
-        return cls(
-            input,
-            weight,
-            target.contiguous(),
-            _contiguous(class_ids),
-            _contiguous(log_expected_count, float32),
-            _contiguous(target_log_expected_count, float32),
-            _contiguous(bias, float32),
-            _contiguous(learned, float32),
-            factor,
-            ignore_index,
-            Traits(operand, wide, similarity == "cosine", reduction, class_ids is None),
-        )
-
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """Those of the fields that are, in order."""
-        return self[:8]
-
-    @property
-    def others(self) -> tuple[Any, ...]:
-        return self[8:]
-
-    @property
-    def sizes(self) -> tuple[int, int, int, int]:
-        """B, C, S, D"""
-        (B, D), C = self.input.shape, self.weight.shape[0]
-        return B, C, C if self.class_ids is None else self.class_ids.shape[0], D
-
-    @property
-    def operands(self) -> tuple[Tensor, Tensor, tuple[int, int, int, int]]:
-        """(input, weight, their strides) for kernels to read."""
-        input, weight = self.input, self.weight
-        if self.traits.operand == torch.float64:
-            input, weight = _not_of_16_bits(input), _not_of_16_bits(weight)
-        (input_row, input_column), (weight_row, weight_column) = input.stride(), weight.stride()
-        return input, weight, (input_row, input_column, weight_row, weight_column)
-
-    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return self.input.new_empty(shape, dtype=dtype or self.traits.accumulator)
-
-    @property
-    def room(self) -> str:
-        """See `configure`."""
-        operand = self.traits.operand
-        if self.input.shape[1] % 16 != 0 or self.input.stride(1) != 1 or self.weight.stride(1) != 1:
-            return ""
-        alike = operand == self.input.dtype == self.weight.dtype and operand != torch.float16
-        if self.bias is not None or self.learned is not None or not alike:
-            return "vectors"
-        whole = self.traits.fold and self.log_expected_count is None
-        return "cosine" if self.traits.cosine else "linear" if whole else "dot"
-
-    def configuration(self, stage: str, run: Callable[[Configuration], object]) -> Configuration:
-        """The table's, or with FEDSS_AUTOTUNE=1 that with which `run` ("forward", "backward") is fastest."""
-        B, C, S, D = self.sizes
-        inputs = self.input.numel() * self.input.itemsize + self.weight.numel() * self.weight.itemsize
-        device, traits = self.input.device, self.traits
-        table = configure(table_of(device), B, S, D, traits.operand.itemsize, self.room, 2 * inputs)
-        if not tuning.wanted(device):
-            return table
-        given = tuple(part is None for part in self)
-        key = (stage, self.sizes, traits, given, device)
-        return tuning.fastest(key, table, stage, run)
-
-
-def _exact() -> bool:
-    """Whether float32 products keep all their digits: unless torch is told otherwise."""
-    return torch.get_float32_matmul_precision() == "highest"
-
-
-def _not_of_16_bits(tensor: Tensor) -> Tensor:
-    """The same in float32: Triton 3.6 cannot compile float64 products of what comes from 16 bits."""
-    return tensor.float() if tensor.itemsize == 2 else tensor
-
-
-def _contiguous(tensor: Tensor | None, float32: bool = False) -> Tensor | None:
-    """float32: not of 16 bits"""
-    if tensor is None:
-        return None
-    return (_not_of_16_bits(tensor) if float32 else tensor).contiguous()
-
-
-class Kernels(NamedTuple):
-    """Each kernel with the constants and options of a configuration."""
-
-    inverse_norms: Variant
-    partial_terms: Variant
-    merge_splits: Variant
-    merge_rows: Variant  # the same, where what it finds is reduced by the next
-    reduce_losses: Variant
-    small_tiles: Variant
-    small_results: Variant
-    sparse_ids: Variant
-    class_sources: Variant
-    target_sources: Variant
-    pull_chunk: Variant
-    chunk_grad_rows: Variant
-    chunk_grad_input: Variant
-    target_rows: Variant
-    large_results: Variant
-
-
-def kernels(c: Configuration, p: Problem) -> Kernels:
-    found = c.kernels.get(p.traits)
-    if found is None:
-        found = c.kernels[p.traits] = _kernels(p.traits, c.tiling, table_of(p.input.device))
-    return found
-
-
-@functools.lru_cache(maxsize=1024)
-def _kernels(traits: Traits, t: Tiling, table: Table) -> Kernels:
-    acc, wide = _TYPES[traits.accumulator], _TYPES[traits.wide]
-    operand, cosine, fold = _TYPES[traits.operand], traits.cosine, traits.fold
-    registers = {**table.all_registers, "enable_fp_fusion": True}
-    exact = traits.operand != torch.float32 or traits.wide == torch.float64
-    products = {"OPERAND": operand, "ACC": acc, "WIDE": wide, "PRECISION": "ieee" if exact else "tf32"}
-    gradients = {"FOLD": fold, "COSINE": cosine, "PER_ROW": traits.reduction == "none"}
-
-    def multiplying(blocks: Blocks) -> dict[str, Any]:
-        return {
-            "BLOCK_B": blocks.rows,
-            "BLOCK_S": blocks.classes,
-            "BLOCK_D": blocks.columns,
-            "num_warps": blocks.warps,
-            "num_stages": blocks.stages,
-            "enable_fp_fusion": True,
-            **table.matrices[traits.operand.itemsize],
-        }
-
-    def merging(reduction: str) -> Variant:
-        blocks = {"BLOCK_B": t.merged_rows, "BLOCK_SPLITS": t.merged_splits, "num_warps": t.merge_warps}
-        return Variant(
-            forward.merge_splits, COSINE=cosine, ACC=wide, REDUCTION=reduction, **blocks, **registers
-        )
-
-    def results(columns: int, tiles: int) -> Variant:
-        blocks = {"BLOCK_D": columns, "BLOCK_TILES": tiles, "BLOCK_ENTRIES": t.result_entries}
-        types = {"OPERAND": operand, "ACC": wide}
-        options = {"num_warps": t.result_warps, **registers}
-        return Variant(backward.small_results, **gradients, **types, **blocks, **options)
-
-    return Kernels(
-        Variant(
-            forward.inverse_norms,
-            **{"OPERAND": operand, "ACC": acc, "BLOCK_S": 16, "BLOCK_D": 64, "num_warps": 4},
-            **registers,
-        ),
-        Variant(
-            forward.partial_terms,
-            **{"COSINE": cosine, **products, **multiplying(t.forward), **registers},
-        ),
-        merging(traits.reduction),
-        merging("none"),
-        Variant(forward.reduce_losses, REDUCTION=traits.reduction, BLOCK_B=1024, num_warps=4, **registers),
-        Variant(
-            backward.small_tiles,
-            **{**gradients, **products, **multiplying(t.tiles), **registers},
-        ),
-        results(t.result_columns, 16),
-        Variant(backward.sparse_ids, BLOCK_S=ENTRIES, num_warps=4, **registers),
-        Variant(backward.class_sources, BLOCK_S=ENTRIES, num_warps=4, **registers),
-        Variant(backward.target_sources, BLOCK_B=ENTRIES, num_warps=4, **registers),
-        Variant(
-            backward.pull_chunk,
-            **{**gradients, **products, **multiplying(t.tiles), **registers},
-        ),
-        Variant(
-            backward.chunk_grad_rows,
-            **{"LOOKS_AHEAD": t.looks_ahead, "COSINE": cosine},
-            **{**products, **multiplying(t.grad_rows), **registers},
-        ),
-        Variant(backward.chunk_grad_input, **{**products, **multiplying(t.grad_input), **registers}),
-        Variant(
-            backward.target_rows,
-            **{"COSINE": cosine, "PER_ROW": gradients["PER_ROW"], "OPERAND": operand, "ACC": wide},
-            **{"BLOCK_B": 16, "BLOCK_D": t.result_columns, "num_warps": t.result_warps},
-            **registers,
-        ),
-        results(t.large_columns, 1),
+def gradients(
+    p: Problem,
+    kept: Tensor,
+    grad_loss: Tensor,
+    needed: Sequence[bool],  # of input, weight, bias and scale
+    sparse_grad: bool,
+    scale_dtype: torch.dtype | None,  # None: not needed
+) -> "Gradients":
+    return calls_like(p).gradients(
+        p.tensors, p.factor, kept, grad_loss, Wanted(tuple(needed), sparse_grad, scale_dtype)
     )
 
 
@@ -292,35 +53,23 @@ def empty_results(input: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
     )
 
 
-def loss(p: Problem) -> tuple[Tensor, Tensor]:
-    """(loss () or (B,), kept), in two launches; of many rows that are reduced in three."""
-    return _loss(p, p.configuration("forward", partial(_loss, p)))
+def circumstances(input: Tensor, weight: Tensor, similarity: str, factor: float) -> tuple[Hashable, ...]:
+    """What a call's signature depends on, besides its arguments' dtypes, shapes, strides and options."""
+    aligned = input.data_ptr() % 16 == 0, weight.data_ptr() % 16 == 0
+    return (
+        *aligned,
+        abs(factor) > LARGEST_FACTOR.get(similarity, 0.0),
+        torch.get_float32_matmul_precision(),
+        in_force(),
+    )
 
 
-def _loss(p: Problem, c: Configuration) -> tuple[Tensor, Tensor]:
-    B, C, S, D = p.sizes
-    k, t = kernels(c, p), c.tiling
-    losses, kept = empty_results(p.input, p.traits.reduction)
-    partials = p.empty(2, c.splits, B)
-    input, weight, strides = p.operands
-    reduced = p.traits.reduction != "none"
-    apart = reduced and B > MANY_ROWS
-    row_losses = p.empty(B, dtype=torch.float64) if apart else losses
-    with device_of(p.input):
-        if B > 0:
-            k.partial_terms(
-                (triton.cdiv(B, t.forward.rows), c.splits),
-                *(input, weight, p.target, p.class_ids, p.log_expected_count, p.bias, p.learned),
-                *(_inverses(p, c, k), partials, kept, B, C, S, D, p.ignore_index, *strides, p.factor),
-            )
-        (k.merge_rows if apart else k.merge_splits)(
-            (1 if reduced and not apart else max(triton.cdiv(B, t.merged_rows), 1),),
-            *(p.target, p.target_log_expected_count, p.bias, p.learned, partials, kept, row_losses),
-            *(B, C, c.splits, p.ignore_index, p.factor),
-        )
-        if apart:
-            k.reduce_losses((1,), p.target, row_losses, kept, losses, B, p.ignore_index)
-    return losses, kept
+class Wanted(NamedTuple):
+    """Which gradients."""
+
+    needed: tuple[bool, ...]  # of input, weight, bias and scale
+    sparse: bool  # that of weight
+    scale_dtype: torch.dtype | None  # None: not needed
 
 
 class Gradients(NamedTuple):
@@ -332,211 +81,435 @@ class Gradients(NamedTuple):
     scale: Tensor | None  # ()
 
 
-def gradients(
-    p: Problem,
-    kept: Tensor,
-    grad_loss: Tensor,
-    needed: Sequence[bool],  # of input, weight, bias and scale
-    sparse_grad: bool,
-    scale_dtype: torch.dtype | None,  # None: not needed
-) -> Gradients:
-    run = partial(_gradients, p, kept, grad_loss, needed, sparse_grad, scale_dtype)
-    return run(p.configuration("backward", run))
+class Outputs(NamedTuple):
+    """What the backward pass writes. None: not wanted."""
+
+    input: Tensor | None  # (B, D)
+    weight: Tensor | None  # (C, D) zeros: dense, where class_ids are given
+    bias: Tensor | None  # (C,) zeros, where class_ids are given
+    scale: Tensor | None  # ()
+    rows: Tensor | None  # (S + B, D): of the class set's entries and of the targets; all C with no class_ids
+    row_bias: Tensor | None  # (S + B,), or (C,)
+    ids: Tensor | None  # (1, S + B): the rows' classes where the gradient of weight is sparse; or (1, C)
 
 
-def _gradients(
-    p: Problem,
-    kept: Tensor,
-    grad_loss: Tensor,
-    needed: Sequence[bool],
-    sparse_grad: bool,
-    scale_dtype: torch.dtype | None,
-    c: Configuration,
-) -> Gradients:
-    B, C, S, D = p.sizes
-    fold = p.class_ids is None
-    entries = C if fold else S + B
-    spread = not fold and ((needed[1] and not sparse_grad) or needed[2])
-    input_dtype, weight_dtype = p.input.dtype, p.weight.dtype
-    compact_dtype = weight_dtype if fold or sparse_grad else p.traits.accumulator
-    grad_rows = p.empty(entries, D, dtype=compact_dtype) if needed[1] else None
-    grad_bias = p.empty(entries, dtype=weight_dtype if fold else p.traits.accumulator) if needed[2] else None
-    dense = needed[1] and not (fold or sparse_grad)
-    results = Gradients(
-        p.empty(B, D, dtype=input_dtype) if needed[0] else None,
-        p.weight.new_zeros(p.weight.shape) if dense else None,
-        p.weight.new_zeros(C) if needed[2] and not fold else None,
-        p.input.new_zeros((), dtype=scale_dtype) if needed[3] else None,
-    )
-    ids = None
-    if needed[1] and sparse_grad:
-        ids = (
-            torch.arange(C, device=p.weight.device)[None] if fold else p.empty(1, entries, dtype=torch.int64)
-        )
-    upstream = grad_loss.contiguous()
-    with device_of(p.input):
-        if B > 0 and c.small:
-            _small(p, c, kept, upstream, grad_rows, grad_bias, results, None if fold else ids)
-        elif B > 0:
-            _large(p, c, kept, upstream, grad_rows, grad_bias, results)
-            if ids is not None and not fold:
-                grid = (triton.cdiv(entries, ENTRIES),)
-                kernels(c, p).sparse_ids(grid, p.class_ids, p.target, ids, B, C, S, p.ignore_index)
-            if spread:
-                _spread(p, None if sparse_grad else grad_rows, grad_bias, results)
-    if B == 0:
-        for found in (grad_rows, grad_bias, ids if not fold else None):
-            if found is not None:
-                found.zero_()
-    weight = results.weight
-    if ids is not None and grad_rows is not None:
-        # nnz = S + B, the class set's entries and then the targets'; those without a class go to class 0, and
-        # are 0, or NaN beside losses that are NaN too.
-        weight = torch.sparse_coo_tensor(ids, grad_rows, p.weight.shape, check_invariants=False)
-    elif needed[1] and fold:
-        weight = grad_rows
-    return results._replace(weight=weight, bias=grad_bias if fold else results.bias)
+class Prepared(NamedTuple):
+    """What the backward pass needs, allocated before it."""
+
+    wanted: Wanted
+    plan: Plan
+    outputs: Outputs
+    memory: Tensor  # of both passes, one after the other
 
 
-def _small(
-    p: Problem,
-    c: Configuration,
-    kept: Tensor,
-    upstream: Tensor,
-    grad_rows: Tensor | None,
-    grad_bias: Tensor | None,
-    results: Gradients,
-    ids: Tensor | None,  # (1, S + B) to be filled: the classes of a sparse gradient's rows
-) -> None:
-    """Two launches."""
-    B, C, S, D = p.sizes
-    k, t, wide = kernels(c, p), c.tiling, p.traits.wide
-    input, weight, strides = p.operands
-    tiles = triton.cdiv(S, t.tiles.classes)
-    partial_input = partial_share = partial_scale = None
-    if results.input is not None:
-        partial_input = p.empty(tiles, B, D)
-        partial_share = p.empty(tiles, B, dtype=wide) if p.traits.cosine else None
-    if results.scale is not None:
-        partial_scale = p.empty(tiles, B, dtype=wide)
-    if tiles + (not p.traits.fold) > 0:
-        k.small_tiles(
-            (tiles + (not p.traits.fold),),
-            *(input, weight, p.target, p.class_ids, p.log_expected_count, p.bias, p.learned, upstream),
-            *(kept, grad_rows, grad_bias, partial_input, partial_share, partial_scale),
-            *(B, C, S, D, p.ignore_index, *strides, p.factor),
-        )
-    spread = 0 if results.weight is None and results.bias is None and ids is None else S + B
-    k.small_results(
-        (B + 1 + spread, triton.cdiv(max(D, 1), t.result_columns)),
-        *(input, weight, p.target, p.class_ids, p.learned, upstream, kept),
-        *(None if results.weight is None else grad_rows, None if results.bias is None else grad_bias),
-        *(partial_input, partial_share, partial_scale, *results, ids),
-        *(B, C, S, D, tiles, p.ignore_index, *strides, p.factor),
-    )
+class Written(NamedTuple):
+    """The outputs in a plan."""
+
+    input: Given | None
+    weight: Given | None
+    bias: Given | None
+    scale: Given | None
+    rows: Given | Scratch | None
+    row_bias: Given | Scratch | None
+    ids: Given | None
 
 
-def _large(
-    p: Problem,
-    c: Configuration,
-    kept: Tensor,
-    upstream: Tensor,
-    grad_rows: Tensor | None,
-    grad_bias: Tensor | None,
-    results: Gradients,
-) -> None:
-    """Three launches for each chunk of classes, and up to two before and two after them."""
-    B, C, S, D = p.sizes
-    k, t, traits = kernels(c, p), c.tiling, p.traits
-    input, weight, strides = p.operands
-    tile, of_rows, of_input = t.tiles, t.grad_rows, t.grad_input
-    chunk = min(c.chunk, triton.cdiv(max(S, 1), tile.classes) * tile.classes)
-    row_tiles, class_tiles = triton.cdiv(B, tile.rows), chunk // tile.classes
-    # float16 is too narrow for small gradients.
-    pulls = p.empty(B, chunk, dtype=traits.accumulator if traits.operand == torch.float16 else traits.operand)
-    share_rows, share_classes = (
-        p.empty(*shape, dtype=traits.wide) for shape in ((class_tiles, B), (row_tiles, chunk))
-    )
-    bias_classes = scale_rows = sums_input = sums_share = sums_scale = None
-    if grad_bias is not None:
-        bias_classes = p.empty(row_tiles, chunk)
-    if results.scale is not None:
-        scale_rows = p.empty(class_tiles, B, dtype=traits.wide)
-        sums_scale = p.empty(1, B, dtype=traits.wide).zero_()
-    if results.input is not None:
-        sums_input = p.empty(1, B, D, dtype=traits.wide).zero_()
-        sums_share = p.empty(1, B, dtype=traits.wide).zero_() if traits.cosine else None
-    sources, inverses = _sources(p, k), _inverses(p, c, k)
-    for first in range(0, S, chunk):
-        size = min(chunk, S - first)
-        tiles = triton.cdiv(size, tile.classes)
-        stored = tiles * tile.classes
-        k.pull_chunk(
-            (row_tiles, tiles),
-            *(input, weight, p.target, p.class_ids, p.log_expected_count, p.bias, p.learned),
-            *(inverses, upstream, kept, pulls, share_rows, share_classes, bias_classes, scale_rows),
-            *(first, size, chunk, B, C, S, D, p.ignore_index, *strides, p.factor),
-        )
-        if grad_rows is not None or grad_bias is not None:
-            columns = max(triton.cdiv(D, of_rows.columns), 1)
-            k.chunk_grad_rows(
-                (triton.cdiv(size, of_rows.classes) * columns,),
-                *(input, weight, p.target, sources, pulls, share_classes, bias_classes),
-                *(grad_rows, grad_bias, first, size, stored, chunk, B, C, D, columns, row_tiles),
-                *(p.ignore_index, *strides),
+_KEPT, _LOSS, _OUTPUTS = 8, 9, 10  # places of what a plan is given, after the problem's tensors
+_calls: dict[Hashable, "Calls"] = {}
+_MOST_CALLS = 4096
+
+
+def calls_like(p: Problem) -> "Calls":
+    signature = p.signature
+    found = _calls.get(signature)
+    if found is None:
+        if len(_calls) >= _MOST_CALLS:
+            _calls.clear()
+        found = _calls[signature] = Calls(p)
+    return found
+
+
+class Calls:
+    """Calls alike: of one signature. What they launch is planned once."""
+
+    def __init__(self, p: Problem):
+        self.traits, self.device, self.ignore_index = p.traits, p.input.device, p.ignore_index
+        self.sizes, self.strides, self.signature = p.sizes, p.operands[2], p.signature
+        self.dtypes = p.input.dtype, p.weight.dtype
+        given = [None if tensor is None else Given(place) for place, tensor in enumerate(p.tensors)]
+        self.input, self.weight, self.target, self.class_ids = given[:4]
+        self.counts, self.target_counts, self.bias, self.learned = given[4:]
+        self.cosine, self.fold = p.traits.cosine, p.traits.fold
+        self.widens = p.traits.operand == torch.float64 and 2 in (p.input.itemsize, p.weight.itemsize)
+        B, C, S, D = p.sizes
+        self.table = table_of(self.device)
+        inputs = p.input.numel() * p.input.itemsize + p.weight.numel() * p.weight.itemsize
+        self.configuration = configure(self.table, B, S, D, p.traits.operand.itemsize, p.room, 2 * inputs)
+        self.plans: dict[tuple[Hashable, int], tuple[Configuration, Plan]] = {}
+        self.prepared: dict[Wanted, tuple[Plan, int]] = {}  # and the bytes that the loss' plan needs
+
+    # ---- the loss ----
+
+    def loss(
+        self, tensors: Tensors, factor: float, prepared: "Prepared | None" = None
+    ) -> tuple[Tensor, Tensor]:
+        run = partial(self._loss, tensors, factor)
+        if prepared is not None:  # its memory waits for the backward pass: it may be used until then
+            return run(self.configuration, prepared.memory)
+        return run(self._fastest("forward", run))
+
+    def _loss(
+        self,
+        tensors: Tensors,
+        factor: float,
+        c: Configuration,
+        memory: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        losses, kept = empty_results(tensors[0], self.traits.reduction)
+        plan = self._plan("loss", c, self._plan_loss)
+        plan.run((*self._operands(tensors), kept, losses), factor, memory)
+        return losses, kept
+
+    def _plan_loss(self, c: Configuration) -> Plan:
+        B, C, S, D = self.sizes
+        plan, k, t = Plan(self.device), self._kernels(c), c.tiling
+        kept, losses = Given(_KEPT), Given(_LOSS)
+        partials = plan.empty(2, c.splits, B, dtype=self.traits.accumulator)
+        reduced = self.traits.reduction != "none"
+        apart = reduced and B > MANY_ROWS
+        row_losses = plan.empty(B, dtype=torch.float64) if apart else losses
+        if B > 0:
+            plan.launch(
+                k.partial_terms,
+                (triton.cdiv(B, t.forward.rows), c.splits),
+                *(self.input, self.weight, self.target, self.class_ids, self.counts, self.bias, self.learned),
+                *(self._inverses(plan, c, k), partials, kept),
+                *(B, C, S, D, self.ignore_index, *self.strides, FACTOR),
             )
-        if results.input is not None or results.scale is not None:
-            columns = max(triton.cdiv(D, of_input.columns), 1) if results.input is not None else 1
-            k.chunk_grad_input(
-                (triton.cdiv(B, of_input.rows), columns),
-                *(weight, sources, pulls, share_rows, scale_rows, sums_input, sums_share, sums_scale),
-                *(first, size, stored, chunk, B, D, tiles, *strides[2:]),
-            )
-    if not traits.fold and (grad_rows is not None or grad_bias is not None):
-        k.target_rows(
-            (triton.cdiv(B, 16), triton.cdiv(max(D, 1), t.result_columns)),
-            *(input, weight, p.target, p.learned, upstream, kept, grad_rows, grad_bias),
-            *(B, C, S, D, p.ignore_index, *strides, p.factor),
+        plan.launch(
+            k.merge_rows if apart else k.merge_splits,
+            (1 if reduced and not apart else max(triton.cdiv(B, t.merged_rows), 1),),
+            *(self.target, self.target_counts, self.bias, self.learned, partials, kept, row_losses),
+            *(B, C, c.splits, self.ignore_index, FACTOR),
         )
-    k.large_results(
-        (B + 1, triton.cdiv(max(D, 1), t.large_columns)),
-        *(input, weight, p.target, p.class_ids, p.learned, upstream, kept, None, None),
-        *(sums_input, sums_share, sums_scale, results.input, None, None, results.scale, None),
-        *(B, C, S, D, 1, p.ignore_index, *strides, p.factor),
-    )
+        if apart:
+            plan.launch(k.reduce_losses, (1,), self.target, row_losses, kept, losses, B, self.ignore_index)
+        return plan
 
+    # ---- the gradients ----
 
-def _inverses(p: Problem, c: Configuration, k: Kernels) -> Tensor | None:
-    """(B + S,) inverse norms of the rows and then of the entries'; None: the kernels find them on the way."""
-    B, C, S, D = p.sizes
-    if c.small or not p.traits.cosine or p.traits.wide == torch.float64:
-        return None
-    input, weight, strides = p.operands
-    inverses = p.empty(B + S)
-    grid = (triton.cdiv(B + S, k.inverse_norms.named["BLOCK_S"]),)
-    k.inverse_norms(grid, input, weight, p.class_ids, inverses, B, C, S, D, *strides)
-    return inverses
+    def gradients(
+        self,
+        tensors: Tensors,
+        factor: float,
+        kept: Tensor,
+        grad_loss: Tensor,
+        wanted: Wanted,
+    ) -> Gradients:
+        run = partial(self._gradients, tensors, factor, kept, grad_loss.contiguous(), wanted)
+        return run(self._fastest("backward", run))
 
+    def prepare(self, tensors: Tensors, wanted: Wanted) -> Prepared | None:
+        """Allocates for the backward pass, where that is little: it runs in a thread that has slept, slowly.
 
-def _sources(p: Problem, k: Kernels) -> Tensor | None:
-    """(S,) the row of `weight` of each entry, -1 for those that take no part; None: row j is entry j's."""
-    B, C, S, _ = p.sizes
-    if p.traits.fold and p.log_expected_count is None:
-        return None
-    sources = p.empty(S, dtype=torch.int64)
-    k.class_sources((triton.cdiv(max(S, 1), ENTRIES),), p.class_ids, p.log_expected_count, sources, S, C)
-    if p.traits.fold:
-        k.target_sources((triton.cdiv(B, ENTRIES),), p.target, sources, B, C, p.ignore_index)
-    return sources
+        None, too, before the first backward pass, and where configurations are searched for.
+        """
+        found = self.prepared.get(wanted)
+        if found is None or tuning.wanted(self.device):
+            return None
+        plan, bytes_of_both = found
+        outputs = self._outputs(tensors, wanted, self.configuration)
+        return Prepared(wanted, plan, outputs, plan.memory(bytes_of_both))
 
+    def _may_prepare(self, plan: Plan, wanted: Wanted, c: Configuration, upstream: torch.dtype) -> None:
+        B, C, S, D = self.sizes
+        dense = ((wanted.needed[1] and not wanted.sparse) or wanted.needed[2]) and not self.fold
+        little = plan.bytes + 8 * (S + B) * D <= PREPARED
+        alike = upstream == (torch.float64 if self.dtypes[0] == torch.float64 else torch.float32)
+        loss = self.plans.get(("loss", id(c)))
+        if plan.again and little and alike and not dense and c is self.configuration and loss is not None:
+            self.prepared[wanted] = plan, loss[1].bytes
 
-def _spread(p: Problem, grad_rows: Tensor | None, grad_bias: Tensor | None, results: Gradients) -> None:
-    """Adds up the entries of each class: sorted, as comparing all with all would be quadratic."""
-    C = len(p.weight)
-    assert p.class_ids is not None
-    ids = torch.cat([p.class_ids, torch.where(p.target == p.ignore_index, -1, p.target)])
-    ids, order = ids.clamp(-1, C).sort(stable=True)  # -1 and C: passed over
-    if grad_rows is not None and results.weight is not None:
-        scatter_add(results.weight, ids, order, grad_rows, None)
-    if grad_bias is not None and results.bias is not None:
-        scatter_add(results.bias[:, None], ids, order, grad_bias[:, None], None)
+    def finish(
+        self,
+        tensors: Tensors,
+        factor: float,
+        kept: Tensor,
+        grad_loss: Tensor,
+        prepared: Prepared,
+    ) -> Gradients:
+        """As `gradients`."""
+        outputs = prepared.outputs
+        given = (*self._operands(tensors), kept, grad_loss.contiguous(), *outputs)
+        prepared.plan.run(given, factor, prepared.memory)
+        return self._results(tensors, prepared.wanted, outputs)
+
+    def _gradients(
+        self,
+        tensors: Tensors,
+        factor: float,
+        kept: Tensor,
+        upstream: Tensor,
+        wanted: Wanted,
+        c: Configuration,
+    ) -> Gradients:
+        outputs = self._outputs(tensors, wanted, c)
+        if self.sizes[0] > 0:
+            stage = ("gradients", wanted, upstream.dtype)
+            plan = self._plan(stage, c, partial(self._plan_gradients, wanted))
+            plan.run((*self._operands(tensors), kept, upstream, *outputs), factor)
+            self._may_prepare(plan, wanted, c, upstream.dtype)
+            if not (c.small or self.fold):
+                with device_of(upstream):
+                    self._spread(tensors, outputs)
+        else:
+            for found in (outputs.rows, outputs.row_bias, outputs.ids):
+                if found is not None and (found is not outputs.ids or not self.fold):
+                    found.zero_()
+        return self._results(tensors, wanted, outputs)
+
+    def _results(self, tensors: Tensors, wanted: Wanted, outputs: Outputs) -> Gradients:
+        weight = outputs.weight
+        if wanted.needed[1] and wanted.sparse:
+            assert outputs.ids is not None and outputs.rows is not None
+            # nnz = S + B, the class set's entries and then the targets'; those without a class go to class 0,
+            # and are 0, or NaN beside losses that are NaN too.
+            weight = torch.sparse_coo_tensor(
+                outputs.ids, outputs.rows, tensors[1].shape, check_invariants=False
+            )
+        elif wanted.needed[1] and self.fold:
+            weight = outputs.rows
+        bias = outputs.row_bias if self.fold else outputs.bias
+        return Gradients(outputs.input, weight, bias, outputs.scale)
+
+    def _outputs(self, tensors: Tensors, wanted: Wanted, c: Configuration) -> Outputs:
+        input, weight = tensors[:2]
+        B, C, S, D = self.sizes
+        to_input, to_weight, to_bias, to_scale = wanted.needed
+        accumulator, fold = self.traits.accumulator, self.fold
+        entries = C if fold else S + B
+        rows = row_bias = ids = None
+        # Compact gradients that small_results spreads are a plan's own.
+        if to_weight and (fold or wanted.sparse or not c.small):
+            dtype = weight.dtype if fold or wanted.sparse else accumulator
+            rows = input.new_empty((entries, D), dtype=dtype)
+        if to_bias and (fold or not c.small):
+            row_bias = input.new_empty((entries,), dtype=weight.dtype if fold else accumulator)
+        if to_weight and wanted.sparse:
+            ids = input.new_empty((1, entries), dtype=torch.int64) if not fold else self._all_classes()
+        scale = input.new_empty((), dtype=wanted.scale_dtype) if to_scale else None
+        return Outputs(
+            input.new_empty((B, D)) if to_input else None,
+            weight.new_zeros((C, D)) if to_weight and not (fold or wanted.sparse) else None,
+            weight.new_zeros((C,)) if to_bias and not fold else None,
+            scale if B > 0 or scale is None else scale.zero_(),
+            rows,
+            row_bias,
+            ids,
+        )
+
+    def _plan_gradients(self, wanted: Wanted, c: Configuration) -> Plan:
+        plan, (_, C, S, D) = Plan(self.device), self.sizes
+        to_input, to_weight, to_bias, to_scale = wanted.needed
+        entries, accumulator = C if self.fold else S + self.sizes[0], self.traits.accumulator
+        dense = to_weight and not (self.fold or wanted.sparse)
+        kinds = [
+            to_input,
+            dense,
+            to_bias and not self.fold,
+            to_scale,
+            to_weight and not (dense and c.small),
+            to_bias and (self.fold or not c.small),
+            to_weight and wanted.sparse and not self.fold,
+        ]
+        places = [Given(_OUTPUTS + nth) if there else None for nth, there in enumerate(kinds)]
+        to = Written(*places)
+        if to_weight and to.rows is None:
+            to = to._replace(rows=plan.empty(entries, D, dtype=accumulator))
+        if to_bias and to.row_bias is None:
+            to = to._replace(row_bias=plan.empty(entries, dtype=accumulator))
+        (self._plan_small if c.small else self._plan_large)(plan, c, to)
+        return plan
+
+    def _plan_small(self, plan: Plan, c: Configuration, to: Written) -> None:
+        """Two launches."""
+        B, C, S, D = self.sizes
+        k, t, traits = self._kernels(c), c.tiling, self.traits
+        kept, upstream = Given(_KEPT), Given(_LOSS)
+        tiles = triton.cdiv(S, t.tiles.classes)
+        partial_input = partial_share = partial_scale = None
+        if to.input is not None:
+            partial_input = plan.empty(tiles, B, D, dtype=traits.accumulator)
+            partial_share = plan.empty(tiles, B, dtype=traits.wide) if self.cosine else None
+        if to.scale is not None:
+            partial_scale = plan.empty(tiles, B, dtype=traits.wide)
+        if tiles + (not self.fold) > 0:
+            plan.launch(
+                k.small_tiles,
+                (tiles + (not self.fold),),
+                *(self.input, self.weight, self.target, self.class_ids, self.counts, self.bias, self.learned),
+                *(upstream, kept, to.rows, to.row_bias, partial_input, partial_share, partial_scale),
+                *(B, C, S, D, self.ignore_index, *self.strides, FACTOR),
+            )
+        spread = 0 if to.weight is None and to.bias is None and to.ids is None else S + B
+        plan.launch(
+            k.small_results,
+            (B + 1 + spread, triton.cdiv(max(D, 1), t.result_columns)),
+            *(self.input, self.weight, self.target, self.class_ids, self.learned, upstream, kept),
+            *(None if to.weight is None else to.rows, None if to.bias is None else to.row_bias),
+            *(partial_input, partial_share, partial_scale, to.input, to.weight, to.bias, to.scale, to.ids),
+            *(B, C, S, D, tiles, self.ignore_index, *self.strides, FACTOR),
+        )
+
+    def _plan_large(self, plan: Plan, c: Configuration, to: Written) -> None:
+        """Three launches for each chunk of classes, and up to three before and three after them."""
+        B, C, S, D = self.sizes
+        k, t, traits = self._kernels(c), c.tiling, self.traits
+        kept, upstream = Given(_KEPT), Given(_LOSS)
+        tile, of_rows, of_input = t.tiles, t.grad_rows, t.grad_input
+        chunk = min(c.chunk, triton.cdiv(max(S, 1), tile.classes) * tile.classes)
+        row_tiles, class_tiles = triton.cdiv(B, tile.rows), chunk // tile.classes
+        # float16 is too narrow for small gradients.
+        of_pulls = traits.accumulator if traits.operand == torch.float16 else traits.operand
+        pulls = plan.empty(B, chunk, dtype=of_pulls)
+        share_rows, share_classes = (
+            plan.empty(*shape, dtype=traits.wide) for shape in ((class_tiles, B), (row_tiles, chunk))
+        )
+        bias_classes = scale_rows = sums_input = sums_share = sums_scale = None
+        if to.row_bias is not None:
+            bias_classes = plan.empty(row_tiles, chunk, dtype=traits.accumulator)
+        if to.scale is not None:
+            scale_rows = plan.empty(class_tiles, B, dtype=traits.wide)
+            sums_scale = plan.empty(1, B, dtype=traits.wide)
+        if to.input is not None:
+            sums_input = plan.empty(1, B, D, dtype=traits.wide)
+            sums_share = plan.empty(1, B, dtype=traits.wide) if self.cosine else None
+        sources, inverses = self._sources(plan, k), self._inverses(plan, c, k)
+        for first in range(0, S, chunk):
+            size = min(chunk, S - first)
+            tiles = triton.cdiv(size, tile.classes)
+            stored = tiles * tile.classes
+            plan.launch(
+                k.pull_chunk,
+                (row_tiles, tiles),
+                *(self.input, self.weight, self.target, self.class_ids, self.counts, self.bias, self.learned),
+                *(inverses, upstream, kept, pulls, share_rows, share_classes, bias_classes, scale_rows),
+                *(first, size, chunk, B, C, S, D, self.ignore_index, *self.strides, FACTOR),
+            )
+            if to.rows is not None or to.row_bias is not None:
+                columns = max(triton.cdiv(D, of_rows.columns), 1)
+                plan.launch(
+                    k.chunk_grad_rows,
+                    (triton.cdiv(size, of_rows.classes) * columns,),
+                    *(self.input, self.weight, self.target, sources, pulls, share_classes, bias_classes),
+                    *(to.rows, to.row_bias, first, size, stored, chunk, B, C, D, columns, row_tiles),
+                    *(self.ignore_index, *self.strides),
+                )
+            if to.input is not None or to.scale is not None:
+                columns = max(triton.cdiv(D, of_input.columns), 1) if to.input is not None else 1
+                plan.launch(
+                    k.chunk_grad_input,
+                    (triton.cdiv(B, of_input.rows), columns),
+                    *(
+                        self.weight,
+                        sources,
+                        pulls,
+                        share_rows,
+                        scale_rows,
+                        sums_input,
+                        sums_share,
+                        sums_scale,
+                    ),
+                    *(first, size, stored, chunk, B, S, D, tiles, *self.strides[2:]),
+                )
+        if not self.fold and (to.rows is not None or to.row_bias is not None):
+            plan.launch(
+                k.target_rows,
+                (triton.cdiv(B, 16), triton.cdiv(max(D, 1), t.result_columns)),
+                *(self.input, self.weight, self.target, self.learned, upstream, kept, to.rows, to.row_bias),
+                *(B, C, S, D, self.ignore_index, *self.strides, FACTOR),
+            )
+        plan.launch(
+            k.large_results,
+            (B + 1, triton.cdiv(max(D, 1), t.large_columns)),
+            *(self.input, self.weight, self.target, self.class_ids, self.learned, upstream, kept, None, None),
+            *(sums_input, sums_share, sums_scale, to.input, None, None, to.scale, None),
+            *(B, C, S, D, int(S > 0), self.ignore_index, *self.strides, FACTOR),
+        )
+        if to.ids is not None:
+            grid = (triton.cdiv(S + B, ENTRIES),)
+            plan.launch(k.sparse_ids, grid, self.class_ids, self.target, to.ids, B, C, S, self.ignore_index)
+
+    def _inverses(self, plan: Plan, c: Configuration, k: Kernels) -> Scratch | None:
+        """(B + S,) inverse norms of the rows and then of the entries'; None: kernels find them on the way."""
+        B, C, S, D = self.sizes
+        if c.small or not self.cosine or self.traits.wide == torch.float64:
+            return None
+        inverses = plan.empty(B + S, dtype=self.traits.accumulator)
+        grid = (triton.cdiv(B + S, k.inverse_norms.named["BLOCK_S"]),)
+        plan.launch(
+            k.inverse_norms,
+            grid,
+            self.input,
+            self.weight,
+            self.class_ids,
+            inverses,
+            B,
+            C,
+            S,
+            D,
+            *self.strides,
+        )
+        return inverses
+
+    def _sources(self, plan: Plan, k: Kernels) -> Scratch | None:
+        """(S,) the row of `weight` of each entry, -1 for those left out; None: row j is entry j's."""
+        B, C, S, _ = self.sizes
+        if self.fold and self.counts is None:
+            return None
+        sources = plan.empty(S, dtype=torch.int64)
+        grid = (triton.cdiv(max(S, 1), ENTRIES),)
+        plan.launch(k.class_sources, grid, self.class_ids, self.counts, sources, S, C)
+        if self.fold:
+            grid = (triton.cdiv(B, ENTRIES),)
+            plan.launch(k.target_sources, grid, self.target, sources, B, C, self.ignore_index)
+        return sources
+
+    def _spread(self, tensors: Tensors, outputs: Outputs) -> None:
+        """Adds up the entries of each class: sorted, as comparing all with all would be quadratic."""
+        _, _, target, class_ids = tensors[:4]
+        if (outputs.weight is None and outputs.bias is None) or class_ids is None:
+            return
+        C = self.sizes[1]
+        ids = torch.cat([class_ids, target.where(target != self.ignore_index, -1)])
+        ids, order = ids.clamp(-1, C).sort(stable=True)  # -1 and C: passed over
+        if outputs.weight is not None:
+            assert outputs.rows is not None
+            scatter_add(outputs.weight, ids, order, outputs.rows, None)
+        if outputs.bias is not None:
+            assert outputs.row_bias is not None
+            scatter_add(outputs.bias[:, None], ids, order, outputs.row_bias[:, None], None)
+
+    def _all_classes(self) -> Tensor:
+        return torch.arange(self.sizes[1], device=self.device)[None]
+
+    # ---- both ----
+
+    def _plan(self, stage: Hashable, c: Configuration, make: Callable[[Configuration], Plan]) -> Plan:
+        found = self.plans.get((stage, id(c)))
+        if found is None:  # the configuration is kept too: no other gets its id
+            found = self.plans[stage, id(c)] = c, make(c)
+        return found[1]
+
+    def _operands(self, tensors: Tensors) -> Tensors:
+        """`tensors`, the first two as kernels read them."""
+        return [*map(widened, tensors[:2]), *tensors[2:]] if self.widens else tensors
+
+    def _kernels(self, c: Configuration) -> Kernels:
+        return kernels_of(self.traits, c.tiling, self.table)
+
+    def _fastest(self, stage: str, run: Callable[[Configuration], object]) -> Configuration:
+        """The table's, or with FEDSS_AUTOTUNE=1 that with which `run` ("forward", "backward") is fastest."""
+        if not tuning.wanted(self.device):
+            return self.configuration
+        return tuning.fastest((stage, self.signature), self.configuration, stage, run)

@@ -1,0 +1,154 @@
+"""What the loss' kernels are given, and the types that they compute in."""
+
+from collections.abc import Hashable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .configurations import in_force, table_of
+
+LARGEST_FACTOR = {"cosine": 1e20, "dot": 1e30}  # of the scale, for it and scale / |input| in float32
+
+
+class Traits(NamedTuple):
+    """What the kernels are compiled for, besides the arguments' dtypes."""
+
+    operand: torch.dtype  # of products
+    wide: torch.dtype  # of what there is one of for each row or class; see tiles.py
+    cosine: bool
+    reduction: str
+    fold: bool  # every class is in the set
+
+    @property
+    def accumulator(self) -> torch.dtype:
+        return torch.float64 if self.operand == torch.float64 else torch.float32
+
+
+class Problem(NamedTuple):
+    """What the kernels are given. Tensors on one device; those of one dimension contiguous."""
+
+    input: Tensor  # (B, D)
+    weight: Tensor  # (C, D)
+    target: Tensor  # (B,)
+    class_ids: Tensor | None  # (S,)
+    log_expected_count: Tensor | None  # (S,)
+    target_log_expected_count: Tensor | None  # (B,)
+    bias: Tensor | None  # (C,)
+    learned: Tensor | None  # (): the scale is this, or 1, times ...
+    factor: float  # ... this
+    ignore_index: int
+    traits: Traits
+
+    @classmethod
+    def of(
+        cls,
+        input: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        class_ids: Tensor | None,
+        log_expected_count: Tensor | None,
+        target_log_expected_count: Tensor | None,
+        bias: Tensor | None,
+        scale: float | Tensor,
+        similarity: str,
+        ignore_index: int,
+        reduction: str,
+        rounding: torch.dtype | None,
+    ) -> "Problem":
+        learned = None
+        if not isinstance(scale, Tensor):
+            factor = scale
+        elif scale.is_cpu or scale.device != input.device:
+            factor = scale.item()
+        else:
+            learned, factor = scale, 1.0
+        alike = input.dtype == weight.dtype
+        operand = input.dtype if alike else torch.promote_types(input.dtype, weight.dtype)
+        if rounding is not None and operand != torch.float64:
+            operand = rounding
+        exact = operand == torch.float32 and _exact()
+        if abs(factor) > LARGEST_FACTOR[similarity]:
+            operand = torch.float64
+        elif exact and alike:
+            B, D = input.shape
+            work = B * (weight if class_ids is None else class_ids).shape[0] * D
+            if work <= table_of(input.device).precise_work:
+                operand = torch.float64
+        wide = torch.float64 if exact or operand == torch.float64 else torch.float32
+        float32 = operand == torch.float64
+        return cls(
+            input,
+            weight,
+            target.contiguous(),
+            _contiguous(class_ids),
+            _contiguous(log_expected_count, float32),
+            _contiguous(target_log_expected_count, float32),
+            _contiguous(bias, float32),
+            _contiguous(learned, float32),
+            factor,
+            ignore_index,
+            Traits(operand, wide, similarity == "cosine", reduction, class_ids is None),
+        )
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Those of the fields that are, in order."""
+        return self[:8]
+
+    @property
+    def others(self) -> tuple[Any, ...]:
+        return self[8:]
+
+    @property
+    def signature(self) -> Hashable:
+        """What problems have in common that run the same launches, of the same compiled kernels."""
+        operands = self.operands
+        aligned = [operand.data_ptr() % 16 == 0 for operand in operands[:2]]
+        dtypes = [None if tensor is None else tensor.dtype for tensor in self.tensors]
+        options = (self.input.device, self.ignore_index, self.traits, in_force())
+        return (self.sizes, operands[2], *aligned, *dtypes, *options)
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """B, C, S, D"""
+        (B, D), C = self.input.shape, self.weight.shape[0]
+        return B, C, C if self.class_ids is None else self.class_ids.shape[0], D
+
+    @property
+    def operands(self) -> tuple[Tensor, Tensor, tuple[int, int, int, int]]:
+        """(input, weight, their strides) for kernels to read."""
+        input, weight = self.input, self.weight
+        if self.traits.operand == torch.float64:
+            input, weight = widened(input), widened(weight)
+        (input_row, input_column), (weight_row, weight_column) = input.stride(), weight.stride()
+        return input, weight, (input_row, input_column, weight_row, weight_column)
+
+    @property
+    def room(self) -> str:
+        """See `configure`."""
+        operand = self.traits.operand
+        if self.input.shape[1] % 16 != 0 or self.input.stride(1) != 1 or self.weight.stride(1) != 1:
+            return ""
+        alike = operand == self.input.dtype == self.weight.dtype and operand != torch.float16
+        if self.bias is not None or self.learned is not None or not alike:
+            return "vectors"
+        whole = self.traits.fold and self.log_expected_count is None
+        return "cosine" if self.traits.cosine else "linear" if whole else "dot"
+
+
+def _exact() -> bool:
+    """Whether float32 products keep all their digits: unless torch is told otherwise."""
+    return torch.get_float32_matmul_precision() == "highest"
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """The same in float32: Triton 3.6 cannot compile float64 products of what comes from 16 bits."""
+    return tensor.float() if tensor.itemsize == 2 else tensor
+
+
+def _contiguous(tensor: Tensor | None, float32: bool = False) -> Tensor | None:
+    """float32: not of 16 bits"""
+    if tensor is None:
+        return None
+    return (widened(tensor) if float32 else tensor).contiguous()

@@ -113,7 +113,7 @@ def sampled_softmax_loss(
     check_choice("reduction", reduction, ("mean", "sum", "none"))
     check_flag("sparse_grad", sparse_grad)
     backend = _backend(impl, input.device)
-    if not isinstance(ignore_index, int) or not -(2**63) <= ignore_index < 2**63:
+    if type(ignore_index) is not int or not -(2**63) <= ignore_index < 2**63:
         raise TypeError(f"ignore_index: expected a 64-bit integer, got {ignore_index!r}")
     if sparse_grad and backend == "reference":
         raise ValueError('sparse_grad: expected False for impl="reference", whose gradients are dense')

@@ -8,7 +8,7 @@ from fedss_kernels.reference import sampled_softmax_loss as reference_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_cases import BF16, F16, F32, F64, Case, assert_same, check, cpp_only, gpu_only
-from tolerance import eager_loss, excess, with_features_reversed
+from tolerance import FLOOR, eager_loss, excess, with_features_reversed
 
 import fedss_kernels
 from fedss_kernels import sampled_softmax_loss
@@ -316,6 +316,53 @@ def test_no_dimensions_at_all(sampled_softmax_loss):
         loss = sampled_softmax_loss(x, w, torch.zeros(5, dtype=torch.int64), **options)
         assert loss.item() == pytest.approx(torch.log(torch.tensor(3.0)).item())
         assert gradients(loss, x)[0].shape == (5, 0)
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16])
+@pytest.mark.parametrize("B", [16, 140])
+def test_pulls_of_nearly_parallel_class_rows_keep_their_differences(B, dtype, sampled_softmax_loss):
+    """A common direction of all class rows, beside rows of no length: plain PyTorch is NaN there."""
+    case = Case(B, B=B, S=None, C=40, D=32, spread=0.3, dtype=dtype, learned_scale=False)
+    tensors, options, _ = case.build()
+    x, w = torch.randn(B, 32, generator=torch.Generator().manual_seed(0)).to(dtype), tensors["weight"]
+    x[0] = 0
+    x.requires_grad_()
+    (found,) = gradients(sampled_softmax_loss(x, w, **options), x)
+    exact = x.detach().double().requires_grad_()
+    (truth,) = gradients(reference_loss(exact, w.double(), **options), exact)
+    allowed = FLOOR[dtype] * (1 if dtype == F16 else 4)  # bfloat16 has three bits fewer to pull with
+    assert (found.double() - truth).abs().max() <= allowed * truth.abs().max()
+
+
+@pytest.mark.parametrize("B", [6, 140])
+def test_corrections_past_float32_beside_float64_rows(B, sampled_softmax_loss):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(B, 8, generator=g, dtype=F64, requires_grad=True)
+    w = torch.randn(12, 8, generator=g, dtype=F64, requires_grad=True)
+    options = torch.randint(12, (B,), generator=g), torch.arange(9), torch.full((9,), -1e39, dtype=F64)
+    loss, truth = sampled_softmax_loss(x, w, *options), reference_loss(x, w, *options)
+    for found, expected in zip(gradients(loss, x, w), gradients(truth, x, w), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("B", [64, 192])
+@pytest.mark.parametrize("dtype", [F16, BF16])
+def test_a_sparse_gradient_of_16_bits_is_rounded_once(dtype, B, sampled_softmax_loss):
+    """Entries of a class that nearly cancel, beside rows of float32."""
+    g = torch.Generator().manual_seed(0)
+    half = torch.randn(32, 16, generator=g)
+    x = torch.cat([half, half + 0.01 * torch.randn(32, 16, generator=g)]).repeat(B // 64, 1)
+    w = (torch.randn(3, 16, generator=g) * 0.01).to(dtype).requires_grad_()
+    t, ids = (torch.arange(64) // 32).repeat(B // 64), torch.tensor([1, 0, 1])
+    t[5] = -100
+    options = {"scale": 1.0, "similarity": "dot"}
+    (sparse,) = gradients(sampled_softmax_loss(x, w, t, ids, sparse_grad=True, **options), w)
+    assert sparse.dtype == dtype and sparse.shape == w.shape
+    dense = torch.zeros(3, 16, dtype=F64)
+    dense.index_add_(0, sparse._indices()[0], sparse._values().double())
+    exact = w.detach().double().requires_grad_()
+    (truth,) = gradients(reference_loss(x.double(), exact, t, ids, **options), exact)
+    assert (dense - truth).abs().max() <= FLOOR[dtype] * truth.abs().max()
 
 
 @pytest.mark.parametrize("length", [1e-11, 1e150])

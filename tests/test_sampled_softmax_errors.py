@@ -63,6 +63,7 @@ BAD = [
     ({"reduction": "avg"}, ValueError, """reduction: expected "mean" or "sum" or "none", got 'avg'"""),
     ({"target_log_expected_count": torch.full((B,), torch.inf)}, ValueError, r"target_log_expected_count\[0\] = inf, expected a f"),
     ({"ignore_index": None}, TypeError, "ignore_index: expected a 64-bit integer, got None"),
+    ({"ignore_index": True}, TypeError, "ignore_index: expected a 64-bit integer, got True"),
     ({"ignore_index": 2**70}, TypeError, "ignore_index: expected a 64-bit integer, got 1180591620717411303424"),
     ({"impl": "cuda"}, ValueError, "impl: expected .* got 'cuda'"),
 ]  # fmt: skip

@@ -182,6 +182,26 @@ def test_autocast_rounds_rows_as_they_are_read(dtype):
     torch.testing.assert_close(got, expected, rtol=2.0**-7, atol=1e-5)
 
 
+def test_autocast_rounds_all_but_float64():
+    """Beside float64, and where the scale is past float32."""
+    x, w, t, ids, counts = problem()
+    exact = w.detach().double()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [
+            sampled_softmax_loss(x, exact, t, ids, counts),
+            sampled_softmax_loss(exact[:B], w, t, ids, counts),
+            sampled_softmax_loss(x, w, t, ids, counts, scale=1e21),
+        ]
+    rows, classes = x.detach().bfloat16().double(), w.detach().bfloat16().double()
+    expected = [
+        sampled_softmax_loss(rows, exact, t, ids, counts.double()),
+        sampled_softmax_loss(exact[:B], classes, t, ids, counts.double()),
+        sampled_softmax_loss(rows, classes, t, ids, counts.double(), scale=1e21),
+    ]
+    for got, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(got.double(), right, rtol=1e-6, atol=0)
+
+
 def test_autocast_rounds_to_the_nearest_of_every_16_bit_number():
     """Ties, subnormals, overflow and infinities: the loss of rounded rows equals torch's own rounding."""
     bits = torch.arange(2**16, dtype=torch.int32)

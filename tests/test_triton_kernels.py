@@ -114,6 +114,26 @@ def test_interpreting_is_asked_for_not_fallen_into():
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, env=environment)
 
 
+def test_autocast_rounds_all_but_float64():
+    """Beside float64, and where the scale is past float32."""
+    x, w, t, ids, counts = problem()
+    exact = w.detach().double()
+    with torch.autocast(DEVICE, BF16):
+        found = [
+            loss_by_triton(x, exact, t, ids, counts),
+            loss_by_triton(exact[:6], w, t, ids, counts),
+            loss_by_triton(x, w, t, ids, counts, scale=1e21),
+        ]
+    rows, classes = x.detach().to(BF16).double(), w.detach().to(BF16).double()
+    expected = [
+        reference_loss(rows, exact, t, ids, counts.double()),
+        reference_loss(exact[:6], classes, t, ids, counts.double()),
+        reference_loss(rows, classes, t, ids, counts.double(), scale=1e21),
+    ]
+    for got, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(got.double(), right, rtol=1e-6, atol=0)
+
+
 # ---- launches ----------------------------------------------------------------------------------------------
 
 

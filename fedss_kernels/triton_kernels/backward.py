@@ -90,7 +90,7 @@ def pulls_tile(
     """
     targets, counted, known = load_targets(target, rows, B, C, ignore_index)
     upstream = load_upstream(grad_loss, kept, rows, counted, B, ACC, PER_ROW)
-    # Of a row with an upstream of 0 nothing is read: whatever it holds, it passes no gradient.
+    # Of a row with an upstream of 0 nothing is read: it pulls nothing, and nothing pulls it.
     counted &= upstream != 0.0
     ids, corrections, live, _ = load_classes(class_ids, counts, entries, S, C, WIDE)
     hits = same(ids, targets, C)
@@ -132,7 +132,8 @@ def pulls_tile(
         pulls = product_or_zero(probs, product_or_zero(scale * x_inverse, upstream)[:, None])
         if COSINE:
             pulls = tl.where((w_inverse == 0.0)[None, :], 0.0, pulls * w_inverse[None, :])
-    pulls = rounded_for_products(pulls, OPERAND)
+    if OPERAND != tl.float16:
+        pulls = rounded(pulls, OPERAND)
     beyond = cosines_beyond_target(
         sums, low, x_inverse, w_inverse, scale, kept, rows, known, B, COSINE, ACC, WIDE
     )  # fmt: skip
@@ -144,21 +145,24 @@ def pulls_tile(
 
 
 @triton.jit
-def rounded_for_products(pulls, OPERAND: tl.constexpr):
-    """As they are multiplied: beside float16 rows, which would be too narrow for small ones, as tf32."""
-    if OPERAND == tl.float16:
-        bits = pulls.to(tl.uint32, bitcast=True)
-        nearest = ((bits + 0xFFF + ((bits >> 13) & 1)) & 0xFFFFE000).to(tl.float32, bitcast=True)
-        return tl.where(tl.abs(pulls) < float("inf"), nearest, pulls)
-    else:
-        return rounded(pulls, OPERAND)
+def to_tf32(values):
+    """float32 to the nearest of tf32's numbers; what is not finite stays."""
+    bits = values.to(tl.uint32, bitcast=True)
+    nearest = ((bits + 0xFFF + ((bits >> 13) & 1)) & 0xFFFFE000).to(tl.float32, bitcast=True)
+    return tl.where(tl.abs(values) < float("inf"), nearest, values)
 
 
 @triton.jit
 def add_pulled(high, low, pulls, rows, OPERAND: tl.constexpr, PRECISION: tl.constexpr, EXACTLY: tl.constexpr):
-    """high + low + pulls @ rows as two parts; beside float16 rows pulls are float32, multiplied as tf32."""
+    """high + low + pulls @ rows as two parts.
+
+    Beside float16 rows, which would be too narrow for small ones, pulls are float32: multiplied as two of tf32.
+    """
     if OPERAND == tl.float16:
-        return add_product(high, pulls, rows.to(tl.float32), "tf32"), low
+        first = to_tf32(pulls)
+        second = tl.where(tl.abs(pulls) < float("inf"), pulls - first, 0.0)
+        exact = rows.to(tl.float32)
+        return add_product(add_product(high, second, exact, "tf32"), first, exact, "tf32"), low
     else:
         return add_block(high, low, pulls, rows, PRECISION, EXACTLY)
 
@@ -478,10 +482,10 @@ def small_results(
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def class_sources(class_ids, counts, sources, S, C, BLOCK_S: tl.constexpr):
+def class_sources(class_ids, counts, sources, S, C, ACC: tl.constexpr, BLOCK_S: tl.constexpr):
     """The row of `weight` that each entry of the class set is multiplied with; -1 for those left out."""
     entries = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
-    ids, _, live, _ = load_classes(class_ids, counts, entries, S, C, tl.float32)
+    ids, _, live, _ = load_classes(class_ids, counts, entries, S, C, ACC)
     tl.store(sources + entries, tl.where(live, ids, -1), mask=entries < S)
 
 

@@ -19,6 +19,7 @@ class Traits(NamedTuple):
     cosine: bool
     reduction: str
     fold: bool  # every class is in the set
+    rounding: torch.dtype | None = None  # of rows before float64 products: see `operand_of`
 
     @property
     def accumulator(self) -> torch.dtype:
@@ -88,7 +89,14 @@ class Problem(NamedTuple):
             _contiguous(learned, float32),
             factor,
             ignore_index,
-            Traits(operand, wide, similarity == "cosine", reduction, class_ids is None),
+            Traits(
+                operand,
+                wide,
+                similarity == "cosine",
+                reduction,
+                class_ids is None,
+                rounding if operand == torch.float64 else None,
+            ),
         )
 
     @property
@@ -118,9 +126,7 @@ class Problem(NamedTuple):
     @property
     def operands(self) -> tuple[Tensor, Tensor, tuple[int, int, int, int]]:
         """(input, weight, their strides) for kernels to read."""
-        input, weight = self.input, self.weight
-        if self.traits.operand == torch.float64:
-            input, weight = widened(input), widened(weight)
+        input, weight = (operand_of(tensor, self.traits) for tensor in (self.input, self.weight))
         (input_row, input_column), (weight_row, weight_column) = input.stride(), weight.stride()
         return input, weight, (input_row, input_column, weight_row, weight_column)
 
@@ -140,6 +146,13 @@ class Problem(NamedTuple):
 def _exact() -> bool:
     """Whether float32 products keep all their digits: unless torch is told otherwise."""
     return torch.get_float32_matmul_precision() == "highest"
+
+
+def operand_of(tensor: Tensor, traits: Traits) -> Tensor:
+    """A matrix as kernels read it; beside float64, or for a scale that needs it, perhaps a copy."""
+    if traits.operand != torch.float64 or tensor.dtype == torch.float64:
+        return tensor
+    return widened(tensor if traits.rounding is None else tensor.to(traits.rounding))
 
 
 def widened(tensor: Tensor) -> Tensor:

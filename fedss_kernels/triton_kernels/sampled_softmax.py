@@ -16,7 +16,7 @@ from torch.cuda import device_of
 from . import forward, tuning
 from .configurations import Configuration, configure, in_force, table_of
 from .plan import FACTOR, Given, Plan, Scratch
-from .problem import LARGEST_FACTOR, Problem, widened
+from .problem import LARGEST_FACTOR, Problem, operand_of
 from .scatter_add import scatter_add
 from .variants import ENTRIES, Kernels, kernels_of
 
@@ -134,17 +134,20 @@ class Calls:
 
     def __init__(self, p: Problem):
         self.traits, self.device, self.ignore_index = p.traits, p.input.device, p.ignore_index
-        self.sizes, self.strides, self.signature = p.sizes, p.operands[2], p.signature
+        input, weight, self.strides = p.operands
+        self.sizes, self.signature = p.sizes, p.signature
         self.dtypes = p.input.dtype, p.weight.dtype
         given = [None if tensor is None else Given(place) for place, tensor in enumerate(p.tensors)]
         self.input, self.weight, self.target, self.class_ids = given[:4]
         self.counts, self.target_counts, self.bias, self.learned = given[4:]
         self.cosine, self.fold = p.traits.cosine, p.traits.fold
-        self.widens = p.traits.operand == torch.float64 and 2 in (p.input.itemsize, p.weight.itemsize)
+        self.copies = input is not p.input or weight is not p.weight
         B, C, S, D = p.sizes
         self.table = table_of(self.device)
         inputs = p.input.numel() * p.input.itemsize + p.weight.numel() * p.weight.itemsize
         self.configuration = configure(self.table, B, S, D, p.traits.operand.itemsize, p.room, 2 * inputs)
+        # Each class' sum is rounded once, where many round away what plain PyTorch keeps.
+        self.merges = not self.fold and p.weight.itemsize == 2 and p.input.dtype != p.weight.dtype
         self.plans: dict[tuple[Hashable, int], tuple[Configuration, Plan]] = {}
         self.prepared: dict[Wanted, tuple[Plan, int]] = {}  # and the bytes that the loss' plan needs
 
@@ -227,7 +230,8 @@ class Calls:
         little = plan.bytes + 8 * (S + B) * D <= PREPARED
         alike = upstream == (torch.float64 if self.dtypes[0] == torch.float64 else torch.float32)
         loss = self.plans.get(("loss", id(c)))
-        if plan.again and little and alike and not dense and c is self.configuration and loss is not None:
+        alike &= c is self.configuration and not self.merges
+        if plan.again and little and alike and not dense and loss is not None:
             self.prepared[wanted] = plan, loss[1].bytes
 
     def finish(
@@ -266,6 +270,9 @@ class Calls:
             for found in (outputs.rows, outputs.row_bias, outputs.ids):
                 if found is not None and (found is not outputs.ids or not self.fold):
                     found.zero_()
+        if self.merges and wanted.sparse and outputs.rows is not None:
+            with device_of(upstream):
+                outputs = self._merged(tensors, outputs)
         return self._results(tensors, wanted, outputs)
 
     def _results(self, tensors: Tensors, wanted: Wanted, outputs: Outputs) -> Gradients:
@@ -291,7 +298,7 @@ class Calls:
         rows = row_bias = ids = None
         # Compact gradients that small_results spreads are a plan's own.
         if to_weight and (fold or wanted.sparse or not c.small):
-            dtype = weight.dtype if fold or wanted.sparse else accumulator
+            dtype = weight.dtype if fold or (wanted.sparse and not self.merges) else accumulator
             rows = input.new_empty((entries, D), dtype=dtype)
         if to_bias and (fold or not c.small):
             row_bias = input.new_empty((entries,), dtype=weight.dtype if fold else accumulator)
@@ -477,18 +484,33 @@ class Calls:
 
     def _spread(self, tensors: Tensors, outputs: Outputs) -> None:
         """Adds up the entries of each class: sorted, as comparing all with all would be quadratic."""
-        _, _, target, class_ids = tensors[:4]
-        if (outputs.weight is None and outputs.bias is None) or class_ids is None:
+        if outputs.weight is None and outputs.bias is None:
             return
-        C = self.sizes[1]
-        ids = torch.cat([class_ids, target.where(target != self.ignore_index, -1)])
-        ids, order = ids.clamp(-1, C).sort(stable=True)  # -1 and C: passed over
+        ids, order = self._sorted(tensors)
         if outputs.weight is not None:
             assert outputs.rows is not None
             scatter_add(outputs.weight, ids, order, outputs.rows, None)
         if outputs.bias is not None:
             assert outputs.row_bias is not None
             scatter_add(outputs.bias[:, None], ids, order, outputs.row_bias[:, None], None)
+
+    def _merged(self, tensors: Tensors, outputs: Outputs) -> Outputs:
+        """Rows of a sparse gradient in weight's dtype: of each class one holds the sum, the others are 0."""
+        assert outputs.rows is not None
+        C, entries = self.sizes[1], len(outputs.rows)
+        ids, order = self._sorted(tensors)
+        exists = (ids >= 0) & (ids < C)
+        first = torch.searchsorted(ids, ids).where(exists, ids.clamp(max=0) + entries * (ids >= C))
+        rows = outputs.rows.new_zeros(outputs.rows.shape, dtype=tensors[1].dtype)
+        scatter_add(rows, first, order, outputs.rows, None)
+        return outputs._replace(rows=rows, ids=ids.where(exists, 0)[None])
+
+    def _sorted(self, tensors: Tensors) -> tuple[Tensor, Tensor]:
+        """The compact gradient's classes ascending, -1 or C where there is none, and the entry of each."""
+        _, C, _, _ = self.sizes
+        target, class_ids = tensors[2:4]
+        ids = torch.cat([class_ids, target.where(target != self.ignore_index, -1)])
+        return ids.clamp(-1, C).sort(stable=True)
 
     def _all_classes(self) -> Tensor:
         return torch.arange(self.sizes[1], device=self.device)[None]
@@ -503,7 +525,9 @@ class Calls:
 
     def _operands(self, tensors: Tensors) -> Tensors:
         """`tensors`, the first two as kernels read them."""
-        return [*map(widened, tensors[:2]), *tensors[2:]] if self.widens else tensors
+        if not self.copies:
+            return tensors
+        return [*(operand_of(tensor, self.traits) for tensor in tensors[:2]), *tensors[2:]]
 
     def _kernels(self, c: Configuration) -> Kernels:
         return kernels_of(self.traits, c.tiling, self.table)

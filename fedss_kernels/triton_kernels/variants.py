@@ -92,7 +92,7 @@ def kernels_of(traits: Traits, t: Tiling, table: Table) -> Kernels:
         ),
         results(t.result_columns, t.result_tiles),
         Variant(backward.sparse_ids, BLOCK_S=ENTRIES, num_warps=4, **registers),
-        Variant(backward.class_sources, BLOCK_S=ENTRIES, num_warps=4, **registers),
+        Variant(backward.class_sources, ACC=wide, BLOCK_S=ENTRIES, num_warps=4, **registers),
         Variant(backward.target_sources, BLOCK_B=ENTRIES, num_warps=4, **registers),
         Variant(
             backward.pull_chunk,

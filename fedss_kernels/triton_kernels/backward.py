@@ -156,12 +156,11 @@ def to_tf32(values):
 def add_pulled(high, low, pulls, rows, OPERAND: tl.constexpr, PRECISION: tl.constexpr, EXACTLY: tl.constexpr):
     """high + low + pulls @ rows as two parts.
 
-    Beside float16 rows, which would be too narrow for small ones, pulls are float32: multiplied as two of tf32.
+    Beside float16 rows pulls are float32, as float16 is too narrow for small ones: multiplied as two of tf32.
     """
     if OPERAND == tl.float16:
-        first = to_tf32(pulls)
+        first, exact = to_tf32(pulls), rows.to(tl.float32)
         second = tl.where(tl.abs(pulls) < float("inf"), pulls - first, 0.0)
-        exact = rows.to(tl.float32)
         return add_product(add_product(high, second, exact, "tf32"), first, exact, "tf32"), low
     else:
         return add_block(high, low, pulls, rows, PRECISION, EXACTLY)

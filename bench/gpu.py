@@ -359,8 +359,11 @@ def panels(rows: Sequence[Row]) -> list[Panel]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fedss_kernels.bench.gpu", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two shapes instead of all")
+    parser.add_argument("--seconds", type=float, default=0.2, help="for each timing (default 0.2)")
     parser.add_argument("--out", type=Path, default=Path("runs/bench-gpu"), metavar="DIR")
     given = parser.parse_args(arguments)
+    if not given.seconds > 0:
+        parser.error(f"--seconds: expected more than 0, got {given.seconds:g}")
     if not CUDA:
         os.environ["TRITON_INTERPRET"] = "1"  # before the kernels import triton
         warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")  # infinities on purpose
@@ -368,7 +371,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def progress(line: str) -> None:
         print(f"bench.gpu: {line}", file=sys.stderr, flush=True)
 
-    plan = Plan(quick=given.quick, seconds=0.1 if given.quick else 0.2, progress=progress)
+    plan = Plan(quick=given.quick, seconds=given.seconds, progress=progress)
     progress("the device's own limits" if CUDA else NO_DEVICE)
     device = measure_device(plan.seconds)
     name = re.sub(r"[^a-z0-9]+", "-", device.model.lower()).strip("-")

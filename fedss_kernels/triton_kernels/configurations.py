@@ -125,6 +125,13 @@ HOPPER = replace(
     few=NVIDIA.few | {8: Blocks(32, 16, 64, 8, 1)},
     small_forward={8: Blocks(16, 16, 64, 4, 1)},
     roomy={
+        (2, "float16"): Large(
+            forward=Blocks(128, 64, 64, 8, 3),
+            tiles=Blocks(128, 64, 64, 8, 3),
+            grad_rows=Blocks(64, 128, 64, 8, 3),
+            grad_input=Blocks(128, 64, 128, 8, 3),
+            looks_ahead=True,
+        ),
         (2, "vectors"): Large(
             forward=Blocks(128, 64, 64, 8, 3),
             tiles=Blocks(128, 64, 64, 8, 3),
@@ -209,9 +216,10 @@ def configure(
     """The configuration for B rows, S entries and D columns.
 
     operand_bytes: 2, 4 or 8, of the dtype of products. problem_bytes: of the inputs and gradients, which a
-    chunk of pulls must stay far below. room: what leaves registers for larger tiles, "vectors" where rows are
-    read in long words; "cosine" or "dot" if besides there is no bias, no learned scale and the rows have the
-    dtype of products, not float16; "linear" for dot products with every class and nothing else; or "".
+    chunk of pulls must stay far below. room: what leaves registers for larger tiles, "float16" or, of another
+    dtype, "vectors" where rows are read in long words; "cosine" or "dot" if besides there is no bias, no
+    learned scale and the rows have the dtype of products; "linear" for dot products with every class and
+    nothing else; or "".
     """
     if _override is not None:
         return _override(B, S, D)

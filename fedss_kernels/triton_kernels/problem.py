@@ -136,7 +136,9 @@ class Problem(NamedTuple):
         operand = self.traits.operand
         if self.input.shape[1] % 16 != 0 or self.input.stride(1) != 1 or self.weight.stride(1) != 1:
             return ""
-        alike = operand == self.input.dtype == self.weight.dtype and operand != torch.float16
+        if operand == torch.float16:
+            return "float16"
+        alike = operand == self.input.dtype == self.weight.dtype
         if self.bias is not None or self.learned is not None or not alike:
             return "vectors"
         whole = self.traits.fold and self.log_expected_count is None

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fedss_kernels
 from fedss_kernels import direct_triton
 from fedss_kernels.triton_kernels import configurations, launch, plan, sampled_softmax, tuning
-from fedss_kernels.triton_kernels.configurations import NVIDIA, Blocks, configure, forced
+from fedss_kernels.triton_kernels.configurations import HOPPER, NVIDIA, Blocks, configure, forced
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPS = torch.ops.fedss_kernels
@@ -251,6 +251,27 @@ def test_a_chunk_of_pulls_is_never_a_matrix_of_all_of_them(B, S, D):
     chunk = B * chosen.chunk
     assert not chosen.small and chunk <= B * (S + 2 * chosen.tiling.tiles.classes) / 2
     assert 2 * chunk <= max(0.03 * problem_bytes, 2**25)
+
+
+@pytest.mark.parametrize("table", [NVIDIA, HOPPER])
+def test_a_large_linear_layer_needs_5_percent_more_than_inputs_and_gradients(table, monkeypatch):
+    """Of a language model, in tensors that have no memory; nothing is launched."""
+    monkeypatch.setattr(launch.Variant, "__call__", lambda *arguments: None)
+    monkeypatch.setattr(sampled_softmax, "_calls", {})
+    monkeypatch.setattr(configurations, "TABLE", table)
+    x, w = (torch.empty(n, 4096, dtype=BF16, device="meta") for n in (4096, 128_256))
+    target = torch.empty(4096, dtype=torch.int64, device="meta")
+    options = (None, None, None, None, 1.0, "dot", -100, "mean", None)
+    p = sampled_softmax.Problem.of(x, w, target, *options)
+    loss, kept = sampled_softmax.loss(p)
+    found = sampled_softmax.gradients(
+        p, kept, torch.empty_like(loss), (True, True, False, False), False, None
+    )
+    assert found.input.shape == x.shape and found.weight.shape == w.shape
+    (calls,) = sampled_softmax._calls.values()
+    forward, backward = (made.bytes for _, made in calls.plans.values())
+    inputs_and_gradients = 2 * 2 * (x.numel() + w.numel())
+    assert max(forward, backward) + kept.nbytes <= 0.05 * inputs_and_gradients
 
 
 @pytest.mark.parametrize("B", [5, 140])

@@ -509,8 +509,8 @@ def pull_chunk(
     grad_loss,
     kept,
     pulls_chunk,  # (B, pitch)
-    share_rows,  # (tiles of classes in the chunk, B)
-    share_classes,  # (tiles of rows, pitch)
+    share_rows,  # (tiles of classes in the chunk, B); None: no cosine
+    share_classes,  # (tiles of rows, pitch); None: no cosine
     bias_classes,  # (tiles of rows, pitch); None: not wanted
     scale_rows,  # (tiles of classes in the chunk, B); None: not wanted
     first,  # entry of the class set that the chunk starts with

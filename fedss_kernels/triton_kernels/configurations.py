@@ -11,7 +11,7 @@ import torch
 SMALL_BATCH = 128  # rows that one tile holds
 SMALL_ENTRIES = 4096  # of the compact gradient, S + B, that every program may look through
 SMALL_PARTIALS = 2**22  # elements of the tiles' parts of the gradient of input
-FEWEST_PULLS = 2**24  # elements of a chunk of pulls, unless 3% of the inputs and gradients are more
+FEWEST_PULLS = 2**24  # elements of a chunk of pulls, unless the problem has room for more
 MOST_TILES = 2**15  # of classes in a chunk: a grid's second axis has 65,535 programs
 MOST_RESULT_TILES = 64  # at a time, of the tiles' parts of a gradient
 
@@ -248,7 +248,9 @@ def _looked_up(
     row_tiles, class_tiles = -(-B // forward.rows), -(-S // forward.classes)
     programs = table.programs * 8 // forward.warps
     splits = max(1, min(programs // max(row_tiles, 1), class_tiles, 256))
-    pulls = max(FEWEST_PULLS, problem_bytes * 3 // 100 // operand_bytes)
+    # At most 3% of the problem's memory, and 5% with the sums for the gradient of input beside it.
+    room_for_pulls = min(problem_bytes * 3 // 100, problem_bytes * 5 // 100 - 4 * B * D)
+    pulls = max(FEWEST_PULLS, room_for_pulls // operand_bytes)
     half = -(-S // (2 * tile.classes))  # of the class tiles: never a matrix of B x S
     chunk = min(max(min(pulls // max(B, 1) // tile.classes, half), 1), MOST_TILES) * tile.classes
     merged_splits = _power_of_two(splits)

@@ -379,9 +379,10 @@ class Calls:
         # float16 is too narrow for small gradients.
         of_pulls = traits.accumulator if traits.operand == torch.float16 else traits.operand
         pulls = plan.empty(B, chunk, dtype=of_pulls)
-        share_rows, share_classes = (
-            plan.empty(*shape, dtype=traits.wide) for shape in ((class_tiles, B), (row_tiles, chunk))
-        )
+        share_rows = share_classes = None
+        if self.cosine:
+            share_rows = plan.empty(class_tiles, B, dtype=traits.wide)
+            share_classes = plan.empty(row_tiles, chunk, dtype=traits.wide)
         bias_classes = scale_rows = sums_input = sums_share = sums_scale = None
         if to.row_bias is not None:
             bias_classes = plan.empty(row_tiles, chunk, dtype=traits.accumulator)

@@ -111,11 +111,12 @@ class Problem(NamedTuple):
     @property
     def signature(self) -> Hashable:
         """What problems have in common that run the same launches, of the same compiled kernels."""
-        operands = self.operands
-        aligned = [operand.data_ptr() % 16 == 0 for operand in operands[:2]]
+        matrices = self.input, self.weight  # copies of them, where `operands` are, follow from these
+        strides = [matrix.stride() for matrix in matrices]
+        aligned = [matrix.data_ptr() % 16 == 0 for matrix in matrices]
         dtypes = [None if tensor is None else tensor.dtype for tensor in self.tensors]
         options = (self.input.device, self.ignore_index, self.traits, in_force())
-        return (self.sizes, operands[2], *aligned, *dtypes, *options)
+        return (self.sizes, *strides, *aligned, *dtypes, *options)
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:

@@ -1,7 +1,7 @@
 """What the loss' kernels are given, and the types that they compute in."""
 
 from collections.abc import Hashable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -103,10 +103,6 @@ class Problem(NamedTuple):
     def tensors(self) -> tuple[Tensor | None, ...]:
         """Those of the fields that are, in order."""
         return self[:8]
-
-    @property
-    def others(self) -> tuple[Any, ...]:
-        return self[8:]
 
     @property
     def signature(self) -> Hashable:

@@ -119,26 +119,12 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, bias, learned, rest):
         constants, options, sparse_grad = rest
-        target, class_ids, log_expected_count, target_log_expected_count = constants
-        scale, similarity, ignore_index, reduction = options
+        reduction = options[-1]
         wanted = ctx.needs_input_grad[:4] if reduction != "none" else _NOTHING
-        loss, made, touched = run_kernel(
-            input,
-            weight,
-            target,
-            class_ids,
-            log_expected_count,
-            target_log_expected_count,
-            bias,
-            scale,
-            similarity,
-            ignore_index,
-            reduction,
-            wanted,
-        )
+        loss, made, touched = run_kernel(*(input, weight, *constants, bias, *options, wanted))
         ctx.save_for_backward(input, weight, bias, learned, *constants)
         # Whether what was made needs no more than a factor and rounding.
-        dense = reduction != "none" and class_ids is None and not (sparse_grad or wanted[2] or wanted[3])
+        dense = reduction != "none" and constants[1] is None and not (sparse_grad or wanted[2] or wanted[3])
         ctx.made, ctx.rest = made, (options, sparse_grad, wanted, touched, dense)
         return loss
 

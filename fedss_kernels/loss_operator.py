@@ -78,11 +78,11 @@ class Gradients(NamedTuple):
 
 
 def _allocator(input: Tensor) -> Callable[..., Tensor]:
-    """Makes uninitialised tensors on input's device, of the dtype that results have."""
+    """Makes uninitialised tensors on input's device, of the dtype that results have, by size and strides."""
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     if dtype == torch.get_default_dtype() and input.is_cpu and torch._C._len_torch_function_stack() == 0:
-        return torch.empty  # takes half the time of new_empty
-    return partial(input.new_empty, dtype=dtype)
+        return torch.empty_strided  # takes two thirds of the time of empty, and half that of new_empty
+    return partial(input.new_empty_strided, dtype=dtype)
 
 
 def _empty_results(
@@ -91,12 +91,12 @@ def _empty_results(
     """(loss, gradients)"""
     (B, D), C = input.shape, weight.shape[0]
     capacity = C if class_ids is None else min(class_ids.shape[0] + B, C)
-    empty = _allocator(input)
-    return empty((B,) if reduction == "none" else ()), Gradients(
-        empty((B, D)) if made[0] else None,
-        empty((capacity, D)) if made[1] else None,
+    empty, strides = _allocator(input), (D or 1, 1)
+    return empty((B,), (1,)) if reduction == "none" else empty((), ()), Gradients(
+        empty((B, D), strides) if made[0] else None,
+        empty((capacity, D), strides) if made[1] else None,
         class_ids.new_empty(capacity) if class_ids is not None and (made[1] or made[2]) else None,
-        empty((capacity,)) if made[2] else None,
+        empty((capacity,), (1,)) if made[2] else None,
         input.new_empty((), dtype=torch.float64) if made[3] else None,
     )
 
@@ -266,9 +266,8 @@ def finish_gradients(
 
 def finish(gradient: Tensor, upstream: float | None, of: Tensor, owned: bool) -> Tensor:
     """Scales before it rounds to `of`'s dtype: a float16 gradient of 2e-9 survives a GradScaler's 65536."""
-    if of.dtype == torch.bfloat16 and gradient.dtype == torch.float32 and gradient.dim() > 0:
-        same = of.shape == gradient.shape and of.is_contiguous()
-        result = torch.empty_like(of) if same else gradient.new_empty(gradient.shape, dtype=of.dtype)
+    if of.dtype == torch.bfloat16 and gradient.dtype == torch.float32:
+        result = torch.empty_like(gradient, dtype=torch.bfloat16)
         _C.scale_to_bfloat16(gradient, 1.0 if upstream is None else upstream, result, torch.get_num_threads())
         return result
     if upstream is not None and not (owned and upstream == 1):

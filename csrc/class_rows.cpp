@@ -98,19 +98,21 @@ void ClassRows::take_all(const SampledSoftmax& p, const std::vector<int64_t>& ta
   target_slot = target_column = targets;
   log_count_.assign(slots_, 0.0);
   if (!p.log_expected_count) return;
-  std::vector<int64_t> column(slots_, -1);
   int64_t columns = 0;
   for (int64_t slot = 0; slot < slots_; ++slot) {
-    const double log_count = p.log_expected_count[slot];
-    if (log_count == kInf) continue;
-    column[slot] = columns;
-    log_count_[columns++] = log_count;
+    log_count_[slot] = p.log_expected_count[slot];
+    columns += log_count_[slot] < kInf;
+  }
+  if (columns == slots_) return;
+  std::vector<int64_t> column(slots_, -1);
+  column_slot_.reserve(columns);
+  for (int64_t slot = 0; slot < slots_; ++slot) {
+    if (log_count_[slot] == kInf) continue;
+    column[slot] = int64_t(column_slot_.size());
+    log_count_[column[slot]] = log_count_[slot];
+    column_slot_.push_back(slot);
   }
   log_count_.resize(columns);
-  if (columns == slots_) return;
-  for (int64_t slot = 0; slot < slots_; ++slot) {
-    if (column[slot] >= 0) column_slot_.push_back(slot);
-  }
   for (int64_t& target : target_column) target = column[target];
 }
 

@@ -200,13 +200,6 @@ void scale(const T* row, int64_t n, double factor, T* out) {
 }
 
 template <class T>
-double normalize(const T* row, int64_t n, double least, T* out) {
-  const double length = norm(row, n);
-  if (length >= least && length < kInf) scale(row, n, 1 / length, out);
-  return length;
-}
-
-template <class T>
 void project(const T* row, int64_t n, double along, const T* unit, double factor, T* out) {
   int64_t d = 0;
 #if defined(FEDSS_FUSED)
@@ -328,9 +321,8 @@ constexpr double kPreciseWork = 1 << 20;
 #endif
 
 template <class T>
-constexpr KernelsFor<T> kKernelsFor = {kLanes<T>,    multiply<T, T>, exponentiate<T>, scale_columns<T>,
-                                       sum<T>,       dot<T>,         norm<T>,         scale<T>,
-                                       normalize<T>, project<T>,     add_scaled<T>};
+constexpr KernelsFor<T> kKernelsFor = {kLanes<T>, multiply<T, T>, exponentiate<T>, scale_columns<T>, sum<T>,
+                                       dot<T>,    norm<T>,        scale<T>,        project<T>,       add_scaled<T>};
 
 #define FEDSS_STRING(name) #name
 #define FEDSS_NAME(name) FEDSS_STRING(name)

@@ -61,8 +61,6 @@ struct KernelsFor {
   double (*norm)(const T* row, int64_t n);  // |row|
   // out = factor * row
   void (*scale)(const T* row, int64_t n, double factor, T* out);
-  // Returns |row|; where that is at least `least`, and finite, out = row / |row|.
-  double (*normalize)(const T* row, int64_t n, double least, T* out);
   // out = factor * (row - along * (row . unit) * unit)
   void (*project)(const T* row, int64_t n, double along, const T* unit, double factor, T* out);
   // sum += factor * row

@@ -6,7 +6,9 @@
 //   grad_x    the tiles become dlogits; each gives its share of the rows' gradients
 //   classes   tiles of classes: the gradients of their rows, over the rows of the wave in order
 //
-// A step ends before the next begins. Which tiles there are depends on the sizes alone, so the order of every sum does.
+// A step ends before the next begins, as tiles need each other's results. Where one tile of rows is the whole batch a
+// tile of classes does not: each is packed when its logits are wanted, and goes through the last two steps at once.
+// Which tiles there are depends on the sizes alone, so the order of every sum does.
 #include "sampled_softmax.hpp"
 
 #include <algorithm>
@@ -32,7 +34,7 @@ constexpr double kZeroNorm = 1e-12;  // rows shorter than this have cosine 0 and
 // Sizes, in elements: of the logits of a wave, and of the packed class rows of a chunk.
 constexpr int64_t kFewLogits = 1 << 20, kMostLogits = 1 << 21, kMostPacked = 1 << 22;
 constexpr int64_t kRowStep = 8, kRowTile = 64, kClassTile = 512, kSmallestClassTile = 32;
-constexpr int64_t kFewClasses = 56;
+constexpr int64_t kFewClasses = 56, kPackedTogether = 32;
 constexpr int64_t kFewestRows = 64, kMostRows = 1024, kChunkedRows = 256;  // of a wave; the last: in several chunks
 constexpr int64_t kTasks = 16;       // what a step is cut into, where that leaves tasks of some size
 constexpr double kTaskWork = 2e5;    // multiply-adds
@@ -70,9 +72,9 @@ class Solver {
     if (V_ > 0) {
       plan();
       allocate();
-      if (chunk_ == N_) pack(0, N_);
+      if (chunk_ == N_ && !by_tile_) pack(0, N_);
       for (int64_t first = 0; first < V_; first += wave_) run_wave(first, std::min(wave_, V_ - first));
-      if (wants_rows_) finish_class_rows();
+      if (wants_rows_ && !by_tile_) finish_class_rows();
     }
     store_scalars();
   }
@@ -106,6 +108,7 @@ class Solver {
   int64_t ld_, wave_, row_tile_, chunk_, tiles_;
   int threads_;
   bool wants_x_, wants_rows_, wants_gradient_;
+  bool by_tile_;  // tiles of classes do not wait for each other; one thread need not either way
   Arena arena_;
   std::atomic<bool> out_of_range_{false};
   std::atomic<double> longest_x_{0}, longest_w_{0};  // |x| and |w|, for dot products
@@ -175,6 +178,7 @@ class Solver {
         int64_t(std::clamp(double(wave_) * double(chunk_) * double(D_) / kTaskWork, 1.0, double(kTasks)));
     tiles_ = std::max(ceil_div(chunk_, kClassTile),
                       std::min(ceil_div(chunk_, kSmallestClassTile), ceil_div(tasks, row_tiles)));
+    by_tile_ = row_tiles == 1 && chunk_ == N_ && N_ > 0 && threads_ > 1;
   }
 
   int64_t padded_wave() const { return round_up(wave_, row_tile_); }
@@ -219,7 +223,8 @@ class Solver {
   int64_t tile_pairs() const { return tile_width(chunk_) / 2 * row_tile_; }
 
   void clear_slots_without_column() {
-    takes_part_.assign(classes_.slots(), false);
+    takes_part_.assign(classes_.slots(), N_ == classes_.slots());
+    if (N_ == classes_.slots()) return;
     for (int64_t column = 0; column < N_; ++column) takes_part_[classes_.slot(column)] = true;
     for (int64_t slot = 0; slot < classes_.slots(); ++slot) {
       if (!takes_part_[slot]) std::fill_n(grad_rows_ + slot * D_, D_, T(0));
@@ -259,29 +264,37 @@ class Solver {
     return from.dtype == DType::bfloat16 && from.col_stride == 1 && p_.rounding != Rounding::to_float16;
   }
 
-  // Row i divided by its length (for the cosine), with zeros up to ld. Returns 1 / length, 0 for a zero row, or 1 for
-  // dot products. A row that holds anything but finite numbers becomes NaN.
-  double read_unit(const Matrix& from, int64_t i, T* scratch, T* out) {
-    const T* row = read_row(from, i, scratch);
-    std::fill(out + D_, out + ld_, T(0));
+  // out = a row of that length divided by it (for the cosine), with zeros up to a whole vector; the row may be there
+  // already. Returns 1 / length, 0 for a zero row, or 1 for dot products. A row that holds anything but finite numbers
+  // becomes NaN.
+  double store_unit(const Matrix& from, const T* row, double norm, T* out) {
+    std::fill(out + D_, out + round_up(D_, kernels_.lanes), T(0));
     if (!p_.cosine) {
-      check_length(from, kernels_.norm(row, D_));
-      std::copy(row, row + D_, out);
+      check_length(from, norm);
+      if (row != out) std::copy(row, row + D_, out);
       return 1;
     }
-    double norm = kernels_.normalize(row, D_, kZeroNorm, out), inverse = 1;
     if (norm < kZeroNorm) {
       std::fill_n(out, D_, T(0));
       return 0;
     }
+    double inverse = 1;
     if (norm == kInf) {  // an infinite element, or squares past the largest number of float64
       inverse = 0x1p-600;
-      kernels_.scale(row, D_, inverse, scratch);
-      norm = kernels_.normalize(scratch, D_, 0.0, out);
+      kernels_.scale(row, D_, inverse, out);
+      row = out, norm = kernels_.norm(row, D_);
     }
-    if (norm < kInf) return inverse / norm;
+    if (norm < kInf) {
+      kernels_.scale(row, D_, 1 / norm, out);
+      return inverse / norm;
+    }
     std::fill_n(out, D_, T(kNaN));
     return kNaN;
+  }
+
+  double read_unit(const Matrix& from, int64_t i, T* out) {
+    const T* row = read_row(from, i, out);
+    return store_unit(from, row, kernels_.norm(row, D_), out);
   }
 
   // Row i as it is, in bfloat16, with a zero behind it if D is odd. Returns as read_unit does.
@@ -322,17 +335,6 @@ class Solver {
 
   double bias(int64_t slot) const { return p_.bias ? p_.bias[classes_.id(slot)] : 0.0; }
 
-  // value, in the unit of T's logits, as a high part (in float32 a multiple of 2^-9) and what is left.
-  void split(double value, T* high, T* low) {
-    value *= 1 / kLogitUnit<T>;
-    *high = T(value), *low = T(0);
-    if (sizeof(T) != 4) return;
-    if (std::abs(value) > kLargestLogit / kLogitUnit<T>) out_of_range_ = true;
-    constexpr double kShift = 0x1.8p43;  // its last bit is 2^-9: adding it rounds there
-    const double shifted = value + kShift;
-    *high = T(shifted - kShift), *low = T(value - (shifted - kShift));
-  }
-
   void refuse_out_of_range() {
     const bool too_large = !p_.cosine && std::abs(p_.scale) * longest_x_ * longest_w_ > kLargestLogit;
     if (sizeof(T) == 4 && (out_of_range_ || too_large)) throw OutOfFloatRange{};
@@ -340,20 +342,62 @@ class Solver {
 
   void pack(int64_t first, int64_t columns) {
     parallel_for(ceil_div(columns, kSmallestClassTile), threads_, [&](int64_t task, int worker) {
-      const int64_t begin = task * kSmallestClassTile, end = std::min(begin + kSmallestClassTile, columns);
-      for (int64_t j = begin; j < end; ++j) {
-        const int64_t slot = classes_.slot(first + j), id = classes_.id(slot);
-        prefetch_class(first + j + 8);
-        if constexpr (std::is_same<T, float>::value) {
-          if (pairs_) inverse_[j] = read_bfloat16(p_.weight, id, scratch(worker, 0), w_pairs_ + j * pairs_ld_);
-        }
-        if (!pairs_) inverse_[j] = read_unit(p_.weight, id, scratch(worker, 0), w_ + j * ld_);
-        class_factor_[j] = pairs_ ? T(inverse_[j]) : T(1);
-        split(bias(slot) - classes_.log_count(first + j), offset_ + j, offset_low_ + j);
-      }
-      if (pairs_) interleave(w_pairs_, begin, end, worker, w_interleaved_);
+      const int64_t begin = task * kSmallestClassTile;
+      pack_columns(first, begin, std::min(begin + kSmallestClassTile, columns), worker);
     });
     refuse_out_of_range();
+  }
+
+  void pack_columns(int64_t first, int64_t begin, int64_t end, int worker) {
+    if (pairs_) {
+      pack_pairs(first, begin, end, worker);
+    } else {
+      for (int64_t j = begin; j < end; j += kPackedTogether) pack_units(first, j, std::min(j + kPackedTogether, end));
+    }
+    split_offsets(first, begin, end);
+  }
+
+  // Lengths first, as square roots and divisions of one row would wait for each other.
+  void pack_units(int64_t first, int64_t begin, int64_t end) {
+    const T* row[kPackedTogether];
+    double norm[kPackedTogether];
+    for (int64_t j = begin; j < end; ++j) {
+      prefetch_class(first + j + 8);
+      row[j - begin] = read_row(p_.weight, class_id(first + j), w_ + j * ld_);
+      norm[j - begin] = kernels_.norm(row[j - begin], D_);
+    }
+    for (int64_t j = begin; j < end; ++j) {
+      inverse_[j] = store_unit(p_.weight, row[j - begin], norm[j - begin], w_ + j * ld_);
+      class_factor_[j] = T(1);
+    }
+  }
+
+  void pack_pairs(int64_t first, int64_t begin, int64_t end, int worker) {
+    if constexpr (std::is_same<T, float>::value) {
+      for (int64_t j = begin; j < end; ++j) {
+        prefetch_class(first + j + 8);
+        inverse_[j] = read_bfloat16(p_.weight, class_id(first + j), scratch(worker, 0), w_pairs_ + j * pairs_ld_);
+        class_factor_[j] = T(inverse_[j]);
+      }
+      interleave(w_pairs_, begin, end, worker, w_interleaved_);
+    }
+  }
+
+  int64_t class_id(int64_t column) const { return classes_.id(classes_.slot(column)); }
+
+  // Offsets, in the unit of T's logits, as a high part (in float32 a multiple of 2^-9) and what is left.
+  void split_offsets(int64_t first, int64_t begin, int64_t end) {
+    constexpr double kShift = 0x1.8p43;  // its last bit is 2^-9: adding it rounds there
+    bool too_large = false;
+    for (int64_t j = begin; j < end; ++j) {
+      double value = -classes_.log_count(first + j);
+      if (p_.bias) value += bias(classes_.slot(first + j));
+      value *= 1 / kLogitUnit<T>;
+      too_large = too_large || std::abs(value) > kLargestLogit / kLogitUnit<T>;
+      const double high = sizeof(T) == 4 ? (value + kShift) - kShift : value;
+      offset_[j] = T(high), offset_low_[j] = T(value - high);
+    }
+    if (sizeof(T) == 4 && too_large) out_of_range_ = true;
   }
 
   // Rows [begin, end) of `rows`, in pairs; an odd last one is paired with zeros.
@@ -368,7 +412,7 @@ class Solver {
   }
 
   void prefetch_class(int64_t column) const {
-    if (column >= N_ || classes_.ids().empty()) return;  // rows in their order come by themselves
+    if (classes_.ids().empty() || column >= N_) return;  // rows in their order come by themselves
     const char* row = p_.weight.row(classes_.id(classes_.slot(column)));
     const int64_t bytes = std::min<int64_t>(D_ * size_of(p_.weight.dtype), 1024);
     for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
@@ -411,12 +455,12 @@ class Solver {
   void load_row(int64_t v, int64_t r, double share, int worker) {
     const int64_t i = classes_.batch_rows[v], slot = classes_.target_slot[v];
     Row& row = row_[r] = Row{};
-    row.inverse = read_unit(p_.input, i, scratch(worker, 0), x_ + r * ld_);
-    if (chunk_ == N_ && !pairs_ && classes_.target_column[v] >= 0) {
+    row.inverse = read_unit(p_.input, i, x_ + r * ld_);
+    if (chunk_ == N_ && !by_tile_ && !pairs_ && classes_.target_column[v] >= 0) {
       row.target_row = w_ + classes_.target_column[v] * ld_;
     } else {
       row.target_row = target_rows_ + r * ld_;
-      read_unit(p_.weight, classes_.id(slot), scratch(worker, 0), target_rows_ + r * ld_);
+      read_unit(p_.weight, classes_.id(slot), target_rows_ + r * ld_);
     }
     row.upstream = p_.grad_loss ? p_.grad_loss[i] : share;
     row.target_similarity = kernels_.dot(x_ + r * ld_, row.target_row, D_);
@@ -452,14 +496,16 @@ class Solver {
     }
     finish_losses(first, rows);
     if (!wants_gradient_) return;
-    if (wants_x_ && N_ == 0) std::fill_n(grad_x_, rows * ld_, T(0));
+    if (wants_x_ && N_ == 0) {
+      std::fill_n(grad_x_, rows * ld_, T(0));
+      for (int64_t r = 0; r < rows; ++r) store_grad_input(first, r);
+    }
     for (int64_t c = 0; c < N_; c += chunk_) {
       const int64_t columns = std::min(chunk_, N_ - c);
       if (chunk_ < N_) pack(c, columns), compute_exponentials(first, c, columns, rows);
-      compute_dlogits(c, columns, rows);
+      compute_dlogits(first, c, columns, rows);
       accumulate_gradients(first, c, columns, rows);
     }
-    if (wants_x_) store_grad_input(first, rows);
   }
 
   int64_t row_tiles(int64_t rows) const { return ceil_div(rows, row_tile_); }
@@ -483,7 +529,8 @@ class Solver {
       const int64_t column = r < rows ? classes_.target_column[first + r] - chunk : -1;
       target_[r] = column < columns ? T(column) : T(-1);
     }
-    for_tiles(columns, rows, [&](const Tile& t, int64_t number, int64_t row_tile, int) {
+    for_tiles(columns, rows, [&](const Tile& t, int64_t number, int64_t row_tile, int worker) {
+      if (by_tile_ && first == 0) pack_columns(0, t.begin, t.end, worker);
       const int64_t lanes = padded_rows_of(row_tile, rows), classes = t.end - t.begin;
       const int64_t r = row_tile * row_tile_, at = number * padded_wave() + r;
       T* values = logits(row_tile, t.begin);
@@ -493,6 +540,7 @@ class Solver {
                              T(t.begin), tile_max_ + at, tile_sum_ + at,
                              tile_similarity_ ? tile_similarity_ + at : nullptr});
     });
+    if (by_tile_) refuse_out_of_range();
   }
 
   // values(j, r) = w_j . x_r, a tile of classes and the rows from `r` on
@@ -546,13 +594,6 @@ class Solver {
     current_kernels().exponentials(out, end - begin, out);
   }
 
-  template <class Body>
-  void for_rows(int64_t rows, const Body& body) {
-    parallel_for(ceil_div(rows, kRowStep), threads_, [&](int64_t task, int) {
-      for (int64_t r = task * kRowStep; r < std::min((task + 1) * kRowStep, rows); ++r) body(r);
-    });
-  }
-
   // loss = log1p(sum_{j != t} exp(o_j - o_t)) where the target leads, else (max - o_t) + log(sum of all). dlogits of
   // the target is minus the others' sum, so that nothing cancels as its probability nears 1.
   void finish_losses(int64_t first, int64_t rows) {
@@ -580,7 +621,7 @@ class Solver {
   }
 
   // The tiles become dlogits, but for the rows' targets; each gives its share of the rows' gradients.
-  void compute_dlogits(int64_t chunk, int64_t columns, int64_t rows) {
+  void compute_dlogits(int64_t first, int64_t chunk, int64_t columns, int64_t rows) {
     for_tiles(columns, rows, [&](const Tile& t, int64_t number, int64_t row_tile, int worker) {
       const int64_t lanes = padded_rows_of(row_tile, rows), count = rows_of(row_tile, rows);
       const int64_t r0 = row_tile * row_tile_, at = number * padded_wave() + r0;
@@ -590,6 +631,9 @@ class Solver {
       T* out = nullptr;  // the first tile needs no place of its own
       if (wants_x_) out = number == 0 ? grad_x_ + r0 * ld_ : grad_x_part_ + at * ld_;
       multiply_grad_x(t, r0, count, lanes, tile_factor_ + at, worker, out, number == 0 && chunk > 0);
+      if (!by_tile_) return;
+      accumulate_class_rows(first, 0, t, rows, 0, D_);
+      if (wants_rows_ && first + rows == V_) finish_class_rows(slots_of(0, t), worker);
     });
   }
 
@@ -625,7 +669,7 @@ class Solver {
     const int64_t blocks =
         wants_rows_ ? std::clamp<int64_t>(kTasks / tiles, 1, std::max<int64_t>(ceil_div(D_, width), 1)) : 1;
     const int64_t step = round_up(ceil_div(std::max<int64_t>(D_, 1), blocks), width);
-    const int64_t class_tasks = wants_rows_ || grad_bias_ ? tiles * blocks : 0;
+    const int64_t class_tasks = !by_tile_ && (wants_rows_ || grad_bias_) ? tiles * blocks : 0;
     const int64_t row_tasks = wants_x_ ? ceil_div(rows, kRowStep) : 0;
     parallel_for(class_tasks + row_tasks, threads_, [&](int64_t task, int) {
       if (task < class_tasks) {
@@ -633,7 +677,10 @@ class Solver {
         accumulate_class_rows(first, chunk, tile(task / blocks, columns), rows, d, std::min(d + step, D_));
       } else {
         const int64_t begin = (task - class_tasks) * kRowStep;
-        for (int64_t r = begin; r < std::min(begin + kRowStep, rows); ++r) add_grad_x(r, tiles);
+        for (int64_t r = begin; r < std::min(begin + kRowStep, rows); ++r) {
+          add_grad_x(r, tiles);
+          if (chunk + columns == N_) store_grad_input(first, r);
+        }
       }
     });
   }
@@ -681,13 +728,22 @@ class Solver {
         {classes, d_end - d, count, dlogits, row_tile_, 1, x_ + r * ld_ + d, ld_, out, D_, slots, accumulate});
   }
 
+  struct Slots {
+    int64_t begin, end;
+  };
+
   // A tile owns the slots from its first column on to the next tile's; the first one those before it too.
+  Slots slots_of(int64_t chunk, const Tile& t) const {
+    const int64_t next = chunk + t.end;
+    return {chunk + t.begin == 0 ? 0 : classes_.slot(chunk + t.begin),
+            next < N_ ? classes_.slot(next) : classes_.slots()};
+  }
+
   void add_targets(int64_t first, int64_t chunk, const Tile& t, int64_t rows, int64_t d, int64_t d_end) {
-    const int64_t begin = chunk + t.begin == 0 ? 0 : classes_.slot(chunk + t.begin);
-    const int64_t next = chunk + t.end, end = next < N_ ? classes_.slot(next) : classes_.slots();
+    const Slots owned = slots_of(chunk, t);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t slot = classes_.target_slot[first + r];
-      if (slot < begin || slot >= end) continue;
+      if (slot < owned.begin || slot >= owned.end) continue;
       const double gradient = row_[r].target_gradient;
       if (wants_rows_ && d < d_end)
         kernels_.add_scaled(x_ + r * ld_ + d, d_end - d, T(gradient), grad_rows_ + slot * D_ + d);
@@ -696,13 +752,11 @@ class Solver {
   }
 
   // scale / |x| times what is left of the gradient of the unit row without its part along it.
-  void store_grad_input(int64_t first, int64_t rows) {
-    for_rows(rows, [&](int64_t r) {
-      T* gradient = grad_x_ + r * ld_;
-      kernels_.add_scaled(row_[r].target_row, D_, T(row_[r].target_gradient), gradient);
-      Out* out = static_cast<Out*>(out_.grad_input) + classes_.batch_rows[first + r] * D_;
-      store_projected(gradient, x_ + r * ld_, 1, row_[r].inverse, out);
-    });
+  void store_grad_input(int64_t first, int64_t r) {
+    T* gradient = grad_x_ + r * ld_;
+    kernels_.add_scaled(row_[r].target_row, D_, T(row_[r].target_gradient), gradient);
+    Out* out = static_cast<Out*>(out_.grad_input) + classes_.batch_rows[first + r] * D_;
+    store_projected(gradient, x_ + r * ld_, 1, row_[r].inverse, out);
   }
 
   // out = scale * inverse * what is left of the gradient without its part along the unit row, which is factor * row.
@@ -720,23 +774,26 @@ class Solver {
 
   void finish_class_rows() {
     constexpr int64_t kStep = 32;
+    parallel_for(ceil_div(classes_.slots(), kStep), threads_, [&](int64_t task, int worker) {
+      const int64_t begin = task * kStep;
+      finish_class_rows({begin, std::min(begin + kStep, classes_.slots())}, worker);
+    });
+  }
+
+  void finish_class_rows(const Slots& slots, int worker) {
     // Whether column j is slot j, and its row still there.
     const bool packed = chunk_ == N_ && N_ == classes_.slots();
-    parallel_for(ceil_div(classes_.slots(), kStep), threads_, [&](int64_t task, int worker) {
-      const int64_t begin = task * kStep, end = std::min(begin + kStep, classes_.slots());
-      for (int64_t slot = begin; slot < end; ++slot) {
-        T* gradient = grad_rows_ + slot * D_;
-        Out* out = static_cast<Out*>(out_.grad_rows) + slot * D_;
-        if (packed) {
-          store_projected(gradient, packed_row(slot, scratch(worker, 0)), class_factor_[slot], inverse_[slot], out);
-        } else {
-          T* unit = scratch(worker, 1);
-          const double inverse =
-              takes_part_[slot] ? read_unit(p_.weight, classes_.id(slot), scratch(worker, 0), unit) : 0.0;
-          store_projected(gradient, unit, 1, inverse, out);
-        }
+    for (int64_t slot = slots.begin; slot < slots.end; ++slot) {
+      T* gradient = grad_rows_ + slot * D_;
+      Out* out = static_cast<Out*>(out_.grad_rows) + slot * D_;
+      if (packed) {
+        store_projected(gradient, packed_row(slot, scratch(worker, 0)), class_factor_[slot], inverse_[slot], out);
+      } else {
+        T* unit = scratch(worker, 1);
+        const double inverse = takes_part_[slot] ? read_unit(p_.weight, classes_.id(slot), unit) : 0.0;
+        store_projected(gradient, unit, 1, inverse, out);
       }
-    });
+    }
   }
 
   const T* packed_row(int64_t column, T* scratch) const {

@@ -204,8 +204,10 @@ def test_a_left_out_class_that_is_the_target_of_a_late_row(sampled_softmax_loss)
         Case(0, B=130, S=300, C=400, D=65, bias=True),
         Case(1, B=300, S=9000, C=9001, D=17, reduction="none", distinct=3000),
         Case(2, B=40, S=None, C=700, D=64, dtype=BF16),
+        Case(3, B=40, S=300, C=700, D=65, bias=True, left_out=0.2, zero_rows=0.1),
+        Case(4, B=150, S=None, C=20_000, D=8, ignored=0.1),
     ],
-    ids=["one chunk", "many chunks", "full softmax"],
+    ids=["one chunk", "many chunks", "full softmax", "one tile of rows", "one tile of rows a wave"],
 )
 def test_same_bits_for_any_number_of_threads(case, threads, set_threads, sampled_softmax_loss):
     set_threads(3)
@@ -316,6 +318,20 @@ def test_no_dimensions_at_all(sampled_softmax_loss):
         loss = sampled_softmax_loss(x, w, torch.zeros(5, dtype=torch.int64), **options)
         assert loss.item() == pytest.approx(torch.log(torch.tensor(3.0)).item())
         assert gradients(loss, x)[0].shape == (5, 0)
+
+
+@cpp_only
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_class_row_too_long_for_float32_is_noticed(threads, set_threads, sampled_softmax_loss):
+    """Nobody's target, so that it is met where the other classes are."""
+    set_threads(threads)
+    x, w, t = problem(B=40, C=700, D=64)
+    with torch.no_grad():
+        w[600] *= 1e20
+    options = {"similarity": "dot", "scale": 1e-20, "reduction": "none"}
+    found = sampled_softmax_loss(x, w, t % 600, **options)
+    exact = sampled_softmax_loss(x.double(), w.double(), t % 600, **options)
+    assert torch.equal(found, exact.float())
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16])

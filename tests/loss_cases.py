@@ -1,6 +1,6 @@
 """Random problems for the loss, and the comparison of a kernel with the truth on one of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -28,8 +28,8 @@ cpp_only = pytest.mark.parametrize("sampled_softmax_loss", ["cpp"], indirect=Tru
 
 def blocks_of_16(small: bool, B: int, S: int, D: int) -> Configuration:
     """Every block edge is crossed by sizes past 16, and several chunks are needed by S past 32."""
-    block = Blocks(rows=16, classes=16, columns=16, warps=4, stages=2)
-    all_rows = Blocks(rows=max(16, 1 << (B - 1).bit_length()), classes=16, columns=16, warps=4, stages=2)
+    block = Blocks(rows=16, classes=16, columns=16, warps=4, stages=2, prefetch=S % 2 == 0)
+    all_rows = replace(block, rows=max(16, 1 << (B - 1).bit_length()))
     splits = max(1, min(3, -(-S // 16)))
     tiling = Tiling(
         forward=block,
@@ -46,7 +46,7 @@ def blocks_of_16(small: bool, B: int, S: int, D: int) -> Configuration:
         merged_splits=4,
         merge_warps=4,
     )
-    return Configuration(small, tiling, chunk=32, splits=splits)
+    return Configuration(small, tiling, chunk=32, splits=splits, column_groups=1 + (D > 16))
 
 
 @dataclass(frozen=True)

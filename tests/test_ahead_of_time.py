@@ -67,6 +67,7 @@ DTYPES = [
 ]
 # small and large for few rows, small for more, large for many: the branches of `configure`
 SIZES = [{"B": 32}, {"B": 32, "S": 100_000, "C": 200_000}, {"B": 128}, {"B": 4096, "S": 8192, "C": 50_000}]
+MODEST = {"B": 256, "S": 512}  # for many rows, but few tiles
 # the branches of the kernels that neither size nor dtype takes
 BRANCHES = [
     {"S": None, "C": 3000, "similarity": "dot", "reduction": "none", "bias": False, "counts": False},
@@ -100,7 +101,12 @@ def shipped(device: str) -> list[Launch]:
     """Each entry of the table, for each dtype, and each branch; D = 500: rows that no vector loads fit."""
     table = [dtype | size | {"D": D} for dtype in DTYPES for size in SIZES for D in (512, 500)]
     branches = [size | branch for branch in BRANCHES for size in (SIZES[0], SIZES[-1])]
-    branches += [SIZES[-1] | room | {"dtype": dtype} for room in ROOMS for dtype in (BF16, F16)]
+    branches += [
+        size | room | {"dtype": dtype}
+        for size in (SIZES[-1], MODEST)
+        for room in ROOMS
+        for dtype in (BF16, F16, F32, F64)
+    ]
     precise = [
         {"dtype": F32, "S": 20, "D": D} for D in (64, 65)
     ]  # float32 in float64, and no more so past that

@@ -11,11 +11,12 @@ For the dot product inverses are 1, and the second terms, which take out what li
 there. They are made of the pulls as rounded for the products, so that all that a pull adds is at right angles
 to the row.
 
-A small problem takes two launches: `small_tiles`, a tile of classes for each program with all the rows, then
-`small_results`, which adds up what the programs found. A large one goes over the classes in chunks:
-`pull_chunk` stores a chunk of pulls, `chunk_grad_rows` and `chunk_grad_input` are products with it, of rows
-that `class_sources` and `target_sources` have listed, and `small_results` ends it too. No atomics: each sum
-has one owner and one order.
+A small problem takes two launches: `small_tiles`, a tile of classes for each program with all the rows (of
+long ones a group of columns, each with the tile's logits), then `small_results`, which adds up what the
+programs found. A large one goes over the classes in chunks: `pull_chunk` stores a chunk of pulls,
+`chunk_grad_rows` and `chunk_grad_input` are products with it, of rows that `class_sources` and
+`target_sources` have listed, and `small_results` ends it too. No atomics: each sum has one owner and one
+order.
 """
 
 import triton
@@ -29,6 +30,7 @@ from .tiles import (
     dots_and_inverses,
     exponentials,
     load_classes,
+    load_elements,
     load_rows,
     load_scale,
     load_targets,
@@ -49,10 +51,10 @@ from .tiles import (
 def load_upstream(grad_loss, kept, rows, counted, B, ACC: tl.constexpr, PER_ROW: tl.constexpr):
     """(R,) upstream gradient of each row's loss: its own, or one for all by the factor of "mean"."""
     if PER_ROW:
-        return tl.load(grad_loss + rows, mask=counted, other=0.0).to(ACC)
+        upstream = tl.load(grad_loss + rows, mask=rows < B, other=0.0).to(ACC)
     else:
-        of_all = tl.load(grad_loss).to(ACC) * tl.load(kept + wide(B) * 6).to(ACC)
-        return tl.where(counted, of_all, 0.0)
+        upstream = tl.load(grad_loss).to(ACC) * tl.load(kept + wide(B) * 6).to(ACC)
+    return tl.where(counted, upstream, 0.0)
 
 
 @triton.jit
@@ -82,7 +84,7 @@ def pulls_tile(
     B, C, S, D, ignore_index, input_row, input_column, weight_row, weight_column, scale,
     FOLD: tl.constexpr,  # every class is in the set: a target is a column of the tile like any other
     COSINE: tl.constexpr, PER_ROW: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """(dlogits, pulls, along, the scale's gradients (R, J); ids, which are read (J,); both inverse norms)
 
@@ -98,9 +100,9 @@ def pulls_tile(
     if FOLD:
         read = live | ((entries < S) & (tl.max((hits & known[:, None]).to(tl.int32), 0) > 0))
     sums, low, x_inverse, w_inverse = dots_and_inverses(
-        input, weight, inverses, rows, counted, entries, ids, read, B, D,
+        input, weight, inverses, kept, rows, counted, entries, ids, read, B, D,
         input_row, input_column, weight_row, weight_column,
-        COSINE, OPERAND, ACC, WIDE, PRECISION, BLOCK_D,
+        COSINE, OPERAND, ACC, WIDE, PRECISION, BLOCK_D, PREFETCH,
     )  # fmt: skip
     unit = logit_unit(scale.to(ACC), COSINE)
     logits, logits_low = logits_of(
@@ -179,11 +181,13 @@ def target_pulls(
 ):
     """Of own targets: (classes, counted, known, dlogits, pulls, dots, 1 / |input|, 1 / |weight_t|)."""
     targets, counted, known = load_targets(target, rows, B, C, ignore_index)
-    own = tl.load(kept + 2 * wide(B) + rows, mask=known, other=0.0).to(ACC)
-    dot = tl.load(kept + 3 * wide(B) + rows, mask=known, other=0.0).to(ACC)
-    x_inverse = tl.load(kept + 4 * wide(B) + rows, mask=known, other=0.0).to(ACC)
-    w_inverse = tl.load(kept + 5 * wide(B) + rows, mask=known, other=0.0).to(ACC)
-    own = tl.where(counted & ~known, float("nan"), own)
+    at, inside = kept + 2 * wide(B) + rows, rows < B  # loads that do not wait for the targets'
+    own = tl.load(at, mask=inside, other=0.0).to(ACC)
+    dot = tl.load(at + B, mask=inside, other=0.0).to(ACC)
+    x_inverse = tl.load(at + 2 * wide(B), mask=inside, other=0.0).to(ACC)
+    w_inverse = tl.load(at + 3 * wide(B), mask=inside, other=0.0).to(ACC)
+    own = tl.where(known, own, tl.where(counted, float("nan"), 0.0))
+    x_inverse, w_inverse = tl.where(known, x_inverse, 0.0), tl.where(known, w_inverse, 0.0)
     dlogits = product_or_zero(own, load_upstream(grad_loss, kept, rows, counted, B, ACC, PER_ROW))
     pulls = product_or_zero(scale * x_inverse * w_inverse, dlogits)
     return targets, counted, known, dlogits, pulls, dot, x_inverse, w_inverse
@@ -265,9 +269,14 @@ def small_tiles(
     BLOCK_B: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):
-    """Program t: all rows and the t-th tile of classes; the last one, without FOLD: the rows' own targets."""
-    tile = tl.program_id(0)
+    """Program (t, g): all rows, the t-th tile of classes, every groups-th block of columns from the g-th on.
+
+    The last t, without FOLD: the rows' own targets.
+    """
+    tile, group = tl.program_id(0), tl.program_id(1)
+    step = tl.num_programs(1) * BLOCK_D
     scale = load_scale(factor, learned, WIDE)
     rows = tl.arange(0, BLOCK_B)
     if tile < tl.cdiv(S, BLOCK_S):
@@ -275,23 +284,36 @@ def small_tiles(
         dlogits, pulls, along, slopes, ids, read, x_inverse, w_inverse = pulls_tile(
             input, weight, None, target, class_ids, counts, bias, grad_loss, kept, rows, entries,
             B, C, S, D, ignore_index, input_row, input_column, weight_row, weight_column, scale,
-            FOLD, COSINE, PER_ROW, OPERAND, ACC, WIDE, PRECISION, BLOCK_D,
+            FOLD, COSINE, PER_ROW, OPERAND, ACC, WIDE, PRECISION, BLOCK_D, PREFETCH,
         )  # fmt: skip
         share_classes = share_along(tl.sum(along, 0), w_inverse)
         at_rows = tile.to(tl.int64) * B + rows
-        if partial_share is not None:
-            tl.store(partial_share + at_rows, share_along(tl.sum(along, 1), x_inverse), mask=rows < B)
-        if partial_scale is not None:
-            tl.store(partial_scale + at_rows, tl.sum(slopes, 1), mask=rows < B)
-        if grad_bias is not None:
-            of_bias = rounded(tl.sum(dlogits, 0), grad_bias.dtype.element_ty)
-            tl.store(grad_bias + entries, of_bias, mask=entries < S)
+        if group == 0:
+            if partial_share is not None:
+                tl.store(partial_share + at_rows, share_along(tl.sum(along, 1), x_inverse), mask=rows < B)
+            if partial_scale is not None:
+                tl.store(partial_scale + at_rows, tl.sum(slopes, 1), mask=rows < B)
+            if grad_bias is not None:
+                of_bias = rounded(tl.sum(dlogits, 0), grad_bias.dtype.element_ty)
+                tl.store(grad_bias + entries, of_bias, mask=entries < S)
         counted = load_targets(target, rows, B, C, ignore_index)[1]
-        for start in range(0, D, BLOCK_D):
+        columns = group * BLOCK_D + tl.arange(0, BLOCK_D)
+        if PREFETCH:
+            next_x = load_elements(input, rows, counted, columns, D, input_row, input_column)
+            next_w = load_elements(weight, ids, read, columns, D, weight_row, weight_column)
+        for start in range(group * BLOCK_D, D, step):
             columns = start + tl.arange(0, BLOCK_D)
-            w = load_rows(weight, ids, read, columns, D, weight_row, weight_column, OPERAND)
+            if PREFETCH:
+                x, w = next_x, next_w
+                next_x = load_elements(input, rows, counted, step + columns, D, input_row, input_column)
+                next_w = load_elements(weight, ids, read, step + columns, D, weight_row, weight_column)
+            else:
+                w = load_elements(weight, ids, read, columns, D, weight_row, weight_column)
+            w = rounded(w, OPERAND)
             if grad_rows is not None:
-                x = load_rows(input, rows, counted, columns, D, input_row, input_column, OPERAND)
+                if not PREFETCH:
+                    x = load_elements(input, rows, counted, columns, D, input_row, input_column)
+                x = rounded(x, OPERAND)
                 values = pulled(tl.trans(pulls), x, OPERAND, ACC, PRECISION)
                 if COSINE:
                     values = without_share(values, share_classes, w)
@@ -300,7 +322,7 @@ def small_tiles(
                 values = pulled(pulls, w, OPERAND, ACC, PRECISION)
                 store_rows(partial_input + tile.to(tl.int64) * B * D, rows, rows < B, columns, D, values)
     else:
-        for start in range(0, tl.maximum(D, 1), BLOCK_D):  # the bias is there without columns too
+        for start in range(group * BLOCK_D, tl.maximum(D, 1), step):  # the bias is there without columns too
             store_target_rows(
                 input, weight, target, grad_loss, kept, grad_rows, grad_bias, rows,
                 start + tl.arange(0, BLOCK_D), B, C, S, D, ignore_index,
@@ -322,10 +344,10 @@ def finish_input_row(
     )
     values = tl.zeros((1, columns.shape[0]), ACC)
     share = tl.zeros((1,), ACC)
+    if COSINE:  # loaded before the tiles' sums, used after them: all are on their way at once
+        x = load_elements(input, rows, known, columns, D, input_row, input_column)
     if not FOLD:
-        w = load_rows(weight, targets, known, columns, D, weight_row, weight_column, OPERAND).to(ACC)
-        values = product_or_zero(w, pulls[:, None])
-        share = share_along(product_or_zero(pulls, dot), x_inverse)
+        w = load_elements(weight, targets, known, columns, D, weight_row, weight_column)
     for start in range(0, tiles, BLOCK_TILES):
         tile = start + tl.arange(0, BLOCK_TILES)
         at = tile.to(tl.int64) * B + row
@@ -334,9 +356,11 @@ def finish_input_row(
         inside = (tile < tiles)[:, None] & (columns < D)[None, :]
         found = tl.load(partial_input + at[:, None] * D + columns[None, :], mask=inside, other=0.0)
         values += tl.sum(found.to(ACC), 0)[None, :]
+    if not FOLD:
+        values += product_or_zero(rounded(w, OPERAND).to(ACC), pulls[:, None])
+        share += share_along(product_or_zero(pulls, dot), x_inverse)
     if COSINE:
-        x = load_rows(input, rows, known, columns, D, input_row, input_column, OPERAND)
-        values = without_share(values, share, x)
+        values = without_share(values, share, rounded(x, OPERAND))
     values = tl.where(counted[:, None], values, 0.0)  # 0 times what a class holds, NaN too
     store_rows(grad_input, rows, rows < B, columns, D, values)
 
@@ -536,6 +560,7 @@ def pull_chunk(
     BLOCK_B: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):
     """Program (b, t): pulls of a tile of rows and the chunk's t-th tile of classes, and their sums."""
     rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -545,7 +570,7 @@ def pull_chunk(
         input, weight, inverses, target, class_ids, counts, bias, grad_loss, kept, rows, first + inside,
         B, C, tl.minimum(first + size, S), D, ignore_index,
         input_row, input_column, weight_row, weight_column, scale,
-        FOLD, COSINE, PER_ROW, OPERAND, ACC, WIDE, PRECISION, BLOCK_D,
+        FOLD, COSINE, PER_ROW, OPERAND, ACC, WIDE, PRECISION, BLOCK_D, PREFETCH,
     )  # fmt: skip
     at = pulls_chunk + rows.to(tl.int64)[:, None] * pitch + inside[None, :]
     tl.store(at, rounded(pulls, pulls_chunk.dtype.element_ty), mask=(rows < B)[:, None])
@@ -567,17 +592,15 @@ def load_pulls(pulls_chunk, rows, classes, B, stored, pitch):
 
 
 @triton.jit
-def load_class_rows(
-    weight, sources, first, inside, columns, D, weight_row, weight_column, OPERAND: tl.constexpr
-):  # fmt: skip
+def load_class_rows(weight, sources, first, inside, columns, D, weight_row, weight_column):
     """Rows of `weight` of the entries from `first` on, those `inside` that take part."""
     nth = tl.arange(0, inside.shape[0])
     if sources is None:  # rows by their distance from one address: fewer registers
         base = weight + wide(first) * weight_row
-        return load_rows(base, nth, inside, columns, D, weight_row, weight_column, OPERAND)
+        return load_elements(base, nth, inside, columns, D, weight_row, weight_column)
     else:
         rows = tl.load(sources + first + nth, mask=inside, other=-1)
-        return load_rows(weight, rows, rows >= 0, columns, D, weight_row, weight_column, OPERAND)
+        return load_elements(weight, rows, rows >= 0, columns, D, weight_row, weight_column)
 
 
 @triton.jit
@@ -613,23 +636,48 @@ def all_in_order(sources, S):
 
 
 @triton.jit
+def load_pulls_and_inputs(
+    input, target, pulls_chunk, start, inside, columns, stored, pitch, B, C, D, ignore_index,
+    input_row, input_column, MASKED: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    """Of the rows from `start` on: (pulls of classes `inside` the chunk, columns of input)."""
+    rows = start + tl.arange(0, BLOCK_B)
+    counted = rows < B
+    if MASKED:
+        counted = load_targets(target, rows, B, C, ignore_index)[1]
+    pulls = load_pulls(pulls_chunk, rows, inside, B, stored, pitch)
+    return pulls, load_elements(input, rows, counted, columns, D, input_row, input_column)
+
+
+@triton.jit
 def class_rows_sums(
     input, target, pulls_chunk, inside, columns, stored, pitch, B, C, D, ignore_index,
     input_row, input_column,
     MASKED: tl.constexpr,  # some rows are ignored, whatever they hold
     OPERAND: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr,
+    BLOCK_B: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """pulls^T @ input for classes `inside` the chunk and some columns, as two parts."""
     values = tl.zeros((inside.shape[0], columns.shape[0]), ACC)
     low = tl.zeros((inside.shape[0], columns.shape[0]), ACC)
+    if PREFETCH:
+        next_pulls, next_x = load_pulls_and_inputs(
+            input, target, pulls_chunk, 0, inside, columns, stored, pitch, B, C, D, ignore_index,
+            input_row, input_column, MASKED, BLOCK_B,
+        )  # fmt: skip
     for start in range(0, B, BLOCK_B):
-        rows = start + tl.arange(0, BLOCK_B)
-        counted = rows < B
-        if MASKED:
-            counted = load_targets(target, rows, B, C, ignore_index)[1]
-        pulls = load_pulls(pulls_chunk, rows, inside, B, stored, pitch)
-        x = load_rows(input, rows, counted, columns, D, input_row, input_column, OPERAND)
+        if PREFETCH:
+            pulls, x = next_pulls, next_x
+            next_pulls, next_x = load_pulls_and_inputs(
+                input, target, pulls_chunk, start + BLOCK_B, inside, columns, stored, pitch, B, C, D,
+                ignore_index, input_row, input_column, MASKED, BLOCK_B,
+            )  # fmt: skip
+        else:
+            pulls, x = load_pulls_and_inputs(
+                input, target, pulls_chunk, start, inside, columns, stored, pitch, B, C, D, ignore_index,
+                input_row, input_column, MASKED, BLOCK_B,
+            )  # fmt: skip
+        x = rounded(x, OPERAND)
         values, low = add_pulled(values, low, tl.trans(pulls), x, OPERAND, PRECISION, WIDE != ACC)
     return values, low
 
@@ -668,6 +716,7 @@ def chunk_grad_rows(
     BLOCK_B: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):
     """Program (t, d): columns d of the gradient of a tile of class rows, all rows of input in order.
 
@@ -682,26 +731,26 @@ def chunk_grad_rows(
             if all_counted(target, B, C, ignore_index):
                 values, low = class_rows_sums(
                     input, target, pulls_chunk, inside, columns, stored, pitch, B, C, D, ignore_index,
-                    input_row, input_column, False, OPERAND, ACC, WIDE, PRECISION, BLOCK_B,
+                    input_row, input_column, False, OPERAND, ACC, WIDE, PRECISION, BLOCK_B, PREFETCH,
                 )  # fmt: skip
             else:
                 values, low = class_rows_sums(
                     input, target, pulls_chunk, inside, columns, stored, pitch, B, C, D, ignore_index,
-                    input_row, input_column, True, OPERAND, ACC, WIDE, PRECISION, BLOCK_B,
+                    input_row, input_column, True, OPERAND, ACC, WIDE, PRECISION, BLOCK_B, PREFETCH,
                 )  # fmt: skip
         else:
             values, low = class_rows_sums(
                 input, target, pulls_chunk, inside, columns, stored, pitch, B, C, D, ignore_index,
-                input_row, input_column, True, OPERAND, ACC, WIDE, PRECISION, BLOCK_B,
+                input_row, input_column, True, OPERAND, ACC, WIDE, PRECISION, BLOCK_B, PREFETCH,
             )  # fmt: skip
         values = one_part(values, low, WIDE)
         if COSINE:
             share = sum_tiles(share_classes, inside, inside < size, row_tiles, pitch, WIDE)
             w = load_class_rows(
                 weight, sources, first + class_tile * BLOCK_S, inside < size, columns,
-                D, weight_row, weight_column, OPERAND,
+                D, weight_row, weight_column,
             )  # fmt: skip
-            values = without_share(values, share, w)
+            values = without_share(values, share, rounded(w, OPERAND))
         store_rows(grad_rows, entries, inside < size, columns, D, values)
     if grad_bias is not None:
         if column_tile == 0:
@@ -711,19 +760,44 @@ def chunk_grad_rows(
 
 
 @triton.jit
+def load_pulls_and_class_rows(
+    weight, sources, pulls_chunk, first, start, size, stored, pitch, rows, columns, B, D,
+    weight_row, weight_column, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Of the chunk's classes from `start` on: (pulls of `rows`, columns of the class rows)."""
+    inside = start + tl.arange(0, BLOCK_S)
+    pulls = load_pulls(pulls_chunk, rows, inside, B, stored, pitch)
+    return pulls, load_class_rows(
+        weight, sources, first + start, inside < size, columns, D, weight_row, weight_column
+    )
+
+
+@triton.jit
 def input_sums(
     weight, sources, pulls_chunk, values, low, first, size, stored, pitch, rows, columns, B, D,
     weight_row, weight_column,
     OPERAND: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    BLOCK_S: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """values + low + pulls @ class rows for some rows and columns, as two parts."""
+    if PREFETCH:
+        next_pulls, next_w = load_pulls_and_class_rows(
+            weight, sources, pulls_chunk, first, 0, size, stored, pitch, rows, columns, B, D,
+            weight_row, weight_column, BLOCK_S,
+        )  # fmt: skip
     for start in range(0, size, BLOCK_S):
-        inside = start + tl.arange(0, BLOCK_S)
-        pulls = load_pulls(pulls_chunk, rows, inside, B, stored, pitch)
-        w = load_class_rows(
-            weight, sources, first + start, inside < size, columns, D, weight_row, weight_column, OPERAND
-        )
+        if PREFETCH:
+            pulls, w = next_pulls, next_w
+            next_pulls, next_w = load_pulls_and_class_rows(
+                weight, sources, pulls_chunk, first, start + BLOCK_S, size, stored, pitch, rows, columns,
+                B, D, weight_row, weight_column, BLOCK_S,
+            )  # fmt: skip
+        else:
+            pulls, w = load_pulls_and_class_rows(
+                weight, sources, pulls_chunk, first, start, size, stored, pitch, rows, columns, B, D,
+                weight_row, weight_column, BLOCK_S,
+            )  # fmt: skip
+        w = rounded(w, OPERAND)
         values, low = add_pulled(values, low, pulls, w, OPERAND, PRECISION, WIDE != ACC)
     return values, low
 
@@ -764,6 +838,7 @@ def chunk_grad_input(
     BLOCK_B: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):
     """Program (b, d): adds what a chunk of classes gives to columns d of a tile of rows, from chunk 0 on."""
     rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -782,17 +857,17 @@ def chunk_grad_input(
             if all_in_order(sources, S):
                 values, low = input_sums(
                     weight, None, pulls_chunk, values, low, first, size, stored, pitch, rows, columns, B, D,
-                    weight_row, weight_column, OPERAND, ACC, WIDE, PRECISION, BLOCK_S,
+                    weight_row, weight_column, OPERAND, ACC, WIDE, PRECISION, BLOCK_S, PREFETCH,
                 )  # fmt: skip
             else:
                 values, low = input_sums(
                     weight, sources, pulls_chunk, values, low, first, size, stored, pitch, rows, columns,
-                    B, D, weight_row, weight_column, OPERAND, ACC, WIDE, PRECISION, BLOCK_S,
+                    B, D, weight_row, weight_column, OPERAND, ACC, WIDE, PRECISION, BLOCK_S, PREFETCH,
                 )  # fmt: skip
         else:
             values, low = input_sums(
                 weight, sources, pulls_chunk, values, low, first, size, stored, pitch, rows, columns, B, D,
-                weight_row, weight_column, OPERAND, ACC, WIDE, PRECISION, BLOCK_S,
+                weight_row, weight_column, OPERAND, ACC, WIDE, PRECISION, BLOCK_S, PREFETCH,
             )  # fmt: skip
         tl.store(at, one_part(values, low, WIDE), mask=there)
     if tl.program_id(1) == 0:

@@ -1,6 +1,7 @@
 """Launch configurations of the loss' kernels: a small table, looked up by size and dtype."""
 
 import functools
+import math
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -11,7 +12,9 @@ import torch
 SMALL_BATCH = 128  # rows that one tile holds
 SMALL_ENTRIES = 4096  # of the compact gradient, S + B, that every program may look through
 SMALL_PARTIALS = 2**22  # elements of the tiles' parts of the gradient of input
-FEWEST_PULLS = 2**24  # elements of a chunk of pulls, unless the problem has room for more
+# elements of a chunk of pulls, unless the problem has room for more; by bytes of an operand
+FEWEST_PULLS = {2: 2**24, 4: 2**24, 8: 2**21}
+COLUMNS_OF_GROUP = 128  # at least
 MOST_TILES = 2**15  # of classes in a chunk: a grid's second axis has 65,535 programs
 MOST_RESULT_TILES = 64  # at a time, of the tiles' parts of a gradient
 
@@ -25,6 +28,8 @@ class Blocks:
     columns: int
     warps: int
     stages: int
+    # the kernel holds the next tile in registers while it multiplies one, in place of the compiler's pipeline
+    prefetch: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,12 +53,13 @@ class Tiling:
 
 @dataclass(frozen=True)
 class Configuration:
-    """What one call uses. `small`: the backward pass in two launches, a tile of classes for each program."""
+    """What one call uses."""
 
-    small: bool
+    small: bool  # the backward pass in two launches: each program a tile of classes, a group of columns
     tiling: Tiling
     chunk: int  # classes at a time in the large backward pass, a multiple of tiling.tiles.classes
     splits: int  # of the class set in the forward pass
+    column_groups: int  # in the small backward pass; each computes the tile's logits
 
 
 class Large(NamedTuple):
@@ -77,13 +83,18 @@ class Table:
     result_entries: int
     result_warps: int
     merge_warps: int  # of the kernel that merges the splits
+    paired: (
+        int  # elements of rows, and as many of their targets' rows, that each of a warp's 32 threads holds
+    )
     all_registers: dict[str, int]  # options of every kernel
     matrices: dict[int, dict[str, int]]  # options of those that multiply
     small_forward: dict[int, Blocks] = field(default_factory=dict)  # where it differs from both
     programs: int = 264  # of 8 warps, which keep a large device busy
     # in place of `large` where less is asked for: by `room` too, see `configure`
     roomy: dict[tuple[int, str], Large] = field(default_factory=dict)
-    precise_work: int = 2**16  # B * S * D of float32 problems that float64 takes no longer for
+    # in place of both for problems of too few of their tiles to keep the device busy
+    modest: dict[int, Large] = field(default_factory=dict)
+    precise_work: float = 2**16  # B * S * D of float32 problems that float64 takes no longer for
 
 
 # maxnreg, a thread's registers: told so, the assembler does not spill a few to leave room for more warps.
@@ -115,15 +126,41 @@ NVIDIA = Table(
     result_entries=64,
     result_warps=4,
     merge_warps=8,
+    paired=8,
     all_registers={"maxnreg": 255},
     matrices={2: {}, 4: {}, 8: {}},
 )
 # Measured on an H100. Its matrix instructions multiply 64 rows or more by up to 256 columns, of operands in
-# shared memory. Its float64 is half as fast as float32: a client's problem is computed in it.
+# shared memory. It multiplies float64 as fast as float32, whose products would be added as two parts; the
+# compiler's pipelines of float64 take twice as long as none.
 HOPPER = replace(
     NVIDIA,
-    few=NVIDIA.few | {8: Blocks(32, 16, 64, 8, 1)},
-    small_forward={8: Blocks(16, 16, 64, 4, 1)},
+    few=NVIDIA.few | {8: Blocks(32, 16, 64, 4, 1, prefetch=True)},
+    small_forward={8: Blocks(16, 16, 64, 4, 1, prefetch=True)},
+    large=NVIDIA.large
+    | {
+        8: Large(
+            forward=Blocks(64, 64, 16, 8, 1, prefetch=True),
+            tiles=Blocks(32, 32, 16, 4, 1, prefetch=True),
+            grad_rows=Blocks(32, 64, 32, 4, 1, prefetch=True),
+            grad_input=Blocks(32, 64, 32, 4, 1, prefetch=True),
+        )
+    },
+    modest={
+        2: Large(
+            forward=Blocks(64, 32, 64, 4, 3),
+            tiles=Blocks(64, 16, 64, 4, 3),
+            grad_rows=Blocks(128, 32, 64, 4, 2),
+            grad_input=Blocks(64, 64, 64, 4, 3),
+            looks_ahead=True,
+        ),
+        8: Large(
+            forward=Blocks(64, 32, 32, 8, 1, prefetch=True),
+            tiles=Blocks(32, 32, 16, 4, 1, prefetch=True),
+            grad_rows=Blocks(64, 16, 32, 4, 1, prefetch=True),
+            grad_input=Blocks(16, 64, 16, 4, 1, prefetch=True),
+        ),
+    },
     roomy={
         (2, "float16"): Large(
             forward=Blocks(128, 64, 64, 8, 3),
@@ -160,8 +197,17 @@ HOPPER = replace(
             grad_input=Blocks(128, 64, 256, 8, 3),
             looks_ahead=True,
         ),
+    }
+    | {
+        (8, room): Large(
+            forward=Blocks(64, 64, 16, 8, 1, prefetch=True),
+            tiles=Blocks(64, 64, 16, 4, 1, prefetch=True),
+            grad_rows=Blocks(32, 64, 32, 4, 1, prefetch=True),
+            grad_input=Blocks(32, 64, 32, 4, 1, prefetch=True),
+        )
+        for room in ("cosine", "dot", "linear")
     },
-    precise_work=2**23,
+    precise_work=math.inf,
     programs=132,  # one on each multiprocessor, whose registers hold one: never a second round, half empty
 )
 # AMD's compiler keeps masks of each element that a thread holds in its 102 scalar registers: fewer elements,
@@ -170,8 +216,7 @@ HOPPER = replace(
 _SMALL = {"matrix_instr_nonkdim": 16}
 AMD = Table(
     few=NVIDIA.few | {2: Blocks(32, 16, 32, 8, 2), 4: Blocks(32, 16, 16, 8, 1), 8: Blocks(16, 16, 16, 4, 1)},
-    many=NVIDIA.many
-    | {2: Blocks(128, 16, 32, 8, 2), 4: Blocks(128, 16, 16, 8, 1), 8: Blocks(128, 16, 16, 8, 1)},
+    many=NVIDIA.many | {8: Blocks(128, 16, 16, 8, 1)},
     large={
         2: Large(
             forward=Blocks(128, 64, 32, 16, 3),
@@ -187,6 +232,7 @@ AMD = Table(
     small_forward={8: Blocks(16, 16, 16, 4, 1)},
     result_warps=8,
     merge_warps=16,
+    paired=4,
     all_registers={},
     matrices={2: _SMALL, 4: _SMALL | {"waves_per_eu": 2}, 8: _SMALL | {"waves_per_eu": 2}},
 )
@@ -218,8 +264,8 @@ def configure(
     operand_bytes: 2, 4 or 8, of the dtype of products. problem_bytes: of the inputs and gradients, which a
     chunk of pulls must stay far below. room: what leaves registers for larger tiles, "float16" or, of another
     dtype, "vectors" where rows are read in long words; "cosine" or "dot" if besides there is no bias, no
-    learned scale and the rows have the dtype of products; "linear" for dot products with every class and
-    nothing else; or "".
+    learned scale and all rows are in one dtype, that of products unless these are float64; "linear" for dot
+    products with every class and nothing else; or "".
     """
     if _override is not None:
         return _override(B, S, D)
@@ -236,6 +282,8 @@ def _looked_up(
     small = B <= SMALL_BATCH and S + B <= SMALL_ENTRIES and class_tiles * B * D <= SMALL_PARTIALS
     forward = table.small_forward.get(operand_bytes, tile)
     large = table.roomy.get((operand_bytes, room), table.large[operand_bytes])
+    if -(-B // large.forward.rows) * -(-S // large.forward.classes) < table.programs:
+        large = table.modest.get(operand_bytes, large)
     grad_rows, grad_input = large.grad_rows, large.grad_input
     if not small and not few:
         forward, tile = large.forward, large.tiles
@@ -244,15 +292,21 @@ def _looked_up(
             replace(b, rows=min(b.rows, tile.rows), columns=16, stages=min(b.stages, 2))
             for b in (forward, tile)
         )
-        grad_rows, grad_input = replace(grad_rows, stages=2), replace(grad_input, stages=2)
+        grad_rows, grad_input = (replace(b, stages=min(b.stages, 2)) for b in (grad_rows, grad_input))
+    elif forward.prefetch:  # at least two tiles along the columns: one comes while the other is multiplied
+        forward = replace(forward, columns=max(min(forward.columns, _power_of_two(D) // 2), 16))
     row_tiles, class_tiles = -(-B // forward.rows), -(-S // forward.classes)
     programs = table.programs * 8 // forward.warps
     splits = max(1, min(programs // max(row_tiles, 1), class_tiles, 256))
     # At most 3% of the problem's memory, and 5% with the sums for the gradient of input beside it.
-    room_for_pulls = min(problem_bytes * 3 // 100, problem_bytes * 5 // 100 - 4 * B * D)
-    pulls = max(FEWEST_PULLS, room_for_pulls // operand_bytes)
+    sums = B * D * (4 if operand_bytes == 2 else 8)
+    room_for_pulls = min(problem_bytes * 3 // 100, problem_bytes * 5 // 100 - sums)
+    pulls = max(FEWEST_PULLS[operand_bytes], room_for_pulls // operand_bytes)
     half = -(-S // (2 * tile.classes))  # of the class tiles: never a matrix of B x S
     chunk = min(max(min(pulls // max(B, 1) // tile.classes, half), 1), MOST_TILES) * tile.classes
+    group = max(tile.columns, COLUMNS_OF_GROUP)
+    idle = table.programs * 8 // tile.warps // (-(-S // tile.classes) + 1)
+    column_groups = max(1, min(idle, -(-D // group)))
     merged_splits = _power_of_two(splits)
     tiling = Tiling(
         forward,
@@ -269,7 +323,7 @@ def _looked_up(
         merged_splits=merged_splits,
         merge_warps=table.merge_warps,
     )
-    return Configuration(small, tiling, chunk, splits)
+    return Configuration(small, tiling, chunk, splits, column_groups)
 
 
 def _power_of_two(n: int) -> int:

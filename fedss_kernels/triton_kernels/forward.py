@@ -8,9 +8,9 @@ them first. Matrix instructions that run by themselves (Hopper's) read tiles whe
 
 Bytes: `partial_terms` reads each gathered row of `weight` once for each tile of rows (D elements, an id and a
 correction), each row of `input` once for each tile of classes (from the caches: a tile of rows is small), the
-B rows of the targets once more, and writes 8 B bytes for each split, 24 B besides; `merge_splits` reads them
-and writes 24 B and the losses. `inverse_norms` reads each row of `input` and each gathered one once, and
-writes 4 (B + S) bytes.
+B rows and those of their targets once more, and writes 8 B bytes for each split, 24 B besides; `merge_splits`
+reads them and writes 24 B and the losses. `inverse_norms` reads each row of `input` and each gathered one
+once, and writes 4 (B + S) bytes.
 """
 
 import triton
@@ -19,17 +19,18 @@ import triton.language as tl
 from .tiles import (
     UNSPECIALIZED,
     add_squares,
-    dots,
     dots_and_inverses,
     exponentials,
     inverse_norm,
     load_bias,
     load_classes,
+    load_elements,
     load_rows,
     load_scale,
     load_targets,
     logit_unit,
     logits_of,
+    rounded,
     same,
     target_cosines,
     unit_of_low_parts,
@@ -74,6 +75,33 @@ def inverse_norms(
     tl.store(inverses + nth, inverse_norm(squares), mask=nth < S + B)
 
 
+@triton.jit
+def dots_with_targets(
+    input, weight, rows, counted, targets, known, D, input_row, input_column, weight_row, weight_column,
+    NORMS: tl.constexpr, OPERAND: tl.constexpr, WIDE: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """(input_i . weight_t, 1 / |input_i|, 1 / |weight_t|) (R,) each, t being the target; 0 without one."""
+    products = tl.zeros((rows.shape[0], BLOCK_D), WIDE)
+    input_squares = tl.zeros(products.shape, WIDE)
+    weight_squares = tl.zeros(products.shape, WIDE)
+    for start in range(0, D, BLOCK_D):
+        columns = start + tl.arange(0, BLOCK_D)
+        x = load_elements(input, rows, counted, columns, D, input_row, input_column)
+        w = load_elements(weight, targets, known, columns, D, weight_row, weight_column)
+        x, w = rounded(x, OPERAND).to(WIDE), rounded(w, OPERAND).to(WIDE)
+        products += x * w
+        if NORMS:
+            input_squares += x * x
+            weight_squares += w * w
+    products = tl.sum(products, 1)
+    input_squares = tl.sum(input_squares, 1)
+    weight_squares = tl.sum(weight_squares, 1)
+    if NORMS:
+        return products, inverse_norm(input_squares), inverse_norm(weight_squares)
+    else:
+        return products, input_squares + 1.0, weight_squares + 1.0
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def partial_terms(
     input,
@@ -104,47 +132,53 @@ def partial_terms(
     BLOCK_B: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    BLOCK_PAIRED: tl.constexpr,  # columns at a time of rows and their targets' rows
 ):
-    """Program (b, s): a tile of rows and every SPLITS-th tile of classes, from the s-th on."""
-    split, splits = tl.program_id(1), tl.num_programs(1)
+    """Program (b, s): a tile of rows and every SPLITS-th tile of classes, from the s - 1st on.
+
+    Program (b, 0): the rows and their own targets.
+    """
+    split, splits = tl.program_id(1) - 1, tl.num_programs(1) - 1
     rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     targets, counted, known = load_targets(target, rows, B, C, ignore_index)
-    scale = load_scale(factor, learned, WIDE)
-    unit = logit_unit(scale.to(ACC), COSINE)
-    largest = tl.full((BLOCK_B,), float("-inf"), ACC)
-    total = tl.zeros((BLOCK_B,), WIDE)
-    for start in tl.range(split * BLOCK_S, S, splits * BLOCK_S, disable_licm=True):
-        entries = start + tl.arange(0, BLOCK_S)
-        ids, corrections, live, wrong = load_classes(class_ids, counts, entries, S, C, WIDE)
-        sums, low, x_inverse, w_inverse = dots_and_inverses(
-            input, weight, inverses, rows, counted, entries, ids, live, B, D,
-            input_row, input_column, weight_row, weight_column,
-            COSINE, OPERAND, ACC, WIDE, PRECISION, BLOCK_D,
-        )  # fmt: skip
-        logits, low = logits_of(
-            sums, low, x_inverse, w_inverse, scale, unit, bias, ids, live, wrong, corrections,
-            COSINE, ACC, WIDE,
-        )  # fmt: skip
-        logits = tl.where(same(ids, targets, C), float("-inf"), logits)
-        larger = tl.maximum(largest, tl.max(logits, 1))
-        shift = tl.where(larger == float("-inf"), 0.0, larger)
-        total = total * tl.exp((largest - shift) * unit)
-        if WIDE != ACC:
-            low *= unit_of_low_parts(shift, unit)[:, None]
-        terms = exponentials((logits - shift[:, None]) * unit, low, WIDE != ACC)
-        total += tl.sum(terms, 1)
-        largest = larger
-    tl.store(partials + split.to(tl.int64) * B + rows, largest, mask=rows < B)
-    tl.store(partials + (splits + split).to(tl.int64) * B + rows, total, mask=rows < B)
-    if split == 0:
-        sums, _, x_inverse, w_inverse = dots(
-            input, weight, rows, known, targets, known, D, input_row, input_column, weight_row, weight_column,
-            True, COSINE, OPERAND, ACC, WIDE, PRECISION, 16,
+    if split < 0:
+        product, x_inverse, w_inverse = dots_with_targets(
+            input, weight, rows, counted, targets, known, D,
+            input_row, input_column, weight_row, weight_column, COSINE, OPERAND, WIDE, BLOCK_PAIRED,
         )  # fmt: skip
         at = kept + wide(B) * 3 + rows
-        tl.store(at, sums, mask=rows < B)
+        tl.store(at, product, mask=rows < B)
         tl.store(at + B, x_inverse, mask=rows < B)
         tl.store(at + 2 * B, w_inverse, mask=rows < B)
+    else:
+        scale = load_scale(factor, learned, WIDE)
+        unit = logit_unit(scale.to(ACC), COSINE)
+        largest = tl.full((BLOCK_B,), float("-inf"), ACC)
+        total = tl.zeros((BLOCK_B,), WIDE)
+        for start in tl.range(split * BLOCK_S, S, splits * BLOCK_S, disable_licm=True):
+            entries = start + tl.arange(0, BLOCK_S)
+            ids, corrections, live, wrong = load_classes(class_ids, counts, entries, S, C, WIDE)
+            sums, low, x_inverse, w_inverse = dots_and_inverses(
+                input, weight, inverses, None, rows, counted, entries, ids, live, B, D,
+                input_row, input_column, weight_row, weight_column,
+                COSINE, OPERAND, ACC, WIDE, PRECISION, BLOCK_D, PREFETCH,
+            )  # fmt: skip
+            logits, low = logits_of(
+                sums, low, x_inverse, w_inverse, scale, unit, bias, ids, live, wrong, corrections,
+                COSINE, ACC, WIDE,
+            )  # fmt: skip
+            logits = tl.where(same(ids, targets, C), float("-inf"), logits)
+            larger = tl.maximum(largest, tl.max(logits, 1))
+            shift = tl.where(larger == float("-inf"), 0.0, larger)
+            total = total * tl.exp((largest - shift) * unit)
+            if WIDE != ACC:
+                low *= unit_of_low_parts(shift, unit)[:, None]
+            terms = exponentials((logits - shift[:, None]) * unit, low, WIDE != ACC)
+            total += tl.sum(terms, 1)
+            largest = larger
+        tl.store(partials + split.to(tl.int64) * B + rows, largest, mask=rows < B)
+        tl.store(partials + (splits + split).to(tl.int64) * B + rows, total, mask=rows < B)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)

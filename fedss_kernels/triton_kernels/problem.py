@@ -135,7 +135,7 @@ class Problem(NamedTuple):
             return ""
         if operand == torch.float16:
             return "float16"
-        alike = operand == self.input.dtype == self.weight.dtype
+        alike = self.input.dtype == self.weight.dtype and operand in (self.input.dtype, torch.float64)
         if self.bias is not None or self.learned is not None or not alike:
             return "vectors"
         whole = self.traits.fold and self.log_expected_count is None

@@ -184,7 +184,7 @@ class Calls:
         if B > 0:
             plan.launch(
                 k.partial_terms,
-                (triton.cdiv(B, t.forward.rows), c.splits),
+                (triton.cdiv(B, t.forward.rows), c.splits + 1),
                 *(self.input, self.weight, self.target, self.class_ids, self.counts, self.bias, self.learned),
                 *(self._inverses(plan, c, k), partials, kept),
                 *(B, C, S, D, self.ignore_index, *self.strides, FACTOR),
@@ -353,7 +353,7 @@ class Calls:
         if tiles + (not self.fold) > 0:
             plan.launch(
                 k.small_tiles,
-                (tiles + (not self.fold),),
+                (tiles + (not self.fold), c.column_groups),
                 *(self.input, self.weight, self.target, self.class_ids, self.counts, self.bias, self.learned),
                 *(upstream, kept, to.rows, to.row_bias, partial_input, partial_share, partial_scale),
                 *(B, C, S, D, self.ignore_index, *self.strides, FACTOR),

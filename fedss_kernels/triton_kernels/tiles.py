@@ -59,7 +59,7 @@ def wide(n):
 
 
 @triton.jit
-def load_rows(
+def load_elements(
     matrix,
     rows,  # (R,) row numbers
     wanted,  # (R,) others read as 0, whatever they hold
@@ -67,12 +67,17 @@ def load_rows(
     D,
     row_stride,
     column_stride,
-    OPERAND: tl.constexpr,
 ):
-    """(R, BLOCK_D) elements of a (N, D) matrix, rounded to the dtype of products."""
+    """(R, BLOCK_D) elements of a (N, D) matrix."""
     at = rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
     inside = wanted[:, None] & (columns < D)[None, :]
-    return rounded(tl.load(matrix + at, mask=inside, other=0.0), OPERAND)
+    return tl.load(matrix + at, mask=inside, other=0.0)
+
+
+@triton.jit
+def load_rows(matrix, rows, wanted, columns, D, row_stride, column_stride, OPERAND: tl.constexpr):
+    """The same, rounded to the dtype of products."""
+    return rounded(load_elements(matrix, rows, wanted, columns, D, row_stride, column_stride), OPERAND)
 
 
 @triton.jit
@@ -219,18 +224,14 @@ def load_bias(bias, ids, wanted, ACC: tl.constexpr):
 @triton.jit
 def dots(
     input, weight, rows, counted, ids, wanted, D, input_row, input_column, weight_row, weight_column,
-    PAIRED: tl.constexpr, NORMS: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
+    INPUT_NORMS: tl.constexpr, WEIGHT_NORMS: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
-    """(dots, their low part, 1 / |input_i| (R,), 1 / |weight_j| (J,)); inverses are 1 without NORMS.
+    """(dots (R, J), their low part, 1 / |input_i| (R,), 1 / |weight_j| (J,)); 1 for norms not wanted.
 
-    dots: (R, J) of every row with every class row; PAIRED: (R,) of row i with class row i, in WIDE. The low
-    part is 0 unless WIDE is wider than ACC.
+    The low part is 0 unless WIDE is wider than ACC.
     """
-    if PAIRED:
-        sums = tl.zeros(rows.shape, WIDE)
-    else:
-        sums = tl.zeros((rows.shape[0], ids.shape[0]), ACC)
+    sums = tl.zeros((rows.shape[0], ids.shape[0]), ACC)
     low = tl.zeros(sums.shape, ACC)
     # Where tiles are small, squares are kept as they come, and summed once.
     if WIDE == tl.float64:
@@ -239,41 +240,51 @@ def dots(
     else:
         input_squares = tl.zeros(rows.shape, WIDE)
         weight_squares = tl.zeros(ids.shape, WIDE)
+    columns = tl.arange(0, BLOCK_D)
+    if PREFETCH:
+        next_x = load_elements(input, rows, counted, columns, D, input_row, input_column)
+        next_w = load_elements(weight, ids, wanted, columns, D, weight_row, weight_column)
     for start in range(0, D, BLOCK_D):
-        columns = start + tl.arange(0, BLOCK_D)
-        x = load_rows(input, rows, counted, columns, D, input_row, input_column, OPERAND)
-        w = load_rows(weight, ids, wanted, columns, D, weight_row, weight_column, OPERAND)
-        if PAIRED:
-            sums += tl.sum(x.to(WIDE) * w.to(WIDE), 1)
+        if PREFETCH:
+            x, w = next_x, next_w
+            after = start + BLOCK_D + columns
+            next_x = load_elements(input, rows, counted, after, D, input_row, input_column)
+            next_w = load_elements(weight, ids, wanted, after, D, weight_row, weight_column)
         else:
-            if WIDE != ACC:
-                sums, low = add_block(sums, low, x, tl.trans(w), PRECISION, True)
-            else:  # no low part is carried through the loop
-                sums = add_product(sums, x, tl.trans(w), PRECISION)
-        if NORMS:
+            x = load_elements(input, rows, counted, start + columns, D, input_row, input_column)
+            w = load_elements(weight, ids, wanted, start + columns, D, weight_row, weight_column)
+        x, w = rounded(x, OPERAND), rounded(w, OPERAND)
+        if WIDE != ACC:
+            sums, low = add_block(sums, low, x, tl.trans(w), PRECISION, True)
+        else:  # no low part is carried through the loop
+            sums = add_product(sums, x, tl.trans(w), PRECISION)
+        if INPUT_NORMS:
             input_squares = add_squares(input_squares, x, WIDE == tl.float64)
+        if WEIGHT_NORMS:
             weight_squares = add_squares(weight_squares, w, WIDE == tl.float64)
     if WIDE == tl.float64:
         input_squares = tl.sum(input_squares, 1)
         weight_squares = tl.sum(weight_squares, 1)
-    if NORMS:
-        return sums, low, inverse_norm(input_squares), inverse_norm(weight_squares)
-    else:
-        return sums, low, input_squares + 1.0, weight_squares + 1.0
+    x_inverse = inverse_norm(input_squares) if INPUT_NORMS else input_squares + 1.0
+    w_inverse = inverse_norm(weight_squares) if WEIGHT_NORMS else weight_squares + 1.0
+    return sums, low, x_inverse, w_inverse
 
 
 @triton.jit
 def dots_and_inverses(
-    input, weight, inverses, rows, counted, entries, ids, wanted, B, D,
+    input, weight, inverses, kept, rows, counted, entries, ids, wanted, B, D,
     input_row, input_column, weight_row, weight_column,
     COSINE: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
-    """As `dots`, of every row with every class row; `inverses`: what `inverse_norms` found, or None."""
+    """As `dots`. inverses: what `inverse_norms` found; kept: those of input among it; None: found here."""
     sums, low, x_inverse, w_inverse = dots(
         input, weight, rows, counted, ids, wanted, D, input_row, input_column, weight_row, weight_column,
-        False, COSINE and inverses is None, OPERAND, ACC, WIDE, PRECISION, BLOCK_D,
+        COSINE and inverses is None and kept is None, COSINE and inverses is None,
+        OPERAND, ACC, WIDE, PRECISION, BLOCK_D, PREFETCH,
     )  # fmt: skip
+    if COSINE and inverses is None and kept is not None:
+        x_inverse = tl.load(kept + 4 * wide(B) + rows, mask=counted, other=0.0).to(WIDE)
     if inverses is not None:
         x_inverse = tl.load(inverses + rows, mask=counted, other=0.0)
         w_inverse = tl.load(inverses + wide(B) + entries, mask=wanted, other=0.0)

@@ -55,6 +55,7 @@ def kernels_of(traits: Traits, t: Tiling, table: Table) -> Kernels:
             "BLOCK_B": blocks.rows,
             "BLOCK_S": blocks.classes,
             "BLOCK_D": blocks.columns,
+            "PREFETCH": blocks.prefetch,
             "num_warps": blocks.warps,
             "num_stages": blocks.stages,
             "enable_fp_fusion": True,
@@ -82,6 +83,7 @@ def kernels_of(traits: Traits, t: Tiling, table: Table) -> Kernels:
         Variant(
             forward.partial_terms,
             **{"COSINE": cosine, **products, **multiplying(t.forward), **registers},
+            BLOCK_PAIRED=max(32 * t.forward.warps * table.paired // t.forward.rows, 16),
         ),
         merging(traits.reduction),
         merging("none"),

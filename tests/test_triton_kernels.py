@@ -274,10 +274,22 @@ def test_a_large_linear_layer_needs_5_percent_more_than_inputs_and_gradients(tab
     assert max(forward, backward) + kept.nbytes <= 0.05 * inputs_and_gradients
 
 
-@pytest.mark.parametrize("B", [5, 140])
+def test_long_rows_are_shared_out_where_programs_are_idle():
+    def groups(S, D):
+        return configure(HOPPER, 32, S, D, 8, "", 2**20).column_groups
+
+    assert [groups(100, 64), groups(100, 300), groups(170, 1280)] == [1, 3, 10]
+    assert groups(820, 1280) == 4 and groups(3000, 1280) == 1
+
+
+@pytest.mark.parametrize(
+    "table, B, D", [(NVIDIA, 5, 33), (NVIDIA, 140, 33), (HOPPER, 5, 144), (HOPPER, 140, 48)]
+)
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_shipped_configurations_are_right_too(B, dtype):
-    check(Case(0, B=B, S=70, C=90, D=33, dtype=dtype, bias=True), loss_by_triton)
+def test_shipped_configurations_are_right_too(table, B, D, dtype, monkeypatch):
+    """D = 144: two groups of columns in the backward pass."""
+    monkeypatch.setattr(configurations, "TABLE", table)
+    check(Case(0, B=B, S=40, C=60, D=D, dtype=dtype, bias=True), loss_by_triton)
 
 
 @pytest.mark.parametrize("S", [None, 40])

@@ -236,6 +236,9 @@ AMD = Table(
     all_registers={},
     matrices={2: _SMALL, 4: _SMALL | {"waves_per_eu": 2}, 8: _SMALL | {"waves_per_eu": 2}},
 )
+# Other devices whose matrix units multiply float64 as fast as vector units multiply float32. Not measured.
+FULL_FLOAT64 = replace(NVIDIA, precise_work=math.inf)
+TABLES = {(8, 0): FULL_FLOAT64, (9, 0): HOPPER, (10, 0): FULL_FLOAT64}  # by compute capability
 TABLE: Table | None = None  # for every device, in place of its own: for tests
 
 
@@ -252,8 +255,9 @@ def table_of(device: torch.device) -> Table:
 def _table_of(kind: str, index: int | None) -> Table:
     if torch.version.hip:
         return AMD
-    hopper = kind == "cuda" and torch.cuda.get_device_capability(index) == (9, 0)
-    return HOPPER if hopper else NVIDIA
+    if kind != "cuda":
+        return NVIDIA
+    return TABLES.get(torch.cuda.get_device_capability(index), NVIDIA)
 
 
 def configure(

@@ -46,7 +46,7 @@ def blocks_of_16(small: bool, B: int, S: int, D: int) -> Configuration:
         merged_splits=4,
         merge_warps=4,
     )
-    return Configuration(small, tiling, chunk=32, splits=splits, column_groups=1 + (D > 16))
+    return Configuration(small, tiling, chunk=32, splits=splits, column_groups=1 + (D > 32))
 
 
 @dataclass(frozen=True)

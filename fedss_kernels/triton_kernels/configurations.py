@@ -205,7 +205,7 @@ HOPPER = replace(
             grad_rows=Blocks(32, 64, 32, 4, 1, prefetch=True),
             grad_input=Blocks(32, 64, 32, 4, 1, prefetch=True),
         )
-        for room in ("cosine", "dot", "linear")
+        for room in ("dot", "linear")
     },
     precise_work=math.inf,
     programs=132,  # one on each multiprocessor, whose registers hold one: never a second round, half empty

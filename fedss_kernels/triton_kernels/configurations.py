@@ -83,9 +83,7 @@ class Table:
     result_entries: int
     result_warps: int
     merge_warps: int  # of the kernel that merges the splits
-    paired: (
-        int  # elements of rows, and as many of their targets' rows, that each of a warp's 32 threads holds
-    )
+    paired: int  # elements of rows for a thread, of a warp's 32, beside as many of their targets' rows
     all_registers: dict[str, int]  # options of every kernel
     matrices: dict[int, dict[str, int]]  # options of those that multiply
     small_forward: dict[int, Blocks] = field(default_factory=dict)  # where it differs from both

@@ -131,19 +131,17 @@ NVIDIA = Table(
 # Measured on an H100. Its matrix instructions multiply 64 rows or more by up to 256 columns, of operands in
 # shared memory. It multiplies float64 as fast as float32, whose products would be added as two parts; the
 # compiler's pipelines of float64 take twice as long as none.
+_FLOAT64 = Large(
+    forward=Blocks(64, 64, 16, 8, 1, prefetch=True),
+    tiles=Blocks(32, 32, 16, 4, 1, prefetch=True),
+    grad_rows=Blocks(32, 64, 32, 4, 1, prefetch=True),
+    grad_input=Blocks(32, 64, 32, 4, 1, prefetch=True),
+)
 HOPPER = replace(
     NVIDIA,
     few=NVIDIA.few | {8: Blocks(32, 16, 64, 4, 1, prefetch=True)},
     small_forward={8: Blocks(16, 16, 64, 4, 1, prefetch=True)},
-    large=NVIDIA.large
-    | {
-        8: Large(
-            forward=Blocks(64, 64, 16, 8, 1, prefetch=True),
-            tiles=Blocks(32, 32, 16, 4, 1, prefetch=True),
-            grad_rows=Blocks(32, 64, 32, 4, 1, prefetch=True),
-            grad_input=Blocks(32, 64, 32, 4, 1, prefetch=True),
-        )
-    },
+    large=NVIDIA.large | {8: _FLOAT64},
     modest={
         2: Large(
             forward=Blocks(64, 32, 64, 4, 3),
@@ -152,9 +150,8 @@ HOPPER = replace(
             grad_input=Blocks(64, 64, 64, 4, 3),
             looks_ahead=True,
         ),
-        8: Large(
+        8: _FLOAT64._replace(
             forward=Blocks(64, 32, 32, 8, 1, prefetch=True),
-            tiles=Blocks(32, 32, 16, 4, 1, prefetch=True),
             grad_rows=Blocks(64, 16, 32, 4, 1, prefetch=True),
             grad_input=Blocks(16, 64, 16, 4, 1, prefetch=True),
         ),
@@ -197,12 +194,7 @@ HOPPER = replace(
         ),
     }
     | {
-        (8, room): Large(
-            forward=Blocks(64, 64, 16, 8, 1, prefetch=True),
-            tiles=Blocks(64, 64, 16, 4, 1, prefetch=True),
-            grad_rows=Blocks(32, 64, 32, 4, 1, prefetch=True),
-            grad_input=Blocks(32, 64, 32, 4, 1, prefetch=True),
-        )
+        (8, room): _FLOAT64._replace(tiles=Blocks(64, 64, 16, 4, 1, prefetch=True))
         for room in ("dot", "linear")
     },
     precise_work=math.inf,

@@ -136,7 +136,7 @@ class Calls:
         self.traits, self.device, self.ignore_index = p.traits, p.input.device, p.ignore_index
         input, weight, self.strides = p.operands
         self.sizes, self.signature = p.sizes, p.signature
-        self.dtypes = p.input.dtype, p.weight.dtype
+        self.input_dtype = p.input.dtype
         given = [None if tensor is None else Given(place) for place, tensor in enumerate(p.tensors)]
         self.input, self.weight, self.target, self.class_ids = given[:4]
         self.counts, self.target_counts, self.bias, self.learned = given[4:]
@@ -228,7 +228,7 @@ class Calls:
         B, C, S, D = self.sizes
         dense = ((wanted.needed[1] and not wanted.sparse) or wanted.needed[2]) and not self.fold
         little = plan.bytes + 8 * (S + B) * D <= PREPARED
-        alike = upstream == (torch.float64 if self.dtypes[0] == torch.float64 else torch.float32)
+        alike = upstream == (torch.float64 if self.input_dtype == torch.float64 else torch.float32)
         loss = self.plans.get(("loss", id(c)))
         alike &= c is self.configuration and not self.merges
         if plan.again and little and alike and not dense and loss is not None:

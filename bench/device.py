@@ -16,7 +16,7 @@ import torch
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-WARMUPS, FEWEST, MOST = (5, 10, 1000) if CUDA else (1, 2, 2)
+WARMUPS, TURNS, FEWEST, MOST = (5, 5, 2, 200) if CUDA else (1, 2, 1, 1)  # calls: of a turn
 GRAPH_CALLS = 20  # in one graph, so that its launch does not count
 Stage = Callable[[Any], Any]  # of a call: given what the one before it returned
 
@@ -38,26 +38,38 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def time_stages(seconds: float, *stages: Stage) -> list[list[float]]:
-    """Seconds that each stage of a call takes, over many calls, one right after the other."""
+class Stopwatch:
+    """Times the stages of a call, one right after the other, over TURNS turns of many calls.
 
-    def call() -> list[Any]:
+    What is compared takes its turns in alternation, so that what slows the machine slows all of it.
+    """
+
+    def __init__(self, seconds: float, *stages: Stage):
+        """seconds: that its turns take together. Warms up."""
+        self.stages = stages
+        self.seconds: list[list[float]] = [[] for _ in stages]  # of each stage, every call
+        for _ in range(WARMUPS):
+            self._call()
+        _wait()
+        begun = time.perf_counter()
+        self._call()
+        _wait()
+        self.calls = min(max(int(seconds / TURNS / (time.perf_counter() - begun)), FEWEST), MOST)
+
+    def turn(self) -> None:
+        if CUDA:  # not counted: it finds the caches full of something else, the device with nothing to do
+            self._call()
+        calls = [self._call() for _ in range(self.calls)]
+        _wait()
+        for nth, seconds in enumerate(self.seconds):
+            seconds += [_seconds_between(marks[nth], marks[nth + 1]) for marks in calls]
+
+    def _call(self) -> list[Any]:
         marks, value = [_mark()], None
-        for stage in stages:
+        for stage in self.stages:
             value = stage(value)
             marks.append(_mark())
         return marks
-
-    for _ in range(WARMUPS):
-        call()
-    _wait()
-    begun = time.perf_counter()
-    call()
-    _wait()
-    calls = min(max(int(seconds / (time.perf_counter() - begun)), FEWEST), MOST)
-    marks = [call() for _ in range(calls)]
-    _wait()
-    return [[_seconds_between(of[i], of[i + 1]) for of in marks] for i in range(len(stages))]
 
 
 @functools.cache
@@ -66,8 +78,8 @@ def _side_stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()
 
 
-def time_graph(seconds: float, call: Callable[[], object]) -> list[float]:
-    """Seconds of one of the calls in a graph, over many replays."""
+def graph_of(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """GRAPH_CALLS of the call."""
     graph, side = torch.cuda.CUDAGraph(), _side_stream()
     side.wait_stream(torch.cuda.current_stream())
     gc.collect()
@@ -83,8 +95,7 @@ def time_graph(seconds: float, call: Callable[[], object]) -> list[float]:
     finally:
         gc.enable()
     torch.cuda.synchronize()
-    (spans,) = time_stages(seconds, lambda _: graph.replay())
-    return [span / GRAPH_CALLS for span in spans]
+    return graph
 
 
 def peak_bytes(step: Callable[[], object]) -> int | None:
@@ -154,13 +165,19 @@ def _mm_flops(seconds: float, dtype: torch.dtype, precision: str = "highest") ->
     size, before = 8192 if CUDA else 128, torch.get_float32_matmul_precision()
     a, b = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
     torch.set_float32_matmul_precision(precision)
-    (spans,) = time_stages(seconds, lambda _: torch.mm(a, b))
+    best = _least(seconds, lambda _: torch.mm(a, b))
     torch.set_float32_matmul_precision(before)
-    return 2 * size**3 / min(spans)
+    return 2 * size**3 / best
 
 
 def _copied_bytes(seconds: float) -> float:
     source = torch.ones(2**30 if CUDA else 2**20, dtype=torch.uint8, device=DEVICE)
     copy = torch.empty_like(source)
-    (spans,) = time_stages(seconds, lambda _: copy.copy_(source))
-    return 2 * source.numel() / min(spans)
+    return 2 * source.numel() / _least(seconds, lambda _: copy.copy_(source))
+
+
+def _least(seconds: float, call: Stage) -> float:
+    watch = Stopwatch(seconds, call)
+    for _ in range(TURNS):
+        watch.turn()
+    return min(watch.seconds[0])

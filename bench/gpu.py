@@ -1,9 +1,9 @@
 """The loss on a GPU beside what one would use instead: `python -m fedss_kernels.bench.gpu`.
 
-First ours is checked against float64 at every shape; a wrong result stops the run. Then each contender is
-timed as it is called, between events around the call, and at small shapes again as replays of a CUDA graph;
-what one raises is reported, and the run goes on. Without a GPU the kernels are interpreted, on tiny shapes:
-that shows that every part runs, and the times mean nothing.
+First ours is checked against float64 at every shape; a wrong result stops the run. Then the contenders are
+timed in turns as they are called, between events around the call, and at small shapes again as replays of a
+CUDA graph; what one raises is reported, and the run goes on. Without a GPU the kernels are interpreted, on
+tiny shapes: that shows that every part runs, and the times mean nothing.
 """
 
 import argparse
@@ -40,7 +40,18 @@ from .bench_sampled_softmax import (
     last_products,
     on_rows,
 )
-from .device import CUDA, DEVICE, Device, Stage, measure_device, peak_bytes, time_graph, time_stages
+from .device import (
+    CUDA,
+    DEVICE,
+    GRAPH_CALLS,
+    TURNS,
+    Device,
+    Stage,
+    Stopwatch,
+    graph_of,
+    measure_device,
+    peak_bytes,
+)
 from .measure import Timing
 from .plot import Panel
 from .report import Plan, Report
@@ -210,12 +221,73 @@ def measure_case(case: Case, seconds: float) -> Iterator[Row]:
         return p, (loss.detach(), *others)
 
     prepared, failure = attempt(prepare)
+    entered: dict[str, tuple[Entrant | None, str]] = {}
     for name in contenders(case):
-        rows, note = None, failure or why_not(name, case.shape)
-        if not note:
-            p, right = prepared
-            rows, note = attempt(functools.partial(_measure, case, name, p, right, seconds))
-        yield from rows or [_row(case, name, "forward_backward", None, note=note)]
+        note = failure or why_not(name, case.shape)
+        enter = functools.partial(Entrant, case, name, prepared, seconds)
+        entered[name] = (None, note) if note else attempt(enter)
+    running = [entrant for entrant, _ in entered.values() if entrant is not None]
+    for operations, _, entrant in itertools.product(TIMED, range(TURNS), running):
+        entrant.turn(operations)
+    for name, (entrant, note) in entered.items():
+        if entrant is None:
+            yield _row(case, name, "forward_backward", None, note=note)
+        else:
+            yield from entrant.rows()
+
+
+# What is timed together: operations that are the stages of one call.
+TIMED = [("forward_backward",), ("forward", "backward"), ("graph_forward_backward",), ("graph_forward",)]
+
+
+class Entrant:
+    """A contender at one case, checked and warm."""
+
+    def __init__(self, case: Case, name: str, prepared: tuple[Problem, Results], seconds: float):
+        p, right = prepared
+        if name not in OURS:
+            check_rival(name, p, right)
+        self.case, self.name = case, name
+        forward, backward = stages(CONTENDERS[name], p)
+
+        def step(_: None = None) -> object:
+            return backward(forward(None))
+
+        calls = dict(zip(TIMED, [(step,), (forward, backward)], strict=False))
+        self.watches = {operations: Stopwatch(seconds, *of) for operations, of in calls.items()}
+        self.notes: dict[tuple[str, ...], str] = {}  # why there are no times
+        self.peak = peak_bytes(step)
+        if CUDA and case.small:
+            self._add_graphs(p, seconds)
+
+    def _add_graphs(self, p: Problem, seconds: float) -> None:
+        # Leaves of their own: what autograd remembers of the stream of earlier calls would break the capture.
+        leaves = {of: getattr(p, of).detach().requires_grad_() for of in ("input", "rows", "weight")}
+        forward, backward = stages(CONTENDERS[self.name], p._replace(**leaves))
+        calls = {TIMED[2]: lambda: backward(forward(None)), TIMED[3]: lambda: forward(None)}
+        for operations, call in calls.items():
+            graph, note = attempt(functools.partial(graph_of, call))
+            if note:
+                self.notes[operations] = f"as a graph: {note}"
+            else:
+                self.watches[operations] = Stopwatch(seconds, lambda _, graph=graph: graph.replay())
+
+    def turn(self, operations: tuple[str, ...]) -> None:
+        if operations in self.watches and operations not in self.notes:
+            _, note = attempt(self.watches[operations].turn)
+            if note:
+                self.notes[operations] = note
+
+    def rows(self) -> Iterator[Row]:
+        for operations in TIMED:
+            if operations in self.notes:
+                yield _row(self.case, self.name, operations[0], None, note=self.notes[operations])
+            elif operations in self.watches:
+                for operation, spans in zip(operations, self.watches[operations].seconds, strict=True):
+                    if operation.startswith("graph"):
+                        spans = [span / GRAPH_CALLS for span in spans]
+                    peak = self.peak if operation == "forward_backward" else None
+                    yield _row(self.case, self.name, operation, spans, peak)
 
 
 def attempt(run: Callable[[], Any]) -> tuple[Any, str]:
@@ -231,35 +303,6 @@ def attempt(run: Callable[[], Any]) -> tuple[Any, str]:
             gc.collect()
             torch.cuda.empty_cache()
     return None, note
-
-
-def _measure(case: Case, name: str, p: Problem, right: Results, seconds: float) -> list[Row]:
-    if name not in OURS:
-        check_rival(name, p, right)
-    forward, backward = stages(CONTENDERS[name], p)
-
-    def step(_: None = None) -> object:
-        return backward(forward(None))
-
-    (both,) = time_stages(seconds, step)
-    first, second = time_stages(seconds, forward, backward)
-    peak = peak_bytes(step)
-    return [
-        _row(case, name, "forward_backward", both, peak),
-        _row(case, name, "forward", first),
-        _row(case, name, "backward", second),
-        *(_graphs(case, name, p, seconds) if CUDA and case.small else ()),
-    ]
-
-
-def _graphs(case: Case, name: str, p: Problem, seconds: float) -> Iterator[Row]:
-    # Leaves of their own: what autograd remembers of the stream of earlier calls would break the capture.
-    leaves = {of: getattr(p, of).detach().requires_grad_() for of in ("input", "rows", "weight")}
-    forward, backward = stages(CONTENDERS[name], p._replace(**leaves))
-    calls = {"forward_backward": lambda: backward(forward(None)), "forward": lambda: forward(None)}
-    for operation, call in calls.items():
-        spans, note = attempt(functools.partial(time_graph, seconds, call))
-        yield _row(case, name, f"graph_{operation}", spans, note=note and f"as a graph: {note}")
 
 
 def _row(
@@ -292,7 +335,8 @@ NOTES = (
     "Cross-Entropy (the linear loss alone), the bare torch.mm of the same sizes (one forward, two backward); "
     "eager PyTorch that gathers, with a dense and a sparse gradient.",
     "as called: medians between events around a call, the host's share included; forward is that of "
-    "training. as a graph: replays of a CUDA graph, the device's share alone. Caches are warm in both.",
+    "training. as a graph: replays of a CUDA graph, the device's share alone. Caches are warm in both, and "
+    "contenders take turns.",
     "of mm rate: 2·B·S·D operations forward, 6·B·S·D with backward, over the time, against a large torch.mm "
     "(float32 without tf32); of copies: input and rows read in each direction and gradients written, against "
     "a large copy.",

@@ -96,6 +96,44 @@ def test_a_contender_that_fails_is_named_and_the_others_go_on(loss, note, monkey
     assert all(row.contender == "mm" and row.timing is not None for row in others)
 
 
+class Replays:
+    """A CUDA graph of one call, where there is no CUDA."""
+
+    def __init__(self, call):
+        self.replay = call
+
+
+def test_small_problems_are_timed_as_graphs_in_the_same_turns(monkeypatch):
+    taken = []
+
+    def graph_of(call):
+        if len(taken) == 1:  # the second graph: the first contender's of the forward pass
+            taken.append("failed")
+            raise RuntimeError("operation not permitted when stream is capturing")
+        taken.append("captured")
+        return Replays(call)
+
+    monkeypatch.setattr(gpu, "why_not", lambda name, shape: "" if name in ("eager", "mm") else "left out")
+    monkeypatch.setattr(gpu, "graph_of", graph_of)
+    monkeypatch.setattr(gpu, "CUDA", True)
+    turns = []
+    turn = gpu.Entrant.turn
+    monkeypatch.setattr(
+        gpu.Entrant, "turn", lambda self, of: (turns.append((of[0], self.name)), turn(self, of))[1]
+    )
+    rows = [row for row in gpu.measure_case(CASE, 0.001) if row.contender in ("eager", "mm")]
+
+    both = "graph_forward_backward"
+    assert [name for operation, name in turns if operation == both] == ["eager", "mm"] * gpu.TURNS
+    by_name = {(row.contender, row.operation): row for row in rows}
+    assert len(by_name) == len(rows) == 2 * 5
+    assert by_name["mm", both].timing.rounds == gpu.TURNS
+    assert by_name["eager", both].timing.min_s < by_name["eager", "forward_backward"].timing.min_s
+    failed = by_name["eager", "graph_forward"]
+    assert failed.timing is None and failed.note.startswith("as a graph: RuntimeError: operation not")
+    assert by_name["mm", "graph_forward"].timing is not None
+
+
 def test_what_cannot_be_prepared_is_reported_for_every_contender(monkeypatch):
     monkeypatch.setattr(bench_sampled_softmax, "linear_problem", out_of_memory_problem)
     rows = list(gpu.measure_case(LINEAR_CASE, 0.001))

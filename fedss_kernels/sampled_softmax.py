@@ -10,8 +10,9 @@ and calls the registered operator `fedss_kernels::sampled_softmax_loss`, which c
 """
 
 import math
+import numbers
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +88,8 @@ def sampled_softmax_loss(
     >>> sampled_softmax_loss(eye[:1], eye, torch.tensor([0]), scale=1.0)
     tensor(0.3133)
     """
+    if type(scale) is not float and not isinstance(scale, Tensor):
+        scale = _as_float(scale)
     if impl != "reference":
         try:
             loss = direct_loss(
@@ -97,7 +100,7 @@ def sampled_softmax_loss(
                 log_expected_count,
                 target_log_expected_count,
                 bias,
-                float(scale) if type(scale) is int else scale,
+                scale,
                 similarity,
                 ignore_index,
                 reduction,
@@ -132,6 +135,8 @@ def sampled_softmax_loss(
         scale_tensor = (
             scale if isinstance(scale, Tensor) else torch.full((), scale, dtype=torch.float64, device="cpu")
         )
+        if not torch.compiler.is_compiling():
+            _refuse_func_grad(input, weight, bias, scale_tensor)
         grad = torch.is_grad_enabled() and reduction != "none"
         wanted = [grad and t is not None and t.requires_grad for t in (input, weight, bias, scale_tensor)]
         loss = torch.ops.fedss_kernels.sampled_softmax_loss(
@@ -196,6 +201,28 @@ def _check_constant(name: str, value: Tensor | None, shape: tuple[int, ...], mea
     if value.requires_grad:
         raise ValueError(
             f"{name}: expected a constant, got a tensor that requires grad; pass {name}.detach()"
+        )
+
+
+def _as_float(scale: Any) -> Any:
+    """Any real number, NumPy's too, as a float; what is none comes back, for `_check_scale` to refuse."""
+    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
+        return scale
+    try:
+        return float(scale)
+    except OverflowError:
+        raise ValueError("scale: expected a finite number, got an integer past float64's range") from None
+
+
+def _refuse_func_grad(*tensors: Tensor | None) -> None:
+    """In words of what it is: the operator would speak of how it is made."""
+    transforms = torch._C._functorch.get_interpreter_stack() or ()
+    if not any(each.key() == torch._C._functorch.TransformType.Grad for each in transforms):
+        return
+    if any(t is not None and torch._C._functorch.is_gradtrackingtensor(t) for t in tensors):
+        raise RuntimeError(
+            "sampled_softmax_loss has no derivative under torch.func.grad and what is made of it: "
+            'loss.backward() and torch.autograd.grad differentiate it, torch.func.grad with impl="reference"'
         )
 
 
@@ -367,6 +394,7 @@ class SampledSoftmaxLoss(nn.Module):
         check_choice("similarity", similarity, ("cosine", "dot"))
         check_choice("reduction", reduction, ("mean", "sum", "none"))
         check_flag("sparse_grad", sparse_grad)
+        scale = _as_float(scale)
         _check_scale(scale, torch.device("cpu"))
         self.num_classes, self.embedding_dim, self.num_sampled = num_classes, embedding_dim, num_sampled
         self.similarity, self.sparse_grad, self.ignore_index = similarity, sparse_grad, ignore_index

@@ -1,7 +1,10 @@
 """Every wrong argument gets an error that names it, says what was expected and what came."""
 
+import functools
 import re
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from fedss_kernels.reference import sampled_softmax_loss as reference_loss
@@ -59,6 +62,10 @@ BAD = [
     ({"scale": "20"}, TypeError, "scale: expected a number or a 0-d tensor, got str"),
     ({"scale": torch.nan}, ValueError, "scale: expected a finite number, got nan"),
     ({"scale": float("inf")}, ValueError, "scale: expected a finite number, got inf"),
+    ({"scale": 10**400}, ValueError, "scale: expected a finite number, got an integer past float64's range"),
+    ({"scale": np.float32("nan")}, ValueError, "scale: expected a finite number, got nan"),
+    ({"scale": np.True_}, TypeError, "scale: expected a number or a 0-d tensor, got bool"),
+    ({"scale": 1j}, TypeError, "scale: expected a number or a 0-d tensor, got complex"),
     ({"similarity": "euclid"}, ValueError, """similarity: expected "cosine" or "dot", got 'euclid'"""),
     ({"reduction": "avg"}, ValueError, """reduction: expected "mean" or "sum" or "none", got 'avg'"""),
     ({"target_log_expected_count": torch.full((B,), torch.inf)}, ValueError, r"target_log_expected_count\[0\] = inf, expected a f"),
@@ -79,6 +86,16 @@ def test_bad_argument(changed, error, message, impl):
 def test_good_arguments_pass():
     assert sampled_softmax_loss(**arguments()).isfinite()
     assert sampled_softmax_loss(**arguments(impl="reference")).isfinite()
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("scale", [np.float32(2), np.float64(2), np.int64(2), Fraction(2), 2])
+def test_any_real_number_is_a_scale(scale, impl):
+    given = arguments(impl=impl)
+    expected = sampled_softmax_loss(**given | {"scale": 2.0})
+    assert torch.equal(sampled_softmax_loss(**given | {"scale": scale}), expected)
+    module = SampledSoftmaxLoss(C, D, scale=scale)
+    assert type(module.scale) is float and module.scale == 2
 
 
 def test_ids_are_checked_even_where_no_row_counts():
@@ -128,6 +145,21 @@ def test_forward_mode_is_refused_not_zero():
         dual = torch.autograd.forward_ad.make_dual(weight, torch.ones_like(weight))
         with pytest.raises(RuntimeError, match="no forward-mode derivative"):
             loss(dual)
+
+
+def test_func_grad_is_refused_in_words_of_what_it_is():
+    given = arguments()
+    weight = given.pop("weight")
+
+    def loss(weight, **options):
+        return sampled_softmax_loss(weight=weight, **given, **options)
+
+    with pytest.raises(RuntimeError, match="has no derivative under torch.func.grad"):
+        torch.func.grad(loss)(weight)
+    leaf = weight.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf), leaf)
+    found = torch.func.grad(functools.partial(loss, impl="reference"))(weight)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

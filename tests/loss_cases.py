@@ -39,6 +39,7 @@ def blocks_of_16(small: bool, B: int, S: int, D: int) -> Configuration:
         looks_ahead=D % 2 == 0,
         result_columns=32,
         result_tiles=16,
+        result_parts=16,
         large_columns=32,
         result_entries=16,
         result_warps=4,
@@ -73,6 +74,7 @@ class Case:
     strided: bool = False
     weight_norm: float = 1.0
     spread: float | None = None  # of all rows around one: nearly parallel, gradients cancel
+    first_feature: float | None = None  # of all rows alike
 
     def build(self) -> tuple[dict[str, Tensor | None], dict[str, object], Tensor]:
         """(tensors, options, upstream gradient)"""
@@ -82,6 +84,8 @@ class Case:
         w = _rows(
             self.C, self.D, weight_dtype, self.zero_rows, self.strided, g, self.weight_norm, self.spread
         )
+        if self.first_feature is not None:
+            x[:, 0] = w[:, 0] = self.first_feature
         among = min(self.distinct or self.C, self.C)
         target = torch.randint(among, (self.B,), generator=g)
         target[torch.rand(self.B, generator=g) < self.ignored] = -100

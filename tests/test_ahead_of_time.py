@@ -169,7 +169,7 @@ def scalar_spills_allowed(launch: Launch) -> int:
     """AMD's, into lanes of vector registers and never to memory: a few where a tile has up to 128 rows."""
     if launch.name != "small_tiles" or launch.constants["BLOCK_B"] < configurations.SMALL_BATCH:
         return 0
-    return 10
+    return 14
 
 
 def complaints(launch: Launch, device: str, found: Resources) -> list[str]:
@@ -215,7 +215,7 @@ def test_every_shipped_kernel_fits(device):
 def test_what_is_wrong_is_seen():
     """As many values per thread as it has registers (NVIDIA's 255, AMD's 512), where all else needs some too.
 
-    More warps than the table gives AMD: what a thread holds for all its rows does not fit scalar registers.
+    Fewer warps than the table gives AMD: the masks of all that a thread holds do not fit scalar registers.
     """
     requests = []
     for device in DEVICES:
@@ -224,8 +224,9 @@ def test_what_is_wrong_is_seen():
         fuses = control(multiply_add, 128, enable_fp_fusion=True)
         apart = replace(fuses, options={"enable_fp_fusion": False})
         requests += [(launch, device) for launch in (spills, fuses, apart)]
-    masks = next(launch for launch in launched("gfx942", [{"B": 128}]) if launch.name == "small_tiles")
-    masks = replace(masks, options=masks.options | {"num_warps": 16})
+    many = launched("gfx942", [{"B": 128, "D": 500}])
+    masks = next(launch for launch in many if launch.name == "small_tiles")
+    masks = replace(masks, options=masks.options | {"num_warps": 4})
     types = {"x": "*bf16", "w": "*bf16", "y": "*fp32", "D": "i32"}
     beside = Launch(squares_beside_products, types, {"BLOCK": 128, "BLOCK_D": 64}, ("x", "w", "y", "D"))
     beside = replace(beside, options={"num_warps": 8, "num_stages": 3})

@@ -80,6 +80,13 @@ def test_small_float32_problems_on_a_gpu_are_computed_in_float64(seed, gpu_loss)
     check(random_case(seed, drawn), gpu_loss)
 
 
+@pytest.mark.parametrize("S", [None, 30])
+@pytest.mark.parametrize("first_feature", [10.0, 100.0])
+def test_one_large_feature_in_common(first_feature, S, sampled_softmax_loss):
+    """All gradients are at right angles to it: what its products round off must not be in them."""
+    check(Case(0, B=20, S=S, C=40, D=48, first_feature=first_feature), sampled_softmax_loss)
+
+
 def test_nearly_parallel_rows_in_float32_are_as_exact_as_float32_allows():
     """Too large for float64, and all cancels: twice the error of plain PyTorch is a matter of its luck.
 

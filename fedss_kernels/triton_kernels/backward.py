@@ -4,12 +4,13 @@
     pulls(i, j)   = scale * dlogits(i, j) * input_inverse_i * weight_inverse_j
     grad_input_i  = sum_j pulls(i, j) * weight_j - share_i * input_i
     grad_weight_j = sum_i pulls(i, j) * input_i  - share_j * weight_j
-    share         = inverse^2 * the sum of pulls * dots over the other axis
+    share_i       = input_inverse_i^2  * sum_d (sum_j pulls(i, j) * weight_j)_d * input_id
+    share_j       = weight_inverse_j^2 * sum_i pulls(i, j) * dots(i, j)
     grad_scale    = sum of dlogits(i, j) * (cosine(i, j) - cosine(i, t))      as dlogits add up to 0 in a row
 
 For the dot product inverses are 1, and the second terms, which take out what lies along the row, are not
-there. They are made of the pulls as rounded for the products, so that all that a pull adds is at right angles
-to the row.
+there. They are made of what was rounded: share_j of the pulls as they were multiplied, share_i of the sum as
+it came out. So all that a pull adds is at right angles to the row, and what the sum lost along it goes too.
 
 A small problem takes two launches: `small_tiles`, a tile of classes for each program with all the rows (of
 long ones a group of columns, each with the tile's logits), then `small_results`, which adds up what the
@@ -86,9 +87,9 @@ def pulls_tile(
     COSINE: tl.constexpr, PER_ROW: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
-    """(dlogits, pulls, along, the scale's gradients (R, J); ids, which are read (J,); both inverse norms)
+    """(dlogits, pulls, along, slopes (R, J); which rows are read (R,); ids, which are, 1 / |weight_j| (J,))
 
-    along: pulls * dots
+    along: pulls * dots; slopes: what adds up to the scale's gradient
     """
     targets, counted, known = load_targets(target, rows, B, C, ignore_index)
     upstream = load_upstream(grad_loss, kept, rows, counted, B, ACC, PER_ROW)
@@ -143,7 +144,7 @@ def pulls_tile(
         beyond = tl.where(hits, 0.0, beyond)  # exactly: its dlogits are as large as all others' together
     slopes = product_or_zero(dlogits, beyond)
     along = product_or_zero(pulls.to(ACC), sums)
-    return dlogits, pulls, along, slopes, ids, read, x_inverse, w_inverse
+    return dlogits, pulls, along, slopes, counted, ids, read, w_inverse
 
 
 @triton.jit
@@ -247,7 +248,7 @@ def small_tiles(
     grad_rows,  # (S + B, D), or (C, D) with FOLD; None: not wanted
     grad_bias,  # (S + B,), or (C,) with FOLD; None: not wanted
     partial_input,  # (tiles of classes, B, D); None: not wanted
-    partial_share,  # (tiles of classes, B); None: not wanted, or no cosine
+    partial_along,  # (tiles of classes, groups, B), that times input; None: not wanted, or no cosine
     partial_scale,  # (tiles of classes, B); None: not wanted
     B,
     C,
@@ -281,22 +282,19 @@ def small_tiles(
     rows = tl.arange(0, BLOCK_B)
     if tile < tl.cdiv(S, BLOCK_S):
         entries = tile * BLOCK_S + tl.arange(0, BLOCK_S)
-        dlogits, pulls, along, slopes, ids, read, x_inverse, w_inverse = pulls_tile(
+        dlogits, pulls, along, slopes, counted, ids, read, w_inverse = pulls_tile(
             input, weight, None, target, class_ids, counts, bias, grad_loss, kept, rows, entries,
             B, C, S, D, ignore_index, input_row, input_column, weight_row, weight_column, scale,
             FOLD, COSINE, PER_ROW, OPERAND, ACC, WIDE, PRECISION, BLOCK_D, PREFETCH,
         )  # fmt: skip
         share_classes = share_along(tl.sum(along, 0), w_inverse)
-        at_rows = tile.to(tl.int64) * B + rows
         if group == 0:
-            if partial_share is not None:
-                tl.store(partial_share + at_rows, share_along(tl.sum(along, 1), x_inverse), mask=rows < B)
             if partial_scale is not None:
-                tl.store(partial_scale + at_rows, tl.sum(slopes, 1), mask=rows < B)
+                tl.store(partial_scale + tile.to(tl.int64) * B + rows, tl.sum(slopes, 1), mask=rows < B)
             if grad_bias is not None:
                 of_bias = rounded(tl.sum(dlogits, 0), grad_bias.dtype.element_ty)
                 tl.store(grad_bias + entries, of_bias, mask=entries < S)
-        counted = load_targets(target, rows, B, C, ignore_index)[1]
+        along_rows = tl.zeros((BLOCK_B,), WIDE)
         columns = group * BLOCK_D + tl.arange(0, BLOCK_D)
         if PREFETCH:
             next_x = load_elements(input, rows, counted, columns, D, input_row, input_column)
@@ -320,7 +318,13 @@ def small_tiles(
                 store_rows(grad_rows, entries, entries < S, columns, D, values)
             if partial_input is not None:
                 values = pulled(pulls, w, OPERAND, ACC, PRECISION)
+                if partial_along is not None:  # loaded again: it is not held in registers meanwhile
+                    x = load_rows(input, rows, counted, columns, D, input_row, input_column, OPERAND)
+                    along_rows += tl.sum(values.to(WIDE) * x.to(WIDE), 1)
                 store_rows(partial_input + tile.to(tl.int64) * B * D, rows, rows < B, columns, D, values)
+        if partial_along is not None:
+            at = (tile.to(tl.int64) * tl.num_programs(1) + group) * B + rows
+            tl.store(partial_along + at, along_rows, mask=rows < B)
     else:
         for start in range(group * BLOCK_D, tl.maximum(D, 1), step):  # the bias is there without columns too
             store_target_rows(
@@ -332,10 +336,11 @@ def small_tiles(
 
 @triton.jit
 def finish_input_row(
-    input, weight, target, grad_loss, kept, partial_input, partial_share, grad_input,
-    row, columns, tiles, B, C, D, ignore_index, input_row, input_column, weight_row, weight_column, scale,
+    input, weight, target, grad_loss, kept, partial_input, partial_along, grad_input,
+    row, columns, tiles, parts, B, C, D, ignore_index,
+    input_row, input_column, weight_row, weight_column, scale,
     FOLD: tl.constexpr, COSINE: tl.constexpr, PER_ROW: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_TILES: tl.constexpr,
+    BLOCK_TILES: tl.constexpr, BLOCK_PARTS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a row of input, some columns: the tiles' sums and the target's, less what is along."""
     rows = row + tl.zeros((1,), tl.int32)
@@ -343,24 +348,28 @@ def finish_input_row(
         target, grad_loss, kept, rows, B, C, ignore_index, scale, ACC, PER_ROW
     )
     values = tl.zeros((1, columns.shape[0]), ACC)
-    share = tl.zeros((1,), ACC)
     if COSINE:  # loaded before the tiles' sums, used after them: all are on their way at once
         x = load_elements(input, rows, known, columns, D, input_row, input_column)
+        part = tl.arange(0, BLOCK_PARTS)
+        along_of = tl.load(partial_along + part.to(tl.int64) * B + row, mask=part < parts, other=0.0)
     if not FOLD:
         w = load_elements(weight, targets, known, columns, D, weight_row, weight_column)
     for start in range(0, tiles, BLOCK_TILES):
         tile = start + tl.arange(0, BLOCK_TILES)
         at = tile.to(tl.int64) * B + row
-        if COSINE:
-            share += tl.sum(tl.load(partial_share + at, mask=tile < tiles, other=0.0), 0)
         inside = (tile < tiles)[:, None] & (columns < D)[None, :]
         found = tl.load(partial_input + at[:, None] * D + columns[None, :], mask=inside, other=0.0)
         values += tl.sum(found.to(ACC), 0)[None, :]
     if not FOLD:
         values += product_or_zero(rounded(w, OPERAND).to(ACC), pulls[:, None])
-        share += share_along(product_or_zero(pulls, dot), x_inverse)
     if COSINE:
-        values = without_share(values, share, rounded(x, OPERAND))
+        for start in range(BLOCK_PARTS, parts, BLOCK_PARTS):
+            part = start + tl.arange(0, BLOCK_PARTS)
+            along_of += tl.load(partial_along + part.to(tl.int64) * B + row, mask=part < parts, other=0.0)
+        along = tl.sum(along_of, 0) + tl.zeros((1,), ACC)
+        if not FOLD:
+            along += product_or_zero(pulls, dot)
+        values = without_share(values, share_along(along, x_inverse), rounded(x, OPERAND))
     values = tl.where(counted[:, None], values, 0.0)  # 0 times what a class holds, NaN too
     store_rows(grad_input, rows, rows < B, columns, D, values)
 
@@ -444,9 +453,9 @@ def small_results(
     kept,
     grad_rows,  # (S + B, D); None: nothing to spread
     grad_bias,  # (S + B,)
-    partial_input,
-    partial_share,
-    partial_scale,
+    partial_input,  # (tiles, B, D)
+    partial_along,  # (parts, B)
+    partial_scale,  # (tiles, B)
     grad_input,  # (B, D)
     grad_weight,  # (C, D) zeros
     grad_class_bias,  # (C,) zeros
@@ -457,6 +466,7 @@ def small_results(
     S,
     D,
     tiles,
+    parts,
     ignore_index,
     input_row,
     input_column,
@@ -470,6 +480,7 @@ def small_results(
     ACC: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
     BLOCK_ENTRIES: tl.constexpr,
 ):
     """Program (n, d): columns d of row n of input, then the scale's, then those of the compact entries."""
@@ -479,9 +490,10 @@ def small_results(
     if n < B:
         if grad_input is not None:
             finish_input_row(
-                input, weight, target, grad_loss, kept, partial_input, partial_share, grad_input,
-                n, columns, tiles, B, C, D, ignore_index, input_row, input_column, weight_row, weight_column,
-                scale, FOLD, COSINE, PER_ROW, OPERAND, ACC, BLOCK_TILES,
+                input, weight, target, grad_loss, kept, partial_input, partial_along, grad_input,
+                n, columns, tiles, parts, B, C, D, ignore_index,
+                input_row, input_column, weight_row, weight_column,
+                scale, FOLD, COSINE, PER_ROW, OPERAND, ACC, BLOCK_TILES, BLOCK_PARTS,
             )  # fmt: skip
     elif n == B:
         if grad_scale is not None:
@@ -533,7 +545,6 @@ def pull_chunk(
     grad_loss,
     kept,
     pulls_chunk,  # (B, pitch)
-    share_rows,  # (tiles of classes in the chunk, B); None: no cosine
     share_classes,  # (tiles of rows, pitch); None: no cosine
     bias_classes,  # (tiles of rows, pitch); None: not wanted
     scale_rows,  # (tiles of classes in the chunk, B); None: not wanted
@@ -566,7 +577,7 @@ def pull_chunk(
     rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     inside = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
     scale = load_scale(factor, learned, WIDE)
-    dlogits, pulls, along, slopes, _, _, x_inverse, w_inverse = pulls_tile(
+    dlogits, pulls, along, slopes, _, _, _, w_inverse = pulls_tile(
         input, weight, inverses, target, class_ids, counts, bias, grad_loss, kept, rows, first + inside,
         B, C, tl.minimum(first + size, S), D, ignore_index,
         input_row, input_column, weight_row, weight_column, scale,
@@ -574,14 +585,13 @@ def pull_chunk(
     )  # fmt: skip
     at = pulls_chunk + rows.to(tl.int64)[:, None] * pitch + inside[None, :]
     tl.store(at, rounded(pulls, pulls_chunk.dtype.element_ty), mask=(rows < B)[:, None])
-    at_rows = tl.program_id(1).to(tl.int64) * B + rows
     at_classes = tl.program_id(0).to(tl.int64) * pitch + inside
     if COSINE:
-        tl.store(share_rows + at_rows, share_along(tl.sum(along, 1), x_inverse), mask=rows < B)
         tl.store(share_classes + at_classes, share_along(tl.sum(along, 0), w_inverse), mask=inside < size)
     if bias_classes is not None:
         tl.store(bias_classes + at_classes, tl.sum(dlogits, 0), mask=inside < size)
     if scale_rows is not None:
+        at_rows = tl.program_id(1).to(tl.int64) * B + rows
         tl.store(scale_rows + at_rows, tl.sum(slopes, 1), mask=rows < B)
 
 
@@ -812,13 +822,13 @@ def add_tiles(sums, partial, rows, first, B, class_tiles, ACC: tl.constexpr):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def chunk_grad_input(
+    input,
     weight,
     sources,
     pulls_chunk,
-    share_rows,
     scale_rows,
     sums_input,  # (B, D); None: not wanted
-    sums_share,  # (B,); None: not wanted, or no cosine
+    sums_along,  # (tiles of columns, B), that times input; None: not wanted, or no cosine
     sums_scale,  # (B,); None: not wanted
     first,
     size,
@@ -828,6 +838,8 @@ def chunk_grad_input(
     S,
     D,
     class_tiles,
+    input_row,
+    input_column,
     weight_row,
     weight_column,
     LOOKS_AHEAD: tl.constexpr,  # for classes left out, where class_ids are not given; as in `chunk_grad_rows`
@@ -869,11 +881,14 @@ def chunk_grad_input(
                 weight, sources, pulls_chunk, values, low, first, size, stored, pitch, rows, columns, B, D,
                 weight_row, weight_column, OPERAND, ACC, WIDE, PRECISION, BLOCK_S, PREFETCH,
             )  # fmt: skip
-        tl.store(at, one_part(values, low, WIDE), mask=there)
-    if tl.program_id(1) == 0:
-        if sums_share is not None:
-            add_tiles(sums_share, share_rows, rows, first, B, class_tiles, WIDE)
-        if sums_scale is not None:
+        values = one_part(values, low, WIDE)
+        tl.store(at, values, mask=there)
+        if sums_along is not None:
+            x = load_rows(input, rows, rows < B, columns, D, input_row, input_column, OPERAND)
+            along = tl.sum(product_or_zero(values, x.to(WIDE)), 1)  # rows that are not counted may hold NaN
+            tl.store(sums_along + tl.program_id(1).to(tl.int64) * B + rows, along, mask=rows < B)
+    if sums_scale is not None:
+        if tl.program_id(1) == 0:
             add_tiles(sums_scale, scale_rows, rows, first, B, class_tiles, WIDE)
 
 

@@ -17,6 +17,7 @@ FEWEST_PULLS = {2: 2**24, 4: 2**24, 8: 2**21}
 COLUMNS_OF_GROUP = 128  # at least
 MOST_TILES = 2**15  # of classes in a chunk: a grid's second axis has 65,535 programs
 MOST_RESULT_TILES = 64  # at a time, of the tiles' parts of a gradient
+MOST_RESULT_PARTS = 256
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Tiling:
     looks_ahead: bool
     result_columns: int  # of the last kernel of the backward pass
     result_tiles: int  # of classes at a time in it
+    result_parts: int  # of the sums along a row of input at a time in it
     large_columns: int  # of the same, after the large backward pass
     result_entries: int  # of the compact gradient at a time in it; their ids, 16 times as many
     result_warps: int
@@ -301,6 +303,7 @@ def _looked_up(
     group = max(tile.columns, COLUMNS_OF_GROUP)
     idle = table.programs * 8 // tile.warps // (-(-S // tile.classes) + 1)
     column_groups = max(1, min(idle, -(-D // group)))
+    parts = -(-S // tile.classes) * column_groups if small else -(-D // grad_input.columns)
     merged_splits = _power_of_two(splits)
     tiling = Tiling(
         forward,
@@ -310,6 +313,7 @@ def _looked_up(
         large.looks_ahead,
         table.result_columns,
         min(max(_power_of_two(-(-S // tile.classes)), 16), MOST_RESULT_TILES),
+        min(max(_power_of_two(parts), 16), MOST_RESULT_PARTS),
         min(max(_power_of_two(D), table.result_columns), 8 * table.result_columns),
         table.result_entries,
         table.result_warps,

@@ -344,10 +344,11 @@ class Calls:
         k, t, traits = self._kernels(c), c.tiling, self.traits
         kept, upstream = Given(_KEPT), Given(_LOSS)
         tiles = triton.cdiv(S, t.tiles.classes)
-        partial_input = partial_share = partial_scale = None
+        partial_input = partial_along = partial_scale = None
         if to.input is not None:
             partial_input = plan.empty(tiles, B, D, dtype=traits.accumulator)
-            partial_share = plan.empty(tiles, B, dtype=traits.wide) if self.cosine else None
+            if self.cosine:
+                partial_along = plan.empty(tiles, c.column_groups, B, dtype=traits.wide)
         if to.scale is not None:
             partial_scale = plan.empty(tiles, B, dtype=traits.wide)
         if tiles + (not self.fold) > 0:
@@ -355,7 +356,7 @@ class Calls:
                 k.small_tiles,
                 (tiles + (not self.fold), c.column_groups),
                 *(self.input, self.weight, self.target, self.class_ids, self.counts, self.bias, self.learned),
-                *(upstream, kept, to.rows, to.row_bias, partial_input, partial_share, partial_scale),
+                *(upstream, kept, to.rows, to.row_bias, partial_input, partial_along, partial_scale),
                 *(B, C, S, D, self.ignore_index, *self.strides, FACTOR),
             )
         spread = 0 if to.weight is None and to.bias is None and to.ids is None else S + B
@@ -364,8 +365,8 @@ class Calls:
             (B + 1 + spread, triton.cdiv(max(D, 1), t.result_columns)),
             *(self.input, self.weight, self.target, self.class_ids, self.learned, upstream, kept),
             *(None if to.weight is None else to.rows, None if to.bias is None else to.row_bias),
-            *(partial_input, partial_share, partial_scale, to.input, to.weight, to.bias, to.scale, to.ids),
-            *(B, C, S, D, tiles, self.ignore_index, *self.strides, FACTOR),
+            *(partial_input, partial_along, partial_scale, to.input, to.weight, to.bias, to.scale, to.ids),
+            *(B, C, S, D, tiles, tiles * c.column_groups, self.ignore_index, *self.strides, FACTOR),
         )
 
     def _plan_large(self, plan: Plan, c: Configuration, to: Written) -> None:
@@ -379,19 +380,20 @@ class Calls:
         # float16 is too narrow for small gradients.
         of_pulls = traits.accumulator if traits.operand == torch.float16 else traits.operand
         pulls = plan.empty(B, chunk, dtype=of_pulls)
-        share_rows = share_classes = None
+        share_classes = None
         if self.cosine:
-            share_rows = plan.empty(class_tiles, B, dtype=traits.wide)
             share_classes = plan.empty(row_tiles, chunk, dtype=traits.wide)
-        bias_classes = scale_rows = sums_input = sums_share = sums_scale = None
+        bias_classes = scale_rows = sums_input = sums_along = sums_scale = None
         if to.row_bias is not None:
             bias_classes = plan.empty(row_tiles, chunk, dtype=traits.accumulator)
         if to.scale is not None:
             scale_rows = plan.empty(class_tiles, B, dtype=traits.wide)
             sums_scale = plan.empty(1, B, dtype=traits.wide)
+        input_columns = 1
         if to.input is not None:
+            input_columns = max(triton.cdiv(D, of_input.columns), 1)
             sums_input = plan.empty(1, B, D, dtype=traits.wide)
-            sums_share = plan.empty(1, B, dtype=traits.wide) if self.cosine else None
+            sums_along = plan.empty(input_columns, B, dtype=traits.wide) if self.cosine else None
         sources, inverses = self._sources(plan, k), self._inverses(plan, c, k)
         for first in range(0, S, chunk):
             size = min(chunk, S - first)
@@ -401,7 +403,7 @@ class Calls:
                 k.pull_chunk,
                 (row_tiles, tiles),
                 *(self.input, self.weight, self.target, self.class_ids, self.counts, self.bias, self.learned),
-                *(inverses, upstream, kept, pulls, share_rows, share_classes, bias_classes, scale_rows),
+                *(inverses, upstream, kept, pulls, share_classes, bias_classes, scale_rows),
                 *(first, size, chunk, B, C, S, D, self.ignore_index, *self.strides, FACTOR),
             )
             if to.rows is not None or to.row_bias is not None:
@@ -414,21 +416,12 @@ class Calls:
                     *(self.ignore_index, *self.strides),
                 )
             if to.input is not None or to.scale is not None:
-                columns = max(triton.cdiv(D, of_input.columns), 1) if to.input is not None else 1
                 plan.launch(
                     k.chunk_grad_input,
-                    (triton.cdiv(B, of_input.rows), columns),
-                    *(
-                        self.weight,
-                        sources,
-                        pulls,
-                        share_rows,
-                        scale_rows,
-                        sums_input,
-                        sums_share,
-                        sums_scale,
-                    ),
-                    *(first, size, stored, chunk, B, S, D, tiles, *self.strides[2:]),
+                    (triton.cdiv(B, of_input.rows), input_columns),
+                    *(self.input, self.weight, sources, pulls, scale_rows),
+                    *(sums_input, sums_along, sums_scale),
+                    *(first, size, stored, chunk, B, S, D, tiles, *self.strides),
                 )
         if not self.fold and (to.rows is not None or to.row_bias is not None):
             plan.launch(
@@ -441,8 +434,8 @@ class Calls:
             k.large_results,
             (B + 1, triton.cdiv(max(D, 1), t.large_columns)),
             *(self.input, self.weight, self.target, self.class_ids, self.learned, upstream, kept, None, None),
-            *(sums_input, sums_share, sums_scale, to.input, None, None, to.scale, None),
-            *(B, C, S, D, int(S > 0), self.ignore_index, *self.strides, FACTOR),
+            *(sums_input, sums_along, sums_scale, to.input, None, None, to.scale, None),
+            *(B, C, S, D, int(S > 0), input_columns * int(S > 0), self.ignore_index, *self.strides, FACTOR),
         )
         if to.ids is not None:
             grid = (triton.cdiv(S + B, ENTRIES),)

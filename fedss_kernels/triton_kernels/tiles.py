@@ -19,17 +19,17 @@ ZERO_NORM: tl.constexpr = tl.constexpr(1e-12)  # shorter rows have cosine 0 and 
 
 # What a kernel is not compiled anew for: sizes that become 1 or a multiple of 16, and vectors at an address
 # that is none. (For AMD a specialized pointer is a descriptor too, of four scalar registers.)
-SIZES = ["B", "C", "S", "splits", "tiles", "first", "size", "row_tiles", "class_tiles", "column_tiles"]
-SIZES += ["ignore_index"]
+SIZES = ["B", "C", "S", "splits", "tiles", "parts", "first", "size", "row_tiles", "class_tiles"]
+SIZES += ["column_tiles", "ignore_index"]
 GIVEN = ["inverses", "target", "target_counts", "class_ids", "counts", "bias", "learned", "grad_loss"]
-KEPT = ["kept", "partials", "partial_share", "partial_scale", "share_rows", "share_classes", "scale_rows"]
+KEPT = ["kept", "partials", "partial_along", "partial_scale", "share_classes", "scale_rows"]
 RESULTS = [
     "loss",
     "row_losses",
     "sources",
     "found",
     "bias_classes",
-    "sums_share",
+    "sums_along",
     "sums_scale",
     "grad_bias",
     "grad_class_bias",

@@ -69,7 +69,8 @@ def kernels_of(traits: Traits, t: Tiling, table: Table) -> Kernels:
         )
 
     def results(columns: int, tiles: int) -> Variant:
-        blocks = {"BLOCK_D": columns, "BLOCK_TILES": tiles, "BLOCK_ENTRIES": t.result_entries}
+        blocks = {"BLOCK_D": columns, "BLOCK_TILES": tiles}
+        blocks |= {"BLOCK_PARTS": t.result_parts, "BLOCK_ENTRIES": t.result_entries}
         types = {"OPERAND": operand, "ACC": wide}
         options = {"num_warps": t.result_warps, **registers}
         return Variant(backward.small_results, **gradients, **types, **blocks, **options)

@@ -79,17 +79,26 @@ _PLAIN = {"bias": False, "learned": False}
 ROOMS = [_PLAIN, _PLAIN | {"similarity": "dot"}, _PLAIN | {"similarity": "dot", "S": None, "counts": False}]
 
 
-def with_table_of(device: str):
-    tables = {"gfx942": configurations.AMD, "sm_90": configurations.HOPPER}
-    table = tables.get(device, configurations.NVIDIA)
+# The device's own, and that of all others of its maker that none is made for.
+TABLES = {
+    "sm_80": [configurations.FULL_FLOAT64, configurations.NVIDIA],
+    "sm_90": [configurations.HOPPER],
+    "sm_100": [configurations.FULL_FLOAT64, configurations.NVIDIA],
+    "gfx942": [configurations.AMD],
+}
+
+
+def with_table(table: configurations.Table):
     return mock.patch.object(configurations, "TABLE", table)
 
 
 def launched(device: str, calls) -> list[Launch]:
-    """Each launch of these calls once."""
-    with with_table_of(device), recorded(forward.partial_terms) as launches:
-        for options in calls:
-            call(**options)
+    """Each launch of these calls once, by every table of the device."""
+    with recorded(forward.partial_terms) as launches:
+        for table in TABLES[device]:
+            with with_table(table):
+                for options in calls:
+                    call(**options)
     return launches
 
 
@@ -124,7 +133,7 @@ def _entry(launch: Launch) -> tuple:
 def unfused(device: str) -> list[Launch]:
     """Of the aggregator and the optimiser."""
     made = []
-    with with_table_of(device):
+    with with_table(TABLES[device][0]):
         specimens = [*scatter_add.specimens(), *row_momentum.specimens()]
     for kernel, types, constants, options in specimens:
         types = {name: kind for name, kind in types.items() if kind != "constexpr"}

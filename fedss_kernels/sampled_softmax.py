@@ -135,15 +135,29 @@ def sampled_softmax_loss(
         scale_tensor = (
             scale if isinstance(scale, Tensor) else torch.full((), scale, dtype=torch.float64, device="cpu")
         )
-        if not torch.compiler.is_compiling():
-            _refuse_func_grad(input, weight, bias, scale_tensor)
         grad = torch.is_grad_enabled() and reduction != "none"
         wanted = [grad and t is not None and t.requires_grad for t in (input, weight, bias, scale_tensor)]
-        loss = torch.ops.fedss_kernels.sampled_softmax_loss(
+        loss = _by_operator(
             *(input, weight, target, *corrections, bias, scale_tensor),
             *(similarity, ignore_index, reduction, sparse_grad, backend, wanted, None),
-        )[0]
+        )
     return loss.reshape(shape) if reduction == "none" else loss
+
+
+def _by_operator(*arguments: Any) -> Tensor:
+    operator = torch.ops.fedss_kernels.sampled_softmax_loss
+    if torch.compiler.is_compiling():
+        return operator(*arguments)[0]
+    try:
+        return operator(*arguments)[0]
+    except RuntimeError as error:
+        if "setup_context" not in str(error):
+            raise
+        # torch speaks of how the operator is made
+        raise RuntimeError(
+            "sampled_softmax_loss has no derivative under torch.func.grad and what is made of it: "
+            'loss.backward() and torch.autograd.grad differentiate it, torch.func.grad with impl="reference"'
+        ) from error
 
 
 # ---- checks ------------------------------------------------------------------------------------------------
@@ -211,19 +225,7 @@ def _as_float(scale: Any) -> Any:
     try:
         return float(scale)
     except OverflowError:
-        raise ValueError("scale: expected a finite number, got an integer past float64's range") from None
-
-
-def _refuse_func_grad(*tensors: Tensor | None) -> None:
-    """In words of what it is: the operator would speak of how it is made."""
-    transforms = torch._C._functorch.get_interpreter_stack() or ()
-    if not any(each.key() == torch._C._functorch.TransformType.Grad for each in transforms):
-        return
-    if any(t is not None and torch._C._functorch.is_gradtrackingtensor(t) for t in tensors):
-        raise RuntimeError(
-            "sampled_softmax_loss has no derivative under torch.func.grad and what is made of it: "
-            'loss.backward() and torch.autograd.grad differentiate it, torch.func.grad with impl="reference"'
-        )
+        raise ValueError("scale: expected a finite number, got one past float64's range") from None
 
 
 def _check_scale(scale: float | Tensor, device: torch.device) -> None:

@@ -62,7 +62,7 @@ BAD = [
     ({"scale": "20"}, TypeError, "scale: expected a number or a 0-d tensor, got str"),
     ({"scale": torch.nan}, ValueError, "scale: expected a finite number, got nan"),
     ({"scale": float("inf")}, ValueError, "scale: expected a finite number, got inf"),
-    ({"scale": 10**400}, ValueError, "scale: expected a finite number, got an integer past float64's range"),
+    ({"scale": 10**400}, ValueError, "scale: expected a finite number, got one past float64's range"),
     ({"scale": np.float32("nan")}, ValueError, "scale: expected a finite number, got nan"),
     ({"scale": np.True_}, TypeError, "scale: expected a number or a 0-d tensor, got bool"),
     ({"scale": 1j}, TypeError, "scale: expected a number or a 0-d tensor, got complex"),
@@ -160,6 +160,13 @@ def test_func_grad_is_refused_in_words_of_what_it_is():
     (expected,) = torch.autograd.grad(loss(leaf), leaf)
     found = torch.func.grad(functools.partial(loss, impl="reference"))(weight)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+    def beside_it(z):
+        with torch.no_grad():
+            unwanted = loss(weight + 0 * z.sum())
+        return z.square().sum() + loss(weight) + loss(weight + 0 * z.detach().sum()) + unwanted
+
+    torch.testing.assert_close(torch.func.grad(beside_it)(torch.ones(3)), torch.full((3,), 2.0))
 
 
 @pytest.mark.parametrize(

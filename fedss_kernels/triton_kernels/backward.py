@@ -93,7 +93,7 @@ def pulls_tile(
     """
     targets, counted, known = load_targets(target, rows, B, C, ignore_index)
     upstream = load_upstream(grad_loss, kept, rows, counted, B, ACC, PER_ROW)
-    # Of a row with an upstream of 0 nothing is read: it pulls nothing, and nothing pulls it.
+    # Of a row with an upstream of 0 nothing is read here: it pulls nothing, and nothing pulls it.
     counted &= upstream != 0.0
     ids, corrections, live, _ = load_classes(class_ids, counts, entries, S, C, WIDE)
     hits = same(ids, targets, C)

@@ -237,7 +237,9 @@ def measure_case(case: Case, seconds: float) -> Iterator[Row]:
 
 
 # What is timed together: operations that are the stages of one call.
-TIMED = [("forward_backward",), ("forward", "backward"), ("graph_forward_backward",), ("graph_forward",)]
+BOTH, STAGES = ("forward_backward",), ("forward", "backward")
+GRAPH_OF_BOTH, GRAPH_OF_FORWARD = ("graph_forward_backward",), ("graph_forward",)
+TIMED = (BOTH, STAGES, GRAPH_OF_BOTH, GRAPH_OF_FORWARD)
 
 
 class Entrant:
@@ -253,8 +255,10 @@ class Entrant:
         def step(_: None = None) -> object:
             return backward(forward(None))
 
-        calls = dict(zip(TIMED, [(step,), (forward, backward)], strict=False))
-        self.watches = {operations: Stopwatch(seconds, *of) for operations, of in calls.items()}
+        self.watches: dict[tuple[str, ...], Stopwatch] = {
+            BOTH: Stopwatch(seconds, step),
+            STAGES: Stopwatch(seconds, forward, backward),
+        }
         self.notes: dict[tuple[str, ...], str] = {}  # why there are no times
         self.peak = peak_bytes(step)
         if CUDA and case.small:
@@ -264,7 +268,7 @@ class Entrant:
         # Leaves of their own: what autograd remembers of the stream of earlier calls would break the capture.
         leaves = {of: getattr(p, of).detach().requires_grad_() for of in ("input", "rows", "weight")}
         forward, backward = stages(CONTENDERS[self.name], p._replace(**leaves))
-        calls = {TIMED[2]: lambda: backward(forward(None)), TIMED[3]: lambda: forward(None)}
+        calls = {GRAPH_OF_BOTH: lambda: backward(forward(None)), GRAPH_OF_FORWARD: lambda: forward(None)}
         for operations, call in calls.items():
             graph, note = attempt(functools.partial(graph_of, call))
             if note:

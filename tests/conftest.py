@@ -18,12 +18,6 @@ import fedss_kernels
 from fedss_kernels.triton_kernels import configurations
 from fedss_kernels.triton_kernels.configurations import forced, table_of
 
-# Where there is no GPU its kernels run on CPU tensors, interpreted. Read when triton is first imported, which
-# nothing above does.
-TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if TRITON_DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"
-
 
 def _interpret_faster() -> None:
     """Lets Triton's interpreter patch its language once for each launch and module of functions.
@@ -48,7 +42,11 @@ def _interpret_faster() -> None:
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, execute_anew
 
 
+# Where there is no GPU its kernels run on CPU tensors, interpreted. Read when triton is first imported, which
+# nothing above does.
+TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if TRITON_DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
     _interpret_faster()
 
 # Tests of bits over several threads ask for them; the others are too small to gain from any.

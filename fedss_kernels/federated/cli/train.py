@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -57,6 +56,7 @@ _FINISHING = "fedss run: finishing this round; Ctrl-C again stops at once"
 
 def _run(arguments: argparse.Namespace) -> int:
     from ..progress import RunProgress
+    from ..remarks import remarks
     from ..report import Run, percent, write_run_report
 
     resume = arguments.resume is not None
@@ -80,7 +80,6 @@ def _run(arguments: argparse.Namespace) -> int:
             if config.class_store:
                 check_free(config.class_store, run=out, overwrite=config.overwrite)
     played: list[RoundMetrics] = []
-    logging.getLogger("fedss_kernels").addHandler(logging.NullHandler())  # what is left out is counted below
     try:
         with RunProgress([config.method], config.rounds) as progress, noticed(_FINISHING) as stop:
 
@@ -118,7 +117,9 @@ def _run(arguments: argparse.Namespace) -> int:
     if s.task == "classification":
         accuracy = f"top-1 {percent(s.top1)}, {accuracy}"
     print(f"{accuracy}, {s.traffic.total / 1e6:,.1f} MB moved: {out / 'report.html'}")
-    return 0
+    for line in remarks(s):
+        print(f"fedss run: {line}", file=sys.stderr)
+    return 0 if s.not_finite_since is None else 1
 
 
 def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
@@ -235,7 +236,7 @@ def _compare(arguments: argparse.Namespace) -> int:
             on_round=show(len(plan.trials(out))),
             resume=resume,
         )
-    for line in comparison.failed:
+    for line in (*comparison.notes, *comparison.failed):
         print(f"fedss {arguments.command}: {line}", file=sys.stderr)
     if comparison.table:
         print_table(header(comparison.table), [cells(line) for line in comparison.table])

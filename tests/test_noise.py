@@ -87,7 +87,7 @@ def test_the_command_measures_a_finished_run_too(tmp_path, capsys, monkeypatch):
     assert cli.main(["noise", f"--run={tmp_path / 'nowhere'}"]) == 2
 
 
-def test_the_noise_of_a_model_that_is_not_finite_is_no_number(linear_model, monkeypatch, tmp_path, capsys):
+def test_the_noise_of_a_model_that_is_not_finite_is_no_number(linear_model, tmp_path):
     """One class row: the batches and draws that have it are NaN, and so is every mean over them."""
     data, weight = tiny_data(), initial_rows(0, torch.arange(NUM_CLASSES), 4, 0.5)
     weight[2, 1] = torch.nan
@@ -96,7 +96,11 @@ def test_the_noise_of_a_model_that_is_not_finite_is_no_number(linear_model, monk
     for line in lines:
         assert math.isnan(line.noise) and math.isnan(line.noise_sd) and math.isnan(line.full_norm)
     assert noise.write(tmp_path, lines, NUM_CLASSES).count("| nan | nan | nan% |") == 2
-    monkeypatch.setattr(noise, "measure", lambda *arguments, **options: lines)
+
+
+def test_a_noise_that_is_no_number_is_a_failure(monkeypatch, tmp_path, capsys):
+    line = noise.Line(3, math.nan, math.nan, 1.0, 2)
+    monkeypatch.setattr(noise, "measure", lambda *arguments, **options: [line])
     monkeypatch.setenv("FEDSS_CACHE", str(tmp_path / "cache"))
     small = ["--glyph-classes=12", "--glyph-writers=4", "--cohort=2"]
     assert cli.main(["noise", *small, f"--out={tmp_path / 'out'}"]) == 1

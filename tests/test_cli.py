@@ -17,6 +17,7 @@ from fedss_kernels.federated import Config, cli
 from fedss_kernels.federated.compare import Comparison
 from fedss_kernels.federated.config import OWN, PRESETS
 from fedss_kernels.federated.data import DATASETS
+from fedss_kernels.federated.ledger import faults
 
 
 def fails(capsys, *argv: str) -> str:
@@ -352,3 +353,9 @@ def test_a_run_that_does_not_train_says_why_in_one_line(tmp_path, capsys):
         f"--max-norm: is --client-lr too high?; what was done is in {out}\n"
     )
     assert len((out / "ledger.csv").read_text().splitlines()) == 1 + 48
+
+
+def test_what_is_left_out_is_said_with_the_reasons(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert cli.main(["run", *SMALL, "--rounds=6", "--cohort=4", "--poison-rate=0.4", f"--out={out}"]) == 0
+    assert f"rejected ({faults(out / 'ledger.csv')})" in capsys.readouterr().out

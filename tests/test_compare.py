@@ -301,6 +301,19 @@ def test_a_run_whose_model_is_not_finite_is_in_no_mean(tmp_path, in_this_process
     assert failure.startswith(f"FedSS, seed {ruined} failed: after round {since} the model has numbers that")
 
 
+def test_answers_that_are_left_out_of_a_comparison_are_said(tmp_path, in_this_process):
+    """With a bound on norms that some are over; not where rubbish is asked for."""
+    config = Config(**(SMALL | {"cohort": 3, "rounds": 8}), warmup_rounds=0, cache_dir=tmp_path / "cache")
+    config = replace(config, max_norm_ratio=1.0)  # whoever moves further than the median
+    comparison = compare(Plan(config, ["fedss"], [0]), tmp_path / "out")
+    rejected = comparison.runs[0].summary.rejected
+    assert rejected > 0 and comparison.failed == []
+    words = f"{rejected} of 24 clients' answers were left out: {rejected} norm"
+    assert comparison.notes == [f"FedSS, seed 0: {words}"]
+    poisoned = Plan(replace(config, poison_rate=0.1), ["fedss"], [0])
+    assert compare(poisoned, tmp_path / "other").notes == []
+
+
 def test_a_deviation_of_what_is_not_finite_is_not():
     assert mean_sd([1.0, 3.0]) == (2.0, pytest.approx(2**0.5)) and mean_sd([1.0]) == (1.0, None)
     for bad in (math.nan, math.inf):

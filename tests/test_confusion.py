@@ -73,7 +73,7 @@ def test_a_centralized_runs_client_has_its_own_classes(linear_model):
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_what_is_not_finite_is_taken_for_nothing(bad, linear_model, monkeypatch):
+def test_what_is_not_finite_is_taken_for_nothing(bad, linear_model, monkeypatch, tmp_path):
     """A class row that is not: no image is taken for it. An embedding that is not: it is taken for none."""
     config, data = tiny_config(), tiny_data()
     net = Player(config, data).extractor.module.state_dict()
@@ -98,3 +98,5 @@ def test_what_is_not_finite_is_taken_for_nothing(bad, linear_model, monkeypatch)
     assert found.not_finite == 1 and found.shares[of_first].sum() == pytest.approx(1 / 2)  # of two images
     others = [i for i in range(3) if i != of_first]
     assert torch.equal(found.shares[others], sound.shares[others])
+    assert "images not finite" in confusion.write(tmp_path, [found], 1)
+    assert "images not finite" not in confusion.write(tmp_path, [sound], 1)

@@ -1,6 +1,8 @@
 """The round loop: against the reference, for its randomness, for what it writes and what it refuses."""
 
+import csv
 import dataclasses
+import json
 import math
 from html import escape
 
@@ -440,6 +442,23 @@ def test_a_buffer_that_is_not_a_number_has_not_changed():
 
 
 # ---- what is not finite ------------------------------------------------------------------------------------
+
+
+def test_a_run_of_before_there_were_such_columns_can_be_read(tmp_path):
+    result = train(out=tmp_path)
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    with (tmp_path / "metrics.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(
+            file, [name for name in lines[0] if "finite" not in name], extrasaction="ignore"
+        )
+        writer.writeheader()
+        writer.writerows(lines)
+    summary = {name: value for name, value in result.summary.to_dict().items() if "finite" not in name}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    _, history, found = read_run(tmp_path)
+    assert found == dataclasses.replace(result.summary, not_finite=None)
+    assert history == [dataclasses.replace(metrics, not_finite=None) for metrics in result.history]
 
 
 class Standardised(nn.Module):

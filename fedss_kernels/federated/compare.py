@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .config import Config, ConfigError
 from .jobs import Failure, OnRound, folder_of, play_all
+from .ledger import faults
 from .loading import check_data, load_data
 from .mean_sd import mean_sd
 from .plan import FILE, Case, Plan, case_of
@@ -108,7 +109,8 @@ def compare(
     found, failures = play_all(configs, jobs, lambda job, metrics: report(kept[job], metrics), resume)
     failed += [f"{job_name(plan, configs[job])} failed: {of.words}" for job, of in failures.items()]
     runs, table = list(found.values()), tabulate(list(found.values()))
-    notes += [f"{job_name(plan, run.config)}: {line}" for run in runs for line in remarks(run.summary)]
+    for run in runs:
+        notes += [f"{job_name(plan, run.config)}: {line}" for line in _remarks(run)]
     if runs:
         write_tables(out, table)
         text = [cells(line) for line in table]
@@ -118,6 +120,15 @@ def compare(
 
 def _ignore(job: int, metrics: object) -> None:
     pass
+
+
+def _remarks(run: Run) -> list[str]:
+    """What is to be said of it; of answers that were left out only where no rubbish was asked for."""
+    found, rejected = remarks(run.summary), run.summary.rejected
+    if rejected and not run.config.poison_rate:
+        ledger = folder_of(run.config) / "ledger.csv"
+        found.append(f"{rejected:,} of {run.updates:,} clients' answers were left out: {faults(ledger)}")
+    return found
 
 
 def _best_rates(

@@ -87,6 +87,9 @@ def write(out: Path, found: Sequence[Confusion], client: int) -> str:
                     writer.writerow([f"{number}: {each.name}", *pair, share])
     header = ["run", "right", "mean cosine of its class rows"]
     rows = [[each.name, f"{100 * each.right:.1f}%", f"{each.cosine:.2f}"] for each in found]
+    if any(each.not_finite for each in found):
+        header.append("images not finite")
+        rows = [[*row, f"{each.not_finite:,}"] for row, each in zip(rows, found, strict=True)]
     _plot(found, client).savefig(out / "confusion.png", dpi=150)
     title = f"What client {client}'s images are taken for"
     return write_section(out, "confusion", title, WORDS, header, rows)

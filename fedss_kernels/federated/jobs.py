@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from . import checkpoint
-from .config import Config
+from .config import Config, ConfigError
 from .interrupts import deaf
 from .remarks import remarks
 from .report import Run, write_run_report
@@ -118,7 +118,7 @@ def _child(sender: Connection, config: Config, resume: bool) -> None:
     except BrokenPipeError:
         pass  # the parent is gone: nobody waits for this run
     except Exception as error:
-        lasting = isinstance(error, TooFewClients)
+        lasting = isinstance(error, (TooFewClients, ConfigError))
         sender.send(Failure(f"{type(error).__name__}: {error}", lasting))  # first: the disk may be full
         folder = folder_of(config)
         if folder.is_dir():

@@ -122,11 +122,11 @@ def _confusion(arguments: argparse.Namespace) -> int:
     print(confusion.write(arguments.out, found, arguments.client), end="")
     for folder, each in zip(arguments.runs, found, strict=True):
         if each.not_finite:
-            print(
-                f"fedss confusion: {folder}: of {each.not_finite:,} of the client's images the embedding is "
-                "not finite: they are taken for nothing",
-                file=sys.stderr,
-            )
+            words = f"images whose embedding is not finite: {each.not_finite:,}; they are taken for nothing"
+            print(f"fedss confusion: {folder}: {words}", file=sys.stderr)
+        if not math.isfinite(each.cosine):
+            words = "class rows that are not finite: nothing is taken for their classes"
+            print(f"fedss confusion: {folder}: {words}", file=sys.stderr)
     print(f"the table, the plot and the report: {arguments.out / 'report.html'}")
     return 0
 

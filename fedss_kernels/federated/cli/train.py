@@ -15,7 +15,7 @@ from ..config import (
     ConfigError,
 )
 from ..interrupts import noticed
-from ..ledger import OUTCOMES
+from ..ledger import OUTCOMES, faults
 from ..loading import check_data, load_data
 from ..lock import InUse
 from ..plan import LISTS, Plan, read_preset
@@ -110,6 +110,8 @@ def _run(arguments: argparse.Namespace) -> int:
     outcomes = {outcome: getattr(s, outcome) for outcome in OUTCOMES}
     if outcomes["accepted"] < sum(outcomes.values()):
         counts = ", ".join(f"{n:,} {outcome}" for outcome, n in outcomes.items())
+        if outcomes["rejected"]:
+            counts = counts.replace("rejected", f"rejected ({faults(out / 'ledger.csv')})")
         print(f"of {sum(outcomes.values()):,} clients drawn {counts}: {out / 'ledger.csv'}")
     if arguments.profile:
         print_profile(result.seconds, len(played))

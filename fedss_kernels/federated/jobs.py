@@ -115,6 +115,7 @@ def _child(sender: Connection, config: Config, resume: bool) -> None:
             # a run that was stopped before its first checkpoint starts again
             run(replace(config, overwrite=config.overwrite or resume), on_round=sender.send, resume=begun)
         write_run_report(folder_of(config), Run(*read_run(folder_of(config))))
+        (folder_of(config) / "error.txt").unlink(missing_ok=True)  # of an attempt before
     except BrokenPipeError:
         pass  # the parent is gone: nobody waits for this run
     except Exception as error:

@@ -109,9 +109,8 @@ def _run(arguments: argparse.Namespace) -> int:
     s = result.summary
     outcomes = {outcome: getattr(s, outcome) for outcome in OUTCOMES}
     if outcomes["accepted"] < sum(outcomes.values()):
-        counts = ", ".join(f"{n:,} {outcome}" for outcome, n in outcomes.items())
-        if outcomes["rejected"]:
-            counts = counts.replace("rejected", f"rejected ({faults(out / 'ledger.csv')})")
+        why = {"rejected": f" ({faults(out / 'ledger.csv')})"} if outcomes["rejected"] else {}
+        counts = ", ".join(f"{n:,} {outcome}{why.get(outcome, '')}" for outcome, n in outcomes.items())
         print(f"of {sum(outcomes.values()):,} clients drawn {counts}: {out / 'ledger.csv'}")
     if arguments.profile:
         print_profile(result.seconds, len(played))

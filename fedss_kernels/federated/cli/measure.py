@@ -20,6 +20,7 @@ from ..remarks import remarks
 from ..rounds import run
 from ..run_folder import make_folder, read_model
 from ..simulation import TooFewClients
+from ..workers import WorkerLost
 from .command import Command
 from .options import (
     Mistake,
@@ -171,7 +172,7 @@ def _privacy(arguments: argparse.Namespace) -> int:
                             data=data,
                             on_round=functools.partial(progress.advance, job),
                         )
-                except TooFewClients as error:  # the others' are measured all the same
+                except (TooFewClients, WorkerLost) as error:  # the others' are measured all the same
                     failed.append(f"training with {negatives} negatives failed: {error}")
                     continue
                 accuracy[negatives] = result.summary.top1, result.summary.map_at_10

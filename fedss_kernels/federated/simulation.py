@@ -101,14 +101,17 @@ class Simulation:
             left_out = 0 if updates else left_out + sum(e.outcome == "rejected" for e in moved)
             if attempt + 1 >= HOPELESS_ATTEMPTS and left_out >= HOPELESS_ANSWERS:
                 break
-        words = (
-            f"round {round + 1}: of {attempt + 1} cohorts of {config.cohort} none had {config.min_clients} "
-            f"answer{'s' * (config.min_clients > 1)} that counted: {_reasons(entries)}"
-        )
+        raise self._too_few(round, attempt + 1, entries)
+
+    def _too_few(self, round: int, cohorts: int, entries: Sequence[Entry]) -> TooFewClients:
+        count, size = self.config.min_clients, self.config.cohort
+        answers = "1 answer" if count == 1 else f"{count} answers"
+        words = f"round {round + 1}: of {cohorts} cohorts of {size} none had {answers} that counted: "
+        words += _reasons(entries)
         if self.not_finite_since is not None:
             since = f"since round {self.not_finite_since}: is --server-lr too high?"
             words += f"; the model they are sent has had numbers that are not finite {since}"
-        raise TooFewClients(words, entries)
+        return TooFewClients(words, entries)
 
     def _note_finite(self, round: int) -> None:
         if self.not_finite_since is None and not self.server.finite:

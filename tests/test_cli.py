@@ -26,7 +26,7 @@ def fails(capsys, *argv: str) -> str:
     return err.rstrip()
 
 
-COMMANDS = "run, compare, compositions, noise, confusion, privacy, parameters, bench, doctor"
+COMMANDS = "run, compare, compositions, noise, confusion, privacy, parameters, report, bench, doctor"
 METHODS = "fedss, full_softmax, pos_only, neg_only, fedaws, centralized"
 SMALL = ["--glyph-classes=12", "--glyph-writers=4", "--cohort=2", "--num-negatives=3", "--embedding-dim=8"]
 
@@ -214,16 +214,19 @@ def test_ctrl_c_finishes_the_round_and_the_run_can_be_resumed(tmp_path, monkeypa
         "fedss run: finishing this round; Ctrl-C again stops at once",
         f"fedss run: stopped after round 2 of 4; go on with: fedss run --resume {stopped}",
     ]
-    refused = fails(capsys, "run", "--resume", str(stopped), "--rounds=9")
-    assert refused.endswith("checkpoint-000002 is of another configuration: rounds: 4 there, 9 here")
+    refused = fails(capsys, "run", "--resume", str(stopped), "--rounds=9", "--seed=9")
+    assert refused.endswith("is of another configuration: rounds: 4 there, 9 here; seed: 0 there, 9 here")
     assert cli.main(["run", "--resume", str(stopped)]) == 0
     assert "round 4/4" in capsys.readouterr().out and (stopped / "report.html").exists()
     a, b = (torch.load(folder / "model.pt", weights_only=True) for folder in (whole, stopped))
     assert torch.equal(a["weight"], b["weight"])
     finished = fails(capsys, "run", "--resume", str(stopped))
-    assert finished == f"fedss run: the run in {stopped} is finished"
+    assert finished == (
+        f"fedss run: the run in {stopped} is finished: its 4 rounds are done; for more of them give a larger "
+        "number of rounds"
+    )
     nothing = fails(capsys, "run", "--resume", str(tmp_path / "nothing"))
-    assert nothing.startswith(f"fedss run: --config: cannot read {tmp_path / 'nothing' / 'config.json'}")
+    assert nothing == f"fedss run: --resume: no run in {tmp_path / 'nothing'}"
 
 
 def test_a_bug_is_not_called_a_mistake(monkeypatch, tmp_path):

@@ -11,7 +11,7 @@ from .config import Config, ConfigError
 from .jobs import OnRound, folder_of, run_all
 from .loading import check_data, load_data
 from .plan import FILE, Case, Plan, case_of
-from .report import MEGABYTE, Run, by_case, percent, write_comparison_report
+from .report import MEGABYTE, Run, attempt, by_case, percent, write_comparison_report
 from .run_folder import prepare, read_run
 from .tables import markdown
 
@@ -57,7 +57,7 @@ class Line:
 class Comparison:
     table: list[Line]
     runs: list[Run]
-    failed: list[str]  # one line for each run that failed
+    failed: list[str]  # one line for each run that failed, and for a report that could not be made
     out: Path
 
 
@@ -99,12 +99,49 @@ def compare(
     configs = plan.runs(out, rates)
     errors = run_all(configs, jobs, on_round or _ignore, resume)
     failed = [f"{job_name(plan, configs[job])} failed: {error}" for job, error in sorted(errors.items())]
-    runs = [Run(*read_run(folder_of(c))) for job, c in enumerate(configs) if job not in errors]
+    runs, left_out = _read_runs(plan, [c for job, c in enumerate(configs) if job not in errors])
+    failed += left_out
     table = tabulate(runs)
     if runs:
         write_tables(out, table)
-        write_comparison_report(out, runs, header(table), [cells(line) for line in table], failed)
+        failed += attempt(out, _write_report, out, runs, list(failed))
     return Comparison(table, runs, failed, out)
+
+
+def report_again(out: Path) -> list[str]:
+    """The tables and the report of the comparison in `out`, of its runs that are done; a line on each other.
+
+    Raises CheckpointError where there is no comparison, ValueError where no run of it is done.
+    """
+    plan = Plan.read(out)
+    runs, left_out = _read_runs(plan, plan.runs(out, {}))
+    if not runs:
+        raise ValueError(f"no run of the comparison in {out} is done: {'; '.join(left_out)}")
+    write_tables(out, tabulate(runs))
+    _write_report(out, runs, left_out)
+    return left_out
+
+
+def _read_runs(plan: Plan, configs: Sequence[Config]) -> tuple[list[Run], list[str]]:
+    """(those that have the plan's number of rounds, a line on each that has not)"""
+    runs, left_out = list[Run](), list[str]()
+    for config in configs:
+        try:
+            run = Run(*read_run(folder_of(config)))
+        except ValueError as error:
+            left_out.append(f"{job_name(plan, config)} is left out: {error}")
+            continue
+        if len(run.history) == plan.config.rounds:
+            runs.append(run)
+        else:
+            done = f"{len(run.history)} rounds are done, of a comparison of {plan.config.rounds}"
+            left_out.append(f"{job_name(plan, config)} is left out: {done}")
+    return runs, left_out
+
+
+def _write_report(out: Path, runs: Sequence[Run], failed: Sequence[str]) -> None:
+    table = tabulate(runs)
+    write_comparison_report(out, runs, header(table), [cells(line) for line in table], failed)
 
 
 def _ignore(job: int, metrics: object) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ..plotting import plotting
 from .algorithms import METHODS
 from .config import Config
 from .data import FederatedData
@@ -87,7 +88,8 @@ def write(out: Path, found: Sequence[Confusion], client: int) -> str:
                     writer.writerow([f"{number}: {each.name}", *pair, share])
     header = ["run", "right", "mean cosine of its class rows"]
     rows = [[each.name, f"{100 * each.right:.1f}%", f"{each.cosine:.2f}"] for each in found]
-    _plot(found, client).savefig(out / "confusion.png", dpi=150)
+    with plotting():
+        _plot(found, client).savefig(out / "confusion.png", dpi=150)
     title = f"What client {client}'s images are taken for"
     return write_section(out, "confusion", title, WORDS, header, rows)
 

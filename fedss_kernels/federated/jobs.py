@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from typing import Any, cast
 from . import checkpoint
 from .config import Config
 from .interrupts import deaf
-from .report import Run, write_run_report
+from .report import Run, attempt, write_run_report
 from .rounds import run
 from .run_folder import RoundMetrics, read_run
 
@@ -75,7 +76,9 @@ def _child(sender: Connection, config: Config, resume: bool) -> None:
         if not (resume and (folder_of(config) / "summary.json").exists()):
             # a run that was stopped before its first checkpoint starts again
             run(replace(config, overwrite=config.overwrite or resume), on_round=sender.send, resume=begun)
-        write_run_report(folder_of(config), Run(*read_run(folder_of(config))))
+        made = Run(*read_run(folder_of(config)))
+        for line in attempt(folder_of(config), write_run_report, folder_of(config), made):
+            print(line, file=sys.stderr)
     except BrokenPipeError:
         pass  # the parent is gone: nobody waits for this run
     except Exception as error:

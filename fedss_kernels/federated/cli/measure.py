@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -30,6 +31,20 @@ from .options import (
     read_counts,
     reader,
 )
+
+
+def _write(arguments: argparse.Namespace, out: Path, write: Callable[[], str]) -> int:
+    """What was measured, as a table, a plot and a section of the report; the figures are written first."""
+    try:
+        print(write(), end="")
+    except Exception as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        print(
+            f"fedss {arguments.command}: the figures are in {out}, but not the plot: {why}", file=sys.stderr
+        )
+        return 1
+    print(f"the table, the plot and the report: {out / 'report.html'}")
+    return 0
 
 
 def _add_noise_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,9 +106,7 @@ def _noise(arguments: argparse.Namespace) -> int:
         model=model,
         on_line=lambda line: print(f"fedss noise: {line.num_negatives} negatives", file=sys.stderr),
     )
-    print(noise.write(out, lines, data.num_classes), end="")
-    print(f"the table, the plot and the report: {out / 'report.html'}")
-    return 0
+    return _write(arguments, out, lambda: noise.write(out, lines, data.num_classes))
 
 
 def _add_confusion_arguments(parser: argparse.ArgumentParser) -> None:
@@ -114,9 +127,7 @@ def _confusion(arguments: argparse.Namespace) -> int:
             config, model = Config.from_dict(read_options(folder / "config.json")), read_model(folder)
             found.append(confusion.measure(config, load_data(config), model, arguments.client))
         make_folder(arguments.out)
-    print(confusion.write(arguments.out, found, arguments.client), end="")
-    print(f"the table, the plot and the report: {arguments.out / 'report.html'}")
-    return 0
+    return _write(arguments, arguments.out, lambda: confusion.write(arguments.out, found, arguments.client))
 
 
 def _add_privacy_arguments(parser: argparse.ArgumentParser) -> None:
@@ -163,9 +174,7 @@ def _privacy(arguments: argparse.Namespace) -> int:
                     raise Mistake(str(error)) from None
                 accuracy[negatives] = result.summary.top1, result.summary.map_at_10
     lines = privacy.measure(config, data, clients=arguments.clients, accuracy=accuracy)
-    print(privacy.write(out, lines), end="")
-    print(f"the table, the plot and the report: {out / 'report.html'}")
-    return 0
+    return _write(arguments, out, lambda: privacy.write(out, lines))
 
 
 def _add_parameters_arguments(parser: argparse.ArgumentParser) -> None:
@@ -194,9 +203,7 @@ def _parameters(arguments: argparse.Namespace) -> int:
     with mistakes():
         lines = parameters.measure(arguments.model, arguments.dims)
         make_folder(arguments.out)
-    print(parameters.write(arguments.out, arguments.model, lines), end="")
-    print(f"the table, the plot and the report: {arguments.out / 'report.html'}")
-    return 0
+    return _write(arguments, arguments.out, lambda: parameters.write(arguments.out, arguments.model, lines))
 
 
 NOISE = Command(

@@ -104,7 +104,9 @@ def _described(name: str, module: nn.Module) -> tuple[str, ...]:
 
 
 def _plain(value: Any) -> str:
-    """Numbers, text, functions and lists of them as text; "" for all else."""
+    """Numbers, text, functions, tensors and lists of them as text; "" for all else."""
+    if isinstance(value, Tensor):
+        return _digest([value])
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_plain, value))}]"
     if isinstance(value, dict):

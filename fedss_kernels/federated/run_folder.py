@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from . import checkpoint
 from .algorithms import METHODS
 from .checkpoint import Checkpoint, CheckpointError
-from .config import Config, ConfigError
+from .config import Config, ConfigError, read_options
 from .data import FederatedData
 from .fingerprint import Fingerprint
 from .ledger import OUTCOMES, Entry, Traffic, client_traffic
@@ -311,9 +311,10 @@ def check_folder(path: Path, files: tuple[str, ...], *, overwrite: bool) -> None
             raise FileExistsError(
                 f"the folder {path} is not empty: choose another{resume}, or replace it with --overwrite"
             )
-        if not _is_ours(path / files[0]):
+        why = _not_ours(path / files[0])
+        if why:
             raise FileExistsError(
-                f"the folder {path} holds no earlier results ({files[0]}): it is not overwritten"
+                f"the folder {path} holds no earlier results ({why}): it is not overwritten"
             )
     make_folder(path)
 
@@ -328,14 +329,17 @@ def make_folder(path: Path) -> None:
         raise OSError(f"the folder {path} cannot be written to: {error.strerror}") from None
 
 
-def _is_ours(marker: Path) -> bool:
-    """Whether a config.json or comparison.json is one that an earlier run wrote."""
+def _not_ours(marker: Path) -> str:
+    """Why a config.json or comparison.json is not one that an earlier run wrote; "" if it is."""
+    if not marker.exists():
+        return f"no {marker.name}"
     try:
-        values = json.loads(marker.read_text(encoding="utf-8"))
-        Config.from_dict(values.get("config", values))
-    except (OSError, ValueError, TypeError, AttributeError):
-        return False
-    return "rounds" in values.get("config", values)
+        values = read_options(marker)
+        values = values.get("config", values)
+        Config.from_dict(values, marker)
+    except (ConfigError, TypeError) as error:
+        return getattr(error, "message", f"{marker} is another program's")
+    return "" if "rounds" in values else f"{marker} is another program's"
 
 
 def prepare(path: Path, files: tuple[str, ...], *, overwrite: bool) -> None:

@@ -3,11 +3,12 @@
 import json
 
 import pytest
+import torch
 from tiny_federation import tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import ConfigError, Stopped, run
 from fedss_kernels.federated.config import Config
-from fedss_kernels.federated.run_folder import read_config, read_run
+from fedss_kernels.federated.run_folder import read_config, read_model, read_run
 
 ROUNDS = 5
 
@@ -122,7 +123,7 @@ def test_a_line_that_is_half_written_is_no_round(stopped):
         (lambda text: text.replace('"cohort": 3', '"cohort": 2'), "was changed (cohort: 3 there, 2 here)"),
         (
             lambda text: text.replace("{", '{"later": 1,'),
-            "later: no such option of this version: was it written",
+            "later: no such option, in this version: did a later one",
         ),
         (lambda text: text[:40], "is not JSON"),
         (lambda text: "", "is not JSON"),
@@ -156,7 +157,7 @@ def test_without_a_checkpoint_the_config_has_the_word(tmp_path):
     file = tmp_path / "config.json"
     file.write_text(file.read_text().replace("{", '{"later": 1,'))
     with pytest.raises(
-        ConfigError, match="^config: in .*config.json: later: no such option of this version: was"
+        ConfigError, match="^config: in .*config.json: later: no such option, in this version"
     ):
         read_config(tmp_path)
 
@@ -176,6 +177,17 @@ def test_a_run_of_an_earlier_version_is_read_from_what_it_left(tmp_path):
     (tmp_path / "metrics.csv").write_bytes(semicolons((tmp_path / "metrics.csv").read_bytes()))
     with pytest.raises(ValueError, match="metrics.csv in .* is not as a run wrote it"):
         read_run(tmp_path)
+
+
+def test_a_model_that_is_damaged_or_another_programs_is_said(tmp_path):
+    train(tmp_path)
+    whole = (tmp_path / "model.pt").read_bytes()
+    assert len(read_model(tmp_path)[1]) == 7
+    torch.save([1], tmp_path / "list.pt")
+    for content in (b"", b"abc", whole[:-9], whole[: len(whole) // 2], (tmp_path / "list.pt").read_bytes()):
+        (tmp_path / "model.pt").write_bytes(content)
+        with pytest.raises(ValueError, match="model.pt is damaged, or no run wrote it"):
+            read_model(tmp_path)
 
 
 def test_other_versions_are_said(stopped, monkeypatch, caplog):

@@ -319,8 +319,8 @@ class Config:
         try:
             for name in values:
                 if name not in names:
-                    later = "" if source is None else " of this version: was it written by a later one?"
-                    raise ConfigError(name, f"no such option{did_you_mean(name, names) or later}")
+                    later = "" if source is None else ", in this version: did a later one write the file?"
+                    raise ConfigError(name, f"no such option{did_you_mean(name, names)}{later}")
             return cls(**{**values, **given})
         except ConfigError as error:
             if source is None or error.option not in values or error.option in given:

@@ -402,6 +402,10 @@ def read_model(path: Path) -> tuple[dict[str, Tensor], Tensor]:
         found = torch.load(path / "model.pt", weights_only=True)
     except OSError as error:
         raise ValueError(f"no model.pt of a finished run in {path}: {error.strerror}") from None
+    except Exception:  # what a damaged pickle raises may be anything
+        found = None
+    if not isinstance(found, dict) or "extractor" not in found:
+        raise ValueError(f"{path / 'model.pt'} is damaged, or no run wrote it")
     if "weight" not in found:
         raise ValueError(f"{path / 'model.pt'} has no class matrix: it is in a class store")
     return found["extractor"], found["weight"]

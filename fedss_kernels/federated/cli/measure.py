@@ -9,15 +9,11 @@ from pathlib import Path
 
 import torch
 
-from ..config import (
-    STICKY,
-    Config,
-    read_options,
-)
+from ..config import STICKY
 from ..loading import check_data, load_data
 from ..models import MODELS
 from ..rounds import run
-from ..run_folder import make_folder, read_model
+from ..run_folder import make_folder, read_config, read_model
 from ..simulation import TooFewClients
 from .command import Command
 from .options import (
@@ -86,8 +82,7 @@ def _noise(arguments: argparse.Namespace) -> int:
             given = next((name for name in _OF_A_RUN if name in arguments), None)
             if given:
                 raise Mistake(f"{flag(given)}: the model of --run is measured on its own data")
-            arguments.config = arguments.config or arguments.run / "config.json"
-        config = config_of(arguments)
+        config = config_of(arguments, read_config(arguments.run)[0].to_dict() if arguments.run else {})
         out = arguments.out if "out" in arguments else Path("runs") / f"noise-{config.data}"
         data = load_data(config)
         check_data(config, data)
@@ -124,8 +119,8 @@ def _confusion(arguments: argparse.Namespace) -> int:
     found = []
     with mistakes():
         for folder in arguments.runs:
-            config, model = Config.from_dict(read_options(folder / "config.json")), read_model(folder)
-            found.append(confusion.measure(config, load_data(config), model, arguments.client))
+            config, _ = read_config(folder)
+            found.append(confusion.measure(config, load_data(config), read_model(folder), arguments.client))
         make_folder(arguments.out)
     return _write(arguments, arguments.out, lambda: confusion.write(arguments.out, found, arguments.client))
 

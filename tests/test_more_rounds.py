@@ -99,6 +99,17 @@ def test_rounds_that_are_done_cannot_be_undone_nor_have_had_other_rates(tmp_path
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+def test_where_something_is_in_the_way_of_more_rounds_it_stays_finished(tmp_path):
+    """Here the class store, which is opened last."""
+    train(tmp_path, 4, store=True)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    (tmp_path / "rows").rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="holds no class store"):
+        train(tmp_path, 7, store=True, resume=True)
+    (tmp_path / "elsewhere").rename(tmp_path / "rows")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 def test_a_run_that_was_killed_after_its_last_checkpoint_is_finished_by_resuming_it(tmp_path):
     whole = train(tmp_path, 4)
     model = (tmp_path / "run/model.pt").read_bytes()

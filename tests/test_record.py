@@ -82,9 +82,13 @@ def test_one_that_is_gone_or_was_cut_is_written_anew_without_a_word(stopped, cap
 def test_the_record_itself_is_had_again_from_the_tables(stopped):
     record = stopped / "record"
     (record / "metrics.csv").write_text("rubbish")
-    (record / "ledger.csv").unlink()
+    for name in ("ledger.csv", "facts.json"):
+        (record / name).unlink()
     expected = [metrics.top1 for metrics in train(stopped.parent / "whole").history]
-    assert [metrics.top1 for metrics in train(stopped, resume=True).history] == expected
+    resumed = train(stopped, resume=True)
+    assert [metrics.top1 for metrics in resumed.history] == expected
+    (stopped / "summary.json").write_text("edited")
+    assert read_run(stopped)[2] == resumed.summary
 
 
 def test_a_table_that_is_saved_while_the_run_goes_on_is_whole_at_the_end(tmp_path, caplog):
@@ -188,6 +192,9 @@ def test_a_model_that_is_damaged_or_another_programs_is_said(tmp_path):
         (tmp_path / "model.pt").write_bytes(content)
         with pytest.raises(ValueError, match="model.pt is damaged, or no run wrote it"):
             read_model(tmp_path)
+    (tmp_path / "summary.json").unlink()
+    with pytest.raises(ValueError, match="no finished run in .*: no summary.json"):
+        read_model(tmp_path)
 
 
 def test_other_versions_are_said(stopped, monkeypatch, caplog):

@@ -10,6 +10,7 @@ whatever is interrupted, the last good one stands. What was changed since in it,
 with, is noticed.
 """
 
+import functools
 import hashlib
 import importlib
 import json
@@ -31,8 +32,8 @@ from .config import Config, learning_rate
 from .fingerprint import Fingerprint
 
 FORMAT = 4
-# Options that no bit of a result depends on. Of a file that a net begins with what was read counts.
-MAY_DIFFER = ("out", "data_dir", "cache_dir", "class_store", "checkpoint_every", "workers", "init_checkpoint")
+# Options that no bit of a result depends on.
+MAY_DIFFER = ("out", "data_dir", "cache_dir", "class_store", "checkpoint_every", "workers")
 _STATE, _REST = "state.safetensors", "checkpoint.json"
 log = logging.getLogger(__name__)
 
@@ -160,11 +161,19 @@ def _check_rounds(there: Config, here: Config, done: int) -> None:
 
 def versions() -> dict[str, str]:
     """What the bits of a run depend on besides its settings, data and net."""
+    return {
+        "fedss-kernels": _own_version(),
+        "torch": torch.__version__,
+        "instruction set": _C.instruction_set(),
+    }
+
+
+@functools.cache  # it is looked for on the disk
+def _own_version() -> str:
     try:
-        own = version("fedss-kernels")
+        return version("fedss-kernels")
     except PackageNotFoundError:
-        own = "not installed"
-    return {"fedss-kernels": own, "torch": torch.__version__, "instruction set": _C.instruction_set()}
+        return "not installed"
 
 
 def exists(folder: Path) -> bool:

@@ -10,7 +10,6 @@ import hashlib
 import io
 import logging
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,18 +31,19 @@ class Record:
     def new(cls, run: Path, facts: str) -> "Record":
         """Of no lines. An earlier run's is to be removed first."""
         folder = folder_of(run)
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         (folder / "facts.json").write_text(facts, encoding="utf-8")
         return cls(run, {name: hashlib.sha256() for name in TABLES})
 
     @classmethod
-    def cut(cls, run: Path, lengths: Mapping[str, int], digests: Mapping[str, str]) -> "Record":
+    def cut(cls, run: Path, facts: str, lengths: Mapping[str, int], digests: Mapping[str, str]) -> "Record":
         """As it was at a checkpoint, whose lengths and checksums these are; the readers' tables too.
 
         Raises CheckpointError where neither copy of a table holds what the checkpoint goes with.
         """
         contents = {name: _found(run, name, lengths[name], digests[name]) for name in TABLES}
         folder_of(run).mkdir(exist_ok=True)
+        (folder_of(run) / "facts.json").write_text(facts, encoding="utf-8")
         for name, content in contents.items():
             _make(folder_of(run) / name, content)
         record = cls(run, {name: hashlib.sha256(content) for name, content in contents.items()})
@@ -89,7 +89,9 @@ def folder_of(run: Path) -> Path:
 
 
 def remove_record(run: Path) -> None:
-    shutil.rmtree(folder_of(run), ignore_errors=True)
+    """Its own files alone."""
+    for name in ("facts.json", *TABLES):
+        (folder_of(run) / name).unlink(missing_ok=True)
 
 
 def read_facts(run: Path) -> bytes:

@@ -119,9 +119,10 @@ def _open_folder(
         check_free(config.class_store, run=config.out, overwrite=config.overwrite)
     if config.out is None:
         return None, None, []
+    known = config.out, config, player.fingerprint, _facts(player)
     if not resume:
-        return RunFolder.new(config.out, config, player.fingerprint, _facts(player)), None, []
-    folder, checkpoint, history = RunFolder.resumed(config.out, config, player.fingerprint)
+        return RunFolder.new(*known), None, []
+    folder, checkpoint, history = RunFolder.resumed(*known)
     if (checkpoint.store is None) != (config.class_store is None):
         where = "in memory" if checkpoint.store is None else "in a class store"
         folder.close()
@@ -157,6 +158,8 @@ def _run(
     config = simulation.config
     begun = time.perf_counter() - (history[-1].seconds if history else 0.0)
     saved = len(history)  # rounds in the last checkpoint
+    if folder:
+        folder.begin()
     for round in range(len(history), config.rounds):
         try:
             updates, entries = simulation.play(round)

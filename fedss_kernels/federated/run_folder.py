@@ -100,6 +100,10 @@ class Facts:
         sizes = data.num_classes, len(data.clients), images, len(data.test_images)
         return cls(data.name, data.task, *sizes, num_parameters)
 
+    @property
+    def text(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -136,10 +140,10 @@ class Summary:
 
     @classmethod
     def of(cls, config: Config, facts: Facts, history: Sequence[RoundMetrics]) -> "Summary":
-        """Of the rounds that are done, one at least. Accuracies are the last that were measured."""
+        """Of the rounds that are done, one at least. Accuracies are those of the last evaluation."""
         counts = {outcome: sum(getattr(metrics, outcome) for metrics in history) for outcome in OUTCOMES}
-        measured = [m for m in history if m.top1 is not None or m.map_at_10 is not None]
-        last = measured[-1] if measured else history[-1]
+        evaluated = [m for m in history if m.round % config.eval_every == 0 or m.round == config.rounds]
+        last = evaluated[-1] if evaluated else history[-1]
         return cls(
             method=config.method,
             seed=config.seed,
@@ -183,7 +187,7 @@ def _full_traffic(config: Config, facts: Facts, counts: Mapping[str, int], round
     return sum((each[answers].times(n) for answers, n in numbers.items()), Traffic())
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunFolder:
     """Writes a run's files as it goes: every round's lines are written before the next round begins."""
 
@@ -207,7 +211,7 @@ class RunFolder:
             before.release()
         config.save(path / "config.json")
         lock = Lock(path / "config.json")
-        record = Record.new(path, json.dumps(dataclasses.asdict(facts), indent=2))
+        record = Record.new(path, facts.text)
         record.append("metrics.csv", [[field.name for field in fields(RoundMetrics)]])
         kinds = [field.name for field in fields(Traffic)]
         head = ["round", "attempt", "client", "num_rows", "outcome", "fault"]
@@ -216,7 +220,7 @@ class RunFolder:
 
     @classmethod
     def resumed(
-        cls, path: Path, config: Config, fingerprint: Fingerprint
+        cls, path: Path, config: Config, fingerprint: Fingerprint, facts: Facts
     ) -> "tuple[RunFolder, Checkpoint, list[RoundMetrics]]":
         """(the folder of a run that stopped, its last checkpoint, the rounds until then).
 
@@ -247,19 +251,27 @@ class RunFolder:
             there.save(path / "config.json")
         lock = Lock(path / "config.json")
         try:
-            record = Record.cut(path, found.table_bytes, found.table_sha256)
-            if changed or there.rounds != config.rounds:
-                dataclasses.replace(there, rounds=config.rounds).save(path / "config.json")
-                before, lock = lock, Lock(path / "config.json")  # on the new file
-                before.release()
+            record = Record.cut(path, facts.text, found.table_bytes, found.table_sha256)
         except BaseException:
             lock.release()
             raise
+        folder = cls(path, config, fingerprint, record, lock)
         if changed:
+            folder._save(there)
             log.warning("%s: it is as the run began again", changed)
-        if finished:
-            (path / "summary.json").unlink()
-        return cls(path, config, fingerprint, record, lock), found, read_metrics(path)
+        return folder, found, read_metrics(path)
+
+    def begin(self) -> None:
+        """To be called when nothing is in the way of the next round: a finished run is that no more."""
+        there, _ = read_config(self.path)
+        if there.rounds != self.config.rounds:
+            self._save(dataclasses.replace(there, rounds=self.config.rounds))
+        (self.path / "summary.json").unlink(missing_ok=True)
+
+    def _save(self, config: Config) -> None:
+        config.save(self.path / "config.json")
+        before, self.lock = self.lock, Lock(self.path / "config.json")  # on the new file
+        before.release()
 
     def save_checkpoint(self, rounds: int, tensors: Mapping[str, Tensor], store: str | None = None) -> None:
         """Of what the server holds after so many rounds; the tables are synced first."""
@@ -358,13 +370,16 @@ def prepare(path: Path, files: tuple[str, ...], *, overwrite: bool) -> None:
 def read_config(path: Path) -> tuple[Config, str]:
     """(the configuration of the run in a folder, what of its config.json is not believed).
 
-    Where the run has a checkpoint that has the word, but on options in MAY_CHANGE: users edit config.json.
-    Raises ConfigError where there is neither, or they are of another version.
+    Users edit config.json: where the run has a checkpoint, and it is whole, that has the word, but on options
+    in MAY_CHANGE. Raises ConfigError where there is neither, or they are of another version.
     """
     file = path / "config.json"
     if not checkpoint.exists(path):
         return Config.load(file), ""
-    began = checkpoint.read_config(path)
+    try:
+        began = checkpoint.read_config(path)
+    except CheckpointError:  # who resumes the run is told
+        return Config.load(file), ""
     try:
         now = Config.load(file)
     except ConfigError as error:
@@ -398,6 +413,8 @@ def read_run(path: Path) -> tuple[Config, list[RoundMetrics], Summary]:
 
 def read_model(path: Path) -> tuple[dict[str, Tensor], Tensor]:
     """(the net's state, W (C, D)) of a finished run. Raises ValueError where there is no W, as in a store."""
+    if not (path / "summary.json").exists():  # a model.pt is of fewer rounds, before more were begun
+        raise ValueError(f"no finished run in {path}: no summary.json")
     try:
         found = torch.load(path / "model.pt", weights_only=True)
     except OSError as error:

@@ -32,7 +32,8 @@ def add_config_file(parser: argparse.ArgumentParser) -> None:
         "--config",
         type=Path,
         metavar="FILE",
-        help="take the options from this file, a run's config.json; those on the command line win",
+        help="take the options from this file, a run's config.json; what it lacks has its default, and those "
+        "on the command line win",
     )
 
 

@@ -1,7 +1,9 @@
 """What a resumed run would not be the same run with: in the data, in the net, trained or not."""
 
+import copy
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from tiny_federation import tiny_config, tiny_data
@@ -14,21 +16,18 @@ from fedss_kernels.federated.fingerprint import Fingerprint
 class Net(nn.Module):
     """With a frozen layer, a buffer that is saved and one that is not, and a number that is neither."""
 
-    def __init__(
-        self, *, activation: nn.Module | None = None, temperature=1.0, scale=None, frozen=1.0, mean=0.0
-    ):
+    def __init__(self, *, activation: nn.Module | None = None, temperature=1.0, frozen=1.0, mean=0.0):
         super().__init__()
         torch.manual_seed(3)
         self.first, self.last = nn.Linear(36, 8), nn.Linear(8, 4)
         self.first.requires_grad_(False).weight.mul_(frozen)
-        self.activation, self.scale = activation or nn.ReLU(), scale
-        self.temperature = temperature
+        self.activation, self.temperature = activation or nn.ReLU(), temperature
         self.register_buffer("mean", torch.full((1,), mean))
         self.register_buffer("mask", torch.ones(8), persistent=False)
 
     def forward(self, images):
         hidden = self.activation(self.first(images.flatten(1) - self.mean)) * self.mask
-        return self.last(hidden) * (self.scale or 1.0) / self.temperature
+        return self.last(hidden) / self.temperature
 
 
 class Doubled(Net):
@@ -64,7 +63,6 @@ def thawed() -> Net:
         (lambda: Net(activation=nn.GELU()), ["the net's modules"]),
         (lambda: Net(activation=nn.Dropout(0.5)), ["the net's modules"]),
         (lambda: Net(temperature=2), ["the net's modules"]),
-        (lambda: Net(scale=torch.tensor(1.001)), ["the net's modules"]),  # a tensor, but no buffer
         (Doubled, ["what the net computes"]),
         (thawed, ["the net's trained parameters", "the net's frozen parameters"]),
         (lambda: Net().double().float(), []),
@@ -74,6 +72,27 @@ def thawed() -> Net:
 def test_another_net_is_told_by_what_of_it_is_another(other, differs):
     assert fingerprint(Net()).differences(fingerprint(other())) == differs
     assert fingerprint(other()).differences(fingerprint(Net())) == differs
+
+
+@pytest.mark.parametrize(
+    "a, b",
+    [
+        (torch.ones(2), torch.tensor([1, 1.001])),  # no buffer
+        (np.ones(2), np.array([1, 1.001])),
+        (np.float32(1), np.float32(1.001)),
+        ([1, (2, None)], [1, (2, 3)]),
+        ({"width": 1}, {"width": 2}),
+        (nn.functional.relu, nn.functional.gelu),
+        ("mean", "max"),
+        (torch.float32, torch.float64),
+    ],
+)
+def test_attributes_count_whatever_they_do(a, b):
+    nets = Net(), Net(), Net()
+    for net, value in zip(nets, (a, b, copy.deepcopy(a)), strict=True):
+        net.note = value
+    assert fingerprint(nets[0]).differences(fingerprint(nets[1])) == ["the net's modules"]
+    assert fingerprint(nets[0]).differences(fingerprint(nets[2])) == []
 
 
 def test_dtypes_shapes_and_names_count_and_what_two_names_share():

@@ -14,8 +14,10 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -104,14 +106,16 @@ def _described(name: str, module: nn.Module) -> tuple[str, ...]:
 
 
 def _plain(value: Any) -> str:
-    """Numbers, text, functions, tensors and lists of them as text; "" for all else."""
+    """Numbers, text, functions, arrays and lists of them as text; "" for all else."""
     if isinstance(value, Tensor):
         return _digest([value])
+    if isinstance(value, np.ndarray | np.generic):
+        return _digest([value.dtype.str, value.shape, value.tobytes()])
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_plain, value))}]"
     if isinstance(value, dict):
         return f"{{{', '.join(f'{key}: {_plain(of)}' for key, of in value.items())}}}"
-    if value is None or isinstance(value, bool | int | float | str | torch.dtype):
+    if value is None or isinstance(value, bool | int | float | str | Enum | torch.dtype):
         return repr(value)
     return getattr(value, "__qualname__", "")
 

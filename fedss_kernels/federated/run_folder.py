@@ -9,6 +9,7 @@ summary.json  the figures at the end; it says that the run is finished
 model.pt      {"extractor": state dict, "weight": W}, for torch.load(path, weights_only=True); without W
               where that is in a class store
 report.html, accuracy_by_round.png, accuracy_by_bytes.png
+*-changed.csv what another program made of a table
 error.txt     the traceback, where a run of `fedss compare` failed
 """
 
@@ -34,6 +35,7 @@ from .data import FederatedData
 from .fingerprint import Fingerprint
 from .ledger import OUTCOMES, Entry, Traffic, client_traffic
 from .lock import Lock
+from .metrics import Accuracies
 from .record import Record, read_facts, read_table, remove_record
 
 RUN_FILES = (
@@ -147,10 +149,7 @@ class Summary:
         return cls(
             method=config.method,
             seed=config.seed,
-            top1=last.top1,
-            map_at_10=last.map_at_10,
-            recall_at_1=last.recall_at_1,
-            recall_at_10=last.recall_at_10,
+            **{field.name: getattr(last, field.name) for field in fields(Accuracies)},
             rounds=len(history),
             cohort=config.cohort,
             **counts,
@@ -399,16 +398,19 @@ def read_run(path: Path) -> tuple[Config, list[RoundMetrics], Summary]:
     if not history:
         raise ValueError(f"no round of the run in {path} is done")
     try:
-        return config, history, Summary.of(config, Facts(**json.loads(read_facts(path))), history)
-    except (OSError, ValueError, TypeError):
-        pass  # an earlier version left its figures at the end only
+        facts = Facts(**json.loads(read_facts(path)))
+    except (OSError, ValueError, TypeError):  # an earlier version left its figures at the end only
+        return config, history, _read_summary(path / "summary.json")
+    return config, history, Summary.of(config, facts, history)
+
+
+def _read_summary(file: Path) -> Summary:
     try:
-        found = Summary.from_dict(json.loads((path / "summary.json").read_text(encoding="utf-8")))
+        return Summary.from_dict(json.loads(file.read_text(encoding="utf-8")))
     except OSError as error:
-        raise ValueError(f"no finished run in {path}: summary.json: {error.strerror}") from None
+        raise ValueError(f"no finished run in {file.parent}: summary.json: {error.strerror}") from None
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path / 'summary.json'} is not as a run wrote it: {error}") from None
-    return config, history, found
+        raise ValueError(f"{file} is not as a run wrote it: {error}") from None
 
 
 def read_model(path: Path) -> tuple[dict[str, Tensor], Tensor]:

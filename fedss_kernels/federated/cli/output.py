@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -28,9 +29,9 @@ def print_profile(seconds: Mapping[str, float], rounds: int) -> None:
     print_table(["stage", "seconds", "share", "ms a round"], rows)
 
 
-def say_what_is_logged(command: str, *modules: str) -> None:
-    """Prints the warnings of these modules of the simulator, a line each."""
+def say_what_is_logged(command: str, *modules: ModuleType) -> None:
+    """Prints the warnings of these modules, a line each."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(f"fedss {command}: %(message)s"))
     for module in modules:
-        logging.getLogger(f"fedss_kernels.federated.{module}").handlers = [handler]
+        logging.getLogger(module.__name__).handlers = [handler]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import checkpoint
+from .. import checkpoint, record, run_folder
 from ..checkpoint import CheckpointError
 from ..class_store import check_free
 from ..config import (
@@ -82,7 +82,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 check_free(config.class_store, run=out, overwrite=config.overwrite)
     played: list[RoundMetrics] = []
     logging.getLogger("fedss_kernels").addHandler(logging.NullHandler())  # what is left out is counted below
-    say_what_is_logged("run", "checkpoint", "record", "run_folder")
+    say_what_is_logged("run", checkpoint, record, run_folder)
     try:
         with RunProgress([config.method], config.rounds) as progress, noticed(_FINISHING) as stop:
 

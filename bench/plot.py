@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..plotting import plotting
 from .results import Figures, Row, numbers, quotient
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
@@ -36,6 +37,7 @@ class Panel:
         return found
 
 
+@plotting()
 def save_plot(path: Path, title: str, axes_names: Sequence[str], panels: Sequence[Panel]) -> None:
     """Marks to the right of the line at 1 are slower than ours, those to the left faster."""
     from matplotlib.figure import Figure

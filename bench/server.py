@@ -28,6 +28,7 @@ from ..federated.client import Update
 from ..federated.randomness import Purpose, generator, initial_rows
 from ..federated.row_table import SGD
 from ..federated.server import Server
+from ..plotting import plotting
 from .machine import measure_machine
 from .results import decimal, mebibytes, milliseconds
 
@@ -138,6 +139,7 @@ def markdown(lines: Sequence[Line], machine: object) -> str:
     )
 
 
+@plotting()
 def save_plot(path: Path, lines: Sequence[Line]) -> None:
     from matplotlib.figure import Figure
 

@@ -149,7 +149,7 @@ def test_another_configuration_is_refused_with_what_differs(stopped):
 
 def test_another_version_is_refused(stopped, monkeypatch):
     monkeypatch.setattr("fedss_kernels.federated.checkpoint.FORMAT", 9)
-    with pytest.raises(CheckpointError, match="is of format 4, this version reads 9"):
+    with pytest.raises(CheckpointError, match="is of format 4, this version reads 9: go on with the version"):
         train(stopped, resume=True)
 
 
@@ -177,16 +177,15 @@ def test_there_must_be_something_to_go_on_from(stopped, tmp_path):
     with pytest.raises(ConfigError, match="out: expected the folder of the run to resume, got none"):
         train(None, resume=True)
     for name in ("metrics.csv", "ledger.csv"):
-        table = stopped / name
-        whole = table.read_bytes()
-        for damaged in (whole.replace(b",3,", b",4,", 1), whole[:-1], b""):
-            table.write_bytes(damaged)
-            with pytest.raises(CheckpointError, match=f"{name} is not what it was at the checkpoint"):
+        tables = stopped / name, stopped / "record" / name
+        whole = tables[0].read_bytes()
+        for damaged in (whole.replace(b",3,", b",4,", 1), whole[:-1], b"", None):
+            for table in tables:
+                table.unlink() if damaged is None else table.write_bytes(damaged)
+            with pytest.raises(CheckpointError, match=f"neither .*record/{name} nor .*{name} is what"):
                 train(stopped, resume=True)
-        table.unlink()
-        with pytest.raises(CheckpointError, match=f"{name} cannot be read"):
-            train(stopped, resume=True)
-        table.write_bytes(whole + b"what a run that was killed wrote after its checkpoint\n")
+        for table in tables:
+            table.write_bytes(whole + b"what a run that was killed wrote after its checkpoint\n")
     train(stopped, resume=True)
 
 
@@ -211,11 +210,15 @@ def test_a_folder_is_used_by_one_run_at_a_time(stopped):
     train(stopped, resume=True)
 
 
-def test_a_finished_run_is_not_resumed_and_leaves_no_checkpoint(tmp_path):
-    train(tmp_path)
-    assert not list(tmp_path.glob("checkpoint*"))
-    with pytest.raises(CheckpointError, match="is finished"):
-        train(tmp_path, resume=True)
+def test_a_finished_run_is_not_resumed_and_leaves_its_last_checkpoint(tmp_path):
+    train(tmp_path / "kept", checkpoint_every=4)
+    assert [path.name for path in tmp_path.glob("kept/checkpoint*")] == ["checkpoint-000006"]
+    with pytest.raises(CheckpointError, match="is finished: its 6 rounds are done; for more of them"):
+        train(tmp_path / "kept", checkpoint_every=4, resume=True)
+    train(tmp_path / "none", checkpoint_every=0)
+    assert not list(tmp_path.glob("none/checkpoint*"))
+    with pytest.raises(CheckpointError, match="is finished, and kept no checkpoint that more rounds could"):
+        train(tmp_path / "none", rounds=ROUNDS + 1, resume=True)
 
 
 def test_a_new_run_in_the_folder_of_a_stopped_one_leaves_nothing_of_it(stopped, undisturbed):

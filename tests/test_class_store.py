@@ -40,7 +40,9 @@ def test_it_agrees_with_memory_bit_for_bit(optimizer, tmp_path):
     )
     model = torch.load(tmp_path / "b/run/model.pt", weights_only=True)
     assert set(model) == {"extractor"}
-    assert sorted(path.name for path in (tmp_path / "b/rows").iterdir()) == ["rows.bin", "store.json"]
+    left = sorted(path.name for path in (tmp_path / "b/rows").iterdir())
+    assert left == ["rows.bin", "store.json", "undo-000006.bin"]  # that of the last checkpoint, and empty
+    assert (tmp_path / "b/rows/undo-000006.bin").stat().st_size == 64
 
 
 @pytest.mark.parametrize("stop_after", [1, 4, 5])

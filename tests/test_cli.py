@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 from image_files import write_image
 
+from fedss_kernels import federated
 from fedss_kernels.federated import Config, cli
 from fedss_kernels.federated.compare import Comparison
 from fedss_kernels.federated.config import OWN, PRESETS
@@ -28,7 +30,7 @@ def fails(capsys, *argv: str) -> str:
     return err.rstrip()
 
 
-COMMANDS = "run, compare, compositions, noise, confusion, privacy, parameters, bench, doctor"
+COMMANDS = "run, compare, compositions, noise, confusion, privacy, parameters, report, bench, doctor"
 METHODS = "fedss, full_softmax, pos_only, neg_only, fedaws, centralized"
 SMALL = ["--glyph-classes=12", "--glyph-writers=4", "--cohort=2", "--num-negatives=3", "--embedding-dim=8"]
 
@@ -216,16 +218,19 @@ def test_ctrl_c_finishes_the_round_and_the_run_can_be_resumed(tmp_path, monkeypa
         "fedss run: finishing this round; Ctrl-C again stops at once",
         f"fedss run: stopped after round 2 of 4; go on with: fedss run --resume {stopped}",
     ]
-    refused = fails(capsys, "run", "--resume", str(stopped), "--rounds=9")
-    assert refused.endswith("checkpoint-000002 is of another configuration: rounds: 4 there, 9 here")
+    refused = fails(capsys, "run", "--resume", str(stopped), "--rounds=9", "--seed=9")
+    assert refused.endswith("is of another configuration: rounds: 4 there, 9 here; seed: 0 there, 9 here")
     assert cli.main(["run", "--resume", str(stopped)]) == 0
     assert "round 4/4" in capsys.readouterr().out and (stopped / "report.html").exists()
     a, b = (torch.load(folder / "model.pt", weights_only=True) for folder in (whole, stopped))
     assert torch.equal(a["weight"], b["weight"])
     finished = fails(capsys, "run", "--resume", str(stopped))
-    assert finished == f"fedss run: the run in {stopped} is finished"
+    assert finished == (
+        f"fedss run: the run in {stopped} is finished: its 4 rounds are done; for more of them give a larger "
+        "number of rounds"
+    )
     nothing = fails(capsys, "run", "--resume", str(tmp_path / "nothing"))
-    assert nothing.startswith(f"fedss run: --config: cannot read {tmp_path / 'nothing' / 'config.json'}")
+    assert nothing == f"fedss run: --resume: no run in {tmp_path / 'nothing'}"
 
 
 def test_a_bug_is_not_called_a_mistake(monkeypatch, tmp_path):
@@ -359,3 +364,116 @@ def test_what_is_left_out_is_said_with_the_reasons(tmp_path, capsys):
     out = tmp_path / "run"
     assert cli.main(["run", *SMALL, "--rounds=6", "--cohort=4", "--poison-rate=0.4", f"--out={out}"]) == 0
     assert f"rejected ({faults(out / 'ledger.csv')})" in capsys.readouterr().out
+
+
+def broken_plots(monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr("fedss_kernels.federated.report._png", broken)
+
+
+def test_a_run_outlives_its_report(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        broken_plots(patch)
+        assert cli.main(["run", *SMALL, "--rounds=2", f"--out={out}"]) == 1
+    said, err = capsys.readouterr()
+    assert said.splitlines()[-1].endswith(f"MB moved: {out}") and err == (
+        f"fedss run: the results are in {out}, but their report could not be made (RuntimeError: no fonts); "
+        f"to try again: fedss report {out}\n"
+    )
+    assert (out / "summary.json").exists() and (out / "model.pt").exists()
+    assert cli.main(["report", str(out)]) == 0 and (out / "report.html").stat().st_size > 0
+
+
+def test_so_does_a_comparison_and_its_report_is_made_again(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+
+    def in_this_process(configs, jobs, on_round, resume):
+        for config in configs:
+            federated.run(config)
+        return {}
+
+    monkeypatch.setattr("fedss_kernels.federated.jobs.run_all", in_this_process)
+    with monkeypatch.context() as patch:
+        broken_plots(patch)
+        argv = [*SMALL, "--methods=pos_only,fedss", "--seeds=1", "--rounds=1", f"--out={out}"]
+        assert cli.main(["compare", *argv, "--lr-decay=constant"]) == 1
+    said, err = capsys.readouterr()
+    assert "PosOnly" in said and err.startswith(f"fedss compare: the results are in {out}, but their report")
+    assert cli.main(["report", str(out)]) == 0
+    assert capsys.readouterr() == (f"the report: {out / 'report.html'}\n", "")
+    assert (out / "accuracy_by_round.png").exists() and (out / "report.html").exists()
+
+    shutil.rmtree(out / "fedss-seed1" / "record")
+    (out / "fedss-seed1" / "metrics.csv").unlink()
+    assert cli.main(["report", str(out)]) == 0
+    words = (
+        f"FedSS, seed 1 is left out: no run in {out / 'fedss-seed1'}: metrics.csv: No such file or directory"
+    )
+    assert capsys.readouterr().err == f"fedss report: {words}\n"
+    assert words in (out / "report.html").read_text(encoding="utf-8")
+    assert cli.main(["run", f"--resume={out / 'pos_only-seed1'}", "--rounds=2"]) == 0
+    capsys.readouterr()
+    line = fails(capsys, "report", str(out))
+    assert line.startswith(
+        f"fedss report: no run of the comparison in {out} is done: PosOnly, seed 1 is left out: 2 rounds are "
+        "done, of a comparison of 1; FedSS"
+    )
+
+
+@pytest.mark.parametrize("command", ["noise", "parameters"])
+def test_figures_outlive_their_plot(command, tmp_path, monkeypatch, capsys):
+    def broken(*arguments):
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr(f"fedss_kernels.federated.{command}._plot", broken)
+    options = {"noise": [*SMALL, "--batches=1", "--draws=1", "--counts=2"], "parameters": ["--model=conv4"]}
+    assert cli.main([command, *options[command], f"--out={tmp_path}"]) == 1
+    line = f"fedss {command}: the figures are in {tmp_path}, but not the plot: RuntimeError: no fonts"
+    assert capsys.readouterr().err.splitlines()[-1] == line
+    assert len((tmp_path / f"{command}.csv").read_text().splitlines()) > 1
+
+
+def test_more_rounds_of_a_finished_run_whose_table_was_edited(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert cli.main(["run", *SMALL, "--lr-decay=constant", "--rounds=2", f"--out={out}"]) == 0
+    capsys.readouterr()
+    fewer = fails(capsys, "run", f"--resume={out}", "--rounds=1")
+    assert fewer == "fedss run: rounds: 2 are done, expected at least 3, got 1"
+    table = out / "metrics.csv"
+    table.write_text(table.read_text().replace(",", ";"))
+    assert cli.main(["run", f"--resume={out}", "--rounds=3"]) == 0
+    said, err = capsys.readouterr()
+    assert "round 3/3" in said and err.splitlines() == [
+        f"fedss run: {table} was changed by another program: that is now metrics-changed.csv, and the table "
+        "is as the run wrote it"
+    ]
+    assert json.loads((out / "config.json").read_text())["rounds"] == 3
+
+
+def test_what_is_wrong_with_a_config_file_is_said_of_the_file(tmp_path, capsys):
+    file, later = tmp_path / "config.json", ", in this version: did a later one write the file?"
+    for text, words in {
+        '{"zip_code": 3}': f"in {file}: zip_code: no such option{later}",
+        '{"roundz": 3}': f"in {file}: roundz: no such option (did you mean rounds?){later}",
+        '{"rounds": "3"}': f"in {file}: rounds: expected an integer of at least 1, got '3'",
+        '{"rounds": null, "seed": null}': f"in {file}: seed: expected an integer of at least 0 and less than "
+        "9223372036854775808, got None",
+        "": f"{file} is not JSON: Expecting value: line 1 column 1 (char 0)",
+    }.items():
+        file.write_text(text)
+        assert fails(capsys, "run", f"--config={file}") == f"fedss run: --config: {words}"
+    file.write_text('{"rounds": "3"}')
+    given = fails(capsys, "run", f"--config={file}", "--rounds=0")
+    assert given == "fedss run: --rounds: expected an integer of at least 1, got 0"
+    file.write_text('{"config": {"zip_code": 3}}')
+    line = fails(capsys, "compare", f"--preset={file}")
+    assert line == f"fedss compare: --config: in {file}: zip_code: no such option{later}"
+    file.write_text('{"rounds": 3, "zip_code": 1}')
+    line = fails(capsys, "run", *SMALL, f"--out={tmp_path}", "--overwrite")
+    assert (
+        f"holds no earlier results (in {file}: zip_code: no such option{later}): it is not overwritten"
+        in line
+    )

@@ -350,7 +350,8 @@ def test_a_job_that_cannot_be_started_and_one_that_leaves_nothing_leave_the_othe
     assert found == {} and list(failures) == [0, 1, 2]
     assert failures[1].words == "its process could not be started: Resource temporarily unavailable"
     for job in (0, 2):
-        assert failures[job].words.startswith(f"{tmp_path / str(job)} cannot be read: FileNotFoundError: ")
+        words = f"config: cannot read {tmp_path / str(job) / 'config.json'}: No such file or directory"
+        assert failures[job].words == words
 
 
 def test_presets_are_plans_and_files_that_can_be_edited(tmp_path):

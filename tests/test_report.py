@@ -1,12 +1,17 @@
 """The report: whole in one file, with the figures in it, and plots that say what they show."""
 
+import os
+import pickle
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from tiny_federation import tiny_config, tiny_data, tiny_model
 
-from fedss_kernels.federated import run
+from fedss_kernels.federated import Stopped, cli, run
 from fedss_kernels.federated.compare import cells, header, tabulate
 from fedss_kernels.federated.report import (
     DARK,
@@ -15,10 +20,12 @@ from fedss_kernels.federated.report import (
     accuracy_by_bytes,
     accuracy_by_class_set,
     accuracy_by_round,
+    attempt,
     write_comparison_report,
     write_run_report,
     write_section,
 )
+from fedss_kernels.federated.run_folder import RoundMetrics
 
 VOID = {"meta", "img", "source", "link", "br", "hr", "input"}
 
@@ -192,3 +199,130 @@ def test_what_else_is_measured_stands_in_the_report_once(tmp_path, runs):
         (alone / "report.html").write_text(other)
         measured(alone, "noise", "0.5")
         assert "mine The noise" in page(alone, 1)
+
+
+# ---- whatever is set, and whatever is in the folder --------------------------------------------------------
+
+
+def test_no_backend_and_no_style_of_the_users_has_a_say(tmp_path, runs):
+    """In a process that inherits a notebook's backend, which is not installed, and a matplotlibrc."""
+    write_run_report(tmp_path, runs[0])
+    plain = (tmp_path / "accuracy_by_round.png").read_bytes()
+    (tmp_path / "run.pickle").write_bytes(pickle.dumps(runs[0]))
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nsavefig.dpi: 10\naxes.facecolor: red\n")
+    code = (
+        "import pickle, sys\n"
+        "from pathlib import Path\n"
+        "from fedss_kernels.federated.report import write_run_report\n"
+        "from fedss_kernels.federated.data.glyphs import shared_code_points\n"
+        "assert len(shared_code_points()) > 100\n"
+        "write_run_report(Path.cwd(), pickle.loads(Path('run.pickle').read_bytes()))\n"
+        "import matplotlib\n"
+        "assert matplotlib.rcParams['savefig.dpi'] == 10, 'the user has them back'\n"
+    )
+    backend = "module://no_such_package.backend_inline"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "MPLBACKEND": backend, "PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "accuracy_by_round.png").read_bytes() == plain
+
+
+def stopped_run(out, rounds_done: int) -> None:
+    seen: list[RoundMetrics] = []
+    with pytest.raises(Stopped):
+        run(
+            tiny_config(rounds=8, out=out),
+            data=tiny_data(),
+            model=tiny_model(),
+            on_round=seen.append,
+            stop=lambda: len(seen) == rounds_done,
+        )
+
+
+@pytest.mark.parametrize("rounds_done, accuracy", [(1, False), (5, True)])
+def test_a_stopped_run_is_reported_as_far_as_it_came(rounds_done, accuracy, tmp_path, capsys):
+    """After one round nothing was measured yet."""
+    stopped_run(tmp_path, rounds_done)
+    assert cli.main(["report", str(tmp_path)]) == 0
+    assert capsys.readouterr() == (f"the report: {tmp_path / 'report.html'}\n", "")
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert_self_contained(html, page := Page(html))
+    assert f"Not finished: {rounds_done} of 8 rounds are done." in page.text
+    assert f"In each of {rounds_done} rounds" in page.text
+    assert ("– top-1" in page.text) is not accuracy
+    assert (
+        run(
+            tiny_config(rounds=8, out=tmp_path), data=tiny_data(), model=tiny_model(), resume=True
+        ).summary.rounds
+        == 8
+    )
+    assert cli.main(["report", str(tmp_path)]) == 0
+    assert "Not finished" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_is_reported_too(tmp_path):
+    def kill(metrics):
+        if metrics.round == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_config(rounds=8, out=tmp_path), data=tiny_data(), model=tiny_model(), on_round=kill)
+    assert cli.main(["report", str(tmp_path)]) == 0
+    assert "Not finished: 2 of 8" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_report_of_a_finished_run_is_made_again_from_its_record(tmp_path):
+    result = run(tiny_config(rounds=4, out=tmp_path), data=tiny_data(), model=tiny_model())
+    write_run_report(tmp_path, Run(result.config, result.history, result.summary))
+    first = {path: path.read_bytes() for path in tmp_path.iterdir() if path.suffix in (".html", ".png")}
+    assert len(first) == 3
+    for path in [*first, tmp_path / "metrics.csv", tmp_path / "summary.json"]:
+        path.write_text("edited")
+    assert cli.main(["report", str(tmp_path)]) == 0
+    assert {path: path.read_bytes() for path in first} == first
+
+
+def test_what_there_is_no_report_of_is_one_line(tmp_path, capsys):
+    def line(folder):
+        assert cli.main(["report", str(folder)]) == 2
+        return capsys.readouterr().err
+
+    assert line(tmp_path).endswith(
+        f"no run, comparison or measurement in {tmp_path}: no config.json, no comparison.json\n"
+    )
+    tiny_config().save(tmp_path / "config.json")
+    assert line(tmp_path) == f"fedss report: no run in {tmp_path}: metrics.csv: No such file or directory\n"
+    (tmp_path / "record").mkdir()
+    (tmp_path / "record/metrics.csv").write_text("round,loss\r\n")
+    assert line(tmp_path) == f"fedss report: no round of the run in {tmp_path} is done\n"
+    (tmp_path / "record/metrics.csv").write_text("round,later\r\n1,2\r\n")
+    assert "metrics.csv in" in (found := line(tmp_path)) and "is not as a run wrote it" in found
+    (tmp_path / "comparison.json").write_text('{"config": {"later": 1}, "methods": []}')
+    assert line(tmp_path).endswith("comparison.json has no seeds, counts, rates\n")
+
+
+def test_measurements_without_a_run_are_put_together_again(tmp_path):
+    (tmp_path / "noise.png").write_bytes(b"\x89PNG")
+    write_section(tmp_path, "noise", "The noise", "Of one.", ["x"], [["a"]])
+    first = (tmp_path / "report.html").read_text(encoding="utf-8")
+    (tmp_path / "report.html").unlink()
+    assert cli.main(["report", str(tmp_path)]) == 0
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == first
+
+
+def test_a_report_that_cannot_be_made_is_a_line(tmp_path, runs, monkeypatch):
+    assert attempt(tmp_path, write_run_report, tmp_path, runs[0]) == []
+
+    def broken(*arguments):
+        raise RuntimeError("no\nfonts")
+
+    monkeypatch.setattr("fedss_kernels.federated.report._png", broken)
+    assert attempt(tmp_path, write_run_report, tmp_path, runs[0]) == [
+        f"the results are in {tmp_path}, but their report could not be made (RuntimeError: no fonts); to try "
+        f"again: fedss report {tmp_path}"
+    ]

@@ -2,32 +2,40 @@
 
 checkpoint-000120/          once 120 rounds are done
     state.safetensors       the server's tensors
-    checkpoint.json         all else: the round, the configuration, the lengths of the run's tables, checksums
+    checkpoint.json         all else: the round, the configuration, versions, the lengths of the run's
+                            tables, checksums, what data and net are known by
 
 It is written under another name, synced, and renamed; the one before goes when the new one is there. So
 whatever is interrupted, the last good one stands. What was changed since in it, or in the tables that it goes
 with, is noticed.
 """
 
+import functools
 import hashlib
 import importlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .config import Config
+from .. import _C
+from .config import Config, learning_rate
+from .fingerprint import Fingerprint
 
 FORMAT = 4
 # Options that no bit of a result depends on.
 MAY_DIFFER = ("out", "data_dir", "cache_dir", "class_store", "checkpoint_every", "workers")
 _STATE, _REST = "state.safetensors", "checkpoint.json"
+log = logging.getLogger(__name__)
 
 
 class CheckpointError(ValueError):
@@ -40,7 +48,7 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
     table_bytes: Mapping[str, int]  # lengths of the run's tables then: file name -> bytes
     table_sha256: Mapping[str, str]  # of what they held
-    fingerprint: str  # of the data and the net that the run began with
+    fingerprint: Fingerprint  # of the data and the net that the run began with
     store: str | None = None  # identity of the class store that has the class matrix
 
 
@@ -58,7 +66,8 @@ def write(folder: Path, config: Config, checkpoint: Checkpoint) -> None:
         "config": config.to_dict(),
         "table_bytes": dict(checkpoint.table_bytes),
         "table_sha256": dict(checkpoint.table_sha256),
-        "fingerprint": checkpoint.fingerprint,
+        "fingerprint": asdict(checkpoint.fingerprint),
+        "versions": versions(),
         "store": checkpoint.store,
         "state_sha256": hashlib.sha256(state).hexdigest(),
     }
@@ -80,28 +89,91 @@ def read(folder: Path, config: Config) -> Checkpoint:
     """The last one in a run's folder.
 
     Raises CheckpointError where there is none, for one that was damaged, or that is another version's or
-    another configuration's, with a list of what differs.
+    another configuration's, with a list of what differs; and as `_check_rounds`.
     """
+    path, rest = _sealed(folder)
+    try:
+        state = (path / _STATE).read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
+    if rest["state_sha256"] != hashlib.sha256(state).hexdigest():
+        raise CheckpointError(f"{path} is damaged: its checksum is another")
+    different = differences(rest["config"], config.to_dict())
+    if any(not line.startswith("rounds:") for line in different):
+        raise CheckpointError(f"{path} is of another configuration: {'; '.join(different)}")
+    _check_rounds(replace(config, rounds=rest["config"]["rounds"]), config, rest["round"])
+    others = [
+        f"{name} {rest['versions'].get(name)}"
+        for name, now in versions().items()
+        if now != rest["versions"].get(name)
+    ]
+    if others:
+        log.warning("%s was written with %s: from here on bits may be others", path, " and ".join(others))
+    lengths, digests, store = (rest[name] for name in ("table_bytes", "table_sha256", "store"))
+    tensors = safetensors().load(state)
+    return Checkpoint(rest["round"], tensors, lengths, digests, Fingerprint(**rest["fingerprint"]), store)
+
+
+def read_config(folder: Path) -> Config:
+    """That of the last one in a run's folder. Raises as `read`, and ConfigError as `Config.from_dict`."""
+    path, rest = _sealed(folder)
+    return Config.from_dict(rest["config"], path / _REST)
+
+
+def _sealed(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """(where the last one is, what is in its checkpoint.json)"""
     found = _all(folder)
     if not found:
         raise CheckpointError(f"no checkpoint in {folder}")
     path = found[-1]
     try:
         rest = json.loads((path / _REST).read_bytes())
-        state = (path / _STATE).read_bytes()
-        seal = rest.pop("sha256")
-        whole = seal == _seal(rest) and rest["state_sha256"] == hashlib.sha256(state).hexdigest()
+        whole = rest.pop("sha256") == _seal(rest)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
     if not whole:
         raise CheckpointError(f"{path} is damaged: its checksum is another")
     if rest["format"] != FORMAT:
-        raise CheckpointError(f"{path} is of format {rest['format']}, this version reads {FORMAT}")
-    different = differences(rest["config"], config.to_dict())
-    if different:
-        raise CheckpointError(f"{path} is of another configuration: {'; '.join(different)}")
-    names = ("table_bytes", "table_sha256", "fingerprint", "store")
-    return Checkpoint(rest["round"], safetensors().load(state), *(rest[name] for name in names))
+        raise CheckpointError(
+            f"{path} is of format {rest['format']}, this version reads {FORMAT}: go on with the version of "
+            "fedss-kernels that wrote it, or start anew"
+        )
+    return path, rest
+
+
+def _check_rounds(there: Config, here: Config, done: int) -> None:
+    """Raises CheckpointError where a run of so many rounds would not have come to where this one is.
+
+    Another number is as good as the first while the rounds that are done would have had the same rates: with
+    a constant rate always, with one that decays until the warm-up is over.
+    """
+    if here.rounds < done or (here.rounds == done < there.rounds):
+        raise CheckpointError(f"rounds: {done} are done, expected at least {done + 1}, got {here.rounds}")
+    for round in range(done):
+        before, now = learning_rate(there, round), learning_rate(here, round)
+        if before != now:
+            raise CheckpointError(
+                f"rounds: {there.rounds} there, {here.rounds} here: as lr_decay is {here.lr_decay}, round "
+                f"{round + 1}, which is done, had a rate of {before:.6g} and would have had {now:.6g}; "
+                f"go on with {there.rounds}, or start a run of {here.rounds} anew"
+            )
+
+
+def versions() -> dict[str, str]:
+    """What the bits of a run depend on besides its settings, data and net."""
+    return {
+        "fedss-kernels": _own_version(),
+        "torch": torch.__version__,
+        "instruction set": _C.instruction_set(),
+    }
+
+
+@functools.cache  # it is looked for on the disk
+def _own_version() -> str:
+    try:
+        return version("fedss-kernels")
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def exists(folder: Path) -> bool:

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .config import Config, ConfigError
-from .jobs import Failure, OnRound, folder_of, play_all
+from .jobs import Failure, OnRound, folder_of, play_all, played
 from .ledger import faults
 from .loading import check_data, load_data
 from .mean_sd import mean_sd
 from .plan import FILE, Case, Plan, case_of
 from .remarks import remarks
-from .report import MEGABYTE, Run, by_case, percent, write_comparison_report
+from .report import MEGABYTE, Run, attempt, by_case, percent, write_comparison_report
 from .run_folder import prepare
 from .tables import markdown
 
@@ -60,7 +60,7 @@ class Line:
 class Comparison:
     table: list[Line]
     runs: list[Run]
-    failed: list[str]  # one line for each run that failed, and for each method that has no rate
+    failed: list[str]  # one line for each run that failed, each method that has no rate, a report not made
     out: Path
     notes: list[str] = dataclasses.field(default_factory=list)  # what else is to be said, a line each
 
@@ -108,27 +108,50 @@ def compare(
         return Comparison([], [], failed, out, notes)
     found, failures = play_all(configs, jobs, lambda job, metrics: report(kept[job], metrics), resume)
     failed += [f"{job_name(plan, configs[job])} failed: {of.words}" for job, of in failures.items()]
-    runs, table = list(found.values()), tabulate(list(found.values()))
+    runs = list(found.values())
     for run in runs:
-        notes += [f"{job_name(plan, run.config)}: {line}" for line in _remarks(run)]
+        notes += _notes(plan, run)
+    table = tabulate(runs)
     if runs:
         write_tables(out, table)
-        text = [cells(line) for line in table]
-        write_comparison_report(out, runs, header(table), text, [*notes, *failed])
+        failed += attempt(out, _write_report, out, runs, [*notes, *failed])
     return Comparison(table, runs, failed, out, notes)
+
+
+def report_again(out: Path) -> list[str]:
+    """The tables and the report of the comparison in `out`, of its runs that are done; a line on each other.
+
+    Raises CheckpointError where there is no comparison, ValueError where no run of it is done.
+    """
+    plan = Plan.read(out)
+    configs = plan.runs(out, {})
+    found, failures = played(configs)
+    left_out = [f"{job_name(plan, configs[job])} is left out: {of.words}" for job, of in failures.items()]
+    runs = list(found.values())
+    if not runs:
+        raise ValueError(f"no run of the comparison in {out} is done: {'; '.join(left_out)}")
+    notes = [line for run in runs for line in _notes(plan, run)]
+    write_tables(out, tabulate(runs))
+    _write_report(out, runs, [*notes, *left_out])
+    return [*notes, *left_out]
+
+
+def _write_report(out: Path, runs: Sequence[Run], failed: Sequence[str]) -> None:
+    table = tabulate(runs)
+    write_comparison_report(out, runs, header(table), [cells(line) for line in table], failed)
 
 
 def _ignore(job: int, metrics: object) -> None:
     pass
 
 
-def _remarks(run: Run) -> list[str]:
+def _notes(plan: Plan, run: Run) -> list[str]:
     """What is to be said of it; of answers that were left out only where no rubbish was asked for."""
     found, rejected = remarks(run.summary), run.summary.rejected
     if rejected and not run.config.poison_rate:
         ledger = folder_of(run.config) / "ledger.csv"
         found.append(f"{rejected:,} of {run.updates:,} clients' answers were left out: {faults(ledger)}")
-    return found
+    return [f"{job_name(plan, run.config)}: {line}" for line in found]
 
 
 def _best_rates(

@@ -12,7 +12,7 @@ import math
 import os
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -308,13 +308,24 @@ class Config:
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Config":
-        """Raises ConfigError for a name that is not an option's."""
+    def from_dict(
+        cls,
+        values: dict[str, Any],
+        source: Path | None = None,  # the file they are from, for messages
+        given: Mapping[str, Any] = types.MappingProxyType({}),  # options that win over them
+    ) -> "Config":
+        """Raises ConfigError for a name that is not an option's or a value that it can't have."""
         names = [field.name for field in dataclasses.fields(cls)]
-        for name in values:
-            if name not in names:
-                raise ConfigError(name, f"no such option{did_you_mean(name, names)}")
-        return cls(**values)
+        try:
+            for name in values:
+                if name not in names:
+                    later = "" if source is None else ", in this version: did a later one write the file?"
+                    raise ConfigError(name, f"no such option{did_you_mean(name, names)}{later}")
+            return cls(**{**values, **given})
+        except ConfigError as error:
+            if source is None or error.option not in values or error.option in given:
+                raise
+            raise ConfigError("config", f"in {source}: {error}") from None
 
     def save(self, path: Path) -> None:
         unfinished = path.with_name(path.name + "-unfinished")  # never half a file, whatever happens
@@ -323,7 +334,7 @@ class Config:
 
     @classmethod
     def load(cls, path: Path) -> "Config":
-        return cls.from_dict(read_options(path))
+        return cls.from_dict(read_options(path), path)
 
 
 def learning_rate(config: Config, round: int) -> float:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ..plotting import plotting
 from .algorithms import METHODS
 from .config import Config
 from .data import FederatedData
@@ -90,7 +91,8 @@ def write(out: Path, found: Sequence[Confusion], client: int) -> str:
     if any(each.not_finite for each in found):
         header.append("images not finite")
         rows = [[*row, f"{each.not_finite:,}"] for row, each in zip(rows, found, strict=True)]
-    _plot(found, client).savefig(out / "confusion.png", dpi=150)
+    with plotting():
+        _plot(found, client).savefig(out / "confusion.png", dpi=150)
     title = f"What client {client}'s images are taken for"
     return write_section(out, "confusion", title, WORDS, header, rows)
 

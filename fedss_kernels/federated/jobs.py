@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import os
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from . import checkpoint
 from .config import Config, ConfigError
 from .interrupts import deaf
 from .remarks import remarks
-from .report import Run, write_run_report
+from .report import Run, attempt, write_run_report
 from .rounds import run
 from .run_folder import RoundMetrics, read_run
 from .simulation import TooFewClients
@@ -36,20 +37,29 @@ def play_all(
 
     A run whose model is not finite has failed too.
     """
-    failures, runs = run_all(configs, jobs, on_round, resume), {}
+    failures = run_all(configs, jobs, on_round, resume)
+    runs, others = played(configs)
+    runs = {job: run for job, run in runs.items() if job not in failures}
+    return runs, dict(sorted((others | failures).items()))
+
+
+def played(configs: Sequence[Config]) -> tuple[dict[int, Run], dict[int, Failure]]:
+    """What is in the folders of these runs: each that is done, or why it does not count."""
+    runs, failures = dict[int, Run](), dict[int, Failure]()
     for job, config in enumerate(configs):
-        if job in failures:
-            continue
         try:
-            played = Run(*read_run(folder_of(config)))
+            found = Run(*read_run(folder_of(config)))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            failures[job] = Failure(f"{folder_of(config)} cannot be read: {type(error).__name__}: {error}")
+            failures[job] = Failure(str(error))
             continue
-        if played.summary.not_finite_since is not None:
-            failures[job] = Failure("; ".join(remarks(played.summary)), lasting=True)
+        done = len(found.history)
+        if found.summary.not_finite_since is not None:
+            failures[job] = Failure("; ".join(remarks(found.summary)), lasting=True)
+        elif done != config.rounds:
+            failures[job] = Failure(f"{done} rounds are done, of a comparison of {config.rounds}")
         else:
-            runs[job] = played
-    return runs, dict(sorted(failures.items()))
+            runs[job] = found
+    return runs, failures
 
 
 def run_all(configs: Sequence[Config], jobs: int, on_round: OnRound, resume: bool) -> dict[int, Failure]:
@@ -114,7 +124,9 @@ def _child(sender: Connection, config: Config, resume: bool) -> None:
         if not (resume and (folder_of(config) / "summary.json").exists()):
             # a run that was stopped before its first checkpoint starts again
             run(replace(config, overwrite=config.overwrite or resume), on_round=sender.send, resume=begun)
-        write_run_report(folder_of(config), Run(*read_run(folder_of(config))))
+        made = Run(*read_run(folder_of(config)))
+        for line in attempt(folder_of(config), write_run_report, folder_of(config), made):
+            print(line, file=sys.stderr)
         (folder_of(config) / "error.txt").unlink(missing_ok=True)  # of an attempt before
     except BrokenPipeError:
         pass  # the parent is gone: nobody waits for this run

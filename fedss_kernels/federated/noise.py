@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..class_sets import draw_negatives
+from ..plotting import plotting
 from ..sampled_softmax import sampled_softmax_loss
 from .algorithms import METHODS
 from .config import Config
@@ -152,7 +153,8 @@ def write(out: Path, lines: Sequence[Line], num_classes: int) -> str:
         share = f"{100 * line.num_negatives / num_classes:.1f}%"
         ratio = f"{100 * line.noise / line.full_norm:.2g}%" if line.full_norm else "–"
         rows.append([f"{line.num_negatives:,}", share, f"{line.noise:.3g}", f"{line.noise_sd:.2g}", ratio])
-    _plot(lines).savefig(out / "noise.png", dpi=150)
+    with plotting():
+        _plot(lines).savefig(out / "noise.png", dpi=150)
     return write_section(out, "noise", "Gradient noise by number of negatives", WORDS, header, rows)
 
 

@@ -11,6 +11,7 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..plotting import plotting
 from .models import build_model
 from .report import write_section
 
@@ -76,7 +77,8 @@ def write(out: Path, model: str, lines: Sequence[Line]) -> str:
         counts = [f"{n:,}" for n in (line.num_classes, line.embedding_dim, line.extractor, line.class_matrix)]
         shares = _percent(line.share), f"{line.class_set:,}", _percent(line.saved), of_paper
         rows.append([line.data, *counts, *shares])
-    _plot(model, sorted({line.embedding_dim for line in lines})).savefig(out / "parameters.png", dpi=150)
+    with plotting():
+        _plot(model, sorted({line.embedding_dim for line in lines})).savefig(out / "parameters.png", dpi=150)
     title = f"The class matrix' share of {model}"
     return write_section(out, "parameters", title, WORDS, header, rows)
 

@@ -140,9 +140,12 @@ class Plan:
     def read(cls, out: Path) -> "Plan":
         """Of the comparison in `out`. Raises CheckpointError where there is none."""
         try:
-            found = json.loads((out / FILE).read_text(encoding="utf-8"))
-            return cls(Config.from_dict(found["config"]), *(found[name] for name in LISTS))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            found = read_plan(out / FILE, "config")
+            missing = [name for name in ("config", *LISTS) if name not in found]
+            if missing:
+                raise ConfigError("config", f"{out / FILE} has no {', '.join(missing)}")
+            return cls(Config.from_dict(found["config"], out / FILE), *(found[name] for name in LISTS))
+        except ConfigError as error:
             raise CheckpointError(f"no comparison to go on with in {out}: {error}") from None
 
     def check_same(self, out: Path) -> None:
@@ -166,15 +169,20 @@ def read_preset(name: str) -> dict[str, Any]:
     path = PRESETS / f"{name}.json" if name in named else Path(name)
     if not path.is_file():
         raise ConfigError("preset", f"expected a file or one of {', '.join(named)}, got {name!r}")
+    return read_plan(path, "preset")
+
+
+def read_plan(path: Path, option: str) -> dict[str, Any]:
+    """What of {"config": {...}} and LISTS is in a file. Raises ConfigError, of `option`, for what else is."""
     found = read_options(path)
     for key, value in found.items():
         if key not in ("config", *LISTS):
             raise ConfigError(
-                "preset", f"no such entry in {path}: {key}{did_you_mean(key, ['config', *LISTS])}"
+                option, f"no such entry in {path}: {key}{did_you_mean(key, ['config', *LISTS])}"
             )
         if not isinstance(value, dict if key == "config" else list):
             kind = "an object" if key == "config" else "a list"
-            raise ConfigError("preset", f"expected {kind} for {key} in {path}, got {value!r}")
+            raise ConfigError(option, f"expected {kind} for {key} in {path}, got {value!r}")
     return found
 
 

@@ -1,7 +1,6 @@
 """What every process that plays clients has: the data, one model, the method. All made once."""
 
 import copy
-import hashlib
 import os
 from typing import Any
 
@@ -14,6 +13,7 @@ from .augment import centre_crop
 from .client import CPU, Client, Extractor, Update, as_input
 from .config import OWN, STICKY, Config, ConfigError, learning_rate
 from .data import FederatedData
+from .fingerprint import Fingerprint
 from .models import build_model, refuse_batch_norm
 from .poison import poisoned
 from .pooled import PooledClient
@@ -90,17 +90,9 @@ class Player:
         return update
 
     @property
-    def fingerprint(self) -> str:
-        """Of the data and the net as it begins, which a resumed run must share. Reads a sample of images."""
-        data = self.data
-        digest = hashlib.sha256(self.extractor.flat.to(CPU).numpy().tobytes())
-        for images, labels in ((data.images, data.labels), (data.test_images, data.test_labels)):
-            sample = images[:: max(1, len(images) // 256)]
-            digest.update(str((images.shape, sample.shape)).encode())
-            digest.update(sample.contiguous().numpy().tobytes() + labels.numpy().tobytes())
-        for rows in data.clients:
-            digest.update(rows.numpy().tobytes())
-        return digest.hexdigest()
+    def fingerprint(self) -> Fingerprint:
+        """Of the data and the net as it begins, which a resumed run must share."""
+        return Fingerprint.of(self.data, self.extractor.module, self.extractor.embed)
 
     def embed(self, phi: Tensor, part: int = 0, parts: int = 1) -> list[Tensor]:
         """The test images' embeddings, in batches: every `parts`-th, from number `part` on."""

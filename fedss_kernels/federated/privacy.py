@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..plotting import plotting
 from .algorithms import METHODS
 from .config import STICKY, Config, ConfigError
 from .data import FederatedData
@@ -120,7 +121,8 @@ def write(out: Path, lines: Sequence[Line]) -> str:
     for line in lines:
         shares = (line.precision, line.recall, line.posterior, line.top1, line.map_at_10)
         rows.append([line.negatives, f"{line.requests}", f"{line.named:.1f}", *map(_percent, shares)])
-    _plot(lines).savefig(out / "privacy.png", dpi=150)
+    with plotting():
+        _plot(lines).savefig(out / "privacy.png", dpi=150)
     return write_section(out, "privacy", "What requests tell the server", WORDS, header, rows)
 
 

@@ -3,7 +3,7 @@
 import base64
 import dataclasses
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..plotting import plotting
 from .algorithms import METHODS
 from .config import Config
 from .ledger import OUTCOMES
@@ -84,6 +85,19 @@ def write_comparison_report(
     )
 
 
+def attempt(folder: Path, write: Callable[..., object], *arguments: object) -> list[str]:
+    """Makes a report; [why it could not be made], which is no reason to lose what it is made of."""
+    try:
+        write(*arguments)
+    except Exception as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        return [
+            f"the results are in {folder}, but their report could not be made ({why}); "
+            f"to try again: fedss report {folder}"
+        ]
+    return []
+
+
 def write_section(
     folder: Path, name: str, title: str, words: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> str:
@@ -98,13 +112,18 @@ def write_section(
     parts.append(f'<figure class="plain">{image}</figure>')
     (folder / f"section-{name}.html").write_text("\n".join(parts) + "\n", encoding="utf-8")
     report = folder / "report.html"
-    page = report.read_text(encoding="utf-8") if report.exists() else _page("What was measured", [], folder)
+    page = report.read_text(encoding="utf-8") if report.exists() else _page(_MEASURED, [], folder)
     if page.count(_BESIDES) != 2:  # a page without: at its end
         before, end, after = page.rpartition("</main>")
         page = (before or after) + 2 * _BESIDES + (end and end + after)
     before, _, after = page.split(_BESIDES)
     report.write_text(before + _besides(folder) + after, encoding="utf-8")
     return text
+
+
+def write_sections(folder: Path) -> None:
+    """report.html of what was measured in this folder, where there is no run."""
+    (folder / "report.html").write_text(_page(_MEASURED, [], folder), encoding="utf-8")
 
 
 # ---- plots -------------------------------------------------------------------------------------------------
@@ -261,7 +280,8 @@ def _save_plots(folder: Path, runs: Sequence[Run]) -> list[str]:
     if len(by_case(runs)) > len({run.summary.method for run in runs}):
         plots.append((accuracy_by_class_set, "Accuracy by class rows on a client"))
     for plot, alt in plots:
-        light, dark = _png(plot(runs, LIGHT)), _png(plot(runs, DARK))
+        with plotting():
+            light, dark = _png(plot(runs, LIGHT)), _png(plot(runs, DARK))
         (folder / f"{plot.__name__}.png").write_bytes(light)
         pictures.append(
             f'<picture><source media="(prefers-color-scheme: dark)" srcset="{_data_uri(dark)}">'
@@ -297,6 +317,7 @@ def _run_page(folder: Path, run: Run, plots: Sequence[str]) -> str:
         [
             _what_was_run([run]),
             _remarks(remarks(summary)),
+            _unfinished(run),
             _cards(figures),
             "<h2>What came out</h2>",
             f"<figure>{plots[0]}<figcaption>{_ROUND_CAPTION}</figcaption></figure>",
@@ -379,6 +400,11 @@ def _what_was_run(runs: Sequence[Run]) -> str:
         f"are {s.num_train_images:,} training images; the result is tested on {tested}. The more classes, "
         f"the more the rows cost to move: the methods differ in which rows a client gets.{repeated}</p>"
     )
+
+
+def _unfinished(run: Run) -> str:
+    done, rounds = len(run.history), run.config.rounds
+    return f'<p class="failed">Not finished: {done:,} of {rounds:,} rounds are done.</p>' * (done < rounds)
 
 
 def _traffic_table(run: Run) -> str:
@@ -492,6 +518,7 @@ GLOSSARY = {
     "sd": "Standard deviation over the seeds, that is over repetitions with different random numbers.",
     "MB, kB": "A million and a thousand bytes. Numbers travel as 4 bytes, ids as 8.",
 }
+_MEASURED = "What was measured"
 _BESIDES = "<!-- what else was measured -->"
 _ROUND_CAPTION = "Accuracy on the test images as training goes on."
 _SD = " ± is the standard deviation over the seeds."

@@ -23,7 +23,7 @@ from .loading import check_data, load_data
 from .metrics import Accuracies
 from .player import Player, training_device
 from .row_table import RowTable
-from .run_folder import RoundMetrics, RunFolder, Summary
+from .run_folder import Facts, RoundMetrics, RunFolder, Summary
 from .simulation import Simulation, TooFewClients
 from .workers import started
 
@@ -59,8 +59,10 @@ def run(
     otherwise nothing is written. Equal arguments give equal bits on one machine.
 
     With `resume` it goes on from the last checkpoint in `config.out`, written every
-    `config.checkpoint_every` rounds, to the same bits as a run that never stopped (times excepted). When
-    `stop()`, asked after every round, is true it saves a checkpoint and raises Stopped.
+    `config.checkpoint_every` rounds, to the same bits as a run that never stopped (times excepted). A run
+    that is finished goes on to a larger `config.rounds`, to the bits of a run of so many, and one that was
+    stopped to another number than it began with; not where a decay would have given the rounds that are done
+    other rates. When `stop()`, asked after every round, is true it saves a checkpoint and raises Stopped.
 
     Raises ConfigError for settings that do not fit the data, ValueError for a model that cannot be averaged
     (BatchNorm), FileExistsError for a folder already in use, CheckpointError, a ValueError, for a checkpoint
@@ -118,14 +120,19 @@ def _open_folder(
         check_free(config.class_store, run=config.out, overwrite=config.overwrite)
     if config.out is None:
         return None, None, []
+    known = config.out, config, player.fingerprint, _facts(player)
     if not resume:
-        return RunFolder.new(config.out, config, player.fingerprint), None, []
-    folder, checkpoint, history = RunFolder.resumed(config.out, config, player.fingerprint)
+        return RunFolder.new(*known), None, []
+    folder, checkpoint, history = RunFolder.resumed(*known)
     if (checkpoint.store is None) != (config.class_store is None):
         where = "in memory" if checkpoint.store is None else "in a class store"
         folder.close()
         raise CheckpointError(f"the checkpoint in {config.out} has the class matrix {where}: class_store")
     return folder, checkpoint, history
+
+
+def _facts(player: Player) -> Facts:
+    return Facts.of(player.data, len(player.extractor.flat))
 
 
 def _open_store(config: Config, num_classes: int, checkpoint: Checkpoint | None) -> ClassStore | None:
@@ -152,6 +159,8 @@ def _run(
     config = simulation.config
     begun = time.perf_counter() - (history[-1].seconds if history else 0.0)
     saved = len(history)  # rounds in the last checkpoint
+    if folder:
+        folder.begin()
     for round in range(len(history), config.rounds):
         try:
             updates, entries = simulation.play(round)
@@ -170,21 +179,21 @@ def _run(
                 folder.add(history[-1], entries)
         on_round(history[-1])
         stopping = stop() and done < config.rounds
-        due = config.checkpoint_every and done % config.checkpoint_every == 0
-        if folder and done < config.rounds and (due or stopping):
+        due = config.checkpoint_every and (done % config.checkpoint_every == 0 or done == config.rounds)
+        if folder and (due or stopping):
             with simulation.watch("files"):
                 simulation.checkpoint(folder, done)
             saved = done
         if stopping:
             raise Stopped(done, config.out)
-    summary = simulation.summarise(history)
+    summary = Summary.of(config, _facts(simulation.player), history)
     extractor, table = simulation.trained()
     weight = None if table.store else table[:]
     if table.store:
         table.store.sync()
     if folder:
         folder.finish(summary, extractor, weight)
-    if table.store:
+    if table.store and not config.checkpoint_every:
         table.store.forget_journals()
     return Result(config, history, summary, extractor, weight, table, simulation.watch.seconds, config.out)
 

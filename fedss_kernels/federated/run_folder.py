@@ -3,19 +3,19 @@
 config.json   every option, resolved
 metrics.csv   one line for each round
 ledger.csv    one line for each client of each round: bytes by kind
-checkpoint-*  what a run that was stopped goes on from; gone once it is finished
-summary.json  the figures at the end
+checkpoint-*  what a run that was stopped goes on from, and a finished one to more rounds
+record/       the run's own copy of the tables, from which it is resumed and reported
+summary.json  the figures at the end; it says that the run is finished
 model.pt      {"extractor": state dict, "weight": W}, for torch.load(path, weights_only=True); without W
               where that is in a class store
 report.html, accuracy_by_round.png, accuracy_by_bytes.png
+*-changed.csv what another program made of a table
 error.txt     the traceback, where a run of `fedss compare` failed
 """
 
-import csv
 import dataclasses
-import hashlib
-import io
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -23,16 +23,21 @@ from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from . import checkpoint
+from .algorithms import METHODS
 from .checkpoint import Checkpoint, CheckpointError
-from .config import Config
-from .ledger import Entry, Traffic
+from .config import Config, ConfigError, read_options
+from .data import FederatedData
+from .fingerprint import Fingerprint
+from .ledger import OUTCOMES, Entry, Traffic, client_traffic
 from .lock import Lock
+from .metrics import Accuracies
+from .record import Record, read_facts, read_table, remove_record
 
-TABLES = ("metrics.csv", "ledger.csv")
 RUN_FILES = (
     "config.json",
     "metrics.csv",
@@ -44,6 +49,8 @@ RUN_FILES = (
     "accuracy_by_bytes.png",
     "error.txt",
 )
+MAY_CHANGE = ("rounds", *checkpoint.MAY_DIFFER)  # options of a run that goes on
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,8 +89,31 @@ class RoundMetrics:
 
 
 @dataclass(frozen=True)
+class Facts:
+    """What a run is of, besides its settings."""
+
+    data: str
+    task: str
+    num_classes: int  # C
+    num_clients: int
+    num_train_images: int
+    num_test_images: int
+    num_parameters: int  # of the extractor
+
+    @classmethod
+    def of(cls, data: FederatedData, num_parameters: int) -> "Facts":
+        images = sum(len(held) for held in data.clients)
+        sizes = data.num_classes, len(data.clients), images, len(data.test_images)
+        return cls(data.name, data.task, *sizes, num_parameters)
+
+    @property
+    def text(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+
+@dataclass(frozen=True)
 class Summary:
-    """The figures at the end of a run. Bytes are those of all clients and rounds."""
+    """The figures of a run, at its end or so far. Bytes are those of all clients and rounds."""
 
     method: str
     data: str
@@ -117,6 +147,28 @@ class Summary:
         return dataclasses.asdict(self)
 
     @classmethod
+    def of(cls, config: Config, facts: Facts, history: Sequence[RoundMetrics]) -> "Summary":
+        """Of the rounds that are done, one at least. Accuracies are those of the last evaluation."""
+        counts = {outcome: sum(getattr(metrics, outcome) for metrics in history) for outcome in OUTCOMES}
+        evaluated = [m for m in history if m.round % config.eval_every == 0 or m.round == config.rounds]
+        last = evaluated[-1] if evaluated else history[-1]
+        return cls(
+            method=config.method,
+            seed=config.seed,
+            **{field.name: getattr(last, field.name) for field in fields(Accuracies)},
+            rounds=len(history),
+            cohort=config.cohort,
+            **counts,
+            **dataclasses.asdict(facts),
+            embedding_dim=config.embedding_dim,
+            mean_class_set=float(np.mean([metrics.mean_class_set for metrics in history])),
+            traffic=sum((metrics.traffic for metrics in history), Traffic()),
+            full_traffic=_full_traffic(config, facts, counts, len(history)),
+            seconds=history[-1].seconds,
+            not_finite_since=history[-1].not_finite_since,
+        )
+
+    @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Summary":
         traffic = {name: Traffic(**values[name]) for name in ("traffic", "full_traffic")}
         return cls(**{**values, **traffic})
@@ -127,83 +179,118 @@ class Summary:
         return self.top1 if self.task == "classification" else self.map_at_10
 
 
-@dataclass(frozen=True)
+def _full_traffic(config: Config, facts: Facts, counts: Mapping[str, int], rounds: int) -> Traffic:
+    """What full_softmax moves in as many rounds, of clients that answer and of those that do not."""
+    absent = counts["dropped"] + counts["late"]
+    numbers = {True: sum(counts.values()) - absent, False: absent}
+    if METHODS[config.method].pooled:
+        numbers = {True: rounds * config.cohort}  # of the clients that there would be
+    sizes = facts.num_parameters, facts.num_classes, config.embedding_dim
+    each = {
+        answers: client_traffic(*sizes, sends_ids=False, answers=answers, dtype=config.wire_dtype)
+        for answers in numbers
+    }
+    return sum((each[answers].times(n) for answers, n in numbers.items()), Traffic())
+
+
+@dataclass
 class RunFolder:
     """Writes a run's files as it goes: every round's lines are written before the next round begins."""
 
     path: Path
     config: Config
-    fingerprint: str  # of the data and the net
-    hashes: dict[str, Any]  # of what the tables hold
+    fingerprint: Fingerprint
+    record: Record
     lock: Lock  # on config.json, for as long as the run lasts
 
     @classmethod
-    def new(cls, path: Path, config: Config, fingerprint: str) -> "RunFolder":
+    def new(cls, path: Path, config: Config, fingerprint: Fingerprint, facts: Facts) -> "RunFolder":
         """For a run from the start. Raises as `check_folder`, and InUse where a run is going on."""
         checkpoint.safetensors()  # where it is missing, better now than at the first checkpoint
         check_folder(path, RUN_FILES, overwrite=config.overwrite)
         # a run that is going on there would write on
         before = Lock(path / "config.json") if (path / "config.json").exists() else None
         checkpoint.remove(path)
+        remove_record(path)
         prepare(path, RUN_FILES, overwrite=config.overwrite)
         if before:
             before.release()
         config.save(path / "config.json")
-        hashes = {name: hashlib.sha256() for name in TABLES}
-        folder = cls(path, config, fingerprint, hashes, Lock(path / "config.json"))
-        folder._append("metrics.csv", [[field.name for field in fields(RoundMetrics)]])
+        lock = Lock(path / "config.json")
+        record = Record.new(path, facts.text)
+        record.append("metrics.csv", [[field.name for field in fields(RoundMetrics)]])
         kinds = [field.name for field in fields(Traffic)]
         head = ["round", "attempt", "client", "num_rows", "outcome", "fault"]
-        folder._append("ledger.csv", [[*head, *kinds]])
-        return folder
+        record.append("ledger.csv", [[*head, *kinds]])
+        return cls(path, config, fingerprint, record, lock)
 
     @classmethod
     def resumed(
-        cls, path: Path, config: Config, fingerprint: str
+        cls, path: Path, config: Config, fingerprint: Fingerprint, facts: Facts
     ) -> "tuple[RunFolder, Checkpoint, list[RoundMetrics]]":
         """(the folder of a run that stopped, its last checkpoint, the rounds until then).
 
-        The tables are cut to the rounds that the checkpoint has. Raises CheckpointError as `checkpoint.read`,
-        and where a run is finished or going on, its data or net are others, or its tables are not those of
-        the checkpoint.
+        One that is finished goes on to more rounds. The tables are cut to the rounds that the checkpoint has;
+        where a reader's file was changed it is written anew, and a line says so. Raises CheckpointError as
+        `checkpoint.read`, and where a run is finished, its data or net are others, or neither copy of a table
+        is that of the checkpoint; InUse where it is going on. Nothing is changed then.
         """
-        if (path / "summary.json").exists():
-            raise CheckpointError(f"the run in {path} is finished")
+        finished = (path / "summary.json").exists()
+        if finished and not checkpoint.exists(path):
+            raise CheckpointError(
+                f"the run in {path} is finished, and kept no checkpoint that more rounds could follow "
+                "(checkpoint_every 0, or an earlier version)"
+            )
         found = checkpoint.read(path, config)
-        if found.fingerprint != fingerprint:
-            raise CheckpointError(f"the run in {path} began with other data or another net")
-        hashes = {}
-        for name in TABLES:
-            try:
-                content = (path / name).read_bytes()[: found.table_bytes[name]]
-            except OSError as error:
-                raise CheckpointError(f"{path / name} cannot be read: {error.strerror}") from None
-            hashes[name] = hashlib.sha256(content)
-            if hashes[name].hexdigest() != found.table_sha256[name]:
-                raise CheckpointError(f"{path / name} is not what it was at the checkpoint")
-        folder = cls(path, config, fingerprint, hashes, Lock(path / "config.json"))
-        for name in TABLES:
-            os.truncate(path / name, found.table_bytes[name])
-        return folder, found, read_metrics(path / "metrics.csv")
+        if finished and found.round == config.rounds:
+            raise CheckpointError(
+                f"the run in {path} is finished: its {found.round} rounds are done; for more of them give a "
+                "larger number of rounds"
+            )
+        different = found.fingerprint.differences(fingerprint)
+        if different:
+            raise CheckpointError(
+                f"the run in {path} began with other data or another net: {', '.join(different)} differ"
+            )
+        there, changed = read_config(path)
+        if not (path / "config.json").exists():
+            there.save(path / "config.json")
+        lock = Lock(path / "config.json")
+        try:
+            record = Record.cut(path, facts.text, found.table_bytes, found.table_sha256)
+        except BaseException:
+            lock.release()
+            raise
+        folder = cls(path, config, fingerprint, record, lock)
+        if changed:
+            folder._save(there)
+            log.warning("%s: it is as the run began again", changed)
+        return folder, found, read_metrics(path)
+
+    def begin(self) -> None:
+        """To be called when nothing is in the way of the next round: a finished run is that no more."""
+        there, _ = read_config(self.path)
+        if there.rounds != self.config.rounds:
+            self._save(dataclasses.replace(there, rounds=self.config.rounds))
+        (self.path / "summary.json").unlink(missing_ok=True)
+
+    def _save(self, config: Config) -> None:
+        config.save(self.path / "config.json")
+        before, self.lock = self.lock, Lock(self.path / "config.json")  # on the new file
+        before.release()
 
     def save_checkpoint(self, rounds: int, tensors: Mapping[str, Tensor], store: str | None = None) -> None:
         """Of what the server holds after so many rounds; the tables are synced first."""
-        lengths = {}
-        for name in TABLES:
-            with (self.path / name).open("rb") as file:
-                os.fsync(file.fileno())
-                lengths[name] = os.fstat(file.fileno()).st_size
-        digests = {name: of.hexdigest() for name, of in self.hashes.items()}
-        found = Checkpoint(rounds, tensors, lengths, digests, self.fingerprint, store)
+        found = Checkpoint(rounds, tensors, *self.record.synced(), self.fingerprint, store)
         checkpoint.write(self.path, self.config, found)
 
     def add(self, metrics: RoundMetrics, entries: list[Entry]) -> None:
-        self._append("metrics.csv", [astuple(metrics)])
+        self.record.append("metrics.csv", [astuple(metrics)])
         self.add_entries(entries)
 
     def add_entries(self, entries: Sequence[Entry]) -> None:
         """To the ledger alone: of a round that no cohort made."""
-        self._append(
+        self.record.append(
             "ledger.csv",
             [
                 (e.round, e.attempt, e.client, e.num_rows, e.outcome, e.fault, *astuple(e.traffic))
@@ -211,23 +298,20 @@ class RunFolder:
             ],
         )
 
-    def _append(self, name: str, lines: Sequence[Sequence[object]]) -> None:
-        text = io.StringIO(newline="")
-        csv.writer(text).writerows(lines)
-        content = text.getvalue().encode()
-        with (self.path / name).open("ab") as file:
-            file.write(content)
-        self.hashes[name].update(content)
-
     def finish(self, summary: Summary, extractor: nn.Module, weight: Tensor | None) -> None:
+        """Makes model.pt and summary.json. A checkpoint of the last round stays, for a run of more rounds."""
+        self.record.restore_tables()
         state = {name: value.detach().clone() for name, value in extractor.state_dict().items()}
         rows = {} if weight is None else {"weight": weight.clone()}
-        torch.save({"extractor": state, **rows}, self.path / "model.pt")
-        # Under its name when it is whole: it says that the run is finished.
+        # Each under its name when it is whole; that of the summary says that the run is finished.
+        unfinished = self.path / "model-unfinished.pt"
+        torch.save({"extractor": state, **rows}, unfinished)
+        os.replace(unfinished, self.path / "model.pt")
         unfinished = self.path / "summary-unfinished.json"
         unfinished.write_text(json.dumps(summary.to_dict(), indent=2) + "\n", encoding="utf-8")
         os.replace(unfinished, self.path / "summary.json")
-        checkpoint.remove(self.path)
+        if not self.config.checkpoint_every:
+            checkpoint.remove(self.path)
 
     def close(self) -> None:
         """Another process may use the folder."""
@@ -244,13 +328,15 @@ def check_folder(path: Path, files: tuple[str, ...], *, overwrite: bool) -> None
         raise FileExistsError(f"{path} is a file, not a folder")
     if path.exists() and any(path.iterdir()):
         if not overwrite:
-            resume = ", go on with it with --resume" if checkpoint.exists(path) else ""
+            stopped = checkpoint.exists(path) and not (path / "summary.json").exists()
+            resume = ", go on with it with --resume" if stopped else ""
             raise FileExistsError(
                 f"the folder {path} is not empty: choose another{resume}, or replace it with --overwrite"
             )
-        if not _is_ours(path / files[0]):
+        why = _not_ours(path / files[0])
+        if why:
             raise FileExistsError(
-                f"the folder {path} holds no earlier results ({files[0]}): it is not overwritten"
+                f"the folder {path} holds no earlier results ({why}): it is not overwritten"
             )
     make_folder(path)
 
@@ -265,14 +351,17 @@ def make_folder(path: Path) -> None:
         raise OSError(f"the folder {path} cannot be written to: {error.strerror}") from None
 
 
-def _is_ours(marker: Path) -> bool:
-    """Whether a config.json or comparison.json is one that an earlier run wrote."""
+def _not_ours(marker: Path) -> str:
+    """Why a config.json or comparison.json is not one that an earlier run wrote; "" if it is."""
+    if not marker.exists():
+        return f"no {marker.name}"
     try:
-        values = json.loads(marker.read_text(encoding="utf-8"))
-        Config.from_dict(values.get("config", values))
-    except (OSError, ValueError, TypeError, AttributeError):
-        return False
-    return "rounds" in values.get("config", values)
+        values = read_options(marker)
+        values = values.get("config", values)
+        Config.from_dict(values, marker)
+    except (ConfigError, TypeError) as error:
+        return getattr(error, "message", f"{marker} is another program's")
+    return "" if "rounds" in values else f"{marker} is another program's"
 
 
 def prepare(path: Path, files: tuple[str, ...], *, overwrite: bool) -> None:
@@ -288,29 +377,81 @@ def prepare(path: Path, files: tuple[str, ...], *, overwrite: bool) -> None:
         (path / name).unlink(missing_ok=True)
 
 
+def read_config(path: Path) -> tuple[Config, str]:
+    """(the configuration of the run in a folder, what of its config.json is not believed).
+
+    Users edit config.json: where the run has a checkpoint, and it is whole, that has the word, but on options
+    in MAY_CHANGE. Raises ConfigError where there is neither, or they are of another version.
+    """
+    file = path / "config.json"
+    if not checkpoint.exists(path):
+        return Config.load(file), ""
+    try:
+        began = checkpoint.read_config(path)
+    except CheckpointError:  # who resumes the run is told
+        return Config.load(file), ""
+    try:
+        now = Config.load(file)
+    except ConfigError as error:
+        return began, error.message
+    settled = dataclasses.replace(began, **{name: getattr(now, name) for name in MAY_CHANGE})
+    different = checkpoint.differences(settled.to_dict(), now.to_dict())
+    return settled, f"{file} was changed ({'; '.join(different)})" if different else ""
+
+
 def read_run(path: Path) -> tuple[Config, list[RoundMetrics], Summary]:
-    """What a finished run left in its folder."""
-    summary = Summary.from_dict(json.loads((path / "summary.json").read_text(encoding="utf-8")))
-    return Config.load(path / "config.json"), read_metrics(path / "metrics.csv"), summary
+    """What a run left in its folder: all of a finished one, what is done of another.
+
+    Raises ValueError, which says why, where no round is done, or what an earlier version left is not enough.
+    """
+    config, _ = read_config(path)
+    history = read_metrics(path)
+    if not history:
+        raise ValueError(f"no round of the run in {path} is done")
+    try:
+        facts = Facts(**json.loads(read_facts(path)))
+    except (OSError, ValueError, TypeError):  # an earlier version left its figures at the end only
+        return config, history, _read_summary(path / "summary.json")
+    return config, history, Summary.of(config, facts, history)
+
+
+def _read_summary(file: Path) -> Summary:
+    try:
+        return Summary.from_dict(json.loads(file.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ValueError(f"no finished run in {file.parent}: summary.json: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{file} is not as a run wrote it: {error}") from None
 
 
 def read_model(path: Path) -> tuple[dict[str, Tensor], Tensor]:
     """(the net's state, W (C, D)) of a finished run. Raises ValueError where there is no W, as in a store."""
+    if not (path / "summary.json").exists():  # a model.pt is of fewer rounds, before more were begun
+        raise ValueError(f"no finished run in {path}: no summary.json")
     try:
         found = torch.load(path / "model.pt", weights_only=True)
     except OSError as error:
         raise ValueError(f"no model.pt of a finished run in {path}: {error.strerror}") from None
+    except Exception:  # what a damaged pickle raises may be anything
+        found = None
+    if not isinstance(found, dict) or "extractor" not in found:
+        raise ValueError(f"{path / 'model.pt'} is damaged, or no run wrote it")
     if "weight" not in found:
         raise ValueError(f"{path / 'model.pt'} has no class matrix: it is in a class store")
     return found["extractor"], found["weight"]
 
 
 def read_metrics(path: Path) -> list[RoundMetrics]:
-    with path.open(newline="", encoding="utf-8") as file:
+    """Of the run in a folder. Raises ValueError where there are none, or not as a run wrote them."""
+    try:
         return [
             RoundMetrics(**{name: _number(text) for name, text in line.items()})
-            for line in csv.DictReader(file)
+            for line in read_table(path, "metrics.csv")
         ]
+    except OSError as error:
+        raise ValueError(f"no run in {path}: metrics.csv: {error.strerror}") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"metrics.csv in {path} is not as a run wrote it: {error}") from None
 
 
 def _number(text: str) -> Any:

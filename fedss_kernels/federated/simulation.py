@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
-import numpy as np
 from torch import Tensor, nn
 
 from .algorithms import METHODS
@@ -18,13 +17,13 @@ from .client import Update
 from .cohort import absence, draw_cohort
 from .config import Config, learning_rate
 from .inspection import REASONS, Inspection, clipped
-from .ledger import OUTCOMES, Entry, Traffic, client_traffic
+from .ledger import Entry, Traffic, client_traffic
 from .metrics import Accuracies, retrieval, top1
 from .player import Player
 from .randomness import NO_CLIENT, Purpose, generator, initial_rows
 from .robust import Statistic, median, trimmed_mean
 from .row_table import SGD, Adagrad, Optimizer, RowTable
-from .run_folder import RoundMetrics, RunFolder, Summary
+from .run_folder import RunFolder
 from .server import Server
 from .spreadout import Spreadout
 from .stopwatch import Stopwatch
@@ -200,42 +199,6 @@ class Simulation:
             sends_ids=sends_ids,
             answers=answers,
             dtype=self.config.wire_dtype,
-        )
-
-    def summarise(self, history: list[RoundMetrics]) -> Summary:
-        config, data, last = self.config, self.data, history[-1]
-        full = [
-            self._traffic(data.num_classes, sends_ids=False, answers=answers) for answers in (True, False)
-        ]
-        counts = {outcome: sum(getattr(metrics, outcome) for metrics in history) for outcome in OUTCOMES}
-        absent = counts["dropped"] + counts["late"]
-        answered = sum(counts.values()) - absent, absent
-        if self.method.pooled:
-            answered = len(history) * config.cohort, 0  # of the clients that there would be
-        return Summary(
-            method=config.method,
-            data=data.name,
-            task=data.task,
-            seed=config.seed,
-            top1=last.top1,
-            map_at_10=last.map_at_10,
-            recall_at_1=last.recall_at_1,
-            recall_at_10=last.recall_at_10,
-            rounds=len(history),
-            cohort=config.cohort,
-            **counts,
-            num_classes=data.num_classes,
-            num_clients=len(data.clients),
-            num_train_images=sum(len(held) for held in data.clients),
-            num_test_images=len(data.test_images),
-            num_parameters=len(self.server.extractor),
-            embedding_dim=config.embedding_dim,
-            mean_class_set=float(np.mean([metrics.mean_class_set for metrics in history])),
-            traffic=sum((metrics.traffic for metrics in history), Traffic()),
-            full_traffic=sum((each.times(n) for each, n in zip(full, answered, strict=True)), Traffic()),
-            seconds=last.seconds,
-            not_finite=last.not_finite,
-            not_finite_since=last.not_finite_since,
         )
 
 

@@ -17,6 +17,7 @@ from ..config import did_you_mean
 from .command import Command
 from .measure import CONFUSION, NOISE, PARAMETERS, PRIVACY
 from .options import Mistake, Parser
+from .report import REPORT
 from .tools import BENCH, DOCTOR
 from .train import COMPARE, COMPOSITIONS, RUN
 
@@ -61,6 +62,7 @@ COMMANDS: dict[str, Command] = {
     "confusion": CONFUSION,
     "privacy": PRIVACY,
     "parameters": PARAMETERS,
+    "report": REPORT,
     "bench": BENCH,
     "doctor": DOCTOR,
 }

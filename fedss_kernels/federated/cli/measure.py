@@ -5,20 +5,17 @@ import dataclasses
 import functools
 import math
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from ..config import (
-    STICKY,
-    Config,
-    read_options,
-)
+from ..config import STICKY
 from ..loading import check_data, load_data
 from ..models import MODELS
 from ..remarks import remarks
 from ..rounds import run
-from ..run_folder import make_folder, read_model
+from ..run_folder import make_folder, read_config, read_model
 from ..simulation import TooFewClients
 from ..workers import WorkerLost
 from .command import Command
@@ -33,6 +30,25 @@ from .options import (
     read_counts,
     reader,
 )
+
+
+def _write(
+    arguments: argparse.Namespace, out: Path, write: Callable[[], str], failed: Sequence[str] = ()
+) -> int:
+    """What was measured, as a table, a plot and a section of the report; the figures are written first.
+
+    Then a line for each part of it that failed; returns the exit code.
+    """
+    lines = list(failed)
+    try:
+        print(write(), end="")
+        print(f"the table, the plot and the report: {out / 'report.html'}")
+    except Exception as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        lines.insert(0, f"the figures are in {out}, but not the plot: {why}")
+    for line in lines:
+        print(f"fedss {arguments.command}: {line}", file=sys.stderr)
+    return 1 if lines else 0
 
 
 def _add_noise_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,8 +90,7 @@ def _noise(arguments: argparse.Namespace) -> int:
             given = next((name for name in _OF_A_RUN if name in arguments), None)
             if given:
                 raise Mistake(f"{flag(given)}: the model of --run is measured on its own data")
-            arguments.config = arguments.config or arguments.run / "config.json"
-        config = config_of(arguments)
+        config = config_of(arguments, read_config(arguments.run)[0].to_dict() if arguments.run else {})
         out = arguments.out if "out" in arguments else Path("runs") / f"noise-{config.data}"
         data = load_data(config)
         check_data(config, data)
@@ -94,12 +109,10 @@ def _noise(arguments: argparse.Namespace) -> int:
         model=model,
         on_line=lambda line: print(f"fedss noise: {line.num_negatives} negatives", file=sys.stderr),
     )
-    print(noise.write(out, lines, data.num_classes), end="")
-    print(f"the table, the plot and the report: {out / 'report.html'}")
+    failed = []
     if not all(math.isfinite(line.noise) for line in lines):
-        print("fedss noise: the model's gradients are not finite, so their noise is not", file=sys.stderr)
-        return 1
-    return 0
+        failed.append("the model's gradients are not finite, so their noise is not")
+    return _write(arguments, out, lambda: noise.write(out, lines, data.num_classes), failed)
 
 
 def _add_confusion_arguments(parser: argparse.ArgumentParser) -> None:
@@ -117,10 +130,9 @@ def _confusion(arguments: argparse.Namespace) -> int:
     found = []
     with mistakes():
         for folder in arguments.runs:
-            config, model = Config.from_dict(read_options(folder / "config.json")), read_model(folder)
-            found.append(confusion.measure(config, load_data(config), model, arguments.client))
+            config, _ = read_config(folder)
+            found.append(confusion.measure(config, load_data(config), read_model(folder), arguments.client))
         make_folder(arguments.out)
-    print(confusion.write(arguments.out, found, arguments.client), end="")
     for folder, each in zip(arguments.runs, found, strict=True):
         if each.not_finite:
             words = f"images whose embedding is not finite: {each.not_finite:,}; they are taken for nothing"
@@ -128,8 +140,7 @@ def _confusion(arguments: argparse.Namespace) -> int:
         if not math.isfinite(each.cosine):
             words = "class rows that are not finite: nothing is taken for their classes"
             print(f"fedss confusion: {folder}: {words}", file=sys.stderr)
-    print(f"the table, the plot and the report: {arguments.out / 'report.html'}")
-    return 0
+    return _write(arguments, arguments.out, lambda: confusion.write(arguments.out, found, arguments.client))
 
 
 def _add_privacy_arguments(parser: argparse.ArgumentParser) -> None:
@@ -179,11 +190,7 @@ def _privacy(arguments: argparse.Namespace) -> int:
                 if result.summary.not_finite_since is not None:
                     failed += [f"{negatives} negatives: {line}" for line in remarks(result.summary)]
     lines = privacy.measure(config, data, clients=arguments.clients, accuracy=accuracy)
-    print(privacy.write(out, lines), end="")
-    print(f"the table, the plot and the report: {out / 'report.html'}")
-    for line in failed:
-        print(f"fedss privacy: {line}", file=sys.stderr)
-    return 1 if failed else 0
+    return _write(arguments, out, lambda: privacy.write(out, lines), failed)
 
 
 def _add_parameters_arguments(parser: argparse.ArgumentParser) -> None:
@@ -212,9 +219,7 @@ def _parameters(arguments: argparse.Namespace) -> int:
     with mistakes():
         lines = parameters.measure(arguments.model, arguments.dims)
         make_folder(arguments.out)
-    print(parameters.write(arguments.out, arguments.model, lines), end="")
-    print(f"the table, the plot and the report: {arguments.out / 'report.html'}")
-    return 0
+    return _write(arguments, arguments.out, lambda: parameters.write(arguments.out, arguments.model, lines))
 
 
 NOISE = Command(

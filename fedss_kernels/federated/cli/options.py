@@ -32,7 +32,8 @@ def add_config_file(parser: argparse.ArgumentParser) -> None:
         "--config",
         type=Path,
         metavar="FILE",
-        help="take the options from this file, a run's config.json; those on the command line win",
+        help="take the options from this file, a run's config.json; what it lacks has its default, and those "
+        "on the command line win",
     )
 
 
@@ -146,9 +147,9 @@ def config_of(arguments: argparse.Namespace, preset: Mapping[str, Any] | None = 
     """Config's defaults, a preset, the --config file, the command line: the later win."""
     options = dict(preset or {}) | (read_options(arguments.config) if arguments.config else {})
     names = [field.name for field in dataclasses.fields(Config)]
-    config = Config.from_dict(
-        options | {name: value for name, value in vars(arguments).items() if name in names}
-    )
+    given = {name: value for name, value in vars(arguments).items() if name in names}
+    source = arguments.config or vars(arguments).get("preset")
+    config = Config.from_dict(options, source and Path(source), given)
     for name in ("data", "model"):
         if getattr(config, name) == OWN:
             raise ConfigError(name, f"{OWN!r} {name} is handed over in Python, as run(config, {name}=...)")

@@ -1,6 +1,9 @@
-"""Tables on the terminal."""
+"""Tables and other lines on the terminal."""
 
+import logging
+import sys
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -24,3 +27,11 @@ def print_profile(seconds: Mapping[str, float], rounds: int) -> None:
         for stage, spent in sorted(seconds.items(), key=lambda item: -item[1])
     ]
     print_table(["stage", "seconds", "share", "ms a round"], rows)
+
+
+def say_what_is_logged(command: str, *modules: ModuleType) -> None:
+    """Prints the warnings of these modules, a line each."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(f"fedss {command}: %(message)s"))
+    for module in modules:
+        logging.getLogger(module.__name__).handlers = [handler]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import checkpoint, record, run_folder
 from ..checkpoint import CheckpointError
 from ..class_store import check_free
 from ..config import (
@@ -20,7 +21,7 @@ from ..loading import check_data, load_data
 from ..lock import InUse
 from ..plan import LISTS, Plan, read_preset
 from ..rounds import Stopped, run
-from ..run_folder import RUN_FILES, RoundMetrics, check_folder
+from ..run_folder import RUN_FILES, RoundMetrics, check_folder, read_config
 from ..simulation import TooFewClients
 from ..workers import WorkerLost, help_out, launched
 from .command import Command
@@ -36,7 +37,7 @@ from .options import (
     read_rates,
     reader,
 )
-from .output import print_profile, print_table
+from .output import print_profile, print_table, say_what_is_logged
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +45,8 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume",
         type=Path,
         metavar="FOLDER",
-        help="go on with the run that was stopped there, from its last checkpoint; its options are there too",
+        help="go on with the run that was stopped there, from its last checkpoint, or to more --rounds with "
+        "one that is finished; its options are there too",
     )
     parser.add_argument("--profile", action="store_true", help="say where the time went")
     add_config_file(parser)
@@ -57,16 +59,15 @@ _FINISHING = "fedss run: finishing this round; Ctrl-C again stops at once"
 def _run(arguments: argparse.Namespace) -> int:
     from ..progress import RunProgress
     from ..remarks import remarks
-    from ..report import Run, percent, write_run_report
+    from ..report import Run, attempt, percent, write_run_report
 
     resume = arguments.resume is not None
     with mistakes():
         if resume:
             if "out" in arguments:
                 raise Mistake("--out: a run is resumed in its own folder, that of --resume")
-            arguments.config = arguments.config or arguments.resume / "config.json"
             arguments.out = arguments.resume
-        config = config_of(arguments)
+        config = config_of(arguments, _options_of(arguments.resume) if resume else {})
         out = config.out or Path("runs") / f"{config.data}-{config.method}-seed{config.seed}"
         config = dataclasses.replace(config, out=out)
         data = load_data(config)
@@ -80,6 +81,7 @@ def _run(arguments: argparse.Namespace) -> int:
             if config.class_store:
                 check_free(config.class_store, run=out, overwrite=config.overwrite)
     played: list[RoundMetrics] = []
+    say_what_is_logged("run", checkpoint, record, run_folder)
     try:
         with RunProgress([config.method], config.rounds) as progress, noticed(_FINISHING) as stop:
 
@@ -105,7 +107,7 @@ def _run(arguments: argparse.Namespace) -> int:
         done = f"stopped after round {stopped.rounds} of {config.rounds}"
         print(f"fedss run: {done}; go on with: fedss run --resume {out}", file=sys.stderr)
         return 130
-    write_run_report(out, Run(result.config, result.history, result.summary))
+    failed = attempt(out, write_run_report, out, Run(result.config, result.history, result.summary))
     s = result.summary
     outcomes = {outcome: getattr(s, outcome) for outcome in OUTCOMES}
     if outcomes["accepted"] < sum(outcomes.values()):
@@ -117,10 +119,17 @@ def _run(arguments: argparse.Namespace) -> int:
     accuracy = f"MAP@10 {percent(s.map_at_10)}, recall@1 {percent(s.recall_at_1)}"
     if s.task == "classification":
         accuracy = f"top-1 {percent(s.top1)}, {accuracy}"
-    print(f"{accuracy}, {s.traffic.total / 1e6:,.1f} MB moved: {out / 'report.html'}")
-    for line in remarks(s):
+    print(f"{accuracy}, {s.traffic.total / 1e6:,.1f} MB moved: {out if failed else out / 'report.html'}")
+    for line in (*failed, *remarks(s)):
         print(f"fedss run: {line}", file=sys.stderr)
-    return 0 if s.not_finite_since is None else 1
+    return 1 if failed or s.not_finite_since is not None else 0
+
+
+def _options_of(folder: Path) -> dict[str, Any]:
+    """Of the run in a folder. Raises Mistake where there is none."""
+    if not (folder / "config.json").exists() and not checkpoint.exists(folder):
+        raise Mistake(f"--resume: no run in {folder}")
+    return read_config(folder)[0].to_dict()
 
 
 def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:

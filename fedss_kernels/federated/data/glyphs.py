@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from ...plotting import import_matplotlib
 from .cache import Arrays, cached_arrays
 from .partition import Drawings, FederatedData, Partition, partition
 
@@ -82,10 +83,13 @@ def load_glyphs(
     holdout: the share of the alphabets that a retrieval keeps for its test. 28x28 images, ink is high.
     """
     chosen = GlyphSettings(seed=seed, **settings)
-    import matplotlib
     import PIL
 
-    versions = {"matplotlib": matplotlib.__version__, "pillow": PIL.__version__, "numpy": np.__version__}
+    versions = {
+        "matplotlib": import_matplotlib().__version__,
+        "pillow": PIL.__version__,
+        "numpy": np.__version__,
+    }
     key = {"version": VERSION, **versions, **asdict(chosen)}
     return partition(
         "glyphs",
@@ -137,6 +141,7 @@ def draw(settings: GlyphSettings) -> Arrays:
 
 def shared_code_points(faces: tuple[str, ...] = FACES) -> list[int]:
     """The code points that every one of `faces` has a glyph of, sorted."""
+    import_matplotlib()
     from matplotlib.ft2font import FT2Font
 
     return sorted(set.intersection(*(set(FT2Font(str(_font_file(face))).get_charmap()) for face in faces)))
@@ -215,9 +220,7 @@ def soften(bitmaps: np.ndarray) -> np.ndarray:
 
 
 def _font_file(face: str) -> Path:
-    import matplotlib
-
-    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{face}.ttf"
+    path = Path(import_matplotlib().get_data_path()) / "fonts" / "ttf" / f"{face}.ttf"
     if not path.is_file():
         raise FileNotFoundError(
             f"glyphs: no font {path}; it ships with matplotlib: reinstall that (pip install matplotlib)"

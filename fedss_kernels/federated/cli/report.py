@@ -1,0 +1,45 @@
+"""`fedss report`: makes a report of what is in a folder."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from .. import checkpoint
+from ..plan import FILE
+from .command import Command
+from .options import Mistake, mistakes
+
+
+def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="of a run, finished or stopped, or of a comparison"
+    )
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from ..compare import report_again
+    from ..report import Run, write_run_report, write_sections
+    from ..run_folder import read_run
+
+    folder, left_out = arguments.folder, list[str]()
+    with mistakes():
+        if (folder / FILE).exists():
+            left_out = report_again(folder)
+        elif (folder / "config.json").exists() or checkpoint.exists(folder):
+            write_run_report(folder, Run(*read_run(folder)))
+        elif any(folder.glob("section-*.html")):
+            write_sections(folder)
+        else:
+            raise Mistake(f"no run, comparison or measurement in {folder}: no config.json, no {FILE}")
+    for line in left_out:
+        print(f"fedss report: {line}", file=sys.stderr)
+    print(f"the report: {folder / 'report.html'}")
+    return 0
+
+
+REPORT = Command(
+    "make the report of a run, finished or stopped, or of a comparison again",
+    ("matplotlib",),
+    _add_report_arguments,
+    _report,
+)

@@ -23,6 +23,7 @@ from typing import Any
 from torch import Tensor
 
 from .config import Config
+from .disk import sync_folder, write_synced
 
 FORMAT = 3
 # Options that no bit of a result depends on.
@@ -65,15 +66,19 @@ def write(folder: Path, config: Config, checkpoint: Checkpoint) -> None:
     unfinished = folder / "checkpoint-unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
-    write_synced(unfinished / _STATE, state)
-    write_synced(unfinished / _REST, json.dumps(rest | {"sha256": _seal(rest)}, indent=2).encode())
-    sync_folder(unfinished)
+    try:
+        write_synced(unfinished / _STATE, state)
+        write_synced(unfinished / _REST, json.dumps(rest | {"sha256": _seal(rest)}, indent=2).encode())
+        sync_folder(unfinished)
+    except OSError:  # a full disk needs the room
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
     finished = folder / f"checkpoint-{checkpoint.round:06}"
     os.rename(unfinished, finished)
     sync_folder(folder)
     for other in _all(folder):
         if other != finished:
-            shutil.rmtree(other)
+            shutil.rmtree(other, ignore_errors=True)  # it may stay: the last one is gone on from
 
 
 def read(folder: Path, config: Config) -> Checkpoint:
@@ -135,21 +140,3 @@ def _all(folder: Path) -> list[Path]:
 
 def _seal(rest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def write_synced(path: Path, content: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """So that what was made or renamed in it is there after a loss of power too."""
-    if os.name != "posix":  # elsewhere a folder cannot be opened
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -118,9 +118,10 @@ class RowTable:
         _check_range(class_ids, len(self))
         if (class_ids[1:] <= class_ids[:-1]).any():
             raise ValueError("class_ids: expected them ascending, each once")
-        if self.store:
-            self.store.keep(class_ids, stepped=stepped)
         new = class_ids[self.rows.stepped[class_ids] == 0]
+        if self.store:
+            self.store.allocate(new)
+            self.store.keep(class_ids, stepped=stepped)
         self.rows.weight[new] = self.initial(new)
         return new
 

@@ -114,9 +114,15 @@ def exists(folder: Path) -> bool:
     return bool(_all(folder))
 
 
+def last_round(folder: Path) -> int:
+    """Rounds that the last one in a run's folder has, of which there is one."""
+    return _round(_all(folder)[-1])
+
+
 def remove(folder: Path) -> None:
-    for path in [*_all(folder), folder / "checkpoint-unfinished"]:
-        shutil.rmtree(path, ignore_errors=True)
+    for path in _all(folder):
+        shutil.rmtree(path)
+    shutil.rmtree(folder / "checkpoint-unfinished", ignore_errors=True)
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
@@ -134,8 +140,12 @@ def _all(folder: Path) -> list[Path]:
     """Those that are whole, the oldest first."""
     return sorted(
         (path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()),
-        key=lambda path: int(path.name.removeprefix("checkpoint-")),
+        key=_round,
     )
+
+
+def _round(path: Path) -> int:
+    return int(path.name.removeprefix("checkpoint-"))
 
 
 def _seal(rest: Mapping[str, Any]) -> str:

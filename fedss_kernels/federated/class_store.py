@@ -85,9 +85,9 @@ class ClassStore:
         return cls(folder, num_rows, dim, found["id"])
 
     def allocate(self, class_ids: Tensor) -> None:
-        """To be called before rows (U,), ascending, are written for the first time: room on the disk for them.
+        """To be called before rows (U,), ascending, are written for the first time: makes room on the disk.
 
-        Raises OSError where there is none. Of what no row was written to no byte is allocated.
+        Raises OSError where there is none. Pages to which no row is written take no room, as before.
         """
         if len(class_ids) == 0:
             return

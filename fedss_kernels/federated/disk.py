@@ -1,12 +1,13 @@
 """Writing to a disk that may be full, slow, or of an odd kind.
 
 What must be there whole or not at all is written under another name, synced, and renamed. An OSError says
-which file it is about. What only some file systems can do, and results don't hang on, is done where it can be.
+which file it is about. What some file systems cannot do, and no result hangs on, is done where it can be.
 """
 
 import contextlib
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -76,8 +77,17 @@ def append(path: Path, content: bytes) -> None:
             raise
 
 
+def remove_unfinished(folder: Path) -> None:
+    """What a process that was killed was writing there, where no other is."""
+    for path in folder.glob("*-unfinished"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def sync_folder(path: Path) -> None:
-    """So that what was made or renamed in it is there after a loss of power too; some systems have no such."""
+    """So that what was made or renamed in it is there after a loss of power too, where that can be had."""
     if os.name != "posix":  # elsewhere a folder cannot be opened
         return
     descriptor = os.open(path, os.O_RDONLY)

@@ -1,5 +1,7 @@
-"""Ctrl-C, SIGTERM (kill, Slurm, systemd) and SIGHUP (a lost terminal): heard at the end of a round, at once,
-or not at all. Only the main thread can choose. A SIGHUP that is ignored, as under nohup, stays ignored.
+"""Signals that ask to stop: heard at the end of a round, at once, or not at all.
+
+Ctrl-C (SIGINT); SIGTERM, of kill, Slurm and systemd; SIGHUP, of a terminal that is gone, which stays ignored
+where it is, as under nohup. Only the main thread can choose.
 """
 
 import contextlib
@@ -28,6 +30,15 @@ class Interrupted(KeyboardInterrupt):
 def exit_code(number: int) -> int:
     """Of a process that a signal stopped, as shells have it."""
     return 128 + number
+
+
+def ending(exit_code: int) -> str:
+    """In words, how a process of this exit code of `multiprocessing` ended."""
+    if exit_code >= 0:
+        return f"ended with exit code {exit_code}"
+    name = signal.Signals(-exit_code).name
+    why = ": out of memory, or killed by hand" if name == "SIGKILL" else ""
+    return f"was ended by signal {-exit_code} ({name}{why})"
 
 
 class Notice:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from . import checkpoint
 from .checkpoint import Checkpoint, CheckpointError
 from .config import Config
+from .disk import append, named, remove_unfinished, replacing, write_whole
 from .ledger import Entry, Traffic
 from .lock import Lock
 
@@ -176,6 +177,7 @@ class RunFolder:
             if hashes[name].hexdigest() != found.table_sha256[name]:
                 raise CheckpointError(f"{path / name} is not what it was at the checkpoint")
         folder = cls(path, config, fingerprint, hashes, Lock(path / "config.json"))
+        remove_unfinished(path)
         for name in TABLES:
             os.truncate(path / name, found.table_bytes[name])
         return folder, found, read_metrics(path / "metrics.csv")
@@ -184,7 +186,7 @@ class RunFolder:
         """Of what the server holds after so many rounds; the tables are synced first."""
         lengths = {}
         for name in TABLES:
-            with (self.path / name).open("rb") as file:
+            with named(self.path / name), (self.path / name).open("rb") as file:
                 os.fsync(file.fileno())
                 lengths[name] = os.fstat(file.fileno()).st_size
         digests = {name: of.hexdigest() for name, of in self.hashes.items()}
@@ -205,18 +207,16 @@ class RunFolder:
         text = io.StringIO(newline="")
         csv.writer(text).writerows(lines)
         content = text.getvalue().encode()
-        with (self.path / name).open("ab") as file:
-            file.write(content)
+        append(self.path / name, content)
         self.hashes[name].update(content)
 
     def finish(self, summary: Summary, extractor: nn.Module, weight: Tensor | None) -> None:
         state = {name: value.detach().clone() for name, value in extractor.state_dict().items()}
         rows = {} if weight is None else {"weight": weight.clone()}
-        torch.save({"extractor": state, **rows}, self.path / "model.pt")
-        # Under its name when it is whole: it says that the run is finished.
-        unfinished = self.path / "summary-unfinished.json"
-        unfinished.write_text(json.dumps(summary.to_dict(), indent=2) + "\n", encoding="utf-8")
-        os.replace(unfinished, self.path / "summary.json")
+        with replacing(self.path / "model.pt") as file:
+            torch.save({"extractor": state, **rows}, file)
+        # The last: it says that the run is finished.
+        write_whole(self.path / "summary.json", json.dumps(summary.to_dict(), indent=2) + "\n")
         checkpoint.remove(self.path)
 
     def close(self) -> None:
@@ -260,7 +260,7 @@ def _is_ours(marker: Path) -> bool:
     try:
         values = json.loads(marker.read_text(encoding="utf-8"))
         Config.from_dict(values.get("config", values))
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (FileNotFoundError, ValueError, TypeError, AttributeError):
         return False
     return "rounds" in values.get("config", values)
 
@@ -272,6 +272,7 @@ def prepare(path: Path, files: tuple[str, ...], *, overwrite: bool) -> None:
     known to be one of ours, goes last.
     """
     check_folder(path, files, overwrite=overwrite)
+    remove_unfinished(path)
     for section in path.glob("section-*.html"):
         section.unlink()
     for name in reversed(files):

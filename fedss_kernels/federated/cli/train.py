@@ -9,13 +9,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import checkpoint
 from ..checkpoint import CheckpointError
 from ..class_store import check_free
 from ..config import (
     Config,
     ConfigError,
 )
-from ..interrupts import noticed
+from ..disk import reason
+from ..interrupts import Interrupted, noticed
 from ..ledger import OUTCOMES
 from ..loading import check_data, load_data
 from ..lock import InUse
@@ -53,6 +55,16 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 _FINISHING = "fedss run: finishing this round; Ctrl-C again stops at once"
+
+
+def _saved(out: Path) -> str:
+    """What is safe of a run that ended early, and how to go on."""
+    if (out / "summary.json").exists():
+        return f"the run is finished, and its results are in {out}, but for the report"
+    if not checkpoint.exists(out):
+        return "it had no checkpoint yet: nothing is saved"
+    rounds = checkpoint.last_round(out)
+    return f"{rounds} round{'s' * (rounds != 1)} are saved; go on with: fedss run --resume {out}"
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -99,14 +111,27 @@ def _run(arguments: argparse.Namespace) -> int:
         raise Mistake(f"{flag(error.option)}: {error.message}") from None
     except (CheckpointError, FileExistsError, InUse) as error:
         raise Mistake(str(error)) from None
-    except (TooFewClients, WorkerLost) as error:
+    except TooFewClients as error:
         print(f"fedss run: {error}; what was done is in {out}", file=sys.stderr)
+        return 1
+    except WorkerLost as error:
+        print(f"fedss run: {error}; {_saved(out)}", file=sys.stderr)
+        return 1
+    except OSError as error:  # of the disk, in the middle of the run
+        print(f"fedss run: {reason(error)}; {_saved(out)}", file=sys.stderr)
         return 1
     except Stopped as stopped:
         done = f"stopped after round {stopped.rounds} of {config.rounds}"
         print(f"fedss run: {done}; go on with: fedss run --resume {out}", file=sys.stderr)
-        return 130
-    write_run_report(out, Run(result.config, result.history, result.summary))
+        return stop.exit_code
+    except Interrupted as interrupted:
+        print(f"fedss run: stopped; {_saved(out)}", file=sys.stderr)
+        return interrupted.exit_code
+    try:
+        write_run_report(out, Run(result.config, result.history, result.summary))
+    except OSError as error:
+        print(f"fedss run: {reason(error)}; {_saved(out)}", file=sys.stderr)
+        return 1
     s = result.summary
     outcomes = {outcome: getattr(s, outcome) for outcome in OUTCOMES}
     if outcomes["accepted"] < sum(outcomes.values()):

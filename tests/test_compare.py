@@ -124,7 +124,7 @@ def test_a_run_that_is_killed_is_told(tmp_path):
     config = Config(**(SMALL | {"rounds": 10**6}), cache_dir=tmp_path / "cache")
     comparison = compare(Plan(config, ["fedss"], [0]), tmp_path / "out", on_round=kill)
     assert comparison.table == [] and comparison.failed == [
-        "FedSS, seed 0 failed: its process ended with exit code -9 (killed? out of memory?)"
+        "FedSS, seed 0 failed: its process was ended by signal 9 (SIGKILL: out of memory, or killed by hand)"
     ]
 
 

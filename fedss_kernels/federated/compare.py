@@ -2,12 +2,14 @@
 
 import csv
 import dataclasses
+import io
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from .config import Config, ConfigError
+from .disk import write_whole
 from .jobs import OnRound, folder_of, run_all
 from .loading import check_data, load_data
 from .plan import FILE, Case, Plan, case_of
@@ -69,6 +71,7 @@ def compare(
     on_trial: OnRound | None = None,
     on_round: OnRound | None = None,
     resume: bool = False,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Comparison:
     """Runs every case with every seed, `jobs` at a time, each in its own process and folder in `out`.
 
@@ -76,7 +79,8 @@ def compare(
     of a tenth of the training clients, who then do not train.
 
     With `resume` the comparison in `out` that was stopped goes on: its finished runs stand, the others go on
-    from their last checkpoints.
+    from their last checkpoints. Once `stop()`, asked now and then, is true the runs finish their rounds, save
+    them, and JobsStopped is raised.
 
     Writes the table (CSV and Markdown), the plots and report.html to `out`. A run that fails leaves a line in
     `failed` and the others stand; one that was to choose a rate ends the comparison, which can be resumed.
@@ -93,11 +97,11 @@ def compare(
     else:
         prepare(out, COMPARISON_FILES, overwrite=plan.config.overwrite)
         plan.save(out)
-    rates, failed = _best_rates(plan, out, jobs, on_trial or _ignore, resume)
+    rates, failed = _best_rates(plan, out, jobs, on_trial or _ignore, resume, stop)
     if failed:  # a rate chosen without it might be another once it is there
         return Comparison([], [], failed, out)
     configs = plan.runs(out, rates)
-    errors = run_all(configs, jobs, on_round or _ignore, resume)
+    errors = run_all(configs, jobs, on_round or _ignore, resume, stop)
     failed = [f"{job_name(plan, configs[job])} failed: {error}" for job, error in sorted(errors.items())]
     runs = [Run(*read_run(folder_of(c))) for job, c in enumerate(configs) if job not in errors]
     table = tabulate(runs)
@@ -112,13 +116,13 @@ def _ignore(job: int, metrics: object) -> None:
 
 
 def _best_rates(
-    plan: Plan, out: Path, jobs: int, on_trial: OnRound, resume: bool
+    plan: Plan, out: Path, jobs: int, on_trial: OnRound, resume: bool, stop: Callable[[], bool]
 ) -> tuple[dict[Case, float], list[str]]:
     """(the best rate of each case, a line for each trial that failed); writes rates.csv."""
     if not plan.rates:
         return {}, []
     trials = plan.trials(out / "rates")
-    errors = run_all(trials, jobs, on_trial, resume)
+    errors = run_all(trials, jobs, on_trial, resume, stop)
     failed = [f"a trial of {folder_of(trials[job]).name} failed: {error}" for job, error in errors.items()]
     found: dict[Case, dict[float, float]] = {}
     for job, config in enumerate(trials):
@@ -126,11 +130,8 @@ def _best_rates(
             accuracy = read_run(folder_of(config))[2].accuracy
             case = case_of(config, plan.several)
             found.setdefault(case, {})[config.client_lr] = accuracy if accuracy is not None else 0.0
-    with (out / "rates.csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(
-            [["case", "client_lr", "accuracy"]]
-            + [[case.name, rate, of[rate]] for case, of in found.items() for rate in of]
-        )
+    tried = [[case.name, rate, of[rate]] for case, of in found.items() for rate in of]
+    _write_csv(out / "rates.csv", [["case", "client_lr", "accuracy"], *tried])
     # of equals the smallest
     return {case: max(sorted(of), key=lambda rate: of[rate]) for case, of in found.items()}, failed
 
@@ -224,9 +225,12 @@ def _with_sd(mean: float | None, sd: float | None) -> str:
 
 def write_tables(out: Path, table: Sequence[Line]) -> None:
     """table.csv, with shares in [0, 1] and bytes as they are, and table.md, with the text of `cells`."""
-    with (out / "table.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow([field.name for field in dataclasses.fields(Line)])
-        writer.writerows(dataclasses.astuple(line) for line in table)
-    text = markdown(header(table), [cells(line) for line in table])
-    (out / "table.md").write_text(text, encoding="utf-8")
+    names = [field.name for field in dataclasses.fields(Line)]
+    _write_csv(out / "table.csv", [names, *(dataclasses.astuple(line) for line in table)])
+    write_whole(out / "table.md", markdown(header(table), [cells(line) for line in table]))
+
+
+def _write_csv(path: Path, lines: Iterable[Sequence[object]]) -> None:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(lines)
+    write_whole(path, text.getvalue())

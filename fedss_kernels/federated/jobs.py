@@ -1,10 +1,11 @@
 """Runs in processes of their own, several at a time."""
 
+import contextlib
 import multiprocessing
 import os
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -12,38 +13,65 @@ from typing import Any, cast
 
 from . import checkpoint
 from .config import Config
-from .interrupts import deaf
+from .disk import reason, write_whole
+from .interrupts import deaf, ending, ignore
 from .report import Run, write_run_report
-from .rounds import run
+from .rounds import Stopped, run
 from .run_folder import RoundMetrics, read_run
 
+STOPPED = "stopped"  # in place of an error
+_LISTEN = 0.5  # seconds after which it is asked again whether to stop
 OnRound = Callable[[int, RoundMetrics | None], None]  # (job, its metrics; None as it starts)
 
 
-def run_all(configs: Sequence[Config], jobs: int, on_round: OnRound, resume: bool) -> dict[int, str]:
-    """Plays every configuration; returns the error of each job that failed."""
+class JobsStopped(Exception):
+    """Runs were asked to stop, and have saved their rounds."""
+
+
+def run_all(
+    configs: Sequence[Config],
+    jobs: int,
+    on_round: OnRound,
+    resume: bool,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[int, str]:
+    """Plays every configuration; returns the error of each job that failed.
+
+    Once `stop()` is true those that are going on finish their rounds and save; then it raises JobsStopped.
+    """
     context = multiprocessing.get_context("spawn")
     waiting = [job for job, config in enumerate(configs) if not (resume and _is_done(config))]
     errors: dict[int, str] = {}
     running: dict[Connection, tuple[int, Any]] = {}
     try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
+        while running or (waiting and not stop()):
+            while waiting and len(running) < jobs and not stop():
                 job = waiting.pop(0)
-                receiver, sender = context.Pipe(duplex=False)
+                receiver, sender = context.Pipe()
                 process = context.Process(target=_child, args=(sender, configs[job], resume), daemon=True)
                 with deaf():
                     process.start()
                 sender.close()  # so that the receiver sees the end when the child's copy is gone
                 running[receiver] = (job, process)
                 on_round(job, None)
-            for ready in wait(list(running)):
+            for ready in wait(list(running), timeout=_LISTEN):
                 _receive(cast(Connection, ready), running, errors, on_round)
+            if stop():
+                _ask_to_stop(running)
     finally:
         for _, process in running.values():
-            process.terminate()
+            process.kill()
             process.join()
+    if stop() and (waiting or STOPPED in errors.values()):
+        raise JobsStopped
     return errors
+
+
+def _ask_to_stop(running: Iterable[Connection]) -> None:
+    """Again and again does no harm."""
+    for connection in running:
+        with contextlib.suppress(OSError):  # it is done already
+            connection.send(None)
 
 
 def _receive(
@@ -55,10 +83,10 @@ def _receive(
     job, process = running[receiver]
     try:
         message = receiver.recv()
-    except EOFError:
+    except (EOFError, ConnectionResetError):
         process.join()
         if process.exitcode and job not in errors:
-            errors[job] = f"its process ended with exit code {process.exitcode} (killed? out of memory?)"
+            errors[job] = f"its process {ending(process.exitcode)}"
         del running[receiver]
         return
     if isinstance(message, RoundMetrics):
@@ -68,21 +96,32 @@ def _receive(
 
 
 def _child(sender: Connection, config: Config, resume: bool) -> None:
-    """One run, if it is not done; sends its metrics, or a line about what went wrong."""
+    """One run, if it is not done; sends its metrics, or a line about what went wrong.
+
+    What it gets back is that it is to stop: signals are for the parent.
+    """
+    ignore()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         begun = resume and checkpoint.exists(folder_of(config))
         if not (resume and (folder_of(config) / "summary.json").exists()):
             # a run that was stopped before its first checkpoint starts again
-            run(replace(config, overwrite=config.overwrite or resume), on_round=sender.send, resume=begun)
+            run(
+                replace(config, overwrite=config.overwrite or resume),
+                on_round=sender.send,
+                resume=begun,
+                stop=sender.poll,
+            )
         write_run_report(folder_of(config), Run(*read_run(folder_of(config))))
     except BrokenPipeError:
         pass  # the parent is gone: nobody waits for this run
+    except Stopped:
+        sender.send(STOPPED)
     except Exception as error:
-        folder = folder_of(config)
-        if folder.is_dir():
-            (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
-        sender.send(f"{type(error).__name__}: {error}")
+        line = reason(error) if isinstance(error, OSError) else str(error)
+        sender.send(f"{type(error).__name__}: {line}")
+        with contextlib.suppress(OSError):  # no folder, no room in it
+            write_whole(folder_of(config) / "error.txt", traceback.format_exc())
 
 
 def _end_with_parent() -> None:

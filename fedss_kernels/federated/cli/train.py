@@ -225,6 +225,7 @@ _COMPARED: dict[str, Any] = {
 
 def _compare(arguments: argparse.Namespace) -> int:
     from ..compare import COMPARISON_FILES, cells, compare, header, job_name, trial_name
+    from ..jobs import JobsStopped
     from ..progress import RunProgress
 
     resume = arguments.resume is not None
@@ -247,19 +248,30 @@ def _compare(arguments: argparse.Namespace) -> int:
             check_folder(out, COMPARISON_FILES, overwrite=plan.config.overwrite)
         names = [trial_name(plan, trial) for trial in plan.trials(out)]
         names += [job_name(plan, run) for run in plan.runs(out, {})]
-    with RunProgress(names, plan.config.rounds) as progress:
+    command = f"fedss {arguments.command}"
+    go_on = f"go on with: {command} --resume {out}"
+    finishing = f"{command}: finishing the rounds of the runs; Ctrl-C again stops at once"
+    try:
+        with RunProgress(names, plan.config.rounds) as progress, noticed(finishing) as stop:
 
-        def show(first: int) -> Callable[[int, RoundMetrics | None], None]:
-            return lambda job, m: progress.advance(first + job, m) if m else progress.start(first + job)
+            def show(first: int) -> Callable[[int, RoundMetrics | None], None]:
+                return lambda job, m: progress.advance(first + job, m) if m else progress.start(first + job)
 
-        comparison = compare(
-            plan,
-            out,
-            jobs=arguments.jobs,
-            on_trial=show(0),
-            on_round=show(len(plan.trials(out))),
-            resume=resume,
-        )
+            comparison = compare(
+                plan,
+                out,
+                jobs=arguments.jobs,
+                on_trial=show(0),
+                on_round=show(len(plan.trials(out))),
+                resume=resume,
+                stop=stop,
+            )
+    except (JobsStopped, Interrupted) as stopped:
+        print(f"{command}: stopped; {go_on}", file=sys.stderr)
+        return stopped.exit_code if isinstance(stopped, Interrupted) else stop.exit_code
+    except OSError as error:
+        print(f"{command}: {reason(error)}; the runs' checkpoints are saved; {go_on}", file=sys.stderr)
+        return 1
     for line in comparison.failed:
         print(f"fedss {arguments.command}: {line}", file=sys.stderr)
     if comparison.table:

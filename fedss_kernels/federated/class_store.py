@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import CheckpointError
-from .disk import allocate, append, named, sync_folder, write_synced
+from .disk import allocate, append, named, reads_take_room, sync_folder, write_synced
 from .lock import Lock
 from .rows import Rows
 
@@ -51,6 +51,7 @@ class ClassStore:
         self._entries = 0  # in its journal
         self._moved = torch.empty(0, dtype=torch.int64)  # rows in it that have had no step since
         self._lock = Lock(folder / _IDENTITY)
+        self._in_memory = reads_take_room(folder)
 
     @classmethod
     def new(
@@ -84,10 +85,15 @@ class ClassStore:
             raise CheckpointError(f"{folder / _ROWS} has {length:,} bytes, not those it was made with")
         return cls(folder, num_rows, dim, found["id"])
 
+    def before_read(self, class_ids: Tensor) -> None:
+        """To be called before rows are read: where that takes room too, as `allocate`."""
+        if self._in_memory:
+            self.allocate(class_ids.unique())
+
     def allocate(self, class_ids: Tensor) -> None:
         """To be called before rows (U,), ascending, are written for the first time: makes room on the disk.
 
-        Raises OSError where there is none. Pages to which no row is written take no room, as before.
+        Raises OSError where there is none. Pages to which no row is written take none.
         """
         if len(class_ids) == 0:
             return

@@ -6,8 +6,10 @@ which file it is about. What some file systems cannot do, and no result hangs on
 
 import contextlib
 import errno
+import mmap
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -99,6 +101,18 @@ def sync_folder(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def reads_take_room(folder: Path) -> bool:
+    """Whether a page of a file there that was never written takes room as it is read through a mapping.
+
+    So it is where files are in memory, as in tmpfs.
+    """
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.truncate(mmap.PAGESIZE)
+        with mmap.mmap(file.fileno(), mmap.PAGESIZE) as mapping:
+            mapping[0]
+        return getattr(os.fstat(file.fileno()), "st_blocks", 0) > 0
 
 
 def allocate(descriptor: int, first: int, length: int) -> None:

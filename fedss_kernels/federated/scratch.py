@@ -27,7 +27,7 @@ def scratch(name: str, content: bytes) -> Iterator[Path]:
             with named(folder):
                 (folder / name).write_bytes(content)
         except OSError as error:
-            what = f"{error.strerror} (another folder: TMPDIR)"
+            what = f"{error.strerror} (another folder: set TMPDIR)"
             raise OSError(error.errno, what, error.filename) from None
         lock = Lock(folder / _LOCK)
         try:

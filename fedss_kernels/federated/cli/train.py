@@ -60,11 +60,10 @@ _FINISHING = "fedss run: finishing this round; Ctrl-C again stops at once"
 def _saved(out: Path) -> str:
     """What is safe of a run that ended early, and how to go on."""
     if (out / "summary.json").exists():
-        return f"the run is finished, and its results are in {out}, but for the report"
+        return f"the run is finished, and its results are in {out}"
     if not checkpoint.exists(out):
-        return "it had no checkpoint yet: nothing is saved"
-    rounds = checkpoint.last_round(out)
-    return f"{rounds} round{'s' * (rounds != 1)} are saved; go on with: fedss run --resume {out}"
+        return "no round is saved yet: start again with --overwrite"
+    return f"saved up to round {checkpoint.last_round(out)}; go on with: fedss run --resume {out}"
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -127,11 +126,7 @@ def _run(arguments: argparse.Namespace) -> int:
     except Interrupted as interrupted:
         print(f"fedss run: stopped; {_saved(out)}", file=sys.stderr)
         return interrupted.exit_code
-    try:
-        write_run_report(out, Run(result.config, result.history, result.summary))
-    except OSError as error:
-        print(f"fedss run: {reason(error)}; {_saved(out)}", file=sys.stderr)
-        return 1
+    write_run_report(out, Run(result.config, result.history, result.summary))
     s = result.summary
     outcomes = {outcome: getattr(s, outcome) for outcome in OUTCOMES}
     if outcomes["accepted"] < sum(outcomes.values()):

@@ -1,5 +1,6 @@
 """Signals that ask to stop: a run finishes its round and saves, and says how to go on."""
 
+import contextlib
 import dataclasses
 import errno
 import os
@@ -209,3 +210,23 @@ def test_a_process_that_is_started_deaf_hears_nothing_and_its_parent_all_of_it()
         assert heard == [signal.SIGTERM] and child.communicate()[0] == "True\n"
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_terminal_that_is_closed_is_a_signal_and_words_that_nobody_reads(tmp_path):
+    options = [*SMALL, "--rounds=100000", "--eval-every=100000", "--checkpoint-every=0"]
+    command = [sys.executable, "-m", "fedss_kernels", "run", *options, f"--out={tmp_path}"]
+    ours, theirs = os.openpty()
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        os.set_blocking(ours, False)
+
+        def begun() -> bool:
+            with contextlib.suppress(BlockingIOError):
+                os.read(ours, 2**16)  # so that it does not wait for a reader
+            return rounds_in(tmp_path) > 2 or process.poll() is not None
+
+        wait_until(begun)
+        os.close(ours)
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(timeout=120) == 129
+    assert (tmp_path / f"checkpoint-{rounds_in(tmp_path):06}").is_dir()

@@ -1,10 +1,8 @@
 """Several methods and seeds, side by side: one run in its own process each, one table, one report."""
 
-import csv
 import dataclasses
-import io
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from .loading import check_data, load_data
 from .plan import FILE, Case, Plan, case_of
 from .report import MEGABYTE, Run, by_case, percent, write_comparison_report
 from .run_folder import prepare, read_run
-from .tables import markdown
+from .tables import markdown, write_csv
 
 COMPARISON_FILES = (
     FILE,
@@ -131,7 +129,7 @@ def _best_rates(
             case = case_of(config, plan.several)
             found.setdefault(case, {})[config.client_lr] = accuracy if accuracy is not None else 0.0
     tried = [[case.name, rate, of[rate]] for case, of in found.items() for rate in of]
-    _write_csv(out / "rates.csv", [["case", "client_lr", "accuracy"], *tried])
+    write_csv(out / "rates.csv", [["case", "client_lr", "accuracy"], *tried])
     # of equals the smallest
     return {case: max(sorted(of), key=lambda rate: of[rate]) for case, of in found.items()}, failed
 
@@ -226,11 +224,5 @@ def _with_sd(mean: float | None, sd: float | None) -> str:
 def write_tables(out: Path, table: Sequence[Line]) -> None:
     """table.csv, with shares in [0, 1] and bytes as they are, and table.md, with the text of `cells`."""
     names = [field.name for field in dataclasses.fields(Line)]
-    _write_csv(out / "table.csv", [names, *(dataclasses.astuple(line) for line in table)])
+    write_csv(out / "table.csv", [names, *(dataclasses.astuple(line) for line in table)])
     write_whole(out / "table.md", markdown(header(table), [cells(line) for line in table]))
-
-
-def _write_csv(path: Path, lines: Iterable[Sequence[object]]) -> None:
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows(lines)
-    write_whole(path, text.getvalue())

@@ -1,47 +1,81 @@
 """Runs in processes of their own, several at a time."""
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, cast
 
 from . import checkpoint
-from .config import Config
+from .config import Config, ConfigError
 from .disk import reason, write_whole
 from .interrupts import deaf, ending, ignore
+from .remarks import remarks
 from .report import Run, write_run_report
 from .rounds import Stopped, run
 from .run_folder import RoundMetrics, read_run
+from .simulation import TooFewClients
 
-STOPPED = "stopped"  # in place of an error
 _LISTEN = 0.5  # seconds after which it is asked again whether to stop
 OnRound = Callable[[int, RoundMetrics | None], None]  # (job, its metrics; None as it starts)
+
+
+@dataclass(frozen=True)
+class Failure:
+    words: str  # one line
+    lasting: bool = False  # it is its options that do not train: played again it fails again
+
+
+STOPPED = Failure("stopped")
 
 
 class JobsStopped(Exception):
     """Runs were asked to stop, and have saved their rounds."""
 
 
-def run_all(
+def play_all(
     configs: Sequence[Config],
     jobs: int,
     on_round: OnRound,
     resume: bool,
     stop: Callable[[], bool] = lambda: False,
-) -> dict[int, str]:
-    """Plays every configuration; returns the error of each job that failed.
+) -> tuple[dict[int, Run], dict[int, Failure]]:
+    """Plays every configuration: the run of each job, or why there is none. One that fails leaves the others.
+
+    A run whose model is not finite has failed too. Raises JobsStopped as `run_all`.
+    """
+    failures, runs = run_all(configs, jobs, on_round, resume, stop), {}
+    for job, config in enumerate(configs):
+        if job in failures:
+            continue
+        try:
+            played = Run(*read_run(folder_of(config)))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            failures[job] = Failure(f"{folder_of(config)} cannot be read: {type(error).__name__}: {error}")
+            continue
+        if played.summary.not_finite_since is not None:
+            failures[job] = Failure("; ".join(remarks(played.summary)), lasting=True)
+        else:
+            runs[job] = played
+    return runs, dict(sorted(failures.items()))
+
+
+def run_all(
+    configs: Sequence[Config], jobs: int, on_round: OnRound, resume: bool, stop: Callable[[], bool]
+) -> dict[int, Failure]:
+    """Plays every configuration, in its folder; returns what became of each job that failed.
 
     Once `stop()` is true those that are going on finish their rounds and save; then it raises JobsStopped.
     """
     context = multiprocessing.get_context("spawn")
     waiting = [job for job, config in enumerate(configs) if not (resume and _is_done(config))]
-    errors: dict[int, str] = {}
+    errors: dict[int, Failure] = {}
     running: dict[Connection, tuple[int, Any]] = {}
     try:
         while running or (waiting and not stop()):
@@ -49,8 +83,13 @@ def run_all(
                 job = waiting.pop(0)
                 receiver, sender = context.Pipe()
                 process = context.Process(target=_child, args=(sender, configs[job], resume), daemon=True)
-                with deaf():
-                    process.start()
+                try:
+                    with deaf():
+                        process.start()
+                except OSError as error:  # too many processes, too little memory
+                    errors[job] = Failure(f"its process could not be started: {error.strerror}")
+                    sender.close()
+                    continue
                 sender.close()  # so that the receiver sees the end when the child's copy is gone
                 running[receiver] = (job, process)
                 on_round(job, None)
@@ -77,16 +116,16 @@ def _ask_to_stop(running: Iterable[Connection]) -> None:
 def _receive(
     receiver: Connection,
     running: dict[Connection, tuple[int, Any]],
-    errors: dict[int, str],
+    errors: dict[int, Failure],
     on_round: OnRound,
 ) -> None:
     job, process = running[receiver]
     try:
         message = receiver.recv()
-    except (EOFError, ConnectionResetError):
+    except (EOFError, OSError):  # OSError: it ended in the middle of a message
         process.join()
         if process.exitcode and job not in errors:
-            errors[job] = f"its process {ending(process.exitcode)}"
+            errors[job] = Failure(f"its process {ending(process.exitcode)}")
         del running[receiver]
         return
     if isinstance(message, RoundMetrics):
@@ -102,6 +141,7 @@ def _child(sender: Connection, config: Config, resume: bool) -> None:
     """
     ignore()
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    logging.getLogger("fedss_kernels").addHandler(logging.NullHandler())  # what is left out is in the ledger
     try:
         begun = resume and checkpoint.exists(folder_of(config))
         if not (resume and (folder_of(config) / "summary.json").exists()):
@@ -113,13 +153,15 @@ def _child(sender: Connection, config: Config, resume: bool) -> None:
                 stop=sender.poll,
             )
         write_run_report(folder_of(config), Run(*read_run(folder_of(config))))
+        (folder_of(config) / "error.txt").unlink(missing_ok=True)  # of an attempt before
     except BrokenPipeError:
         pass  # the parent is gone: nobody waits for this run
     except Stopped:
         sender.send(STOPPED)
     except Exception as error:
+        lasting = isinstance(error, (TooFewClients, ConfigError))
         line = reason(error) if isinstance(error, OSError) else str(error)
-        sender.send(f"{type(error).__name__}: {line}")
+        sender.send(Failure(f"{type(error).__name__}: {line}", lasting))  # first: the disk may be full
         with contextlib.suppress(OSError):  # no folder, no room in it
             write_whole(folder_of(config) / "error.txt", traceback.format_exc())
 

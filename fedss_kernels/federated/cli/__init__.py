@@ -7,6 +7,7 @@ what is missing.
 
 import argparse
 import importlib.util
+import logging
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -25,7 +26,9 @@ from .train import COMPARE, COMPOSITIONS, RUN
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code.
 
-    0, 1 (a run failed, or a disk), 2 (a user's mistake), 130 (Ctrl-C), 143 (SIGTERM), 129 (SIGHUP).
+    0; 1, a run failed, has no result, or is missing in a comparison (a rate that does not train while another
+    does is none), or something could not be written; 2, a user's mistake; 130, 143, 129, stopped by Ctrl-C,
+    SIGTERM, SIGHUP.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     with forgiving() as streams, at_once():
@@ -40,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: list[str]) -> int:
     name = "fedss"
+    logging.getLogger("fedss_kernels").addHandler(logging.NullHandler())  # it is said otherwise, and counted
     try:
         if argv[:1] in (["-h"], ["--help"]):
             print(_overview())

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from ..config import (
 )
 from ..disk import reason
 from ..interrupts import Interrupted, noticed
-from ..ledger import OUTCOMES
+from ..ledger import OUTCOMES, faults
 from ..loading import check_data, load_data
 from ..lock import InUse
 from ..plan import LISTS, Plan, read_preset
@@ -68,6 +67,7 @@ def _saved(out: Path) -> str:
 
 def _run(arguments: argparse.Namespace) -> int:
     from ..progress import RunProgress
+    from ..remarks import remarks
     from ..report import Run, percent, write_run_report
 
     resume = arguments.resume is not None
@@ -91,7 +91,6 @@ def _run(arguments: argparse.Namespace) -> int:
             if config.class_store:
                 check_free(config.class_store, run=out, overwrite=config.overwrite)
     played: list[RoundMetrics] = []
-    logging.getLogger("fedss_kernels").addHandler(logging.NullHandler())  # what is left out is counted below
     try:
         with RunProgress([config.method], config.rounds) as progress, noticed(_FINISHING) as stop:
 
@@ -130,7 +129,8 @@ def _run(arguments: argparse.Namespace) -> int:
     s = result.summary
     outcomes = {outcome: getattr(s, outcome) for outcome in OUTCOMES}
     if outcomes["accepted"] < sum(outcomes.values()):
-        counts = ", ".join(f"{n:,} {outcome}" for outcome, n in outcomes.items())
+        why = {"rejected": f" ({faults(out / 'ledger.csv')})"} if outcomes["rejected"] else {}
+        counts = ", ".join(f"{n:,} {outcome}{why.get(outcome, '')}" for outcome, n in outcomes.items())
         print(f"of {sum(outcomes.values()):,} clients drawn {counts}: {out / 'ledger.csv'}")
     if arguments.profile:
         print_profile(result.seconds, len(played))
@@ -138,7 +138,9 @@ def _run(arguments: argparse.Namespace) -> int:
     if s.task == "classification":
         accuracy = f"top-1 {percent(s.top1)}, {accuracy}"
     print(f"{accuracy}, {s.traffic.total / 1e6:,.1f} MB moved: {out / 'report.html'}")
-    return 0
+    for line in remarks(s):
+        print(f"fedss run: {line}", file=sys.stderr)
+    return 0 if s.not_finite_since is None else 1
 
 
 def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
@@ -267,7 +269,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     except OSError as error:
         print(f"{command}: {reason(error)}; the runs' checkpoints are saved; {go_on}", file=sys.stderr)
         return 1
-    for line in comparison.failed:
+    for line in (*comparison.notes, *comparison.failed):
         print(f"fedss {arguments.command}: {line}", file=sys.stderr)
     if comparison.table:
         print_table(header(comparison.table), [cells(line) for line in comparison.table])

@@ -1,6 +1,8 @@
 """A class matrix in files: the bits of one in memory, and those of the last checkpoint whatever happens."""
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -158,6 +160,87 @@ def test_an_entry_that_is_not_whole_was_of_rows_that_did_not_change(stepped):
         for row in range(9):
             expected = then if row in back else changed
             assert torch.equal(store.rows.numbers[row], expected[row]), (length, row)
+
+
+def allocated(store: ClassStore) -> int:
+    return 512 * (store.folder / "rows.bin").stat().st_blocks
+
+
+def test_only_pages_that_are_written_take_room(tmp_path):
+    """Of a hundred million rows, 200 GB: those that are side by side together, the others each."""
+    store = ClassStore.new(tmp_path / "rows", 10**8, 256)
+    table = RowTable(10**8, 256, SGD(1.0, 0.9), lambda ids: torch.ones(len(ids), 256), store)
+    table.step(torch.tensor([0, 1, 2, 77_777, 50_000_000, 99_999_999]), torch.ones(6, 256))
+    assert allocated(store) <= 64 * 4096
+    assert table.read(torch.tensor([99_999_998, 77_777])).mean(1).tolist() == [1, 0]
+
+
+def test_rows_have_their_place_on_the_disk_before_they_are_written(tmp_path, monkeypatch):
+    found: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        "fedss_kernels.federated.class_store.allocate",
+        lambda descriptor, first, length: found.append((first, first + length)),
+    )
+    size = 4 * (2 * 300 + 2)  # not a divisor of a page
+    store = ClassStore.new(tmp_path / "rows", 1000, 300)
+    table = RowTable(1000, 300, SGD(1.0, 0.9), lambda ids: torch.ones(len(ids), 300), store)
+    monkeypatch.setattr(store, "_in_memory", False)
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        ids = torch.randperm(1000, generator=rng)[:40].sort().values
+        new = [row for row in ids.tolist() if store.rows.stepped[row] == 0]
+        found.clear()
+        table.step(ids, torch.ones(40, 300))
+        for row in new:
+            assert any(first <= row * size and (row + 1) * size <= end for first, end in found), row
+        assert len(found) <= len(new)
+
+
+def test_on_a_full_disk_a_step_is_an_error_that_changes_nothing(stepped, monkeypatch):
+    store, then = stepped
+
+    def fail(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    table, before = table_of(store), store.rows.numbers.clone()
+    table.now = 5
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left on device: .*rows.bin"):
+        patch.setattr("fedss_kernels.federated.class_store.allocate", fail)
+        step(table, 3, 5)
+    assert torch.equal(store.rows.numbers, before) and table.now == 5
+    store.roll_back(2)
+    assert torch.equal(store.rows.numbers, then)
+
+
+def test_on_a_disk_that_is_truly_full_it_goes_on_once_there_is_room(tmp_path):
+    """On a small disk in memory, where one may be mounted; there reading takes room too."""
+    disk, wide = tmp_path / "disk", 2048  # a row has 16 KB
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+
+    def table(store: ClassStore | None) -> RowTable:
+        return RowTable(99, wide, SGD(1.0, 0.9), lambda ids: torch.ones(len(ids), wide), store)
+
+    def play(table: RowTable) -> None:
+        while table.now < 50:
+            table.step(torch.tensor([table.now]), torch.full((1, wide), 0.5))
+
+    try:
+        (disk / "fill").write_bytes(bytes(1_700_000))
+        in_files, in_memory = table(ClassStore.new(disk / "rows", 99, wide)), table(None)
+        with pytest.raises(OSError, match="No space left on device: .*rows.bin"):
+            play(in_files)
+        assert 10 < in_files.now < 30
+        with pytest.raises(OSError, match="No space left on device: .*rows.bin"):
+            in_files.read(torch.tensor([98, 50]))
+        (disk / "fill").unlink()
+        play(in_files)
+        play(in_memory)
+        assert torch.equal(in_files[:], in_memory[:])
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 def test_a_journal_that_was_cut_or_is_gone_is_an_error_and_changes_nothing(stepped):

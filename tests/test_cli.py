@@ -390,7 +390,7 @@ def test_a_run_outlives_its_report(tmp_path, monkeypatch, capsys):
 def test_so_does_a_comparison_and_its_report_is_made_again(tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
 
-    def in_this_process(configs, jobs, on_round, resume):
+    def in_this_process(configs, jobs, on_round, resume, stop):
         for config in configs:
             federated.run(config)
         return {}

@@ -127,7 +127,7 @@ def test_a_run_that_is_killed_is_told(tmp_path):
     config = Config(**(SMALL | {"rounds": 10**6}), cache_dir=tmp_path / "cache")
     comparison = compare(Plan(config, ["fedss"], [0]), tmp_path / "out", on_round=kill)
     assert comparison.table == [] and comparison.failed == [
-        "FedSS, seed 0 failed: its process ended with exit code -9 (killed? out of memory?)"
+        "FedSS, seed 0 failed: its process was ended by signal 9 (SIGKILL: out of memory, or killed by hand)"
     ]
 
 
@@ -229,18 +229,19 @@ def test_no_rate_is_chosen_while_a_trial_is_missing(tmp_path, monkeypatch):
 def in_this_process(monkeypatch):
     """Runs one after the other, here: a process of its own for each takes seconds."""
 
-    def run_here(configs, number, on_round, resume):
+    def run_here(configs, number, on_round, resume, stop):
         errors = {}
         for job, config in enumerate(configs):
             if not (resume and jobs._is_done(config)):
                 sent = []
-                jobs._child(SimpleNamespace(send=sent.append), config, resume)
+                jobs._child(SimpleNamespace(send=sent.append, poll=stop), config, resume)
                 if sent and isinstance(sent[-1], jobs.Failure):
                     errors[job] = sent[-1]
         return errors
 
     monkeypatch.setattr(jobs, "run_all", run_here)
     monkeypatch.setattr(jobs, "_end_with_parent", lambda: None)
+    monkeypatch.setattr(jobs, "ignore", lambda: None)  # of signals
     monkeypatch.setattr(jobs, "write_run_report", lambda folder, run: (folder / "report.html").touch())
 
 
@@ -328,7 +329,7 @@ def test_a_job_that_dies_in_the_middle_of_a_message_is_one_jobs_failure():
     process = SimpleNamespace(join=lambda: None, exitcode=-9)
     running, errors = {receiver: (3, process)}, {}
     jobs._receive(receiver, running, errors, lambda job, metrics: None)
-    words = "its process ended with exit code -9 (killed? out of memory?)"
+    words = "its process was ended by signal 9 (SIGKILL: out of memory, or killed by hand)"
     assert running == {} and errors == {3: jobs.Failure(words)}
 
 

@@ -20,7 +20,7 @@ from tiny_federation import tiny_config, tiny_data, tiny_model
 from fedss_kernels.federated import Config, ConfigError, WorkerLost, cli, run
 from fedss_kernels.federated.player import EVALUATION_BATCH
 from fedss_kernels.federated.run_folder import RoundMetrics
-from fedss_kernels.federated.workers import divided
+from fedss_kernels.federated.workers import Team, divided
 
 
 def train(workers: int, **options):
@@ -58,16 +58,75 @@ def test_bits_do_not_depend_on_the_number_of_workers(options):
         assert torch.equal(a, b)
 
 
-def test_a_worker_that_dies_is_an_error_and_not_a_wait(monkeypatch):
-    def kill_the_others(metrics):
-        for process in multiprocessing.active_children():
-            os.kill(process.pid, signal.SIGKILL)
-            process.join()
+def kill_the_others(*given) -> None:
+    for process in multiprocessing.active_children():
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
 
-    with pytest.raises(WorkerLost, match="a worker was lost"):
+
+def test_a_worker_that_dies_is_an_error_and_not_a_wait():
+    killed = r"a worker was lost: rank 1 was ended by signal 9 \(SIGKILL: out of memory, or killed by hand\)"
+    with pytest.raises(WorkerLost, match=killed):
         run(tiny_config(workers=2), data=tiny_data(), model=tiny_model(), on_round=kill_the_others)
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     torch.distributed.destroy_process_group()  # nothing of it was left
+
+
+@pytest.mark.parametrize("when", ["between rounds", "before an evaluation"])
+def test_a_run_that_lost_a_worker_is_saved_and_goes_on_bit_for_bit(when, tmp_path, monkeypatch):
+    """Three rounds are done, the last with its evaluation, for which there was only rank 0."""
+    options = {"rounds": 5, "eval_every": 3, "checkpoint_every": 0, "out": tmp_path}
+    with monkeypatch.context() as patch, pytest.raises(WorkerLost):
+        if when == "between rounds":
+            config, hook = tiny_config(workers=2, **options), lambda m: m.round == 3 and kill_the_others()
+            run(config, data=tiny_data(), model=tiny_model(), on_round=hook)
+        else:
+            real = Team.embed
+            patch.setattr(Team, "embed", lambda *given: kill_the_others() or real(*given))
+            run(tiny_config(workers=2, **options), data=tiny_data(), model=tiny_model())
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-000003"]
+    resumed = run(tiny_config(**options), data=tiny_data(), model=tiny_model(), resume=True)
+    alone = run(tiny_config(**options | {"out": None}), data=tiny_data(), model=tiny_model())
+    assert torch.equal(resumed.weight, alone.weight) and history(resumed) == history(alone)
+
+
+class Fragile(torch.nn.Module):
+    """A net that cannot be trained but in the process that made it."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.home = tiny_model(), os.getpid()
+
+    def forward(self, x):
+        if self.training and os.getpid() != self.home:
+            raise RuntimeError("no such\nimage")
+        return self.net(x)
+
+
+def test_a_worker_that_fails_is_told_as_it_failed():
+    with pytest.raises(WorkerLost, match="lost: rank 1 failed: RuntimeError: no such image") as lost:
+        run(tiny_config(workers=2), data=tiny_data(), model=Fragile())
+    assert "in forward" in str(lost.value.__cause__)  # where, there
+
+
+def test_on_the_command_line_a_lost_worker_is_one_line(tmp_path, monkeypatch, capsys):
+    real, out = cli.train.run, tmp_path / "run"
+
+    def killed(*arguments, on_round, **options):
+        def then(metrics):
+            on_round(metrics)
+            if metrics.round == 2:
+                kill_the_others()
+
+        return real(*arguments, on_round=then, **options)
+
+    monkeypatch.setattr(cli.train, "run", killed)
+    options = ["--glyph-classes=12", "--glyph-writers=4", "--cohort=2", "--num-negatives=3", "--rounds=4"]
+    options += [f"--cache-dir={tmp_path}", "--workers=2", f"--out={out}"]
+    assert cli.main(["run", *options]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("fedss run: a worker was lost: rank 1 was ended by signal 9")
+    assert line.endswith(f"; saved up to round 2; go on with: fedss run --resume {out}")
 
 
 def test_a_worker_that_cannot_start_is_an_error_and_not_a_wait(monkeypatch):
@@ -76,7 +135,7 @@ def test_a_worker_that_cannot_start_is_an_error_and_not_a_wait(monkeypatch):
         train(2)
 
 
-def _fails(folder, rank, size, parent):
+def _fails(*given):
     raise SystemExit(3)
 
 

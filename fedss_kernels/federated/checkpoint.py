@@ -29,6 +29,7 @@ from torch import Tensor
 
 from .. import _C
 from .config import Config, learning_rate
+from .disk import sync_folder, write_synced
 from .fingerprint import Fingerprint
 
 FORMAT = 4
@@ -74,15 +75,23 @@ def write(folder: Path, config: Config, checkpoint: Checkpoint) -> None:
     unfinished = folder / "checkpoint-unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
-    write_synced(unfinished / _STATE, state)
-    write_synced(unfinished / _REST, json.dumps(rest | {"sha256": _seal(rest)}, indent=2).encode())
-    sync_folder(unfinished)
+    try:
+        write_synced(unfinished / _STATE, state)
+        write_synced(unfinished / _REST, json.dumps(rest | {"sha256": _seal(rest)}, indent=2).encode())
+        sync_folder(unfinished)
+    except OSError:  # a full disk needs the room
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
     finished = folder / f"checkpoint-{checkpoint.round:06}"
     os.rename(unfinished, finished)
     sync_folder(folder)
-    for other in _all(folder):
-        if other != finished:
-            shutil.rmtree(other)
+    remove_older(folder)
+
+
+def remove_older(folder: Path) -> None:
+    """All but the last one, if they can be: the last one is gone on from, whatever else is there."""
+    for older in _all(folder)[:-1]:
+        shutil.rmtree(older, ignore_errors=True)
 
 
 def read(folder: Path, config: Config) -> Checkpoint:
@@ -181,9 +190,15 @@ def exists(folder: Path) -> bool:
     return bool(_all(folder))
 
 
+def last_round(folder: Path) -> int:
+    """Rounds that the last one in a run's folder has, of which there is one."""
+    return _round(_all(folder)[-1])
+
+
 def remove(folder: Path) -> None:
-    for path in [*_all(folder), folder / "checkpoint-unfinished"]:
-        shutil.rmtree(path, ignore_errors=True)
+    for path in _all(folder):
+        shutil.rmtree(path)
+    shutil.rmtree(folder / "checkpoint-unfinished", ignore_errors=True)
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
@@ -201,27 +216,13 @@ def _all(folder: Path) -> list[Path]:
     """Those that are whole, the oldest first."""
     return sorted(
         (path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()),
-        key=lambda path: int(path.name.removeprefix("checkpoint-")),
+        key=_round,
     )
+
+
+def _round(path: Path) -> int:
+    return int(path.name.removeprefix("checkpoint-"))
 
 
 def _seal(rest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def write_synced(path: Path, content: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """So that what was made or renamed in it is there after a loss of power too."""
-    if os.name != "posix":  # elsewhere a folder cannot be opened
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,6 +9,7 @@ to the disk. So whenever the process ends, the matrix of the last checkpoint can
 journal is there before its checkpoint is: a checkpoint without it is of a store that went on otherwise.
 """
 
+import contextlib
 import json
 import mmap
 import os
@@ -22,7 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checkpoint import CheckpointError, sync_folder, write_synced
+from .checkpoint import CheckpointError
+from .disk import allocate, append, named, reads_take_room, sync_folder, write_synced
 from .lock import Lock
 from .rows import Rows
 
@@ -39,15 +41,17 @@ class ClassStore:
 
     def __init__(self, folder: Path, num_rows: int, dim: int, identity: str):
         self.folder, self.identity = folder, identity
-        with (folder / _ROWS).open("r+b") as file:
+        with named(folder / _ROWS), (folder / _ROWS).open("r+b") as file:
             self._memory = mmap.mmap(file.fileno(), Rows.num_bytes(num_rows, dim))
         if hasattr(mmap, "MADV_RANDOM"):  # rows come in no order: no reading ahead
-            self._memory.madvise(mmap.MADV_RANDOM)
+            with contextlib.suppress(OSError):  # advice
+                self._memory.madvise(mmap.MADV_RANDOM)
         self.rows = Rows.over(self._memory, num_rows, dim)
         self._since: int | None = None  # rounds done at the last checkpoint; None: there is none
         self._entries = 0  # in its journal
         self._moved = torch.empty(0, dtype=torch.int64)  # rows in it that have had no step since
         self._lock = Lock(folder / _IDENTITY)
+        self._in_memory = reads_take_room(folder)
 
     @classmethod
     def new(
@@ -61,7 +65,7 @@ class ClassStore:
         identity = uuid.uuid4().hex
         of_store = {"format": FORMAT, "id": identity, "num_rows": num_rows, "dim": dim, "run": _path(run)}
         write_synced(folder / _IDENTITY, json.dumps(of_store).encode())
-        with (folder / _ROWS).open("xb") as file:
+        with named(folder / _ROWS), (folder / _ROWS).open("xb") as file:
             file.truncate(Rows.num_bytes(num_rows, dim))
         sync_folder(folder)
         return cls(folder, num_rows, dim, identity)
@@ -72,7 +76,7 @@ class ClassStore:
         try:
             found = json.loads((folder / _IDENTITY).read_bytes())
             length = (folder / _ROWS).stat().st_size
-        except (OSError, ValueError) as error:
+        except (FileNotFoundError, NotADirectoryError, ValueError) as error:
             raise CheckpointError(f"{folder} holds no class store: {error}") from None
         expected = {"format": FORMAT, "id": identity, "num_rows": num_rows, "dim": dim}
         if not isinstance(found, dict) or {name: found.get(name) for name in expected} != expected:
@@ -80,6 +84,28 @@ class ClassStore:
         if length != Rows.num_bytes(num_rows, dim):
             raise CheckpointError(f"{folder / _ROWS} has {length:,} bytes, not those it was made with")
         return cls(folder, num_rows, dim, found["id"])
+
+    def before_read(self, class_ids: Tensor) -> None:
+        """To be called before rows are read: where that takes room too, as `allocate`."""
+        if self._in_memory:
+            self.allocate(class_ids.unique())
+
+    def allocate(self, class_ids: Tensor) -> None:
+        """To be called before rows (U,), ascending, are written for the first time: makes room on the disk.
+
+        Raises OSError where there is none. Pages to which no row is written take none.
+        """
+        if len(class_ids) == 0:
+            return
+        size = 4 * self.rows.numbers.shape[1]
+        begins = class_ids.numpy() * size
+        ends = begins + size
+        # rows that share a page, or lie on pages side by side, in one call
+        apart = ends[:-1] // mmap.PAGESIZE + 1 < begins[1:] // mmap.PAGESIZE
+        begins, ends = begins[np.insert(apart, 0, True)], ends[np.append(apart, True)]
+        with named(self.folder / _ROWS), (self.folder / _ROWS).open("r+b") as file:
+            for first, last in zip(begins.tolist(), ends.tolist(), strict=True):
+                allocate(file.fileno(), first, last - first)
 
     def keep(self, class_ids: Tensor, *, stepped: bool) -> None:
         """To be called before rows change: their old values, where a roll-back may need them, on disk.
@@ -94,21 +120,20 @@ class ClassStore:
             return
         content = unkept.numpy().tobytes() + self.rows.numbers[unkept].numpy().tobytes()
         head = struct.pack("<QI", len(unkept), zlib.crc32(content))
-        with self._journal(self._since).open("r+b") as file:
-            file.seek(0, os.SEEK_END)
-            file.write(head + struct.pack("<I", zlib.crc32(head)) + content)
-            file.flush()
+        journal = self._journal(self._since)
+        append(journal, head + struct.pack("<I", zlib.crc32(head)) + content)
+        with named(journal), journal.open("r+b") as file:
             os.fsync(file.fileno())
             # Not synced: it says what is there at least, so that a journal cut short is noticed.
             self._entries += 1
-            file.seek(0)
             file.write(self._title(self._since, self._entries))
         if not stepped:
             self._moved = torch.cat([self._moved, unkept])
 
     def sync(self) -> None:
         """The rows as they are now, on disk."""
-        self._memory.flush()
+        with named(self.folder / _ROWS):
+            self._memory.flush()
 
     def prepare(self, rounds: int) -> None:
         """To be called before there is a checkpoint of what was synced: its journal, empty."""
@@ -131,7 +156,7 @@ class ClassStore:
         path = self._journal(rounds)
         try:
             file = path.open("rb")
-        except OSError as error:
+        except FileNotFoundError as error:
             raise CheckpointError(f"{self.folder} is not as the checkpoint left it: {error}") from None
         with file:
             entries = self._whole_entries(file)
@@ -139,6 +164,7 @@ class ClassStore:
                 file.seek(at)
                 class_ids = torch.from_numpy(np.fromfile(file, np.int64, count))
                 numbers = np.fromfile(file, np.float32, count * self.rows.numbers.shape[1])
+                self.allocate(class_ids)  # whoever kept them may have ended before
                 self.rows.numbers[class_ids] = torch.from_numpy(numbers).view(count, -1)
         self.sync()
         self.prepare(rounds)
@@ -195,7 +221,7 @@ def check_free(folder: Path, *, run: Path | None, overwrite: bool) -> None:
         )
     try:
         owner = json.loads((folder / _IDENTITY).read_bytes())["run"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         raise FileExistsError(f"what is in {folder} is no class store: it is not overwritten") from None
     if owner != _path(run):
         raise FileExistsError(f"the class store in {folder} is of the run in {owner}: it is not overwritten")

@@ -1,13 +1,13 @@
 """Several methods and seeds, side by side: one run in its own process each, one table, one report."""
 
-import csv
 import dataclasses
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from .config import Config, ConfigError
+from .disk import write_whole
 from .jobs import Failure, OnRound, folder_of, play_all, played
 from .ledger import faults
 from .loading import check_data, load_data
@@ -16,7 +16,7 @@ from .plan import FILE, Case, Plan, case_of
 from .remarks import remarks
 from .report import MEGABYTE, Run, attempt, by_case, percent, write_comparison_report
 from .run_folder import prepare
-from .tables import markdown
+from .tables import markdown, write_csv
 
 COMPARISON_FILES = (
     FILE,
@@ -73,6 +73,7 @@ def compare(
     on_trial: OnRound | None = None,
     on_round: OnRound | None = None,
     resume: bool = False,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Comparison:
     """Runs every case with every seed, `jobs` at a time, each in its own process and folder in `out`.
 
@@ -80,7 +81,8 @@ def compare(
     of a tenth of the training clients, who then do not train.
 
     With `resume` the comparison in `out` that was stopped goes on: its finished runs stand, the others go on
-    from their last checkpoints.
+    from their last checkpoints. Once `stop()`, asked now and then, is true the runs finish their rounds, save
+    them, and JobsStopped is raised.
 
     Writes the table (CSV and Markdown), the plots and report.html to `out`. A run that fails leaves a line in
     `failed` and the others stand; one whose model is not finite at its end has failed. A rate that does not
@@ -100,13 +102,13 @@ def compare(
     else:
         prepare(out, COMPARISON_FILES, overwrite=plan.config.overwrite)
         plan.save(out)
-    rates, notes, failed = _best_rates(plan, out, jobs, on_trial or _ignore, resume)
+    rates, notes, failed = _best_rates(plan, out, jobs, on_trial or _ignore, resume, stop)
     planned, report = plan.runs(out, rates), on_round or _ignore
     kept = [i for i, c in enumerate(planned) if not plan.rates or case_of(c, plan.several) in rates]
     configs = [planned[i] for i in kept]
     if not configs:
         return Comparison([], [], failed, out, notes)
-    found, failures = play_all(configs, jobs, lambda job, metrics: report(kept[job], metrics), resume)
+    found, failures = play_all(configs, jobs, lambda job, metrics: report(kept[job], metrics), resume, stop)
     failed += [f"{job_name(plan, configs[job])} failed: {of.words}" for job, of in failures.items()]
     runs = list(found.values())
     for run in runs:
@@ -155,13 +157,13 @@ def _notes(plan: Plan, run: Run) -> list[str]:
 
 
 def _best_rates(
-    plan: Plan, out: Path, jobs: int, on_trial: OnRound, resume: bool
+    plan: Plan, out: Path, jobs: int, on_trial: OnRound, resume: bool, stop: Callable[[], bool]
 ) -> tuple[dict[Case, float], list[str], list[str]]:
     """(the best rate of each case that has one, notes, a line for each failure); writes rates.csv."""
     if not plan.rates:
         return {}, [], []
     trials = plan.trials(out / "rates")
-    runs, failures = play_all(trials, jobs, on_trial, resume)
+    runs, failures = play_all(trials, jobs, on_trial, resume, stop)
     _write_rates(out, plan, trials, runs, failures)
     best, notes, failed = dict[Case, float](), list[str](), list[str]()
     for case in plan.cases:
@@ -201,8 +203,7 @@ def _write_rates(
     for job, config in enumerate(trials):
         result = ["", failures[job].words] if job in failures else [str(_accuracy(runs[job])), ""]
         lines.append([case_of(config, plan.several).name, str(config.client_lr), *result])
-    with (out / "rates.csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(lines)
+    write_csv(out / "rates.csv", lines)
 
 
 def job_name(plan: Plan, config: Config) -> str:
@@ -292,9 +293,6 @@ def _with_sd(mean: float | None, sd: float | None) -> str:
 
 def write_tables(out: Path, table: Sequence[Line]) -> None:
     """table.csv, with shares in [0, 1] and bytes as they are, and table.md, with the text of `cells`."""
-    with (out / "table.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow([field.name for field in dataclasses.fields(Line)])
-        writer.writerows(dataclasses.astuple(line) for line in table)
-    text = markdown(header(table), [cells(line) for line in table])
-    (out / "table.md").write_text(text, encoding="utf-8")
+    names = [field.name for field in dataclasses.fields(Line)]
+    write_csv(out / "table.csv", [names, *(dataclasses.astuple(line) for line in table)])
+    write_whole(out / "table.md", markdown(header(table), [cells(line) for line in table]))

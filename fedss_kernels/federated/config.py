@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 import json
 import math
-import os
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 
 from .algorithms import METHODS
 from .data import DATASETS, PARTITIONS, TASKS
+from .disk import write_whole
 from .ledger import WIRE_DTYPES
 from .models import MODELS
 
@@ -328,9 +328,7 @@ class Config:
             raise ConfigError("config", f"in {source}: {error}") from None
 
     def save(self, path: Path) -> None:
-        unfinished = path.with_name(path.name + "-unfinished")  # never half a file, whatever happens
-        unfinished.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        os.replace(unfinished, path)
+        write_whole(path, json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "Config":

@@ -5,7 +5,6 @@
 Beside it the mean cosine between two of the client's class rows: near 1 they have collapsed onto one.
 """
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from .data import FederatedData
 from .metrics import NOTHING, nearest
 from .player import Player
 from .report import write_section
+from .tables import write_csv
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -78,14 +78,13 @@ def write(out: Path, found: Sequence[Confusion], client: int) -> str:
 
     Returns a table's text.
     """
-    with (out / "confusion.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["run", "class", "taken_for", "share"])
-        for number, each in enumerate(found):
-            for i, row in enumerate(each.shares.tolist()):
-                for j, share in enumerate(row):
-                    pair = each.classes[i].item(), each.classes[j].item()
-                    writer.writerow([f"{number}: {each.name}", *pair, share])
+    shares = [
+        [f"{number}: {each.name}", each.classes[i].item(), each.classes[j].item(), share]
+        for number, each in enumerate(found)
+        for i, row in enumerate(each.shares.tolist())
+        for j, share in enumerate(row)
+    ]
+    write_csv(out / "confusion.csv", [["run", "class", "taken_for", "share"], *shares])
     header = ["run", "right", "mean cosine of its class rows"]
     rows = [[each.name, f"{100 * each.right:.1f}%", f"{each.cosine:.2f}"] for each in found]
     if any(each.not_finite for each in found):

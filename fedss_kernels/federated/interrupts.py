@@ -1,46 +1,121 @@
-"""Ctrl-C: heard at the end of a round, or not at all. Only the main thread can choose."""
+"""Signals that ask to stop: heard at the end of a round, at once, or not at all.
+
+Ctrl-C (SIGINT); SIGTERM, of kill, Slurm and systemd; SIGHUP, of a terminal that is gone, which stays ignored
+where it is, as under nohup. Only the main thread can choose.
+"""
 
 import contextlib
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from typing import Any
 
-ECHO = 1.0  # seconds in which another signal is the same press, as a terminal and torchrun both send one
+ECHO = 1.0  # seconds in which another signal is the same one, as a terminal and torchrun both send it
+_SIGINT, *_OTHERS = SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
+
+
+class Interrupted(KeyboardInterrupt):
+    """Of a signal, as Ctrl-C of its own."""
+
+    def __init__(self, number: int = signal.SIGINT):
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = exit_code(number)
+
+
+def exit_code(number: int) -> int:
+    """Of a process that a signal stopped, as shells have it."""
+    return 128 + number
+
+
+def ending(exit_code: int) -> str:
+    """In words, how a process of this exit code of `multiprocessing` ended."""
+    if exit_code >= 0:
+        return f"ended with exit code {exit_code}"
+    name = signal.Signals(-exit_code).name
+    why = ": out of memory, or killed by hand" if name == "SIGKILL" else ""
+    return f"was ended by signal {-exit_code} ({name}{why})"
+
+
+class Notice:
+    """Whether a signal came, as the `stop` of a run, and the exit code of the first."""
+
+    def __init__(self) -> None:
+        self.exit_code = 0
+
+    def __call__(self) -> bool:
+        return self.exit_code != 0
 
 
 @contextlib.contextmanager
 def deaf() -> Iterator[None]:
-    """A process started in here ignores Ctrl-C from its first moment: to stop it is its parent's business."""
-    with _handled(signal.SIG_IGN):
+    """A process started in here hears none from its first moment: to stop it is its parent's business.
+
+    Those that come for this process meanwhile wait until the end.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        with _handled(SIGNALS, signal.SIG_IGN):
+            yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        resource_tracker.ensure_running()  # a process that the first start brings with it, and that unblocks
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def ignore() -> None:
+    """For the rest of this process."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def at_once() -> contextlib.AbstractContextManager[None]:
+    """Others raise Interrupted too, not Ctrl-C alone, so that what is temporary is removed on the way out."""
+
+    def stop(number: int, frame: object) -> None:
+        raise Interrupted(number)
+
+    return _handled(_OTHERS, stop)
 
 
 @contextlib.contextmanager
-def noticed(say: str) -> Iterator[Callable[[], bool]]:
-    """Gives what tells whether Ctrl-C was pressed, which prints `say`; pressed again it stops at once."""
-    pressed: list[float] = []
+def noticed(say: str) -> Iterator[Notice]:
+    """Gives what tells whether a signal came, which prints `say`; another stops at once.
 
-    def press(number: int, frame: object) -> None:
-        if not pressed:
-            print(say, file=sys.stderr)
-        elif time.monotonic() - pressed[0] > ECHO:
-            raise KeyboardInterrupt
-        pressed.append(time.monotonic())
+    But not a SIGHUP: as a session ends they come from its shell and from the system.
+    """
+    notice, first = Notice(), 0.0
 
-    with _handled(press):
-        yield lambda: bool(pressed)
+    def hear(number: int, frame: object) -> None:
+        nonlocal first
+        if not notice():
+            notice.exit_code, first = exit_code(number), time.monotonic()
+            with contextlib.suppress(RuntimeError):  # in the middle of another print
+                print(say, file=sys.stderr)
+        elif time.monotonic() - first > ECHO and signal.Signals(number).name != "SIGHUP":
+            raise Interrupted(number)
+
+    with _handled(SIGNALS, hear):
+        yield notice
 
 
 @contextlib.contextmanager
-def _handled(handler: Any) -> Iterator[None]:
+def _handled(numbers: list[signal.Signals], handler: Any) -> Iterator[None]:
+    """But for those that whoever started this process had it ignore; Ctrl-C is for whoever presses it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, handler)
+    heard = [n for n in numbers if n == _SIGINT or signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in heard}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, earlier in before.items():
+            signal.signal(number, signal.SIG_DFL if earlier is None else earlier)

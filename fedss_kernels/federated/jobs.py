@@ -1,12 +1,13 @@
 """Runs in processes of their own, several at a time."""
 
+import contextlib
 import logging
 import multiprocessing
 import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -14,13 +15,15 @@ from typing import Any, cast
 
 from . import checkpoint
 from .config import Config, ConfigError
-from .interrupts import deaf
+from .disk import reason, write_whole
+from .interrupts import deaf, ending, ignore
 from .remarks import remarks
 from .report import Run, attempt, write_run_report
-from .rounds import run
+from .rounds import Stopped, run
 from .run_folder import RoundMetrics, read_run
 from .simulation import TooFewClients
 
+_LISTEN = 0.5  # seconds after which it is asked again whether to stop
 OnRound = Callable[[int, RoundMetrics | None], None]  # (job, its metrics; None as it starts)
 
 
@@ -30,14 +33,25 @@ class Failure:
     lasting: bool = False  # it is its options that do not train: played again it fails again
 
 
+STOPPED = Failure("stopped")
+
+
+class JobsStopped(Exception):
+    """Runs were asked to stop, and have saved their rounds."""
+
+
 def play_all(
-    configs: Sequence[Config], jobs: int, on_round: OnRound, resume: bool
+    configs: Sequence[Config],
+    jobs: int,
+    on_round: OnRound,
+    resume: bool,
+    stop: Callable[[], bool] = lambda: False,
 ) -> tuple[dict[int, Run], dict[int, Failure]]:
     """Plays every configuration: the run of each job, or why there is none. One that fails leaves the others.
 
-    A run whose model is not finite has failed too.
+    A run whose model is not finite has failed too. Raises JobsStopped as `run_all`.
     """
-    failures = run_all(configs, jobs, on_round, resume)
+    failures = run_all(configs, jobs, on_round, resume, stop)
     runs, others = played(configs)
     runs = {job: run for job, run in runs.items() if job not in failures}
     return runs, dict(sorted((others | failures).items()))
@@ -62,17 +76,22 @@ def played(configs: Sequence[Config]) -> tuple[dict[int, Run], dict[int, Failure
     return runs, failures
 
 
-def run_all(configs: Sequence[Config], jobs: int, on_round: OnRound, resume: bool) -> dict[int, Failure]:
-    """Plays every configuration, in its folder; returns what became of each job that failed."""
+def run_all(
+    configs: Sequence[Config], jobs: int, on_round: OnRound, resume: bool, stop: Callable[[], bool]
+) -> dict[int, Failure]:
+    """Plays every configuration, in its folder; returns what became of each job that failed.
+
+    Once `stop()` is true those that are going on finish their rounds and save; then it raises JobsStopped.
+    """
     context = multiprocessing.get_context("spawn")
     waiting = [job for job, config in enumerate(configs) if not (resume and _is_done(config))]
     errors: dict[int, Failure] = {}
     running: dict[Connection, tuple[int, Any]] = {}
     try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
+        while running or (waiting and not stop()):
+            while waiting and len(running) < jobs and not stop():
                 job = waiting.pop(0)
-                receiver, sender = context.Pipe(duplex=False)
+                receiver, sender = context.Pipe()
                 process = context.Process(target=_child, args=(sender, configs[job], resume), daemon=True)
                 try:
                     with deaf():
@@ -84,13 +103,24 @@ def run_all(configs: Sequence[Config], jobs: int, on_round: OnRound, resume: boo
                 sender.close()  # so that the receiver sees the end when the child's copy is gone
                 running[receiver] = (job, process)
                 on_round(job, None)
-            for ready in wait(list(running)):
+            for ready in wait(list(running), timeout=_LISTEN):
                 _receive(cast(Connection, ready), running, errors, on_round)
+            if stop():
+                _ask_to_stop(running)
     finally:
         for _, process in running.values():
-            process.terminate()
+            process.kill()
             process.join()
+    if stop() and (waiting or STOPPED in errors.values()):
+        raise JobsStopped
     return errors
+
+
+def _ask_to_stop(running: Iterable[Connection]) -> None:
+    """Again and again does no harm."""
+    for connection in running:
+        with contextlib.suppress(OSError):  # it is done already
+            connection.send(None)
 
 
 def _receive(
@@ -105,8 +135,7 @@ def _receive(
     except (EOFError, OSError):  # OSError: it ended in the middle of a message
         process.join()
         if process.exitcode and job not in errors:
-            cause = " (killed? out of memory?)" if process.exitcode < 0 else ""
-            errors[job] = Failure(f"its process ended with exit code {process.exitcode}{cause}")
+            errors[job] = Failure(f"its process {ending(process.exitcode)}")
         del running[receiver]
         return
     if isinstance(message, RoundMetrics):
@@ -116,26 +145,37 @@ def _receive(
 
 
 def _child(sender: Connection, config: Config, resume: bool) -> None:
-    """One run, if it is not done; sends its metrics, or a line about what went wrong."""
+    """One run, if it is not done; sends its metrics, or a line about what went wrong.
+
+    What it gets back is that it is to stop: signals are for the parent.
+    """
+    ignore()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     logging.getLogger("fedss_kernels").addHandler(logging.NullHandler())  # what is left out is in the ledger
     try:
         begun = resume and checkpoint.exists(folder_of(config))
         if not (resume and (folder_of(config) / "summary.json").exists()):
             # a run that was stopped before its first checkpoint starts again
-            run(replace(config, overwrite=config.overwrite or resume), on_round=sender.send, resume=begun)
+            run(
+                replace(config, overwrite=config.overwrite or resume),
+                on_round=sender.send,
+                resume=begun,
+                stop=sender.poll,
+            )
         made = Run(*read_run(folder_of(config)))
         for line in attempt(folder_of(config), write_run_report, folder_of(config), made):
             print(line, file=sys.stderr)
         (folder_of(config) / "error.txt").unlink(missing_ok=True)  # of an attempt before
     except BrokenPipeError:
         pass  # the parent is gone: nobody waits for this run
+    except Stopped:
+        sender.send(STOPPED)
     except Exception as error:
         lasting = isinstance(error, (TooFewClients, ConfigError))
-        sender.send(Failure(f"{type(error).__name__}: {error}", lasting))  # first: the disk may be full
-        folder = folder_of(config)
-        if folder.is_dir():
-            (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        line = reason(error) if isinstance(error, OSError) else str(error)
+        sender.send(Failure(f"{type(error).__name__}: {line}", lasting))  # first: the disk may be full
+        with contextlib.suppress(OSError):  # no folder, no room in it
+            write_whole(folder_of(config) / "error.txt", traceback.format_exc())
 
 
 def _end_with_parent() -> None:

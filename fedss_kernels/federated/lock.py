@@ -1,8 +1,13 @@
 """A file that one process at a time may hold."""
 
+import errno
 import importlib
 import os
+import warnings
 from pathlib import Path
+
+# What a system answers where another holds it: flock the first, locks of ranges, as on NFS, the last too.
+_TAKEN = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
 
 
 class InUse(ValueError):
@@ -10,19 +15,28 @@ class InUse(ValueError):
 
 
 class Lock:
-    """Held until it is released or forgotten; where the system has no such locks, by nobody."""
+    """Held until it is released or forgotten; `held` is false where the file's system has no such locks."""
 
     def __init__(self, path: Path):
         self._descriptor: int | None = None
-        self._descriptor = os.open(path, os.O_RDONLY)
+        # NFS locks for writing only what is open for it
+        mode = os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY
+        self._descriptor = os.open(path, mode)
+        self.held = False
         try:
             fcntl = importlib.import_module("fcntl")
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.held = True
         except ImportError:
             pass
-        except OSError:
-            self.release()
-            raise InUse(f"another run is using {path.parent}") from None
+        except OSError as error:
+            if error.errno in _TAKEN:
+                self.release()
+                raise InUse(f"another run is using {path.parent}") from None
+            warnings.warn(
+                f"{path.parent} cannot be locked ({error.strerror}): nothing keeps another run out of it",
+                stacklevel=2,
+            )
 
     def release(self) -> None:
         if self._descriptor is not None:

@@ -7,7 +7,6 @@ expectation is over batches, each of one client's images, and over draws of the 
 the two are one.
 """
 
-import csv
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -28,6 +27,7 @@ from .mean_sd import mean_sd
 from .player import Player
 from .randomness import Purpose, generator, initial_rows
 from .report import write_section
+from .tables import write_csv
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -145,8 +145,7 @@ class _Batch:
 
 def write(out: Path, lines: Sequence[Line], num_classes: int) -> str:
     """noise.csv, noise.md, noise.png and a section of report.html; returns the table's text."""
-    with (out / "noise.csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([[field.name for field in fields(Line)], *map(astuple, lines)])
+    write_csv(out / "noise.csv", [[field.name for field in fields(Line)], *map(astuple, lines)])
     header = ["|N_k|", "of C", "noise", "sd", "of the full gradient's norm"]
     rows = []
     for line in lines:

@@ -5,7 +5,6 @@
 Numbers that travel in one direction; the ids, 8 bytes a row, are in a run's ledger.
 """
 
-import csv
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 from ..plotting import plotting
 from .models import build_model
 from .report import write_section
+from .tables import write_csv
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,8 +68,7 @@ def num_parameters(model: str, embedding_dim: int) -> int:
 
 def write(out: Path, model: str, lines: Sequence[Line]) -> str:
     """parameters.csv, parameters.md, parameters.png, a section of report.html; returns the table's text."""
-    with (out / "parameters.csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([[field.name for field in fields(Line)], *map(astuple, lines)])
+    write_csv(out / "parameters.csv", [[field.name for field in fields(Line)], *map(astuple, lines)])
     header = ["data", "C", "D", "extractor", "class matrix", "share", "|S_k|", "saved", "the paper's"]
     rows = []
     for line in lines:

@@ -9,6 +9,7 @@ from typing import Any
 from .algorithms import METHODS
 from .checkpoint import CheckpointError, differences
 from .config import Config, ConfigError, did_you_mean, read_options
+from .disk import write_whole
 
 HOLDOUT = 0.1  # of the training clients, for the choice of a rate
 FILE = "comparison.json"
@@ -134,7 +135,7 @@ class Plan:
     def save(self, out: Path) -> None:
         lists = {name: list(getattr(self, name)) for name in LISTS}
         text = json.dumps(lists | {"config": self.config.to_dict()}, indent=2)
-        (out / FILE).write_text(text + "\n", encoding="utf-8")
+        write_whole(out / FILE, text + "\n")
 
     @classmethod
     def read(cls, out: Path) -> "Plan":

@@ -12,7 +12,6 @@ are new: `negatives` = fresh has s = 0, sticky f = 0. The attacker names every c
 It looks at requests only. What a client sends back says more: see the README.
 """
 
-import csv
 import statistics
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields, replace
@@ -27,6 +26,7 @@ from .config import STICKY, Config, ConfigError
 from .data import FederatedData
 from .player import Player
 from .report import write_section
+from .tables import write_csv
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -114,8 +114,7 @@ def _attack(player: Player, client: int, requests: Sequence[int]) -> list[tuple[
 
 def write(out: Path, lines: Sequence[Line]) -> str:
     """privacy.csv, privacy.md, privacy.png and a section of report.html; returns the table's text."""
-    with (out / "privacy.csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([[field.name for field in fields(Line)], *map(astuple, lines)])
+    write_csv(out / "privacy.csv", [[field.name for field in fields(Line)], *map(astuple, lines)])
     header = ["negatives", "requests", "named", "precision", "recall", "posterior", "top-1", "MAP@10"]
     rows = []
     for line in lines:

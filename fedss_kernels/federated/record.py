@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import CheckpointError
+from .disk import append, named, replacing, write_whole
 
 TABLES = ("metrics.csv", "ledger.csv")
 log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ class Record:
         """Of no lines. An earlier run's is to be removed first."""
         folder = folder_of(run)
         folder.mkdir(exist_ok=True)
-        (folder / "facts.json").write_text(facts, encoding="utf-8")
+        write_whole(folder / "facts.json", facts)
         return cls(run, {name: hashlib.sha256() for name in TABLES})
 
     @classmethod
@@ -43,7 +44,7 @@ class Record:
         """
         contents = {name: _found(run, name, lengths[name], digests[name]) for name in TABLES}
         folder_of(run).mkdir(exist_ok=True)
-        (folder_of(run) / "facts.json").write_text(facts, encoding="utf-8")
+        write_whole(folder_of(run) / "facts.json", facts)
         for name, content in contents.items():
             _make(folder_of(run) / name, content)
         record = cls(run, {name: hashlib.sha256(content) for name, content in contents.items()})
@@ -55,15 +56,14 @@ class Record:
         csv.writer(text).writerows(lines)
         content = text.getvalue().encode()
         for folder in (self.folder, self.run):
-            with (folder / name).open("ab") as file:
-                file.write(content)
+            append(folder / name, content)
         self.hashes[name].update(content)
 
     def synced(self) -> tuple[dict[str, int], dict[str, str]]:
         """(lengths, checksums) of the tables, whose lines are on the disk."""
         lengths = {}
         for name in TABLES:
-            with (self.folder / name).open("rb") as file:
+            with named(self.folder / name), (self.folder / name).open("rb") as file:
                 os.fsync(file.fileno())
                 lengths[name] = os.fstat(file.fileno()).st_size
         return lengths, {name: of.hexdigest() for name, of in self.hashes.items()}
@@ -123,4 +123,5 @@ def _make(path: Path, content: bytes) -> None:
         with path.open("rb") as file:
             if file.read(len(content)) == content:
                 return os.truncate(path, len(content))
-    path.write_bytes(content)
+    with replacing(path) as file:
+        file.write(content)

@@ -14,6 +14,7 @@ import numpy as np
 from ..plotting import plotting
 from .algorithms import METHODS
 from .config import Config
+from .disk import write_whole
 from .ledger import OUTCOMES
 from .plan import Case, case_of
 from .remarks import remarks
@@ -68,7 +69,7 @@ class Run:
 def write_run_report(folder: Path, run: Run) -> None:
     """accuracy_by_round.png, accuracy_by_bytes.png and report.html of one run."""
     plots = _save_plots(folder, [run])
-    (folder / "report.html").write_text(_run_page(folder, run, plots), encoding="utf-8")
+    write_whole(folder / "report.html", _run_page(folder, run, plots))
 
 
 def write_comparison_report(
@@ -80,9 +81,7 @@ def write_comparison_report(
 ) -> None:
     """The same files over several runs; `table` has a row for each method, `failed` a line on each loss."""
     plots = _save_plots(folder, runs)
-    (folder / "report.html").write_text(
-        _comparison_page(folder, runs, header, table, failed, plots), encoding="utf-8"
-    )
+    write_whole(folder / "report.html", _comparison_page(folder, runs, header, table, failed, plots))
 
 
 def attempt(folder: Path, write: Callable[..., object], *arguments: object) -> list[str]:
@@ -106,18 +105,18 @@ def write_section(
     Where the folder has a report already, of a run or of other sections, the section is added to it.
     """
     text = markdown(header, rows)
-    (folder / f"{name}.md").write_text(text, encoding="utf-8")
+    write_whole(folder / f"{name}.md", text)
     image = f'<img alt="{escape(title)}" src="{_data_uri((folder / f"{name}.png").read_bytes())}">'
     parts = [f"<h2>{escape(title)}</h2>", f"<p>{escape(words)}</p>", _table(header, rows)]
     parts.append(f'<figure class="plain">{image}</figure>')
-    (folder / f"section-{name}.html").write_text("\n".join(parts) + "\n", encoding="utf-8")
+    write_whole(folder / f"section-{name}.html", "\n".join(parts) + "\n")
     report = folder / "report.html"
     page = report.read_text(encoding="utf-8") if report.exists() else _page(_MEASURED, [], folder)
     if page.count(_BESIDES) != 2:  # a page without: at its end
         before, end, after = page.rpartition("</main>")
         page = (before or after) + 2 * _BESIDES + (end and end + after)
     before, _, after = page.split(_BESIDES)
-    report.write_text(before + _besides(folder) + after, encoding="utf-8")
+    write_whole(report, before + _besides(folder) + after)
     return text
 
 

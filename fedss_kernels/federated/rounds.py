@@ -25,7 +25,7 @@ from .player import Player, training_device
 from .row_table import RowTable
 from .run_folder import Facts, RoundMetrics, RunFolder, Summary
 from .simulation import Simulation, TooFewClients
-from .workers import started
+from .workers import WorkerLost, started
 
 
 @dataclass(frozen=True)
@@ -164,6 +164,10 @@ def _run(
     for round in range(len(history), config.rounds):
         try:
             updates, entries = simulation.play(round)
+        except WorkerLost:
+            if folder and round > saved:
+                simulation.checkpoint(folder, round)
+            raise
         except TooFewClients as error:
             if folder and round > saved:
                 simulation.checkpoint(folder, round)

@@ -91,6 +91,8 @@ class RowTable:
     def read(self, class_ids: Tensor) -> Tensor:
         """(S, D): copies of rows, as they are now. Raises IndexError for an id that is none."""
         _check_range(class_ids, len(self))
+        if self.store:
+            self.store.before_read(class_ids)
         found = self.optimizer.read(self.rows, class_ids, self.now)
         new = self.rows.stepped[class_ids] == 0
         if new.any():
@@ -128,8 +130,11 @@ class RowTable:
         if (class_ids[1:] <= class_ids[:-1]).any():
             raise ValueError("class_ids: expected them ascending, each once")
         if self.store:
-            self.store.keep(class_ids, stepped=stepped)
+            self.store.before_read(class_ids)
         new = class_ids[self.rows.stepped[class_ids] == 0]
+        if self.store:
+            self.store.allocate(new)
+            self.store.keep(class_ids, stepped=stepped)
         self.rows.weight[new] = self.initial(new)
         return new
 

@@ -16,7 +16,6 @@ error.txt     the traceback, where a run of `fedss compare` failed
 import dataclasses
 import json
 import logging
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, field, fields
@@ -32,6 +31,7 @@ from .algorithms import METHODS
 from .checkpoint import Checkpoint, CheckpointError
 from .config import Config, ConfigError, read_options
 from .data import FederatedData
+from .disk import remove_unfinished, replacing, write_whole
 from .fingerprint import Fingerprint
 from .ledger import OUTCOMES, Entry, Traffic, client_traffic
 from .lock import Lock
@@ -262,6 +262,8 @@ class RunFolder:
             lock.release()
             raise
         folder = cls(path, config, fingerprint, record, lock)
+        remove_unfinished(path)
+        checkpoint.remove_older(path)
         if changed:
             folder._save(there)
             log.warning("%s: it is as the run began again", changed)
@@ -303,13 +305,10 @@ class RunFolder:
         self.record.restore_tables()
         state = {name: value.detach().clone() for name, value in extractor.state_dict().items()}
         rows = {} if weight is None else {"weight": weight.clone()}
-        # Each under its name when it is whole; that of the summary says that the run is finished.
-        unfinished = self.path / "model-unfinished.pt"
-        torch.save({"extractor": state, **rows}, unfinished)
-        os.replace(unfinished, self.path / "model.pt")
-        unfinished = self.path / "summary-unfinished.json"
-        unfinished.write_text(json.dumps(summary.to_dict(), indent=2) + "\n", encoding="utf-8")
-        os.replace(unfinished, self.path / "summary.json")
+        with replacing(self.path / "model.pt") as file:
+            torch.save({"extractor": state, **rows}, file)
+        # The last: it says that the run is finished.
+        write_whole(self.path / "summary.json", json.dumps(summary.to_dict(), indent=2) + "\n")
         if not self.config.checkpoint_every:
             checkpoint.remove(self.path)
 
@@ -371,6 +370,7 @@ def prepare(path: Path, files: tuple[str, ...], *, overwrite: bool) -> None:
     known to be one of ours, goes last.
     """
     check_folder(path, files, overwrite=overwrite)
+    remove_unfinished(path)
     for section in path.glob("section-*.html"):
         section.unlink()
     for name in reversed(files):

@@ -13,15 +13,16 @@ import math
 import multiprocessing
 import os
 import pickle
-import signal
-import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from enum import IntEnum
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -31,9 +32,10 @@ from .algorithms import Request
 from .client import Update
 from .config import Config, ConfigError
 from .data import FederatedData
-from .interrupts import deaf
+from .interrupts import deaf, ending, ignore
 from .ledger import over_the_wire
 from .player import Player, training_device
+from .scratch import scratch
 from .server import Server
 from .stopwatch import Stopwatch
 
@@ -60,11 +62,14 @@ class Team:
     size: int
     watch: Stopwatch
     _busy: bool = False  # the others are in a call
+    _lost: WorkerLost | None = None  # noticed in an evaluation, which rank 0 then did alone
 
     def play(
         self, round: int, attempt: int, requests: Mapping[int, Request], server: Server
     ) -> dict[int, Update]:
-        """What clients who make these requests send back, in their order."""
+        """What clients who make these requests send back, in their order. Raises WorkerLost."""
+        if self._lost:
+            raise self._lost
         shares = divided(list(requests), self.player.num_images, self.size)
         phi = self._travelled(server.extractor)
         self._call(Call.PLAY, phi, round, attempt, list(requests))
@@ -99,7 +104,19 @@ class Team:
         }
 
     def embed(self, phi: Tensor) -> Tensor:
-        """(T, D): the test images' embeddings, each worker's batches by its own."""
+        """(T, D): the test images' embeddings, each worker's batches by its own.
+
+        Where one is lost rank 0 makes them all, as the server has made its step: the round becomes whole, and
+        can be saved. The next call to `play` says that it is lost.
+        """
+        try:
+            return self._embed(phi)
+        except WorkerLost as lost:
+            self._lost = lost
+            with self.watch("evaluation"):
+                return torch.cat(list(self.player.embed(phi, 0, 1)))
+
+    def _embed(self, phi: Tensor) -> Tensor:
         self._call(Call.EMBED, phi)
         with self.watch("evaluation"):
             batches = {0: self.player.embed(phi, 0, self.size)}
@@ -265,47 +282,90 @@ def started(config: Config, data: FederatedData, model: nn.Module | None) -> Ite
         yield 1
 
 
+@dataclass
+class _Worker:
+    """A process that plays clients, as the one that started it sees it."""
+
+    rank: int
+    process: multiprocessing.process.BaseProcess
+    failure: Connection  # gives (when, in a line, traceback) if Python fails there
+
+    def cause(self) -> tuple[float, str, str] | None:
+        """(when, why in a line, its traceback) it ended before the others; None while it runs."""
+        if self.process.exitcode is None:
+            return None
+        with contextlib.suppress(EOFError, OSError):
+            if self.failure.poll():
+                when, line, trace = self.failure.recv()
+                return when, f"rank {self.rank} failed: {line}", trace
+        # A signal is the first cause: what fails for want of others fails in Python.
+        when = 0.0 if self.process.exitcode < 0 else math.inf
+        return when, f"rank {self.rank} {ending(self.process.exitcode)}", ""
+
+
 @contextlib.contextmanager
 def _local(config: Config, data: FederatedData, model: nn.Module | None) -> Iterator[None]:
     """Workers on this machine, which end with the run or with this process.
 
     They are spawned, so a script that starts some needs `if __name__ == "__main__":`.
     """
+    others, patience = list[_Worker](), 0  # whatever they wait for after an error does not come
+    # In a file, not in the pipe to a new process, which may end before it has read it.
+    given = pickle.dumps((config, data, model))
+    try:
+        with scratch("given", given) as folder:  # until all have read it
+            for rank in range(1, config.workers):
+                others.append(_start(folder, rank, config.workers))
+            _join(folder, 0, config.workers, others)
+        yield
+        patience = 5
+    except WorkerLost as lost:
+        _explain(lost, others)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        for worker in others:
+            worker.process.join(timeout=patience)
+            worker.process.kill()
+            worker.process.join()
+            worker.failure.close()
+
+
+def _start(folder: Path, rank: int, size: int) -> _Worker:
     context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
-        store = str(Path(folder, "store"))
-        # In a file, not in the pipe to a new process, which may end before it has read it.
-        Path(folder, "given").write_bytes(pickle.dumps((config, data, model)))
-        others = [
-            context.Process(target=_work, args=(folder, rank, config.workers, os.getpid()), daemon=True)
-            for rank in range(1, config.workers)
-        ]
-        try:
-            for process in others:
-                with deaf():  # Ctrl-C is for rank 0, which finishes the round
-                    process.start()
-            _join(store, 0, config.workers, others)
-            yield
-        except BaseException:
-            for process in others:  # whatever they wait for does not come
-                if process.pid is not None:
-                    process.terminate()
-            raise
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
-            for process in others:
-                if process.pid is not None:
-                    process.join(timeout=5)
-                    process.terminate()
+    failure, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(folder, rank, size, os.getpid(), sender), daemon=True)
+    with deaf():  # to stop is for rank 0, which finishes the round
+        process.start()
+    sender.close()
+    return _Worker(rank, process, failure)
 
 
-def _work(folder: str, rank: int, size: int, parent: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _explain(lost: WorkerLost, others: Sequence[_Worker]) -> NoReturn:
+    """Raises it with the first cause, once those that ended have."""
+    end = time.monotonic() + 2
+    for worker in others:
+        worker.process.join(timeout=max(0, end - time.monotonic()))
+    causes = sorted(cause for worker in others if (cause := worker.cause()))
+    if not causes:
+        raise lost
+    when, line, trace = causes[0]
+    what, _, _ = str(lost).partition(": ")
+    there = RuntimeError(f"\n{trace}") if trace else lost
+    raise WorkerLost(f"{lost} ({line})" if math.isinf(when) else f"{what}: {line}") from there
+
+
+def _work(folder: Path, rank: int, size: int, parent: int, failure: Connection) -> None:
+    ignore()
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    config, data, model = pickle.loads(Path(folder, "given").read_bytes())
-    _join(str(Path(folder, "store")), rank, size)
-    work(config, data, model, rank, size)
+    try:
+        config, data, model = pickle.loads((folder / "given").read_bytes())
+        _join(folder, rank, size)
+        work(config, data, model, rank, size)
+    except Exception as error:
+        line = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        failure.send((time.monotonic(), line, traceback.format_exc()))
+        raise SystemExit(1) from None
 
 
 def _end_with(parent: int) -> None:
@@ -315,25 +375,27 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _join(
-    path: str, rank: int, size: int, others: Sequence[multiprocessing.process.BaseProcess] = ()
-) -> None:
-    """Meets the other ranks. Raises WorkerLost if one of the processes `others` ends before it comes."""
-    store = dist.FileStore(path, size)
+def _join(folder: Path, rank: int, size: int, others: Sequence[_Worker] = ()) -> None:
+    """Meets the other ranks. Raises WorkerLost if one of `others` ends before it comes."""
+    store = dist.FileStore(str(folder / "store"), size)
     store.set(f"here {rank}", "")
     while others and not store.check([f"here {other}" for other in range(1, size)]):
-        if not all(process.is_alive() for process in others):
+        if not all(worker.process.is_alive() for worker in others):
             raise WorkerLost(
-                "a worker ended before the run began (a script that starts workers needs "
-                'if __name__ == "__main__":)'
+                "a worker ended before the run began: a script that starts workers needs "
+                'if __name__ == "__main__":'
             )
         time.sleep(0.02)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=FOREVER)
+    try:
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=FOREVER)
+        dist.barrier()  # from now on nobody reads what is in the folder
+    except RuntimeError as error:
+        raise WorkerLost(f"a worker ended before the run began: {error}") from error
 
 
 def help_out(config: Config, data: FederatedData, rank: int, size: int) -> None:
     """What a process that torchrun gave a rank but 0 does, until rank 0's run ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for rank 0
+    ignore()  # to stop is for rank 0, which finishes the round
     dist.init_process_group("gloo", timeout=FOREVER)
     work(config, data, None, rank, size)
 

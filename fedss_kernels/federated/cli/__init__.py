@@ -7,17 +7,19 @@ what is missing.
 
 import argparse
 import importlib.util
-import io
 import logging
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from ..config import did_you_mean
+from ..disk import reason
+from ..interrupts import Interrupted, at_once
 from .command import Command
 from .measure import CONFUSION, NOISE, PARAMETERS, PRIVACY
 from .options import Mistake, Parser
 from .report import REPORT
+from .streams import forgiving
 from .tools import BENCH, DOCTOR
 from .train import COMPARE, COMPOSITIONS, RUN
 
@@ -26,14 +28,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code.
 
     0; 1, a run failed, has no result, or is missing in a comparison (a rate that does not train while another
-    does is none); 2, a user's mistake; 130, Ctrl-C.
+    does is none), or something could not be written; 2, a user's mistake; 130, 143, 129, stopped by Ctrl-C,
+    SIGTERM, SIGHUP.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    with forgiving() as streams, at_once():
+        code = _main(argv)
+        for stream in streams:
+            stream.flush()
+        if lost := next((stream.lost for stream in streams if stream.lost), ""):
+            print(f"{_name(argv)}: its output could not be written: {lost}", file=sys.stderr)
+            code = code or 1
+    return code
+
+
+def _main(argv: list[str]) -> int:
     name = "fedss"
     logging.getLogger("fedss_kernels").addHandler(logging.NullHandler())  # it is said otherwise, and counted
-    for stream in (sys.stdout, sys.stderr):  # what an encoding lacks becomes ?, not a traceback
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
     try:
         if argv[:1] in (["-h"], ["--help"]):
             print(_overview())
@@ -42,16 +53,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"fedss-kernels {_version()}")
             return 0
         command = _command(argv)
-        name = f"fedss {argv[0]}"
+        name = _name(argv)
         arguments = _parse(name, command, argv[1:])
         _require(name, command)
         return command.main(arguments)
     except Mistake as mistake:
         print(mistake if str(mistake).startswith("fedss") else f"{name}: {mistake}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except OSError as error:  # the system's, in the middle: a full disk, a folder that is gone
+        print(f"{name}: {reason(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as stopped:
         print(f"{name}: stopped", file=sys.stderr)
-        return 130
+        return stopped.exit_code if isinstance(stopped, Interrupted) else Interrupted().exit_code
 
 
 COMMANDS: dict[str, Command] = {
@@ -66,6 +80,10 @@ COMMANDS: dict[str, Command] = {
     "bench": BENCH,
     "doctor": DOCTOR,
 }
+
+
+def _name(argv: Sequence[str]) -> str:
+    return " ".join(["fedss", *argv[:1]])
 
 
 def _parse(name: str, command: Command, argv: Sequence[str]) -> argparse.Namespace:

@@ -15,7 +15,8 @@ from ..config import (
     Config,
     ConfigError,
 )
-from ..interrupts import noticed
+from ..disk import reason
+from ..interrupts import Interrupted, noticed
 from ..ledger import OUTCOMES, faults
 from ..loading import check_data, load_data
 from ..lock import InUse
@@ -54,6 +55,15 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 _FINISHING = "fedss run: finishing this round; Ctrl-C again stops at once"
+
+
+def _saved(out: Path) -> str:
+    """What is safe of a run that ended early, and how to go on."""
+    if (out / "summary.json").exists():
+        return f"the run is finished, and its results are in {out}"
+    if not checkpoint.exists(out):
+        return "no round is saved yet: start again with --overwrite"
+    return f"saved up to round {checkpoint.last_round(out)}; go on with: fedss run --resume {out}"
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -100,13 +110,22 @@ def _run(arguments: argparse.Namespace) -> int:
         raise Mistake(f"{flag(error.option)}: {error.message}") from None
     except (CheckpointError, FileExistsError, InUse) as error:
         raise Mistake(str(error)) from None
-    except (TooFewClients, WorkerLost) as error:
+    except TooFewClients as error:
         print(f"fedss run: {error}; what was done is in {out}", file=sys.stderr)
+        return 1
+    except WorkerLost as error:
+        print(f"fedss run: {error}; {_saved(out)}", file=sys.stderr)
+        return 1
+    except OSError as error:  # of the disk, in the middle of the run
+        print(f"fedss run: {reason(error)}; {_saved(out)}", file=sys.stderr)
         return 1
     except Stopped as stopped:
         done = f"stopped after round {stopped.rounds} of {config.rounds}"
         print(f"fedss run: {done}; go on with: fedss run --resume {out}", file=sys.stderr)
-        return 130
+        return stop.exit_code
+    except Interrupted as interrupted:
+        print(f"fedss run: stopped; {_saved(out)}", file=sys.stderr)
+        return interrupted.exit_code
     failed = attempt(out, write_run_report, out, Run(result.config, result.history, result.summary))
     s = result.summary
     outcomes = {outcome: getattr(s, outcome) for outcome in OUTCOMES}
@@ -211,6 +230,7 @@ _COMPARED: dict[str, Any] = {
 
 def _compare(arguments: argparse.Namespace) -> int:
     from ..compare import COMPARISON_FILES, cells, compare, header, job_name, trial_name
+    from ..jobs import JobsStopped
     from ..progress import RunProgress
 
     resume = arguments.resume is not None
@@ -233,19 +253,30 @@ def _compare(arguments: argparse.Namespace) -> int:
             check_folder(out, COMPARISON_FILES, overwrite=plan.config.overwrite)
         names = [trial_name(plan, trial) for trial in plan.trials(out)]
         names += [job_name(plan, run) for run in plan.runs(out, {})]
-    with RunProgress(names, plan.config.rounds) as progress:
+    command = f"fedss {arguments.command}"
+    go_on = f"go on with: {command} --resume {out}"
+    finishing = f"{command}: finishing the rounds of the runs; Ctrl-C again stops at once"
+    try:
+        with RunProgress(names, plan.config.rounds) as progress, noticed(finishing) as stop:
 
-        def show(first: int) -> Callable[[int, RoundMetrics | None], None]:
-            return lambda job, m: progress.advance(first + job, m) if m else progress.start(first + job)
+            def show(first: int) -> Callable[[int, RoundMetrics | None], None]:
+                return lambda job, m: progress.advance(first + job, m) if m else progress.start(first + job)
 
-        comparison = compare(
-            plan,
-            out,
-            jobs=arguments.jobs,
-            on_trial=show(0),
-            on_round=show(len(plan.trials(out))),
-            resume=resume,
-        )
+            comparison = compare(
+                plan,
+                out,
+                jobs=arguments.jobs,
+                on_trial=show(0),
+                on_round=show(len(plan.trials(out))),
+                resume=resume,
+                stop=stop,
+            )
+    except (JobsStopped, Interrupted) as stopped:
+        print(f"{command}: stopped; {go_on}", file=sys.stderr)
+        return stopped.exit_code if isinstance(stopped, Interrupted) else stop.exit_code
+    except OSError as error:
+        print(f"{command}: {reason(error)}; the runs' checkpoints are saved; {go_on}", file=sys.stderr)
+        return 1
     for line in (*comparison.notes, *comparison.failed):
         print(f"fedss {arguments.command}: {line}", file=sys.stderr)
     if comparison.table:

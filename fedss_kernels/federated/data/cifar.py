@@ -191,6 +191,8 @@ def _members(name: str, path: Path) -> list[tuple[str, bytes]]:
         with tarfile.open(path) as archive:
             opened = ((member.name, archive.extractfile(member)) for member in archive if member.isfile())
             return [(member, file.read()) for member, file in opened if file is not None]
+    except PermissionError:
+        raise
     except DAMAGES as error:
         raise ValueError(f"{name}: {path} is damaged ({error}); get it again from {SOURCE}") from error
 

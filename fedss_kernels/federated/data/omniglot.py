@@ -135,6 +135,8 @@ def _from_zip(path: Path) -> Iterator[Drawing]:
                 match = FILE_NAME.fullmatch(name.partition("/")[2])
                 if match and name.startswith(f"{path.stem}/"):
                     yield match[1], match[2], int(match[3]), decode(archive.read(name), f"{path}: {name}")
+    except PermissionError:
+        raise
     except DAMAGES as error:
         raise ValueError(f"omniglot: {path} is damaged ({error}); get it again from {SOURCE}") from error
 

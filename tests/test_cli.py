@@ -126,7 +126,7 @@ def test_a_model_or_a_crop_that_does_not_fit_is_one_line(tmp_path, capsys):
     options = ["--data=image_folder", f"--data-dir={tmp_path}/data", f"--cache-dir={tmp_path}/cache"]
     options += ["--image-size=32", "--num-clients=2", "--classes-per-client=2", "--cohort=2"]
     line = fails(capsys, "run", *options, "--crop-size=28", "--model=conv4")
-    assert line.startswith("fedss run: model: conv4 can't take images of 3x28x28")
+    assert line.startswith("fedss run: --model: conv4 can't take images of 3x28x28")
     line = fails(capsys, "run", *options, "--crop-size=33", "--model=conv4_rgb")
     assert line == "fedss run: --crop-size: expected at most 32, the images' pixels, got 33"
 

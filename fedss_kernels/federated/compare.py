@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .config import Config, ConfigError
 from .jobs import OnRound, folder_of, run_all
-from .loading import check_data, load_data
+from .loading import check_data, fitted, load_data
 from .plan import FILE, Case, Plan, case_of
 from .report import MEGABYTE, Run, by_case, percent, write_comparison_report
 from .run_folder import prepare, read_run
@@ -87,7 +87,8 @@ def compare(
     if jobs < 1:
         raise ConfigError("jobs", f"expected an integer of at least 1, got {jobs}")
     # Once, before anything starts: mistakes surface here, and caches fill.
-    check_data(plan.config, load_data(plan.config))
+    data = load_data(plan.config)
+    check_data(fitted(plan.config, data.found), data)
     if resume:
         plan.check_same(out)
     else:
@@ -144,6 +145,9 @@ def trial_name(plan: Plan, config: Config) -> str:
 
 
 # ---- the table ---------------------------------------------------------------------------------------------
+
+
+LEAST = ("seconds", "saved of these", "MB for classes", "rate", "|S_k| (of C)")  # what can be done without
 
 
 def header(table: Sequence[Line]) -> list[str]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..class_sets import draw_negatives
 from ..sampled_softmax import sampled_softmax_loss
 from .algorithms import METHODS
+from .client import as_embeddings
 from .config import Config
 from .data import FederatedData
 from .player import Player
@@ -95,7 +96,8 @@ class _Batch:
         self.positives = data.labels[held[chosen]].unique()
         self.labels = data.labels[held[chosen]]
         player.extractor.module.eval()  # no draws but those of the negatives
-        self.embeddings = player.extractor.module(player.extractor.as_input(data.images[held[chosen]]))
+        returned = player.extractor.module(player.extractor.as_input(data.images[held[chosen]]))
+        self.embeddings = as_embeddings(returned)
         self.full = self._gradient("full_softmax", 0, 0, 0)
         self.full_norm = self._norm(*self.full)
 

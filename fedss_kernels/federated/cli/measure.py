@@ -13,7 +13,7 @@ from ..config import (
     Config,
     read_options,
 )
-from ..loading import check_data, load_data
+from ..loading import load_data
 from ..models import MODELS
 from ..rounds import run
 from ..run_folder import make_folder, read_model
@@ -30,6 +30,7 @@ from .options import (
     read_counts,
     reader,
 )
+from .output import print_markdown, read_data
 
 
 def _add_noise_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,11 +75,8 @@ def _noise(arguments: argparse.Namespace) -> int:
             arguments.config = arguments.config or arguments.run / "config.json"
         config = config_of(arguments)
         out = arguments.out if "out" in arguments else Path("runs") / f"noise-{config.data}"
-        data = load_data(config)
-        check_data(config, data)
-        model = None
-        if arguments.run:
-            model = read_model(arguments.run)
+        model = read_model(arguments.run) if arguments.run else None
+        config, data = read_data(config, [config])
         counts = arguments.counts or noise.default_counts(data.num_classes)
         make_folder(out)
     torch.set_num_threads(config.threads)
@@ -91,7 +89,7 @@ def _noise(arguments: argparse.Namespace) -> int:
         model=model,
         on_line=lambda line: print(f"fedss noise: {line.num_negatives} negatives", file=sys.stderr),
     )
-    print(noise.write(out, lines, data.num_classes), end="")
+    print_markdown(noise.write(out, lines, data.num_classes))
     print(f"the table, the plot and the report: {out / 'report.html'}")
     return 0
 
@@ -114,7 +112,7 @@ def _confusion(arguments: argparse.Namespace) -> int:
             config, model = Config.from_dict(read_options(folder / "config.json")), read_model(folder)
             found.append(confusion.measure(config, load_data(config), model, arguments.client))
         make_folder(arguments.out)
-    print(confusion.write(arguments.out, found, arguments.client), end="")
+    print_markdown(confusion.write(arguments.out, found, arguments.client))
     print(f"the table, the plot and the report: {arguments.out / 'report.html'}")
     return 0
 
@@ -142,10 +140,8 @@ def _privacy(arguments: argparse.Namespace) -> int:
         config = config_of(arguments)
         out = config.out or Path("runs") / f"privacy-{config.data}"
         config = dataclasses.replace(config, out=None)
-        data = load_data(config)
-        check_data(config, data)
         privacy.check(config)
-        make_folder(out)
+        config, data = read_data(config, [config], lambda: make_folder(out))
     accuracy = {}
     if arguments.train:
         with RunProgress(list(STICKY), config.rounds) as progress:
@@ -163,7 +159,7 @@ def _privacy(arguments: argparse.Namespace) -> int:
                     raise Mistake(str(error)) from None
                 accuracy[negatives] = result.summary.top1, result.summary.map_at_10
     lines = privacy.measure(config, data, clients=arguments.clients, accuracy=accuracy)
-    print(privacy.write(out, lines), end="")
+    print_markdown(privacy.write(out, lines))
     print(f"the table, the plot and the report: {out / 'report.html'}")
     return 0
 
@@ -194,7 +190,7 @@ def _parameters(arguments: argparse.Namespace) -> int:
     with mistakes():
         lines = parameters.measure(arguments.model, arguments.dims)
         make_folder(arguments.out)
-    print(parameters.write(arguments.out, arguments.model, lines), end="")
+    print_markdown(parameters.write(arguments.out, arguments.model, lines))
     print(f"the table, the plot and the report: {arguments.out / 'report.html'}")
     return 0
 

@@ -17,7 +17,6 @@ from ..config import (
 )
 from ..interrupts import noticed
 from ..ledger import OUTCOMES
-from ..loading import check_data, load_data
 from ..lock import InUse
 from ..plan import LISTS, Plan, read_preset
 from ..rounds import Stopped, run
@@ -37,7 +36,7 @@ from .options import (
     read_rates,
     reader,
 )
-from .output import print_profile, print_table
+from .output import print_profile, print_table, read_data
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,16 +68,18 @@ def _run(arguments: argparse.Namespace) -> int:
         config = config_of(arguments)
         out = config.out or Path("runs") / f"{config.data}-{config.method}-seed{config.seed}"
         config = dataclasses.replace(config, out=out)
-        data = load_data(config)
-        check_data(config, data)
         rank, processes = launched()
         if rank > 0:
-            help_out(config, data, rank, processes)
+            help_out(*read_data(config, []), rank, processes)
             return 0
-        if not resume:
-            check_folder(out, RUN_FILES, overwrite=config.overwrite)
-            if config.class_store:
-                check_free(config.class_store, run=out, overwrite=config.overwrite)
+
+        def ready() -> None:
+            if not resume:
+                check_folder(out, RUN_FILES, overwrite=config.overwrite)
+                if config.class_store:
+                    check_free(config.class_store, run=out, overwrite=config.overwrite)
+
+        config, data = read_data(config, [] if resume else [config], ready)
     played: list[RoundMetrics] = []
     logging.getLogger("fedss_kernels").addHandler(logging.NullHandler())  # what is left out is counted below
     try:
@@ -96,7 +97,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 stop=stop,
             )
     except ConfigError as error:
-        raise Mistake(f"{flag(error.option)}: {error.message}") from None
+        raise Mistake(error.worded(flag)) from None
     except (CheckpointError, FileExistsError, InUse) as error:
         raise Mistake(str(error)) from None
     except (TooFewClients, WorkerLost) as error:
@@ -199,7 +200,7 @@ _COMPARED: dict[str, Any] = {
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from ..compare import COMPARISON_FILES, cells, compare, header, job_name, trial_name
+    from ..compare import COMPARISON_FILES, LEAST, cells, compare, header, job_name, trial_name
     from ..progress import RunProgress
 
     resume = arguments.resume is not None
@@ -217,11 +218,15 @@ def _compare(arguments: argparse.Namespace) -> int:
             lists = _COMPARED | preset | {name: value for name, value in given.items() if value is not None}
             plan = Plan(config_of(arguments, preset.get("config", {})), *(lists[name] for name in LISTS))
         out = plan.config.out or Path("runs") / f"{arguments.command}-{plan.config.data}"
-        check_data(plan.config, load_data(plan.config))
-        if not resume:
-            check_folder(out, COMPARISON_FILES, overwrite=plan.config.overwrite)
         names = [trial_name(plan, trial) for trial in plan.trials(out)]
-        names += [job_name(plan, run) for run in plan.runs(out, {})]
+        runs = plan.runs(out, {})
+        names += [job_name(plan, run) for run in runs]
+
+        def ready() -> None:
+            if not resume:
+                check_folder(out, COMPARISON_FILES, overwrite=plan.config.overwrite)
+
+        read_data(plan.config, [] if resume else runs, ready)
     with RunProgress(names, plan.config.rounds) as progress:
 
         def show(first: int) -> Callable[[int, RoundMetrics | None], None]:
@@ -238,7 +243,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     for line in comparison.failed:
         print(f"fedss {arguments.command}: {line}", file=sys.stderr)
     if comparison.table:
-        print_table(header(comparison.table), [cells(line) for line in comparison.table])
+        print_table(header(comparison.table), [cells(line) for line in comparison.table], LEAST)
         print(f"the table, plots and report: {out / 'report.html'}")
     return 1 if comparison.failed else 0
 

@@ -8,12 +8,16 @@ import torch
 from .partition import FederatedData
 
 
+def number_held_out(clients: int, share: float) -> int:
+    return max(1, round(share * clients))
+
+
 def held_out(data: FederatedData, share: float, seed: int) -> FederatedData:
     """The data without a share of the clients, at least one; their images and labels are the test set.
 
     Raises ValueError if nobody would be left to train.
     """
-    count = max(1, round(share * len(data.clients)))
+    count = number_held_out(len(data.clients), share)
     if count >= len(data.clients):
         raise ValueError(f"holdout: expected to leave some of {len(data.clients)} clients, got {share}")
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, 0x01DE])))

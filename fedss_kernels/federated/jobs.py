@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, cast
 
-from . import checkpoint, remarks
+from . import checkpoint, idle_settings
 from .config import Config
 from .interrupts import deaf
 from .report import Run, write_run_report
@@ -71,7 +71,7 @@ def _receive(
 def _child(sender: Connection, config: Config, resume: bool) -> None:
     """One run, if it is not done; sends its metrics, or a line about what went wrong."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    remarks.log.addHandler(logging.NullHandler())  # the same of every run: the parent has said it
+    idle_settings.log.addHandler(logging.NullHandler())  # the same of every run: the parent has said it
     try:
         begun = resume and checkpoint.exists(folder_of(config))
         if not (resume and (folder_of(config) / "summary.json").exists()):

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from . import remarks
+from . import idle_settings
 from .checkpoint import Checkpoint, CheckpointError
 from .class_store import ClassStore, check_free
 from .client import Update
@@ -25,6 +25,7 @@ from .metrics import Accuracies
 from .player import Player, training_device
 from .row_table import RowTable
 from .run_folder import RoundMetrics, RunFolder, Summary
+from .sending import check_sendable
 from .simulation import Simulation, TooFewClients
 from .workers import started
 
@@ -78,8 +79,10 @@ def run(
     data = data or load_data(config)
     config = fitted(config, data.found)
     check_data(config, data)
-    for line in remarks.idle([config]):
-        remarks.log.warning(line)
+    if model is not None and config.workers > 1:
+        check_sendable(model)
+    for line in idle_settings.idle([config]):
+        idle_settings.log.warning(line)
     with _torch_settings(config.threads):
         player = Player(config, data, model, training_device(config))
         folder, checkpoint, history = _open_folder(config, player, resume)

@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ..config import Config
 from ..data import FederatedData, Found
+from ..idle_settings import idle, short_warmup
 from ..loading import check_data, choices, fitted, load_data
-from ..remarks import idle, short_warmup
 from ..tables import fitting, read_markdown
 
 PIPED = 160  # columns of a table in a file or a log

@@ -81,6 +81,12 @@ def split_images(by_class: Mapping[str, list[Path]], seed: int, share: float) ->
         train[name] = [file for i, file in enumerate(files) if i not in chosen]
         if chosen:
             test[name] = [files[i] for i in sorted(chosen)]
+    if not test:
+        most = max(map(len, by_class.values()))
+        raise ValueError(
+            f"no class has an image to spare for the test: a share of {share} of {most} images, rounded, is "
+            "none: give folders train and test"
+        )
     return train, test
 
 
@@ -126,8 +132,6 @@ def from_files(
             f"{name}: {common[0]!r} is a class of training and of the test, which a retrieval's must not "
             "share; expected task 'classification'"
         )
-    if not test:
-        raise ValueError(f"{name}: no class has an image to spare for the test")
     if len(train) < 2:
         raise ValueError(f"{name}: expected at least 2 classes to train on, got 1: {next(iter(train))}")
     of_test = number if task == "classification" else {c: i for i, c in enumerate(test)}
@@ -142,12 +146,12 @@ def from_files(
     authors = sorted(set(owner.values())) if owner else None
     place = {author: k for k, author in enumerate(authors or ())}
     owners = np.array([place[owner[file]] for file in files]) if owner else None
-    how = how if owner else how.fitted(np.bincount(labels))
-    clients, client_names = divide(labels, how, seed, authors, owners)
+    made_by = how if owner else how.fitted(np.bincount(labels))
+    clients, client_names = divide(labels, made_by, seed, authors, owners)
     lacking = len(train) - len(test) if task == "classification" else 0
-    notes = (*notes, f"classes without a test image: {lacking:,}") if lacking else notes
+    known = (*notes, f"classes without a test image: {lacking:,}") if lacking else notes
     if on_found:
-        on_found(Found(name, len(train), len(files), len(test_files), len(clients), how, notes))
+        on_found(Found(name, len(train), len(files), len(test_files), len(clients), made_by, known))
     images, test_images = cached_images(name, [files, test_files], image_size, cache_dir, source)
     return FederatedData(
         name=name,
@@ -160,6 +164,6 @@ def from_files(
         num_classes=len(train),
         class_names=tuple(train),
         task=task,
-        how=how,
-        notes=notes,
+        how=made_by,
+        notes=known,
     )

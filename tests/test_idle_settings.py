@@ -47,7 +47,7 @@ def test_defaults_are_not_worth_a_word(name):
         ({"data": "own", "holdout": 0.1}, "holdout 0.1 has no effect: the data are handed over"),
         (
             {"rounds": 10, "warmup_rounds": 20},
-            "warmup_rounds 20 is more than the 10 rounds: the clients' rate comes to 0.025, not to client_lr ",
+            "warmup_rounds 20 is more than the 10 rounds: the clients' rate comes to 0.025, not to",
         ),
     ],
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .config import Config, ConfigError
 from .jobs import OnRound, folder_of, run_all
-from .loading import check_data, fitted, load_data
+from .loading import check_data, fitted, load_data, with_a_net
 from .plan import FILE, Case, Plan, case_of
 from .report import MEGABYTE, Run, by_case, percent, write_comparison_report
 from .run_folder import prepare, read_run
@@ -87,6 +87,7 @@ def compare(
     if jobs < 1:
         raise ConfigError("jobs", f"expected an integer of at least 1, got {jobs}")
     # Once, before anything starts: mistakes surface here, and caches fill.
+    plan = dataclasses.replace(plan, config=with_a_net(plan.config))  # the same when it is resumed elsewhere
     data = load_data(plan.config)
     check_data(fitted(plan.config, data.found), data)
     if resume:

@@ -27,7 +27,7 @@ def load_data(config: Config, on_found: Callable[[Found], None] | None = None) -
         raise ConfigError("data", f"{OWN!r} data is handed over in Python, as run(config, data=...)")
     if config.data_dir is not None and not config.data_dir.is_dir():
         raise ConfigError("data_dir", f"no such folder: {config.data_dir}")
-    config = _with_a_net(config)
+    config = with_a_net(config)
     if _resized(config) and config.image_size < 1:
         raise ConfigError("image_size", f"expected at least 1, got {config.image_size}")
     errors = _misfits_of_net(config, (3, config.image_size, config.image_size)) if _resized(config) else []
@@ -87,7 +87,7 @@ def _resized(config: Config) -> bool:
 
 def fitted(config: Config, found: Found) -> Config:
     """The configuration with every number: those that are FITTED are chosen for this data set."""
-    config = _with_a_net(config)
+    config = with_a_net(config)
     chosen: dict[str, Any] = {}
     if config.cohort is None:
         chosen["cohort"] = min(COHORT, found.clients)
@@ -97,7 +97,7 @@ def fitted(config: Config, found: Found) -> Config:
     return replace(config, **chosen) if chosen else config
 
 
-def _with_a_net(config: Config) -> Config:
+def with_a_net(config: Config) -> Config:
     """With a net, and images of a size for it: of 8 pixels in training it sees 7, as 224 of 256."""
     model, size, crop = config.model, config.image_size, config.crop_size
     if None not in (model, size, crop):

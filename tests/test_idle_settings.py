@@ -7,6 +7,7 @@ from test_cli import SMALL
 from tiny_federation import tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import Config, cli, run
+from fedss_kernels.federated.compare import Comparison
 from fedss_kernels.federated.config import PRESETS
 from fedss_kernels.federated.idle_settings import RULES, idle, short_warmup
 
@@ -83,4 +84,20 @@ def test_in_python_it_is_logged(caplog):
         run(tiny_config(latency_spread=0.9), data=tiny_data(), model=tiny_model())
     assert [record.message for record in caplog.records] == [
         "latency_spread 0.9 has no effect: there is no deadline"
+    ]
+
+
+def test_what_was_chosen_to_fit_was_nobodys_wish():
+    settings = {"images_per_client": 10, "classes_per_client": 20, "num_clients": 3, "partition": "iid"}
+    assert idle([Config(data="image_folder", **settings)]) == []
+
+
+def test_an_option_that_a_comparison_overrules_is_named(tmp_path, capsys, monkeypatch):
+    nothing = Comparison([], [], [], tmp_path)
+    monkeypatch.setattr("fedss_kernels.federated.compare.compare", lambda *arguments, **options: nothing)
+    argv = ["compare", *SMALL, "--counts=2,3", "--rates=0.1,0.2", "--client-lr=0.5", f"--out={tmp_path}/out"]
+    assert cli.main(argv) == 0
+    assert capsys.readouterr().out.splitlines()[:2] == [
+        "--client-lr has no effect: --rates are taken instead",
+        "--num-negatives has no effect: --counts are taken instead",
     ]

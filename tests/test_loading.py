@@ -183,3 +183,9 @@ def test_a_holdout_is_counted_before_images_are_read(tmp_path):
     with pytest.raises(ConfigError, match="cohort: expected at most 3, the clients there are, got 4"):
         load_data(config(folder, cohort=4, holdout=0.25))
     assert len(load_data(config(folder, holdout=0.25)).clients) == 3
+
+
+def test_a_holdout_of_everybody_is_named_as_what_it_is(tmp_path):
+    folder = write_noise(tmp_path / "data", 2, 5)
+    with pytest.raises(ConfigError, match="^holdout: expected to leave some of 1 clients, got 0.5$"):
+        load_data(config(folder, holdout=0.5))

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Iterable
 
 from .algorithms import METHODS
-from .config import OWN, PRESETS, Config
+from .config import FITTED, OWN, PRESETS, Config
 
 log = logging.getLogger(__name__)
 Rule = tuple[tuple[str, ...], str, Callable[[Config], bool]]
@@ -103,5 +103,6 @@ def short_warmup(config: Config) -> list[str]:
 
 def _default(config: Config, name: str) -> object:
     if name in PRESETS[config.data]:
-        return PRESETS[config.data][name]
+        usual = PRESETS[config.data][name]
+        return getattr(config, name) if usual is FITTED else usual
     return next(field.default for field in dataclasses.fields(Config) if field.name == name)

@@ -225,6 +225,9 @@ def _compare(arguments: argparse.Namespace) -> int:
         def ready() -> None:
             if not resume:
                 check_folder(out, COMPARISON_FILES, overwrite=plan.config.overwrite)
+            for option, instead in (("client_lr", "rates"), ("num_negatives", "counts")):
+                if option in arguments and getattr(plan, instead):
+                    print(f"{flag(option)} has no effect: {flag(instead)} are taken instead")
 
         read_data(plan.config, [] if resume else runs, ready)
     with RunProgress(names, plan.config.rounds) as progress:

@@ -149,7 +149,7 @@ def test_another_configuration_is_refused_with_what_differs(stopped):
 
 def test_another_version_is_refused(stopped, monkeypatch):
     monkeypatch.setattr("fedss_kernels.federated.checkpoint.FORMAT", 9)
-    with pytest.raises(CheckpointError, match="is of format 3, this version reads 9"):
+    with pytest.raises(CheckpointError, match="is of format 4, this version reads 9"):
         train(stopped, resume=True)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from fedss_kernels.federated import Config, cli
 from fedss_kernels.federated.compare import Comparison
 from fedss_kernels.federated.config import OWN, PRESETS
 from fedss_kernels.federated.data import DATASETS
+from fedss_kernels.federated.ledger import faults
 
 
 def fails(capsys, *argv: str) -> str:
@@ -298,6 +300,7 @@ def test_a_whole_comparison(tmp_path, capsys):
 
 def test_an_encoding_without_the_tables_letters_loses_letters_and_no_results(tmp_path):
     command = [sys.executable, "-m", "fedss_kernels", "compare", *SMALL, "--rounds=1", "--methods=fedss"]
+    command += ["--poison-rate=0.3"]  # nor is there a line for each answer that is left out
     result = subprocess.run(
         [*command, "--seeds=0,1", "--jobs=1", f"--out={tmp_path}/out"],
         capture_output=True,
@@ -328,3 +331,31 @@ def test_compositions_can_be_resumed(tmp_path, monkeypatch, capsys):
     assert "--seeds" not in fails(capsys, "compare", *SMALL, "--rates=inf", f"--out={tmp_path / 'other'}")
     error = fails(capsys, "noise", "--run=nowhere", "--glyph-classes=3")
     assert error.endswith("--glyph-classes: the model of --run is measured on its own data")
+
+
+def test_a_run_that_is_ruined_says_when_and_has_no_result(tmp_path, capsys):
+    """Rubbish that is trusted: a line in the round where it happens, one at the end, exit code 1."""
+    rubbish = ["--trust-updates", "--poison-rate=0.9", "--rounds=4", "--eval-every=1", "--cohort=4"]
+    assert cli.main(["run", *SMALL[:2], "--embedding-dim=8", *rubbish, f"--out={tmp_path / 'run'}"]) == 1
+    out, err = capsys.readouterr()
+    there, last = err.splitlines()
+    assert re.fullmatch("fedss: after round [1-4] the model has numbers that are not finite, .*", there)
+    assert last == there.replace("fedss:", "fedss run:")
+    assert "top-1 –, MAP@10 –, recall@1 –, " in out and "round 4/4, loss nan, –, " in out
+
+
+def test_a_run_that_does_not_train_says_why_in_one_line(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert cli.main(["run", *SMALL, "--client-lr=1e6", "--warmup-rounds=0", f"--out={out}"]) == 1
+    printed, err = capsys.readouterr()
+    assert printed == "" and err == (
+        "fedss run: round 1: of 24 cohorts of 2 none had 1 answer that counted: 48 left out: norm over "
+        f"--max-norm: is --client-lr too high?; what was done is in {out}\n"
+    )
+    assert len((out / "ledger.csv").read_text().splitlines()) == 1 + 48
+
+
+def test_what_is_left_out_is_said_with_the_reasons(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert cli.main(["run", *SMALL, "--rounds=6", "--cohort=4", "--poison-rate=0.4", f"--out={out}"]) == 0
+    assert f"rejected ({faults(out / 'ledger.csv')})" in capsys.readouterr().out

@@ -10,6 +10,7 @@ from tiny_federation import CLASSES_HELD, tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import ConfigError, TooFewClients, run
 from fedss_kernels.federated.cohort import absence, draw_cohort
+from fedss_kernels.federated.simulation import HOPELESS_ANSWERS
 
 
 def train(**options):
@@ -109,7 +110,8 @@ def test_of_a_cohort_of_too_few_nothing_is_applied(monkeypatch):
 
 
 def test_a_round_that_nobody_can_make_says_so():
-    with pytest.raises(TooFewClients, match="round 1: of 100 cohorts of 4 none had 4 answers that counted"):
+    words = "round 1: of 100 cohorts of 4 none had 4 answers that counted: 400 late, after --deadline"
+    with pytest.raises(TooFewClients, match=f"^{words}$"):
         train(min_clients=4, deadline=1e-9)
     with pytest.raises(ConfigError, match="min_clients: expected at most 4, the cohort, got 5"):
         train(min_clients=5)
@@ -129,3 +131,82 @@ def test_rounds_before_one_that_nobody_makes_are_not_lost(every, tmp_path, monke
     config = tiny_config(rounds=6, cohort=4, eval_every=6, out=tmp_path, **options)
     resumed = run(config, data=tiny_data(), model=tiny_model(), resume=True)
     assert torch.equal(resumed.weight, train(**options).weight)
+
+
+FEW = HOPELESS_ANSWERS // 4  # cohorts of 4, in which nobody's answer counts
+
+
+def test_a_round_in_which_all_answers_are_left_out_is_soon_given_up_with_the_reasons(tmp_path, monkeypatch):
+    """The first round is made, and then the rate rises. Resumed it fails again, to the same files."""
+    rates = {0: 0.1, 1: 1e6}
+    monkeypatch.setattr("fedss_kernels.federated.player.learning_rate", lambda _, round: rates[round])
+    words = f"round 2: of {FEW} cohorts of 4 none had 1 answer that counted: {4 * FEW} left out: norm over "
+    with pytest.raises(TooFewClients, match=f"^{words}--max-norm: is --client-lr too high.$"):
+        train(out=tmp_path)
+    left = [(tmp_path / name).read_text() for name in ("metrics.csv", "ledger.csv")]
+    lines = list(csv.DictReader(left[1].splitlines()))
+    assert [line["round"] for line in lines] == ["1"] * 4 + ["2"] * 4 * FEW
+    assert {(line["outcome"], line["fault"]) for line in lines[4:]} == {("rejected", "norm")}
+    assert len(left[0].splitlines()) == 1 + 1 and (tmp_path / "checkpoint-000001").is_dir()
+    config = tiny_config(rounds=6, cohort=4, eval_every=6, out=tmp_path)
+    with pytest.raises(TooFewClients, match="round 2"):
+        run(config, data=tiny_data(), model=tiny_model(), resume=True)
+    assert [(tmp_path / name).read_text() for name in ("metrics.csv", "ledger.csv")] == left
+
+
+class NotANumber(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = tiny_model()
+
+    def forward(self, images):
+        return self.net(images) / torch.zeros(())
+
+
+@pytest.mark.parametrize(
+    "options, model, reason",
+    [
+        (
+            {"scale": 1e38},
+            tiny_model,
+            "48 left out: a loss not finite or over 1e30: .* or --scale too h",
+        ),
+        ({}, NotANumber, "48 left out: a loss not finite or over 1e30: .* or does the net give NaN.$"),
+        ({"client_lr": 1e38}, tiny_model, "left out: changes not finite: is --client-lr, --server-lr or"),
+    ],
+)
+def test_why_no_answer_counts_is_said(options, model, reason):
+    with pytest.raises(TooFewClients, match=f"round 1: of {FEW} cohorts .*{reason}"):
+        run(tiny_config(rounds=1, cohort=4, **options), data=tiny_data(), model=model())
+
+
+def test_absences_and_answers_that_would_count_are_waited_for(monkeypatch):
+    """Of 30 cohorts nobody answers; of 60 a few do, of which one is right: too few. Then all are."""
+    monkeypatch.setattr(
+        "fedss_kernels.federated.simulation.absence",
+        lambda config, round, attempt, k: "dropped" if attempt < 30 or (attempt < 90 and k % 2) else None,
+    )
+    monkeypatch.setattr(
+        "fedss_kernels.federated.simulation.Inspection.faults",
+        lambda self, updates, asked: ["", *["norm" if len(updates) < 4 else ""] * 3][: len(updates)],
+    )
+    (metrics,) = train(rounds=1, min_clients=4).history
+    assert metrics.attempts == 91 and metrics.rejected > HOPELESS_ANSWERS and metrics.dropped > 120
+
+
+def test_all_reasons_are_said_the_most_frequent_first(monkeypatch):
+    monkeypatch.setattr(
+        "fedss_kernels.federated.simulation.Inspection.faults",
+        lambda self, updates, asked: ["", "", "norm", "norm"],
+    )
+    monkeypatch.setattr(
+        "fedss_kernels.federated.simulation.absence",
+        lambda config, round, attempt, k: "dropped" if k == 4 else None,
+    )
+    with pytest.raises(TooFewClients) as caught:
+        train(rounds=1, cohort=5, min_clients=5)
+    assert str(caught.value).endswith(
+        ": 200 nothing wrong with, but too few in their cohorts; 200 left out: norm over --max-norm or "
+        "--max-norm-ratio: is --client-lr too high?; 100 dropped out"
+    )
+    assert len(caught.value.entries) == 500

@@ -2,20 +2,23 @@
 
 import csv
 import json
+import math
 import multiprocessing
 import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from tiny_federation import tiny_config, tiny_data, tiny_model
 
-from fedss_kernels.federated import CheckpointError, Config, ConfigError, run
+from fedss_kernels.federated import CheckpointError, Config, ConfigError, jobs, run
 from fedss_kernels.federated.compare import cells, compare, header, tabulate, write_tables
 from fedss_kernels.federated.data.holdout import held_out
+from fedss_kernels.federated.mean_sd import mean_sd
 from fedss_kernels.federated.plan import LISTS, PRESETS, Case, Plan, read_preset
 from fedss_kernels.federated.report import Run
 
@@ -219,13 +222,144 @@ def test_no_rate_is_chosen_while_a_trial_is_missing(tmp_path, monkeypatch):
 
     def fail_one(configs, *rest):
         played.extend(config.out.name for config in configs)
-        return {0: "OSError: no space left"}
+        return {0: jobs.Failure("OSError: no space left")}
 
-    monkeypatch.setattr("fedss_kernels.federated.compare.run_all", fail_one)
+    monkeypatch.setattr(jobs, "run_all", fail_one)
     plan = Plan(Config(**SMALL, cache_dir=tmp_path / "cache"), ["pos_only"], [0], rates=[0.1])
     comparison = compare(plan, tmp_path / "out")
-    assert comparison.failed == ["a trial of pos_only-lr0.1 failed: OSError: no space left"]
+    assert comparison.failed == [
+        "a trial of pos_only-lr0.1 failed: OSError: no space left; PosOnly is not compared without it: go on "
+        "with --resume"
+    ]
     assert comparison.table == comparison.runs == [] and played == ["pos_only-lr0.1"]
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Runs one after the other, here: a process of its own for each takes seconds."""
+
+    def run_here(configs, number, on_round, resume):
+        errors = {}
+        for job, config in enumerate(configs):
+            if not (resume and jobs._is_done(config)):
+                sent = []
+                jobs._child(SimpleNamespace(send=sent.append), config, resume)
+                if sent and isinstance(sent[-1], jobs.Failure):
+                    errors[job] = sent[-1]
+        return errors
+
+    monkeypatch.setattr(jobs, "run_all", run_here)
+    monkeypatch.setattr(jobs, "_end_with_parent", lambda: None)
+    monkeypatch.setattr(jobs, "write_run_report", lambda folder, run: (folder / "report.html").touch())
+
+
+def test_a_rate_that_does_not_train_is_the_worst_and_the_rest_goes_on(tmp_path, in_this_process):
+    """Resumed too, where it fails again; a method that trains at no rate is left out, with the reason."""
+    config = Config(**SMALL, warmup_rounds=0, cache_dir=tmp_path / "cache")
+    plan, out = Plan(config, ["fedss", "pos_only"], [0], rates=[0.1, 1e6]), tmp_path / "out"
+    for resume in (False, True):
+        comparison = compare(plan, out, resume=resume)
+        assert comparison.failed == []
+        chosen = [(line.method, line.client_lr) for line in comparison.table]
+        assert chosen == [("fedss", 0.1), ("pos_only", 0.1)]
+        for label, note in zip(("FedSS", "PosOnly"), comparison.notes, strict=True):
+            assert note.startswith(f"{label}, rate 1e+06 is the worst: TooFewClients: round 1: of ")
+            assert note.endswith("left out: norm over --max-norm: is --client-lr too high?")
+    with (out / "rates.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["failed"][:13] for line in lines] == ["", "TooFewClients"] * 2
+    assert [bool(line["accuracy"]) for line in lines] == [True, False] * 2
+    assert "rate 1e+06 is the worst" in (out / "report.html").read_text(encoding="utf-8")
+
+    nothing = compare(replace(plan, methods=["fedss"], rates=[1e6, 1e7]), tmp_path / "nothing")
+    (failure,) = nothing.failed
+    assert failure.startswith("FedSS failed, as it trains at none of the rates 1e+06, 1e+07: TooFewClients: ")
+    assert nothing.table == nothing.runs == nothing.notes == []
+
+
+def test_a_method_whose_trial_was_killed_waits_and_the_others_go_on(tmp_path, in_this_process, monkeypatch):
+    here, played = jobs.run_all, []
+
+    def kill_one(configs, *rest):
+        played.append([config.out.name for config in configs])
+        errors = here(configs, *rest)
+        killed = played[-1].index("fedss-lr0.1") if "fedss-lr0.1" in played[-1] else None
+        return errors | ({} if killed is None else {killed: jobs.Failure("killed")})
+
+    monkeypatch.setattr(jobs, "run_all", kill_one)
+    config = Config(**SMALL, cache_dir=tmp_path / "cache")
+    plan, seen = Plan(config, ["fedss", "pos_only"], [0], rates=[0.1]), []
+    comparison = compare(plan, tmp_path / "out", on_round=lambda job, metrics: seen.append(job))
+    assert [line.method for line in comparison.table] == ["pos_only"]
+    (failure,) = comparison.failed
+    assert failure.startswith("a trial of fedss-lr0.1 failed: killed; FedSS is not compared without it")
+    assert played == [["fedss-lr0.1", "pos_only-lr0.1"], ["pos_only-seed0"]]
+
+
+def test_a_run_whose_model_is_not_finite_is_in_no_mean(tmp_path, in_this_process):
+    """Of two seeds: in one an answer with a NaN counts; in the other all the rubbish has finite numbers."""
+    config = Config(**SMALL, trust_updates=True, poison_rate=0.2, cache_dir=tmp_path / "cache")
+    runs = {seed: run(replace(config, seed=seed)).summary for seed in range(8)}
+    ruined = next(seed for seed, summary in runs.items() if summary.not_finite_since)
+    sound = next(seed for seed, summary in runs.items() if not summary.not_finite_since)
+    comparison = compare(Plan(config, ["fedss"], [sound, ruined]), tmp_path / "out")
+    (line,) = comparison.table
+    assert (line.top1, line.seeds) == (runs[sound].top1, 1)
+    (failure,) = comparison.failed
+    since = runs[ruined].not_finite_since
+    assert failure.startswith(f"FedSS, seed {ruined} failed: after round {since} the model has numbers that")
+
+
+def test_answers_that_are_left_out_of_a_comparison_are_said(tmp_path, in_this_process):
+    """With a bound on norms that some are over; not where rubbish is asked for."""
+    config = Config(**(SMALL | {"cohort": 3, "rounds": 8}), warmup_rounds=0, cache_dir=tmp_path / "cache")
+    config = replace(config, max_norm_ratio=1.0)  # whoever moves further than the median
+    comparison = compare(Plan(config, ["fedss"], [0]), tmp_path / "out")
+    rejected = comparison.runs[0].summary.rejected
+    assert rejected > 0 and comparison.failed == []
+    words = f"{rejected} of 24 clients' answers were left out: {rejected} norm"
+    assert comparison.notes == [f"FedSS, seed 0: {words}"]
+    poisoned = Plan(replace(config, poison_rate=0.1), ["fedss"], [0])
+    assert compare(poisoned, tmp_path / "other").notes == []
+
+
+def test_a_deviation_of_what_is_not_finite_is_not():
+    assert mean_sd([1.0, 3.0]) == (2.0, pytest.approx(2**0.5)) and mean_sd([1.0]) == (1.0, None)
+    for bad in (math.nan, math.inf):
+        mean, sd = mean_sd([1.0, bad, -bad])
+        assert math.isnan(mean) and math.isnan(sd)
+
+
+def test_a_job_that_dies_in_the_middle_of_a_message_is_one_jobs_failure():
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    os.write(sender.fileno(), (100).to_bytes(4, "big") + b"half")  # its length, and 4 bytes of 100
+    sender.close()
+    process = SimpleNamespace(join=lambda: None, exitcode=-9)
+    running, errors = {receiver: (3, process)}, {}
+    jobs._receive(receiver, running, errors, lambda job, metrics: None)
+    words = "its process ended with exit code -9 (killed? out of memory?)"
+    assert running == {} and errors == {3: jobs.Failure(words)}
+
+
+def test_a_job_that_cannot_be_started_and_one_that_leaves_nothing_leave_the_others(tmp_path, monkeypatch):
+    class Process:
+        def __init__(self, target, args, daemon):
+            self.sender, self.number, self.exitcode = args[0], args[1].seed, 0
+
+        def start(self):
+            if self.number == 1:
+                raise BlockingIOError(11, "Resource temporarily unavailable")
+
+        def join(self):
+            pass
+
+    monkeypatch.setattr(multiprocessing.get_context("spawn"), "Process", Process, raising=False)
+    configs = [Config(seed=seed, out=tmp_path / str(seed)) for seed in (0, 1, 2)]
+    found, failures = jobs.play_all(configs, 2, lambda job, metrics: None, False)
+    assert found == {} and list(failures) == [0, 1, 2]
+    assert failures[1].words == "its process could not be started: Resource temporarily unavailable"
+    for job in (0, 2):
+        assert failures[job].words.startswith(f"{tmp_path / str(job)} cannot be read: FileNotFoundError: ")
 
 
 def test_presets_are_plans_and_files_that_can_be_edited(tmp_path):

@@ -8,6 +8,7 @@ from tiny_federation import CLASSES_HELD, DIM, NUM_CLASSES, tiny_config, tiny_da
 from torch.nn.functional import normalize
 
 from fedss_kernels.federated import cli, confusion
+from fedss_kernels.federated.client import Extractor
 from fedss_kernels.federated.player import Player
 
 
@@ -69,3 +70,33 @@ def test_a_centralized_runs_client_has_its_own_classes(linear_model):
     net = Player(config, data).extractor.module.state_dict()
     found = confusion.measure(config, data, (net, torch.ones(NUM_CLASSES, DIM)), client=1)
     assert found.classes.tolist() == list(CLASSES_HELD[1]) and found.shares.isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_is_taken_for_nothing(bad, linear_model, monkeypatch, tmp_path):
+    """A class row that is not: no image is taken for it. An embedding that is not: it is taken for none."""
+    config, data = tiny_config(), tiny_data()
+    net = Player(config, data).extractor.module.state_dict()
+    weight = torch.randn(NUM_CLASSES, DIM, generator=torch.Generator().manual_seed(5))
+    sound = confusion.measure(config, data, (net, weight), client=1)
+    ruined = weight.clone()
+    ruined[CLASSES_HELD[1][1], 2] = bad
+    found = confusion.measure(config, data, (net, ruined), client=1)
+    assert found.not_finite == 0 and found.shares[:, 1].sum() == 0
+    torch.testing.assert_close(found.shares.sum(1), torch.ones(3, dtype=torch.float64))
+
+    embed = Extractor.embed
+
+    def first_bad(self, images):
+        embeddings = embed(self, images)
+        embeddings[0, 0] = bad
+        return embeddings
+
+    monkeypatch.setattr(Extractor, "embed", first_bad)
+    found = confusion.measure(config, data, (net, weight), client=1)
+    of_first = CLASSES_HELD[1].index(int(data.labels[data.clients[1][0]]))
+    assert found.not_finite == 1 and found.shares[of_first].sum() == pytest.approx(1 / 2)  # of two images
+    others = [i for i in range(3) if i != of_first]
+    assert torch.equal(found.shares[others], sound.shares[others])
+    assert "images not finite" in confusion.write(tmp_path, [found], 1)
+    assert "images not finite" not in confusion.write(tmp_path, [sound], 1)

@@ -6,7 +6,7 @@ import pytest
 from tiny_federation import CLASSES_HELD, DIM, NUM_CLASSES, NUM_PARAMETERS, tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import run
-from fedss_kernels.federated.ledger import Traffic, client_traffic
+from fedss_kernels.federated.ledger import Traffic, client_traffic, faults
 
 
 def test_a_client_of_the_paper():
@@ -64,3 +64,14 @@ def test_a_run_counts_what_each_client_moved(method, tmp_path):
     assert [int(line["num_rows"]) for line in lines] == sizes * rounds
     for kind in ("down_extractor", "down_rows", "up_ids", "up_extractor", "up_rows"):
         assert sum(int(line[kind]) for line in lines) == getattr(result.summary.traffic, kind)
+
+
+def test_faults_are_counted_the_most_frequent_first(tmp_path):
+    config = tiny_config(rounds=8, cohort=5, poison_rate=0.4, out=tmp_path)
+    summary = run(config, data=tiny_data(), model=tiny_model()).summary
+    with (tmp_path / "ledger.csv").open(newline="") as file:
+        kinds = [line["fault"] for line in csv.DictReader(file) if line["outcome"] == "rejected"]
+    said = [words.split(" ", 1) for words in faults(tmp_path / "ledger.csv").split(", ")]
+    assert {kind: int(count) for count, kind in said} == {kind: kinds.count(kind) for kind in set(kinds)}
+    assert sum(int(count) for count, _ in said) == summary.rejected > 8
+    assert [int(count) for count, _ in said] == sorted((int(count) for count, _ in said), reverse=True)

@@ -1,5 +1,6 @@
 """top-1, MAP@R and recall against brute force, and by hand."""
 
+import logging
 import math
 
 import pytest
@@ -8,7 +9,7 @@ from pytorch_metric_learning.distances import LpDistance
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from pytorch_metric_learning.utils.inference import CustomKNN
 
-from fedss_kernels.federated.metrics import retrieval, top1
+from fedss_kernels.federated.metrics import Retrieval, retrieval, top1
 
 
 def on_circle(*degrees: float, length: float = 1.0) -> torch.Tensor:
@@ -124,3 +125,71 @@ def test_embeddings_that_have_collapsed_are_still_told_apart():
     embeddings = torch.ones(120, 16) + 1e-4 * torch.randn(10, 16, generator=g)[labels]
     embeddings += 1e-6 * torch.randn(120, 16, generator=g)
     assert retrieval(embeddings, labels).map_at_r == 1
+
+
+# ---- what is not finite ------------------------------------------------------------------------------------
+
+BAD = [math.nan, math.inf, -math.inf]
+
+
+def clusters(*bad: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """60 embeddings of 6 classes, not all found, and in front of them one for each of `bad`, of class 0."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(6).repeat(10)
+    embeddings = torch.randn(6, 5, generator=generator)[labels] + torch.randn(60, 5, generator=generator)
+    before = torch.ones(len(bad), 5)
+    before[:, 2] = torch.tensor(bad)
+    return torch.cat([before, embeddings]), torch.cat([torch.zeros(len(bad), dtype=torch.int64), labels])
+
+
+@pytest.mark.parametrize("block", [1, 100, 2**22])
+def test_a_row_that_is_not_finite_is_a_miss_and_the_others_have_what_they_have_without_it(block, caplog):
+    without = retrieval(*clusters(), block=block)
+    assert 0.2 < without.map_at_r < 0.8 and without.not_finite == 0 and not caplog.records
+    found = retrieval(*clusters(*BAD), block=block)
+    assert found.not_finite == 3
+    for name in ("map_at_r", "recall_at_1", "recall_at_r"):
+        assert getattr(found, name) == pytest.approx(getattr(without, name) * 60 / 63, rel=1e-12)
+    assert [record.message for record in caplog.records] == ["3 of 63 embeddings are not finite: misses"]
+    assert caplog.records[0].levelno == logging.WARNING
+
+
+def test_where_fewer_than_two_rows_are_finite_nothing_is_found():
+    labels = torch.zeros(3, dtype=torch.int64)
+    assert retrieval(torch.full((3, 2), math.nan), labels) == Retrieval(0.0, 0.0, 0.0, 3)
+    one = torch.tensor([[1.0, 0.0], [math.nan, 0.0], [math.inf, 0.0]])
+    assert retrieval(one, labels) == Retrieval(0.0, 0.0, 0.0, 2)
+
+
+@pytest.mark.parametrize("block", [1, 100, 2**22])
+def test_top1_of_what_is_not_finite_is_a_miss(block, caplog):
+    """An embedding, even of class 0, the first; a class row for its own images, and for no others."""
+    weight = torch.randn(6, 5, generator=torch.Generator().manual_seed(1))
+    embeddings, labels = clusters()
+    right = top1(embeddings, weight, labels, block) * 60
+    assert 2 < right < 60 and not caplog.records
+    more, of_more = clusters(*BAD)
+    assert top1(more, weight, of_more, block) == pytest.approx(right / 63, rel=1e-12)
+    assert caplog.messages == ["3 of 63 embeddings are not finite: misses"]
+    for bad in BAD:
+        ruined = weight.clone()
+        ruined[4, 1] = bad
+        others = torch.cat([weight[:4], weight[5:]])
+        expected = top1(embeddings, others, torch.where(labels > 4, labels - 1, labels), block)
+        of_4 = labels == 4  # among the others, number 4 is class 5: no image of class 4 may be right by that
+        of_4 = top1(embeddings[of_4], others, torch.full((10,), 4), block) * 10
+        caplog.clear()
+        assert top1(embeddings, ruined, labels, block) == pytest.approx(expected - of_4 / 60, rel=1e-12)
+        assert caplog.messages == ["1 of 6 class rows are not finite: nothing is taken for these classes"]
+    assert top1(embeddings, torch.full((6, 5), math.nan), labels * 0, block) == 0
+
+
+@pytest.mark.parametrize("size", [1e20, 1e38])
+def test_a_length_whose_square_is_past_float32_is_no_obstacle(size):
+    embeddings, labels = clusters()
+    embeddings /= embeddings.abs().max()
+    weight = torch.randn(6, 5, generator=torch.Generator().manual_seed(1)).clamp(-1, 1)
+    long = embeddings.clone()
+    long[::2] *= size
+    assert retrieval(long, labels).map_at_r == pytest.approx(retrieval(embeddings, labels).map_at_r, rel=1e-6)
+    assert top1(long, weight * size, labels) == top1(embeddings, weight, labels)

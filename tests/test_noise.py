@@ -1,6 +1,7 @@
 """Gradient noise against its definition, by autograd through the whole model."""
 
 import csv
+import math
 
 import pytest
 import torch
@@ -84,3 +85,23 @@ def test_the_command_measures_a_finished_run_too(tmp_path, capsys, monkeypatch):
     assert [line["num_negatives"] for line in tables[0]] == ["1", "4"]
     assert tables[0][0]["full_norm"] != tables[1][0]["full_norm"]
     assert cli.main(["noise", f"--run={tmp_path / 'nowhere'}"]) == 2
+
+
+def test_the_noise_of_a_model_that_is_not_finite_is_no_number(linear_model, tmp_path):
+    """One class row: the batches and draws that have it are NaN, and so is every mean over them."""
+    data, weight = tiny_data(), initial_rows(0, torch.arange(NUM_CLASSES), 4, 0.5)
+    weight[2, 1] = torch.nan
+    net = tiny_model().state_dict()
+    lines = noise.measure(config(), data, [1, 7], batches=4, draws=2, model=(net, weight))
+    for line in lines:
+        assert math.isnan(line.noise) and math.isnan(line.noise_sd) and math.isnan(line.full_norm)
+    assert noise.write(tmp_path, lines, NUM_CLASSES).count("| nan | nan | nan% |") == 2
+
+
+def test_a_noise_that_is_no_number_is_a_failure(monkeypatch, tmp_path, capsys):
+    line = noise.Line(3, math.nan, math.nan, 1.0, 2)
+    monkeypatch.setattr(noise, "measure", lambda *arguments, **options: [line])
+    monkeypatch.setenv("FEDSS_CACHE", str(tmp_path / "cache"))
+    small = ["--glyph-classes=12", "--glyph-writers=4", "--cohort=2"]
+    assert cli.main(["noise", *small, f"--out={tmp_path / 'out'}"]) == 1
+    assert "fedss noise: the model's gradients are not finite" in capsys.readouterr().err

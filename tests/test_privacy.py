@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_federation import tiny_config, tiny_data, tiny_model
 
-from fedss_kernels.federated import cli, privacy
+from fedss_kernels.federated import TooFewClients, cli, privacy
 from fedss_kernels.federated.config import Config, ConfigError
 from fedss_kernels.federated.loading import load_data
 from fedss_kernels.federated.player import Player
@@ -93,6 +93,27 @@ def test_the_command_writes_table_and_plot_and_trains_if_asked(tmp_path, capsys,
     assert len(lines) == 3 * len(privacy.REQUESTS) and all(float(line["top1"]) >= 0 for line in lines)
     assert (out / "privacy.md").read_text() in capsys.readouterr().out
     assert (out / "privacy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_training_that_fails_leaves_the_others_and_what_is_seen_in_requests(tmp_path, capsys, monkeypatch):
+    real = cli.measure.run
+
+    def run(config, **options):
+        if config.negatives == "sticky":
+            raise TooFewClients("round 1: nobody")
+        return real(config, **options)
+
+    monkeypatch.setattr(cli.measure, "run", run)
+    monkeypatch.setenv("FEDSS_CACHE", str(tmp_path / "cache"))
+    small = ["--glyph-classes=12", "--glyph-writers=4", "--cohort=2", "--embedding-dim=8"]
+    out = tmp_path / "out"
+    assert cli.main(["privacy", *small, "--rounds=2", "--clients=3", "--train", f"--out={out}"]) == 1
+    error = capsys.readouterr().err
+    assert error == "fedss privacy: training with sticky negatives failed: round 1: nobody\n"
+    with (out / "privacy.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert {line["negatives"] for line in lines if line["top1"]} == {"fresh", "mixed"}
+    assert len(lines) == 3 * len(privacy.REQUESTS)
 
 
 @pytest.mark.parametrize(

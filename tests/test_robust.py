@@ -35,6 +35,24 @@ def test_what_is_trimmed_is_the_share_whatever_its_binary_digits():
 
 
 @settings(deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 7), st.data())
+def test_what_is_not_finite_is_no_value(seed, clients, data):
+    """Of each coordinate by itself the statistic is that of its finite values alone; of none it is NaN."""
+    found = values(seed, clients, 4)
+    for _ in range(data.draw(st.integers(0, 9))):
+        place = data.draw(st.integers(0, clients - 1)), data.draw(st.integers(0, 3))
+        found[place] = data.draw(st.sampled_from([np.nan, np.inf, -np.inf]))
+    for statistic in (median, lambda numbers: trimmed_mean(numbers, 0.3)):
+        each = statistic(found)
+        for i in range(4):
+            finite = found[found[:, i].isfinite(), i : i + 1]
+            expected = statistic(finite)[0] if len(finite) else torch.tensor(np.nan)
+            torch.testing.assert_close(each[i], expected, rtol=0, atol=0, equal_nan=True)
+    by_rows = by_row(median, torch.cat([found, found]), torch.arange(2).repeat_interleave(clients), 2)
+    torch.testing.assert_close(by_rows, median(found).expand(2, 4), rtol=0, atol=0, equal_nan=True)
+
+
+@settings(deadline=None)
 @given(st.integers(0, 10**6), st.lists(st.integers(0, 5), min_size=1, max_size=30))
 def test_each_row_has_the_statistic_of_its_own_holders(seed, held):
     ids, places = torch.tensor(held).unique(return_inverse=True)

@@ -1,6 +1,10 @@
 """The round loop: against the reference, for its randomness, for what it writes and what it refuses."""
 
+import csv
 import dataclasses
+import json
+import math
+from html import escape
 
 import pytest
 import torch
@@ -9,7 +13,7 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from fedss_kernels import reference
-from fedss_kernels.federated import Config, ConfigError, Result, run
+from fedss_kernels.federated import Config, ConfigError, Result, Stopped, TooFewClients, run
 from fedss_kernels.federated.algorithms import METHODS
 from fedss_kernels.federated.cohort import draw_cohort
 from fedss_kernels.federated.config import learning_rate
@@ -17,6 +21,8 @@ from fedss_kernels.federated.lock import InUse, Lock
 from fedss_kernels.federated.metrics import retrieval
 from fedss_kernels.federated.player import Player, training_device
 from fedss_kernels.federated.randomness import Purpose, generator, initial_rows
+from fedss_kernels.federated.remarks import remarks
+from fedss_kernels.federated.report import Run, write_run_report
 from fedss_kernels.federated.run_folder import read_run
 from fedss_kernels.federated.simulation import Simulation
 
@@ -423,6 +429,138 @@ def test_a_buffer_that_changes_late_is_noticed():
 
     with pytest.raises(ValueError, match="it changed 'seen'"):
         train(Late(), rounds=20)
+
+
+def test_a_buffer_that_is_not_a_number_has_not_changed():
+    class Unknown(Counter):
+        def forward(self, images):
+            return self.net(images)
+
+    model = Unknown()
+    model.calls += torch.nan
+    assert train(model, rounds=1).summary.top1 is not None
+
+
+# ---- what is not finite ------------------------------------------------------------------------------------
+
+
+def test_a_run_of_before_there_were_such_columns_can_be_read(tmp_path):
+    result = train(out=tmp_path)
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    with (tmp_path / "metrics.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(
+            file, [name for name in lines[0] if "finite" not in name], extrasaction="ignore"
+        )
+        writer.writeheader()
+        writer.writerows(lines)
+    summary = {name: value for name, value in result.summary.to_dict().items() if "finite" not in name}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    _, history, found = read_run(tmp_path)
+    assert found == dataclasses.replace(result.summary, not_finite=None)
+    assert history == [dataclasses.replace(metrics, not_finite=None) for metrics in result.history]
+
+
+class Standardised(nn.Module):
+    """An image divided by its spread: by 0, where it has one colour."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = tiny_model()
+
+    def forward(self, images):
+        flat = images.flatten(1)
+        return self.net((flat - flat.mean(1, keepdim=True)) / flat.std(1, keepdim=True))
+
+
+def test_a_blank_test_image_is_a_miss_that_is_counted_and_said(tmp_path, caplog):
+    """21 test images: with the first one blank the measures are those of the other 20, and a miss."""
+    data = tiny_data()
+    blank = data.test_images.clone()
+    blank[0] = 7
+    data_of = {
+        "blank": dataclasses.replace(data, test_images=blank),
+        "others": dataclasses.replace(data, test_images=blank[1:], test_labels=data.test_labels[1:]),
+    }
+    found = {
+        name: run(tiny_config(out=tmp_path / name), data=these, model=Standardised())
+        for name, these in data_of.items()
+    }
+    of = {name: result.summary for name, result in found.items()}
+    assert (of["blank"].not_finite, of["others"].not_finite) == (1, 0)
+    for measure in ("top1", "map_at_10", "recall_at_1", "recall_at_10"):
+        assert getattr(of["blank"], measure) == pytest.approx(getattr(of["others"], measure) * 20 / 21)
+    assert of["others"].top1 > 0.3 and torch.equal(found["blank"].weight, found["others"].weight)
+    assert set(caplog.messages) == {"1 of 21 embeddings are not finite: misses"}
+    _, history, summary = read_run(tmp_path / "blank")
+    assert [metrics.not_finite for metrics in history] == [None, 1, 1] and summary.not_finite == 1
+    (line,) = remarks(summary)
+    assert line.startswith("test images whose embedding is not finite: 1; they are misses")
+    assert escape(line) in report_of(tmp_path / "blank") and remarks(of["others"]) == []
+
+
+def report_of(folder) -> str:
+    write_run_report(folder, Run(*read_run(folder)))
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def poisoned_from_round_3(monkeypatch, number: float) -> None:
+    """One number of one answer, in round 3 alone."""
+    real = Player.update
+
+    def update(self, round, attempt, client, *rest):
+        found = real(self, round, attempt, client, *rest)
+        if round == 2:
+            found.rows[0, 0] = number
+        return found
+
+    monkeypatch.setattr(Player, "update", update)
+
+
+@pytest.mark.parametrize("aggregation", ["mean", "median"])
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_model_that_is_not_finite_says_so_once_and_is_not_measured(
+    number, aggregation, monkeypatch, tmp_path, caplog
+):
+    """Clients of whom all are trusted: a robust average has no other value either."""
+    poisoned_from_round_3(monkeypatch, number)
+    options = {"rounds": 5, "eval_every": 1, "trust_updates": True, "aggregation": aggregation}
+    result = train(**options, out=tmp_path / "whole")
+    assert [metrics.top1 is None for metrics in result.history] == [False] * 2 + [True] * 3
+    assert [metrics.not_finite_since for metrics in result.history] == [None] * 2 + [3] * 3
+    s = result.summary
+    assert s.accuracy is s.top1 is s.map_at_10 is s.recall_at_1 is s.recall_at_10 is None
+    said = [record.message for record in caplog.records if "model" in record.message]
+    assert said == ["round 3: from here on the model has numbers that are not finite"]
+    written = read_run(tmp_path / "whole")  # by their text, as no NaN equals itself: the losses are such
+    assert str(written) == str((result.config, result.history, s)) and math.isnan(written[1][-1].loss)
+    (line,) = remarks(s)
+    assert line.startswith("after round 3 the model has numbers that are not finite, so nothing is measured")
+    assert escape(line) in report_of(tmp_path / "whole")
+
+    def stopped() -> bool:
+        return len(seen) == 4
+
+    seen, config = [], tiny_config(**options, out=tmp_path / "stopped")
+    with pytest.raises(Stopped):
+        run(config, data=tiny_data(), model=tiny_model(), on_round=seen.append, stop=stopped)
+    resumed = run(config, data=tiny_data(), model=tiny_model(), resume=True)
+    assert dataclasses.replace(resumed.summary, seconds=0) == dataclasses.replace(s, seconds=0)
+
+
+def test_a_training_that_overflows_is_not_measured():
+    """Where all images are in one place nobody asks what comes back."""
+    summary = train(method="centralized", client_lr=1e38, rounds=3).summary
+    assert summary.not_finite_since in (1, 2, 3) and summary.accuracy is None
+
+
+def test_a_server_that_overflows_is_not_taken_for_the_clients_fault():
+    with pytest.raises(
+        TooFewClients, match="round 2: .*; the model .* since round 1: is --server-lr too high"
+    ):
+        train(server_lr=1e45)
+    summary = train(server_lr=1e45, rounds=1).summary
+    assert summary.not_finite_since == 1 and summary.accuracy is None
 
 
 def test_another_attempt_at_a_round_is_another_draw_of_everything():

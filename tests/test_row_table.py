@@ -188,3 +188,21 @@ def test_the_kernel_refuses_what_does_not_fit():
         _C.lazy_momentum_read(**good, momentum=0.9, class_ids=torch.tensor([0, 4]), out=out)
     with pytest.raises(ValueError, match=r"class_ids\[1\] = 2 is also class_ids\[0\]"):
         _C.lazy_momentum_step(**good, momentum=0.9, class_ids=torch.tensor([2, 2]), rows=out)
+
+
+@pytest.mark.parametrize("where", ["memory", "file"])
+@pytest.mark.parametrize("optimizer", [SGD(1.0, 0.9), Adagrad(0.1)])
+def test_it_knows_whether_all_that_was_written_is_finite(where, optimizer, tmp_path):
+    def written(change: float, by: str) -> bool:
+        found = table(optimizer=optimizer, folder=tmp_path / f"{change}{by}" if where == "file" else None)
+        found.step(torch.tensor([0, 1]), torch.full((2, 3), 3e37))  # their sum is past float32, they are not
+        number = torch.zeros(2, 3)
+        number[1, 2] = change
+        getattr(found, by)(torch.tensor([2, 4]), number)
+        found.step(torch.tensor([0, 1]), torch.ones(2, 3))
+        return found.finite
+
+    big = isinstance(optimizer, Adagrad)  # whose state holds the squares
+    assert [written(0.0, by) for by in ("step", "move")] == [not big, not big]
+    for bad in (np.nan, np.inf, -np.inf):
+        assert not written(bad, "step") and not written(bad, "move")

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .config import Config
 
-FORMAT = 3
+FORMAT = 4
 # Options that no bit of a result depends on.
 MAY_DIFFER = ("out", "data_dir", "cache_dir", "class_store", "checkpoint_every", "workers")
 _STATE, _REST = "state.safetensors", "checkpoint.json"

@@ -3,16 +3,19 @@
 import csv
 import dataclasses
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from .config import Config, ConfigError
-from .jobs import OnRound, folder_of, run_all
+from .jobs import Failure, OnRound, folder_of, play_all
+from .ledger import faults
 from .loading import check_data, fitted, load_data, with_a_net
+from .mean_sd import mean_sd
 from .plan import FILE, Case, Plan, case_of
+from .remarks import remarks
 from .report import MEGABYTE, Run, by_case, percent, write_comparison_report
-from .run_folder import prepare, read_run
+from .run_folder import prepare
 from .tables import markdown
 
 COMPARISON_FILES = (
@@ -57,8 +60,9 @@ class Line:
 class Comparison:
     table: list[Line]
     runs: list[Run]
-    failed: list[str]  # one line for each run that failed
+    failed: list[str]  # one line for each run that failed, and for each method that has no rate
     out: Path
+    notes: list[str] = dataclasses.field(default_factory=list)  # what else is to be said, a line each
 
 
 def compare(
@@ -79,7 +83,10 @@ def compare(
     from their last checkpoints.
 
     Writes the table (CSV and Markdown), the plots and report.html to `out`. A run that fails leaves a line in
-    `failed` and the others stand; one that was to choose a rate ends the comparison, which can be resumed.
+    `failed` and the others stand; one whose model is not finite at its end has failed. A rate that does not
+    train is the worst of its case, with a line in `notes`; a case of which none does has failed. Where a
+    trial failed for another reason, killed or on a full disk, its case is not played, as with it another rate
+    might be the best: the comparison can be resumed.
     Processes are spawned, so a script that calls this needs `if __name__ == "__main__":`. Raises ConfigError
     for settings that cannot be, FileExistsError for a folder in use, CheckpointError where there is no such
     comparison to go on with.
@@ -95,46 +102,86 @@ def compare(
     else:
         prepare(out, COMPARISON_FILES, overwrite=plan.config.overwrite)
         plan.save(out)
-    rates, failed = _best_rates(plan, out, jobs, on_trial or _ignore, resume)
-    if failed:  # a rate chosen without it might be another once it is there
-        return Comparison([], [], failed, out)
-    configs = plan.runs(out, rates)
-    errors = run_all(configs, jobs, on_round or _ignore, resume)
-    failed = [f"{job_name(plan, configs[job])} failed: {error}" for job, error in sorted(errors.items())]
-    runs = [Run(*read_run(folder_of(c))) for job, c in enumerate(configs) if job not in errors]
-    table = tabulate(runs)
+    rates, notes, failed = _best_rates(plan, out, jobs, on_trial or _ignore, resume)
+    planned, report = plan.runs(out, rates), on_round or _ignore
+    kept = [i for i, c in enumerate(planned) if not plan.rates or case_of(c, plan.several) in rates]
+    configs = [planned[i] for i in kept]
+    if not configs:
+        return Comparison([], [], failed, out, notes)
+    found, failures = play_all(configs, jobs, lambda job, metrics: report(kept[job], metrics), resume)
+    failed += [f"{job_name(plan, configs[job])} failed: {of.words}" for job, of in failures.items()]
+    runs, table = list(found.values()), tabulate(list(found.values()))
+    for run in runs:
+        notes += [f"{job_name(plan, run.config)}: {line}" for line in _remarks(run)]
     if runs:
         write_tables(out, table)
-        write_comparison_report(out, runs, header(table), [cells(line) for line in table], failed)
-    return Comparison(table, runs, failed, out)
+        text = [cells(line) for line in table]
+        write_comparison_report(out, runs, header(table), text, [*notes, *failed])
+    return Comparison(table, runs, failed, out, notes)
 
 
 def _ignore(job: int, metrics: object) -> None:
     pass
 
 
+def _remarks(run: Run) -> list[str]:
+    """What is to be said of it; of answers that were left out only where no rubbish was asked for."""
+    found, rejected = remarks(run.summary), run.summary.rejected
+    if rejected and not run.config.poison_rate:
+        ledger = folder_of(run.config) / "ledger.csv"
+        found.append(f"{rejected:,} of {run.updates:,} clients' answers were left out: {faults(ledger)}")
+    return found
+
+
 def _best_rates(
     plan: Plan, out: Path, jobs: int, on_trial: OnRound, resume: bool
-) -> tuple[dict[Case, float], list[str]]:
-    """(the best rate of each case, a line for each trial that failed); writes rates.csv."""
+) -> tuple[dict[Case, float], list[str], list[str]]:
+    """(the best rate of each case that has one, notes, a line for each failure); writes rates.csv."""
     if not plan.rates:
-        return {}, []
+        return {}, [], []
     trials = plan.trials(out / "rates")
-    errors = run_all(trials, jobs, on_trial, resume)
-    failed = [f"a trial of {folder_of(trials[job]).name} failed: {error}" for job, error in errors.items()]
-    found: dict[Case, dict[float, float]] = {}
+    runs, failures = play_all(trials, jobs, on_trial, resume)
+    _write_rates(out, plan, trials, runs, failures)
+    best, notes, failed = dict[Case, float](), list[str](), list[str]()
+    for case in plan.cases:
+        mine = [job for job, config in enumerate(trials) if case_of(config, plan.several) == case]
+        lost = {job: failures[job] for job in mine if job in failures}
+        missing = [job for job, failure in lost.items() if not failure.lasting]
+        tried = {trials[job].client_lr: _accuracy(runs[job]) for job in mine if job in runs}
+        if missing:  # a rate chosen without it might be another once it is there
+            failed += [
+                f"a trial of {folder_of(trials[job]).name} failed: {lost[job].words}; {case.label} is not "
+                "compared without it: go on with --resume"
+                for job in missing
+            ]
+        elif not tried:
+            rates = ", ".join(f"{rate:g}" for rate in plan.rates)
+            words = " / ".join(dict.fromkeys(failure.words for failure in lost.values()))
+            failed.append(f"{case.label} failed, as it trains at none of the rates {rates}: {words}")
+        else:
+            best[case] = max(sorted(tried), key=lambda rate: tried[rate])  # of equals the smallest
+            notes += [f"{trial_name(plan, trials[j])} is the worst: {of.words}" for j, of in lost.items()]
+    return best, notes, failed
+
+
+def _accuracy(run: Run) -> float:
+    return run.summary.accuracy if run.summary.accuracy is not None else 0.0
+
+
+def _write_rates(
+    out: Path,
+    plan: Plan,
+    trials: Sequence[Config],
+    runs: Mapping[int, Run],
+    failures: Mapping[int, Failure],
+) -> None:
+    """rates.csv: of each trial its accuracy, or why it has none."""
+    lines = [["case", "client_lr", "accuracy", "failed"]]
     for job, config in enumerate(trials):
-        if job not in errors:
-            accuracy = read_run(folder_of(config))[2].accuracy
-            case = case_of(config, plan.several)
-            found.setdefault(case, {})[config.client_lr] = accuracy if accuracy is not None else 0.0
+        result = ["", failures[job].words] if job in failures else [str(_accuracy(runs[job])), ""]
+        lines.append([case_of(config, plan.several).name, str(config.client_lr), *result])
     with (out / "rates.csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(
-            [["case", "client_lr", "accuracy"]]
-            + [[case.name, rate, of[rate]] for case, of in found.items() for rate in of]
-        )
-    # of equals the smallest
-    return {case: max(sorted(of), key=lambda rate: of[rate]) for case, of in found.items()}, failed
+        csv.writer(file).writerows(lines)
 
 
 def job_name(plan: Plan, config: Config) -> str:
@@ -195,11 +242,9 @@ def _line(case: Case, runs: Sequence[Run]) -> Line:
 
 
 def _mean_sd(values: Sequence[float | None]) -> tuple[float | None, float | None]:
-    """Mean and sample standard deviation; None for what was not measured, and for the sd of one value."""
+    """None for what was not measured, and for the sd of one value."""
     numbers = [value for value in values if value is not None]
-    if not numbers:
-        return None, None
-    return statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else None
+    return mean_sd(numbers) if numbers else (None, None)
 
 
 def cells(line: Line) -> list[str]:

@@ -18,6 +18,7 @@ from torch.nn.functional import normalize
 from .algorithms import METHODS
 from .config import Config
 from .data import FederatedData
+from .metrics import NOTHING, nearest
 from .player import Player
 from .report import write_section
 
@@ -36,8 +37,9 @@ WORDS = (
 class Confusion:
     name: str  # of the run
     classes: Tensor  # (P,) the client's, ascending
-    shares: Tensor  # (P, P), rows sum to 1
+    shares: Tensor  # (P, P), rows sum to 1, to less where images were taken for nothing
     cosine: float  # mean over pairs of its class rows
+    not_finite: int  # images taken for nothing, as their embedding is not finite
 
     @property
     def right(self) -> float:
@@ -59,17 +61,15 @@ def measure(
     held = data.clients[client]
     classes = data.labels[held].unique()
     rows = normalize(model[1][classes], dim=1)
-    found = (player.extractor.embed(data.images[held]) @ rows.T).argmax(1)
+    found = nearest(player.extractor.embed(data.images[held]), model[1][classes])
+    label, taken = torch.searchsorted(classes, data.labels[held]), found != NOTHING
     counts = torch.zeros(len(classes), len(classes), dtype=torch.float64)
-    counts.index_put_(
-        (torch.searchsorted(classes, data.labels[held]), found),
-        torch.ones((), dtype=torch.float64),
-        accumulate=True,
-    )
+    counts.index_put_((label[taken], found[taken]), torch.ones((), dtype=torch.float64), accumulate=True)
     between = (rows @ rows.T).double()
     pairs = len(classes) * (len(classes) - 1)
     cosine = ((between.sum() - between.trace()) / pairs).item() if pairs else 1.0
-    return Confusion(METHODS[config.method].label, classes, counts / counts.sum(1, keepdim=True), cosine)
+    shares, missed = counts / label.bincount()[:, None], int((~taken).sum())
+    return Confusion(METHODS[config.method].label, classes, shares, cosine, missed)
 
 
 def write(out: Path, found: Sequence[Confusion], client: int) -> str:
@@ -87,6 +87,9 @@ def write(out: Path, found: Sequence[Confusion], client: int) -> str:
                     writer.writerow([f"{number}: {each.name}", *pair, share])
     header = ["run", "right", "mean cosine of its class rows"]
     rows = [[each.name, f"{100 * each.right:.1f}%", f"{each.cosine:.2f}"] for each in found]
+    if any(each.not_finite for each in found):
+        header.append("images not finite")
+        rows = [[*row, f"{each.not_finite:,}"] for row, each in zip(rows, found, strict=True)]
     _plot(found, client).savefig(out / "confusion.png", dpi=150)
     title = f"What client {client}'s images are taken for"
     return write_section(out, "confusion", title, WORDS, header, rows)

@@ -14,6 +14,17 @@ from torch import Tensor
 from .client import Update
 
 LARGEST_LOSS = 1e30  # that sums of many are still numbers of
+_DIVERGED = "is --client-lr, --server-lr or --scale too high, or does the net give NaN?"
+# Of each fault what it is, and what it comes from where all clients have it.
+REASONS = {
+    "dtype": "not dense float32 numbers, or no update at all",
+    "shape": "not the shapes of the model",
+    "ids": "not the class rows that the client asked for",
+    "examples": "a number of images that no client has",
+    "loss": f"a loss not finite or over 1e30: {_DIVERGED}",
+    "not finite": f"changes not finite: {_DIVERGED}",
+    "norm": "norm over --max-norm: is --client-lr too high?",
+}
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,10 @@
-"""How good embeddings are: top-1, MAP@R and recall, in blocks: memory does not grow with T x T or T x C."""
+"""How good embeddings are: top-1, MAP@R and recall, in blocks: memory does not grow with T x T or T x C.
 
+A row with a number that is not finite, as of a net that divides by the spread of a blank image, has no
+direction. It is a miss, counted and said; all the others have what they would have without it.
+"""
+
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,6 +16,8 @@ from .row_table import RowTable
 
 R = 10  # nearest others that a retrieval looks at
 BLOCK = 2**22  # numbers in one block of similarities: 16 MiB of float32
+NOTHING = -1  # what a row without a direction is taken for
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -21,6 +28,7 @@ class Accuracies:
     map_at_10: float | None = None
     recall_at_1: float | None = None
     recall_at_10: float | None = None
+    not_finite: int | None = None  # test images whose embedding has a number that is not finite: misses
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,7 @@ class Retrieval:
     map_at_r: float
     recall_at_1: float
     recall_at_r: float
+    not_finite: int = 0  # rows that were misses as they have a number that is not finite
 
 
 def top1(
@@ -37,15 +46,35 @@ def top1(
     block: int = BLOCK,
 ) -> float:
     """The share of rows whose largest cosine with a class row is their own class's; of equals the first."""
-    embeddings = normalize(embeddings, dim=1)
+    return (nearest(embeddings, weight, block) == labels).double().mean().item()
+
+
+def nearest(
+    embeddings: Tensor,  # (T, D)
+    weight: Tensor | RowTable,  # (C, D)
+    block: int = BLOCK,
+) -> Tensor:  # (T,) int64
+    """The class whose row has the largest cosine with each embedding; of equals the first.
+
+    NOTHING for an embedding that is not finite. For a class whose row is not, no embedding is taken.
+    """
+    embeddings, finite = directions(embeddings)
     best = embeddings.new_full((len(embeddings),), -torch.inf)
-    predicted = torch.zeros_like(labels)
+    predicted = torch.full((len(embeddings),), NOTHING)
+    bad_classes = 0
     for first, classes in _blocks(weight, max(1, block // max(1, len(embeddings)))):
-        cosine, place = (embeddings @ normalize(classes, dim=1).T).max(dim=1)
+        units, there = directions(classes)
+        cosines = embeddings @ units.T
+        if not there.all():
+            cosines[:, ~there] = -torch.inf
+            bad_classes += int((~there).sum())
+        cosine, place = cosines.max(dim=1)
         better = cosine > best
         best = torch.where(better, cosine, best)
         predicted = torch.where(better, place + first, predicted)
-    return (predicted == labels).double().mean().item()
+    _say("embeddings", int((~finite).sum()), len(finite), "misses")
+    _say("class rows", bad_classes, len(weight), "nothing is taken for these classes")
+    return torch.where(finite, predicted, NOTHING)
 
 
 def retrieval(
@@ -60,11 +89,19 @@ def retrieval(
         P(i)     = (right ones among the first i) / i if the i-th is right, else 0
         recall@k = share of queries with a right one among their first k
 
-    A query with fewer than R others still divides by R. Raises ValueError unless there are two rows.
+    A query with fewer than R others still divides by R. A row that is not finite is a query without a right
+    one, and is found by none. Raises ValueError unless there are two rows.
     """
-    if len(embeddings) < 2:
-        raise ValueError(f"retrieval: expected at least 2 embeddings, got {len(embeddings)}")
-    unit = normalize(embeddings, dim=1)
+    queried = len(embeddings)
+    if queried < 2:
+        raise ValueError(f"retrieval: expected at least 2 embeddings, got {queried}")
+    unit, finite = directions(embeddings)
+    missed = int((~finite).sum())
+    if missed:
+        _say("embeddings", missed, queried, "misses")
+        unit, labels = unit[finite], labels[finite]
+    if len(unit) < 2:
+        return Retrieval(0.0, 0.0, 0.0, missed)
     unit = unit - unit.mean(dim=0)  # as far apart as before; products of nearly equal ones would cancel
     squared = unit.square().sum(dim=1)
     total, found_at_1, found_at_r = 0.0, 0, 0
@@ -78,7 +115,26 @@ def retrieval(
         total += (precision * right).sum().item() / r
         found_at_1 += int(right[:, 0].sum())
         found_at_r += int(right.any(dim=1).sum())
-    return Retrieval(total / len(unit), found_at_1 / len(unit), found_at_r / len(unit))
+    return Retrieval(total / queried, found_at_1 / queried, found_at_r / queried, missed)
+
+
+def directions(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows (N, D) at length 1, zeros for those that are not finite; whether each is (N,)).
+
+    Where float32 cannot hold the square of a length, the row is made shorter first.
+    """
+    if rows.norm(dim=1).isfinite().all():
+        return normalize(rows, dim=1), torch.ones(len(rows), dtype=torch.bool)
+    largest = rows.abs().amax(dim=1, keepdim=True)
+    finite = largest.isfinite()
+    too_long = finite & ~rows.norm(dim=1, keepdim=True).isfinite()
+    rows = torch.where(finite, torch.where(too_long, rows / largest, rows), 0.0)
+    return normalize(rows, dim=1), finite[:, 0]
+
+
+def _say(what: str, count: int, of: int, so: str) -> None:
+    if count:
+        log.warning("%s of %s %s are not finite: %s", f"{count:,}", f"{of:,}", what, so)
 
 
 def _blocks(rows: Tensor | RowTable, size: int) -> Iterator[tuple[int, Tensor]]:

@@ -24,6 +24,7 @@ from .algorithms import METHODS
 from .client import as_embeddings
 from .config import Config
 from .data import FederatedData
+from .mean_sd import mean_sd
 from .player import Player
 from .randomness import Purpose, generator, initial_rows
 from .report import write_section
@@ -76,9 +77,9 @@ def measure(
     lines = []
     for count in counts:
         noise = [batch.noise(count, draw) for batch in instances for draw in range(draws)]
-        sd = statistics.stdev(noise) if len(noise) > 1 else 0.0
+        mean, sd = mean_sd(noise)
         full = statistics.fmean(batch.full_norm for batch in instances)
-        lines.append(Line(count, statistics.fmean(noise), sd, full, len(noise)))
+        lines.append(Line(count, mean, sd or 0.0, full, len(noise)))
         on_line(lines[-1])
     return lines
 

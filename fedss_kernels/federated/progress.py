@@ -1,5 +1,6 @@
 """What a run says while it goes on: a bar on a terminal, a plain line now and then where there is none."""
 
+import sys
 import time
 from collections.abc import Sequence
 from types import TracebackType
@@ -14,6 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from .remarks import remarks
 from .run_folder import RoundMetrics
 
 QUIET_SECONDS = 20.0  # between two plain lines of one job
@@ -27,6 +29,7 @@ class RunProgress:
         self.console = console or Console()
         self.accuracy = ["–"] * len(names)
         self.said: dict[int, float] = {}  # job -> when its last plain line was
+        self.remarked: set[tuple[int, bool]] = set()  # (job, whether it was of its model)
         self.bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -59,6 +62,9 @@ class RunProgress:
         for label, value in (("MAP@10", metrics.map_at_10), ("top-1", metrics.top1)):
             if value is not None:
                 self.accuracy[job] = f"{label} {100 * value:.1f}%"
+        if metrics.not_finite_since is not None:  # an earlier one says nothing of what the model is now
+            self.accuracy[job] = "–"
+        self._remark(job, metrics)
         self.bars.update(
             self.tasks[job],
             completed=metrics.round,
@@ -67,6 +73,14 @@ class RunProgress:
         )
         if not self.console.is_terminal:
             self._say(job, metrics)
+
+    def _remark(self, job: int, metrics: RoundMetrics) -> None:
+        """What is to be said of a job, when there is something for the first time; of its model anew."""
+        for line in remarks(metrics):
+            about = job, metrics.not_finite_since is not None
+            if about not in self.remarked:
+                self.remarked.add(about)
+                print(f"{self.names[job]}: {line}", file=sys.stderr, flush=True)
 
     def _say(self, job: int, metrics: RoundMetrics) -> None:
         last, now = metrics.round == self.rounds, time.monotonic()

@@ -15,6 +15,7 @@ from .algorithms import METHODS
 from .config import Config
 from .ledger import OUTCOMES
 from .plan import Case, case_of
+from .remarks import remarks
 from .run_folder import RoundMetrics, Summary
 from .tables import markdown
 
@@ -76,7 +77,7 @@ def write_comparison_report(
     table: Sequence[Sequence[str]],
     failed: Sequence[str],
 ) -> None:
-    """The same files over several runs; `table` has a row for each method, `failed` a line for each loss."""
+    """The same files over several runs; `table` has a row for each method, `failed` a line on each loss."""
     plots = _save_plots(folder, runs)
     (folder / "report.html").write_text(
         _comparison_page(folder, runs, header, table, failed, plots), encoding="utf-8"
@@ -295,6 +296,7 @@ def _run_page(folder: Path, run: Run, plots: Sequence[str]) -> str:
         f"{method.label} on {summary.data}",
         [
             _what_was_run([run]),
+            _remarks(remarks(summary)),
             _cards(figures),
             "<h2>What came out</h2>",
             f"<figure>{plots[0]}<figcaption>{_ROUND_CAPTION}</figcaption></figure>",
@@ -323,7 +325,7 @@ def _comparison_page(
         f"{len(names)} methods on {runs[0].summary.data}",
         [
             _what_was_run(runs),
-            "".join(f'<p class="failed">{escape(line)}</p>' for line in failed),
+            _remarks(failed),
             _method_cards(runs),
             "<h2>What came out</h2>",
             _table(header, table),
@@ -351,6 +353,10 @@ def _method_cards(runs: Sequence[Run]) -> str:
         text = f"{measure} of {case.label}, with {percent(share)} of the class rows on a client"
         figures.append((percent(accuracy), text))
     return _cards(figures)
+
+
+def _remarks(lines: Sequence[str]) -> str:
+    return "".join(f'<p class="failed">{escape(line)}</p>' for line in lines)
 
 
 def _what_was_run(runs: Sequence[Run]) -> str:

@@ -93,6 +93,7 @@ def run(
                 simulation = Simulation(config, player, workers, store)
                 if checkpoint:
                     simulation.server.restore(checkpoint.tensors, checkpoint.round)
+                    simulation.not_finite_since = history[-1].not_finite_since
                 with simulation.team:
                     return _run(
                         simulation,
@@ -161,14 +162,16 @@ def _run(
     for round in range(len(history), config.rounds):
         try:
             updates, entries = simulation.play(round)
-        except TooFewClients:
+        except TooFewClients as error:
             if folder and round > saved:
                 simulation.checkpoint(folder, round)
+            if folder:  # after the checkpoint: a run that goes on from it writes its own lines of this round
+                folder.add_entries(error.entries)
             raise
         done = round + 1
         measured = done % config.eval_every == 0 or done == config.rounds
         accuracies = simulation.evaluate(last=done == config.rounds) if measured else Accuracies()
-        history.append(_round_metrics(config, history, updates, entries, accuracies, begun))
+        history.append(_round_metrics(simulation, history, updates, entries, accuracies, begun))
         if folder:
             with simulation.watch("files"):
                 folder.add(history[-1], entries)
@@ -194,7 +197,7 @@ def _run(
 
 
 def _round_metrics(
-    config: Config,
+    simulation: Simulation,
     history: list[RoundMetrics],
     updates: list[Update],
     entries: list[Entry],
@@ -206,8 +209,9 @@ def _round_metrics(
     return RoundMetrics(
         round=len(history) + 1,
         loss=sum(update.num_examples * update.loss for update in updates) / images,
-        client_lr=learning_rate(config, len(history)),
+        client_lr=learning_rate(simulation.config, len(history)),
         **asdict(accuracies),
+        not_finite_since=simulation.not_finite_since,
         attempts=entries[-1].attempt + 1,
         **{outcome: sum(entry.outcome == outcome for entry in entries) for outcome in OUTCOMES},
         mean_class_set=sum(entry.num_rows for entry in entries) / len(entries),

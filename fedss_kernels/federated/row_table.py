@@ -5,6 +5,7 @@ What a row is now follows from what is stored and from the number of steps done:
 round costs what the rows in it cost, however many there are.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -79,6 +80,7 @@ class RowTable:
         self.rows, self.store = store.rows if store else Rows.zeros(num_rows, dim), store
         self.optimizer, self.initial = optimizer, initial
         self.now = 0  # steps done
+        self.finite = True  # whether all numbers are that were written here so far
 
     def __len__(self) -> int:
         return len(self.rows.weight)
@@ -103,6 +105,7 @@ class RowTable:
         self._before_change(class_ids, stepped=True)
         self.optimizer.step(self.rows, class_ids, gradient, self.now)
         self.now += 1
+        self._look_at(class_ids)
 
     def move(self, class_ids: Tensor, change: Tensor) -> None:
         """Adds `change` (U, D) to rows class_ids (U,), ascending, outside the optimiser: its state stays.
@@ -112,6 +115,12 @@ class RowTable:
         new = self._before_change(class_ids, stepped=False)
         self.rows.stepped[new] = max(self.now, 1)  # with state 0 it stays where it is from any time on
         self.rows.weight[class_ids] += change
+        self._look_at(class_ids)
+
+    def _look_at(self, class_ids: Tensor) -> None:
+        """Whether the rows just written are finite; where some were not, that stays so."""
+        if self.finite:
+            self.finite = _all_finite(self.rows.weight[class_ids]) and _all_finite(self.rows.state[class_ids])
 
     def _before_change(self, class_ids: Tensor, *, stepped: bool) -> Tensor:
         """Checks ids, keeps what a roll-back needs, draws rows that are new; returns those."""
@@ -146,6 +155,11 @@ class RowTable:
         self.rows.weight[class_ids] = stored["weight"]
         self.rows.state[class_ids] = stored["state"]
         self.rows.stepped[class_ids] = stored["stepped"]
+
+
+def _all_finite(numbers: Tensor) -> bool:
+    """By their sum, in one pass; that of large numbers may be infinite although they are not."""
+    return math.isfinite(numbers.sum().item()) or bool(numbers.isfinite().all())
 
 
 def _check_range(class_ids: Tensor, num_rows: int) -> None:

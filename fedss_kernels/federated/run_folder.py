@@ -19,7 +19,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,10 @@ class RoundMetrics:
     map_at_10: float | None
     recall_at_1: float | None
     recall_at_10: float | None
+    # test images whose embedding is not finite, which are misses; None as of the accuracies
+    not_finite: int | None = field(default=None, kw_only=True)
+    # the round from which on the model has had numbers that are not finite, and no accuracies
+    not_finite_since: int | None = field(default=None, kw_only=True)
     attempts: int  # cohorts drawn, as one in which too few answer is followed by another
     accepted: int  # answers that counted
     dropped: int  # clients that never answered
@@ -106,6 +110,8 @@ class Summary:
     traffic: Traffic
     full_traffic: Traffic  # what full_softmax moves in as many rounds
     seconds: float
+    not_finite: int | None = None  # as in the last round
+    not_finite_since: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -193,6 +199,10 @@ class RunFolder:
 
     def add(self, metrics: RoundMetrics, entries: list[Entry]) -> None:
         self._append("metrics.csv", [astuple(metrics)])
+        self.add_entries(entries)
+
+    def add_entries(self, entries: Sequence[Entry]) -> None:
+        """To the ledger alone: of a round that no cohort made."""
         self._append(
             "ledger.csv",
             [

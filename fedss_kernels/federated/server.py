@@ -48,6 +48,11 @@ class Server:
         )  # a row in every step
         self.extractor = self._extractor[:][0]  # phi (P,) as it is now
 
+    @property
+    def finite(self) -> bool:
+        """Whether all numbers of the model and its optimiser are, as far as this process wrote them."""
+        return self.weight.finite and self._extractor.finite
+
     def stored(self) -> dict[str, Tensor]:
         """All that the next round depends on but the number of rounds done, for `restore`."""
         tables = {"weight": self.weight, "extractor": self._extractor}

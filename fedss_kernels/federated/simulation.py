@@ -4,6 +4,7 @@ cohort -> each client's class set -> server.select -> client.update -> server.ag
 """
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,7 +17,7 @@ from .class_store import ClassStore
 from .client import Update
 from .cohort import absence, draw_cohort
 from .config import Config, learning_rate
-from .inspection import Inspection, clipped
+from .inspection import REASONS, Inspection, clipped
 from .ledger import OUTCOMES, Entry, Traffic, client_traffic
 from .metrics import Accuracies, retrieval, top1
 from .player import Player
@@ -30,11 +31,18 @@ from .stopwatch import Stopwatch
 from .workers import Team
 
 ATTEMPTS = 100  # at a round, before it is given up
+# Who drops out or is late is drawn anew in each; where all answers are left out, they are so in every one. It
+# is given up after this many at least, and answers in a row of which none counted.
+HOPELESS_ATTEMPTS, HOPELESS_ANSWERS = 3, 48
 log = logging.getLogger(__name__)
 
 
 class TooFewClients(RuntimeError):
-    """A round that no cohort made."""
+    """A round that no cohort made, and why; `entries` is what moved for it all the same."""
+
+    def __init__(self, words: str, entries: Sequence[Entry] = ()):
+        super().__init__(words)
+        self.entries = list(entries)
 
 
 class Simulation:
@@ -43,6 +51,7 @@ class Simulation:
     def __init__(self, config: Config, player: Player, workers: int = 1, store: ClassStore | None = None):
         data = player.data
         self.config, self.data, self.player, self.method = config, data, player, player.method
+        self.not_finite_since: int | None = None  # the round whose step left numbers that are not finite
         self.watch = Stopwatch()
         self.team = Team(player, workers, self.watch)
         self.server = Server(
@@ -75,9 +84,9 @@ class Simulation:
         """One round: the updates that counted, and what moved.
 
         Where fewer than `min_clients` count nothing is applied and another cohort is drawn. Raises
-        TooFewClients after ATTEMPTS of them.
+        TooFewClients after ATTEMPTS of them, or a few where all answers are left out.
         """
-        config, entries = self.config, list[Entry]()
+        config, entries, left_out = self.config, list[Entry](), 0
         for attempt in range(ATTEMPTS):
             updates, moved = self._attempt(round, attempt)
             if len(updates) >= (1 if self.method.pooled else config.min_clients):
@@ -86,12 +95,28 @@ class Simulation:
                     if self.method.spreads:
                         rng = generator(config.seed, round, attempt, NO_CLIENT, Purpose.SPREADOUT)
                         self.spreadout.step(self.server.weight, learning_rate(config, round), rng)
+                self._note_finite(round)
                 return updates, entries + moved
             entries += [replace(e, outcome="discarded") if e.outcome == "accepted" else e for e in moved]
-        raise TooFewClients(
-            f"round {round + 1}: of {ATTEMPTS} cohorts of {config.cohort} none had "
-            f"{config.min_clients} answers that counted"
-        )
+            left_out = 0 if updates else left_out + sum(e.outcome == "rejected" for e in moved)
+            if attempt + 1 >= HOPELESS_ATTEMPTS and left_out >= HOPELESS_ANSWERS:
+                break
+        raise self._too_few(round, attempt + 1, entries)
+
+    def _too_few(self, round: int, cohorts: int, entries: Sequence[Entry]) -> TooFewClients:
+        count, size = self.config.min_clients, self.config.cohort
+        answers = "1 answer" if count == 1 else f"{count} answers"
+        words = f"round {round + 1}: of {cohorts} cohorts of {size} none had {answers} that counted: "
+        words += _reasons(entries)
+        if self.not_finite_since is not None:
+            since = f"since round {self.not_finite_since}: is --server-lr too high?"
+            words += f"; the model they are sent has had numbers that are not finite {since}"
+        return TooFewClients(words, entries)
+
+    def _note_finite(self, round: int) -> None:
+        if self.not_finite_since is None and not self.server.finite:
+            self.not_finite_since = round + 1
+            log.warning("round %d: from here on the model has numbers that are not finite", round + 1)
 
     def _attempt(self, round: int, attempt: int) -> tuple[list[Update], list[Entry]]:
         """A cohort's updates that count, in order of the clients' ids, and a line on each client."""
@@ -135,18 +160,22 @@ class Simulation:
         """Of the server's model on the test images.
 
         In a classification task a retrieval, the dearer and the second thing, is measured in the last round
-        only; top-1 of a retrieval task, whose test classes have no rows, never.
+        only; top-1 of a retrieval task, whose test classes have no rows, never. Of a model that is not finite
+        nothing is.
         """
         embeddings = self.team.embed(self.server.extractor)
         labels = self.data.test_labels
         with self.watch("evaluation"):
+            not_finite = int((~embeddings.isfinite().all(dim=1)).sum())
+            if self.not_finite_since is not None:
+                return Accuracies(not_finite=not_finite)
             first = None
             if self.data.task == "classification":
                 first = top1(embeddings, self.server.weight, labels)
                 if not last:
-                    return Accuracies(first)
+                    return Accuracies(first, not_finite=not_finite)
             found = retrieval(embeddings, labels)
-            return Accuracies(first, found.map_at_r, found.recall_at_1, found.recall_at_r)
+            return Accuracies(first, found.map_at_r, found.recall_at_1, found.recall_at_r, not_finite)
 
     def checkpoint(self, folder: RunFolder, rounds: int) -> None:
         store = self.server.weight.store
@@ -205,7 +234,23 @@ class Simulation:
             traffic=sum((metrics.traffic for metrics in history), Traffic()),
             full_traffic=sum((each.times(n) for each, n in zip(full, answered, strict=True)), Traffic()),
             seconds=last.seconds,
+            not_finite=last.not_finite,
+            not_finite_since=last.not_finite_since,
         )
+
+
+def _reasons(entries: Sequence[Entry]) -> str:
+    """Why clients' answers did not make a round, each reason with how many, the most frequent first."""
+    words = {
+        "dropped": "dropped out",
+        "late": "late, after --deadline",
+        "discarded": "nothing wrong with, but too few in their cohorts",
+        **{fault: f"left out: {reason}" for fault, reason in REASONS.items()},
+    }
+    counts = Counter(entry.fault or entry.outcome for entry in entries)
+    if counts["discarded"]:  # a norm may then be only that much larger than theirs
+        words["norm"] = words["norm"].replace("--max-norm", "--max-norm or --max-norm-ratio")
+    return "; ".join(f"{count:,} {words[reason]}" for reason, count in counts.most_common())
 
 
 def _statistic(config: Config) -> Statistic | None:

@@ -8,6 +8,7 @@ what is missing.
 import argparse
 import importlib.util
 import io
+import logging
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -21,9 +22,14 @@ from .train import COMPARE, COMPOSITIONS, RUN
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, 1 (a run failed), 2 (a user's mistake), 130 (Ctrl-C)."""
+    """Runs one command; returns the exit code.
+
+    0; 1, a run failed, has no result, or is missing in a comparison (a rate that does not train while another
+    does is none); 2, a user's mistake; 130, Ctrl-C.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     name = "fedss"
+    logging.getLogger("fedss_kernels").addHandler(logging.NullHandler())  # it is said otherwise, and counted
     for stream in (sys.stdout, sys.stderr):  # what an encoding lacks becomes ?, not a traceback
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import functools
+import math
 import sys
 from pathlib import Path
 
@@ -15,9 +16,11 @@ from ..config import (
 )
 from ..loading import load_data
 from ..models import MODELS
+from ..remarks import remarks
 from ..rounds import run
 from ..run_folder import make_folder, read_model
 from ..simulation import TooFewClients
+from ..workers import WorkerLost
 from .command import Command
 from .options import (
     Mistake,
@@ -91,6 +94,9 @@ def _noise(arguments: argparse.Namespace) -> int:
     )
     print_markdown(noise.write(out, lines, data.num_classes))
     print(f"the table, the plot and the report: {out / 'report.html'}")
+    if not all(math.isfinite(line.noise) for line in lines):
+        print("fedss noise: the model's gradients are not finite, so their noise is not", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -113,6 +119,13 @@ def _confusion(arguments: argparse.Namespace) -> int:
             found.append(confusion.measure(config, load_data(config), model, arguments.client))
         make_folder(arguments.out)
     print_markdown(confusion.write(arguments.out, found, arguments.client))
+    for folder, each in zip(arguments.runs, found, strict=True):
+        if each.not_finite:
+            words = f"images whose embedding is not finite: {each.not_finite:,}; they are taken for nothing"
+            print(f"fedss confusion: {folder}: {words}", file=sys.stderr)
+        if not math.isfinite(each.cosine):
+            words = "class rows that are not finite: nothing is taken for their classes"
+            print(f"fedss confusion: {folder}: {words}", file=sys.stderr)
     print(f"the table, the plot and the report: {arguments.out / 'report.html'}")
     return 0
 
@@ -142,7 +155,7 @@ def _privacy(arguments: argparse.Namespace) -> int:
         config = dataclasses.replace(config, out=None)
         privacy.check(config)
         config, data = read_data(config, [config], lambda: make_folder(out))
-    accuracy = {}
+    accuracy, failed = {}, []
     if arguments.train:
         with RunProgress(list(STICKY), config.rounds) as progress:
             for job, negatives in enumerate(STICKY):
@@ -155,13 +168,18 @@ def _privacy(arguments: argparse.Namespace) -> int:
                             data=data,
                             on_round=functools.partial(progress.advance, job),
                         )
-                except TooFewClients as error:
-                    raise Mistake(str(error)) from None
+                except (TooFewClients, WorkerLost) as error:  # the others' are measured all the same
+                    failed.append(f"training with {negatives} negatives failed: {error}")
+                    continue
                 accuracy[negatives] = result.summary.top1, result.summary.map_at_10
+                if result.summary.not_finite_since is not None:
+                    failed += [f"{negatives} negatives: {line}" for line in remarks(result.summary)]
     lines = privacy.measure(config, data, clients=arguments.clients, accuracy=accuracy)
     print_markdown(privacy.write(out, lines))
     print(f"the table, the plot and the report: {out / 'report.html'}")
-    return 0
+    for line in failed:
+        print(f"fedss privacy: {line}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _add_parameters_arguments(parser: argparse.ArgumentParser) -> None:

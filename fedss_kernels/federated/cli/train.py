@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from ..config import (
     ConfigError,
 )
 from ..interrupts import noticed
-from ..ledger import OUTCOMES
+from ..ledger import OUTCOMES, faults
 from ..lock import InUse
 from ..plan import LISTS, Plan, read_preset
 from ..rounds import Stopped, run
@@ -56,6 +55,7 @@ _FINISHING = "fedss run: finishing this round; Ctrl-C again stops at once"
 
 def _run(arguments: argparse.Namespace) -> int:
     from ..progress import RunProgress
+    from ..remarks import remarks
     from ..report import Run, percent, write_run_report
 
     resume = arguments.resume is not None
@@ -81,7 +81,6 @@ def _run(arguments: argparse.Namespace) -> int:
 
         config, data = read_data(config, [] if resume else [config], ready)
     played: list[RoundMetrics] = []
-    logging.getLogger("fedss_kernels").addHandler(logging.NullHandler())  # what is left out is counted below
     try:
         with RunProgress([config.method], config.rounds) as progress, noticed(_FINISHING) as stop:
 
@@ -111,7 +110,8 @@ def _run(arguments: argparse.Namespace) -> int:
     s = result.summary
     outcomes = {outcome: getattr(s, outcome) for outcome in OUTCOMES}
     if outcomes["accepted"] < sum(outcomes.values()):
-        counts = ", ".join(f"{n:,} {outcome}" for outcome, n in outcomes.items())
+        why = {"rejected": f" ({faults(out / 'ledger.csv')})"} if outcomes["rejected"] else {}
+        counts = ", ".join(f"{n:,} {outcome}{why.get(outcome, '')}" for outcome, n in outcomes.items())
         print(f"of {sum(outcomes.values()):,} clients drawn {counts}: {out / 'ledger.csv'}")
     if arguments.profile:
         print_profile(result.seconds, len(played))
@@ -119,7 +119,9 @@ def _run(arguments: argparse.Namespace) -> int:
     if s.task == "classification":
         accuracy = f"top-1 {percent(s.top1)}, {accuracy}"
     print(f"{accuracy}, {s.traffic.total / 1e6:,.1f} MB moved: {out / 'report.html'}")
-    return 0
+    for line in remarks(s):
+        print(f"fedss run: {line}", file=sys.stderr)
+    return 0 if s.not_finite_since is None else 1
 
 
 def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
@@ -243,7 +245,7 @@ def _compare(arguments: argparse.Namespace) -> int:
             on_round=show(len(plan.trials(out))),
             resume=resume,
         )
-    for line in comparison.failed:
+    for line in (*comparison.notes, *comparison.failed):
         print(f"fedss {arguments.command}: {line}", file=sys.stderr)
     if comparison.table:
         print_table(header(comparison.table), [cells(line) for line in comparison.table], LEAST)

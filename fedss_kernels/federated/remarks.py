@@ -1,0 +1,19 @@
+"""What has to be said of a run beside its figures, as they do not say it themselves."""
+
+from .run_folder import RoundMetrics, Summary
+
+
+def remarks(run: RoundMetrics | Summary) -> list[str]:
+    """A line each, for people: of a round, or of the whole run at its end. None where all is well."""
+    found = []
+    if run.not_finite_since is not None:
+        found.append(
+            f"after round {run.not_finite_since} the model has numbers that are not finite, so nothing is "
+            "measured: is --client-lr, --server-lr or --scale too high, or did --trust-updates let them in?"
+        )
+    elif run.not_finite:
+        found.append(
+            f"test images whose embedding is not finite: {run.not_finite:,}; they are misses (does the net "
+            "divide by 0 for some, as for an image of one colour?)"
+        )
+    return found

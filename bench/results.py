@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..federated.tables import fitting
 from .measure import Timing
 
 BLANK = "–"  # not measured
@@ -142,20 +143,38 @@ def print_table(table: Table, machine: object) -> None:
     from rich.table import Table as Grid
 
     console = Console()
+    widths = _widths(table)
     if not console.is_terminal:  # rich would squeeze it into 80 columns
-        console = Console(width=160)
+        console = Console(width=max(160, sum(widths)))
+    shown = fitting(widths, console.width)
+    if sum(widths[i] for i in shown) > console.width:
+        console = Console(width=sum(widths[i] for i in shown))
     grid = Grid(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
-    for title in table.header:
-        grid.add_column(title, justify="left" if title == table.header[0] else "right", no_wrap=True)
+    for i in shown:
+        grid.add_column(table.header[i], justify="right" if i else "left", no_wrap=True)
     for group in table.groups:
         grid.add_row(f"[bold]{group.title.replace(', ', chr(10))}")  # within the first column's width
         for line in group.lines:
-            grid.add_row(*line)
+            grid.add_row(*(line[i] for i in shown))
         grid.add_section()
     console.print(f"[bold]{table.title}[/bold] ({machine})", highlight=False)
     console.print(grid)
+    left_out = [title.replace("\n", " ") for i, title in enumerate(table.header) if i not in shown]
+    if left_out:
+        console.print(f"no room for: {', '.join(left_out)}", highlight=False)
     for note in table.notes:
         console.print(note, style="dim", highlight=False)
+
+
+def _widths(table: Table) -> list[int]:
+    """Of each column on the terminal, the blank beside it in it."""
+    texts = [[*title.split("\n")] for title in table.header]
+    for group in table.groups:
+        texts[0] += group.title.split(", ")
+        for line in group.lines:
+            for column, cell in zip(texts, line, strict=False):
+                column.append(cell)
+    return [max(map(len, column)) + 1 for column in texts]
 
 
 def write_markdown(path: Path, table: Table, machine: object) -> None:

@@ -130,7 +130,7 @@ def test_a_model_or_a_crop_that_does_not_fit_is_one_line(tmp_path, capsys):
     options = ["--data=image_folder", f"--data-dir={tmp_path}/data", f"--cache-dir={tmp_path}/cache"]
     options += ["--image-size=32", "--num-clients=2", "--classes-per-client=2", "--cohort=2"]
     line = fails(capsys, "run", *options, "--crop-size=28", "--model=conv4")
-    assert line.startswith("fedss run: model: conv4 can't take images of 3x28x28")
+    assert line.startswith("fedss run: --model: conv4 can't take images of 3x28x28")
     line = fails(capsys, "run", *options, "--crop-size=33", "--model=conv4_rgb")
     assert line == "fedss run: --crop-size: expected at most 32, the images' pixels, got 33"
 
@@ -353,7 +353,8 @@ def test_a_run_that_does_not_train_says_why_in_one_line(tmp_path, capsys):
     out = tmp_path / "run"
     assert cli.main(["run", *SMALL, "--client-lr=1e6", "--warmup-rounds=0", f"--out={out}"]) == 1
     printed, err = capsys.readouterr()
-    assert printed == "" and err == (
+    assert printed.startswith("glyphs: 12 classes, ") and printed.count("\n") == 1  # what the data are
+    assert err == (
         "fedss run: round 1: of 24 cohorts of 2 none had 1 answer that counted: 48 left out: norm over "
         f"--max-norm: is --client-lr too high?; what was done is in {out}\n"
     )

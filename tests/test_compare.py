@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from tiny_federation import tiny_config, tiny_data, tiny_model
@@ -74,6 +75,14 @@ def test_the_tables_say_the_same(tmp_path):
     assert len(lines) == 4 and len({line.replace("\\|", "").count("|") for line in lines}) == 1
     assert lines[3].startswith("| FullSoftmax |") and "| 7.0 (100.0%) |" in lines[3]
     assert lines[3].count("| 0.0% |") == 2  # nothing saved against itself
+
+
+def test_numpys_numbers_are_saved_as_pythons(tmp_path):
+    plan = Plan(Config(), ["fedss"], np.arange(2), [np.int64(3)], [np.float32(0.5)])
+    plan.save(tmp_path)
+    assert Plan.read(tmp_path) == plan and plan.seeds == [0, 1] and type(plan.rates[0]) is float
+    with pytest.raises(ConfigError, match="seeds: expected numbers, got True"):
+        Plan(Config(), ["fedss"], [np.True_])
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
+import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fedss_kernels.federated import Config, ConfigError
 from fedss_kernels.federated.algorithms import METHODS
-from fedss_kernels.federated.config import OWN, PRESETS, read_options
+from fedss_kernels.federated.config import OWN, PRESETS, learning_rate, read_options
 from fedss_kernels.federated.data import DATASETS
 
 
@@ -86,6 +88,40 @@ def test_the_bounds_themselves_are_allowed():
     assert config.server_momentum == 0.0 and isinstance(config.server_momentum, float)
     for method in METHODS:
         assert Config(method=method).method == method
+
+
+def test_numpys_numbers_are_numbers():
+    config = Config(client_lr=np.float64(0.1), rounds=np.int64(7), scale=np.float32(8), server_lr=np.int32(1))
+    assert (config.client_lr, config.rounds, config.scale, config.server_lr) == (0.1, 7, 8.0, 1.0)
+    assert type(config.rounds) is int and type(config.client_lr) is float
+    assert Config(data=np.str_("omniglot"), overwrite=np.True_).overwrite is True
+    json.dumps(config.to_dict())
+
+
+@pytest.mark.parametrize(
+    "options", [{"rounds": np.True_}, {"client_lr": True}, {"client_lr": np.True_}, {"rounds": np.float64(2)}]
+)
+def test_truth_values_are_no_numbers_and_fractions_no_counts(options):
+    with pytest.raises(ConfigError, match=r"expected an? (integer|finite number) .*, got (True|2\.0)"):
+        Config(**options)
+
+
+def test_all_that_cannot_be_is_said_at_once():
+    with pytest.raises(ConfigError) as caught:
+        Config(rounds=0, cohort="2", scale=-1.0)
+    assert str(caught.value).count("; ") == 2
+    assert [option for option, _ in caught.value.mistakes] == ["rounds", "cohort", "scale"]
+    assert (caught.value.option, caught.value.message) == caught.value.mistakes[0]
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+@pytest.mark.parametrize("rounds, warmup", [(1, 0), (10, 1), (199, 19), (200, 20), (250, 20), (800, 20)])
+def test_the_warm_up_is_by_default_at_most_a_tenth_of_the_rounds(rounds, warmup):
+    assert Config(rounds=rounds).warmup_rounds == warmup
+    assert Config(rounds=rounds, warmup_rounds=20).warmup_rounds == 20
+    assert Config(data="sop", rounds=rounds).warmup_rounds == 0
+    highest = max(learning_rate(Config(rounds=rounds), round) for round in range(rounds))
+    assert highest == Config().client_lr
 
 
 def test_it_is_frozen():

@@ -77,7 +77,9 @@ def test_a_split_that_is_given(tmp_path, test):
     write_tree(folder / "train", CLASSES)
     write_tree(folder / test, {"bee": 2, "cat": 1}, first=100)
     (folder / test).rename(tmp_path / "aside")
-    with pytest.raises(FileNotFoundError, match="has train alone: expected test, val, valid, validation too"):
+    with pytest.raises(
+        FileNotFoundError, match="train alone: expected test, val, valid, validation, eval too"
+    ):
         read(folder)
     (tmp_path / "aside").rename(folder / test)
     data = read(folder)

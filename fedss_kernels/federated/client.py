@@ -1,6 +1,6 @@
 """The client's half of a round: local SGD on its own images, from what came to what goes back."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,7 +69,7 @@ class Extractor:
     def embed(self, images: Tensor, batch_size: int = 512) -> Tensor:  # (T, channels, H, W) uint8 -> (T, D)
         self.module.eval()
         batch_size = max(1, min(batch_size, EMBEDDED_NUMBERS // images[0].numel()))
-        embedded = [self.module(self.as_input(batch)) for batch in images.split(batch_size)]
+        embedded = [as_embeddings(self.module(self.as_input(batch))) for batch in images.split(batch_size)]
         return torch.cat([part.to(CPU, torch.float32) for part in embedded])
 
 
@@ -147,7 +147,7 @@ class Client:
         model.gradient.zero_()
         rows.grad = None
         loss = sampled_softmax_loss(
-            model.module(images),
+            as_embeddings(model.module(images)),
             rows,
             target,
             request.denominator,
@@ -170,6 +170,23 @@ def _same(a: Tensor, b: Tensor) -> bool:
 def as_input(images: Tensor) -> Tensor:
     """uint8 pixels as the model's input: float32 in [0, 1]."""
     return images.to(torch.float32).div_(255)
+
+
+def as_embeddings(found: object) -> Tensor:
+    """What a net returned. Raises ValueError for no tensor, which some return in training alone."""
+    if not isinstance(found, Tensor):
+        raise ValueError(f"model: expected embeddings, one tensor (B, D), got {_what(found)}")
+    return found
+
+
+def _what(found: object) -> str:
+    """Of what a net returned: "a dict of 'logits' (Tensor)"."""
+    kind = type(found).__name__
+    if isinstance(found, Mapping):
+        return f"a {kind} of {', '.join(f'{key!r} ({type(v).__name__})' for key, v in found.items())}"
+    if isinstance(found, tuple | list):
+        return f"a {kind} of {', '.join(type(value).__name__ for value in found) or 'nothing'}"
+    return kind
 
 
 def _check_dtypes(module: nn.Module) -> None:

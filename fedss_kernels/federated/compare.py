@@ -10,7 +10,7 @@ from .config import Config, ConfigError
 from .disk import write_whole
 from .jobs import Failure, OnRound, folder_of, play_all, played
 from .ledger import faults
-from .loading import check_data, load_data
+from .loading import check_data, fitted, load_data, with_a_net
 from .mean_sd import mean_sd
 from .plan import FILE, Case, Plan, case_of
 from .remarks import remarks
@@ -96,7 +96,9 @@ def compare(
     if jobs < 1:
         raise ConfigError("jobs", f"expected an integer of at least 1, got {jobs}")
     # Once, before anything starts: mistakes surface here, and caches fill.
-    check_data(plan.config, load_data(plan.config))
+    plan = dataclasses.replace(plan, config=with_a_net(plan.config))  # the same when it is resumed elsewhere
+    data = load_data(plan.config)
+    check_data(fitted(plan.config, data.found), data)
     if resume:
         plan.check_same(out)
     else:
@@ -215,6 +217,9 @@ def trial_name(plan: Plan, config: Config) -> str:
 
 
 # ---- the table ---------------------------------------------------------------------------------------------
+
+
+LEAST = ("seconds", "saved of these", "MB for classes", "rate", "|S_k| (of C)")  # what can be done without
 
 
 def header(table: Sequence[Line]) -> list[str]:

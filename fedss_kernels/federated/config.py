@@ -16,7 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .algorithms import METHODS
+from .config_error import ConfigError, raise_together
 from .data import DATASETS, PARTITIONS, TASKS
 from .disk import write_whole
 from .ledger import WIRE_DTYPES
@@ -25,6 +28,8 @@ from .models import MODELS
 MAX_NORM = 1000.0
 STICKY = {"fresh": 0.0, "sticky": 1.0, "mixed": 0.5}  # the share of its negatives that a client keeps
 OWN = "own"  # the data set or model that a caller hands to run() as an object
+
+FITTED = None  # a default that is chosen when the data are found: see loading.py
 
 # Defaults that depend on the data set. An option left out takes its value from here; "own" data take those
 # of glyphs.
@@ -89,20 +94,21 @@ PRESETS: dict[str, dict[str, Any]] = {
         "cohort": 64,
         "client_lr": 0.001,
     },
-    "image_folder": _PAPER | {"rounds": 2000, "cohort": 32},
+    "image_folder": _PAPER
+    | {
+        "rounds": 2000,
+        "cohort": FITTED,
+        "images_per_client": FITTED,
+        "classes_per_client": FITTED,
+        "model": FITTED,
+        "image_size": FITTED,
+        "crop_size": FITTED,
+    },
     "cifar10": _CIFAR | {"num_negatives": 2},
     "cifar100": _CIFAR | {"num_negatives": 20},
 }
 PRESETS[OWN] = PRESETS["glyphs"]
 PRESET = None  # the default of an option that PRESETS decides
-
-
-class ConfigError(ValueError):
-    """An option that cannot be: which one, what was expected, what came."""
-
-    def __init__(self, option: str, message: str):
-        super().__init__(f"{option}: {message}")
-        self.option, self.message = option, message
 
 
 def option(
@@ -124,7 +130,9 @@ def option(
 class Config:
     """The settings of one run. Raises ConfigError, a ValueError: the option, what was expected, what came.
 
-    Options whose default is decided by the data set (PRESETS) are filled in as the object is made.
+    Options whose default is decided by the data set (PRESETS) are filled in as the object is made, but for
+    those that are FITTED: they are None until the data are found. The warm-up is by default at most a tenth
+    of the rounds.
     """
 
     data: str = option("glyphs", "the data set", choices=lambda: (*DATASETS, OWN))
@@ -205,7 +213,10 @@ class Config:
     batch_size: int = option(PRESET, "images in one local step of a client", low=1, below=2**31)
     client_lr: float = option(PRESET, "learning rate of the clients, at its highest", above=0)
     warmup_rounds: int = option(
-        PRESET, "rounds over which the clients' rate rises to client_lr", low=0, below=2**31
+        PRESET,
+        "rounds over which the clients' rate rises to client_lr; by default at most a tenth of all",
+        low=0,
+        below=2**31,
     )
     lr_decay: str = option(
         PRESET, "the clients' rate after the warm-up", choices=lambda: ("constant", "linear", "cosine")
@@ -290,16 +301,31 @@ class Config:
     overwrite: bool = option(False, "replace the results of an earlier run in the same folder", saved=False)
 
     def __post_init__(self) -> None:
+        errors = []
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value is None and field.name in PRESETS[OWN]:
-                value = PRESETS[self.data][field.name]
-            object.__setattr__(self, field.name, _checked(field, value))
-
-        if self.min_clients > self.cohort:
+            try:
+                object.__setattr__(self, field.name, self._resolved(field))
+            except ConfigError as error:
+                errors.append(error)
+                if field.name == "data":  # the other defaults are by data set
+                    break
+        raise_together(errors)
+        if self.warmup_rounds is None:
+            usual = PRESETS[self.data]["warmup_rounds"]
+            object.__setattr__(self, "warmup_rounds", min(usual, self.rounds // 10))
+        if self.cohort is not None and self.min_clients > self.cohort:
             raise ConfigError(
                 "min_clients", f"expected at most {self.cohort}, the cohort, got {self.min_clients}"
             )
+
+    def _resolved(self, field: dataclasses.Field) -> Any:
+        """An option's value, or its default; None where that is not known yet."""
+        value = getattr(self, field.name)
+        if value is None and field.name in PRESETS[OWN]:
+            value = PRESETS[self.data][field.name]
+            if value is FITTED or field.name == "warmup_rounds":
+                return None
+        return _checked(field, value)
 
     def to_dict(self) -> dict[str, Any]:
         """Every option with its resolved value, in JSON's types; the inverse of `from_dict`."""
@@ -379,6 +405,8 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
     kind, optional = option_type(field.name)
     if value is None and optional:
         return None
+    if isinstance(value, np.generic):
+        value = value.item()
     if kind is Path and isinstance(value, str | Path):
         return Path(value)
     if kind is float and type(value) is int and abs(value) < 2**63:

@@ -1,24 +1,58 @@
-"""The data that a configuration names, and whether the two fit."""
+"""The data that a configuration names, what is chosen to fit them, and whether the two fit."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+from .algorithms import METHODS
 from .config import OWN, Config, ConfigError
-from .data import RESIZED, FederatedData, Partition, load
-from .data.holdout import held_out
+from .config_error import raise_together
+from .data import RESIZED, FederatedData, Found, Partition, load
+from .data.holdout import held_out, number_held_out
+from .models import SIDES
 from .player import check_model
+from .vision_models import unavailable
+
+COHORT = 32  # clients, or all there are where they are fewer
+NET = "mobilenet_v3_large"  # the paper's; where it cannot be made a small one of our own
 
 
-def load_data(config: Config) -> FederatedData:
-    """The data set that `config` names. Raises ConfigError, or ValueError and OSError about its files."""
+def load_data(config: Config, on_found: Callable[[Found], None] | None = None) -> FederatedData:
+    """The data set that `config` names; on_found is told what it holds before images are read from files.
+
+    Raises ConfigError for all that does not fit, before images are read, or ValueError and OSError about its
+    files.
+    """
     if config.data == OWN:
         raise ConfigError("data", f"{OWN!r} data is handed over in Python, as run(config, data=...)")
     if config.data_dir is not None and not config.data_dir.is_dir():
         raise ConfigError("data_dir", f"no such folder: {config.data_dir}")
+    config = with_a_net(config)
+    if _resized(config) and config.image_size < 1:
+        raise ConfigError("image_size", f"expected at least 1, got {config.image_size}")
+    errors = _misfits_of_net(config, (3, config.image_size, config.image_size)) if _resized(config) else []
+
+    def found(what: Found) -> None:
+        if config.holdout:
+            what = replace(what, clients=what.clients - number_held_out(what.clients, config.holdout))
+        raise_together([*errors, *_misfits(fitted(config, what), what)])
+        if on_found:
+            on_found(what)
+
+    try:
+        data = _loaded(config, found)
+    except ConfigError as error:
+        raise_together([error, *errors])
+        raise
+    return held_out(data, config.holdout, config.data_seed) if config.holdout else data
+
+
+def _loaded(config: Config, on_found: Callable[[Found], None]) -> FederatedData:
     options: dict[str, Any] = {}
     if config.data == "glyphs":
         options = {"num_classes": config.glyph_classes, "writers": config.glyph_writers}
-    if config.data in RESIZED:
-        options = {"image_size": config.image_size}
+    if _resized(config):
+        options = {"image_size": config.image_size, "on_found": on_found}
     elif config.image_size:
         raise ConfigError(
             "image_size",
@@ -39,16 +73,80 @@ def load_data(config: Config) -> FederatedData:
         ),
         **options,
     )
-    return held_out(data, config.holdout, config.data_seed) if config.holdout else data
+    if not _resized(config):
+        on_found(data.found)
+    return data
+
+
+def _resized(config: Config) -> bool:
+    return config.data in RESIZED
+
+
+# ---- what is chosen to fit
+
+
+def fitted(config: Config, found: Found) -> Config:
+    """The configuration with every number: those that are FITTED are chosen for this data set."""
+    config = with_a_net(config)
+    chosen: dict[str, Any] = {}
+    if config.cohort is None:
+        chosen["cohort"] = min(COHORT, found.clients)
+    if found.how is not None and None in (config.images_per_client, config.classes_per_client):
+        names = ("num_clients", "images_per_client", "classes_per_client")
+        chosen |= {name: getattr(found.how, name) for name in names}
+    return replace(config, **chosen) if chosen else config
+
+
+def with_a_net(config: Config) -> Config:
+    """With a net, and images of a size for it: of 8 pixels in training it sees 7, as 224 of 256."""
+    model, size, crop = config.model, config.image_size, config.crop_size
+    if None not in (model, size, crop):
+        return config
+    if model is None:
+        model = "conv4_rgb" if unavailable(NET) else NET
+    whole = SIDES.get(model, 256)
+    if size is None:
+        size = -(-8 * crop // 7) if crop else whole
+    return replace(config, model=model, image_size=size, crop_size=7 * size // 8 if crop is None else crop)
+
+
+def choices(config: Config, found: Found) -> list[str]:
+    """What `fitted` chooses, in words for a user, and where the data leave nothing to choose."""
+    after = fitted(config, found)
+    names = [name for name in vars(after) if getattr(after, name) != getattr(config, name)]
+    words = ", ".join(f"{name} {getattr(after, name)}" for name in names)
+    notes = [f"chosen to fit: {words}"] if words else []
+    if METHODS[config.method].samples and config.num_negatives >= found.classes:
+        notes.append(f"num_negatives {config.num_negatives}: all other classes, as with full_softmax")
+    reason = unavailable(NET) if config.model is None else ""
+    return [*notes, reason.removeprefix("model: ")] if reason else notes
+
+
+# ---- whether they fit
 
 
 def check_data(config: Config, data: FederatedData) -> None:
-    """Raises ConfigError if the run and the data do not fit."""
-    if config.cohort > len(data.clients):
-        raise ConfigError(
-            "cohort", f"expected at most {len(data.clients)}, the clients there are, got {config.cohort}"
-        )
-    if len(data.test_images) < 2:
-        raise ConfigError("data", f"expected at least 2 test images, got {len(data.test_images)}")
-    if config.model != OWN:
-        check_model(config, data)
+    """Raises ConfigError, of all that is wrong, if the run and the data do not fit."""
+    errors = _misfits(config, data.found)
+    raise_together([*errors, *_misfits_of_net(config, tuple(data.images.shape[1:]))])
+
+
+def _misfits(config: Config, found: Found) -> list[ConfigError]:
+    errors = []
+    if config.cohort > found.clients:
+        expected = f"expected at most {found.clients}, the clients there are"
+        errors.append(ConfigError("cohort", f"{expected}, got {config.cohort}"))
+    if found.test < 2:
+        errors.append(ConfigError("data", f"expected at least 2 test images, got {found.test}"))
+    return errors
+
+
+def _misfits_of_net(config: Config, shape: tuple[int, ...]) -> list[ConfigError]:
+    """Of images of this shape, (channels, height, width)."""
+    if config.model == OWN:
+        return []
+    try:
+        check_model(config, shape)
+    except ConfigError as error:
+        return [error]
+    return []

@@ -54,6 +54,11 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet18": resnet18,
 }
 
+SIDES = {
+    "conv4": 32,
+    "conv4_rgb": 32,
+}  # pixels on a side of the images that a net is for; the others take any
+
 
 def build_model(name: str, embedding_dim: int, seed: int, **options: object) -> nn.Module:
     """The model `name`, one of MODELS, with weights that are a function of `seed` alone.

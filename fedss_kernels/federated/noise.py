@@ -21,6 +21,7 @@ from ..class_sets import draw_negatives
 from ..plotting import plotting
 from ..sampled_softmax import sampled_softmax_loss
 from .algorithms import METHODS
+from .client import as_embeddings
 from .config import Config
 from .data import FederatedData
 from .mean_sd import mean_sd
@@ -97,7 +98,8 @@ class _Batch:
         self.positives = data.labels[held[chosen]].unique()
         self.labels = data.labels[held[chosen]]
         player.extractor.module.eval()  # no draws but those of the negatives
-        self.embeddings = player.extractor.module(player.extractor.as_input(data.images[held[chosen]]))
+        returned = player.extractor.module(player.extractor.as_input(data.images[held[chosen]]))
+        self.embeddings = as_embeddings(returned)
         self.full = self._gradient("full_softmax", 0, 0, 0)
         self.full_norm = self._norm(*self.full)
 

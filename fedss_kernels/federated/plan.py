@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .algorithms import METHODS
 from .checkpoint import CheckpointError, differences
 from .config import Config, ConfigError, did_you_mean, read_options
@@ -48,7 +50,9 @@ class Plan:
     def __post_init__(self) -> None:
         kinds: dict[str, type | tuple[type, ...]] = {"seeds": int, "counts": int, "rates": (int, float)}
         for option, kind in kinds.items():
-            for value in getattr(self, option):
+            plain = [v.item() if isinstance(v, np.generic) else v for v in getattr(self, option)]
+            object.__setattr__(self, option, plain)  # as they are saved
+            for value in plain:
                 if not isinstance(value, kind) or isinstance(value, bool):
                     raise ConfigError(option, f"expected numbers, got {value!r}")
         for name in self.methods:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..class_sets import draw_negatives
 from .algorithms import METHODS, Request
 from .augment import centre_crop
-from .client import CPU, Client, Extractor, Update, as_input
+from .client import CPU, Client, Extractor, Update, as_embeddings, as_input
 from .config import OWN, STICKY, Config, ConfigError, learning_rate
 from .data import FederatedData
 from .fingerprint import Fingerprint
@@ -35,7 +35,7 @@ class Player:
     ):
         self.config, self.data, self.method = config, data, METHODS[config.method]
         module = copy.deepcopy(model) if model is not None else _build_model(config)
-        _check_model(module, config, data)
+        _check_model(module, config, data.images[:2])
         self.extractor = Extractor(module, config.crop_size, device)
         options: dict[str, Any] = {
             "local_epochs": config.local_epochs,
@@ -127,16 +127,21 @@ def _build_model(config: Config) -> nn.Module:
         raise ConfigError("init_checkpoint", str(error)) from None
 
 
-def check_model(config: Config, data: FederatedData) -> None:
-    """Raises ValueError, or ConfigError, where the named model can't be made or doesn't fit the images."""
-    _check_model(_build_model(config), config, data)
+def check_model(config: Config, shape: tuple[int, ...]) -> None:
+    """Raises ConfigError where the named model can't be made or take images (channels, height, width)."""
+    try:
+        _check_model(_build_model(config), config, torch.zeros(2, *shape, dtype=torch.uint8))
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError("model", str(error).removeprefix("model: ")) from None
 
 
-def _check_model(module: nn.Module, config: Config, data: FederatedData) -> None:
+def _check_model(module: nn.Module, config: Config, pixels: Tensor) -> None:
     """Raises ValueError unless the module maps these images to (B, D) and can be averaged."""
     refuse_batch_norm(module)
     module.eval()
-    images = as_input(data.images[:2])
+    images = as_input(pixels)
     if config.crop_size:
         if config.crop_size > min(images.shape[2:]):
             raise ConfigError(
@@ -146,16 +151,18 @@ def _check_model(module: nn.Module, config: Config, data: FederatedData) -> None
         images = centre_crop(images, config.crop_size)
     try:
         with torch.no_grad():
-            embeddings = module(images)
-    except RuntimeError as error:
+            returned = module(images)
+    except Exception as error:  # a module of one's own may raise anything
         shape = "x".join(map(str, images.shape[1:]))
         raise ValueError(
-            f"model: {config.model} can't take images of {shape} (channels, height, width): {error}; conv4 "
-            "takes 1x28x28 to 1x32x32, conv4_rgb 3x28x28 to 3x32x32, the larger nets any"
+            f"model: {config.model} can't take images of {shape} (channels, height, width): "
+            f"{type(error).__name__}: {error}; conv4 takes 1x28x28 to 1x32x32, conv4_rgb 3x28x28 to 3x32x32, "
+            "the larger nets any"
         ) from None
-    expected = (len(data.images[:2]), config.embedding_dim)
-    if tuple(embeddings.shape) != expected:
+    embeddings = as_embeddings(returned)
+    expected = (len(images), config.embedding_dim)
+    if tuple(embeddings.shape) != expected or not embeddings.is_floating_point():
         raise ValueError(
-            f"model: expected embeddings of shape {expected} for {expected[0]} images (embedding_dim "
-            f"{config.embedding_dim}), got {tuple(embeddings.shape)}"
+            f"model: expected floating embeddings of shape {expected} for {expected[0]} images "
+            f"(embedding_dim {config.embedding_dim}), got {tuple(embeddings.shape)} {embeddings.dtype}"
         )

@@ -13,17 +13,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from . import idle_settings
 from .checkpoint import Checkpoint, CheckpointError
 from .class_store import ClassStore, check_free
 from .client import Update
 from .config import OWN, Config, ConfigError, learning_rate
 from .data import FederatedData
 from .ledger import OUTCOMES, Entry, Traffic
-from .loading import check_data, load_data
+from .loading import check_data, fitted, load_data
 from .metrics import Accuracies
 from .player import Player, training_device
 from .row_table import RowTable
 from .run_folder import Facts, RoundMetrics, RunFolder, Summary
+from .sending import check_sendable
 from .simulation import Simulation, TooFewClients
 from .workers import WorkerLost, started
 
@@ -77,7 +79,12 @@ def run(
     if model is not None:
         config = replace(config, model=OWN)
     data = data or load_data(config)
+    config = fitted(config, data.found)
     check_data(config, data)
+    if model is not None and config.workers > 1:
+        check_sendable(model)
+    for line in idle_settings.idle([config]):
+        idle_settings.log.warning(line)
     with _torch_settings(config.threads):
         player = Player(config, data, model, training_device(config))
         folder, checkpoint, history = _open_folder(config, player, resume)

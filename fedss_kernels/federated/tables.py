@@ -19,3 +19,20 @@ def write_csv(path: Path, lines: Iterable[Sequence[object]]) -> None:
     text = io.StringIO(newline="")
     csv.writer(text).writerows(lines)
     write_whole(path, text.getvalue())
+
+
+def read_markdown(text: str) -> tuple[list[str], list[list[str]]]:
+    """(header, rows) of what `markdown` wrote."""
+    lines = [line.removeprefix("| ").removesuffix(" |").split(" | ") for line in text.splitlines()]
+    header, _, *rows = [[cell.replace("\\|", "|") for cell in line] for line in lines]
+    return header, rows
+
+
+def fitting(widths: Sequence[int], room: int, least: Sequence[int] = ()) -> list[int]:
+    """Which columns there is room for: those in `least` go first, then the last, but never the first two."""
+    shown = list(range(len(widths)))
+    for i in dict.fromkeys([*least, *reversed(range(2, len(widths)))]):
+        if sum(widths[k] for k in shown) <= room:
+            break
+        shown.remove(i)
+    return shown

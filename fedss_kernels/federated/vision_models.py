@@ -84,3 +84,12 @@ def _torchvision(name: str) -> Any:
             f"model: {name} needs torchvision, which cannot be imported ({error}): "
             'pip install "fedss-kernels[vision]"'
         ) from None
+
+
+def unavailable(name: str) -> str:
+    """Why the net of this name cannot be made here; "" where it can."""
+    try:
+        _torchvision(name)
+    except ValueError as error:
+        return str(error)
+    return ""

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..config import STICKY
-from ..loading import check_data, load_data
+from ..loading import load_data
 from ..models import MODELS
 from ..remarks import remarks
 from ..rounds import run
@@ -30,6 +30,7 @@ from .options import (
     read_counts,
     reader,
 )
+from .output import print_markdown, read_data
 
 
 def _write(
@@ -41,7 +42,7 @@ def _write(
     """
     lines = list(failed)
     try:
-        print(write(), end="")
+        print_markdown(write())
         print(f"the table, the plot and the report: {out / 'report.html'}")
     except Exception as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())
@@ -92,11 +93,8 @@ def _noise(arguments: argparse.Namespace) -> int:
                 raise Mistake(f"{flag(given)}: the model of --run is measured on its own data")
         config = config_of(arguments, read_config(arguments.run)[0].to_dict() if arguments.run else {})
         out = arguments.out if "out" in arguments else Path("runs") / f"noise-{config.data}"
-        data = load_data(config)
-        check_data(config, data)
-        model = None
-        if arguments.run:
-            model = read_model(arguments.run)
+        model = read_model(arguments.run) if arguments.run else None
+        config, data = read_data(config, [config])
         counts = arguments.counts or noise.default_counts(data.num_classes)
         make_folder(out)
     torch.set_num_threads(config.threads)
@@ -166,10 +164,8 @@ def _privacy(arguments: argparse.Namespace) -> int:
         config = config_of(arguments)
         out = config.out or Path("runs") / f"privacy-{config.data}"
         config = dataclasses.replace(config, out=None)
-        data = load_data(config)
-        check_data(config, data)
         privacy.check(config)
-        make_folder(out)
+        config, data = read_data(config, [config], lambda: make_folder(out))
     accuracy, failed = {}, []
     if arguments.train:
         with RunProgress(list(STICKY), config.rounds) as progress:

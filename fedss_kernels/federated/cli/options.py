@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..config import (
+    FITTED,
     OWN,
     PRESETS,
     Config,
@@ -72,7 +73,11 @@ def _help(field: dataclasses.Field) -> str:
 def _default(field: dataclasses.Field) -> str:
     if field.name in PRESETS[OWN]:
         return _by_data_set(
-            {name: str(preset[field.name]) for name, preset in PRESETS.items() if name != OWN}
+            {
+                name: "what fits the data" if preset[field.name] is FITTED else str(preset[field.name])
+                for name, preset in PRESETS.items()
+                if name != OWN
+            }
         )
     if isinstance(field.default, bool):
         return "yes" if field.default else "no"
@@ -162,6 +167,6 @@ def mistakes() -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        raise Mistake(f"{flag(error.option)}: {error.message}") from None
+        raise Mistake(error.worded(flag)) from None
     except (ValueError, OSError) as error:
         raise Mistake(" ".join(str(error).split())) from None

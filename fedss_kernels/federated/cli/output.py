@@ -1,23 +1,83 @@
-"""Tables and other lines on the terminal."""
+"""What is said on the terminal: what the data are, warnings, tables."""
 
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 
+from ..config import Config
+from ..data import FederatedData, Found
+from ..idle_settings import idle, short_warmup
+from ..loading import check_data, choices, fitted, load_data
+from ..tables import fitting, read_markdown
 
-def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+PIPED = 160  # columns of a table in a file or a log
+
+
+def read_data(
+    config: Config, runs: Sequence[Config], ready: Callable[[], None] | None = None
+) -> tuple[Config, FederatedData]:
+    """(the configuration, fitted to the data; the data). Before images are read says in a line what they are.
+
+    And what is worth a word of the settings of `runs`, if there are any. Before that `ready` is called, as
+    soon as it is known that the two fit. Raises ConfigError where they do not.
+    """
+
+    def say(found: Found) -> None:
+        if ready:
+            ready()
+        if runs:
+            words = "; ".join([found.line, *choices(config, found)])
+            for line in (f"{config.data}: {words}", *short_warmup(config), *idle(runs)):
+                print(line, flush=True)
+
+    data = load_data(config, say)
+    config = fitted(config, data.found)
+    check_data(config, data)
+    return config, data
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], least: Sequence[str] = ()) -> None:
+    """As many columns as there is room for; on a narrow terminal those in `least` go first, then the last.
+
+    Figures are never cut. What is left out is said. Off a terminal the table is as wide as it is.
+    """
     from rich.console import Console
     from rich.table import Table
 
-    table = Table()
-    for i, title in enumerate(header):
-        table.add_column(title, justify="left" if i == 0 else "right", no_wrap=i == 0)
-    for row in rows:
-        table.add_row(*row)
-    # Off a terminal rich would squeeze the table into 80 columns; a file or a log takes it as wide as it is.
     console = Console()
-    (console if console.is_terminal else Console(width=160)).print(table)
+    widths = _widths(header, rows)
+    room = console.width if console.is_terminal else max(PIPED, sum(widths) + 1)
+    shown = fitting(widths, room - 1, [header.index(title) for title in least])
+    table = Table()
+    for i in shown:
+        table.add_column(header[i], justify="right" if i else "left", min_width=widths[i] - 3)
+    for row in rows:
+        table.add_row(*(row[i] for i in shown))
+    Console(width=max(room, sum(widths[i] for i in shown) + 1)).print(table)
+    if len(shown) < len(header):
+        left_out = [title for i, title in enumerate(header) if i not in shown]
+        print(f"no room for: {', '.join(left_out)}")
+
+
+def print_markdown(text: str) -> None:
+    """A table of `markdown` as it is, but on a terminal that would break its lines."""
+    from rich.console import Console
+
+    console = Console()
+    if console.is_terminal and max(map(len, text.splitlines())) > console.width:
+        print_table(*read_markdown(text))
+    else:
+        print(text, end="")
+
+
+def _widths(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
+    """Of each column on the terminal, its border in it: titles may break between words, figures may not."""
+    from rich.cells import cell_len
+
+    names = [word for row in rows for word in row[0].split()]
+    cells = [names, *([row[i] for row in rows] for i in range(1, len(header)))]
+    return [max(map(cell_len, [*title.split(), *of])) + 3 for title, of in zip(header, cells, strict=True)]
 
 
 def print_profile(seconds: Mapping[str, float], rounds: int) -> None:

@@ -18,7 +18,6 @@ from ..config import (
 from ..disk import reason
 from ..interrupts import Interrupted, noticed
 from ..ledger import OUTCOMES, faults
-from ..loading import check_data, load_data
 from ..lock import InUse
 from ..plan import LISTS, Plan, read_preset
 from ..rounds import Stopped, run
@@ -38,7 +37,7 @@ from .options import (
     read_rates,
     reader,
 )
-from .output import print_profile, print_table, say_what_is_logged
+from .output import print_profile, print_table, read_data, say_what_is_logged
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,16 +79,18 @@ def _run(arguments: argparse.Namespace) -> int:
         config = config_of(arguments, _options_of(arguments.resume) if resume else {})
         out = config.out or Path("runs") / f"{config.data}-{config.method}-seed{config.seed}"
         config = dataclasses.replace(config, out=out)
-        data = load_data(config)
-        check_data(config, data)
         rank, processes = launched()
         if rank > 0:
-            help_out(config, data, rank, processes)
+            help_out(*read_data(config, []), rank, processes)
             return 0
-        if not resume:
-            check_folder(out, RUN_FILES, overwrite=config.overwrite)
-            if config.class_store:
-                check_free(config.class_store, run=out, overwrite=config.overwrite)
+
+        def ready() -> None:
+            if not resume:
+                check_folder(out, RUN_FILES, overwrite=config.overwrite)
+                if config.class_store:
+                    check_free(config.class_store, run=out, overwrite=config.overwrite)
+
+        config, data = read_data(config, [] if resume else [config], ready)
     played: list[RoundMetrics] = []
     say_what_is_logged("run", checkpoint, record, run_folder)
     try:
@@ -107,7 +108,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 stop=stop,
             )
     except ConfigError as error:
-        raise Mistake(f"{flag(error.option)}: {error.message}") from None
+        raise Mistake(error.worded(flag)) from None
     except (CheckpointError, FileExistsError, InUse) as error:
         raise Mistake(str(error)) from None
     except TooFewClients as error:
@@ -229,7 +230,7 @@ _COMPARED: dict[str, Any] = {
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from ..compare import COMPARISON_FILES, cells, compare, header, job_name, trial_name
+    from ..compare import COMPARISON_FILES, LEAST, cells, compare, header, job_name, trial_name
     from ..jobs import JobsStopped
     from ..progress import RunProgress
 
@@ -248,11 +249,18 @@ def _compare(arguments: argparse.Namespace) -> int:
             lists = _COMPARED | preset | {name: value for name, value in given.items() if value is not None}
             plan = Plan(config_of(arguments, preset.get("config", {})), *(lists[name] for name in LISTS))
         out = plan.config.out or Path("runs") / f"{arguments.command}-{plan.config.data}"
-        check_data(plan.config, load_data(plan.config))
-        if not resume:
-            check_folder(out, COMPARISON_FILES, overwrite=plan.config.overwrite)
         names = [trial_name(plan, trial) for trial in plan.trials(out)]
-        names += [job_name(plan, run) for run in plan.runs(out, {})]
+        runs = plan.runs(out, {})
+        names += [job_name(plan, run) for run in runs]
+
+        def ready() -> None:
+            if not resume:
+                check_folder(out, COMPARISON_FILES, overwrite=plan.config.overwrite)
+            for option, instead in (("client_lr", "rates"), ("num_negatives", "counts")):
+                if option in arguments and getattr(plan, instead):
+                    print(f"{flag(option)} has no effect: {flag(instead)} are taken instead")
+
+        read_data(plan.config, [] if resume else runs, ready)
     command = f"fedss {arguments.command}"
     go_on = f"go on with: {command} --resume {out}"
     finishing = f"{command}: finishing the rounds of the runs; Ctrl-C again stops at once"
@@ -280,7 +288,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     for line in (*comparison.notes, *comparison.failed):
         print(f"fedss {arguments.command}: {line}", file=sys.stderr)
     if comparison.table:
-        print_table(header(comparison.table), [cells(line) for line in comparison.table])
+        print_table(header(comparison.table), [cells(line) for line in comparison.table], LEAST)
         print(f"the table, plots and report: {out / 'report.html'}")
     return 1 if comparison.failed else 0
 

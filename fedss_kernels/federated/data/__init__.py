@@ -12,10 +12,10 @@ from .image_folder import load_image_folder
 from .imagenet21k import load_imagenet21k
 from .landmarks import load_landmarks
 from .omniglot import load_omniglot
-from .partition import PARTITIONS, TASKS, FederatedData, Partition
+from .partition import PARTITIONS, TASKS, FederatedData, Found, Partition
 from .sop import load_sop
 
-__all__ = ["DATASETS", "PARTITIONS", "RESIZED", "TASKS", "FederatedData", "Partition", "load"]
+__all__ = ["DATASETS", "PARTITIONS", "RESIZED", "TASKS", "FederatedData", "Found", "Partition", "load"]
 
 DATASETS: dict[str, Callable[..., FederatedData]] = {
     "glyphs": load_glyphs,

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from .cache import Arrays, cached_arrays
-from .image_folder import images_below
+from .class_folders import ClassFolders, image_endings
 from .images import VERSION, decode
 from .partition import FederatedData, Partition, divide
 
@@ -322,7 +322,8 @@ def _from_jpegs(place: Path, cache_dir: Path | None) -> Arrays:
     """From a folder or an archive with train/<class>/*.jpg and test/<class>/*.jpg."""
     import PIL
 
-    files = [place] if place.is_file() else [*images_below(place / "train"), *images_below(place / "test")]
+    walk = ClassFolders("cifar10")
+    files = [place] if place.is_file() else [*walk.images(place / "train"), *walk.images(place / "test")]
     stats = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = {"version": VERSION, "pillow": PIL.__version__, "files": stats}
     return cached_arrays("cifar10", key, lambda: _decoded(place, files), cache_dir)
@@ -333,8 +334,12 @@ def _decoded(place: Path, files: list[Path]) -> Arrays:
         found = _members("cifar10", place)
     else:
         found = [(file.relative_to(place).as_posix(), file.read_bytes()) for file in files]
-    found = sorted((name, content) for name, content in found if name.lower().endswith((".jpg", ".jpeg")))
-    classes = sorted({name.split("/")[1] for name, _ in found if name.count("/") == 2})
+    endings = tuple(image_endings())
+    found = sorted((name, content) for name, content in found if name.lower().endswith(endings))
+    loose = next((name for name, _ in found if name.count("/") < 2), None)
+    if loose is not None:
+        raise ValueError(f"cifar10: expected train/<class>/*.jpg and test/<class>/*.jpg, got {loose}")
+    classes = sorted({name.split("/")[1] for name, _ in found})
     if len(classes) != CIFAR10.num_classes:
         raise ValueError(
             f"cifar10: expected train/<class>/*.jpg and test/<class>/*.jpg of 10 classes in {place}, got "

@@ -5,17 +5,24 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from ..config_error import ConfigError
 from .partition import FederatedData
+
+
+def number_held_out(clients: int, share: float) -> int:
+    """Of so many, at least one. Raises ConfigError if nobody would be left to train."""
+    count = max(1, round(share * clients))
+    if count >= clients:
+        raise ConfigError("holdout", f"expected to leave some of {clients} clients, got {share}")
+    return count
 
 
 def held_out(data: FederatedData, share: float, seed: int) -> FederatedData:
     """The data without a share of the clients, at least one; their images and labels are the test set.
 
-    Raises ValueError if nobody would be left to train.
+    Raises ConfigError if nobody would be left to train.
     """
-    count = max(1, round(share * len(data.clients)))
-    if count >= len(data.clients):
-        raise ValueError(f"holdout: expected to leave some of {len(data.clients)} clients, got {share}")
+    count = number_held_out(len(data.clients), share)
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, 0x01DE])))
     out = set(rng.permutation(len(data.clients))[:count].tolist())
     kept = [k for k in range(len(data.clients)) if k not in out]

@@ -2,24 +2,24 @@
 
 <class>/**/*.jpg                     a share of each class' images, drawn by the seed, is the test set
 train/<class>/**/*.jpg  test/<class>/**/*.jpg
+
+In letters of any case, training, train_set and so on too.
 """
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from .images import EXTENSIONS, cached_images
-from .partition import FederatedData, Partition, divide, draw_share
+from .class_folders import ByClass, ClassFolders
+from .images import cached_images
+from .partition import FederatedData, Found, Partition, divide, draw_share
 
 SOURCE = "wherever they come from: this is a folder of your own"
-ByClass = dict[str, list[Path]]  # the files of each class, sorted
-TESTS = ("test", "val", "valid", "validation")
 
 
 def load_image_folder(
@@ -31,6 +31,7 @@ def load_image_folder(
     image_size: int = 256,
     test_share: float = 0.2,
     how: Partition | None = None,
+    on_found: Callable[[Found], None] | None = None,
 ) -> FederatedData:
     """Every image below data_dir/<class>, in colour, resized to image_size x image_size.
 
@@ -38,16 +39,12 @@ def load_image_folder(
     each class' images is the test set of a classification, a share of the classes that of a retrieval.
     """
     folder = _existing(data_dir)
-    given = next((folder / name for name in TESTS if (folder / name).is_dir()), None)
-    if (folder / "train").is_dir() and given:
-        train, test = find_classes(folder / "train"), find_classes(given)
+    walk = ClassFolders("image_folder")
+    if given := walk.split(folder):
+        train, test = walk.classes(given[0]), walk.classes(given[1])
     else:
-        classes = find_classes(folder)
-        if list(classes) == ["train"]:
-            expected = ", ".join(TESTS)
-            raise FileNotFoundError(f"image_folder: {folder} has train alone: expected {expected} too")
         split = split_classes if task == "retrieval" else split_images
-        train, test = split(classes, seed, test_share)
+        train, test = split(walk.classes(folder), seed, test_share)
     return from_files(
         "image_folder",
         train,
@@ -57,7 +54,9 @@ def load_image_folder(
         image_size=image_size,
         cache_dir=cache_dir,
         source=SOURCE,
-        how=how or Partition("classes"),
+        how=how or Partition("classes", images_per_client=None, classes_per_client=None),
+        notes=walk.notes,
+        on_found=on_found,
     )
 
 
@@ -71,34 +70,6 @@ def _existing(data_dir: Path | None) -> Path:
     return Path(data_dir)
 
 
-def find_classes(folder: Path) -> ByClass:
-    """The images below each folder in `folder`, the folders' names the classes. Hidden ones don't count."""
-    found = {}
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.is_dir() and not entry.name.startswith("."):
-            files = images_below(Path(entry.path))
-            if files:
-                found[entry.name] = files
-    if not found:
-        raise FileNotFoundError(
-            f"no <class>/*.jpg in {folder} (or of {', '.join(EXTENSIONS)}): expected a folder for each class"
-        )
-    return found
-
-
-def images_below(folder: Path) -> list[Path]:
-    """Sorted; none that is hidden, or in a hidden folder."""
-    found = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
-            Path(parent, name)
-            for name in names
-            if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
-        ]
-    return sorted(found)
-
-
 def split_images(by_class: Mapping[str, list[Path]], seed: int, share: float) -> tuple[ByClass, ByClass]:
     """(training, test): `share` of each class' images are the test's, rounded, but never all of them."""
     _check_share(share)
@@ -110,6 +81,12 @@ def split_images(by_class: Mapping[str, list[Path]], seed: int, share: float) ->
         train[name] = [file for i, file in enumerate(files) if i not in chosen]
         if chosen:
             test[name] = [files[i] for i in sorted(chosen)]
+    if not test:
+        most = max(map(len, by_class.values()))
+        raise ValueError(
+            f"no class has an image to spare for the test: a share of {share} of {most} images, rounded, is "
+            "none: give folders train and test"
+        )
     return train, test
 
 
@@ -138,6 +115,8 @@ def from_files(
     source: str,
     how: Partition,
     owner: Mapping[Path, str] | None = None,  # whose a training image is, where images have authors
+    notes: tuple[str, ...] = (),
+    on_found: Callable[[Found], None] | None = None,  # called before any image is read, which takes long
 ) -> FederatedData:
     """The data set of these files; classes are numbered in the order of `train`.
 
@@ -153,8 +132,8 @@ def from_files(
             f"{name}: {common[0]!r} is a class of training and of the test, which a retrieval's must not "
             "share; expected task 'classification'"
         )
-    if not test:
-        raise ValueError(f"{name}: no class has an image to spare for the test")
+    if len(train) < 2:
+        raise ValueError(f"{name}: expected at least 2 classes to train on, got 1: {next(iter(train))}")
     of_test = number if task == "classification" else {c: i for i, c in enumerate(test)}
     files = [file for of_class in train.values() for file in of_class]
     test_files = [file for of_class in test.values() for file in of_class]
@@ -167,7 +146,12 @@ def from_files(
     authors = sorted(set(owner.values())) if owner else None
     place = {author: k for k, author in enumerate(authors or ())}
     owners = np.array([place[owner[file]] for file in files]) if owner else None
-    clients, client_names = divide(labels, how, seed, authors, owners)  # before the images: they take long
+    made_by = how if owner else how.fitted(np.bincount(labels))
+    clients, client_names = divide(labels, made_by, seed, authors, owners)
+    lacking = len(train) - len(test) if task == "classification" else 0
+    known = (*notes, f"classes without a test image: {lacking:,}") if lacking else notes
+    if on_found:
+        on_found(Found(name, len(train), len(files), len(test_files), len(clients), made_by, known))
     images, test_images = cached_images(name, [files, test_files], image_size, cache_dir, source)
     return FederatedData(
         name=name,
@@ -180,4 +164,6 @@ def from_files(
         num_classes=len(train),
         class_names=tuple(train),
         task=task,
+        how=made_by,
+        notes=known,
     )

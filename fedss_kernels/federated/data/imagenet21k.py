@@ -9,10 +9,12 @@ to 25,691 clients of about 400 images and 20 classes.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
-from .image_folder import find_classes, from_files, split_images
-from .partition import FederatedData, Partition
+from .class_folders import ClassFolders
+from .image_folder import from_files, split_images
+from .partition import FederatedData, Found, Partition
 
 SOURCE = "https://image-net.org/download-images (the full release, each n<number>.tar unpacked to a folder)"
 CLIENTS = 25_691
@@ -27,11 +29,13 @@ def load_imagenet21k(
     cache_dir: Path | None = None,
     image_size: int = 256,
     how: Partition | None = None,
+    on_found: Callable[[Found], None] | None = None,
 ) -> FederatedData:
     """The images of every folder n<8 digits> in `data_dir`; `seed` draws the test's fifth and the clients."""
     if task != "classification":
         raise ValueError(f"task: expected classification for imagenet21k, got {task!r}")
-    by_class = find_classes(_existing(data_dir))
+    folder, walk = _existing(data_dir), ClassFolders("imagenet21k")
+    by_class = walk.classes(folder)
     strange = [name for name in by_class if not SYNSET.fullmatch(name)]
     if strange:
         raise ValueError(
@@ -49,6 +53,8 @@ def load_imagenet21k(
         cache_dir=cache_dir,
         source=SOURCE,
         how=how or Partition("classes", num_clients=CLIENTS),
+        notes=walk.notes,
+        on_found=on_found,
     )
 
 

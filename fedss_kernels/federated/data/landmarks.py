@@ -12,11 +12,12 @@ authors' lists, which have no images, and the images of Google Landmarks v2, who
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from .image_folder import ByClass, from_files
-from .partition import FederatedData, Partition
+from .class_folders import ByClass
+from .image_folder import from_files
+from .partition import FederatedData, Found, Partition
 
 SOURCE = "https://storage.googleapis.com/gresearch/federated-vision-datasets/landmarks-user-160k.zip"
 IMAGES = "https://github.com/cvdfoundation/google-landmark (train)"
@@ -32,6 +33,7 @@ def load_landmarks(
     cache_dir: Path | None = None,
     image_size: int = 256,
     how: Partition | None = None,
+    on_found: Callable[[Found], None] | None = None,
 ) -> FederatedData:
     """Reads both lists and the images they name from `data_dir`; `seed` is for partitions but the natural."""
     if task != "classification":
@@ -53,6 +55,7 @@ def load_landmarks(
         source=IMAGES,
         how=how or Partition("natural"),
         owner=owner,
+        on_found=on_found,
     )
 
 

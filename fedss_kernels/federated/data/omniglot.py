@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from .cache import Arrays, cached_arrays
+from .class_folders import ClassFolders
 from .partition import Drawings, FederatedData, Partition, partition
 
 VERSION = 1  # raise it whenever the same files would give other arrays
@@ -78,9 +79,13 @@ def find_parts(data_dir: Path | None) -> list[Path]:
 
 def _fingerprint(part: Path) -> list[tuple[str, int, int]]:
     """(name, size, time of change) of a zip file, or of all files in a folder."""
-    files = [part] if part.is_file() else sorted(part.rglob("*.png"))
+    files = [part] if part.is_file() else _pngs(part)
     stats = ((str(file.absolute()), file.stat()) for file in files)
     return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+
+
+def _pngs(folder: Path) -> list[Path]:
+    return ClassFolders("omniglot", frozenset({".png"})).images(folder)
 
 
 def read(parts: list[Path]) -> Arrays:
@@ -142,7 +147,7 @@ def _from_zip(path: Path) -> Iterator[Drawing]:
 
 
 def _from_folder(path: Path) -> Iterator[Drawing]:
-    for file in path.rglob("*.png"):
+    for file in _pngs(path):
         match = FILE_NAME.fullmatch(file.relative_to(path).as_posix())
         if match:
             yield match[1], match[2], int(match[3]), decode(file.read_bytes(), str(file))

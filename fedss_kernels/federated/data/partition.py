@@ -9,22 +9,51 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..config_error import ConfigError
+from .handed_over import integer, integers, listed, tensor
 from .images import map_images, mapped_from
 
 TASKS = ("classification", "retrieval")
 PARTITIONS = ("natural", "classes", "dirichlet", "iid")
 
 
+@dataclass(frozen=True)
+class Found:
+    """What a data set holds; of one from files it is known before any image is read."""
+
+    name: str
+    classes: int
+    training: int  # images
+    test: int
+    clients: int
+    how: Partition | None = None  # what made the clients, where its numbers were chosen to fit the data
+    notes: tuple[str, ...] = ()  # what one should know of how it was found: "left out: 6 files (.txt 6)"
+
+    @property
+    def line(self) -> str:
+        """As "4 classes, 40 training and 8 test images, 4 clients; left out: 24 files (.jfif 6, ...)"."""
+        images = f"{self.training:,} training and {self.test:,} test images"
+        classes, clients = _many(self.classes, "class", "classes"), _many(self.clients, "client", "clients")
+        return "; ".join([f"{classes}, {images}, {clients}", *self.notes])
+
+
+def _many(count: int, one: str, several: str) -> str:
+    return f"{count:,} {one if count == 1 else several}"
+
+
 @dataclass(frozen=True, eq=False)
 class FederatedData:
-    """Training images held by clients, and a test set; a ValueError names a part that does not fit."""
+    """Training images held by clients, and a test set; a ValueError names a part that does not fit.
+
+    Arrays of numpy and lists become tensors, labels and rows of any integer type int64.
+    """
 
     name: str
     images: Tensor  # (N, channels, H, W) uint8, the training images
@@ -38,6 +67,13 @@ class FederatedData:
     num_classes: int  # C, the training classes
     class_names: tuple[str, ...]
     task: str  # "classification" | "retrieval"
+    how: Partition | None = None  # as in Found
+    notes: tuple[str, ...] = ()
+
+    @property
+    def found(self) -> Found:
+        counts = self.num_classes, len(self.images), len(self.test_images), len(self.clients)
+        return Found(self.name, *counts, self.how, self.notes)
 
     def __getstate__(self) -> dict[str, Any]:
         """Images that are mapped from a file travel to another process as its name."""
@@ -55,6 +91,22 @@ class FederatedData:
         self.__dict__.update(state)
 
     def __post_init__(self) -> None:
+        values: dict[str, Any] = {"num_classes": integer("num_classes", self.num_classes)}
+        for name in ("images", "test_images"):
+            values[name] = tensor(name, getattr(self, name))
+        for name in ("labels", "test_labels"):
+            values[name] = integers(name, getattr(self, name))
+        for name in ("clients", "client_names", "class_names"):
+            values[name] = listed(name, getattr(self, name))
+        rows = "a non-empty (n_k,) tensor of integers"
+        values["clients"] = tuple(
+            integers(f"clients[{k}]", held, rows) for k, held in enumerate(values["clients"])
+        )
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+        self._check()
+
+    def _check(self) -> None:
         if self.task not in TASKS:
             raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {self.task!r}")
         if self.num_classes < 1:
@@ -80,10 +132,9 @@ class FederatedData:
                 f"got {len(self.client_names)}"
             )
         for k, rows in enumerate(self.clients):
-            if rows.dim() != 1 or rows.dtype != torch.int64 or not len(rows):
+            if rows.dim() != 1 or not len(rows):
                 raise ValueError(
-                    f"clients[{k}]: expected a non-empty (n_k,) int64 tensor, "
-                    f"got {tuple(rows.shape)} {rows.dtype}"
+                    f"clients[{k}]: expected a non-empty (n_k,) tensor of integers, got {tuple(rows.shape)}"
                 )
             if int(rows.min()) < 0 or int(rows.max()) >= len(self.images):
                 raise ValueError(f"clients[{k}]: expected rows in [0, {len(self.images)}), got {_span(rows)}")
@@ -97,10 +148,10 @@ def _check_images(
             f"{images_name}: expected a non-empty (N, channels, H, W) uint8 tensor, "
             f"got {tuple(images.shape)} {images.dtype}"
         )
-    if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
+    if labels.shape != images.shape[:1]:
         raise ValueError(
             f"{labels_name}: expected ({len(images)},) int64, one label for each image, "
-            f"got {tuple(labels.shape)} {labels.dtype}"
+            f"got {tuple(labels.shape)}"
         )
     if int(labels.min()) < 0 or (num_classes is not None and int(labels.max()) >= num_classes):
         end = "any" if num_classes is None else num_classes
@@ -208,25 +259,85 @@ class Partition:
 
     kind: str = "natural"  # one of PARTITIONS
     num_clients: int = 0  # 0: one for every `images_per_client` images
-    images_per_client: int = 100
-    classes_per_client: int = 20
+    images_per_client: int | None = 100  # None: as `fitted` finds, so for classes_per_client
+    classes_per_client: int | None = 20
     alpha: float = 0.5
 
     def __post_init__(self) -> None:
         if self.kind not in PARTITIONS:
             raise ValueError(f"partition: expected one of {', '.join(PARTITIONS)}, got {self.kind!r}")
         for name, low in (("num_clients", 0), ("images_per_client", 1), ("classes_per_client", 1)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name}: expected at least {low}, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ValueError(f"{name}: expected at least {low}, got {value}")
         if not self.alpha > 0:
             raise ValueError(f"dirichlet_alpha: expected a number greater than 0, got {self.alpha}")
 
+    def fitted(self, sizes: np.ndarray) -> Partition:  # (C,) images of each class
+        """With a number where None stands, such that these images can be divided, if the others let them be.
+
+        By default 20 classes, or all there are where they are fewer, and 100 images; of less than 1,000
+        images a tenth, but at least 10, so that there are several clients.
+        """
+        images = self.images_per_client or min(100, max(10, int(sizes.sum()) // 10))
+        found = replace(self, images_per_client=images)
+        if self.kind != "classes":
+            return replace(found, classes_per_client=self.classes_per_client or 20)
+        shares = _Shares(sizes)
+        count = found.clients_of(shares.images)
+        if not self.num_clients and self.images_per_client is None:
+            count = shares.nearest_count(count, self.classes_per_client)
+            found = replace(found, images_per_client=-(-shares.images // count))
+            if found.clients_of(shares.images) != count:  # no number of images makes so many clients
+                found = replace(found, num_clients=count)
+        low, high = shares.bounds(count)
+        return replace(found, classes_per_client=self.classes_per_client or max(1, min(high, max(low, 20))))
+
     def clients_of(self, num_images: int) -> int:
         """How many clients share so many images."""
+        assert self.images_per_client is not None
         count = self.num_clients or -(-num_images // self.images_per_client)
         if count > num_images:
-            raise ValueError(f"num_clients: expected at most {num_images}, the images there are, got {count}")
+            raise ConfigError(
+                "num_clients", f"expected at most {num_images}, the images there are, got {count}"
+            )
         return count
+
+
+class _Shares:
+    """What numbers of clients and of classes of each can be, in the partition "classes".
+
+    K clients of exactly P classes need a shard for each, K * P: at least one of every class, and of a class
+    at most one for each of its images and one for each client.
+    """
+
+    def __init__(self, sizes: np.ndarray):
+        self.sizes = np.sort(sizes[sizes > 0])
+        self.classes, self.images = len(self.sizes), int(sizes.sum())
+        self._below = np.concatenate([[0], np.cumsum(self.sizes)])
+
+    def most(self, num_clients: int) -> int:
+        """Shards: the sum of min(size, K)."""
+        small = int(np.searchsorted(self.sizes, num_clients))
+        return int(self._below[small]) + (self.classes - small) * num_clients
+
+    def bounds(self, num_clients: int) -> tuple[int, int]:
+        """(least, most) classes of each client; the least is the greater where there is no such number."""
+        return -(-self.classes // num_clients), self.most(num_clients) // num_clients
+
+    def nearest_count(self, wanted: int, classes_per_client: int | None) -> int:
+        """The number of clients that can be which is nearest to `wanted`; `wanted` where none can."""
+        if classes_per_client is None:
+            return next(count for count in range(wanted, 0, -1) if self._can_be(count))  # one client can
+        least = -(-self.classes // classes_per_client)
+        count = max(wanted, least)
+        while count > least and self.most(count) < count * classes_per_client:
+            count -= 1
+        return count if self.most(count) >= count * classes_per_client else wanted
+
+    def _can_be(self, num_clients: int) -> bool:
+        low, high = self.bounds(num_clients)
+        return low <= high
 
 
 Clients = tuple[tuple[Tensor, ...], tuple[str, ...]]  # the rows that each holds, ascending; their names
@@ -239,21 +350,25 @@ def divide(
     authors: Sequence[str] | None = None,
     owner: np.ndarray | None = None,  # (N,): whose of `authors` an image is
 ) -> Clients:
-    """Raises ValueError where the images have no authors, or the numbers can't be had."""
+    """Raises ConfigError where the images have no authors, or the numbers can't be had."""
     if how.kind == "natural":
         if authors is None or owner is None:
-            raise ValueError(
-                "partition: these images have no authors to be clients: expected one of "
-                f"{', '.join(PARTITIONS[1:])}, got 'natural'"
+            raise ConfigError(
+                "partition",
+                "these images have no authors to be clients: expected one of "
+                f"{', '.join(PARTITIONS[1:])}, got 'natural'",
             )
         if how.num_clients:
-            raise ValueError(
-                f"num_clients: expected 0 for the natural partition, whose clients are the {len(authors)} "
-                f"authors, got {how.num_clients}"
+            raise ConfigError(
+                "num_clients",
+                f"expected 0 for the natural partition, whose clients are the {len(authors)} authors, "
+                f"got {how.num_clients}",
             )
         return _held(owner, len(authors)), tuple(authors)
+    how = how.fitted(np.bincount(labels))
     count = how.clients_of(len(labels))
     if how.kind == "classes":
+        assert how.classes_per_client is not None  # as it is fitted
         holder = by_classes(labels, count, how.classes_per_client, seed)
     elif how.kind == "dirichlet":
         holder = by_dirichlet(labels, count, how.alpha, seed)
@@ -311,11 +426,11 @@ def _shards(sizes: np.ndarray, num_clients: int, wanted: int) -> np.ndarray:
     shards = (sizes > 0).astype(np.int64)
     most = np.minimum(sizes, num_clients)
     if not shards.sum() <= wanted <= most.sum():
-        low, high = -(-int(shards.sum()) // num_clients), int(most.sum()) // num_clients
-        raise ValueError(
-            f"classes_per_client: {int(sizes.sum())} images of {int(shards.sum())} classes among "
-            f"{num_clients} clients: expected a number from {low} to {high}, "
-            f"got {wanted // num_clients}"
+        low, high = _Shares(sizes).bounds(num_clients)
+        raise ConfigError(
+            "classes_per_client",
+            f"{int(sizes.sum())} images of {int(shards.sum())} classes among {num_clients} clients: expected "
+            f"a number from {low} to {high}, got {wanted // num_clients}",
         )
     heap = [(-size, c) for c, size in enumerate(sizes.tolist()) if size]
     heapq.heapify(heap)

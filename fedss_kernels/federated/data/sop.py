@@ -10,10 +10,12 @@ images and 20 classes. Read from what Stanford_Online_Products.zip unpacks to:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
-from .image_folder import ByClass, from_files
-from .partition import FederatedData, Partition
+from .class_folders import ByClass
+from .image_folder import from_files
+from .partition import FederatedData, Found, Partition
 
 SOURCE = "https://cvgl.stanford.edu/projects/lifted_struct/ (Stanford_Online_Products.zip)"
 HEADER = ["image_id", "class_id", "super_class_id", "path"]
@@ -28,6 +30,7 @@ def load_sop(
     cache_dir: Path | None = None,
     image_size: int = 256,
     how: Partition | None = None,
+    on_found: Callable[[Found], None] | None = None,
 ) -> FederatedData:
     """Reads `data_dir` or its folder Stanford_Online_Products; `seed` draws the clients."""
     if task != "retrieval":
@@ -44,6 +47,7 @@ def load_sop(
         cache_dir=cache_dir,
         source=SOURCE,
         how=how or Partition("classes"),
+        on_found=on_found,
     )
 
 

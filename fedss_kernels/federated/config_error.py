@@ -1,0 +1,30 @@
+"""What is wrong with the settings of a run, in words that name them."""
+
+from collections.abc import Callable, Iterable
+
+
+class ConfigError(ValueError):
+    """Options that cannot be: of each which one, what was expected, what came.
+
+    `option` and `message` are the first's; `mistakes` has all of them. In Python an option is spelled as its
+    field is, `worded` spells it otherwise.
+    """
+
+    def __init__(self, option: str, message: str, *more: tuple[str, str]):
+        self.mistakes = ((option, message), *more)
+        super().__init__(option, message, *more)  # so that it can be pickled
+        self.option, self.message = option, message
+
+    def __str__(self) -> str:
+        return self.worded(str)
+
+    def worded(self, spelled: Callable[[str], str]) -> str:
+        return "; ".join(f"{spelled(option)}: {message}" for option, message in self.mistakes)
+
+
+def raise_together(errors: Iterable[ConfigError]) -> None:
+    """One ConfigError for all of them, each mistake once; nothing where there are none."""
+    mistakes = dict.fromkeys(mistake for error in errors for mistake in error.mistakes)
+    if mistakes:
+        first, *more = mistakes
+        raise ConfigError(*first, *more)

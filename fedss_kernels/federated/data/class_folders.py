@@ -1,0 +1,204 @@
+"""Folders of images as classes: what is found below them, and what is left out, counted.
+
+What Pillow reads here is an image, by its file's ending; what is hidden is none. Links are followed, a folder
+is looked at once, and one that cannot be read is an error: nothing gets lost unsaid.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from pathlib import Path
+from typing import NoReturn
+
+ByClass = dict[str, list[Path]]  # the files of each class, sorted
+
+# Formats that Pillow knows and that are no pictures: EPS is a program for Ghostscript, MPEG a film.
+NO_PICTURES = ("EPS", "MPEG")
+# Endings of pictures that Pillow reads only where it was built so, or never.
+OF_PICTURES = (".avif", ".avifs", ".heic", ".heif", ".j2k", ".jp2", ".jxl", ".svg", ".webp")
+NAMED = 5  # things of a kind that a note names
+_OF_A_SPLIT = "(?:[ _-]?(?:set|data|images))?"
+TRAIN = re.compile(f"(?:train|training){_OF_A_SPLIT}", re.IGNORECASE)
+# The kinds of test folders, of several the first.
+TESTS = ("test", "val", "valid", "validation", "eval")
+_TEST = {
+    name: re.compile(f"{name}{more}{_OF_A_SPLIT}", re.IGNORECASE)
+    for name, more in zip(TESTS, ("(?:ing)?", "", "", "", "(?:uation)?"), strict=True)
+}
+
+
+def image_endings() -> frozenset[str]:
+    """ ".jpg" and what else Pillow reads here, in small letters."""
+    from PIL import Image, ImageFile, features
+
+    found = set()
+    for ending, format in Image.registered_extensions().items():
+        opener = Image.OPEN[format][0] if format in Image.OPEN else None
+        stub = isinstance(opener, type) and issubclass(opener, ImageFile.StubImageFile)
+        if opener and not stub and format not in NO_PICTURES:
+            found.add(ending.lower())
+    if not features.check("webp"):
+        found.discard(".webp")
+    if not features.check("jpg_2000"):
+        found -= {".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c"}
+    return frozenset(found)
+
+
+class ClassFolders:
+    """Looks for images below folders, and keeps count of what it leaves out.
+
+    Raises OSError for what can't be read, ValueError for a folder that is there twice, by links.
+    """
+
+    def __init__(self, name: str, endings: frozenset[str] | None = None):
+        self.name = name  # of the data set
+        self.endings = image_endings() if endings is None else endings
+        self.left_out = Counter[str]()  # files, by ending or reason
+        self.unused: list[str] = []  # folders without an image, or beside those that are used
+        self.levels: list[str] = []  # what may be the classes instead
+        self._seen: dict[tuple[int, int], Path] = {}
+
+    def classes(self, folder: Path) -> ByClass:
+        """The images below each folder in `folder`, the folders' names the classes."""
+        self._enter(folder)
+        found = ByClass()
+        for entry in self._entries(folder):
+            if not self._is_folder(entry):
+                self.left_out["in no class's folder"] += 1
+            elif files := self.images(Path(entry.path)):
+                found[entry.name] = files
+            else:
+                self.unused.append(entry.name)
+        if not found:
+            self._nothing_found(folder)
+        self._check_level(folder, found)
+        return found
+
+    def images(self, folder: Path) -> list[Path]:
+        """Sorted, of all folders in it too."""
+        self._enter(folder)
+        found = []
+        for entry in self._entries(folder):
+            ending = os.path.splitext(entry.name)[1].lower()
+            if self._is_folder(entry):
+                found += self.images(Path(entry.path))
+            elif ending not in self.endings:
+                self.left_out[ending or "no ending"] += 1
+            elif entry.is_file():
+                found.append(Path(entry.path))
+            else:
+                self.left_out[f"{ending} that is no file"] += 1
+        return sorted(found)
+
+    def split(self, folder: Path) -> tuple[Path, Path] | None:
+        """(training's folder, the test's) where `folder` has such."""
+        entries = self._entries(folder)
+        names = [entry.name for entry in entries if self._is_folder(entry)]
+        train = self._one(folder, [name for name in names if TRAIN.fullmatch(name)])
+        tests = {kind: [name for name in names if of.fullmatch(name)] for kind, of in _TEST.items()}
+        test = next((self._one(folder, found) for found in tests.values() if found), None)
+        if train is None or test is None:
+            if train is not None and len(names) == 1:
+                raise FileNotFoundError(
+                    f"{self.name}: {folder} has {train} alone: expected {', '.join(TESTS)} too"
+                )
+            return None
+        self.unused += [name for name in names if name not in (train, test)]
+        self.left_out["in no class's folder"] += len(entries) - len(names)
+        return folder / train, folder / test
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was left out, in words."""
+        notes = []
+        if total := self.left_out.total():
+            kinds = [f"{kind} {count:,}" for kind, count in self.left_out.most_common() if count]
+            notes.append(f"left out: {total:,} file{'s' * (total != 1)} ({_some(kinds)})")
+            missing = [ending for ending in OF_PICTURES if ending in self.left_out]
+            if missing:
+                notes.append(f"the Pillow installed here reads no {', '.join(missing)}")
+        if self.unused:
+            notes.append(f"unused folders: {_some(sorted(self.unused))}")
+        return (*notes, *self.levels)
+
+    # ---- one folder
+
+    def _entries(self, folder: Path) -> list[os.DirEntry[str]]:
+        """All that is not hidden, by name."""
+        try:
+            with os.scandir(folder) as found:
+                return sorted((e for e in found if not e.name.startswith(".")), key=lambda e: e.name)
+        except OSError as error:
+            self._cannot_read(folder, error)
+
+    def _is_folder(self, entry: os.DirEntry[str]) -> bool:
+        try:
+            if entry.is_symlink():
+                entry.stat()
+            return entry.is_dir()
+        except OSError as error:
+            self._cannot_read(Path(entry.path), error)
+
+    def _enter(self, folder: Path) -> None:
+        try:
+            stat = folder.stat()
+        except OSError as error:
+            self._cannot_read(folder, error)
+        before = self._seen.setdefault((stat.st_dev, stat.st_ino), folder)
+        if before is not folder and stat.st_ino:
+            raise ValueError(f"{self.name}: {folder} is a link to {before}, which is looked at already")
+
+    def _cannot_read(self, path: Path, error: OSError) -> NoReturn:
+        kind = "a link to what is not there" if isinstance(error, FileNotFoundError) else "not to be read"
+        raise type(error)(f"{self.name}: {path} is {kind} ({error.strerror})") from None
+
+    def _one(self, folder: Path, names: list[str]) -> str | None:
+        if len(names) > 1:
+            raise ValueError(f"{self.name}: {folder} has {' and '.join(names)}: expected one of them")
+        return names[0] if names else None
+
+    # ---- whether the folders are the classes
+
+    def _nothing_found(self, folder: Path) -> NoReturn:
+        loose = sum(Path(entry.name).suffix.lower() in self.endings for entry in self._entries(folder))
+        has = f", where {loose:,} images are in no folder" if loose else ""
+        left_out = f" ({'; '.join(self.notes)})" if self.notes else ""
+        raise FileNotFoundError(
+            f"{self.name}: no <class>/*.jpg in {folder}{has}: expected a folder for each class{left_out}"
+        )
+
+    def _check_only(self, folder: Path, name: str, files: list[Path]) -> None:
+        parents = {file.parent for file in files}
+        common = Path(os.path.commonpath(parents))
+        inner = sorted({file.relative_to(common).parts[0] for file in files})
+        if common not in parents:
+            raise ValueError(
+                f"{self.name}: {folder} has one folder of images, {name}; {_some(inner)} are in {common}: "
+                f"if these are the classes, or training and test, give {common} instead"
+            )
+
+    def _check_level(self, folder: Path, classes: ByClass) -> None:
+        """One folder around the classes is an error, so is half a split; doubt is worth a word."""
+        if len(classes) == 1:
+            self._check_only(folder, *next(iter(classes.items())))
+        inner = {
+            name: {file.relative_to(folder / name).parts[0] for file in files}
+            for name, files in classes.items()
+            if not any(file.parent == folder / name for file in files)
+        }
+        for name, within in inner.items():
+            if len(within) > 1 and any(of.fullmatch(name) for of in (TRAIN, *_TEST.values())):
+                raise ValueError(
+                    f"{self.name}: {folder} has {name}, with {_some(sorted(within))} in it, like half a "
+                    f"split: expected train and one of {', '.join(TESTS)}, or a folder for each class"
+                )
+        first = next(iter(inner.values()), set())
+        if len(inner) == len(classes) and len(first) > 1 and all(each == first for each in inner.values()):
+            self.levels.append(f"the classes are {_some(list(classes))}, not {_some(sorted(first))} in them")
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more

@@ -1,0 +1,108 @@
+"""What is worth a word before a run: settings that cannot take effect beside the others, a short warm-up."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterable
+
+from .algorithms import METHODS
+from .config import FITTED, OWN, PRESETS, Config
+
+log = logging.getLogger(__name__)
+Rule = tuple[tuple[str, ...], str, Callable[[Config], bool]]
+
+# (options, why they have no effect, when that is so)
+RULES: tuple[Rule, ...] = (
+    (("glyph_classes", "glyph_writers"), "is for the data glyphs", lambda c: c.data != "glyphs"),
+    (("data_dir",), "glyphs are drawn", lambda c: c.data == "glyphs"),
+    (("images_per_client",), "num_clients is set", lambda c: c.num_clients > 0),
+    (("images_per_client",), "clients are the images' authors", lambda c: c.partition == "natural"),
+    (("classes_per_client",), "is for the partition classes", lambda c: c.partition != "classes"),
+    (("dirichlet_alpha",), "is for the partition dirichlet", lambda c: c.partition != "dirichlet"),
+    (
+        ("num_negatives", "negatives", "correction"),
+        "the method asks for no negatives",
+        lambda c: not METHODS[c.method].samples,
+    ),
+    (
+        ("negatives", "correction"),
+        "num_negatives is 0",
+        lambda c: c.num_negatives == 0 and not c.equal_pushes,
+    ),
+    (("equal_pushes",), "is for the method neg_only", lambda c: METHODS[c.method].own_push),
+    (
+        ("spreadout_weight", "spreadout_margin", "spreadout_neighbours", "spreadout_rows"),
+        "is for the method fedaws",
+        lambda c: not METHODS[c.method].spreads,
+    ),
+    (
+        (
+            *("denominator", "wire_dtype", "dropout_rate", "deadline", "latency_spread", "min_clients"),
+            *("trust_updates", "max_norm", "max_norm_ratio", "clip_norm", "aggregation", "trim"),
+            *("poison_rate", "server_optimizer", "server_lr", "server_momentum"),
+        ),
+        "the method has no clients",
+        lambda c: METHODS[c.method].pooled,
+    ),
+    (("workers",), "the method has no clients to share", lambda c: METHODS[c.method].pooled),
+    (("latency_spread",), "there is no deadline", lambda c: c.deadline is None),
+    (("max_norm", "max_norm_ratio"), "trust_updates is set", lambda c: c.trust_updates),
+    (
+        ("clip_norm",),
+        "answers of a norm over max_norm are left out before",
+        lambda c: c.clip_norm is not None and c.clip_norm >= c.max_norm and not c.trust_updates,
+    ),
+    (("trim",), "is for the aggregation trimmed_mean", lambda c: c.aggregation != "trimmed_mean"),
+    (("denominator",), "the aggregation is unweighted", lambda c: c.aggregation != "mean"),
+    (("server_momentum",), "is for the server_optimizer sgd", lambda c: c.server_optimizer != "sgd"),
+    (("holdout",), "the data are handed over as they are", lambda c: c.data == OWN),
+    (("init_checkpoint",), "the net is handed over as it is", lambda c: c.model == OWN),
+    (("checkpoint_every",), "there is no folder out", lambda c: c.out is None),
+    (("checkpoint_every",), "there are no more rounds", lambda c: c.checkpoint_every >= c.rounds),
+    (
+        ("eval_every",),
+        "there are fewer rounds, so the test is after the last",
+        lambda c: c.eval_every > c.rounds,
+    ),
+    (("lr_decay",), "the warm-up takes all rounds", lambda c: c.warmup_rounds >= c.rounds),
+)
+
+
+def idle(configs: Iterable[Config]) -> list[str]:
+    """A line for each option that is not at its default and takes effect in none of these runs.
+
+    And for a warm-up longer than the rounds, whose rate never comes to be client_lr.
+    """
+    found = [_idle(config) for config in configs]
+    return [line for line in dict.fromkeys(found[0]) if all(line in other for other in found)]
+
+
+def _idle(config: Config) -> list[str]:
+    lines = [
+        f"{name} {value} has no effect: {why}"
+        for names, why, applies in RULES
+        if applies(config)
+        for name, value in ((name, getattr(config, name)) for name in names)
+        if value != _default(config, name)
+    ]
+    if config.warmup_rounds > config.rounds:
+        highest = config.client_lr * config.rounds / config.warmup_rounds
+        lines.append(
+            f"warmup_rounds {config.warmup_rounds} is more than the {config.rounds} rounds: the clients' "
+            f"rate comes to {highest:.3g}, not to client_lr {config.client_lr:g}"
+        )
+    return lines
+
+
+def short_warmup(config: Config) -> list[str]:
+    """A line, where the warm-up is shorter than usual, as by default there are too few rounds for it."""
+    usual = PRESETS[config.data]["warmup_rounds"]
+    if not config.warmup_rounds == config.rounds // 10 < usual:
+        return []
+    return [f"warmup_rounds {config.warmup_rounds}, a tenth of the rounds: usually {usual}"]
+
+
+def _default(config: Config, name: str) -> object:
+    if name in PRESETS[config.data]:
+        usual = PRESETS[config.data][name]
+        return getattr(config, name) if usual is FITTED else usual
+    return next(field.default for field in dataclasses.fields(Config) if field.name == name)

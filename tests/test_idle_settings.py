@@ -1,0 +1,103 @@
+"""Settings that take no effect, and a short warm-up, are worth a word."""
+
+import logging
+
+import pytest
+from test_cli import SMALL
+from tiny_federation import tiny_config, tiny_data, tiny_model
+
+from fedss_kernels.federated import Config, cli, run
+from fedss_kernels.federated.compare import Comparison
+from fedss_kernels.federated.config import PRESETS
+from fedss_kernels.federated.idle_settings import RULES, idle, short_warmup
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_defaults_are_not_worth_a_word(name):
+    assert idle([Config(data=name, rounds=300, warmup_rounds=PRESETS[name]["warmup_rounds"])]) == []
+
+
+@pytest.mark.parametrize(
+    "options, line",
+    [
+        ({"latency_spread": 0.9}, "latency_spread 0.9 has no effect: there is no deadline"),
+        ({"eval_every": 50, "rounds": 20}, "eval_every 50 has no effect: there are fewer rounds"),
+        ({"checkpoint_every": 5}, "checkpoint_every 5 has no effect: there is no folder out"),
+        (
+            {"checkpoint_every": 400, "out": "a"},
+            "checkpoint_every 400 has no effect: there are no more",
+        ),
+        ({"trim": 0.2}, "trim 0.2 has no effect: is for the aggregation trimmed_mean"),
+        ({"method": "pos_only", "num_negatives": 5}, "num_negatives 5 has no effect: the method asks for no"),
+        ({"spreadout_margin": 0.5}, "spreadout_margin 0.5 has no effect: is for the method fedaws"),
+        ({"equal_pushes": True}, "equal_pushes True has no effect: is for the method neg_only"),
+        ({"trust_updates": True, "max_norm": 5.0}, "max_norm 5.0 has no effect: trust_updates is set"),
+        ({"clip_norm": 2000.0}, "clip_norm 2000.0 has no effect: answers of a norm over max_norm are left"),
+        ({"server_optimizer": "adagrad", "server_momentum": 0.5}, "server_momentum 0.5 has no effect"),
+        ({"dirichlet_alpha": 0.1}, "dirichlet_alpha 0.1 has no effect: is for the partition dirichlet"),
+        (
+            {"data": "cifar10", "images_per_client": 9},
+            "images_per_client 9 has no effect: num_clients",
+        ),
+        ({"data": "omniglot", "glyph_classes": 9}, "glyph_classes 9 has no effect: is for the data glyphs"),
+        ({"method": "centralized", "deadline": 2.0}, "deadline 2.0 has no effect: the method has no clients"),
+        (
+            {"model": "own", "init_checkpoint": "a.pt"},
+            "init_checkpoint a.pt has no effect: the net is",
+        ),
+        ({"data": "own", "holdout": 0.1}, "holdout 0.1 has no effect: the data are handed over"),
+        (
+            {"rounds": 10, "warmup_rounds": 20},
+            "warmup_rounds 20 is more than the 10 rounds: the clients' rate comes to 0.025, not to",
+        ),
+    ],
+)
+def test_a_setting_without_effect_is_named_with_the_reason(options, line):
+    lines = idle([Config(**options)])
+    assert len(lines) == 1 and lines[0].startswith(line)
+
+
+def test_every_rule_is_of_options_that_are():
+    names = vars(Config())
+    assert all(name in names for of, _, _ in RULES for name in of)
+
+
+def test_what_has_an_effect_in_one_of_several_runs_has_one():
+    few = [Config(method=method, num_negatives=5) for method in ("pos_only", "fedss")]
+    assert idle(few) == [] and len(idle(few[:1])) == 1
+
+
+def test_the_command_line_says_so_before_the_training(tmp_path, capsys):
+    argv = ["run", *SMALL, "--rounds=10", "--latency-spread=0.9", f"--out={tmp_path}"]
+    assert cli.main(argv) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("glyphs: 12 classes, ") and lines[0].endswith(" clients")
+    assert lines[1:3] == [
+        "warmup_rounds 1, a tenth of the rounds: usually 20",
+        "latency_spread 0.9 has no effect: there is no deadline",
+    ]
+    assert short_warmup(Config(rounds=300)) == short_warmup(Config(data="sop", rounds=10)) == []
+
+
+def test_in_python_it_is_logged(caplog):
+    with caplog.at_level(logging.WARNING):
+        run(tiny_config(latency_spread=0.9), data=tiny_data(), model=tiny_model())
+    assert [record.message for record in caplog.records] == [
+        "latency_spread 0.9 has no effect: there is no deadline"
+    ]
+
+
+def test_what_was_chosen_to_fit_was_nobodys_wish():
+    settings = {"images_per_client": 10, "classes_per_client": 20, "num_clients": 3, "partition": "iid"}
+    assert idle([Config(data="image_folder", **settings)]) == []
+
+
+def test_an_option_that_a_comparison_overrules_is_named(tmp_path, capsys, monkeypatch):
+    nothing = Comparison([], [], [], tmp_path)
+    monkeypatch.setattr("fedss_kernels.federated.compare.compare", lambda *arguments, **options: nothing)
+    argv = ["compare", *SMALL, "--counts=2,3", "--rates=0.1,0.2", "--client-lr=0.5", f"--out={tmp_path}/out"]
+    assert cli.main(argv) == 0
+    assert capsys.readouterr().out.splitlines()[:2] == [
+        "--client-lr has no effect: --rates are taken instead",
+        "--num-negatives has no effect: --counts are taken instead",
+    ]

@@ -1,0 +1,191 @@
+"""What is chosen to fit the data that are found, and what is said where settings do not fit."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from fedss_kernels.federated import Config, ConfigError, cli, loading, run
+from fedss_kernels.federated.config import PRESETS
+from fedss_kernels.federated.data import Found, Partition
+from fedss_kernels.federated.data.partition import divide
+from fedss_kernels.federated.loading import choices, fitted, load_data
+
+FITTED = ("cohort", "images_per_client", "classes_per_client", "model", "image_size", "crop_size")
+
+
+@pytest.fixture(autouse=True)
+def without_torchvision(monkeypatch):
+    monkeypatch.setattr(loading, "unavailable", lambda name: f"model: {name} needs torchvision")
+
+
+def write_noise(folder: Path, classes: int, each: int, mode: str = "RGB") -> Path:
+    """Files of several sizes, PNG."""
+    for c in range(classes):
+        (folder / f"class{c:03d}").mkdir(parents=True)
+        for i in range(each):
+            shape = (8 + i % 3, 10 + i % 2, *([3] if mode == "RGB" else []))
+            pixels = np.random.default_rng([c, i]).integers(256, size=shape, dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"class{c:03d}" / f"{i}.png")
+    return folder
+
+
+def config(folder: Path, **options) -> Config:
+    settings = {"data": "image_folder", "data_dir": folder, "cache_dir": folder.parent / "cache"}
+    return Config(**(settings | {"rounds": 1, "embedding_dim": 8} | options))
+
+
+@pytest.mark.parametrize(
+    "classes, each, mode, clients", [(3, 30, "RGB", 8), (2, 20, "L", 4), (2, 3, "RGB", 1), (500, 3, "L", 10)]
+)
+def test_a_folder_of_ones_own_is_trained_on_with_no_more_than_its_name(
+    classes, each, mode, clients, tmp_path
+):
+    folder = write_noise(tmp_path / "data", classes, each, mode)
+    found = run(config(folder, out=tmp_path / "out", max_norm=1e9))
+    assert found.config.cohort == clients == found.summary.num_clients
+    saved = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert all(saved[name] is not None for name in FITTED)
+    assert saved["model"] == "conv4_rgb" and (saved["image_size"], saved["crop_size"]) == (32, 28)
+    again = run(Config.from_dict(saved | {"out": None}))
+    assert torch.equal(found.weight, again.weight)
+
+
+def test_what_was_chosen_is_said_in_the_line(tmp_path, capsys):
+    folder = write_noise(tmp_path / "data", 2, 20)
+    argv = ["run", "--data=image_folder", f"--data-dir={folder}", f"--cache-dir={tmp_path}/cache"]
+    assert cli.main([*argv, "--rounds=1", "--embedding-dim=8", f"--out={tmp_path}/out"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == (
+        "image_folder: 2 classes, 32 training and 8 test images, 4 clients; chosen to fit: image_size 32, "
+        "images_per_client 8, classes_per_client 2, cohort 4, crop_size 28, model conv4_rgb; num_negatives "
+        "80: all other classes, as with full_softmax; mobilenet_v3_large needs torchvision"
+    )
+
+
+def test_a_stopped_run_is_resumed_with_what_was_chosen(tmp_path, monkeypatch):
+    folder = write_noise(tmp_path / "data", 2, 20)
+    options = {"rounds": 2, "checkpoint_every": 1, "out": tmp_path / "out"}
+    whole = run(config(folder, rounds=2))
+    with pytest.raises(Exception, match="stopped after round 1"):
+        run(config(folder, **options), stop=lambda: True)
+    monkeypatch.setattr(loading, "unavailable", lambda name: "")  # installed meanwhile
+    resumed = run(Config.load(tmp_path / "out" / "config.json"), resume=True)
+    assert torch.equal(whole.weight, resumed.weight)
+
+
+def test_large_folders_have_the_papers_settings(monkeypatch):
+    monkeypatch.setattr(loading, "unavailable", lambda name: "")
+    how = Partition("classes", images_per_client=None, classes_per_client=None).fitted(np.full(1000, 30))
+    found = Found("image_folder", 1000, 30_000, 5_000, 300, how)
+    chosen = fitted(Config(data="image_folder"), found)
+    assert [getattr(chosen, name) for name in FITTED] == [32, 100, 20, "mobilenet_v3_large", 256, 224]
+    assert chosen.num_clients == 0 and choices(chosen, found) == []
+
+
+@pytest.mark.parametrize(
+    "given, chosen",
+    [
+        ({"model": "mobilenet_v3_large"}, {"image_size": 256, "crop_size": 224}),
+        ({"image_size": 36}, {"image_size": 36, "crop_size": 31, "model": "conv4_rgb"}),
+        ({"crop_size": 30}, {"image_size": 35, "crop_size": 30}),
+        ({"crop_size": 0}, {"image_size": 32, "crop_size": 0}),
+        ({"cohort": 2}, {"cohort": 2}),
+        ({"cohort": 3, "num_clients": 3}, {"cohort": 3, "num_clients": 3, "classes_per_client": 4}),
+    ],
+)
+def test_what_is_given_stands(given, chosen):
+    settings = Config(data="image_folder", **given)
+    numbers = settings.num_clients, settings.images_per_client, settings.classes_per_client
+    how = Partition("classes", *numbers).fitted(np.full(4, 20))
+    found = Found("image_folder", 4, 80, 20, how.clients_of(80), how)
+    assert {name: getattr(fitted(settings, found), name) for name in chosen} == chosen
+
+
+def test_nothing_is_left_to_choose_for_the_other_data_sets():
+    for name in PRESETS:
+        if name != "image_folder":
+            before = Config(data=name)
+            assert fitted(before, Found(name, 10, 100, 10, 5)) is before
+
+
+# ---- a partition that fits
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=60),
+    classes=st.none() | st.integers(1, 8),
+    clients=st.just(0) | st.integers(1, 12),
+)
+def test_images_can_be_divided_by_what_is_chosen_wherever_they_can_be(sizes, classes, clients):
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    how = Partition("classes", clients, None, classes)
+    possible = [
+        (k, p)
+        for k in ([clients] if clients else range(1, len(labels) + 1))
+        for p in ([classes] if classes else range(1, len(sizes) + 1))
+        if k <= len(labels) and len(sizes) <= k * p <= np.minimum(sizes, k).sum()
+    ]
+    if not possible:
+        with pytest.raises(ConfigError, match="^classes_per_client: |^num_clients: "):
+            divide(labels, how, 0)
+        return
+    rows, _ = divide(labels, how, 0)
+    held = {len(np.unique(labels[held])) for held in rows}
+    assert (len(rows), *held) in possible and len(held) == 1
+
+
+def test_few_images_make_several_clients():
+    def clients(images: int) -> int:
+        how = Partition("iid", images_per_client=None).fitted(np.array([images // 2, images - images // 2]))
+        return how.clients_of(images)
+
+    assert [clients(n) for n in (8, 40, 72, 500, 1000, 12_000)] == [1, 4, 8, 10, 10, 120]
+
+
+# ---- all mistakes at once
+
+
+def test_all_mistakes_come_in_one_answer_and_before_images_are_read(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("fedss_kernels.federated.data.image_folder.cached_images", None)
+    folder = write_noise(tmp_path / "data", 3, 10)
+    argv = ["run", "--data=image_folder", f"--data-dir={folder}", f"--cache-dir={tmp_path}/cache"]
+    argv += ["--model=conv4", "--cohort=32", f"--out={tmp_path}/out"]
+    assert cli.main([*argv, "--num-clients=2"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert "--model: conv4 can't take images of 3x28x28" in err
+    assert "; --cohort: expected at most 2, the clients there are, got 32" in err
+    assert cli.main([*argv, "--classes-per-client=9", "--num-clients=2"]) == 2
+    err = capsys.readouterr().err
+    assert (
+        "--classes-per-client: 24 images of 3 classes among 2 clients: expected a number from 2 to 3" in err
+    )
+    assert "--model: conv4 can't take" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_that_does_not_fit_data_of_ones_own_comes_at_once():
+    from tiny_federation import tiny_config, tiny_data
+
+    with pytest.raises(ConfigError, match=r"cohort: expected at most 5.*; model: conv4 can't take") as caught:
+        run(tiny_config(cohort=9), data=tiny_data())
+    assert [option for option, _ in caught.value.mistakes] == ["cohort", "model"]
+
+
+def test_a_holdout_is_counted_before_images_are_read(tmp_path):
+    folder = write_noise(tmp_path / "data", 2, 20)
+    with pytest.raises(ConfigError, match="cohort: expected at most 3, the clients there are, got 4"):
+        load_data(config(folder, cohort=4, holdout=0.25))
+    assert len(load_data(config(folder, holdout=0.25)).clients) == 3
+
+
+def test_a_holdout_of_everybody_is_named_as_what_it_is(tmp_path):
+    folder = write_noise(tmp_path / "data", 2, 5)
+    with pytest.raises(ConfigError, match="^holdout: expected to leave some of 1 clients, got 0.5$"):
+        load_data(config(folder, holdout=0.5))

@@ -12,7 +12,8 @@ from PIL import Image
 from tiny_federation import tiny_data
 
 from fedss_kernels.federated.data import images
-from fedss_kernels.federated.data.images import cached_images, decode, mapped_from
+from fedss_kernels.federated.data.array_file import map_images, mapped_from, write_header
+from fedss_kernels.federated.data.images import cached_images, decode
 
 
 def read(files, folder, size=8):
@@ -140,12 +141,12 @@ def test_more_than_memory_can_be_mapped(tmp_path):
     """A file of 8 TiB that is a hole but for its ends; 4096 bytes of it are read."""
     path, shape = tmp_path / "large.npy", (2**43 // (3 * 64 * 64), 3, 64, 64)
     with open(path, "wb") as file:
-        images._write_header(file, shape)
+        write_header(file, shape)
         try:
             file.truncate(file.tell() + shape[0] * 3 * 64 * 64)
         except OSError:
             pytest.skip(f"needs a file system with files of 8 TiB, and that of {tmp_path} has none")
-    found = images.map_images(path, shape)
+    found = map_images(path, shape)
     assert found.shape == shape and found[[0, shape[0] // 2, -1]].sum() == 0
 
 

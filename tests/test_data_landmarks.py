@@ -98,7 +98,7 @@ def test_missing_and_damaged_images_are_named(folder):
     lost = folder / place("tree", 3)
     content = lost.read_bytes()
     lost.write_bytes(content[:200])
-    with pytest.raises(ValueError, match=rf"landmarks: 1 of 8 images are damaged: .*{image_id(3)}\.jpg"):
+    with pytest.raises(ValueError, match=rf"landmarks: 1 of 12 images are damaged: .*{image_id(3)}\.jpg"):
         read(folder)
     lost.unlink()
     with pytest.raises(FileNotFoundError, match=rf"1 of 12 images are missing: .*{image_id(3)}\.jpg"):

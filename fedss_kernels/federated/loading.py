@@ -5,20 +5,25 @@ from typing import Any
 from .config import OWN, Config, ConfigError
 from .data import RESIZED, FederatedData, Partition, load
 from .data.holdout import held_out
+from .data.images import OnProgress
 from .player import check_model
 
 
-def load_data(config: Config) -> FederatedData:
-    """The data set that `config` names. Raises ConfigError, or ValueError and OSError about its files."""
+def load_data(config: Config, on_progress: OnProgress | None = None) -> FederatedData:
+    """The data set that `config` names. Raises ConfigError, or ValueError and OSError about its files.
+
+    Image files are decoded when they are first read, which may take hours: on_progress(what, done, total) is
+    called from the first on, with total 0 where nobody knows it.
+    """
     if config.data == OWN:
         raise ConfigError("data", f"{OWN!r} data is handed over in Python, as run(config, data=...)")
     if config.data_dir is not None and not config.data_dir.is_dir():
         raise ConfigError("data_dir", f"no such folder: {config.data_dir}")
-    options: dict[str, Any] = {}
-    if config.data == "glyphs":
+    options: dict[str, Any] = {"skip_damaged": config.skip_damaged, "on_progress": on_progress}
+    if config.data == "glyphs":  # drawn, not read
         options = {"num_classes": config.glyph_classes, "writers": config.glyph_writers}
     if config.data in RESIZED:
-        options = {"image_size": config.image_size}
+        options["image_size"] = config.image_size
     elif config.image_size:
         raise ConfigError(
             "image_size",

@@ -13,7 +13,7 @@ from ..config import (
     Config,
     read_options,
 )
-from ..loading import check_data, load_data
+from ..loading import check_data
 from ..models import MODELS
 from ..rounds import run
 from ..run_folder import make_folder, read_model
@@ -30,6 +30,7 @@ from .options import (
     read_counts,
     reader,
 )
+from .output import load_shown
 
 
 def _add_noise_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +60,15 @@ def _add_noise_arguments(parser: argparse.ArgumentParser) -> None:
 # Options by which the data or the net would be another than the run's.
 _OF_A_RUN = (
     *("data", "data_seed", "task", "holdout", "image_size", "partition", "num_clients", "images_per_client"),
-    *("classes_per_client", "dirichlet_alpha", "glyph_classes", "glyph_writers", "model", "embedding_dim"),
+    *(
+        "skip_damaged",
+        "classes_per_client",
+        "dirichlet_alpha",
+        "glyph_classes",
+        "glyph_writers",
+        "model",
+        "embedding_dim",
+    ),
 )
 
 
@@ -74,7 +83,7 @@ def _noise(arguments: argparse.Namespace) -> int:
             arguments.config = arguments.config or arguments.run / "config.json"
         config = config_of(arguments)
         out = arguments.out if "out" in arguments else Path("runs") / f"noise-{config.data}"
-        data = load_data(config)
+        data = load_shown(config)
         check_data(config, data)
         model = None
         if arguments.run:
@@ -112,7 +121,7 @@ def _confusion(arguments: argparse.Namespace) -> int:
     with mistakes():
         for folder in arguments.runs:
             config, model = Config.from_dict(read_options(folder / "config.json")), read_model(folder)
-            found.append(confusion.measure(config, load_data(config), model, arguments.client))
+            found.append(confusion.measure(config, load_shown(config), model, arguments.client))
         make_folder(arguments.out)
     print(confusion.write(arguments.out, found, arguments.client), end="")
     print(f"the table, the plot and the report: {arguments.out / 'report.html'}")
@@ -142,7 +151,7 @@ def _privacy(arguments: argparse.Namespace) -> int:
         config = config_of(arguments)
         out = config.out or Path("runs") / f"privacy-{config.data}"
         config = dataclasses.replace(config, out=None)
-        data = load_data(config)
+        data = load_shown(config)
         check_data(config, data)
         privacy.check(config)
         make_folder(out)
@@ -200,13 +209,16 @@ def _parameters(arguments: argparse.Namespace) -> int:
 
 
 NOISE = Command(
-    "measure how far FedSS' gradient is from FullSoftmax'", ("matplotlib",), _add_noise_arguments, _noise
+    "measure how far FedSS' gradient is from FullSoftmax'",
+    ("matplotlib", "rich"),
+    _add_noise_arguments,
+    _noise,
 )
 
 
 CONFUSION = Command(
     "show what runs take a client's images for, among its own classes",
-    ("matplotlib",),
+    ("matplotlib", "rich"),
     _add_confusion_arguments,
     _confusion,
 )

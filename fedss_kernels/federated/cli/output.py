@@ -1,6 +1,18 @@
-"""Tables on the terminal."""
+"""Tables on the terminal, and how far the reading of the data is."""
 
 from collections.abc import Mapping, Sequence
+
+from ..config import Config
+from ..data import FederatedData
+from ..loading import load_data
+
+
+def load_shown(config: Config) -> FederatedData:
+    """`load_data`, which shows how far it is."""
+    from ..progress import ReadingProgress
+
+    with ReadingProgress() as progress:
+        return load_data(config, progress)
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

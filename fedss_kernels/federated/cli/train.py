@@ -17,7 +17,7 @@ from ..config import (
 )
 from ..interrupts import noticed
 from ..ledger import OUTCOMES
-from ..loading import check_data, load_data
+from ..loading import check_data
 from ..lock import InUse
 from ..plan import LISTS, Plan, read_preset
 from ..rounds import Stopped, run
@@ -37,7 +37,7 @@ from .options import (
     read_rates,
     reader,
 )
-from .output import print_profile, print_table
+from .output import load_shown, print_profile, print_table
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,7 +69,7 @@ def _run(arguments: argparse.Namespace) -> int:
         config = config_of(arguments)
         out = config.out or Path("runs") / f"{config.data}-{config.method}-seed{config.seed}"
         config = dataclasses.replace(config, out=out)
-        data = load_data(config)
+        data = load_shown(config)
         check_data(config, data)
         rank, processes = launched()
         if rank > 0:
@@ -217,7 +217,7 @@ def _compare(arguments: argparse.Namespace) -> int:
             lists = _COMPARED | preset | {name: value for name, value in given.items() if value is not None}
             plan = Plan(config_of(arguments, preset.get("config", {})), *(lists[name] for name in LISTS))
         out = plan.config.out or Path("runs") / f"{arguments.command}-{plan.config.data}"
-        check_data(plan.config, load_data(plan.config))
+        check_data(plan.config, load_shown(plan.config))
         if not resume:
             check_folder(out, COMPARISON_FILES, overwrite=plan.config.overwrite)
         names = [trial_name(plan, trial) for trial in plan.trials(out)]

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from .images import EXTENSIONS, cached_images
+from .decoding import printable
+from .images import EXTENSIONS, DamagedImages, OnProgress, cached_images, say_left_out
 from .partition import FederatedData, Partition, divide, draw_share
 
 SOURCE = "wherever they come from: this is a folder of your own"
@@ -30,6 +31,8 @@ def load_image_folder(
     cache_dir: Path | None = None,
     image_size: int = 256,
     test_share: float = 0.2,
+    skip_damaged: bool = False,
+    on_progress: OnProgress | None = None,
     how: Partition | None = None,
 ) -> FederatedData:
     """Every image below data_dir/<class>, in colour, resized to image_size x image_size.
@@ -57,6 +60,8 @@ def load_image_folder(
         image_size=image_size,
         cache_dir=cache_dir,
         source=SOURCE,
+        skip_damaged=skip_damaged,
+        on_progress=on_progress,
         how=how or Partition("classes"),
     )
 
@@ -136,13 +141,17 @@ def from_files(
     image_size: int,
     cache_dir: Path | None,
     source: str,
+    skip_damaged: bool,
+    on_progress: OnProgress | None,
     how: Partition,
     owner: Mapping[Path, str] | None = None,  # whose a training image is, where images have authors
 ) -> FederatedData:
     """The data set of these files; classes are numbered in the order of `train`.
 
+    With `skip_damaged` it is that of the files that can be read, as if there were no others.
+
     Raises ValueError where a classification's test has a class that training lacks, or a retrieval's one that
-    it has, or a file is there twice.
+    it has, or a file is there twice. Else as `cached_images`.
     """
     number = {name: c for c, name in enumerate(train)}
     common, new = [c for c in test if c in number], [c for c in test if c not in number]
@@ -164,11 +173,36 @@ def from_files(
         raise ValueError(f"{name}: {twice} is listed twice, of training and test images")
     labels = np.repeat([number[c] for c in train], [len(found) for found in train.values()])
     test_labels = np.repeat([of_test[c] for c in test], [len(found) for found in test.values()])
-    authors = sorted(set(owner.values())) if owner else None
+    authors = sorted({owner[file] for file in files}) if owner else None
     place = {author: k for k, author in enumerate(authors or ())}
     owners = np.array([place[owner[file]] for file in files]) if owner else None
     clients, client_names = divide(labels, how, seed, authors, owners)  # before the images: they take long
-    images, test_images = cached_images(name, [files, test_files], image_size, cache_dir, source)
+    try:
+        images, test_images = cached_images(
+            name, [files, test_files], image_size, cache_dir, source, on_progress=on_progress
+        )
+    except DamagedImages as damaged:
+        left, test_left = _without(train, damaged.files), _without(test, damaged.files)
+        if task == "classification":
+            test_left = {c: found for c, found in test_left.items() if c in left}
+        if not (skip_damaged and left and test_left):
+            raise
+        lost = (c for part in (train, test) for c in part for file in part[c] if file in damaged.files)
+        say_left_out(name, lost, f", listed in {damaged.listing}")
+        return from_files(
+            name,
+            left,
+            test_left,
+            task=task,
+            seed=seed,
+            image_size=image_size,
+            cache_dir=cache_dir,
+            source=source,
+            skip_damaged=True,
+            on_progress=on_progress,
+            how=how,
+            owner=owner,
+        )
     return FederatedData(
         name=name,
         images=images,
@@ -178,6 +212,11 @@ def from_files(
         test_images=test_images,
         test_labels=torch.from_numpy(test_labels.astype(np.int64)),
         num_classes=len(train),
-        class_names=tuple(train),
+        class_names=tuple(map(printable, train)),
         task=task,
     )
+
+
+def _without(by_class: Mapping[str, list[Path]], files: Container[Path]) -> ByClass:
+    left = {c: [file for file in found if file not in files] for c, found in by_class.items()}
+    return {c: found for c, found in left.items() if found}

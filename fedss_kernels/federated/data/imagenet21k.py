@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 from .image_folder import find_classes, from_files, split_images
+from .images import OnProgress
 from .partition import FederatedData, Partition
 
 SOURCE = "https://image-net.org/download-images (the full release, each n<number>.tar unpacked to a folder)"
@@ -26,6 +27,8 @@ def load_imagenet21k(
     task: str = "classification",
     cache_dir: Path | None = None,
     image_size: int = 256,
+    skip_damaged: bool = False,
+    on_progress: OnProgress | None = None,
     how: Partition | None = None,
 ) -> FederatedData:
     """The images of every folder n<8 digits> in `data_dir`; `seed` draws the test's fifth and the clients."""
@@ -48,6 +51,8 @@ def load_imagenet21k(
         image_size=image_size,
         cache_dir=cache_dir,
         source=SOURCE,
+        skip_damaged=skip_damaged,
+        on_progress=on_progress,
         how=how or Partition("classes", num_clients=CLIENTS),
     )
 

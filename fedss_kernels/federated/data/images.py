@@ -1,37 +1,83 @@
-"""Image files as one array in the cache: decoded and resized once, then mapped, not read.
+"""Image files as one array in the cache: decoded and resized once, then mapped.
 
-The array is a .npy file of (N, 3, size, size) uint8. What is mapped takes memory only where it is looked at,
-so that it may be larger than memory. Pillow decodes, extra `sim`.
+In the cache's folder, of a data set NAME at SIZE pixels:
+
+    NAME-SIZEpx-KEY.npy            an array_file, of the files that KEY is the fingerprint of
+    NAME-SIZEpx-KEY.partial        the same, of which some images are missing yet
+    NAME-SIZEpx-KEY-damaged.txt    a line for each file that could not be read: its path, a tab, the reason
+    NAME-SIZEpx-KEY-missing.txt    the same of files that were not there
+
+An image that any of these arrays has is not decoded again while its file stays as it is. Pillow decodes,
+extra `sim`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import io
 import json
 import logging
 import math
-import mmap
 import os
 import shutil
-import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from .cache import default_cache_dir
+from ..lock import InUse, Lock
+from . import decoding
+from .array_file import ArrayFile, Shape, is_whole, map_images
+from .cache import default_cache_dir, remove_leftovers, written_to
+from .decoding import printable
+from .pixels import Failure, decode, failure, read_file
 
-VERSION = 1  # raise it whenever the same files would give another array
+VERSION = 2  # raise it whenever the same files would give another array
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".tif", ".tiff")
-BATCH = 1024  # images decoded at a time
 NAMED = 5  # files that an error names
+SHARE = 2 << 20  # bytes of files that are worth a process of their own
+KEPT_EVERY = 1.0  # seconds; what was decoded since is lost where the process is killed
+WAIT = 0.2  # seconds between two looks at what another process makes
+OnProgress = Callable[[str, int, int], None]  # (what is going on, how much of it is done, of how much)
 log = logging.getLogger(__name__)
+
+
+class DamagedImages(ValueError):
+    """Files that are damaged or can't be read; a data set may go on without them."""
+
+    def __init__(self, message: str, files: Mapping[Path, str], listing: Path):
+        super().__init__(message)
+        self.files, self.listing = files, listing  # with the reasons
+
+    @classmethod
+    def inside(
+        cls,
+        name: str,  # of the data set
+        place: str,  # the archive or folder that the files are in
+        failures: Mapping[str, str],
+        total: int,
+        cache_dir: Path | None,
+        source: str,
+    ) -> DamagedImages:
+        """Of a data set that is read as a whole, from an archive or a folder."""
+        folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+        listing = folder / f"{name}-{_key(map(os.fsencode, failures))}-damaged.txt"
+        listed = _try_listing(listing, failures)
+        first, reason = next(iter(failures.items()))
+        more = f", and {len(failures) - 1} more of {total} images" if len(failures) > 1 else ""
+        return cls(
+            f"{name}: {place}: {printable(first)} is damaged ({reason}){more}; get it again from {source}"
+            f"{OR_SKIP}{listed}",
+            {Path(file): why for file, why in failures.items()},
+            listing,
+        )
+
+
+class MissingImages(DamagedImages, FileNotFoundError):
+    """Files that are not there."""
 
 
 def cached_images(
@@ -40,87 +86,320 @@ def cached_images(
     image_size: int,
     cache_dir: Path | None,
     source: str,  # where the files come from
+    *,
+    processes: int | None = None,  # that decode; None: a core each, where there is enough to do
+    on_progress: OnProgress | None = None,
 ) -> list[Tensor]:  # of each part (N, 3, image_size, image_size) uint8, mapped
     """Every file's image, resized to image_size x image_size; decoded once for the same files and size.
 
-    Raises FileNotFoundError for files that are missing, ValueError for images that can't be read, OSError
-    where the cache has no room: each says which, and the first two where to get them. What is missing, or has
-    no room, is said before anything is decoded.
+    Raises MissingImages for files that are not there, a FileNotFoundError, DamagedImages, a ValueError, for
+    images that can't be read, OSError where the cache has no room or can't be written: each says which, and
+    the first two where to get them. What is missing, or has no room, is said before anything is decoded;
+    whatever happens then, what was decoded is kept for the next time.
     """
     if image_size < 1:
         raise ValueError(f"image_size: expected at least 1, got {image_size}")
     if not all(parts):
         raise ValueError(f"{name}: no images; get them from {source}")
-    keys = _fingerprints(name, parts, image_size, source)
+    say = on_progress or (lambda what, done, total: None)
     folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
-    paths = [folder / f"{name}-{image_size}-{key}.npy" for key in keys]
+    prefix = f"{name}-{image_size}px-"
+    digests, sizes = _fingerprints(name, parts, image_size, source, folder / prefix, say)
+    keys = [_key(of_part) for of_part in digests]
+    paths = [folder / f"{prefix}{key}.npy" for key in keys]
     shapes = [(len(files), 3, image_size, image_size) for files in parts]
-    missing = [i for i, path in enumerate(paths) if not _is_whole(path, shapes[i])]
-    if missing:
-        folder.mkdir(parents=True, exist_ok=True)
-        _check_room(folder, sum(math.prod(shapes[i]) for i in missing), name)
-    for i in missing:
-        _make(name, parts[i], shapes[i], paths[i], source)
+    unfinished = [i for i, path in enumerate(paths) if not is_whole(path, shapes[i])]
+    if unfinished:
+        listing = folder / f"{prefix}{_key([key.encode() for key in keys])}-damaged.txt"
+        total = sum(map(len, parts))
+        known = _listed(listing, parts)
+        if known:
+            raise _damaged(name, known, total, listing, source)
+        failures: dict[Path, Failure] = {}
+        with written_to(folder, name):
+            _check_room(folder, [(paths[i], shapes[i]) for i in unfinished], name)
+            _mention_old(folder, name, image_size)
+            for i in unfinished:
+                maker = _Maker(name, prefix, parts[i], digests[i], shapes[i], paths[i], say)
+                failures |= maker.make(_processes(processes, sizes[i]))
+            _clear(
+                folder,
+                prefix,
+                paths,
+                digests,
+                {os.fsencode(file) for files in parts for file in files}
+                - {os.fsencode(file) for file in failures},
+            )
+            if failures:
+                write_listing(listing, {file: _line(found) for file, found in failures.items()})
+        if failures:
+            raise _damaged(name, failures, total, listing, source)
     return [map_images(path, shape) for path, shape in zip(paths, shapes, strict=True)]
 
 
-def _fingerprints(name: str, parts: Sequence[Sequence[Path]], image_size: int, source: str) -> list[str]:
-    """Of all that each array depends on: each file's name, size and time of change among it."""
+# ---- which files they are
+
+
+def _fingerprints(
+    name: str,
+    parts: Sequence[Sequence[Path]],
+    image_size: int,
+    source: str,
+    prefix: Path,  # of the files in the cache
+    say: OnProgress,
+) -> tuple[list[list[bytes]], list[int]]:
+    """Of each file a digest of all that its image depends on, its time of change too; each part's bytes."""
     import PIL
 
-    found, missing = [], []
+    begin = hashlib.sha256(json.dumps([VERSION, PIL.__version__, image_size]).encode())
+    digests: list[list[bytes]] = []
+    sizes, missing, total = [], list[Path](), sum(map(len, parts))
     for files in parts:
-        digest = hashlib.sha256(json.dumps([VERSION, PIL.__version__, image_size]).encode())
-        for file in files:
+        seen = sum(map(len, digests))
+        of_part, size = [], 0
+        for i, file in enumerate(files):
+            if i % 1000 == 999:
+                say(f"{name}: looking at files", seen + i, total)
             try:
                 stat = file.stat()
-            except FileNotFoundError:
-                missing.append(str(file))
-            else:
-                digest.update(f"{file.absolute()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-        found.append(digest.hexdigest()[:16])
+            except (FileNotFoundError, NotADirectoryError):
+                missing.append(file)
+                of_part.append(b"")
+                continue
+            digest = begin.copy()
+            digest.update(os.fsencode(file.absolute()) + b"\0%d\0%d" % (stat.st_size, stat.st_mtime_ns))
+            of_part.append(digest.digest()[:16])
+            size += stat.st_size
+        digests.append(of_part)
+        sizes.append(size)
     if missing:
-        raise FileNotFoundError(
-            f"{name}: {len(missing)} of {sum(map(len, parts))} images are missing: {_some(missing)}; "
-            f"get them from {source}"
+        raise _missing(name, missing, total, prefix, source)
+    return digests, sizes
+
+
+def _key(digests: Iterable[bytes]) -> str:
+    return hashlib.sha256(b"".join(digests)).hexdigest()[:16]
+
+
+# ---- what is wrong with some
+
+
+def _missing(name: str, files: Sequence[Path], total: int, prefix: Path, source: str) -> MissingImages:
+    reasons = dict.fromkeys(files, "missing")
+    listing = prefix.with_name(f"{prefix.name}{_key(map(os.fsencode, files))}-missing.txt")
+    listed = _try_listing(listing, reasons)
+    named = some(map(printable, files))
+    return MissingImages(
+        f"{name}: {len(files)} of {total} images are missing: {named}; get them from {source}{OR_SKIP}"
+        f"{listed}",
+        reasons,
+        listing,
+    )
+
+
+def _damaged(
+    name: str, failures: Mapping[Path, Failure], total: int, listing: Path, source: str
+) -> DamagedImages:
+    fault = "are damaged" if all(found.damaged for found in failures.values()) else "cannot be read"
+    named = some(f"{printable(file)} ({found.reason})" for file, found in failures.items())
+    return DamagedImages(
+        f"{name}: {len(failures)} of {total} images {fault}: {named}; get them again from {source}{OR_SKIP}; "
+        f"all of them are listed in {listing}, the others are kept in the cache",
+        {file: found.reason for file, found in failures.items()},
+        listing,
+    )
+
+
+OR_SKIP = ", or go on without them: --skip-damaged"
+
+
+def some(names: Iterable[str]) -> str:
+    every = list(names)
+    more = f" and {len(every) - NAMED} more" if len(every) > NAMED else ""
+    return ", ".join(every[:NAMED]) + more
+
+
+UNREAD = "cannot be read: "  # before the reasons that may be gone the next time
+
+
+def _line(found: Failure) -> str:
+    return found.reason if found.damaged else UNREAD + found.reason
+
+
+def write_listing(path: Path, reasons: Mapping[Any, str]) -> None:
+    """A line for each file, in the bytes of its name: what `cut -f 1` gives is a list of the files."""
+    lines = [os.fsencode(file) + b"\t" + reason.encode() + b"\n" for file, reason in reasons.items()]
+    path.write_bytes(b"".join(lines))
+
+
+def _try_listing(path: Path, reasons: Mapping[Any, str]) -> str:
+    """Where the list is, for a message; nothing where the cache can't be written, which is another matter."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_listing(path, reasons)
+    except OSError:
+        return ""
+    return f"; all of them are listed in {path}"
+
+
+def say_left_out(name: str, classes: Iterable[str], where: str = "") -> None:
+    """How many images a data set goes on without, by class, those that lose most first."""
+    lost = Counter(classes)
+    if lost:
+        counts = some(f"{printable(c)} {count}" for c, count in lost.most_common())
+        log.warning(
+            "%s: left out %d images that are missing or damaged: %s%s",
+            name,
+            sum(lost.values()),
+            counts,
+            where,
         )
-    return found
 
 
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
+def _reasons(listing: Path) -> dict[bytes, str]:
+    lines = [line.partition(b"\t") for line in listing.read_bytes().splitlines()]
+    return {line[0]: line[2].decode("utf-8", "replace") for line in lines}
+
+
+def _listed(listing: Path, parts: Sequence[Sequence[Path]]) -> dict[Path, Failure]:
+    """The files of a list that are damaged for good: another try would find the same."""
+    try:
+        reasons = _reasons(listing)
+    except OSError:
+        return {}
+    found = ((file, reasons.get(os.fsencode(file))) for files in parts for file in files)
+    return {file: Failure(why, damaged=True) for file, why in found if why and not why.startswith(UNREAD)}
 
 
 # ---- making it
 
 
-def _make(name: str, files: Sequence[Path], shape: tuple[int, ...], path: Path, source: str) -> None:
-    """Under another name first, so that no reader sees half of it, whoever else writes the same file."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            _write_header(file, shape)
-            damaged = []
-            for done, image in enumerate(_decoded(files, shape[-1]), start=1):
-                if isinstance(image, str):
-                    damaged.append(image)
-                elif not damaged:
-                    file.write(image)
-                if done % 10_000 == 0:
-                    log.info("%s: %d of %d images decoded", name, done, len(files))
-        if damaged:
-            raise ValueError(
-                f"{name}: {len(damaged)} of {len(files)} images are damaged: {_some(damaged)}; get them "
-                f"again from {source}"
-            )
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+class _Maker:
+    """One array, filled in a file of another name, so that no reader sees half of it."""
+
+    def __init__(
+        self,
+        name: str,
+        prefix: str,
+        files: Sequence[Path],
+        digests: Sequence[bytes],
+        shape: Shape,
+        path: Path,
+        say: OnProgress,
+    ):
+        self.what, self.prefix, self.files, self.digests = f"{name}: decoding images", prefix, files, digests
+        self.shape, self.path, self.say = shape, path, say
+        self.partial = path.with_suffix(".partial")
+
+    def make(self, processes: int) -> dict[Path, Failure]:
+        """The files that can't be read; where there are none the array is made."""
+        with self._alone() as mine:
+            if not mine:
+                return {}
+            array = ArrayFile(self.partial, self.shape)
+            try:
+                self._take_over(array)
+                failures = self._decode(array, processes)
+            finally:
+                array.close()
+            if not failures:
+                os.replace(self.partial, self.path)
+            return failures
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[bool]:
+        """Whether the array is to be made; false where another process, waited for, has done so."""
+        while not is_whole(self.path, self.shape):
+            self.partial.touch()
+            try:
+                lock = Lock(self.partial)
+            except InUse:
+                self.say(f"{self.what}, in another process", 0, 0)
+                time.sleep(WAIT)
+                continue
+            except FileNotFoundError:  # it is done, just now
+                continue
+            try:
+                if is_whole(self.path, self.shape):
+                    self.partial.unlink(missing_ok=True)
+                    break
+                yield True
+                return
+            finally:
+                lock.release()
+        yield False
+
+    def _take_over(self, array: ArrayFile) -> None:
+        """What other arrays have of these images, those of an earlier try among them."""
+        wanted = {self.digests[i]: i for i in self._absent(array)}
+        for path in sorted(self.path.parent.glob(f"{self.prefix}*")):
+            if not wanted:
+                break
+            if path.suffix not in (".npy", ".partial") or path == self.partial:
+                continue
+            with contextlib.suppress(OSError, ValueError), contextlib.closing(ArrayFile(path)) as other:
+                if other.shape[1:] != self.shape[1:]:
+                    continue
+                for row, digest in enumerate(other.digests):
+                    if digest in wanted:
+                        array.put(wanted.pop(digest), other.image(row), digest)
+        array.keep()
+
+    def _absent(self, array: ArrayFile) -> list[int]:
+        return [i for i, digest in enumerate(self.digests) if array.digests[i] != digest]
+
+    def _decode(self, array: ArrayFile, processes: int) -> dict[Path, Failure]:
+        absent, failures = self._absent(array), dict[Path, Failure]()
+        files = [self.files[i] for i in absent]
+        total, kept = len(self.files), time.monotonic()
+        done = total - len(absent)
+        self.say(self.what, done, total)
+        with contextlib.closing(_decoded(files, self.shape[-1], processes)) as images:
+            try:
+                for i, image in zip(absent, images, strict=True):
+                    if isinstance(image, Failure):
+                        failures[self.files[i]] = image
+                    else:
+                        array.put(i, image, self.digests[i])
+                    if time.monotonic() - kept > KEPT_EVERY:
+                        array.keep()
+                        kept = time.monotonic()
+                    done += 1
+                    self.say(self.what, done, total)
+            except KeyboardInterrupt:
+                log.warning("%s: stopped after %d of %d, which are kept", self.what, done, total)
+                raise
+            finally:
+                array.keep()
+        return failures
 
 
-def _check_room(folder: Path, needed: int, name: str) -> None:
+def _processes(asked: int | None, size: int) -> int:
+    return asked or max(1, min(decoding.cores(), size // SHARE))
+
+
+def _decoded(files: Sequence[Path], size: int, processes: int) -> Generator[bytes | Failure, None, None]:
+    """As decoding.decoded; one process is this one, as another takes a while to start."""
+    if processes > 1:
+        yield from decoding.decoded(files, size, processes)
+        return
+    for file in files:
+        try:
+            yield decode(read_file(file), size)
+        except Exception as error:  # a damaged image may raise anything
+            yield failure(error)
+
+
+# ---- the cache's folder
+
+
+def _check_room(folder: Path, arrays: Sequence[tuple[Path, Shape]], name: str) -> None:
+    needed = sum(math.prod(shape) for _, shape in arrays)
+    for path, _ in arrays:
+        with contextlib.suppress(OSError):
+            needed -= (
+                getattr(path.with_suffix(".partial").stat(), "st_blocks", 0) * 512
+            )  # that it has already
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
@@ -129,84 +408,38 @@ def _check_room(folder: Path, needed: int, name: str) -> None:
         )
 
 
-def _write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:
-    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+def _clear(
+    folder: Path, prefix: str, paths: Sequence[Path], digests: Sequence[Sequence[bytes]], whole: set[bytes]
+) -> None:
+    """Removes what these arrays replace: partial ones they took over, lists that have files now `whole`.
 
-
-def _decoded(files: Sequence[Path], size: int) -> Iterator[bytes | str]:
-    """Of each file in turn its pixels, or what is wrong with it."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # Pillow lets others work meanwhile
-        for first in range(0, len(files), BATCH):
-            yield from pool.map(lambda file: _decoded_or_damage(file, size), files[first : first + BATCH])
-
-
-def _decoded_or_damage(file: Path, size: int) -> bytes | str:
-    try:
-        return decode(file.read_bytes(), size)
-    except Exception as error:  # a damaged image may raise anything
-        return f"{file} ({error})"
-
-
-def decode(content: bytes, size: int) -> bytes:
-    """An image file's content as the 3 * size * size bytes of its channels, red first.
-
-    The whole image is resized, whatever its proportions, each pixel an average of those that it covers.
+    And what writers left behind who were killed long ago.
     """
-    from PIL import Image
-
-    with Image.open(io.BytesIO(content)) as image:
-        more_bits = image.mode[0] in "IF"
-        narrow = Image.fromarray(_of_8_bits(np.asarray(image))) if more_bits else image
-        colour = narrow.convert("RGB")
-    if colour.size != (size, size):
-        colour = colour.resize((size, size), Image.Resampling.BILINEAR)
-    return np.asarray(colour).transpose(2, 0, 1).tobytes()
-
-
-def _of_8_bits(grey: np.ndarray) -> np.ndarray:
-    """A grey image of 16 bits, which `convert` would clip. Raises ValueError for other numbers."""
-    if grey.dtype.kind == "f" or grey.min() < 0 or grey.max() > 0xFFFF:
-        raise ValueError(f"expected 8 or 16 bits a channel, got {grey.dtype}, {grey.min()} to {grey.max()}")
-    return (grey / 257).round().astype(np.uint8)
-
-
-# ---- reading it
+    own = {path.with_suffix(".partial") for path in paths}
+    ours = {digest for of_part in digests for digest in of_part}
+    for partial in set(folder.glob(f"{prefix}*.partial")) - own:
+        with contextlib.suppress(OSError, ValueError):  # gone, in use, or not what it should be
+            lock = Lock(partial)
+            try:
+                with contextlib.closing(ArrayFile(partial)) as array:
+                    replaced = not ours.isdisjoint(array.digests)
+                if replaced:
+                    partial.unlink()
+            finally:
+                lock.release()
+    for listing in folder.glob(f"{prefix}*-*.txt"):
+        with contextlib.suppress(OSError):
+            if not whole.isdisjoint(_reasons(listing)):
+                listing.unlink()
+    remove_leftovers(folder)
 
 
-def _is_whole(path: Path, shape: tuple[int, ...]) -> bool:
-    try:
-        with open(path, "rb") as file:
-            return _header(file) == shape and path.stat().st_size == file.tell() + math.prod(shape)
-    except (OSError, ValueError):  # not there, or damaged: it is made again
-        return False
-
-
-def _header(file: BinaryIO) -> tuple[int, ...]:
-    np.lib.format.read_magic(file)
-    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-    return shape if dtype == np.uint8 and not fortran_order else ()
-
-
-def map_images(path: Path, shape: tuple[int, ...]) -> Tensor:
-    """The array in a file of `cached_images`. What is written to it stays in this process.
-
-    As a private mapping must be backed by memory in case it is written to, the system would refuse one that
-    is larger than memory, were it not told that nothing need be kept for it (MAP_NORESERVE).
-    """
-    with open(path, "rb") as file:
-        _header(file)
-        start = file.tell()
-        if sys.platform == "linux":
-            unreserved = getattr(mmap, "MAP_NORESERVE", 0x4000)
-            mapping = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE | unreserved)
-        else:
-            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    pixels = np.frombuffer(mapping, np.uint8, offset=start).reshape(shape)
-    images = torch.from_numpy(pixels)
-    vars(images)["mapped_from"] = Path(path)
-    return images
-
-
-def mapped_from(images: Tensor) -> Path | None:
-    """The file that `map_images` mapped them from."""
-    return vars(images).get("mapped_from")
+def _mention_old(folder: Path, name: str, image_size: int) -> None:
+    old = [path for path in folder.glob(f"{name}-{image_size}-*.npy") if len(path.stem.split("-")[-1]) == 16]
+    if old:
+        log.warning(
+            "%s: images are decoded anew, as they are upright and on white now; what an earlier version made "
+            "can be deleted: %s",
+            name,
+            some(map(str, old)),
+        )

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .image_folder import ByClass, from_files
+from .images import OnProgress
 from .partition import FederatedData, Partition
 
 SOURCE = "https://storage.googleapis.com/gresearch/federated-vision-datasets/landmarks-user-160k.zip"
@@ -31,6 +32,8 @@ def load_landmarks(
     task: str = "classification",
     cache_dir: Path | None = None,
     image_size: int = 256,
+    skip_damaged: bool = False,
+    on_progress: OnProgress | None = None,
     how: Partition | None = None,
 ) -> FederatedData:
     """Reads both lists and the images they name from `data_dir`; `seed` is for partitions but the natural."""
@@ -51,6 +54,8 @@ def load_landmarks(
         image_size=image_size,
         cache_dir=cache_dir,
         source=IMAGES,
+        skip_damaged=skip_damaged,
+        on_progress=on_progress,
         how=how or Partition("natural"),
         owner=owner,
     )

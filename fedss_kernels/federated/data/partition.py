@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .images import map_images, mapped_from
+from .array_file import map_images, mapped_from
 
 TASKS = ("classification", "retrieval")
 PARTITIONS = ("natural", "classes", "dirichlet", "iid")

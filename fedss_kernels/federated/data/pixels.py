@@ -53,20 +53,11 @@ class Failure:
 
 def read_file(path: str | Path) -> bytes:
     """The content of a file. Raises OSError where it is something else: a FIFO would be waited for."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with open(descriptor, "rb") as file:
-        kind = kind_of(os.fstat(descriptor).st_mode)
-        if kind:
-            raise OSError(errno.EINVAL, kind)
-        return file.read()
-
-
-def kind_of(mode: int) -> str:
-    """What something is that is not a file, by its st_mode; "" for a file."""
-    if stat.S_ISREG(mode):
-        return ""
-    kinds = {stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket", stat.S_IFDIR: "folder"}
-    return f"a {kinds.get(stat.S_IFMT(mode), 'device')}, not a file"
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket", stat.S_IFDIR: "folder"}
+        raise OSError(errno.EINVAL, f"a {kinds.get(stat.S_IFMT(mode), 'device')}, not a file")
+    return Path(path).read_bytes()
 
 
 def failure(error: Exception) -> Failure:

@@ -6,6 +6,7 @@ train/<class>/**/*.jpg  test/<class>/**/*.jpg
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Container, Mapping
@@ -15,12 +16,13 @@ import numpy as np
 import torch
 
 from .decoding import printable
-from .images import EXTENSIONS, DamagedImages, OnProgress, cached_images, say_left_out
+from .images import EXTENSIONS, DamagedImages, OnProgress, cached_images, say_left_out, some
 from .partition import FederatedData, Partition, divide, draw_share
 
 SOURCE = "wherever they come from: this is a folder of your own"
 ByClass = dict[str, list[Path]]  # the files of each class, sorted
 TESTS = ("test", "val", "valid", "validation")
+log = logging.getLogger(__name__)
 
 
 def load_image_folder(
@@ -182,13 +184,21 @@ def from_files(
             name, [files, test_files], image_size, cache_dir, source, on_progress=on_progress
         )
     except DamagedImages as damaged:
+        if not skip_damaged:
+            raise
         left, test_left = _without(train, damaged.files), _without(test, damaged.files)
-        if task == "classification":
-            test_left = {c: found for c, found in test_left.items() if c in left}
-        if not (skip_damaged and left and test_left):
+        unknown = {c for c in test_left if c not in left} if task == "classification" else set()
+        test_left = {c: found for c, found in test_left.items() if c not in unknown}
+        if not (left and test_left):
             raise
         lost = (c for part in (train, test) for c in part for file in part[c] if file in damaged.files)
         say_left_out(name, lost, f", listed in {damaged.listing}")
+        if unknown:
+            log.warning(
+                "%s: classes without a training image now, left out of the test too: %s",
+                name,
+                some(map(printable, sorted(unknown))),
+            )
         return from_files(
             name,
             left,

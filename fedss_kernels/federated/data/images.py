@@ -120,7 +120,8 @@ def cached_images(
             _check_room(folder, [(paths[i], shapes[i]) for i in unfinished], name)
             _mention_old(folder, name, image_size)
             for i in unfinished:
-                maker = _Maker(name, prefix, parts[i], digests[i], shapes[i], paths[i], say)
+                before = sum(map(len, parts[:i]))
+                maker = _Maker(name, prefix, parts[i], digests[i], shapes[i], paths[i], say, before, total)
                 failures |= maker.make(_processes(processes, sizes[i]))
             _clear(
                 folder,
@@ -286,9 +287,11 @@ class _Maker:
         shape: Shape,
         path: Path,
         say: OnProgress,
+        before: int,  # images of the parts before this
+        total: int,  # images of all parts
     ):
         self.what, self.prefix, self.files, self.digests = f"{name}: decoding images", prefix, files, digests
-        self.shape, self.path, self.say = shape, path, say
+        self.shape, self.path, self.say, self.before, self.total = shape, path, say, before, total
         self.partial = path.with_suffix(".partial")
 
     def make(self, processes: int) -> dict[Path, Failure]:
@@ -351,8 +354,8 @@ class _Maker:
     def _decode(self, array: ArrayFile, processes: int) -> dict[Path, Failure]:
         absent, failures = self._absent(array), dict[Path, Failure]()
         files = [self.files[i] for i in absent]
-        total, kept = len(self.files), time.monotonic()
-        done = total - len(absent)
+        total, kept = self.total, time.monotonic()
+        done = self.before + len(self.files) - len(absent)
         self.say(self.what, done, total)
         with contextlib.closing(_decoded(files, self.shape[-1], processes)) as images:
             try:

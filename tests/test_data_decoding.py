@@ -43,34 +43,53 @@ def test_in_order_and_with_the_reasons(files, tmp_path):
 
 
 def _started(monkeypatch) -> list[subprocess.Popen]:
-    processes = []
-    start = decoding._Decoder._started
-    monkeypatch.setattr(
-        decoding._Decoder, "_started", lambda decoder: processes.append(start(decoder)) or processes[-1]
-    )
+    """The processes that are started from now on."""
+    processes, start = [], decoding._Decoder.start
+
+    def noted(decoder):
+        start(decoder)
+        processes.append(decoder.process)
+
+    monkeypatch.setattr(decoding._Decoder, "start", noted)
     return processes
 
 
-def test_a_file_on_which_the_decoder_crashes_is_damaged(files):
+@pytest.mark.parametrize(
+    "number, times, found",
+    [
+        (signal.SIGSEGV, 1, Failure("its decoder crashed, by SIGSEGV", damaged=True)),
+        (signal.SIGKILL, 1, None),
+        (
+            signal.SIGKILL,
+            2,
+            Failure("its decoder was killed twice, by SIGKILL (out of memory?)", damaged=False),
+        ),
+    ],
+)
+def test_a_decoder_that_dies(files, monkeypatch, number, times, found):
+    """By its own doing, or somebody's: the file is tried once more. Another is there afterwards."""
+    started = _started(monkeypatch)
+    ask = decoding._Decoder._ask
+
+    def killed(decoder, file):
+        if len(started) <= times:
+            decoder.process.send_signal(number)
+        return ask(decoder, file)
+
+    monkeypatch.setattr(decoding._Decoder, "_ask", killed)
     decoder = decoding._Decoder(8)
-    decoder.process.send_signal(signal.SIGSEGV)
-    assert decoder(files[0]) == Failure("its decoder crashed, by SIGSEGV", damaged=True)
-    assert decoder(files[0]) == decode(files[0].read_bytes(), 8), "another is there"
+    image = decode(files[0].read_bytes(), 8)
+    assert decoder(files[0]) == (found or image)
+    assert decoder(files[0]) == image
     decoder.end()
+    assert len(started) == times + 1 and all(process.poll() is not None for process in started)
 
 
-def test_a_decoder_that_somebody_kills_is_not_the_files_fault(files, monkeypatch):
-    monkeypatch.setattr(decoding, "AHEAD", 1)
-    processes = _started(monkeypatch)
-    images = decoded(files, 8, processes=2)
-    next(images)
-    for process in processes:
-        process.kill()
-    with pytest.raises(
-        OSError, match=r"that decoded .*\\xff\.jpg was ended by SIGKILL \(out of memory\?\); .* kept"
-    ):
-        list(images)
-    assert len(processes) == 2 and all(process.poll() is not None for process in processes)
+def test_a_decoder_that_cannot_start(files, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(decoding.pixels, "__file__", str(tmp_path / "nothing.py"))
+    with pytest.raises(OSError, match=r"0-\\xff.jpg: its decoder ended with exit code 2; see what it said"):
+        list(decoded(files, 8, processes=1))
+    assert "nothing.py" in capfd.readouterr().err
 
 
 def test_who_stops_reading_leaves_no_process(files, monkeypatch):

@@ -1,6 +1,6 @@
 """Images as one .npy file that is mapped, not read, and can be filled bit by bit:
 
-    header | (N, 3, size, size) uint8 | (N, 16) uint8, of each image a digest of what it was made from
+    header | (N, 3, size, size) uint8 | N digests of 16 bytes, of what each image was made from
 
 A digest of zeros: the image is not there yet. As it is written after its image, the file can be gone on with
 wherever its writer was stopped. What is mapped takes memory only where it is looked at, so that it may be
@@ -20,8 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-DIGEST = 16
-ABSENT = bytes(DIGEST)
+DIGEST = np.dtype("V16")
 Shape = tuple[int, ...]
 
 
@@ -53,10 +52,9 @@ class ArrayFile:
         if len(self.shape) != 4 or os.fstat(self.file.fileno()).st_size != size:
             raise ValueError(f"{self.file.name} is no whole file of images")
         self.image_bytes = math.prod(self.shape[1:])
-        self.tail = size - DIGEST * self.shape[0]
+        self.tail = size - DIGEST.itemsize * self.shape[0]
         self.file.seek(self.tail)
-        digests = self.file.read()
-        self.digests = [digests[i : i + DIGEST] for i in range(0, len(digests), DIGEST)]
+        self.digests = np.frombuffer(bytearray(self.file.read()), DIGEST)
 
     def image(self, i: int) -> bytes:
         self.file.seek(self.start + i * self.image_bytes)
@@ -65,7 +63,7 @@ class ArrayFile:
     def put(self, i: int, image: bytes, digest: bytes) -> None:
         self.file.seek(self.start + i * self.image_bytes)
         self.file.write(image)
-        self.digests[i] = digest
+        self.digests[i] = np.void(digest)
         self.pending.append(i)
 
     def keep(self) -> None:
@@ -75,8 +73,8 @@ class ArrayFile:
         self.file.flush()
         os.fsync(self.file.fileno())
         for i in self.pending:
-            self.file.seek(self.tail + i * DIGEST)
-            self.file.write(self.digests[i])
+            self.file.seek(self.tail + i * DIGEST.itemsize)
+            self.file.write(self.digests[i].tobytes())
         self.file.flush()
         self.pending.clear()
 
@@ -85,7 +83,7 @@ class ArrayFile:
 
 
 def file_size(shape: Shape, start: int) -> int:
-    return start + math.prod(shape) + DIGEST * (shape[0] if shape else 0)
+    return start + math.prod(shape) + DIGEST.itemsize * (shape[0] if shape else 0)
 
 
 def is_whole(path: Path, shape: Shape) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,7 +29,7 @@ def cores() -> int:
 def decoded(files: Sequence[Path], size: int, processes: int) -> Iterator[bytes | Failure]:
     """Of each file in turn its pixels, or why there are none.
 
-    Raises OSError where somebody ends a decoding process. However it ends, the processes do too.
+    Raises OSError where a process cannot decode anything. However it ends, the processes do too.
     """
     decoders = [_Decoder(size) for _ in range(processes)]
     idle = SimpleQueue[_Decoder]()
@@ -56,33 +58,39 @@ class _Decoder:
     """A process of `pixels.serve`. Ctrl-C does not reach it: its parent hears it, and ends it."""
 
     def __init__(self, size: int):
-        self.size = size
-        self.process = self._started()
+        self.size, self.ended, self.lock = size, False, threading.Lock()
+        self.start()
 
-    def _started(self) -> subprocess.Popen:
+    def start(self) -> None:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        return subprocess.Popen(
-            [sys.executable, pixels.__file__, str(self.size)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,
-            env=environment,
-        )
+        with self.lock:
+            if self.ended:
+                raise EOFError
+            self.process = subprocess.Popen(
+                [sys.executable, pixels.__file__, str(self.size)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                start_new_session=True,
+                env=environment,
+            )
 
     def __call__(self, file: Path) -> bytes | Failure:
-        try:
-            return self._ask(file)
-        except (BrokenPipeError, EOFError):
-            code = self.process.wait()
+        """Asks once more where the process was killed: others may have wanted the memory just then."""
+        for _ in range(2):
+            try:
+                return self._ask(file)
+            except (BrokenPipeError, EOFError):
+                code = self.process.wait()
+            if code >= 0:
+                raise OSError(f"{printable(file)}: its decoder ended with exit code {code}; see what it said")
+            self._close()
+            self.start()
+            if -code in CRASHES:
+                break
+        name = signal.Signals(-code).name
         if -code in CRASHES:
-            self.end()
-            self.process = self._started()
-            return Failure(f"its decoder crashed, by {signal.Signals(-code).name}", damaged=True)
-        ended = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-        raise OSError(
-            f"the process that decoded {printable(file)} was ended {ended} (out of memory?); what was "
-            "decoded is kept: start again to go on"
-        )
+            return Failure(f"its decoder crashed, by {name}", damaged=True)
+        return Failure(f"its decoder was killed twice, by {name} (out of memory?)", damaged=False)
 
     def _ask(self, file: Path) -> bytes | Failure:
         questions, answers = self.process.stdin, self.process.stdout
@@ -99,14 +107,17 @@ class _Decoder:
         return answer if kind == PIXELS else Failure(answer.decode(), kind == DAMAGED)
 
     def end(self) -> None:
+        with self.lock:
+            self.ended = True
         self.process.kill()
         self.process.wait()
+        self._close()
+
+    def _close(self) -> None:
         for pipe in (self.process.stdin, self.process.stdout):
             assert pipe
-            try:
+            with contextlib.suppress(BrokenPipeError):  # a question that nobody will answer
                 pipe.close()
-            except BrokenPipeError:  # a question that nobody will answer
-                pass
 
 
 def printable(name: str | Path) -> str:

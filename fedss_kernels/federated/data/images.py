@@ -26,11 +26,12 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from ..lock import InUse, Lock
 from . import decoding
-from .array_file import ArrayFile, Shape, is_whole, map_images
+from .array_file import DIGEST, ArrayFile, Shape, is_whole, map_images
 from .cache import default_cache_dir, remove_leftovers, written_to
 from .decoding import printable
 from .pixels import Failure, decode, failure, read_file
@@ -105,7 +106,7 @@ def cached_images(
     folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     prefix = f"{name}-{image_size}px-"
     digests, sizes = _fingerprints(name, parts, image_size, source, folder / prefix, say)
-    keys = [_key(of_part) for of_part in digests]
+    keys = [_key([of_part.tobytes()]) for of_part in digests]
     paths = [folder / f"{prefix}{key}.npy" for key in keys]
     shapes = [(len(files), 3, image_size, image_size) for files in parts]
     unfinished = [i for i, path in enumerate(paths) if not is_whole(path, shapes[i])]
@@ -123,14 +124,8 @@ def cached_images(
                 before = sum(map(len, parts[:i]))
                 maker = _Maker(name, prefix, parts[i], digests[i], shapes[i], paths[i], say, before, total)
                 failures |= maker.make(_processes(processes, sizes[i]))
-            _clear(
-                folder,
-                prefix,
-                paths,
-                digests,
-                {os.fsencode(file) for files in parts for file in files}
-                - {os.fsencode(file) for file in failures},
-            )
+            _clear(folder, prefix, paths, digests)
+            _forget_lists(folder, prefix, (file for files in parts for file in files if file not in failures))
             if failures:
                 write_listing(listing, {file: _line(found) for file, found in failures.items()})
         if failures:
@@ -148,30 +143,28 @@ def _fingerprints(
     source: str,
     prefix: Path,  # of the files in the cache
     say: OnProgress,
-) -> tuple[list[list[bytes]], list[int]]:
+) -> tuple[list[np.ndarray], list[int]]:
     """Of each file a digest of all that its image depends on, its time of change too; each part's bytes."""
     import PIL
 
     begin = hashlib.sha256(json.dumps([VERSION, PIL.__version__, image_size]).encode())
-    digests: list[list[bytes]] = []
+    digests = list[np.ndarray]()
     sizes, missing, total = [], list[Path](), sum(map(len, parts))
     for files in parts:
-        seen = sum(map(len, digests))
-        of_part, size = [], 0
+        of_part, size = bytearray(), 0
         for i, file in enumerate(files):
             if i % 1000 == 999:
-                say(f"{name}: looking at files", seen + i, total)
+                say(f"{name}: looking at files", sum(map(len, digests)) + i, total)
             try:
                 stat = file.stat()
             except (FileNotFoundError, NotADirectoryError):
                 missing.append(file)
-                of_part.append(b"")
                 continue
             digest = begin.copy()
             digest.update(os.fsencode(file.absolute()) + b"\0%d\0%d" % (stat.st_size, stat.st_mtime_ns))
-            of_part.append(digest.digest()[:16])
+            of_part += digest.digest()[: DIGEST.itemsize]
             size += stat.st_size
-        digests.append(of_part)
+        digests.append(np.frombuffer(of_part, DIGEST))
         sizes.append(size)
     if missing:
         raise _missing(name, missing, total, prefix, source)
@@ -283,7 +276,7 @@ class _Maker:
         name: str,
         prefix: str,
         files: Sequence[Path],
-        digests: Sequence[bytes],
+        digests: np.ndarray,  # (N,) DIGEST, of the files
         shape: Shape,
         path: Path,
         say: OnProgress,
@@ -326,15 +319,16 @@ class _Maker:
                 if is_whole(self.path, self.shape):
                     self.partial.unlink(missing_ok=True)
                     break
-                yield True
-                return
+                if self.partial.exists():  # nobody has removed it, just now
+                    yield True
+                    return
             finally:
                 lock.release()
         yield False
 
     def _take_over(self, array: ArrayFile) -> None:
         """What other arrays have of these images, those of an earlier try among them."""
-        wanted = {self.digests[i]: i for i in self._absent(array)}
+        wanted = {self.digests[i].tobytes(): i for i in self._absent(array)}
         for path in sorted(self.path.parent.glob(f"{self.prefix}*")):
             if not wanted:
                 break
@@ -343,13 +337,13 @@ class _Maker:
             with contextlib.suppress(OSError, ValueError), contextlib.closing(ArrayFile(path)) as other:
                 if other.shape[1:] != self.shape[1:]:
                     continue
-                for row, digest in enumerate(other.digests):
+                for row, digest in enumerate(other.digests.tolist()):
                     if digest in wanted:
                         array.put(wanted.pop(digest), other.image(row), digest)
         array.keep()
 
     def _absent(self, array: ArrayFile) -> list[int]:
-        return [i for i, digest in enumerate(self.digests) if array.digests[i] != digest]
+        return np.flatnonzero(array.digests != self.digests).tolist()
 
     def _decode(self, array: ArrayFile, processes: int) -> dict[Path, Failure]:
         absent, failures = self._absent(array), dict[Path, Failure]()
@@ -363,7 +357,7 @@ class _Maker:
                     if isinstance(image, Failure):
                         failures[self.files[i]] = image
                     else:
-                        array.put(i, image, self.digests[i])
+                        array.put(i, image, self.digests[i].tobytes())
                     if time.monotonic() - kept > KEPT_EVERY:
                         array.keep()
                         kept = time.monotonic()
@@ -411,30 +405,29 @@ def _check_room(folder: Path, arrays: Sequence[tuple[Path, Shape]], name: str) -
         )
 
 
-def _clear(
-    folder: Path, prefix: str, paths: Sequence[Path], digests: Sequence[Sequence[bytes]], whole: set[bytes]
-) -> None:
-    """Removes what these arrays replace: partial ones they took over, lists that have files now `whole`.
-
-    And what writers left behind who were killed long ago.
-    """
-    own = {path.with_suffix(".partial") for path in paths}
-    ours = {digest for of_part in digests for digest in of_part}
-    for partial in set(folder.glob(f"{prefix}*.partial")) - own:
+def _clear(folder: Path, prefix: str, paths: Sequence[Path], digests: Sequence[np.ndarray]) -> None:
+    """Removes the partial arrays that these took over, and what writers left who were killed long ago."""
+    for partial in set(folder.glob(f"{prefix}*.partial")) - {path.with_suffix(".partial") for path in paths}:
         with contextlib.suppress(OSError, ValueError):  # gone, in use, or not what it should be
             lock = Lock(partial)
             try:
                 with contextlib.closing(ArrayFile(partial)) as array:
-                    replaced = not ours.isdisjoint(array.digests)
-                if replaced:
+                    there = set(array.digests.tolist()) - {bytes(DIGEST.itemsize)}
+                if not there or any(not there.isdisjoint(of_part.tolist()) for of_part in digests):
                     partial.unlink()
             finally:
                 lock.release()
-    for listing in folder.glob(f"{prefix}*-*.txt"):
-        with contextlib.suppress(OSError):
-            if not whole.isdisjoint(_reasons(listing)):
-                listing.unlink()
     remove_leftovers(folder)
+
+
+def _forget_lists(folder: Path, prefix: str, whole: Iterable[Path]) -> None:
+    """Removes the lists that have some of these files, which can be read now."""
+    lists = list(folder.glob(f"{prefix}*.txt"))
+    names = {os.fsencode(file) for file in whole} if lists else set()
+    for listing in lists:
+        with contextlib.suppress(OSError):
+            if not names.isdisjoint(_reasons(listing)):
+                listing.unlink()
 
 
 def _mention_old(folder: Path, name: str, image_size: int) -> None:

@@ -283,7 +283,7 @@ def test_damaged_jpeg_files_are_all_listed_and_left_out(tmp_path, place, caplog)
     for _ in range(2):  # the second time from the cache
         caplog.clear()
         data = read("cifar10", tmp_path, skip_damaged=True, on_progress=lambda *news: said.append(news))
-        assert f"cifar10: left out {len(damaged)} images that are missing or damaged: cat 2" in caplog.text
+        assert f"cifar10: left out {len(damaged)} images that could not be read: cat 2" in caplog.text
         cat = NAMES10.index("cat")
         assert shown(data.images) == [40 * c + i for c in range(10) for i in range(3) if (c, i) != (cat, 1)]
         assert shown(data.test_images) == [

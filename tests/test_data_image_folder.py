@@ -166,7 +166,7 @@ def test_without_its_damaged_images_it_is_as_if_they_were_not_there(tmp_path, ta
     with pytest.raises(images.DamagedImages, match="12 of 35 images are damaged"):
         read(folder, task=task)
     data = read(folder, task=task, skip_damaged=True)
-    assert "image_folder: left out 12 images that are missing or damaged: ant 1" in caplog.text
+    assert "image_folder: left out 12 images that could not be read: ant 1" in caplog.text
     gone = "classes without a training image now, left out of the test too: ant" in caplog.text
     assert gone == (task == "classification")
     again = read(folder, task=task, skip_damaged=True)
@@ -251,7 +251,7 @@ def test_a_run_without_damaged_images(folder, caplog):
         run(config(folder))
     found = run(config(folder, skip_damaged=True, rounds=1))
     assert found.summary.num_train_images + found.summary.num_test_images == 29
-    assert "image_folder: left out 1 images that are missing or damaged: bee 1, listed in" in caplog.text
+    assert "image_folder: left out 1 images that could not be read: bee 1, listed in" in caplog.text
 
 
 def test_progress_is_told_from_the_start(folder):

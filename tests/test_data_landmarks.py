@@ -114,8 +114,8 @@ def test_without_missing_and_damaged_images(folder, caplog):
     assert data.client_names == ("12", "7") and data.class_names == ("0", "1", "2")
     assert sorted(shown(data.images)) == [1, 2, 4, 5, 7] and shown(data.test_images) == [10, 11, 12]
     assert each_once(data.clients, 5)
-    assert "left out 2 images that are missing or damaged: 2 1, 10 1, listed in" in caplog.text
-    assert "left out 1 images that are missing or damaged: 1 1, listed in" in caplog.text
+    assert "left out 2 images that could not be read: 2 1, 10 1, listed in" in caplog.text
+    assert "left out 1 images that could not be read: 1 1, listed in" in caplog.text
     assert "classes without a training image now, left out of the test too: 10" in caplog.text
 
 

@@ -113,7 +113,7 @@ def cached_images(
     if unfinished:
         listing = folder / f"{prefix}{_key([key.encode() for key in keys])}-damaged.txt"
         total = sum(map(len, parts))
-        known = _listed(listing, parts)
+        known = _listed(listing, parts, image_size)
         if known:
             raise _damaged(name, known, total, listing, source)
         failures: dict[Path, Failure] = {}
@@ -204,7 +204,7 @@ def _damaged(
     )
 
 
-OR_SKIP = ", or go on without them: --skip-damaged"
+OR_SKIP = "; or go on without them: --skip-damaged"
 
 
 def some(names: Iterable[str]) -> str:
@@ -242,7 +242,7 @@ def say_left_out(name: str, classes: Iterable[str], where: str = "") -> None:
     if lost:
         counts = some(f"{printable(c)} {count}" for c, count in lost.most_common())
         log.warning(
-            "%s: left out %d images that are missing or damaged: %s%s",
+            "%s: left out %d images that could not be read: %s%s",
             name,
             sum(lost.values()),
             counts,
@@ -255,14 +255,23 @@ def _reasons(listing: Path) -> dict[bytes, str]:
     return {line[0]: line[2].decode("utf-8", "replace") for line in lines}
 
 
-def _listed(listing: Path, parts: Sequence[Sequence[Path]]) -> dict[Path, Failure]:
-    """The files of a list that are damaged for good: another try would find the same."""
+def _listed(listing: Path, parts: Sequence[Sequence[Path]], size: int) -> dict[Path, Failure]:
+    """The files of a list that can't be read today either; of one that is damaged that is known."""
     try:
         reasons = _reasons(listing)
     except OSError:
         return {}
-    found = ((file, reasons.get(os.fsencode(file))) for files in parts for file in files)
-    return {file: Failure(why, damaged=True) for file, why in found if why and not why.startswith(UNREAD)}
+    found = dict[Path, Failure]()
+    for files in parts:
+        for file in files:
+            reason = reasons.get(os.fsencode(file), "")
+            if reason.startswith(UNREAD):
+                (again,) = _decoded([file], size, processes=1)
+                if isinstance(again, Failure):
+                    found[file] = again
+            elif reason:
+                found[file] = Failure(reason, damaged=True)
+    return found
 
 
 # ---- making it

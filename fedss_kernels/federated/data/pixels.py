@@ -290,4 +290,7 @@ def serve(size: int, questions: BinaryIO, answers: BinaryIO) -> None:
 
 if __name__ == "__main__":
     del sys.path[0]  # this file's folder, whose modules are of the package
-    serve(int(sys.argv[1]), sys.stdin.buffer, sys.stdout.buffer)
+    try:
+        serve(int(sys.argv[1]), sys.stdin.buffer, sys.stdout.buffer)
+    except BrokenPipeError:  # who asked is gone
+        os._exit(0)

@@ -9,7 +9,7 @@ import torch
 from image_files import each_once, shown, write_image
 
 from fedss_kernels.federated import Config, ConfigError, noise, run
-from fedss_kernels.federated.data import FederatedData, Partition, images, load
+from fedss_kernels.federated.data import DamagedImages, FederatedData, Partition, images, load
 from fedss_kernels.federated.loading import load_data
 
 CLASSES = {"ant": 10, "bee": 5, "cat": 15}
@@ -163,7 +163,7 @@ def test_without_its_damaged_images_it_is_as_if_they_were_not_there(tmp_path, ta
     ]
     for file in damaged:
         file.write_bytes(b"")
-    with pytest.raises(images.DamagedImages, match="12 of 35 images are damaged"):
+    with pytest.raises(DamagedImages, match="12 of 35 images are damaged"):
         read(folder, task=task)
     data = read(folder, task=task, skip_damaged=True)
     assert "image_folder: left out 12 images that could not be read: ant 1" in caplog.text

@@ -20,7 +20,8 @@ from tiny_federation import tiny_data
 from fedss_kernels.federated.data import images
 from fedss_kernels.federated.data.array_file import ArrayFile, map_images, mapped_from, write_header
 from fedss_kernels.federated.data.cache import cached_arrays
-from fedss_kernels.federated.data.images import DamagedImages, MissingImages, cached_images, decode
+from fedss_kernels.federated.data.damage import DamagedImages, MissingImages
+from fedss_kernels.federated.data.images import cached_images, decode
 from fedss_kernels.federated.data.pixels import read_file
 
 

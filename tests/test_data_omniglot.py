@@ -223,12 +223,16 @@ def test_damage_anywhere_is_told_in_words(folder):
     assert refused > 30
 
 
-def test_a_missing_drawer(folder):
+def test_a_missing_drawer(folder, caplog):
     files = authors_files()
     del files["images_evaluation/Greek/character02/0002_07.png"]
     write_zip(folder, files)
-    with pytest.raises(ValueError, match=r"expected 20 images of Greek/character02.*got 19 by 19"):
+    with pytest.raises(
+        ValueError, match=r"expected 20 images of Greek/character02.*got 19 by 19.*--skip-dam"
+    ):
         read(folder)
+    assert len(read(folder, skip_damaged=True).images) == 8 * 16 - 1
+    assert "left out 1 images that could not be read: Greek/character02 1" in caplog.text
 
 
 def test_a_drawer_twice(folder):
@@ -237,8 +241,9 @@ def test_a_drawer_twice(folder):
         "images_evaluation/Greek/character02/0002_07.png"
     ]
     write_folder(folder, files)
-    with pytest.raises(ValueError, match=r"expected 20 images of Greek/character02.*got 21 by 20"):
-        read(folder)
+    for skip in (False, True):
+        with pytest.raises(ValueError, match=r"expected 20 images of Greek/character02.*got 21 by 20"):
+            read(folder, skip_damaged=skip)
 
 
 def test_empty_part(folder):

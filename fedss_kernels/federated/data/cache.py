@@ -10,7 +10,7 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,11 @@ def default_cache_dir() -> Path:
         return (Path(base) if base else Path.home() / ".cache") / "fedss-kernels"
     except RuntimeError:  # a user without a home
         return Path(tempfile.gettempdir()) / "fedss-kernels"
+
+
+def key_of(parts: Iterable[bytes]) -> str:
+    """What tells files in the cache apart, in their names."""
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 @contextlib.contextmanager
@@ -67,7 +72,7 @@ def cached_arrays(name: str, key: dict, make: Callable[[], Arrays], cache_dir: P
     """
     text = json.dumps(key, sort_keys=True)
     folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
-    path = folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.npz"
+    path = folder / f"{name}-{key_of([text.encode()])}.npz"
     arrays = _read(path, text)
     if arrays is None:
         arrays = make()

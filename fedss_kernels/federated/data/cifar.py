@@ -30,8 +30,9 @@ import numpy as np
 import torch
 
 from .cache import Arrays, cached_arrays
+from .damage import DamagedImages, say_left_out
 from .image_folder import images_below
-from .images import VERSION, DamagedImages, OnProgress, decode, say_left_out
+from .images import VERSION, OnProgress, decode
 from .partition import FederatedData, Partition, divide
 from .pixels import failure, read_file
 

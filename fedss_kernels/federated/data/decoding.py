@@ -14,6 +14,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from . import pixels
+from .damage import printable
 from .pixels import DAMAGED, LENGTH, PIXELS, Failure
 
 AHEAD = 16  # files that each process may be ahead of who takes the pixels
@@ -118,8 +119,3 @@ class _Decoder:
             assert pipe
             with contextlib.suppress(BrokenPipeError):  # a question that nobody will answer
                 pipe.close()
-
-
-def printable(name: str | Path) -> str:
-    r"""A file's name for a message: bytes of it that are not UTF-8 as \xff."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .decoding import printable
-from .images import EXTENSIONS, DamagedImages, OnProgress, cached_images, say_left_out, some
+from .damage import DamagedImages, printable, say_left_out, some
+from .images import EXTENSIONS, OnProgress, cached_images
 from .partition import FederatedData, Partition, divide, draw_share
 
 SOURCE = "wherever they come from: this is a folder of your own"
@@ -184,25 +184,12 @@ def from_files(
             name, [files, test_files], image_size, cache_dir, source, on_progress=on_progress
         )
     except DamagedImages as damaged:
-        if not skip_damaged:
+        left = _left(name, train, test, task, damaged) if skip_damaged else None
+        if left is None:
             raise
-        left, test_left = _without(train, damaged.files), _without(test, damaged.files)
-        unknown = {c for c in test_left if c not in left} if task == "classification" else set()
-        test_left = {c: found for c, found in test_left.items() if c not in unknown}
-        if not (left and test_left):
-            raise
-        lost = (c for part in (train, test) for c in part for file in part[c] if file in damaged.files)
-        say_left_out(name, lost, f", listed in {damaged.listing}")
-        if unknown:
-            log.warning(
-                "%s: classes without a training image now, left out of the test too: %s",
-                name,
-                some(map(printable, sorted(unknown))),
-            )
         return from_files(
             name,
-            left,
-            test_left,
+            *left,
             task=task,
             seed=seed,
             image_size=image_size,
@@ -225,6 +212,30 @@ def from_files(
         class_names=tuple(map(printable, train)),
         task=task,
     )
+
+
+def _left(
+    name: str,
+    train: Mapping[str, list[Path]],
+    test: Mapping[str, list[Path]],
+    task: str,
+    damaged: DamagedImages,
+) -> tuple[ByClass, ByClass] | None:
+    """What is left of both parts, and says what isn't; None where one of them is empty."""
+    left, test_left = _without(train, damaged.files), _without(test, damaged.files)
+    unknown = {c for c in test_left if c not in left} if task == "classification" else set()
+    test_left = {c: found for c, found in test_left.items() if c not in unknown}
+    if not (left and test_left):
+        return None
+    lost = (c for part in (train, test) for c in part for file in part[c] if file in damaged.files)
+    say_left_out(name, lost, f", listed in {damaged.listing}")
+    if unknown:
+        log.warning(
+            "%s: classes without a training image now, left out of the test too: %s",
+            name,
+            some(map(printable, sorted(unknown))),
+        )
+    return left, test_left
 
 
 def _without(by_class: Mapping[str, list[Path]], files: Container[Path]) -> ByClass:

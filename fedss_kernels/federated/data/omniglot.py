@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from .cache import Arrays, cached_arrays
-from .images import DamagedImages, OnProgress, say_left_out
+from .damage import OR_SKIP, DamagedImages, say_left_out
+from .images import OnProgress
 from .partition import Drawings, FederatedData, Partition, partition
 from .pixels import read_file
 
@@ -119,7 +120,7 @@ def read(
         raise DamagedImages.inside("omniglot", where, failures, total, cache_dir, SOURCE)
     if not drawings:
         raise ValueError(f"omniglot: no <alphabet>/character<NN>/<id>_<drawer>.png in {where}")
-    _check_complete(drawings + lost)
+    lost += _missing(drawings + lost, skip_damaged)
     characters = sorted({(alphabet, character) for alphabet, character, _, _ in drawings})
     alphabets = sorted({alphabet for alphabet, _ in characters})
     number = {name: i for i, name in enumerate(characters)}
@@ -173,16 +174,22 @@ def _from_folder(path: Path) -> Iterator[File]:
             yield match[1], match[2], int(match[3]), str(file), partial(read_file, file)
 
 
-def _check_complete(drawings: list[Drawing]) -> None:
-    """Every character once by each of the 20 drawers: fewer means files lost, more means two copies mixed."""
+def _missing(drawings: list[Drawing], skip: bool) -> list[Drawing]:
+    """Of every character those of the 20 drawers whose image isn't there.
+
+    Raises ValueError unless they may be left out, and where one is there twice: two copies are mixed.
+    """
     seen = Counter((alphabet, character, drawer) for alphabet, character, drawer, _ in drawings)
-    for alphabet, character in {name[:2] for name in seen}:
+    missing = list[Drawing]()
+    for alphabet, character in sorted({name[:2] for name in seen}):
         counts = [seen[alphabet, character, drawer] for drawer in range(1, DRAWERS + 1)]
-        if counts != [1] * DRAWERS:
+        if max(counts) > 1 or (0 in counts and not skip):
             raise ValueError(
                 f"omniglot: expected {DRAWERS} images of {alphabet}/{character}, one by each drawer, "
-                f"got {sum(counts)} by {sum(map(bool, counts))} drawers"
+                f"got {sum(counts)} by {sum(map(bool, counts))} drawers{'' if max(counts) > 1 else OR_SKIP}"
             )
+        missing += [(alphabet, character, i + 1, b"") for i, count in enumerate(counts) if not count]
+    return missing
 
 
 def decode(png: bytes, name: str) -> bytes:

@@ -147,7 +147,7 @@ def test_damaged_images_are_all_named_and_listed(files, tmp_path):
     listing = caught.value.listing
     assert f"all of them are listed in {listing}, the others are kept in the cache" in str(caught.value)
     assert [line.split("\t")[0] for line in listing.read_text().splitlines()] == [*map(str, files[1:3])]
-    assert "2.bmp\tno image format that Pillow knows\n" in listing.read_text()
+    assert "2.bmp\tno image that Pillow can open: cut short, or of another format\n" in listing.read_text()
 
 
 def test_the_second_try_decodes_what_was_damaged(files, tmp_path, monkeypatch):
@@ -201,7 +201,11 @@ def test_what_cannot_be_read_is_not_called_damaged_and_is_tried_again(files, tmp
         patch.setattr(images, "read_file", read_or_not)
         with pytest.raises(DamagedImages) as caught:
             read([*files, pipe], tmp_path)
-    reasons = ["Permission denied", "no image format that Pillow knows", "a FIFO, not a file"]
+    reasons = [
+        "Permission denied",
+        "no image that Pillow can open: cut short, or of another format",
+        "a FIFO, not a file",
+    ]
     assert list(caught.value.files.values()) == reasons
     assert "tiny: 3 of 5 images cannot be read: " in str(caught.value)
     seen = decoded(monkeypatch)
@@ -243,9 +247,9 @@ def test_a_killed_process_loses_no_more_than_a_moment(files, tmp_path):
     script = f"""
 import os, signal
 from pathlib import Path
-from fedss_kernels.federated.data import images
+from fedss_kernels.federated.data import array_file, images
 print("once", flush=True)
-images.KEPT_EVERY = 0
+array_file.KEPT_EVERY = 0
 files = [Path(name) for name in {list(map(str, files))}]
 stop = lambda what, done, total: done == 3 and os.kill(os.getpid(), signal.SIGKILL)
 images.cached_images("tiny", [files], 8, Path({str(tmp_path / "cache")!r}), "", processes=2, on_progress=stop)

@@ -246,7 +246,7 @@ def test_a_jpeg_without_some_of_its_pixels_is_not(options):
     "content, reason",
     [
         (b"", "an empty file"),
-        (b"<html>404</html>", "no image format that Pillow knows"),
+        (b"<html>404</html>", "no image that Pillow can open: cut short, or of another format"),
         (encoded(photograph(90, 90), "JPEG")[:-1000], r"image file is truncated \(\d+ bytes not processed\)"),
         (encoded(photograph(90, 90))[:-1000], "image file is truncated"),
     ],

@@ -13,6 +13,7 @@ import math
 import mmap
 import os
 import sys
+import time
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 DIGEST = np.dtype("V16")
+KEPT_EVERY = 1.0  # seconds; what was put since is lost where the process is killed
 Shape = tuple[int, ...]
 
 
@@ -44,6 +46,7 @@ class ArrayFile:
             self.file.close()
             raise
         self.pending: list[int] = []  # images that are there, but not their digests
+        self.kept = time.monotonic()
 
     def _read_digests(self, fill: bool) -> None:
         size = file_size(self.shape, self.start)
@@ -65,11 +68,11 @@ class ArrayFile:
         self.file.write(image)
         self.digests[i] = np.void(digest)
         self.pending.append(i)
+        if time.monotonic() - self.kept > KEPT_EVERY:
+            self._keep()
 
-    def keep(self) -> None:
+    def _keep(self) -> None:
         """What was put is there from now on, even where the power fails."""
-        if not self.pending:
-            return
         self.file.flush()
         os.fsync(self.file.fileno())
         for i in self.pending:
@@ -77,9 +80,14 @@ class ArrayFile:
             self.file.write(self.digests[i].tobytes())
         self.file.flush()
         self.pending.clear()
+        self.kept = time.monotonic()
 
     def close(self) -> None:
-        self.file.close()
+        try:
+            if self.pending:
+                self._keep()
+        finally:
+            self.file.close()
 
 
 def file_size(shape: Shape, start: int) -> int:

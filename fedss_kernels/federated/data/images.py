@@ -39,7 +39,6 @@ from .pixels import Failure, decode, failure, read_file
 VERSION = 2  # raise it whenever the same files would give another array
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".tif", ".tiff")
 SHARE = 2 << 20  # bytes of files that are worth a process of their own
-KEPT_EVERY = 1.0  # seconds; what was decoded since is lost where the process is killed
 WAIT = 0.2  # seconds between two looks at what another process makes
 OnProgress = Callable[[str, int, int], None]  # (what is going on, how much of it is done, of how much)
 log = logging.getLogger(__name__)
@@ -192,12 +191,15 @@ class _Maker:
             try:
                 self._take_over(array)
                 failures = self._decode(array, processes)
+            except KeyboardInterrupt:
+                log.warning("%s: stopped; those that are decoded are kept", self.what)
+                raise
             finally:
                 array.close()
-            if not failures:
-                with contextlib.suppress(FileNotFoundError):  # without locks, another has made the same
-                    os.replace(self.part.partial, self.part.path)
-            return failures
+        if not failures:
+            with contextlib.suppress(FileNotFoundError):  # another process has found it finished, just now
+                os.replace(self.part.partial, self.part.path)
+        return failures
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[bool]:
@@ -226,18 +228,22 @@ class _Maker:
     def _take_over(self, array: ArrayFile) -> None:
         """What other arrays have of these images, those of an earlier try among them."""
         wanted = {self.part.digests[i].tobytes(): i for i in self._absent(array)}
-        for path in sorted(self.part.path.parent.glob(f"{self.prefix}*")):
+        others = self.part.path.parent.glob(f"{self.prefix}*")
+        for path in sorted(path for path in others if path.suffix in (".npy", ".partial")):
             if not wanted:
                 break
-            if path.suffix not in (".npy", ".partial") or path == self.part.partial:
+            try:
+                other = ArrayFile(path)
+            except (OSError, ValueError):  # gone, or not what it should be
                 continue
-            with contextlib.suppress(OSError, ValueError), contextlib.closing(ArrayFile(path)) as other:
-                if other.shape[1:] != self.part.shape[1:]:
-                    continue
+            with contextlib.closing(other):
                 for row, digest in enumerate(other.digests.tolist()):
-                    if digest in wanted:
+                    if digest in wanted and other.shape[1:] == self.part.shape[1:]:
                         array.put(wanted.pop(digest), other.image(row), digest)
-        array.keep()
+                        self._say(len(wanted))
+
+    def _say(self, absent: int) -> None:
+        self.say(self.what, self.part.before + len(self.part.files) - absent, self.total)
 
     def _absent(self, array: ArrayFile) -> list[int]:
         return np.flatnonzero(array.digests != self.part.digests).tolist()
@@ -245,26 +251,14 @@ class _Maker:
     def _decode(self, array: ArrayFile, processes: int) -> dict[Path, Failure]:
         absent, failures = self._absent(array), dict[Path, Failure]()
         files = [self.part.files[i] for i in absent]
-        total, kept = self.total, time.monotonic()
-        done = self.part.before + len(self.part.files) - len(absent)
-        self.say(self.what, done, total)
+        self._say(len(files))
         with contextlib.closing(_decoded(files, self.part.shape[-1], processes)) as images:
-            try:
-                for i, image in zip(absent, images, strict=True):
-                    if isinstance(image, Failure):
-                        failures[self.part.files[i]] = image
-                    else:
-                        array.put(i, image, self.part.digests[i].tobytes())
-                    if time.monotonic() - kept > KEPT_EVERY:
-                        array.keep()
-                        kept = time.monotonic()
-                    done += 1
-                    self.say(self.what, done, total)
-            except KeyboardInterrupt:
-                log.warning("%s: stopped after %d of %d, which are kept", self.what, done, total)
-                raise
-            finally:
-                array.keep()
+            for done, (i, image) in enumerate(zip(absent, images, strict=True), start=1):
+                if isinstance(image, Failure):
+                    failures[self.part.files[i]] = image
+                else:
+                    array.put(i, image, self.part.digests[i].tobytes())
+                self._say(len(files) - done)
         return failures
 
 

@@ -65,13 +65,15 @@ def failure(error: Exception) -> Failure:
     from PIL import UnidentifiedImageError
 
     if isinstance(error, UnidentifiedImageError):
-        return Failure("no image format that Pillow knows", damaged=True)
+        return Failure("no image that Pillow can open: cut short, or of another format", damaged=True)
     if isinstance(error, MemoryError):
         return Failure("it needs more memory than there is", damaged=False)
     if isinstance(error, OSError) and error.errno is not None:
         return Failure(error.strerror or str(error), damaged=False)
     text = " ".join(str(error).split())
-    known = isinstance(error, OSError | ValueError)  # with words for a reader; others have a number or a name
+    known = isinstance(
+        error, OSError | ValueError | SyntaxError
+    )  # with words for a reader; others have a number or a name
     return Failure(text if known and text else f"{type(error).__name__}: {text}", damaged=True)
 
 

@@ -34,7 +34,7 @@ from .damage import DamagedImages, say_left_out
 from .image_folder import images_below
 from .images import VERSION, OnProgress, decode
 from .partition import FederatedData, Partition, divide
-from .pixels import failure, read_file
+from .pixels import failure, read_file, unlimited
 
 SOURCE = "https://www.cs.toronto.edu/~kriz/cifar.html"
 SIZE = 32
@@ -338,7 +338,8 @@ def _from_jpegs(
 
     def make() -> Arrays:
         found = _jpegs(place, files)
-        arrays, failures = _decoded(place, found, on_progress or (lambda what, done, total: None))
+        with unlimited:
+            arrays, failures = _decoded(place, found, on_progress or (lambda what, done, total: None))
         if failures and not (skip_damaged and len(arrays["images"]) and len(arrays["test_images"])):
             raise DamagedImages.inside("cifar10", str(place), failures, len(found), cache_dir, SOURCE)
         if failures:

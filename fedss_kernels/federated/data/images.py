@@ -34,7 +34,7 @@ from . import decoding
 from .array_file import DIGEST, ArrayFile, Shape, is_whole, map_images
 from .cache import default_cache_dir, key_of, remove_leftovers, written_to
 from .damage import DamagedImages, MissingImages, read_list, some, write_list
-from .pixels import Failure, decode, failure, read_file
+from .pixels import Failure, decode, failure, read_file, unlimited
 
 VERSION = 2  # raise it whenever the same files would give another array
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".tif", ".tiff")
@@ -272,11 +272,12 @@ def _decoded(files: Sequence[Path], size: int, processes: int) -> Generator[byte
     if min(processes, len(files)) > 1:
         yield from decoding.decoded(files, size, min(processes, len(files)))
         return
-    for file in files:
-        try:
-            yield decode(read_file(file), size)
-        except Exception as error:  # a damaged image may raise anything
-            yield failure(error)
+    with unlimited:
+        for file in files:
+            try:
+                yield decode(read_file(file), size)
+            except Exception as error:  # a damaged image may raise anything
+                yield failure(error)
 
 
 # ---- the cache's folder

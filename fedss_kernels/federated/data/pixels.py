@@ -28,7 +28,6 @@ import struct
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -90,7 +89,7 @@ def decode(content: bytes, size: int) -> bytes:
 
     if not content:
         raise ValueError("an empty file")
-    with _unlimited():
+    with unlimited:
         image = _loaded(content)
         colour = _upright(_coloured(image), image)
         if colour.size != (size, size):
@@ -176,25 +175,24 @@ class _Unlimited:
 
     The files here are the user's own, and named. The limits are global to Pillow and back when the last one
     leaves; so is its way to warn of oddities, which a reader of 100,000 photographs can't do anything about.
+    `decode` enters by itself; who decodes many small images saves time by being in it already.
     """
 
     def __init__(self) -> None:
         self.lock, self.inside = threading.Lock(), 0
         self.stack = contextlib.ExitStack()
 
-    @contextlib.contextmanager
-    def __call__(self) -> Iterator[None]:
+    def __enter__(self) -> None:
         with self.lock:
             self.inside += 1
             if self.inside == 1:
                 self._lift()
-        try:
-            yield
-        finally:
-            with self.lock:
-                self.inside -= 1
-                if not self.inside:
-                    self.stack.close()
+
+    def __exit__(self, *error: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                self.stack.close()
 
     def _lift(self) -> None:
         from PIL import Image, PngImagePlugin
@@ -211,7 +209,7 @@ class _Unlimited:
         warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-_unlimited = _Unlimited()
+unlimited = _Unlimited()
 
 
 # ---- JPEG without its end
@@ -279,15 +277,16 @@ def _all_scans(content: bytes) -> bool:
 
 def serve(size: int, questions: BinaryIO, answers: BinaryIO) -> None:
     """Of each file whose path comes, in a line of hexadecimal digits, the pixels or a Failure's reason."""
-    for line in questions:
-        path = os.fsdecode(bytes.fromhex(line.decode()))
-        try:
-            kind, answer = PIXELS, decode(read_file(path), size)
-        except Exception as error:
-            found = failure(error)
-            kind, answer = (DAMAGED if found.damaged else UNREAD), found.reason.encode("utf-8", "replace")
-        answers.write(LENGTH.pack(kind, len(answer)) + answer)
-        answers.flush()
+    with unlimited:
+        for line in questions:
+            path = os.fsdecode(bytes.fromhex(line.decode()))
+            try:
+                kind, answer = PIXELS, decode(read_file(path), size)
+            except Exception as error:
+                found = failure(error)
+                kind, answer = (DAMAGED if found.damaged else UNREAD), found.reason.encode("utf-8", "replace")
+            answers.write(LENGTH.pack(kind, len(answer)) + answer)
+            answers.flush()
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from .damage import DamagedImages, say_left_out
 from .image_folder import images_below
 from .images import VERSION, OnProgress, decode
 from .partition import FederatedData, Partition, divide
-from .pixels import failure, read_file, unlimited
+from .pixels import Failure, failure, read_file, unlimited
 
 SOURCE = "https://www.cs.toronto.edu/~kriz/cifar.html"
 SIZE = 32
@@ -362,7 +362,7 @@ def _jpegs(place: Path, files: list[Path]) -> list[tuple[str, Callable[[], bytes
 
 def _decoded(
     place: Path, found: list[tuple[str, Callable[[], bytes]]], say: OnProgress
-) -> tuple[Arrays, dict[str, str]]:
+) -> tuple[Arrays, dict[str, Failure]]:
     """The images that can be read, and of the others what is wrong with them."""
     classes = sorted({name.split("/")[1] for name, _ in found if name.count("/") == 2})
     if len(classes) != CIFAR10.num_classes:
@@ -371,7 +371,7 @@ def _decoded(
             f"{', '.join(classes) or 'none'}"
         )
     arrays: Arrays = {"class_names": np.array(classes)}
-    failures: dict[str, str] = {}
+    failures: dict[str, Failure] = {}
     done = 0
     for split, prefix in (("train", ""), ("test", "test_")):
         pixels, labels = [], []
@@ -382,7 +382,7 @@ def _decoded(
                 pixels.append(decode(read(), SIZE))
                 labels.append(classes.index(name.split("/")[1]))
             except Exception as error:  # a damaged image may raise anything
-                failures[name] = failure(error).reason
+                failures[name] = failure(error)
             done += 1
             say("cifar10: decoding images", done, len(found))
         arrays[f"{prefix}images"] = (

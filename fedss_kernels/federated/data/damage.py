@@ -43,7 +43,7 @@ class DamagedImages(ValueError):
         cls,
         name: str,  # of the data set
         place: str,  # the archive or folder that the files are in
-        failures: Mapping[str, str],
+        failures: Mapping[str, Failure],
         total: int,
         cache_dir: Path | None,
         source: str,
@@ -51,12 +51,13 @@ class DamagedImages(ValueError):
         """Of a data set that is read as a whole, from an archive or a folder."""
         folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
         listing = folder / f"{name}-{key_of(map(os.fsencode, failures))}-damaged.txt"
-        reasons = {Path(file): why for file, why in failures.items()}
+        reasons = {Path(file): found.reason for file, found in failures.items()}
         listed = _try_to_list(listing, reasons)
-        first, reason = next(iter(failures.items()))
+        first, found = next(iter(failures.items()))
+        fault = "is damaged" if found.damaged else "cannot be read"
         more = f", and {len(failures) - 1} more of {total} images" if len(failures) > 1 else ""
         return cls(
-            f"{name}: {place}: {printable(first)} is damaged ({reason}){more}; get it again from {source}"
+            f"{name}: {place}: {printable(first)} {fault} ({found.reason}){more}; get it again from {source}"
             f"{OR_SKIP}{listed}",
             reasons,
             listing,

@@ -16,6 +16,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from .cache import Arrays, cached_arrays
 from .damage import OR_SKIP, DamagedImages, say_left_out
 from .images import OnProgress
 from .partition import Drawings, FederatedData, Partition, partition
-from .pixels import read_file
+from .pixels import Failure, failure, read_file
 
 VERSION = 1  # raise it whenever the same files would give other arrays
 PARTS = ("images_background", "images_evaluation")
@@ -101,7 +102,7 @@ def read(
     on_progress: OnProgress | None = None,
 ) -> Arrays:
     """Every image of `parts`, in the order of alphabet, character, drawer."""
-    found, failures, lost = list[Drawing](), dict[str, str](), list[Drawing]()
+    found, failures, lost = list[Drawing](), dict[str, Failure](), list[Drawing]()
     for part in parts:
         for alphabet, character, drawer, name, content in (
             _from_zip(part) if part.is_file() else _from_folder(part)
@@ -109,7 +110,8 @@ def read(
             try:
                 found.append((alphabet, character, drawer, decode(content(), name)))
             except (*DAMAGES, ValueError) as error:
-                failures[name] = str(error).removeprefix(f"omniglot: {name} ")
+                why = failure(error)
+                failures[name] = replace(why, reason=why.reason.removeprefix(f"omniglot: {name} "))
                 lost.append((alphabet, character, drawer, b""))
             if on_progress:
                 on_progress("omniglot: decoding images", len(found) + len(lost), 0)

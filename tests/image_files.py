@@ -29,6 +29,13 @@ def encoded(i: int, size: tuple[int, int] = (32, 32)) -> bytes:
     return file.getvalue()
 
 
+def photograph(width: int, height: int) -> Image.Image:
+    """Full of detail, so that its file is long, and every part of it another."""
+    rng = np.random.default_rng([width, height])
+    coarse = rng.integers(0, 256, (height // 4 + 1, width // 4 + 1, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
 def shown(images: torch.Tensor) -> list[int]:
     """Of images in one colour each the i in colour(i); a test fails where there is more than one colour."""
     flat = images.flatten(2).double()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import io
 import json
 import os
 import re
@@ -13,9 +14,10 @@ import sys
 import pytest
 import torch
 from image_files import write_image
+from rich.console import Console
 
 from fedss_kernels import federated
-from fedss_kernels.federated import Config, cli
+from fedss_kernels.federated import Config, cli, progress
 from fedss_kernels.federated.compare import Comparison
 from fedss_kernels.federated.config import OWN, PRESETS
 from fedss_kernels.federated.data import DATASETS
@@ -478,3 +480,50 @@ def test_what_is_wrong_with_a_config_file_is_said_of_the_file(tmp_path, capsys):
         f"holds no earlier results (in {file}: zip_code: no such option{later}): it is not overwritten"
         in line
     )
+
+
+# ---- while data are read
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_how_far_the_reading_is(terminal, monkeypatch):
+    """A bar, or plain lines: none where it is quick, then one every 20 seconds."""
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    out = io.StringIO()
+    with progress.ReadingProgress(Console(file=out, force_terminal=terminal, width=100)) as reading:
+        for seconds, done in ((0, 0), (0.4, 100), (0.6, 1200), (20.5, 2000), (20.7, 2500)):
+            now[0] = 100.0 + seconds
+            reading("sop: decoding images", done, 120_053)
+        reading.bars.refresh()
+        if terminal:
+            assert "sop: decoding images" in out.getvalue() and "2500/120053" in out.getvalue()
+        else:
+            lines = [f"sop: decoding images: {done} of 120,053\n" for done in ("1,200", "2,500")]
+            assert out.getvalue() == "".join(lines)
+
+
+def test_a_run_on_image_files_some_damaged(tmp_path, capsys, monkeypatch):
+    """One line that says how to go on; then progress, and what was left out."""
+    monkeypatch.setattr(progress, "QUICK_SECONDS", 0)
+    for i in range(12):
+        write_image(tmp_path / "data" / f"class{i % 3}" / f"{i}.png", i)
+    (tmp_path / "data" / "class1" / "4.png").write_bytes(b"")
+    argv = [
+        "run",
+        "--data=image_folder",
+        f"--data-dir={tmp_path / 'data'}",
+        f"--cache-dir={tmp_path / 'cache'}",
+    ]
+    argv += ["--image-size=32", "--crop-size=0", "--model=conv4_rgb", "--num-clients=2", "--cohort=2"]
+    argv += ["--classes-per-client=2", "--num-negatives=1", "--rounds=1", f"--out={tmp_path / 'out'}"]
+    assert cli.main(argv) == 2
+    err = capsys.readouterr().err
+    assert (
+        err.count("\n") == 1
+        and "1 of 12 images are damaged: " in err
+        and "without them: --skip-damaged" in err
+    )
+    assert cli.main([*argv, "--skip-damaged"]) == 0
+    assert "image_folder: decoding images: 0 of 11\n" not in capsys.readouterr().out, "they are kept"
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["skip_damaged"] is True

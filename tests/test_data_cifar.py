@@ -263,6 +263,36 @@ def test_a_damaged_jpeg_file(tmp_path):
         read("cifar10", tmp_path)
 
 
+@pytest.mark.parametrize("place", ["archive", "folder"])
+def test_damaged_jpeg_files_are_all_listed_and_left_out(tmp_path, place, caplog):
+    damaged = {"train/cat/0001.jpg": b"nonsense", "test/cat/0000.jpg": encoded(3)[:-100]}
+    if place == "archive":
+        write_tar(tmp_path / "cifar10_jpeg.tar.xz", jpegs() | damaged)
+    else:
+        write(tmp_path, jpegs() | damaged)
+        os.mkfifo(tmp_path / "train/dog/pipe.jpg")
+        damaged["train/dog/pipe.jpg"] = b""
+    more = f"and {len(damaged) - 1} more of "
+    with pytest.raises(
+        ValueError, match=f"is damaged .*{more}.*--skip-damaged; all of them are listed in "
+    ) as caught:
+        read("cifar10", tmp_path)
+    listed = caught.value.listing.read_text().splitlines()
+    assert sorted(line.split("\t")[0] for line in listed) == sorted(damaged)
+    said = []
+    for _ in range(2):  # the second time from the cache
+        caplog.clear()
+        data = read("cifar10", tmp_path, skip_damaged=True, on_progress=lambda *news: said.append(news))
+        assert f"cifar10: left out {len(damaged)} images that could not be read: cat 2" in caplog.text
+        cat = NAMES10.index("cat")
+        assert shown(data.images) == [40 * c + i for c in range(10) for i in range(3) if (c, i) != (cat, 1)]
+        assert shown(data.test_images) == [
+            40 * c + i + 30 for c in range(10) for i in range(2) if (c, i) != (cat, 0)
+        ]
+    total = 50 + (place == "folder")
+    assert said == [("cifar10: decoding images", i + 1, total) for i in range(total)]
+
+
 def test_other_classes_of_jpeg_files(tmp_path):
     write(tmp_path, {"train/cat/0.jpg": encoded(0), "test/cat/0.jpg": encoded(0)})
     with pytest.raises(ValueError, match=r"of 10 classes in .*, got cat"):

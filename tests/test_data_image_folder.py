@@ -9,7 +9,7 @@ import torch
 from image_files import each_once, shown, write_image
 
 from fedss_kernels.federated import Config, ConfigError, noise, run
-from fedss_kernels.federated.data import FederatedData, Partition, images, load
+from fedss_kernels.federated.data import DamagedImages, FederatedData, Partition, images, load
 from fedss_kernels.federated.loading import load_data
 
 CLASSES = {"ant": 10, "bee": 5, "cat": 15}
@@ -151,6 +151,47 @@ def test_a_damaged_image_is_named(folder):
         read(folder)
 
 
+@pytest.mark.parametrize("task", ["classification", "retrieval"])
+def test_without_its_damaged_images_it_is_as_if_they_were_not_there(tmp_path, task, caplog):
+    """A split that is given, as another share would be drawn of fewer files; class ant loses all."""
+    folder = tmp_path / "data"
+    write_tree(folder / "train", CLASSES)
+    tested = {"ant": 2, "cat": 3} if task == "classification" else {"dog": 2, "elk": 3}
+    write_tree(folder / "test", tested, first=100)
+    damaged = [
+        *(folder / "train" / "ant").iterdir(),
+        folder / "train/cat/001.jpg",
+        next(folder.glob("test/*/001.jpg")),
+    ]
+    for file in damaged:
+        file.write_bytes(b"")
+    with pytest.raises(DamagedImages, match="12 of 35 images are damaged"):
+        read(folder, task=task)
+    data = read(folder, task=task, skip_damaged=True)
+    assert "image_folder: left out 12 images that could not be read: ant 1" in caplog.text
+    gone = "classes without a training image now, left out of the test too: ant" in caplog.text
+    assert gone == (task == "classification")
+    again = read(folder, task=task, skip_damaged=True)
+    for file in damaged:
+        file.unlink()
+    if task == "classification":
+        (folder / "test/ant/000.jpg").unlink()
+    expected = read(folder, task=task)
+    for found in (data, again):
+        assert found.class_names == expected.class_names == ("bee", "cat")
+        assert torch.equal(found.images, expected.images) and torch.equal(found.labels, expected.labels)
+        assert torch.equal(found.test_images, expected.test_images)
+        assert torch.equal(found.test_labels, expected.test_labels)
+        assert all(map(torch.equal, found.clients, expected.clients))
+
+
+def test_where_nothing_is_left_it_is_refused(folder):
+    for file in folder.rglob("*.jpg"):
+        file.write_bytes(b"")
+    with pytest.raises(ValueError, match="30 of 30 images are damaged"):
+        read(folder, skip_damaged=True)
+
+
 @pytest.mark.parametrize("share", [0.0, 1.0, -1.0])
 def test_a_share_that_cannot_be(folder, share):
     with pytest.raises(ValueError, match="test_share: expected a share of the images between 0 and 1"):
@@ -204,6 +245,22 @@ def test_two_rounds(folder):
     assert results[0].summary.num_clients == 4 and results[0].summary.num_test_images == 6
     other = run(config(folder, crop_size=28))
     assert not torch.equal(results[0].weight, other.weight)
+
+
+def test_a_run_without_damaged_images(folder, caplog):
+    (folder / "bee" / "003.jpg").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="or go on without them: --skip-damaged"):
+        run(config(folder))
+    found = run(config(folder, skip_damaged=True, rounds=1))
+    assert found.summary.num_train_images + found.summary.num_test_images == 29
+    assert "image_folder: left out 1 images that could not be read: bee 1, listed in" in caplog.text
+
+
+def test_progress_is_told_from_the_start(folder):
+    said = []
+    load_data(config(folder), on_progress=lambda *news: said.append(news))
+    assert [done for _, done, _ in said] == [*range(25), *range(24, 31)], "training and test images"
+    assert {(what, total) for what, _, total in said} == {("image_folder: decoding images", 30)}
 
 
 def test_two_workers_map_the_same_images(folder):

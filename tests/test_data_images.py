@@ -1,7 +1,13 @@
 """The cache of decoded images: what they become, when they are decoded again, and what is wrong with them."""
 
+import errno
 import os
 import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +18,11 @@ from PIL import Image
 from tiny_federation import tiny_data
 
 from fedss_kernels.federated.data import images
-from fedss_kernels.federated.data.images import cached_images, decode, mapped_from
+from fedss_kernels.federated.data.array_file import ArrayFile, map_images, mapped_from, write_header
+from fedss_kernels.federated.data.cache import cached_arrays
+from fedss_kernels.federated.data.damage import DamagedImages, MissingImages
+from fedss_kernels.federated.data.images import cached_images, decode
+from fedss_kernels.federated.data.pixels import read_file
 
 
 def read(files, folder, size=8):
@@ -93,10 +103,18 @@ def test_missing_files_are_counted_and_named(files, tmp_path):
     lost = [tmp_path / f"lost{i}.jpg" for i in range(7)]
     with pytest.raises(FileNotFoundError) as caught:
         read([*files, *lost], tmp_path)
+    (listing,) = (tmp_path / "cache").iterdir()
     assert str(caught.value) == (
         f"tiny: 7 of 11 images are missing: {', '.join(map(str, lost[:5]))} and 2 more; "
-        "get them from their authors"
+        "get them from their authors; or go on without them: --skip-damaged; all of them are listed in "
+        f"{listing}"
     )
+    assert listing.read_text() == "".join(f"{file}\tmissing\n" for file in lost)
+    assert isinstance(caught.value, DamagedImages) and list(caught.value.files) == lost
+    for file in lost:
+        write_image(file, 5)
+    read([*files, *lost], tmp_path)
+    assert not listing.exists()
 
 
 def test_what_is_missing_of_a_part_is_said_before_another_is_decoded(files, tmp_path, monkeypatch):
@@ -105,14 +123,243 @@ def test_what_is_missing_of_a_part_is_said_before_another_is_decoded(files, tmp_
         cached_images("tiny", [files, [tmp_path / "lost.jpg"]], 8, tmp_path / "cache", "their authors")
 
 
-def test_damaged_images_are_all_named_and_nothing_is_kept(files, tmp_path):
+# ---- damaged ones
+
+
+def decoded(monkeypatch) -> list[bytes]:
+    """The contents that are decoded from now on."""
+    seen = []
+    monkeypatch.setattr(images, "decode", lambda content, size: seen.append(content) or decode(content, size))
+    return seen
+
+
+def damage(files) -> None:
     files[1].write_bytes(files[1].read_bytes()[:300])
     files[2].write_bytes(b"nonsense")
+
+
+def test_damaged_images_are_all_named_and_listed(files, tmp_path):
+    damage(files)
     with pytest.raises(
-        ValueError, match=r"tiny: 2 of 4 images are damaged: .*1\.jpg .*2\.bmp .*their authors"
+        DamagedImages, match=r"tiny: 2 of 8 images are damaged: .*1\.jpg .*2\.bmp .*their authors"
+    ) as caught:
+        cached_images("tiny", [files, files], 8, tmp_path / "cache", "their authors")
+    listing = caught.value.listing
+    assert f"all of them are listed in {listing}, the others are kept in the cache" in str(caught.value)
+    assert [line.split("\t")[0] for line in listing.read_text().splitlines()] == [*map(str, files[1:3])]
+    assert "2.bmp\tno image that Pillow can open: cut short, or of another format\n" in listing.read_text()
+
+
+def test_the_second_try_decodes_what_was_damaged(files, tmp_path, monkeypatch):
+    damage(files)
+    with pytest.raises(DamagedImages) as first:
+        read(files, tmp_path)
+    seen = decoded(monkeypatch)
+    with pytest.raises(DamagedImages) as second:
+        read(files, tmp_path)
+    assert str(first.value) == str(second.value) and not seen, "nothing has changed, so nothing is tried"
+    write_image(files[1], 1)
+    with pytest.raises(DamagedImages, match="1 of 4 images"):
+        read(files, tmp_path)
+    assert seen == [files[1].read_bytes(), b"nonsense"]
+    seen.clear()
+    write_image(files[2], 2)
+    assert shown(read(files, tmp_path)) == [0, 1, 2, 3]
+    assert seen == [files[2].read_bytes()]
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".npy"], "nothing else is left"
+
+
+def test_without_the_damaged_ones_nothing_is_decoded_again(files, tmp_path, monkeypatch):
+    damage(files)
+    with pytest.raises(DamagedImages):
+        read(files, tmp_path)
+    seen = decoded(monkeypatch)
+    assert shown(read([files[3], files[0]], tmp_path)) == [3, 0] and not seen
+    assert len(list((tmp_path / "cache").glob("*.partial"))) == 0, "what has been taken over is removed"
+
+
+def test_a_file_more_is_decoded_alone(files, tmp_path, monkeypatch):
+    read(files, tmp_path)
+    seen = decoded(monkeypatch)
+    more = write_image(tmp_path / "more.png", 4)
+    assert shown(read([files[0], more, *files[1:]], tmp_path)) == [0, 4, 1, 2, 3]
+    assert seen == [more.read_bytes()]
+
+
+def test_what_cannot_be_read_is_not_called_damaged_and_is_tried_again(files, tmp_path, monkeypatch):
+    """A FIFO, which nobody writes to, and files that may not be read."""
+    pipe = tmp_path / "pipe.jpg"
+    os.mkfifo(pipe)
+    files[2].write_bytes(b"nonsense")
+
+    def read_or_not(file):
+        if file == files[1]:
+            raise PermissionError(errno.EACCES, "Permission denied", str(file))
+        return read_file(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "read_file", read_or_not)
+        with pytest.raises(DamagedImages) as caught:
+            read([*files, pipe], tmp_path)
+    reasons = [
+        "Permission denied",
+        "no image that Pillow can open: cut short, or of another format",
+        "a FIFO, not a file",
+    ]
+    assert list(caught.value.files.values()) == reasons
+    assert "tiny: 3 of 5 images cannot be read: " in str(caught.value)
+    seen = decoded(monkeypatch)
+    with pytest.raises(DamagedImages, match="2 of 5 images cannot be read: .*2.bmp .*pipe"):
+        read([*files, pipe], tmp_path)
+    assert seen == [files[1].read_bytes()], "it may be read now; what is damaged is not tried again"
+    assert shown(read([files[0], files[1]], tmp_path)) == [0, 1]
+
+
+# ---- stopped
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_reader_who_was_stopped_goes_on_from_there(files, tmp_path, monkeypatch):
+    def stop(what, done, total):
+        if done == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        cached_images("tiny", [files], 8, tmp_path / "cache", "", on_progress=stop)
+    seen = decoded(monkeypatch)
+    said = []
+    found = cached_images(
+        "tiny", [files], 8, tmp_path / "cache", "", on_progress=lambda *news: said.append(news)
+    )
+    assert shown(found[0]) == [0, 1, 2, 3] and seen == [files[3].read_bytes()]
+    assert said == [("tiny: decoding images", 3, 4), ("tiny: decoding images", 4, 4)]
+
+
+def test_a_killed_process_loses_no_more_than_a_moment(files, tmp_path):
+    """Killed after three images, when what was decoded is kept after each.
+
+    The script is from standard input and has no `if __name__ == "__main__":`, as a notebook has none: the
+    processes that decode don't run it again.
+    """
+    script = f"""
+import os, signal
+from pathlib import Path
+from fedss_kernels.federated.data import array_file, images
+print("once", flush=True)
+array_file.KEPT_EVERY = 0
+files = [Path(name) for name in {list(map(str, files))}]
+stop = lambda what, done, total: done == 3 and os.kill(os.getpid(), signal.SIGKILL)
+images.cached_images("tiny", [files], 8, Path({str(tmp_path / "cache")!r}), "", processes=2, on_progress=stop)
+"""
+    ran = subprocess.run([sys.executable, "-"], input=script, capture_output=True, text=True)
+    assert ran.returncode == -signal.SIGKILL and ran.stdout == "once\n" and ran.stderr == ""
+    done = []
+    cached_images("tiny", [files], 8, tmp_path / "cache", "", on_progress=lambda what, i, n: done.append(i))
+    assert done == [3, 4]
+
+
+def test_two_readers_decode_once(files, tmp_path, monkeypatch):
+    seen, waited = decoded(monkeypatch), []
+    begun, go_on = threading.Event(), threading.Event()
+
+    def first(what, done, total):
+        begun.set()
+        assert go_on.wait(60)
+
+    def second(what, done, total):
+        waited.append(what)
+        go_on.set()
+
+    folder = tmp_path / "cache"
+    reader = threading.Thread(target=lambda: cached_images("tiny", [files], 8, folder, "", on_progress=first))
+    reader.start()
+    assert begun.wait(60)
+    found = cached_images("tiny", [files], 8, folder, "", on_progress=second)
+    reader.join()
+    assert shown(found[0]) == [0, 1, 2, 3] and len(seen) == 4
+    assert waited[0] == "tiny: decoding images, in another process"
+
+
+def test_what_killed_writers_left_is_removed(files, tmp_path):
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    old, new, partial = folder / "tiny-8-0.tmp", folder / "tiny-8-1.tmp", folder / "other-8px-0.partial"
+    for path, age in ((old, 7200), (new, 60), (partial, 7200)):
+        path.touch()
+        os.utime(path, (time.time() - age,) * 2)
+    read(files, tmp_path)
+    assert not old.exists() and new.exists() and partial.exists()
+    cached_arrays("arrays", {}, lambda: {"a": np.zeros(1)}, folder)
+    os.utime(new, (0, 0))
+    os.utime(partial, (0, 0))
+    cached_arrays("arrays", {"another": 1}, lambda: {"a": np.zeros(1)}, folder)
+    assert not new.exists() and not partial.exists()
+
+
+def test_caches_of_earlier_versions_are_mentioned(files, tmp_path, caplog):
+    old = tmp_path / "cache" / "tiny-8-0123456789abcdef.npy"
+    old.parent.mkdir()
+    old.touch()
+    read(files, tmp_path)
+    assert "images are decoded anew, as they are upright and on white now" in caplog.text
+    assert str(old) in caplog.text and old.exists()
+    caplog.clear()
+    read(files, tmp_path)
+    assert not caplog.text
+
+
+# ---- names, folders
+
+
+def test_names_that_are_not_utf_8(tmp_path, caplog):
+    """Of a file, and of a folder, which is a class."""
+    folder = tmp_path / "data" / os.fsdecode(b"caf\xe9")
+    files = [write_image(folder / os.fsdecode(b"%d-\xff.jpg" % i), i) for i in range(4)]
+    assert shown(read(files, tmp_path)) == [0, 1, 2, 3]
+    files[2].write_bytes(b"")
+    with pytest.raises(DamagedImages) as caught:
+        read(files, tmp_path)
+    str(caught.value).encode()
+    assert r"caf\xe9/2-\xff.jpg (an empty file)" in str(caught.value)
+    assert caught.value.listing.read_bytes() == os.fsencode(files[2]) + b"\tan empty file\n"
+    with pytest.raises(DamagedImages):
+        read(files, tmp_path)
+    lost = [folder / os.fsdecode(b"\xfe.jpg")]
+    with pytest.raises(MissingImages, match=r"caf\\xe9/\\xfe\.jpg"):
+        read(lost, tmp_path)
+
+
+@pytest.mark.parametrize("place", ["file", "file/cache"])
+def test_a_cache_that_cannot_be_written(files, tmp_path, place):
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        OSError, match=r"tiny: cannot write to the cache in .*file.*: (File exists|Not a dir).*"
+    ) as caught:
+        cached_images("tiny", [files], 8, tmp_path / place, "")
+    assert "set cache_dir, or FEDSS_CACHE, to a folder that can be written" in str(caught.value)
+    with pytest.raises(MissingImages, match=r"lost\.jpg; get them from there"):
+        cached_images("tiny", [[tmp_path / "lost.jpg"]], 8, tmp_path / place, "there")
+
+
+def test_a_disk_that_fills_up(files, tmp_path, monkeypatch):
+    """After two images; they are kept."""
+    put, count = ArrayFile.put, iter(range(100))
+
+    def put_or_not(array, i, image, digest):
+        if next(count) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        put(array, i, image, digest)
+
+    monkeypatch.setattr(ArrayFile, "put", put_or_not)
+    with pytest.raises(
+        OSError, match=r"tiny: cannot write .*: No space left on device; make room, or .* is kept"
     ):
         read(files, tmp_path)
-    assert not list((tmp_path / "cache").iterdir())
+    seen = decoded(monkeypatch)
+    assert shown(read(files, tmp_path)) == [0, 1, 2, 3] and len(seen) == 2
 
 
 def test_a_full_disk_is_said_before_anything_is_decoded(files, tmp_path, monkeypatch):
@@ -140,12 +387,12 @@ def test_more_than_memory_can_be_mapped(tmp_path):
     """A file of 8 TiB that is a hole but for its ends; 4096 bytes of it are read."""
     path, shape = tmp_path / "large.npy", (2**43 // (3 * 64 * 64), 3, 64, 64)
     with open(path, "wb") as file:
-        images._write_header(file, shape)
+        write_header(file, shape)
         try:
             file.truncate(file.tell() + shape[0] * 3 * 64 * 64)
         except OSError:
             pytest.skip(f"needs a file system with files of 8 TiB, and that of {tmp_path} has none")
-    found = images.map_images(path, shape)
+    found = map_images(path, shape)
     assert found.shape == shape and found[[0, shape[0] // 2, -1]].sum() == 0
 
 

@@ -98,11 +98,25 @@ def test_missing_and_damaged_images_are_named(folder):
     lost = folder / place("tree", 3)
     content = lost.read_bytes()
     lost.write_bytes(content[:200])
-    with pytest.raises(ValueError, match=rf"landmarks: 1 of 8 images are damaged: .*{image_id(3)}\.jpg"):
+    with pytest.raises(ValueError, match=rf"landmarks: 1 of 12 images are damaged: .*{image_id(3)}\.jpg"):
         read(folder)
     lost.unlink()
     with pytest.raises(FileNotFoundError, match=rf"1 of 12 images are missing: .*{image_id(3)}\.jpg"):
         read(folder)
+
+
+def test_without_missing_and_damaged_images(folder, caplog):
+    """Author 99 loses both: nobody is left to know class 10."""
+    for i in (6, 8):
+        (folder / place("tree", i)).unlink()
+    (folder / place("tree", 3)).write_bytes(b"")
+    data = read(folder, skip_damaged=True)
+    assert data.client_names == ("12", "7") and data.class_names == ("0", "1", "2")
+    assert sorted(shown(data.images)) == [1, 2, 4, 5, 7] and shown(data.test_images) == [10, 11, 12]
+    assert each_once(data.clients, 5)
+    assert "left out 2 images that could not be read: 2 1, 10 1, listed in" in caplog.text
+    assert "left out 1 images that could not be read: 1 1, listed in" in caplog.text
+    assert "classes without a training image now, left out of the test too: 10" in caplog.text
 
 
 @pytest.mark.parametrize(

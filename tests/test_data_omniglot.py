@@ -165,6 +165,49 @@ def test_damaged_member(folder):
         read(folder)
 
 
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_damaged_images_are_all_listed_and_left_out(folder, unpacked, caplog):
+    files = authors_files()
+    damaged = [
+        f"images_evaluation/Latin/character0{c}/000{c}_0{drawer}.png" for c, drawer in ((1, 2), (3, 4))
+    ]
+    whole = read(write_zip(folder, files).parent)
+    files |= dict.fromkeys(damaged, b"nonsense")
+    (folder / "images_evaluation.zip").unlink()
+    (write_folder if unpacked else write_zip)(folder, files)
+    with pytest.raises(
+        ValueError, match=r"is damaged .*, and 1 more of 160 images; .*--skip-damaged; all .*"
+    ) as caught:
+        read(folder)
+    listed = caught.value.listing.read_text().splitlines()
+    assert sorted(line.split("\t")[0].removeprefix(f"{folder}/") for line in listed) == damaged
+    assert all("is not a readable PNG" in line for line in listed)
+    for _ in range(2):  # the second time from the cache
+        caplog.clear()
+        data = read(folder, skip_damaged=True)
+        assert "omniglot: left out 2 images that could not be read: Latin/character0" in caplog.text
+        lost = {("Latin/02", "Latin/character01"), ("Latin/04", "Latin/character03")}
+        for name, rows, before in zip(data.client_names, data.clients, whole.clients, strict=True):
+            held = {
+                data.class_names[label]: data.images[row]
+                for label, row in zip(data.labels[rows], rows, strict=True)
+            }
+            expected = {
+                data.class_names[label]: whole.images[row]
+                for label, row in zip(whole.labels[before], before, strict=True)
+                if (name, data.class_names[label]) not in lost
+            }
+            assert held.keys() == expected.keys()
+            assert all(torch.equal(held[c], expected[c]) for c in held)
+
+
+def test_progress_is_told(folder):
+    said = []
+    write_zip(folder, authors_files())
+    read(folder, on_progress=lambda *news: said.append(news))
+    assert said[0] == ("omniglot: decoding images", 1, 0) and said[-1][1] == 160
+
+
 def test_damage_anywhere_is_told_in_words(folder):
     """A byte changed in each of many places: read as before, or a ValueError that names the file."""
     path = write_zip(folder, authors_files())
@@ -180,12 +223,16 @@ def test_damage_anywhere_is_told_in_words(folder):
     assert refused > 30
 
 
-def test_a_missing_drawer(folder):
+def test_a_missing_drawer(folder, caplog):
     files = authors_files()
     del files["images_evaluation/Greek/character02/0002_07.png"]
     write_zip(folder, files)
-    with pytest.raises(ValueError, match=r"expected 20 images of Greek/character02.*got 19 by 19"):
+    with pytest.raises(
+        ValueError, match=r"expected 20 images of Greek/character02.*got 19 by 19.*--skip-dam"
+    ):
         read(folder)
+    assert len(read(folder, skip_damaged=True).images) == 8 * 16 - 1
+    assert "left out 1 images that could not be read: Greek/character02 1" in caplog.text
 
 
 def test_a_drawer_twice(folder):
@@ -194,8 +241,9 @@ def test_a_drawer_twice(folder):
         "images_evaluation/Greek/character02/0002_07.png"
     ]
     write_folder(folder, files)
-    with pytest.raises(ValueError, match=r"expected 20 images of Greek/character02.*got 21 by 20"):
-        read(folder)
+    for skip in (False, True):
+        with pytest.raises(ValueError, match=r"expected 20 images of Greek/character02.*got 21 by 20"):
+            read(folder, skip_damaged=skip)
 
 
 def test_empty_part(folder):

@@ -1,5 +1,6 @@
 """Stanford Online Products, from a tiny set as its authors distribute it."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -95,12 +96,25 @@ def test_nothing_there(tmp_path):
         read(None)
 
 
+def test_a_path_that_is_not_utf_8(folder):
+    """In the list as in the folder."""
+    name, other = b"bicycle_final/1004_1.JPG", b"bicycle_final/caf\xe9.JPG"
+    root = os.fsencode(folder)
+    os.rename(root + b"/" + name, root + b"/" + other)
+    for part in folder.glob("Ebay_*.txt"):
+        part.write_bytes(part.read_bytes().replace(name, other))
+    assert len(read(folder).images) + len(read(folder).test_images) == 38
+
+
 def test_missing_parts_are_named(folder):
     (folder / "bicycle_final" / "1004_1.JPG").unlink()
     with pytest.raises(
         FileNotFoundError, match=r"sop: 1 of 38 images are missing: .*1004_1\.JPG; get them from"
     ):
         read(folder)
+    assert (
+        len(read(folder, skip_damaged=True).images) + len(read(folder, skip_damaged=True).test_images) == 37
+    )
     (folder / "Ebay_test.txt").unlink()
     with pytest.raises(FileNotFoundError, match=r"sop: looked for Ebay_test\.txt in"):
         read(folder)

@@ -156,6 +156,9 @@ class Config:
         low=0,
         below=2**15,
     )
+    skip_damaged: bool = option(
+        False, "go on without image files that are missing, damaged or cannot be read, and say how many"
+    )
     partition: str = option(
         PRESET,
         "which client holds which image: natural, its author; classes, so many classes each; dirichlet, of "

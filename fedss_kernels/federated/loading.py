@@ -9,6 +9,7 @@ from .config import OWN, Config, ConfigError
 from .config_error import raise_together
 from .data import RESIZED, FederatedData, Found, Partition, load
 from .data.holdout import held_out, number_held_out
+from .data.images import OnProgress
 from .models import SIDES
 from .player import check_model
 from .vision_models import unavailable
@@ -17,11 +18,16 @@ COHORT = 32  # clients, or all there are where they are fewer
 NET = "mobilenet_v3_large"  # the paper's; where it cannot be made a small one of our own
 
 
-def load_data(config: Config, on_found: Callable[[Found], None] | None = None) -> FederatedData:
+def load_data(
+    config: Config,
+    on_found: Callable[[Found], None] | None = None,
+    on_progress: OnProgress | None = None,
+) -> FederatedData:
     """The data set that `config` names; on_found is told what it holds before images are read from files.
 
-    Raises ConfigError for all that does not fit, before images are read, or ValueError and OSError about its
-    files.
+    Image files are decoded when they are first read, which may take hours: on_progress(what, done, total) is
+    called from the first on, with total 0 where nobody knows it. Raises ConfigError for all that does not
+    fit, before images are read, or ValueError and OSError about its files.
     """
     if config.data == OWN:
         raise ConfigError("data", f"{OWN!r} data is handed over in Python, as run(config, data=...)")
@@ -40,19 +46,21 @@ def load_data(config: Config, on_found: Callable[[Found], None] | None = None) -
             on_found(what)
 
     try:
-        data = _loaded(config, found)
+        data = _loaded(config, found, on_progress)
     except ConfigError as error:
         raise_together([error, *errors])
         raise
     return held_out(data, config.holdout, config.data_seed) if config.holdout else data
 
 
-def _loaded(config: Config, on_found: Callable[[Found], None]) -> FederatedData:
-    options: dict[str, Any] = {}
-    if config.data == "glyphs":
+def _loaded(
+    config: Config, on_found: Callable[[Found], None], on_progress: OnProgress | None
+) -> FederatedData:
+    options: dict[str, Any] = {"skip_damaged": config.skip_damaged, "on_progress": on_progress}
+    if config.data == "glyphs":  # drawn, not read
         options = {"num_classes": config.glyph_classes, "writers": config.glyph_writers}
     if _resized(config):
-        options = {"image_size": config.image_size, "on_found": on_found}
+        options |= {"image_size": config.image_size, "on_found": on_found}
     elif config.image_size:
         raise ConfigError(
             "image_size",

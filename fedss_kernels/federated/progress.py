@@ -1,4 +1,7 @@
-"""What a run says while it goes on: a bar on a terminal, a plain line now and then where there is none."""
+"""What a run says while it goes on: a bar on a terminal, a plain line now and then where there is none.
+
+First while its data are read, then after every round.
+"""
 
 import sys
 import time
@@ -10,6 +13,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -19,6 +23,7 @@ from .remarks import remarks
 from .run_folder import RoundMetrics
 
 QUIET_SECONDS = 20.0  # between two plain lines of one job
+QUICK_SECONDS = 0.5  # reading that takes no longer needs no plain line
 
 
 class RunProgress:
@@ -94,3 +99,46 @@ class RunProgress:
             file=self.console.file,
             flush=True,
         )
+
+
+class ReadingProgress:
+    """How far the reading of a data set is; a context manager, and `on_progress` of load_data."""
+
+    def __init__(self, console: Console | None = None):
+        self.console = console or Console()
+        self.said: dict[str, float] = {}  # what is going on -> when its last plain line was
+        self.bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+            transient=True,
+        )
+        self.task: TaskID | None = None
+
+    def __enter__(self) -> "ReadingProgress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bars.stop()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if not self.console.is_terminal:
+            self._say(what, done, total)
+            return
+        if self.task is None:
+            self.bars.start()
+            self.task = self.bars.add_task(what)
+        self.bars.update(self.task, description=what, completed=done, total=total or None)
+
+    def _say(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self.said.setdefault(what, now - QUIET_SECONDS + QUICK_SECONDS) < QUIET_SECONDS:
+            return
+        self.said[what] = now
+        print(f"{what}: {done:,} of {total:,}" if total else what, file=self.console.file, flush=True)

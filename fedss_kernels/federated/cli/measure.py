@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from ..config import STICKY
-from ..loading import load_data
 from ..models import MODELS
 from ..remarks import remarks
 from ..rounds import run
@@ -79,7 +78,15 @@ def _add_noise_arguments(parser: argparse.ArgumentParser) -> None:
 # Options by which the data or the net would be another than the run's.
 _OF_A_RUN = (
     *("data", "data_seed", "task", "holdout", "image_size", "partition", "num_clients", "images_per_client"),
-    *("classes_per_client", "dirichlet_alpha", "glyph_classes", "glyph_writers", "model", "embedding_dim"),
+    *(
+        "skip_damaged",
+        "classes_per_client",
+        "dirichlet_alpha",
+        "glyph_classes",
+        "glyph_writers",
+        "model",
+        "embedding_dim",
+    ),
 )
 
 
@@ -128,8 +135,8 @@ def _confusion(arguments: argparse.Namespace) -> int:
     found = []
     with mistakes():
         for folder in arguments.runs:
-            config, _ = read_config(folder)
-            found.append(confusion.measure(config, load_data(config), read_model(folder), arguments.client))
+            config, data = read_data(read_config(folder)[0], [])
+            found.append(confusion.measure(config, data, read_model(folder), arguments.client))
         make_folder(arguments.out)
     for folder, each in zip(arguments.runs, found, strict=True):
         if each.not_finite:
@@ -219,13 +226,16 @@ def _parameters(arguments: argparse.Namespace) -> int:
 
 
 NOISE = Command(
-    "measure how far FedSS' gradient is from FullSoftmax'", ("matplotlib",), _add_noise_arguments, _noise
+    "measure how far FedSS' gradient is from FullSoftmax'",
+    ("matplotlib", "rich"),
+    _add_noise_arguments,
+    _noise,
 )
 
 
 CONFUSION = Command(
     "show what runs take a client's images for, among its own classes",
-    ("matplotlib",),
+    ("matplotlib", "rich"),
     _add_confusion_arguments,
     _confusion,
 )

@@ -1,4 +1,4 @@
-"""What is said on the terminal: what the data are, warnings, tables."""
+"""What is said on the terminal: what the data are and how far their reading is, warnings, tables."""
 
 import logging
 import sys
@@ -31,7 +31,10 @@ def read_data(
             for line in (f"{config.data}: {words}", *short_warmup(config), *idle(runs)):
                 print(line, flush=True)
 
-    data = load_data(config, say)
+    from ..progress import ReadingProgress
+
+    with ReadingProgress() as progress:
+        data = load_data(config, say, progress)
     config = fitted(config, data.found)
     check_data(config, data)
     return config, data

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .cifar import load_cifar10, load_cifar100
+from .damage import DamagedImages, MissingImages
 from .glyphs import load_glyphs
 from .image_folder import load_image_folder
 from .imagenet21k import load_imagenet21k
@@ -15,7 +16,18 @@ from .omniglot import load_omniglot
 from .partition import PARTITIONS, TASKS, FederatedData, Found, Partition
 from .sop import load_sop
 
-__all__ = ["DATASETS", "PARTITIONS", "RESIZED", "TASKS", "FederatedData", "Found", "Partition", "load"]
+__all__ = [
+    "DATASETS",
+    "PARTITIONS",
+    "RESIZED",
+    "TASKS",
+    "DamagedImages",
+    "FederatedData",
+    "Found",
+    "MissingImages",
+    "Partition",
+    "load",
+]
 
 DATASETS: dict[str, Callable[..., FederatedData]] = {
     "glyphs": load_glyphs,
@@ -44,9 +56,11 @@ def load(
     data_dir: the folder that holds its files (glyphs needs none). seed: decides all that is random in it.
     task: "classification", or "retrieval" whose test classes are disjoint from training's. cache_dir: where
     made images are kept (default: $FEDSS_CACHE, else the user's cache folder). options: the keywords of the
-    loader in DATASETS; all have `how`, the Partition, by default the data set's own.
+    loader in DATASETS; all have `how`, the Partition, by default the data set's own, and all that read files
+    have skip_damaged, to go on without those that can't be read, and on_progress, called (what, done, total).
 
-    Raises ValueError for a name, task or option out of range, FileNotFoundError where data isn't there.
+    Raises ValueError for a name, task or option out of range, FileNotFoundError where data isn't there,
+    MissingImages or DamagedImages where some images aren't, or can't be read.
     """
     if name not in DATASETS:
         raise ValueError(f"data set: expected one of {', '.join(DATASETS)}, got {name!r}")

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import tempfile
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 Arrays = dict[str, np.ndarray]
+# Files that a writer who was killed leaves behind, and after how many seconds untouched they are such.
+LEFTOVERS = {"*.tmp": 3600.0, "*.partial": 30 * 86400.0}
 
 
 def default_cache_dir() -> Path:
@@ -27,6 +32,37 @@ def default_cache_dir() -> Path:
         return Path(tempfile.gettempdir()) / "fedss-kernels"
 
 
+def key_of(parts: Iterable[bytes]) -> str:
+    """What tells files in the cache apart, in their names."""
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def written_to(folder: Path, name: str) -> Iterator[None]:
+    """Makes the folder; a failure of the system in here is one to write to it, and is said so."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        if error.errno is None:  # said already
+            raise
+        way = "set cache_dir, or FEDSS_CACHE, to a folder that can be written"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            way = "make room, or set cache_dir to another folder"
+        raise OSError(
+            f"{name}: cannot write to the cache in {folder}: {error.strerror}; {way}, and start again: what "
+            "is in the cache by now is kept"
+        ) from None
+
+
+def remove_leftovers(folder: Path) -> None:
+    for pattern, age in LEFTOVERS.items():
+        for path in folder.glob(pattern):
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > age:
+                    path.unlink()
+
+
 def cached_arrays(name: str, key: dict, make: Callable[[], Arrays], cache_dir: Path | None = None) -> Arrays:
     """make(), or what it returned when it was last called with this `key`.
 
@@ -36,7 +72,7 @@ def cached_arrays(name: str, key: dict, make: Callable[[], Arrays], cache_dir: P
     """
     text = json.dumps(key, sort_keys=True)
     folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
-    path = folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.npz"
+    path = folder / f"{name}-{key_of([text.encode()])}.npz"
     arrays = _read(path, text)
     if arrays is None:
         arrays = make()
@@ -65,6 +101,7 @@ def _write(path: Path, key: str, arrays: Arrays) -> None:
     described = json.dumps({"key": key, "names": sorted(arrays)})
     members: dict[str, Any] = {"key": np.array(described), **arrays}
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.parent)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:

@@ -31,8 +31,10 @@ import torch
 
 from .cache import Arrays, cached_arrays
 from .class_folders import ClassFolders, image_endings
-from .images import VERSION, decode
+from .damage import DamagedImages, say_left_out
+from .images import VERSION, OnProgress, decode
 from .partition import FederatedData, Partition, divide
+from .pixels import Failure, failure, read_file, unlimited
 
 SOURCE = "https://www.cs.toronto.edu/~kriz/cifar.html"
 SIZE = 32
@@ -98,12 +100,18 @@ def load_cifar(
     seed: int,
     task: str = "classification",
     cache_dir: Path | None = None,
+    skip_damaged: bool = False,
+    on_progress: OnProgress | None = None,
     how: Partition | None = None,
 ) -> FederatedData:
-    """Raises FileNotFoundError where no form is whole, ValueError where a file isn't what it should be."""
+    """Raises FileNotFoundError where no form is whole, ValueError where a file isn't what it should be.
+
+    With `skip_damaged` it goes on without JPEG files that can't be read; the other forms are whole or not.
+    """
     if task != "classification":
         raise ValueError(f"task: expected classification for {form.name}, got {task!r}")
-    arrays = _read(form, data_dir, cache_dir)
+    arrays = _read(form, data_dir, partial(_from_jpegs, cache_dir, skip_damaged, on_progress))
+    say_left_out(form.name, arrays.get("left_out", np.array([], str)).tolist())
     for part in ("labels", "test_labels"):
         strange = arrays[part][(arrays[part] < 0) | (arrays[part] >= form.num_classes)]
         if len(strange):
@@ -131,7 +139,7 @@ load_cifar10 = partial(load_cifar, CIFAR10)
 load_cifar100 = partial(load_cifar, CIFAR100)
 
 
-def _read(form: Format, data_dir: Path | None, cache_dir: Path | None) -> Arrays:
+def _read(form: Format, data_dir: Path | None, from_jpegs: Callable[[Path], Arrays]) -> Arrays:
     wanted = f"{form.archive}-binary.tar.gz or {form.archive}-python.tar.gz (or what they unpack to)"
     if data_dir is None:
         raise FileNotFoundError(
@@ -149,9 +157,9 @@ def _read(form: Format, data_dir: Path | None, cache_dir: Path | None) -> Arrays
             return _joined(form, [parsed(form, files[name], name) for name in batches], files[names], suffix)
     if form is CIFAR10:
         if (folder / JPEGS).is_file():
-            return _from_jpegs(folder / JPEGS, cache_dir)
+            return from_jpegs(folder / JPEGS)
         if (folder / "train").is_dir() and (folder / "test").is_dir():
-            return _from_jpegs(folder, cache_dir)
+            return from_jpegs(folder)
     reason = "" if folder.is_dir() else ", which is not a folder"
     raise FileNotFoundError(f"{form.name}: looked for {wanted} in {folder}{reason}; get them from {SOURCE}")
 
@@ -318,7 +326,9 @@ def _names_in_pickle(form: Format, content: bytes) -> list[str]:
 # ---- JPEG files
 
 
-def _from_jpegs(place: Path, cache_dir: Path | None) -> Arrays:
+def _from_jpegs(
+    cache_dir: Path | None, skip_damaged: bool, on_progress: OnProgress | None, place: Path
+) -> Arrays:
     """From a folder or an archive with train/<class>/*.jpg and test/<class>/*.jpg."""
     import PIL
 
@@ -326,19 +336,41 @@ def _from_jpegs(place: Path, cache_dir: Path | None) -> Arrays:
     files = [place] if place.is_file() else [*walk.images(place / "train"), *walk.images(place / "test")]
     stats = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = {"version": VERSION, "pillow": PIL.__version__, "files": stats}
-    return cached_arrays("cifar10", key, lambda: _decoded(place, files), cache_dir)
+    if skip_damaged:
+        key["skip_damaged"] = True
+
+    def make() -> Arrays:
+        found = _jpegs(place, files)
+        with unlimited:
+            arrays, failures = _decoded(place, found, on_progress or (lambda what, done, total: None))
+        if failures and not (skip_damaged and len(arrays["images"]) and len(arrays["test_images"])):
+            raise DamagedImages.inside("cifar10", str(place), failures, len(found), cache_dir, SOURCE)
+        if failures:
+            arrays["left_out"] = np.array([name.split("/")[1] for name in failures])
+        return arrays
+
+    return cached_arrays("cifar10", key, make, cache_dir)
 
 
-def _decoded(place: Path, files: list[Path]) -> Arrays:
+def _jpegs(place: Path, files: list[Path]) -> list[tuple[str, Callable[[], bytes]]]:
+    """(name, what reads it) of every file in a folder or an archive, in order of their names."""
+    found: list[tuple[str, Callable[[], bytes]]]
     if place.is_file():
-        found = _members("cifar10", place)
+        found = [(name, partial(bytes, content)) for name, content in _members("cifar10", place)]
     else:
-        found = [(file.relative_to(place).as_posix(), file.read_bytes()) for file in files]
+        found = [(file.relative_to(place).as_posix(), partial(read_file, file)) for file in files]
     endings = tuple(image_endings())
-    found = sorted((name, content) for name, content in found if name.lower().endswith(endings))
-    loose = next((name for name, _ in found if name.count("/") < 2), None)
+    images = [(name, read) for name, read in found if name.lower().endswith(endings)]
+    loose = next((name for name, _ in images if name.count("/") < 2), None)
     if loose is not None:
         raise ValueError(f"cifar10: expected train/<class>/*.jpg and test/<class>/*.jpg, got {loose}")
+    return sorted(images, key=lambda image: image[0])
+
+
+def _decoded(
+    place: Path, found: list[tuple[str, Callable[[], bytes]]], say: OnProgress
+) -> tuple[Arrays, dict[str, Failure]]:
+    """The images that can be read, and of the others what is wrong with them."""
     classes = sorted({name.split("/")[1] for name, _ in found})
     if len(classes) != CIFAR10.num_classes:
         raise ValueError(
@@ -346,16 +378,22 @@ def _decoded(place: Path, files: list[Path]) -> Arrays:
             f"{', '.join(classes) or 'none'}"
         )
     arrays: Arrays = {"class_names": np.array(classes)}
+    failures: dict[str, Failure] = {}
+    done = 0
     for split, prefix in (("train", ""), ("test", "test_")):
-        own = [(name, content) for name, content in found if name.startswith(f"{split}/")]
-        pixels = b"".join(_pixels(content, f"{place}: {name}") for name, content in own)
-        arrays[f"{prefix}images"] = np.frombuffer(pixels, np.uint8).reshape(-1, 3, SIZE, SIZE).copy()
-        arrays[f"{prefix}labels"] = np.array([classes.index(name.split("/")[1]) for name, _ in own], np.int64)
-    return arrays
-
-
-def _pixels(content: bytes, name: str) -> bytes:
-    try:
-        return decode(content, SIZE)
-    except Exception as error:  # a damaged image may raise anything
-        raise ValueError(f"cifar10: {name} is damaged ({error})") from error
+        pixels, labels = [], []
+        for name, read in found:
+            if not name.startswith(f"{split}/"):
+                continue
+            try:
+                pixels.append(decode(read(), SIZE))
+                labels.append(classes.index(name.split("/")[1]))
+            except Exception as error:  # a damaged image may raise anything
+                failures[name] = failure(error)
+            done += 1
+            say("cifar10: decoding images", done, len(found))
+        arrays[f"{prefix}images"] = (
+            np.frombuffer(b"".join(pixels), np.uint8).reshape(-1, 3, SIZE, SIZE).copy()
+        )
+        arrays[f"{prefix}labels"] = np.array(labels, np.int64)
+    return arrays, failures

@@ -8,18 +8,21 @@ In letters of any case, training, train_set and so on too.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from .class_folders import ByClass, ClassFolders
-from .images import cached_images
+from .damage import DamagedImages, printable, say_left_out, some
+from .images import OnProgress, cached_images
 from .partition import FederatedData, Found, Partition, divide, draw_share
 
 SOURCE = "wherever they come from: this is a folder of your own"
+log = logging.getLogger(__name__)
 
 
 def load_image_folder(
@@ -30,6 +33,8 @@ def load_image_folder(
     cache_dir: Path | None = None,
     image_size: int = 256,
     test_share: float = 0.2,
+    skip_damaged: bool = False,
+    on_progress: OnProgress | None = None,
     how: Partition | None = None,
     on_found: Callable[[Found], None] | None = None,
 ) -> FederatedData:
@@ -54,6 +59,8 @@ def load_image_folder(
         image_size=image_size,
         cache_dir=cache_dir,
         source=SOURCE,
+        skip_damaged=skip_damaged,
+        on_progress=on_progress,
         how=how or Partition("classes", images_per_client=None, classes_per_client=None),
         notes=walk.notes,
         on_found=on_found,
@@ -113,6 +120,8 @@ def from_files(
     image_size: int,
     cache_dir: Path | None,
     source: str,
+    skip_damaged: bool,
+    on_progress: OnProgress | None,
     how: Partition,
     owner: Mapping[Path, str] | None = None,  # whose a training image is, where images have authors
     notes: tuple[str, ...] = (),
@@ -120,8 +129,10 @@ def from_files(
 ) -> FederatedData:
     """The data set of these files; classes are numbered in the order of `train`.
 
+    With `skip_damaged` it is that of the files that can be read, as if there were no others.
+
     Raises ValueError where a classification's test has a class that training lacks, or a retrieval's one that
-    it has, or a file is there twice.
+    it has, or a file is there twice. Else as `cached_images`.
     """
     number = {name: c for c, name in enumerate(train)}
     common, new = [c for c in test if c in number], [c for c in test if c not in number]
@@ -143,7 +154,7 @@ def from_files(
         raise ValueError(f"{name}: {twice} is listed twice, of training and test images")
     labels = np.repeat([number[c] for c in train], [len(found) for found in train.values()])
     test_labels = np.repeat([of_test[c] for c in test], [len(found) for found in test.values()])
-    authors = sorted(set(owner.values())) if owner else None
+    authors = sorted({owner[file] for file in files}) if owner else None
     place = {author: k for k, author in enumerate(authors or ())}
     owners = np.array([place[owner[file]] for file in files]) if owner else None
     made_by = how if owner else how.fitted(np.bincount(labels))
@@ -152,7 +163,28 @@ def from_files(
     known = (*notes, f"classes without a test image: {lacking:,}") if lacking else notes
     if on_found:
         on_found(Found(name, len(train), len(files), len(test_files), len(clients), made_by, known))
-    images, test_images = cached_images(name, [files, test_files], image_size, cache_dir, source)
+    try:
+        images, test_images = cached_images(
+            name, [files, test_files], image_size, cache_dir, source, on_progress=on_progress
+        )
+    except DamagedImages as damaged:
+        left = _left(name, train, test, task, damaged) if skip_damaged else None
+        if left is None:
+            raise
+        return from_files(
+            name,
+            *left,
+            task=task,
+            seed=seed,
+            image_size=image_size,
+            cache_dir=cache_dir,
+            source=source,
+            skip_damaged=True,
+            on_progress=on_progress,
+            how=how,
+            owner=owner,
+            notes=notes,
+        )
     return FederatedData(
         name=name,
         images=images,
@@ -162,8 +194,37 @@ def from_files(
         test_images=test_images,
         test_labels=torch.from_numpy(test_labels.astype(np.int64)),
         num_classes=len(train),
-        class_names=tuple(train),
+        class_names=tuple(map(printable, train)),
         task=task,
         how=made_by,
         notes=known,
     )
+
+
+def _left(
+    name: str,
+    train: Mapping[str, list[Path]],
+    test: Mapping[str, list[Path]],
+    task: str,
+    damaged: DamagedImages,
+) -> tuple[ByClass, ByClass] | None:
+    """What is left of both parts, and says what isn't; None where one of them is empty."""
+    left, test_left = _without(train, damaged.files), _without(test, damaged.files)
+    unknown = {c for c in test_left if c not in left} if task == "classification" else set()
+    test_left = {c: found for c, found in test_left.items() if c not in unknown}
+    if not (left and test_left):
+        return None
+    lost = (c for part in (train, test) for c in part for file in part[c] if file in damaged.files)
+    say_left_out(name, lost, f", listed in {damaged.listing}")
+    if unknown:
+        log.warning(
+            "%s: classes without a training image now, left out of the test too: %s",
+            name,
+            some(map(printable, sorted(unknown))),
+        )
+    return left, test_left
+
+
+def _without(by_class: Mapping[str, list[Path]], files: Container[Path]) -> ByClass:
+    left = {c: [file for file in found if file not in files] for c, found in by_class.items()}
+    return {c: found for c, found in left.items() if found}

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from .class_folders import ClassFolders
 from .image_folder import from_files, split_images
+from .images import OnProgress
 from .partition import FederatedData, Found, Partition
 
 SOURCE = "https://image-net.org/download-images (the full release, each n<number>.tar unpacked to a folder)"
@@ -28,6 +29,8 @@ def load_imagenet21k(
     task: str = "classification",
     cache_dir: Path | None = None,
     image_size: int = 256,
+    skip_damaged: bool = False,
+    on_progress: OnProgress | None = None,
     how: Partition | None = None,
     on_found: Callable[[Found], None] | None = None,
 ) -> FederatedData:
@@ -52,6 +55,8 @@ def load_imagenet21k(
         image_size=image_size,
         cache_dir=cache_dir,
         source=SOURCE,
+        skip_damaged=skip_damaged,
+        on_progress=on_progress,
         how=how or Partition("classes", num_clients=CLIENTS),
         notes=walk.notes,
         on_found=on_found,

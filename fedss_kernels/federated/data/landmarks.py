@@ -17,6 +17,7 @@ from pathlib import Path
 
 from .class_folders import ByClass
 from .image_folder import from_files
+from .images import OnProgress
 from .partition import FederatedData, Found, Partition
 
 SOURCE = "https://storage.googleapis.com/gresearch/federated-vision-datasets/landmarks-user-160k.zip"
@@ -32,6 +33,8 @@ def load_landmarks(
     task: str = "classification",
     cache_dir: Path | None = None,
     image_size: int = 256,
+    skip_damaged: bool = False,
+    on_progress: OnProgress | None = None,
     how: Partition | None = None,
     on_found: Callable[[Found], None] | None = None,
 ) -> FederatedData:
@@ -53,6 +56,8 @@ def load_landmarks(
         image_size=image_size,
         cache_dir=cache_dir,
         source=IMAGES,
+        skip_damaged=skip_damaged,
+        on_progress=on_progress,
         how=how or Partition("natural"),
         owner=owner,
         on_found=on_found,

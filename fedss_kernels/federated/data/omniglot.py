@@ -15,14 +15,19 @@ import re
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from .cache import Arrays, cached_arrays
 from .class_folders import ClassFolders
+from .damage import OR_SKIP, DamagedImages, say_left_out
+from .images import OnProgress
 from .partition import Drawings, FederatedData, Partition, partition
+from .pixels import Failure, failure, read_file
 
 VERSION = 1  # raise it whenever the same files would give other arrays
 PARTS = ("images_background", "images_evaluation")
@@ -45,17 +50,24 @@ def load_omniglot(
     task: str = "classification",
     cache_dir: Path | None = None,
     holdout: float = 0.25,
+    skip_damaged: bool = False,
+    on_progress: OnProgress | None = None,
     how: Partition | None = None,
 ) -> FederatedData:
     """Reads images_background, images_evaluation or both from `data_dir`, each zipped or unpacked.
 
     Images are averaged down to 28x28, ink is high. `seed` chooses the alphabets that a retrieval holds out,
     a share `holdout` of them. Raises FileNotFoundError where neither part is there, ValueError where a file
-    isn't what it should be.
+    isn't what it should be; with `skip_damaged` the data set goes on without images that can't be read.
     """
     parts = find_parts(data_dir)
     key = {"version": VERSION, "files": [file for part in parts for file in _fingerprint(part)]}
-    arrays = cached_arrays("omniglot", key, lambda: read(parts), cache_dir)
+    if skip_damaged:
+        key["skip_damaged"] = True
+    arrays = cached_arrays(
+        "omniglot", key, lambda: read(parts, skip_damaged, cache_dir, on_progress), cache_dir
+    )
+    say_left_out("omniglot", arrays.get("left_out", np.array([], str)).tolist())
     return partition("omniglot", _table(arrays), task, seed, holdout, how)
 
 
@@ -88,18 +100,34 @@ def _pngs(folder: Path) -> list[Path]:
     return ClassFolders("omniglot", frozenset({".png"})).images(folder)
 
 
-def read(parts: list[Path]) -> Arrays:
+def read(
+    parts: list[Path],
+    skip_damaged: bool = False,
+    cache_dir: Path | None = None,  # for the list of those that are damaged
+    on_progress: OnProgress | None = None,
+) -> Arrays:
     """Every image of `parts`, in the order of alphabet, character, drawer."""
-    drawings = sorted(
-        (alphabet, character, drawer, image)
-        for part in parts
-        for alphabet, character, drawer, image in (_from_zip(part) if part.is_file() else _from_folder(part))
-    )
+    found, failures, lost = list[Drawing](), dict[str, Failure](), list[Drawing]()
+    for part in parts:
+        for alphabet, character, drawer, name, content in (
+            _from_zip(part) if part.is_file() else _from_folder(part)
+        ):
+            try:
+                found.append((alphabet, character, drawer, decode(content(), name)))
+            except (*DAMAGES, ValueError) as error:
+                why = failure(error)
+                failures[name] = replace(why, reason=why.reason.removeprefix(f"omniglot: {name} "))
+                lost.append((alphabet, character, drawer, b""))
+            if on_progress:
+                on_progress("omniglot: decoding images", len(found) + len(lost), 0)
+    drawings = sorted(found)
+    where = " or ".join(map(str, parts))
+    if failures and not (skip_damaged and drawings):
+        total = len(found) + len(lost)
+        raise DamagedImages.inside("omniglot", where, failures, total, cache_dir, SOURCE)
     if not drawings:
-        raise ValueError(
-            f"omniglot: no <alphabet>/character<NN>/<id>_<drawer>.png in {' or '.join(map(str, parts))}"
-        )
-    _check_complete(drawings)
+        raise ValueError(f"omniglot: no <alphabet>/character<NN>/<id>_<drawer>.png in {where}")
+    lost += _missing(drawings + lost, skip_damaged)
     characters = sorted({(alphabet, character) for alphabet, character, _, _ in drawings})
     alphabets = sorted({alphabet for alphabet, _ in characters})
     number = {name: i for i, name in enumerate(characters)}
@@ -111,6 +139,7 @@ def read(parts: list[Path]) -> Arrays:
         "character_names": np.array([f"{a}/{c}" for a, c in characters]),
         "alphabet": np.array([alphabets.index(a) for a, _ in characters], dtype=np.int64),
         "alphabet_names": np.array(alphabets),
+        **({"left_out": np.array([f"{a}/{c}" for a, c, *_ in lost])} if lost else {}),
     }
 
 
@@ -127,42 +156,49 @@ def _table(arrays: Arrays) -> Drawings:
 
 
 Drawing = tuple[str, str, int, bytes]  # alphabet, character, drawer, the image's SIZE * SIZE bytes
+File = tuple[str, str, int, str, Callable[[], bytes]]  # the same, but a name for messages, and what reads it
 
 
 # What a damaged archive may raise: a broken directory or stream, a method nobody knows, a password asked.
 DAMAGES = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError, UnicodeError)
 
 
-def _from_zip(path: Path) -> Iterator[Drawing]:
+def _from_zip(path: Path) -> Iterator[File]:
     try:
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
                 match = FILE_NAME.fullmatch(name.partition("/")[2])
                 if match and name.startswith(f"{path.stem}/"):
-                    yield match[1], match[2], int(match[3]), decode(archive.read(name), f"{path}: {name}")
+                    yield match[1], match[2], int(match[3]), name, partial(archive.read, name)
     except PermissionError:
         raise
     except DAMAGES as error:
         raise ValueError(f"omniglot: {path} is damaged ({error}); get it again from {SOURCE}") from error
 
 
-def _from_folder(path: Path) -> Iterator[Drawing]:
+def _from_folder(path: Path) -> Iterator[File]:
     for file in _pngs(path):
         match = FILE_NAME.fullmatch(file.relative_to(path).as_posix())
         if match:
-            yield match[1], match[2], int(match[3]), decode(file.read_bytes(), str(file))
+            yield match[1], match[2], int(match[3]), str(file), partial(read_file, file)
 
 
-def _check_complete(drawings: list[Drawing]) -> None:
-    """Every character once by each of the 20 drawers: fewer means files lost, more means two copies mixed."""
+def _missing(drawings: list[Drawing], skip: bool) -> list[Drawing]:
+    """Of every character those of the 20 drawers whose image isn't there.
+
+    Raises ValueError unless they may be left out, and where one is there twice: two copies are mixed.
+    """
     seen = Counter((alphabet, character, drawer) for alphabet, character, drawer, _ in drawings)
-    for alphabet, character in {name[:2] for name in seen}:
+    missing = list[Drawing]()
+    for alphabet, character in sorted({name[:2] for name in seen}):
         counts = [seen[alphabet, character, drawer] for drawer in range(1, DRAWERS + 1)]
-        if counts != [1] * DRAWERS:
+        if max(counts) > 1 or (0 in counts and not skip):
             raise ValueError(
                 f"omniglot: expected {DRAWERS} images of {alphabet}/{character}, one by each drawer, "
-                f"got {sum(counts)} by {sum(map(bool, counts))} drawers"
+                f"got {sum(counts)} by {sum(map(bool, counts))} drawers{'' if max(counts) > 1 else OR_SKIP}"
             )
+        missing += [(alphabet, character, i + 1, b"") for i, count in enumerate(counts) if not count]
+    return missing
 
 
 def decode(png: bytes, name: str) -> bytes:

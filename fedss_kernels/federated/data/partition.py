@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ..config_error import ConfigError
+from .array_file import map_images, mapped_from
 from .handed_over import integer, integers, listed, tensor
-from .images import map_images, mapped_from
 
 TASKS = ("classification", "retrieval")
 PARTITIONS = ("natural", "classes", "dirichlet", "iid")

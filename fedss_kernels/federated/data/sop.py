@@ -15,6 +15,7 @@ from pathlib import Path
 
 from .class_folders import ByClass
 from .image_folder import from_files
+from .images import OnProgress
 from .partition import FederatedData, Found, Partition
 
 SOURCE = "https://cvgl.stanford.edu/projects/lifted_struct/ (Stanford_Online_Products.zip)"
@@ -29,6 +30,8 @@ def load_sop(
     task: str = "retrieval",
     cache_dir: Path | None = None,
     image_size: int = 256,
+    skip_damaged: bool = False,
+    on_progress: OnProgress | None = None,
     how: Partition | None = None,
     on_found: Callable[[Found], None] | None = None,
 ) -> FederatedData:
@@ -46,6 +49,8 @@ def load_sop(
         image_size=image_size,
         cache_dir=cache_dir,
         source=SOURCE,
+        skip_damaged=skip_damaged,
+        on_progress=on_progress,
         how=how or Partition("classes"),
         on_found=on_found,
     )
@@ -70,7 +75,7 @@ def find_folder(data_dir: Path | None) -> Path:
 
 def read_list(path: Path) -> ByClass:
     """The images of each class, by class_id, ascending. Raises ValueError, with the line, for an odd one."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     if not lines or lines[0].split() != HEADER:
         raise ValueError(
             f"sop: {path}, line 1: expected {' '.join(HEADER)!r}, got {''.join(lines[:1])[:80]!r}; get it "

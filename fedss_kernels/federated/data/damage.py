@@ -1,0 +1,137 @@
+"""Image files that cannot be read: said in one line, listed in a file, and left out if the user wants it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from .cache import default_cache_dir, key_of
+from .pixels import Failure
+
+NAMED = 5  # of many, that a message names
+OR_SKIP = "; or go on without them: --skip-damaged"
+UNREAD = "cannot be read: "  # in a list, before the reasons that may be gone the next time
+log = logging.getLogger(__name__)
+
+
+class DamagedImages(ValueError):
+    """Files that are damaged or can't be read; a data set may go on without them."""
+
+    def __init__(self, message: str, files: Mapping[Path, str], listing: Path):
+        super().__init__(message)
+        self.files, self.listing = files, listing  # with the reasons
+
+    @classmethod
+    def among(
+        cls, name: str, failures: Mapping[Path, Failure], total: int, listing: Path, source: str
+    ) -> DamagedImages:
+        """Of `total` files, the others of which are in the cache; they are in the list already."""
+        fault = "are damaged" if all(found.damaged for found in failures.values()) else "cannot be read"
+        named = some(f"{printable(file)} ({found.reason})" for file, found in failures.items())
+        return cls(
+            f"{name}: {len(failures)} of {total} images {fault}: {named}; get them again from {source}"
+            f"{OR_SKIP}; all of them are listed in {listing}, the others are kept in the cache",
+            {file: found.reason for file, found in failures.items()},
+            listing,
+        )
+
+    @classmethod
+    def inside(
+        cls,
+        name: str,  # of the data set
+        place: str,  # the archive or folder that the files are in
+        failures: Mapping[str, Failure],
+        total: int,
+        cache_dir: Path | None,
+        source: str,
+    ) -> DamagedImages:
+        """Of a data set that is read as a whole, from an archive or a folder."""
+        folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+        listing = folder / f"{name}-{key_of(map(os.fsencode, failures))}-damaged.txt"
+        reasons = {Path(file): found.reason for file, found in failures.items()}
+        listed = _try_to_list(listing, reasons)
+        first, found = next(iter(failures.items()))
+        fault = "is damaged" if found.damaged else "cannot be read"
+        more = f", and {len(failures) - 1} more of {total} images" if len(failures) > 1 else ""
+        return cls(
+            f"{name}: {place}: {printable(first)} {fault} ({found.reason}){more}; get it again from {source}"
+            f"{OR_SKIP}{listed}",
+            reasons,
+            listing,
+        )
+
+
+class MissingImages(DamagedImages, FileNotFoundError):
+    """Files that are not there."""
+
+    @classmethod
+    def of(cls, name: str, files: list[Path], total: int, prefix: Path, source: str) -> MissingImages:
+        reasons = dict.fromkeys(files, "missing")
+        listing = prefix.with_name(f"{prefix.name}{key_of(map(os.fsencode, files))}-missing.txt")
+        listed = _try_to_list(listing, reasons)
+        return cls(
+            f"{name}: {len(files)} of {total} images are missing: {some(map(printable, files))}; "
+            f"get them from {source}{OR_SKIP}{listed}",
+            reasons,
+            listing,
+        )
+
+
+def printable(name: str | Path) -> str:
+    r"""A file's name for a message: bytes of it that are not UTF-8 as \xff."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def some(names: Iterable[str]) -> str:
+    every = list(names)
+    more = f" and {len(every) - NAMED} more" if len(every) > NAMED else ""
+    return ", ".join(every[:NAMED]) + more
+
+
+def say_left_out(name: str, classes: Iterable[str], where: str = "") -> None:
+    """How many images a data set goes on without, by class, those that lose most first."""
+    lost = Counter(classes)
+    if lost:
+        counts = some(f"{printable(c)} {count}" for c, count in lost.most_common())
+        log.warning(
+            "%s: left out %d images that could not be read: %s%s", name, sum(lost.values()), counts, where
+        )
+
+
+# ---- lists
+
+
+def write_list(path: Path, failures: Mapping[Path, Failure]) -> None:
+    _write(path, {file: f.reason if f.damaged else UNREAD + f.reason for file, f in failures.items()})
+
+
+def _write(path: Path, reasons: Mapping[Path, str]) -> None:
+    """A line for each file, in the bytes of its name: what `cut -f 1` gives is a list of the files."""
+    lines = [os.fsencode(file) + b"\t" + reason.encode() + b"\n" for file, reason in reasons.items()]
+    path.write_bytes(b"".join(lines))
+
+
+def _try_to_list(path: Path, reasons: Mapping[Path, str]) -> str:
+    """Where the list is, for a message; nothing where the cache can't be written, which is another matter."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(path, reasons)
+    except OSError:
+        return ""
+    return f"; all of them are listed in {path}"
+
+
+def read_list(path: Path) -> dict[Path, Failure]:
+    """What `write_list` wrote; nothing where there is no such list."""
+    try:
+        lines = [line.partition(b"\t") for line in path.read_bytes().splitlines()]
+    except OSError:
+        return {}
+    reasons = {Path(os.fsdecode(name)): reason.decode("utf-8", "replace") for name, _, reason in lines}
+    return {
+        file: Failure(reason.removeprefix(UNREAD), damaged=not reason.startswith(UNREAD))
+        for file, reason in reasons.items()
+    }

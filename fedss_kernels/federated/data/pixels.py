@@ -1,0 +1,297 @@
+"""An image file as pixels: RGB, upright, on white, of 8 bits, resized. Or what is wrong with it.
+
+| the file has | the pixels |
+| --- | --- |
+| transparency: alpha, a palette's, a colour's | what it looks like on white |
+| an EXIF orientation | turned upright |
+| grey of 16 or 32 bits, whole numbers | white is 255, 4095 or 65535, the least that none of them exceeds |
+| grey as floats, below 0 or above 65535 | refused: nobody knows what is white |
+| any number of pixels, any length of text or colour profile | read |
+| a JPEG without its end marker, every pixel of which is there | read; with pixels missing, refused |
+
+What a file says of its own white (TIFF's MaxSampleValue, PGM's maxval) goes before the rule for grey, which
+looks at one file: a 16-bit image in which nothing exceeds 4095 is taken for one of 12 bits.
+
+Run as a script this is a process that decodes, see `serve`. So it imports nothing of the package: a process
+is there in the time that Pillow and numpy take to import, and a caller's own script is not run again in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import re
+import stat
+import struct
+import sys
+import threading
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as PillowImage
+
+WHITES = (0xFF, 0xFFF, 0xFFFF)
+LENGTH = struct.Struct("<cQ")  # before an answer of `serve`: its kind, its bytes
+PIXELS, DAMAGED, UNREAD = b"=", b"d", b"u"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why there are no pixels: the content is `damaged`, or something else was in the way."""
+
+    reason: str
+    damaged: bool
+
+
+def read_file(path: str | Path) -> bytes:
+    """The content of a file. Raises OSError where it is something else: a FIFO would be waited for."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket", stat.S_IFDIR: "folder"}
+        raise OSError(errno.EINVAL, f"a {kinds.get(stat.S_IFMT(mode), 'device')}, not a file")
+    return Path(path).read_bytes()
+
+
+def failure(error: Exception) -> Failure:
+    """What an exception of `read_file` or `decode` says of a file, in words."""
+    from PIL import UnidentifiedImageError
+
+    if isinstance(error, UnidentifiedImageError):
+        return Failure("no image that Pillow can open: cut short, or of another format", damaged=True)
+    if isinstance(error, MemoryError):
+        return Failure("it needs more memory than there is", damaged=False)
+    if isinstance(error, OSError) and error.errno is not None:
+        return Failure(error.strerror or str(error), damaged=False)
+    text = " ".join(str(error).split())
+    known = isinstance(
+        error, OSError | ValueError | SyntaxError
+    )  # with words for a reader; others have a number or a name
+    return Failure(text if known and text else f"{type(error).__name__}: {text}", damaged=True)
+
+
+# ---- decoding
+
+
+def decode(content: bytes, size: int) -> bytes:
+    """An image file's content as the 3 * size * size bytes of its channels, red first.
+
+    The whole image is resized, whatever its proportions, each pixel an average of those that it covers.
+    Raises whatever Pillow does where it cannot be read.
+    """
+    from PIL import Image
+
+    if not content:
+        raise ValueError("an empty file")
+    with unlimited:
+        image = _loaded(content)
+        colour = _upright(_coloured(image), image)
+        if colour.size != (size, size):
+            colour = colour.resize((size, size), Image.Resampling.BILINEAR)
+        return np.asarray(colour).transpose(2, 0, 1).tobytes()
+
+
+def _loaded(content: bytes) -> PillowImage:
+    from PIL import Image
+
+    image = Image.open(io.BytesIO(content))
+    try:
+        image.load()
+    except OSError:
+        if image.format != "JPEG" or not _only_unterminated(content):
+            raise
+        image = Image.open(io.BytesIO(content + JPEG_END))
+        image.load()
+    return image
+
+
+def _coloured(image: PillowImage) -> PillowImage:
+    """In RGB, on white."""
+    from PIL import Image
+
+    if image.mode[0] in "IF":
+        return Image.fromarray(_of_8_bits(np.asarray(image), image)).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    seen = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
+
+
+def _of_8_bits(grey: np.ndarray, image: PillowImage) -> np.ndarray:
+    """A grey image of more bits, which `convert` would clip. Raises ValueError where white is unknown."""
+    low, high = grey.min(), grey.max()
+    if grey.dtype.kind == "f" or low < 0 or high > WHITES[-1]:
+        raise ValueError(f"expected 8 or 16 bits a channel, got {grey.dtype}, {low} to {high}")
+    white = _stated_white(image)
+    if not high <= white <= WHITES[-1]:
+        white = next(white for white in WHITES if high <= white)
+    eight = (grey / (white / 255)).round().astype(np.uint8)
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        eight[grey == clear] = 255
+    return eight
+
+
+def _stated_white(image: PillowImage) -> int:
+    """What the file itself says is white; 0 where it says nothing."""
+    if image.format == "PPM":
+        return WHITES[-1]  # Pillow has scaled it by the file's maxval
+    tags = getattr(image, "tag_v2", None) or {}
+    stated = tags.get(281, 0)  # MaxSampleValue, one for each channel
+    stated = stated[0] if isinstance(stated, tuple) and stated else stated
+    return stated if isinstance(stated, int) else 0
+
+
+def _upright(colour: PillowImage, image: PillowImage) -> PillowImage:
+    """`colour`, turned as the EXIF block of `image` says."""
+    from PIL.Image import Transpose
+
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    try:
+        turn = turns[image.getexif()[0x0112]]
+    except (
+        Exception
+    ):  # none, or one that cannot be read, which may raise anything: the pixels are as they are
+        return colour
+    return colour.transpose(turn)
+
+
+class _Unlimited:
+    """While somebody is in it, Pillow has no limits against files that a stranger made to fill the memory.
+
+    The files here are the user's own, and named. The limits are global to Pillow and back when the last one
+    leaves; so is its way to warn of oddities, which a reader of 100,000 photographs can't do anything about.
+    `decode` enters by itself; who decodes many small images saves time by being in it already.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.inside = threading.Lock(), 0
+        self.stack = contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            self.inside += 1
+            if self.inside == 1:
+                self._lift()
+
+    def __exit__(self, *error: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                self.stack.close()
+
+    def _lift(self) -> None:
+        from PIL import Image, PngImagePlugin
+
+        no_limit: list[tuple[Any, str, int | None]] = [
+            (Image, "MAX_IMAGE_PIXELS", None),
+            (PngImagePlugin, "MAX_TEXT_CHUNK", sys.maxsize),
+            (PngImagePlugin, "MAX_TEXT_MEMORY", sys.maxsize),
+        ]
+        for module, name, value in no_limit:
+            self.stack.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, value)
+        self.stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+unlimited = _Unlimited()
+
+
+# ---- JPEG without its end
+
+JPEG_END = b"\xff\xd9"
+
+
+def _other_bits(bits: int, first: int) -> bytes:
+    """Bits, and restart markers from the number `first` on, each with bits after it.
+
+    A decoder that waits for a marker skips the bits before it, and resumes with those after the one that it
+    waits for, unless it meets one of the two after that first: not both times, from 0 on and from 4 on.
+    """
+    some = bytes([bits]) * 64
+    return some + b"".join(bytes([0xFF, 0xD0 + (first + i) % 8]) + some for i in range(8))
+
+
+CONTINUATIONS = (b"", _other_bits(0x55, 0), _other_bits(0xAA, 4))
+
+
+def _only_unterminated(content: bytes) -> bool:
+    """Whether every pixel of a JPEG file is there, and only its end marker is not.
+
+    libjpeg fills in what is missing and does not tell through Pillow. But then the pixels depend on what is
+    put in its place.
+    """
+    from PIL import Image
+
+    content = content.removesuffix(b"\xff")
+    found = set()
+    for continuation in CONTINUATIONS:
+        try:
+            with Image.open(io.BytesIO(content + continuation + JPEG_END)) as image:
+                if image.info.get("progressive") and not _all_scans(content):
+                    return False
+                found.add(image.tobytes())
+        except OSError:
+            return False
+    return len(found) == 1
+
+
+def _all_scans(content: bytes) -> bool:
+    """Whether a progressive JPEG has each coefficient of each component to its last bit.
+
+    A scan's header says which components, coefficients and bits it has: after FF DA and its own length, the
+    number of components, two bytes for each, the first and last coefficient, the bits (high, low).
+    """
+    at = 2
+    while content[at + 1 : at + 2] != b"\xda" and at < len(content):  # the segments before the first scan
+        at += 2 + int.from_bytes(content[at + 2 : at + 4], "big")
+    lowest: dict[tuple[int, int], int] = {}
+    for scan in re.finditer(rb"\xff\xda\x00.([\x01-\x04])", content[at:], re.DOTALL):
+        count, header = scan[1][0], content[at + scan.end() :]
+        if len(header) < 2 * count + 3:
+            return False
+        first, last, bits = header[2 * count : 2 * count + 3]
+        for component in header[: 2 * count : 2]:
+            lowest |= dict.fromkeys(((component, i) for i in range(first, last + 1)), bits & 15)
+    components = {component for component, _ in lowest}
+    return bool(components) and all(lowest.get((c, i)) == 0 for c in components for i in range(64))
+
+
+# ---- a process that decodes
+
+
+def serve(size: int, questions: BinaryIO, answers: BinaryIO) -> None:
+    """Of each file whose path comes, in a line of hexadecimal digits, the pixels or a Failure's reason."""
+    with unlimited:
+        for line in questions:
+            path = os.fsdecode(bytes.fromhex(line.decode()))
+            try:
+                kind, answer = PIXELS, decode(read_file(path), size)
+            except Exception as error:
+                found = failure(error)
+                kind, answer = (DAMAGED if found.damaged else UNREAD), found.reason.encode("utf-8", "replace")
+            answers.write(LENGTH.pack(kind, len(answer)) + answer)
+            answers.flush()
+
+
+if __name__ == "__main__":
+    del sys.path[0]  # this file's folder, whose modules are of the package
+    try:
+        serve(int(sys.argv[1]), sys.stdin.buffer, sys.stdout.buffer)
+    except BrokenPipeError:  # who asked is gone
+        os._exit(0)

@@ -13,7 +13,14 @@ import triton
 import triton.language as tl
 from ahead_of_time import DEVICES, Launch, Resources, compile_all, recorded
 
-from fedss_kernels.triton_kernels import configurations, forward, row_momentum, sampled_softmax, scatter_add
+from fedss_kernels.triton_kernels import (
+    configurations,
+    forward,
+    row_adam,
+    row_momentum,
+    sampled_softmax,
+    scatter_add,
+)
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 MULTIPLYING = {"partial_terms", "small_tiles", "pull_chunk", "chunk_grad_rows", "chunk_grad_input"}
@@ -134,7 +141,7 @@ def unfused(device: str) -> list[Launch]:
     """Of the aggregator and the optimiser."""
     made = []
     with with_table(TABLES[device][0]):
-        specimens = [*scatter_add.specimens(), *row_momentum.specimens()]
+        specimens = [*scatter_add.specimens(), *row_adam.specimens(), *row_momentum.specimens()]
     for kernel, types, constants, options in specimens:
         types = {name: kind for name, kind in types.items() if kind != "constexpr"}
         made.append(Launch(kernel, types, constants, options=options))

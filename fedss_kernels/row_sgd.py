@@ -16,8 +16,8 @@ from .row_optimizer import RowOptimizer, Rule, State
 class RowSGD(RowOptimizer):
     """SGD with momentum that updates only the rows of a parameter that its sparse gradient lists.
 
-    For a sparse COO gradient of a (C, D) parameter, and each row c that it lists (entries of one row are
-    summed first; see `row_momentum_step_`):
+    For a sparse COO gradient of a (C, D) or (C,) parameter, and each row c that it lists (entries of one row
+    are summed first; see `row_momentum_step_`):
 
         g = grad[c] + weight_decay * weight[c]
         velocity[c] = v = momentum * velocity[c] + g
@@ -28,25 +28,39 @@ class RowSGD(RowOptimizer):
     listed in every step the two are the same method. Without momentum there is no velocity, and no memory
     for it.
 
-    For a dense gradient it does what torch.optim.SGD does, so one optimiser serves a whole model; the state
-    (`momentum_buffer`) has the same name and shape.
+    For a dense gradient it does what torch.optim.SGD does, so one optimiser serves a whole model. State dicts
+    are those of torch.optim.SGD, both ways; what is not here (`dampening`, `maximize`) is refused by name.
 
     Parameters may be float16, bfloat16, float32 or float64 on any device. For float32 and float64 on the CPU
     and on CUDA the rows are updated by one fused kernel, bit-identical from run to run for any number of
-    threads; on CUDA it sums the entries of a row too, and nothing waits for the device. Otherwise they are
-    updated by plain torch operations on the listed rows, 16-bit ones in float32 with weight and velocity
-    rounded once.
+    threads; on CUDA it sums the entries of a row too, and nothing waits for the device.
+
+    16-bit parameters, with dense gradients too, are stepped in float32, and then weight and velocity are
+    rounded once, up or down by chance, so that they are right on average: rounded to nearest, a bfloat16 1.0
+    would lose every step below 0.002. There is no float32 copy of them. The chances go by `seed` and the
+    number of the step, which state dicts hold: the same on each run, for any number of threads, and after a
+    stop, though others on a GPU than on a CPU.
+
+    Gradients of several backward passes without a step in between: torch strings sparse ones together, and
+    copies all of the list in each pass, so that k passes cost O(k^2). Larger batches are the better way; or
+    `weight.grad = weight.grad.coalesce()` every few passes.
 
     Args:
         params: parameters, or dicts of them with options of their own, as for any torch.optim optimiser.
-        lr: learning rate, a number >= 0; a learning-rate scheduler may change it.
+        lr: learning rate, a number >= 0 or a tensor of one; a learning-rate scheduler may change it. One on
+            a GPU costs a wait for it in each step.
         momentum: >= 0.
         weight_decay: >= 0.
         nesterov: Nesterov's momentum; needs momentum > 0.
+        max_norm: as `clip_grad_norm_` of all gradients of the optimiser before each step, but the gradients
+            stay as they are; None: no clipping. With a GradScaler it is of the unscaled gradients, as
+            `scaler.step` unscales first. Groups have one and the same.
+        seed: an integer >= 0, of the rounding of 16-bit parameters.
 
     Raises:
-        TypeError, ValueError: on construction, an option that is no number or out of range; in `step`, before
-            any parameter has changed, a sparse gradient of something other than a floating (C, D) parameter.
+        TypeError, ValueError: on construction, in `load_state_dict` and in `step`, before anything has
+            changed, for an option that is no number or out of range; in `step` for a sparse gradient of
+            something other than a floating (C, D) or (C,) parameter.
 
     >>> weight = torch.nn.Parameter(torch.zeros(3, 2))
     >>> optimizer = RowSGD([weight], lr=0.5, momentum=0.9)

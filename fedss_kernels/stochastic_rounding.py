@@ -29,14 +29,14 @@ class StochasticRounding:
             return values
         info = torch.finfo(dtype)
         powers = (values.view(torch.int32) & 0x7F800000).view(torch.float32)  # of 2, up to the number
-        least = max(info.smallest_normal * info.eps, 2.0**-126)  # where denormals are flushed to zero, too
-        spacing = (powers * info.eps).clamp(min=least)
+        spacing = (powers * info.eps).clamp(min=info.smallest_normal * info.eps)
         scaled = values / spacing
         lower = scaled.floor()
         chance = torch.rand(values.shape, generator=self._generator(values.device), device=values.device)
-        rounded = (lower + (chance < scaled - lower)) * spacing
+        rounded = ((lower + (chance < scaled - lower)) * spacing).clamp(-info.max, info.max)
         nearest = values.to(dtype)
-        return torch.where(nearest.isfinite(), rounded.clamp(-info.max, info.max).to(dtype), nearest)
+        good = nearest.isfinite() & rounded.isfinite()  # not so where denormal spacings are flushed to zero
+        return torch.where(good, rounded.to(dtype), nearest)
 
     def _generator(self, device: torch.device) -> torch.Generator:
         if device not in self._generators:

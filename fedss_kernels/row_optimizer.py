@@ -1,5 +1,6 @@
 """What RowSGD and RowAdam have in common: checks of options, clipping, 16-bit parameters, rows and dense."""
 
+import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     def __init__(self, params: Iterable[Any], options: dict[str, Any]) -> None:
         defaults = {**options, "rounding_step": 0, **self.FIXED, **self.UNUSED}
         self._checked(defaults)
-        super().__init__(params, defaults)
+        super().__init__(params, _without_numpy(defaults))
 
     @abstractmethod
     def _checked_rule(self, options: dict[str, Any], where: str) -> Rule:
@@ -81,7 +82,9 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters with options of their own; raises as the constructor does."""
         if isinstance(param_group, dict):
-            self._checked(self.defaults | param_group)
+            param_group = _without_numpy(param_group)
+            added = self._checked(self.defaults | param_group)
+            _check_norms([*(group["max_norm"] for group in self.param_groups), added.max_norm])
         super().add_param_group(param_group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -89,14 +92,15 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
 
         Raises before anything changes.
         """
-        defaults = state.get("defaults") or self.defaults
-        missing = {"max_norm": None, "seed": 0, "rounding_step": 0, **self.FIXED, **self.UNUSED} | defaults
-        optional = {name: value for name, value in missing.items() if name not in self.REQUIRED}
+        defaults = {"max_norm": None, "seed": 0, "rounding_step": 0, **self.FIXED, **self.UNUSED}
+        defaults |= state.get("defaults") or self.defaults
+        optional = {name: value for name, value in defaults.items() if name not in self.REQUIRED}
         groups = [optional | group for group in state["param_groups"]]
         self._checked_groups(groups)
         for parameter, of_parameter in state["state"].items():
-            self._checked_state(parameter, of_parameter)
-        super().__setstate__({**state, "param_groups": groups})
+            if isinstance(parameter, Tensor):  # torch keeps what else was saved
+                self._checked_state(parameter, of_parameter)
+        super().__setstate__({**state, "defaults": defaults, "param_groups": groups})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -132,12 +136,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
                         f"is this the state of another optimiser than {type(self).__name__}?"
                     )
             checked.append(self._checked(group, f"param_groups[{index}]: "))
-        if len({options.max_norm for options in checked}) > 1:
-            given = ", ".join(str(options.max_norm) for options in checked)
-            raise ValueError(
-                "max_norm: expected the same number in every group, as the norm is that of all gradients, "
-                f"got {given}"
-            )
+        _check_norms([options.max_norm for options in checked])
         return checked
 
     def _checked(self, options: dict[str, Any], where: str = "") -> Options:
@@ -213,6 +212,14 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
             whole[class_ids] = rounding(stepped, whole.dtype)[first]
 
 
+def _without_numpy(options: dict[str, Any]) -> dict[str, Any]:
+    """NumPy's numbers as Python's, so that torch.load reads the saved state with weights_only."""
+    return {
+        name: value.item() if isinstance(value, numbers.Number) and hasattr(value, "item") else value
+        for name, value in options.items()
+    }
+
+
 def _gradient(parameter: Tensor) -> Tensor:
     assert parameter.grad is not None
     return parameter.grad
@@ -248,6 +255,14 @@ def _each_once(class_ids: Tensor, rows: Tensor, C: int) -> tuple[Tensor, Tensor,
         return class_ids, widened(rows), slice(None)
     runs = runs_of(class_ids, C)
     return runs.ids, runs.sums(rows)[runs.run], runs.starts[runs.run]
+
+
+def _check_norms(norms: list[float | None]) -> None:
+    if len(set(norms)) > 1:
+        raise ValueError(
+            "max_norm: expected the same number in every group, as the norm is that of all gradients, "
+            f"got {', '.join(map(str, norms))}"
+        )
 
 
 def _check_gradient(parameter: Tensor, index: int) -> None:

@@ -19,8 +19,7 @@ class StochasticRounding:
     """
 
     def __init__(self, seed: int, step: int, stream: int) -> None:
-        digest = hashlib.blake2b(f"{seed} {step} {stream}".encode(), digest_size=8).digest()
-        self._seed = int.from_bytes(digest, "little") >> 1
+        self._key = f"{seed} {step} {stream}".encode()
         self._generators: dict[torch.device, torch.Generator] = {}
 
     def __call__(self, values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -40,5 +39,7 @@ class StochasticRounding:
 
     def _generator(self, device: torch.device) -> torch.Generator:
         if device not in self._generators:
-            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+            digest = hashlib.blake2b(self._key, digest_size=8).digest()
+            seed = int.from_bytes(digest, "little") >> 1
+            self._generators[device] = torch.Generator(device).manual_seed(seed)
         return self._generators[device]

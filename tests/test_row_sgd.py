@@ -229,7 +229,9 @@ def test_checkpoints_of_older_versions():
     old = RowSGD([weight], lr=0.5)
     for name in ("max_norm", "seed", "rounding_step", "dampening", "foreach"):
         del old.param_groups[0][name], old.defaults[name]
-    assert pickle.loads(pickle.dumps(old)).param_groups[0]["max_norm"] is None
+    unpickled = pickle.loads(pickle.dumps(old))
+    assert unpickled.param_groups[0]["max_norm"] is None
+    unpickled.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
 
 
 def sgd_state(weight, **options):
@@ -286,6 +288,10 @@ def test_numbers_are_those_that_torch_takes(number, sparsely):
         ours.step()
         theirs.step()
     assert torch.equal(*weights)
+    file = io.BytesIO()
+    torch.save(ours.state_dict(), file)
+    file.seek(0)
+    assert torch.load(file, weights_only=True)["param_groups"][0]["momentum"] == 0.5
 
 
 def test_numbers_of_the_row_step():
@@ -324,6 +330,18 @@ def test_options_changed_by_hand_are_checked_before_anything_changes():
             optimizer.step()
         optimizer.param_groups[1][name] = before
     assert (weight == 1).all() and (bias == 1).all()
+
+
+def test_groups_of_other_norms_are_refused():
+    groups = [{"params": [nn.Parameter(torch.ones(2))], "max_norm": norm} for norm in (1.0, 2.0)]
+    with pytest.raises(
+        ValueError, match="max_norm: expected the same number in every group, .* got 1.0, 2.0"
+    ):
+        RowSGD(groups, lr=0.1)
+    with pytest.raises(
+        ValueError, match="max_norm: expected the same number in every group, .* got None, 2.0"
+    ):
+        RowSGD([nn.Parameter(torch.ones(2))], lr=0.1).add_param_group(groups[1])
 
 
 @pytest.mark.parametrize("kind", [RowSGD, RowAdam])

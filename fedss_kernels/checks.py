@@ -55,6 +55,8 @@ def as_number(name: str, value: object, least: float = -math.inf, below: float =
     Raises TypeError for something else, ValueError unless it is finite and in [least, below). Of a tensor on
     a GPU it waits for the number.
     """
+    if type(value) is float and -math.inf < value < below and least <= value:
+        return value
     number: Any = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
     real = isinstance(number, (int, float)) or isinstance(number, numbers.Real)
     if isinstance(number, bool) or not real:

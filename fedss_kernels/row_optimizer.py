@@ -3,9 +3,8 @@
 import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +18,7 @@ State = dict[str, Any]  # of a parameter, or of the rows of one
 Rule = dict[str, Any]  # the options of a step, the numbers as float
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """A group's, checked."""
 
     rule: Rule
@@ -116,13 +114,16 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         factor = self._clip_factor(checked)
         for stream, (group, options) in enumerate(zip(self.param_groups, checked, strict=True)):
             rounding = StochasticRounding(options.seed, options.rounding_step, stream)
-            with_gradient = [p for p in group["params"] if p.grad is not None]
-            by_rows = {p for p in with_gradient if p.grad.is_sparse or self._steps_rows(p)}
-            if dense := [p for p in with_gradient if p not in by_rows]:
+            dense: list[Tensor] = []
+            listed: list[Tensor] = []
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_rows = parameter.grad.is_sparse or self._steps_rows(parameter)
+                    (listed if by_rows else dense).append(parameter)
+            if dense:
                 self._step_dense_parameters(dense, group, options.rule, factor, rounding)
-            for parameter in with_gradient:
-                if parameter in by_rows:
-                    self._step_listed_rows(parameter, options.rule, factor, rounding)
+            for parameter in listed:
+                self._step_listed_rows(parameter, options.rule, factor, rounding)
             group["rounding_step"] += 1
         return loss
 
@@ -169,28 +170,26 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         rounding: StochasticRounding,
     ) -> None:
         """16-bit parameters and their state in float32, and rounded back."""
-        held = [{name: v for name, v in self.state.get(p, {}).items() if v is not None} for p in parameters]
-        for parameter, state in zip(parameters, held, strict=True):
+        states = [self.state.get(p) or {} for p in parameters]
+        for parameter, state in zip(parameters, states, strict=True):
             self._prepare(parameter, state, rule, by_rows=False)
-        wide = [{name: widened(v) for name, v in state.items()} for state in held]
         weights = [widened(p) for p in parameters]
         grads = [_scaled(widened(_gradient(p)), factor) for p in parameters]
-        self._step_dense(weights, grads, wide, group, rule)
-        for parameter, weight, state, stepped in zip(parameters, weights, held, wide, strict=True):
-            for name, value in stepped.items():
-                if name not in state:
-                    state[name] = rounding(value, parameter.dtype)
-                elif value is not state[name]:
-                    state[name].copy_(rounding(value, state[name].dtype))
-            if state:
-                self.state[parameter].update(state)
+        stepped = [
+            state if weight is parameter else {n: widened(v) for n, v in state.items() if v is not None}
+            for parameter, weight, state in zip(parameters, weights, states, strict=True)
+        ]
+        self._step_dense(weights, grads, stepped, group, rule)
+        for parameter, weight, state, values in zip(parameters, weights, states, stepped, strict=True):
             if weight is not parameter:
-                parameter.copy_(rounding(weight, parameter.dtype))
+                _round_back(parameter, weight, state, values, rounding)
+            if state:
+                self.state[parameter] = state
 
     def _step_listed_rows(
         self, parameter: Tensor, rule: Rule, factor: Tensor | None, rounding: StochasticRounding
     ) -> None:
-        state: State = self.state[parameter] if parameter in self.state else {}
+        state: State = self.state.get(parameter) or {}
         self._prepare(parameter, state, rule, by_rows=True)
         if state:
             self.state[parameter] = state
@@ -210,6 +209,19 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         self._step_rows(part, parts, here, _scaled(rows, factor), rule, fused)
         for whole, stepped in ((weight, part), *((matrices[name], parts[name]) for name in matrices)):
             whole[class_ids] = rounding(stepped, whole.dtype)[first]
+
+
+def _round_back(
+    parameter: Tensor, weight: Tensor, state: State, stepped: State, rounding: StochasticRounding
+) -> None:
+    """What a step made of a 16-bit parameter and its state, into these."""
+    parameter.copy_(rounding(weight, parameter.dtype))
+    for name, value in stepped.items():
+        held = state.get(name)
+        if held is None:
+            state[name] = rounding(value, parameter.dtype)
+        elif value is not held:
+            held.copy_(rounding(value, held.dtype))
 
 
 def _without_numpy(options: dict[str, Any]) -> dict[str, Any]:

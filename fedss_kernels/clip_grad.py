@@ -10,6 +10,7 @@ from .checks import as_number
 from .sparse_rows import is_listed_once, runs_of_entries, summed_values
 
 
+@torch.no_grad()
 def clip_grad_norm_(
     parameters: Tensor | Iterable[Tensor],
     max_norm: float,
@@ -54,6 +55,7 @@ def clip_grad_norm_(
     return norm
 
 
+@torch.no_grad()
 def clip_grad_value_(
     parameters: Tensor | Iterable[Tensor],
     clip_value: float,

@@ -105,6 +105,14 @@ def test_one_parameter_and_none():
     assert clip_grad_norm_([], 1.0).item() == clip_grad_norm_(nn.Parameter(torch.ones(2)), 1.0).item() == 0
 
 
+def test_gradients_that_have_gradients():
+    """Of create_graph=True: the numbers change, as torch's clipping changes them."""
+    weight = nn.Parameter(torch.tensor([3.0, 4.0]))
+    (weight.grad,) = torch.autograd.grad(weight.square().sum(), weight, create_graph=True)
+    assert weight.grad.requires_grad and clip_grad_norm_(weight, 5.0).item() == 10
+    torch.testing.assert_close(weight.grad.detach(), torch.tensor([3.0, 4.0]))
+
+
 def test_16_bit_rows_are_summed_in_float32():
     """256 and 256 times 1: bfloat16 would stay at 256."""
     rows = torch.ones(257, 1, dtype=torch.bfloat16)

@@ -50,8 +50,9 @@ def clip_grad_norm_(
     gradients = _gradients(parameters)
     max_norm = as_number("max_norm", max_norm, least=0)
     norm = total_norm(gradients, norm_type, error_if_nonfinite, foreach)
+    factor = clip_factor(norm, max_norm)
     for values in map(_values, gradients):
-        values.mul_(clip_factor(norm, max_norm).to(values.device))
+        values.mul_(factor.to(values.device))
     return norm
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .checks import FLOATING, as_number, check_integer
 from .clip_grad import clip_factor, total_norm
-from .sparse_rows import runs_of, unique_rows, widened
+from .sparse_rows import is_listed_once, runs_of_entries, unique_rows, widened
 from .stochastic_rounding import StochasticRounding
 
 State = dict[str, Any]  # of a parameter, or of the rows of one
@@ -42,9 +42,9 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     UNUSED: ClassVar[dict[str, Any]]
 
     def __init__(self, params: Iterable[Any], options: dict[str, Any]) -> None:
-        defaults = {**options, "rounding_step": 0, **self.FIXED, **self.UNUSED}
+        defaults = _without_numpy({**options, "rounding_step": 0, **self.FIXED, **self.UNUSED})
         self._checked(defaults)
-        super().__init__(params, _without_numpy(defaults))
+        super().__init__(params, defaults)
 
     @abstractmethod
     def _checked_rule(self, options: dict[str, Any], where: str) -> Rule:
@@ -194,19 +194,17 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         if state:
             self.state[parameter] = state
         matrices = {name: _matrix(v) for name, v in state.items() if isinstance(v, Tensor) and v.dim() > 0}
-        weight, (class_ids, rows) = _matrix(parameter.detach()), _listed(parameter)
+        weight, grad = _matrix(parameter.detach()), _gradient(parameter)
         fused = _has_kernel(weight)
         if fused and widened(weight) is weight:
+            class_ids, rows = _listed(grad)
             self._step_rows(weight, matrices, class_ids, _scaled(_matrix(rows), factor), rule, fused)
             return
-        class_ids, rows, first = _each_once(class_ids, _matrix(rows), len(weight))
-        # of copies, and all at once: rows of one class have the same numbers, so that the order is no matter
-        part, parts = (
-            widened(weight[class_ids]),
-            {name: widened(m[class_ids]) for name, m in matrices.items()},
-        )
+        class_ids, rows, first = _summed(grad)
+        # Of copies, and written back all at once: where a class comes twice it has the same numbers twice.
+        part, parts = widened(weight[class_ids]), {n: widened(m[class_ids]) for n, m in matrices.items()}
         here = torch.arange(len(class_ids), device=weight.device)
-        self._step_rows(part, parts, here, _scaled(rows, factor), rule, fused)
+        self._step_rows(part, parts, here, _scaled(_matrix(rows), factor), rule, fused)
         for whole, stepped in ((weight, part), *((matrices[name], parts[name]) for name in matrices)):
             whole[class_ids] = rounding(stepped, whole.dtype)[first]
 
@@ -250,23 +248,27 @@ def _has_kernel(weight: Tensor) -> bool:
     return weight.device.type == "cpu" or (weight.is_cuda and find_spec("triton") is not None)
 
 
-def _listed(parameter: Tensor) -> tuple[Tensor, Tensor]:
+def _every_row(grad: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.arange(len(grad), device=grad.device), grad
+
+
+def _listed(grad: Tensor) -> tuple[Tensor, Tensor]:
     """(class_ids (M,), rows (M, ...)): each class once, but on CUDA, where to sum rows would be to wait."""
-    grad = _gradient(parameter)
     if not grad.is_sparse:
-        return torch.arange(len(grad), device=grad.device), grad
+        return _every_row(grad)
     return (grad._indices()[0], grad._values()) if grad.is_cuda else unique_rows(grad)
 
 
-def _each_once(class_ids: Tensor, rows: Tensor, C: int) -> tuple[Tensor, Tensor, Tensor | slice]:
-    """(class_ids (M,), rows (M, D), where the first of each class is (M,)): each row the sum of its class'.
+def _summed(grad: Tensor) -> tuple[Tensor, Tensor, Tensor | slice]:
+    """(class_ids (M,), rows (M, ...) in float32 or better, where the first of each class is (M,)).
 
-    On CUDA by size alone: a class that comes twice stays listed twice, each time with the sum.
+    Without a wait for the device: a class that comes twice stays listed twice, each time with the sum.
     """
-    if not (class_ids.is_cuda and len(class_ids)):
+    if not grad.is_sparse or is_listed_once(grad) or len(grad._values()) == 0:
+        class_ids, rows = (grad._indices()[0], grad._values()) if grad.is_sparse else _every_row(grad)
         return class_ids, widened(rows), slice(None)
-    runs = runs_of(class_ids, C)
-    return runs.ids, runs.sums(rows)[runs.run], runs.starts[runs.run]
+    runs = runs_of_entries(grad)
+    return runs.ids, runs.sums(grad._values())[runs.run], runs.starts[runs.run]
 
 
 def _check_norms(norms: list[float | None]) -> None:

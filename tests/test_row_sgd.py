@@ -15,9 +15,7 @@ from fedss_kernels import (
     SampledSoftmaxLoss,
     clip_grad_norm_,
     row_momentum_step_,
-    row_optimizer,
 )
-from fedss_kernels.sparse_rows import runs_of
 
 # Numbers whose products and sums are exact in float32 for a few steps: methods that agree have the same bits.
 EXACT = [
@@ -219,7 +217,7 @@ def test_checkpoints_of_older_versions():
     weight = nn.Parameter(torch.ones(3, 2))
     group = {"lr": 0.5, "momentum": 0.0, "weight_decay": 0.0, "nesterov": False, "params": [0]}
     for extra in ({"dampening": 0}, {}, {"initial_lr": 0.5, "swa_lr": 0.1}):
-        optimizer = RowSGD([weight], lr=9.0, max_norm=2.0, seed=4)
+        optimizer = RowSGD([weight], lr=9.0, max_norm=2.0, seed=np.int64(4))
         optimizer.load_state_dict({"state": {0: {"momentum_buffer": None}}, "param_groups": [group | extra]})
         weight.grad = torch.ones(3, 2)
         optimizer.step()
@@ -415,24 +413,17 @@ def test_rounding_goes_by_the_seed_alone(set_threads):
     assert not torch.equal(trained(seed=1), trained(seed=2))
 
 
-def test_a_repeated_row_of_16_bits_on_a_gpu_is_summed_and_written_once(monkeypatch):
-    """What is done where to look at the ids would be to wait, on CPU tensors."""
-
-    def listed(parameter):
-        return parameter.grad._indices()[0], parameter.grad._values()
-
-    def each_once(class_ids, rows, C):
-        runs = runs_of(class_ids, C)
-        return runs.ids, runs.sums(rows)[runs.run], runs.starts[runs.run]
-
+@pytest.mark.parametrize("kind", [RowSGD, RowAdam])
+def test_repeated_rows_of_16_bits_are_summed_in_float32_and_written_once(kind):
+    """256 and 256 times 1, which bfloat16 would sum to 256; and each class has one chance."""
     weights = [nn.Parameter(torch.ones(5, 40, dtype=torch.bfloat16)) for _ in range(2)]
+    repeats = torch.ones(258, 40, dtype=torch.bfloat16)
+    repeats[:2] = 256
+    weights[0].grad = sparse([3, 1] + [3] * 256, repeats, 5)
+    weights[1].grad = sparse([1, 3], torch.tensor([[256.0], [512.0]]).expand(2, 40).bfloat16(), 5)
     for weight in weights:
-        rows = small_integers(4, 40, seed=3).bfloat16() / 64
-        weight.grad = sparse([3, 1, 3, 3], rows, 5)
-        RowSGD([weight], lr=1.0, momentum=0.5).step()
-        monkeypatch.setattr(row_optimizer, "_listed", listed)
-        monkeypatch.setattr(row_optimizer, "_each_once", each_once)
-    assert torch.equal(weights[0] == 1, weights[1] == 1)  # which rows, and where their sum is 0
+        kind([weight], lr=2.0**-9, **({"momentum": 0.5} if kind is RowSGD else {})).step()
+    assert torch.equal(weights[0] == 1, weights[1] == 1)  # which rows moved
     torch.testing.assert_close(*weights, rtol=0, atol=2.0**-7)  # other chances: a spacing apart at most
 
 

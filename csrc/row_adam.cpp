@@ -36,14 +36,24 @@ struct Rule {
   }
 };
 
-// Rows whose elements lie side by side.
+// Rows whose elements lie side by side; asks for the memory of the rows that come a little later.
 template <class T, class Element>
-void update_contiguous(const Rule<T> rule, const RowAdam& step, int64_t i, int64_t c) {
+void update_contiguous(const Rule<T> rule, const RowAdam& step, int64_t i, int64_t c, int64_t later, int64_t later_c) {
+  constexpr int64_t kRun = kRunBytes / sizeof(T);
+  const int64_t D = step.rows.cols;
   T* const __restrict weight = at_mutable<T>(step.weight, c, 0);
   T* const __restrict exp_avg = at_mutable<T>(step.exp_avg, c, 0);
   T* const __restrict exp_avg_sq = at_mutable<T>(step.exp_avg_sq, c, 0);
   const Element* const __restrict row = at<Element>(step.rows, i, 0);
-  for (int64_t d = 0; d < step.rows.cols; ++d) rule.update(T(row[d]), weight[d], exp_avg[d], exp_avg_sq[d]);
+  __builtin_prefetch(static_cast<const int64_t*>(step.row_steps.data) + later_c * step.row_steps.stride);
+  for (int64_t begin = 0; begin < D; begin += kRun) {
+    const int64_t end = std::min(begin + kRun, D);
+    prefetch(at<T>(step.weight, later_c, begin), end - begin);
+    prefetch(at<T>(step.exp_avg, later_c, begin), end - begin);
+    prefetch(at<T>(step.exp_avg_sq, later_c, begin), end - begin);
+    prefetch(at<Element>(step.rows, later, begin), end - begin);
+    for (int64_t d = begin; d < end; ++d) rule.update(T(row[d]), weight[d], exp_avg[d], exp_avg_sq[d]);
+  }
 }
 
 template <class T, class Element>
@@ -52,14 +62,6 @@ void update_strided(const Rule<T>& rule, const RowAdam& step, int64_t i, int64_t
     rule.update(T(*at<Element>(step.rows, i, d)), *at_mutable<T>(step.weight, c, d), *at_mutable<T>(step.exp_avg, c, d),
                 *at_mutable<T>(step.exp_avg_sq, c, d));
   }
-}
-
-// Asks for the memory of row i, which belongs to class c.
-template <class T, class Element>
-void prefetch_row(const RowAdam& step, int64_t i, int64_t c) {
-  for (const Matrix* m : {&step.weight, &step.exp_avg, &step.exp_avg_sq}) prefetch(at<T>(*m, c, 0), step.rows.cols);
-  prefetch(at<Element>(step.rows, i, 0), step.rows.cols);
-  __builtin_prefetch(static_cast<const int64_t*>(step.row_steps.data) + c * step.row_steps.stride);
 }
 
 template <class T>
@@ -78,8 +80,7 @@ void update_rows(const RowAdam& step, const std::vector<int64_t>& class_ids, int
         const int64_t c = class_ids[i], later = std::min(i + ahead, M - 1);
         const Rule<T> rule(step, ++row_steps[c * step.row_steps.stride]);
         if (contiguous) {
-          prefetch_row<T, Element>(step, later, class_ids[later]);
-          update_contiguous<T, Element>(rule, step, i, c);
+          update_contiguous<T, Element>(rule, step, i, c, later, class_ids[later]);
         } else {
           update_strided<T, Element>(rule, step, i, c);
         }

@@ -1,6 +1,7 @@
 """Rounding to 16 bits up or down by chance, so that on average nothing is lost."""
 
 import hashlib
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,10 +23,14 @@ class StochasticRounding:
         self._key = f"{seed} {step} {stream}".encode()
         self._generators: dict[torch.device, torch.Generator] = {}
 
-    def __call__(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        """`values` in `dtype`: themselves if that is theirs, else float32 ones rounded."""
+    def __call__(self, values: Any, dtype: torch.dtype) -> Tensor:
+        """`values`, a tensor, in `dtype`: itself if that is its own, else float32 numbers rounded."""
         if values.dtype == dtype:
             return values
+        if hasattr(values, "to_local"):  # a DTensor: each process rounds what it holds
+            share = self(values.to_local(), dtype)
+            placed = values.device_mesh, values.placements
+            return type(values).from_local(share, *placed, shape=values.shape, stride=values.stride())
         info = torch.finfo(dtype)
         powers = (values.view(torch.int32) & 0x7F800000).view(torch.float32)  # of 2, up to the number
         spacing = (powers * info.eps).clamp(min=info.smallest_normal * info.eps)

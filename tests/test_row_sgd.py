@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from fedss_kernels import (
     RowAdam,
@@ -411,6 +412,29 @@ def test_rounding_goes_by_the_seed_alone(set_threads):
 
     assert torch.equal(trained(seed=1), trained(seed=1, threads=3))
     assert not torch.equal(trained(seed=1), trained(seed=2))
+
+
+@pytest.fixture
+def device_mesh(tmp_path):
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield torch.distributed.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", [RowSGD, RowAdam])
+def test_sharded_parameters_of_16_bits(kind, device_mesh):
+    """As FSDP2 makes them of a net: the bits of a plain one, where there is one process."""
+    values, gradient = torch.ones(6, 4).bfloat16(), torch.ones(6, 4).bfloat16()
+    sharded, plain = (
+        nn.Parameter(distribute_tensor(values, device_mesh, [Shard(0)])),
+        nn.Parameter(values.clone()),
+    )
+    sharded.grad, plain.grad = distribute_tensor(gradient, device_mesh, [Shard(0)]), gradient
+    for parameter in (sharded, plain):
+        optimizer = kind([parameter], lr=1e-3, **({"momentum": 0.9} if kind is RowSGD else {}))
+        for _ in range(3):
+            optimizer.step()
+    assert torch.equal(sharded.full_tensor(), plain) and not torch.equal(plain, values)
 
 
 @pytest.mark.parametrize("kind", [RowSGD, RowAdam])

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,6 +104,11 @@ def total_norm(
         raise ValueError(f"norm_type: expected a number above 0, got {norm_type}")
     summed = [summed_values(grad) if grad.is_sparse else grad for grad in gradients]
     listed = [values for values in summed if values.numel()]  # infinity is no norm of nothing
+    sharded = [values for values in listed if hasattr(values, "full_tensor")]
+    if 0 < len(sharded) < len(listed):  # torch takes DTensors or others, not both
+        plain = [values for values in listed if not hasattr(values, "full_tensor")]
+        whole: Any = total_norm(sharded, order, foreach=foreach)
+        listed = [total_norm(plain, order, foreach=foreach), whole.full_tensor()]
     return torch.nn.utils.get_total_norm(listed, order, error_if_nonfinite, foreach)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from fedss_kernels import (
     RowSGD,
@@ -111,6 +112,24 @@ def test_gradients_that_have_gradients():
     (weight.grad,) = torch.autograd.grad(weight.square().sum(), weight, create_graph=True)
     assert weight.grad.requires_grad and clip_grad_norm_(weight, 5.0).item() == 10
     torch.testing.assert_close(weight.grad.detach(), torch.tensor([3.0, 4.0]))
+
+
+def test_sharded_gradients_beside_sparse_ones(tmp_path):
+    """Of a net under FSDP2 and a class matrix that is not: torch takes either alone."""
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        weight, net = (nn.Parameter(torch.zeros(2)) for _ in range(2))
+        weight.grad = sparse([1, 1], torch.tensor([1.0, 2.0]), (2,))
+        sharded = nn.Parameter(distribute_tensor(net.detach(), mesh, [Shard(0)]))
+        sharded.grad = distribute_tensor(torch.tensor([4.0, 0.0]), mesh, [Shard(0)])
+        assert clip_grad_norm_([weight, sharded], 2.5).item() == 5
+        torch.testing.assert_close(weight.grad.to_dense(), torch.tensor([0.0, 1.5]))
+        torch.testing.assert_close(sharded.grad.full_tensor(), torch.tensor([2.0, 0.0]))
+        RowSGD([weight, sharded], lr=1.0, max_norm=1.25).step()
+        torch.testing.assert_close(sharded.full_tensor().detach(), torch.tensor([-1.0, 0.0]))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_16_bit_rows_are_summed_in_float32():

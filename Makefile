@@ -48,7 +48,7 @@ check: lint test test-targets demo
 # thread sanitizer: minutes. Not: tests that limit or measure memory, which a sanitizer has its own use for, tests of
 # other programs, and GPU kernels. Memory that Python keeps is no leak of ours, and torch's OpenMP threads are not
 # compiled for race detectors.
-COMPILED := instruction_sets row_momentum row_sgd row_table sampled_softmax sampled_softmax_errors scatter_add
+COMPILED := instruction_sets row_adam row_momentum row_sgd row_table sampled_softmax sampled_softmax_errors scatter_add
 UNFIT := not (out_of_memory or memory_stays or in_cpp or no_code or triton)
 
 sanitize: sanitize-address sanitize-thread

@@ -12,7 +12,8 @@ HEADERS = sorted(str(path) for path in Path("csrc").glob("*.hpp"))
 KERNELS = "csrc/kernels.cpp"  # compiled once for each instruction set, chosen at run time
 SOURCES = sorted(str(path) for path in Path("csrc").glob("*.cpp") if str(path) != KERNELS)
 # Never -ffast-math: NaN, infinities and the order of sums are part of what the kernels promise.
-COMMON = ["-O3", "-fvisibility=hidden", "-Wall", "-Wextra"]
+# Nobody reads errno after a square root, which then is an instruction.
+COMMON = ["-O3", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # No contraction: the bits of the aggregator must not depend on whether the instruction set has a fused
 # multiply-add.
 FLAGS = [*COMMON, "-ffp-contract=off"]

@@ -12,6 +12,7 @@
 #include "gpu_launches.hpp"
 #include "instruction_sets.hpp"
 #include "lazy_momentum.hpp"
+#include "row_adam.hpp"
 #include "row_momentum.hpp"
 #include "sampled_softmax.hpp"
 #include "scale_to_bfloat16.hpp"
@@ -239,6 +240,33 @@ void run_row_momentum_step(const py::object& weight, const py::object& velocity,
   row_momentum_step(step, threads);
 }
 
+void run_row_adam_step(const py::object& weight, const py::object& exp_avg, const py::object& exp_avg_sq,
+                       const py::object& row_steps, const py::object& class_ids, const py::object& rows, double lr,
+                       double beta1, double beta2, double eps, double weight_decay, int threads) {
+  RowAdam step;
+  step.weight = matrix("weight", weight);
+  step.exp_avg = matrix("exp_avg", exp_avg);
+  step.exp_avg_sq = matrix("exp_avg_sq", exp_avg_sq);
+  step.row_steps = vector("row_steps", row_steps, true);
+  step.class_ids = vector("class_ids", class_ids, true);
+  step.rows = matrix("rows", rows);
+  step.lr = lr;
+  step.beta1 = beta1;
+  step.beta2 = beta2;
+  step.eps = eps;
+  step.weight_decay = weight_decay;
+  expect_state("weight", step.weight);
+  expect_rows(step.rows, step.weight, "weight", step.class_ids);
+  for (const Matrix* m : {&step.exp_avg, &step.exp_avg_sq}) {
+    const char* const name = m == &step.exp_avg ? "exp_avg" : "exp_avg_sq";
+    expect(m->dtype == step.weight.dtype, name, "weight's dtype");
+    expect(m->rows == step.weight.rows && m->cols == step.weight.cols, name, "weight's shape");
+  }
+  expect(step.row_steps.size == step.weight.rows, "row_steps", "an entry for each row of weight");
+  const py::gil_scoped_release release;
+  row_adam_step(step, threads);
+}
+
 LazyMomentum lazy_momentum(const py::object& weight, const py::object& velocity, const py::object& stepped, int64_t now,
                            double lr, double momentum) {
   LazyMomentum table;
@@ -332,6 +360,9 @@ PYBIND11_MODULE(_C, m) {
         arg("threads") = 1);
   m.def("row_momentum_step", &fedss::run_row_momentum_step, arg("weight"), arg("velocity"), arg("class_ids"),
         arg("rows"), arg("lr"), arg("momentum"), arg("weight_decay"), arg("nesterov"), arg("threads") = 1);
+  m.def("row_adam_step", &fedss::run_row_adam_step, arg("weight"), arg("exp_avg"), arg("exp_avg_sq"), arg("row_steps"),
+        arg("class_ids"), arg("rows"), arg("lr"), arg("beta1"), arg("beta2"), arg("eps"), arg("weight_decay"),
+        arg("threads") = 1);
   m.def("lazy_momentum_read", &fedss::run_lazy_momentum_read, arg("weight"), arg("velocity"), arg("stepped"),
         arg("now"), arg("lr"), arg("momentum"), arg("class_ids"), arg("out"), arg("threads") = 1);
   m.def("lazy_momentum_step", &fedss::run_lazy_momentum_step, arg("weight"), arg("velocity"), arg("stepped"),

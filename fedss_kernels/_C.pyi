@@ -38,6 +38,20 @@ def row_momentum_step(
     nesterov: bool,
     threads: int = 1,
 ) -> None: ...
+def row_adam_step(
+    weight: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    row_steps: Tensor,
+    class_ids: Tensor,
+    rows: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    threads: int = 1,
+) -> None: ...
 def lazy_momentum_read(
     weight: Tensor,
     velocity: Tensor,

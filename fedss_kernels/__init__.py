@@ -19,6 +19,8 @@ except ImportError as error:
     ) from error
 
 from .class_sets import ClassSet, draw_batch_class_set, draw_class_set, draw_negatives
+from .clip_grad import clip_grad_norm_, clip_grad_value_
+from .row_adam import RowAdam, row_adam_step_
 from .row_momentum import row_momentum_step_
 from .row_sgd import RowSGD
 from .sampled_softmax import SampledSoftmaxLoss, sampled_softmax_loss
@@ -27,11 +29,15 @@ from .scatter_add import scatter_add_
 __version__ = "0.1.0"
 __all__ = [
     "ClassSet",
+    "RowAdam",
     "RowSGD",
     "SampledSoftmaxLoss",
+    "clip_grad_norm_",
+    "clip_grad_value_",
     "draw_batch_class_set",
     "draw_class_set",
     "draw_negatives",
+    "row_adam_step_",
     "row_momentum_step_",
     "sampled_softmax_loss",
     "scatter_add_",

@@ -1,6 +1,8 @@
 """Checks of arguments: every message names the argument, what was expected and what came."""
 
 import math
+import numbers
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -47,13 +49,25 @@ def check_integer(name: str, value: object, least: int) -> None:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
 
 
-def check_number(name: str, value: object, least: float = -math.inf) -> None:
-    """Raises TypeError unless `value` is a number, ValueError unless it is finite and at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not abs(value) < math.inf or value < least:  # math.isfinite cannot be traced with a symbolic value
+def as_number(name: str, value: object, least: float = -math.inf, below: float = math.inf) -> float:
+    """A number of Python's, numpy's or a tensor's of one element, as float: what torch's optimisers take.
+
+    Raises TypeError for something else, ValueError unless it is finite and in [least, below). Of a tensor on
+    a GPU it waits for the number.
+    """
+    if type(value) is float and -math.inf < value < below and least <= value:
+        return value
+    number: Any = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    real = isinstance(number, (int, float)) or isinstance(number, numbers.Real)
+    if isinstance(number, bool) or not real:
+        shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}{shape}")
+    # math.isfinite cannot be traced with a symbolic value
+    if not abs(number) < math.inf or number < least or number >= below:
         expected = "a finite number" if least == -math.inf else f"a finite number of at least {least:g}"
-        raise ValueError(f"{name}: expected {expected}, got {value}")
+        expected += "" if below == math.inf else f" and below {below:g}"
+        raise ValueError(f"{name}: expected {expected}, got {number}")
+    return float(number)
 
 
 def check_flag(name: str, value: object) -> None:

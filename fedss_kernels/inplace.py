@@ -79,18 +79,22 @@ def sorted_ids(class_ids: Tensor, C: int, *, check: bool, once: bool = False) ->
 
 def check_memory(changed: dict[str, Tensor], read: dict[str, Tensor]) -> None:
     """Raises ValueError unless every element that is changed lies where no other element of the call does."""
-    checked: dict[str, Tensor] = {}
+    others = [(name, tensor, _byte_range(tensor)) for name, tensor in read.items() if tensor.numel()]
     for name, matrix in changed.items():
-        if matrix.numel() and _overlaps_itself(matrix):
+        if not matrix.numel():
+            continue
+        if _overlaps_itself(matrix):
             raise ValueError(
                 f"{name}: expected a tensor whose elements do not share memory, got an expanded one"
             )
-        for other_name, other in {**checked, **read}.items():
-            if _may_overlap(matrix, other):
+        first, last = _byte_range(matrix)
+        for other_name, other, (other_first, other_last) in others:
+            apart = last <= other_first or other_last <= first
+            if not apart and not _are_columns_apart(matrix, other, other_first - first):
                 raise ValueError(
                     f"{other_name}: expected memory of its own, got a tensor that overlaps {name}"
                 )
-        checked[name] = matrix
+        others.insert(0, (name, matrix, (first, last)))
 
 
 def _byte_range(tensor: Tensor) -> tuple[int, int]:
@@ -106,17 +110,12 @@ def _overlaps_itself(matrix: Tensor) -> bool:
     return (size > 1 and small == 0) or (steps > 1 and large < (size - 1) * small + 1)
 
 
-def _may_overlap(matrix: Tensor, other: Tensor) -> bool:
-    """Whether `other` may share memory with `matrix`: no for disjoint ranges or columns of one matrix."""
-    if not (matrix.numel() and other.numel()):
-        return False
-    (first, last), (other_first, other_last) = _byte_range(matrix), _byte_range(other)
-    if last <= other_first or other_last <= first:
-        return False
+def _are_columns_apart(matrix: Tensor, other: Tensor, bytes_on: int) -> bool:
+    """Whether both are columns of one matrix, and none of them both's; `other` begins `bytes_on` further."""
     pitch = matrix.stride(0) * matrix.element_size()
     same_pitch = other.dim() == 2 and other.stride(0) * other.element_size() == pitch
-    if same_pitch and pitch > 0 and matrix.stride(1) == other.stride(1) == 1:
-        offset = (other_first - first) % pitch
-        columns, other_columns = (t.shape[1] * t.element_size() for t in (matrix, other))
-        return offset < columns or offset + other_columns > pitch
-    return True
+    if not (same_pitch and pitch > 0 and matrix.stride(1) == other.stride(1) == 1):
+        return False
+    offset = bytes_on % pitch
+    columns, other_columns = (t.shape[1] * t.element_size() for t in (matrix, other))
+    return offset >= columns and offset + other_columns <= pitch

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import _C, inplace
-from .checks import check_flag, check_number, check_shape, check_tensor
+from .checks import as_number, check_flag, check_shape, check_tensor
 from .implementations import choose_impl, triton_kernels
 
 
@@ -65,8 +65,8 @@ def step_(
 ) -> Tensor:
     """`row_momentum_step_`; without `check_ids` a GPU does what it does while a CUDA graph is captured."""
     _check(weight, velocity, class_ids, rows)
-    for name, value in {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}.items():
-        check_number(name, value)
+    numbers = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+    lr, momentum, weight_decay = (as_number(name, value) for name, value in numbers.items())
     check_flag("nesterov", nesterov)
     if velocity is None and momentum != 0:
         raise ValueError(f"velocity: expected a tensor, as momentum is {momentum}, got None")

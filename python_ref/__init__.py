@@ -5,6 +5,7 @@ Nothing here is tuned and nothing here imports the rest of the package; every ke
 
 from .class_sets import class_set, draw_negatives
 from .rounds import ClientRound, federated_round
+from .row_adam import row_adam_step_
 from .row_momentum import row_momentum_step_
 from .sampled_softmax import sampled_softmax_loss
 from .scatter_add import scatter_add_
@@ -14,6 +15,7 @@ __all__ = [
     "class_set",
     "draw_negatives",
     "federated_round",
+    "row_adam_step_",
     "row_momentum_step_",
     "sampled_softmax_loss",
     "scatter_add_",

@@ -2,12 +2,21 @@
 
 import copy
 import io
+import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import Shard, distribute_tensor
 
-from fedss_kernels import RowSGD, SampledSoftmaxLoss
+from fedss_kernels import (
+    RowAdam,
+    RowSGD,
+    SampledSoftmaxLoss,
+    clip_grad_norm_,
+    row_momentum_step_,
+)
 
 # Numbers whose products and sums are exact in float32 for a few steps: methods that agree have the same bits.
 EXACT = [
@@ -26,7 +35,7 @@ def small_integers(*shape, seed=0, dtype=torch.float32):
 
 def sparse(ids, rows, C):
     ids = torch.as_tensor(ids, dtype=torch.int64).reshape(1, -1)
-    return torch.sparse_coo_tensor(ids, rows, (C, rows.shape[1]), check_invariants=True)
+    return torch.sparse_coo_tensor(ids, rows, (C, *rows.shape[1:]), check_invariants=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -98,14 +107,18 @@ def test_dense_gradients_have_the_bits_of_torch_sgd(options):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_16_bit_parameters_are_computed_in_float32_and_rounded_once(dtype):
-    """g = v = 1 + w, so w - v = -1; from a v rounded to 1 it would be w - 1, which rounds to -1 + eps / 2."""
+    """g = v = 1 + w, so w - v = -1; from a v rounded to 1 it would be w - 1, which rounds to -1 + eps / 2.
+
+    v itself, between 1 and 1 + eps, is stored as one of the two.
+    """
     eps = torch.finfo(dtype).eps
     weight = nn.Parameter(torch.full((2, 1), 0.375 * eps, dtype=dtype))
     optimizer = RowSGD([weight], lr=1.0, momentum=0.5, weight_decay=1.0)
     weight.grad = sparse([0], torch.ones(1, 1, dtype=dtype), 2)
     optimizer.step()
     assert weight.flatten().tolist() == [-1.0, 0.375 * eps]
-    assert optimizer.state[weight]["momentum_buffer"].flatten().tolist() == [1.0, 0.0]
+    velocity = optimizer.state[weight]["momentum_buffer"].flatten().tolist()
+    assert velocity[0] in (1.0, 1 + eps) and velocity[1] == 0.0
 
 
 def model_and_batch():
@@ -182,6 +195,262 @@ def test_takes_over_the_state_of_torch_sgd():
     assert weight.item() == -1.5
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+@pytest.mark.parametrize("first, then", [(torch.optim.SGD, RowSGD), (RowSGD, torch.optim.SGD)])
+def test_state_dicts_are_those_of_torch_sgd(first, then, momentum):
+    """Trained by one and then by the other: the bits of SGD alone."""
+    weights, options = [nn.Parameter(torch.ones(3, 2)) for _ in range(2)], {"lr": 0.5, "momentum": momentum}
+    alone, optimizer = torch.optim.SGD(weights[:1], **options), first(weights[1:], **options)
+    for step in range(4):
+        if step == 2:
+            state, optimizer = optimizer.state_dict(), then(weights[1:], lr=9.0)
+            optimizer.load_state_dict(state)
+        for weight in weights:
+            weight.grad = small_integers(3, 2, seed=step)
+        alone.step()
+        optimizer.step()
+    assert torch.equal(*weights)
+    assert set(alone.param_groups[0]) <= set(RowSGD(weights, lr=0.1).param_groups[0])
+
+
+def test_checkpoints_of_older_versions():
+    """Of torch 1.x, which had fewer options and kept a velocity of None, and of RowSGD without them."""
+    weight = nn.Parameter(torch.ones(3, 2))
+    group = {"lr": 0.5, "momentum": 0.0, "weight_decay": 0.0, "nesterov": False, "params": [0]}
+    for extra in ({"dampening": 0}, {}, {"initial_lr": 0.5, "swa_lr": 0.1}):
+        optimizer = RowSGD([weight], lr=9.0, max_norm=2.0, seed=np.int64(4))
+        optimizer.load_state_dict({"state": {0: {"momentum_buffer": None}}, "param_groups": [group | extra]})
+        weight.grad = torch.ones(3, 2)
+        optimizer.step()
+        (loaded,) = optimizer.param_groups
+        assert (loaded["lr"], loaded["max_norm"], loaded["seed"]) == (0.5, 2.0, 4)  # the constructor's remain
+        assert loaded.items() >= extra.items()
+    old = RowSGD([weight], lr=0.5)
+    for name in ("max_norm", "seed", "rounding_step", "dampening", "foreach"):
+        del old.param_groups[0][name], old.defaults[name]
+    unpickled = pickle.loads(pickle.dumps(old))
+    assert unpickled.param_groups[0]["max_norm"] is None
+    unpickled.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+
+
+def sgd_state(weight, **options):
+    theirs = torch.optim.SGD([weight], **options)
+    weight.grad = torch.ones_like(weight)
+    theirs.step()
+    return theirs.state_dict()
+
+
+def changed(state, **options):
+    state["param_groups"][0].update(options)
+    return state
+
+
+BAD_STATES = [
+    (lambda w: sgd_state(w, maximize=True), ValueError, r"param_groups\[0\]: maximize: expected False, as RowSGD has no other, got True"),
+    (lambda w: sgd_state(w, momentum=0.9, dampening=0.5), ValueError, "dampening: expected 0, as RowSGD has no other, got 0.5"),
+    (lambda w: changed(sgd_state(w), differentiable=True), ValueError, "differentiable: expected False, as RowSGD has no other, got True"),
+    (lambda w: torch.optim.AdamW([w]).state_dict(), ValueError, "expected an option momentum, got none: is this the state of another"),
+    (lambda w: sgd_state(nn.Parameter(torch.ones(2, 2)), momentum=0.9), ValueError, r"momentum_buffer: expected shape \(3, 2\), its"),
+    (lambda w: changed(sgd_state(w), lr=-1), ValueError, r"param_groups\[0\]: lr: expected a finite number of at least 0, got -1"),
+    (lambda w: changed(sgd_state(w), momentum="0.9"), TypeError, r"param_groups\[0\]: momentum: expected a number, got str"),
+    (lambda w: changed(sgd_state(w), nesterov=True), ValueError, "nesterov: expected False without momentum, got True"),
+    (lambda w: changed(sgd_state(w), seed=-1), ValueError, "seed: expected at least 0, got -1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("make, error, message", BAD_STATES, ids=[message for *_, message in BAD_STATES])
+def test_other_states_are_refused_by_name(make, error, message):
+    weight = nn.Parameter(torch.ones(3, 2))
+    bad = make(weight)
+    optimizer = RowSGD([weight], lr=0.5, momentum=0.5)
+    weight.grad = sparse([1], torch.ones(1, 2), 3)
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(error, match=message):
+        optimizer.load_state_dict(bad)
+    assert str(optimizer.state_dict()) == str(before)
+
+
+@pytest.mark.parametrize(
+    "number",
+    [torch.tensor(0.5), torch.tensor([0.5]), np.float32(0.5), np.float64(0.5), np.float16(0.5)],
+    ids=repr,
+)
+@pytest.mark.parametrize("sparsely", [True, False])
+def test_numbers_are_those_that_torch_takes(number, sparsely):
+    weights = [nn.Parameter(torch.ones(3, 2)) for _ in range(2)]
+    ours = RowSGD(weights[:1], lr=number, momentum=np.float32(0.5), weight_decay=np.int64(1))
+    theirs = torch.optim.SGD(weights[1:], lr=0.5, momentum=0.5, weight_decay=1)
+    for seed in range(3):
+        rows = small_integers(3, 2, seed=seed)
+        weights[0].grad, weights[1].grad = sparse(range(3), rows, 3) if sparsely else rows, rows
+        ours.step()
+        theirs.step()
+    assert torch.equal(*weights)
+    file = io.BytesIO()
+    torch.save(ours.state_dict(), file)
+    file.seek(0)
+    assert torch.load(file, weights_only=True)["param_groups"][0]["momentum"] == 0.5
+
+
+def test_numbers_of_the_row_step():
+    weight, ids, rows = torch.ones(2, 1), torch.tensor([1]), torch.ones(1, 1)
+    numbers = {"lr": torch.tensor(0.5), "momentum": np.float32(0), "weight_decay": np.int64(1)}
+    assert row_momentum_step_(weight, None, ids, rows, **numbers).flatten().tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("kind", ["StepLR", "OneCycleLR"])
+def test_schedulers_that_write_into_a_tensor(kind):
+    """As torch.optim.SGD: the tensor stays, its number changes; OneCycleLR also writes the momentum."""
+    moved = []
+    for make in (RowSGD, torch.optim.SGD):
+        weight = nn.Parameter(torch.ones(3, 2))
+        optimizer = make([weight], lr=torch.tensor(0.5), momentum=0.5)
+        options = {"step_size": 1} if kind == "StepLR" else {"max_lr": 0.5, "total_steps": 4}
+        scheduler = getattr(torch.optim.lr_scheduler, kind)(optimizer, **options)
+        for _ in range(3):
+            rows = torch.ones(3, 2)
+            weight.grad = sparse(range(3), rows, 3) if make is RowSGD else rows
+            optimizer.step()
+            scheduler.step()
+        assert isinstance(optimizer.param_groups[0]["lr"], torch.Tensor)
+        moved.append(weight.detach())
+    torch.testing.assert_close(*moved)
+
+
+def test_options_changed_by_hand_are_checked_before_anything_changes():
+    weight, bias = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3))
+    optimizer = RowSGD([{"params": [weight]}, {"params": [bias]}], lr=0.5)
+    weight.grad, bias.grad = torch.ones(3, 2), torch.ones(3)
+    for name, value in (("lr", -1), ("maximize", True), ("max_norm", 1.0)):  # the other group has none
+        before = optimizer.param_groups[1][name]
+        optimizer.param_groups[1][name] = value
+        with pytest.raises(ValueError, match=f"{name}: expected"):
+            optimizer.step()
+        optimizer.param_groups[1][name] = before
+    assert (weight == 1).all() and (bias == 1).all()
+
+
+def test_groups_of_other_norms_are_refused():
+    groups = [{"params": [nn.Parameter(torch.ones(2))], "max_norm": norm} for norm in (1.0, 2.0)]
+    with pytest.raises(
+        ValueError, match="max_norm: expected the same number in every group, .* got 1.0, 2.0"
+    ):
+        RowSGD(groups, lr=0.1)
+    with pytest.raises(
+        ValueError, match="max_norm: expected the same number in every group, .* got None, 2.0"
+    ):
+        RowSGD([nn.Parameter(torch.ones(2))], lr=0.1).add_param_group(groups[1])
+
+
+@pytest.mark.parametrize("kind", [RowSGD, RowAdam])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_max_norm_is_clip_grad_norm_that_leaves_the_gradients(kind, dtype):
+    """Over all groups, sparse and dense; entries of one row count as their sum."""
+    torch.manual_seed(0)
+    runs = []
+    for clipped_before in (True, False):
+        weight, bias, head = (nn.Parameter(torch.ones(s, dtype=dtype)) for s in ((6, 2), (6,), (3, 2)))
+        rows = 8 * small_integers(4, 2, seed=1)
+        weight.grad = sparse([5, 2, 5, 0], rows.to(dtype), 6)
+        bias.grad = sparse([5, 2], torch.ones(2, dtype=dtype), 6)
+        head.grad = torch.ones(3, 2, dtype=dtype)
+        max_norm = None if clipped_before else 1.0
+        optimizer = kind([{"params": [weight]}, {"params": [bias, head]}], lr=0.5, max_norm=max_norm)
+        if clipped_before:
+            clip_grad_norm_([weight, bias, head], 1.0)
+        optimizer.step()
+        runs.append([p.detach().float() for p in (weight, bias, head)])
+    assert torch.equal(weight.grad._values().float(), rows) and torch.equal(
+        head.grad.float(), torch.ones(3, 2)
+    )
+    for before, inside in zip(*runs, strict=True):
+        tolerance = 1e-6 if dtype == torch.float32 else 2.0**-7
+        torch.testing.assert_close(inside, before, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", [RowSGD, RowAdam])
+@pytest.mark.parametrize("sparsely", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_small_steps_of_16_bit_parameters_are_not_lost(kind, sparsely, dtype):
+    """100 steps of 1e-5 to 1e-3 on 1.0, below half of what is between two numbers there, as one on average."""
+    step = torch.finfo(dtype).eps / 8
+    weight = nn.Parameter(torch.ones(64, 32, dtype=dtype))
+    optimizer = kind([weight], lr=step, weight_decay=0.0)
+    rows = torch.ones(64, 32, dtype=dtype)
+    for _ in range(100):
+        weight.grad = sparse(range(64), rows, 64) if sparsely else rows
+        optimizer.step()
+    moved = (1 - weight.float().mean().item()) / step
+    assert moved == pytest.approx(100, rel=0.02)
+
+
+def test_a_velocity_of_16_bits_decays_and_grows():
+    """Rounded to nearest a bfloat16 velocity would stay where 0.001 of it is less than half a spacing."""
+    weight = nn.Parameter(torch.zeros(64, 32, dtype=torch.bfloat16))
+    optimizer = RowSGD([weight], lr=0.0, momentum=0.999)
+    for step in range(200):
+        rows = torch.full((64, 32), float(step == 0), dtype=torch.bfloat16)
+        weight.grad = sparse(range(64), rows, 64)
+        optimizer.step()
+    velocity = optimizer.state[weight]["momentum_buffer"]
+    assert velocity.dtype == torch.bfloat16
+    assert velocity.float().mean().item() == pytest.approx(0.999**199, rel=0.01)
+
+
+def test_rounding_goes_by_the_seed_alone(set_threads):
+    def trained(seed, threads=1):
+        set_threads(threads)
+        weight, head = (nn.Parameter(torch.ones(300, 300, dtype=torch.bfloat16)) for _ in range(2))
+        optimizer = RowSGD([{"params": [weight]}, {"params": [head]}], lr=1e-3, seed=seed)
+        for _ in range(2):
+            weight.grad = sparse(range(300), torch.ones(300, 300, dtype=torch.bfloat16), 300)
+            head.grad = torch.ones(300, 300, dtype=torch.bfloat16)
+            optimizer.step()
+        assert not torch.equal(weight, head)  # each group has chances of its own
+        return weight.detach()
+
+    assert torch.equal(trained(seed=1), trained(seed=1, threads=3))
+    assert not torch.equal(trained(seed=1), trained(seed=2))
+
+
+@pytest.fixture
+def device_mesh(tmp_path):
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield torch.distributed.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", [RowSGD, RowAdam])
+def test_sharded_parameters_of_16_bits(kind, device_mesh):
+    """As FSDP2 makes them of a net: the bits of a plain one, where there is one process."""
+    values, gradient = torch.ones(6, 4).bfloat16(), torch.ones(6, 4).bfloat16()
+    sharded, plain = (
+        nn.Parameter(distribute_tensor(values, device_mesh, [Shard(0)])),
+        nn.Parameter(values.clone()),
+    )
+    sharded.grad, plain.grad = distribute_tensor(gradient, device_mesh, [Shard(0)]), gradient
+    for parameter in (sharded, plain):
+        optimizer = kind([parameter], lr=1e-3, **({"momentum": 0.9} if kind is RowSGD else {}))
+        for _ in range(3):
+            optimizer.step()
+    assert torch.equal(sharded.full_tensor(), plain) and not torch.equal(plain, values)
+
+
+@pytest.mark.parametrize("kind", [RowSGD, RowAdam])
+def test_repeated_rows_of_16_bits_are_summed_in_float32_and_written_once(kind):
+    """256 and 256 times 1, which bfloat16 would sum to 256; and each class has one chance."""
+    weights = [nn.Parameter(torch.ones(5, 40, dtype=torch.bfloat16)) for _ in range(2)]
+    repeats = torch.ones(258, 40, dtype=torch.bfloat16)
+    repeats[:2] = 256
+    weights[0].grad = sparse([3, 1] + [3] * 256, repeats, 5)
+    weights[1].grad = sparse([1, 3], torch.tensor([[256.0], [512.0]]).expand(2, 40).bfloat16(), 5)
+    for weight in weights:
+        kind([weight], lr=2.0**-9, **({"momentum": 0.5} if kind is RowSGD else {})).step()
+    assert torch.equal(weights[0] == 1, weights[1] == 1)  # which rows moved
+    torch.testing.assert_close(*weights, rtol=0, atol=2.0**-7)  # other chances: a spacing apart at most
+
+
 def test_groups_scheduler_and_closure():
     table, head = nn.Parameter(torch.zeros(2, 1)), nn.Parameter(torch.zeros(1))
     optimizer = RowSGD([{"params": [table], "lr": 2.0}, {"params": [head]}], lr=1.0)
@@ -233,7 +502,11 @@ def test_autograd_sees_that_the_parameter_changed():
 
 BAD_OPTIONS = [
     ({"lr": -0.1}, ValueError, "lr: .* at least 0, got -0.1"),
-    ({"lr": torch.tensor(0.1)}, TypeError, "lr: expected a number, got Tensor"),
+    ({"lr": torch.ones(2)}, TypeError, r"lr: expected a number, got Tensor of shape \(2,\)"),
+    ({"lr": torch.tensor(-1.0)}, ValueError, "lr: .* at least 0, got -1.0"),
+    ({"lr": True}, TypeError, "lr: expected a number, got bool"),
+    ({"lr": 0.1, "max_norm": -1}, ValueError, "max_norm: .* at least 0, got -1"),
+    ({"lr": 0.1, "seed": 0.5}, TypeError, "seed: expected an integer, got float"),
     ({"lr": 0.1, "momentum": float("nan")}, ValueError, "momentum: .* at least 0, got nan"),
     ({"lr": 0.1, "weight_decay": -1}, ValueError, "weight_decay: .* at least 0, got -1"),
     ({"lr": 0.1, "nesterov": True}, ValueError, "nesterov: expected False without momentum, got True"),

@@ -1,0 +1,134 @@
+"""Clipping of sparse and dense gradients alike: torch's own cannot take the norm of a sparse one."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import as_number
+from .sparse_rows import is_listed_once, runs_of_entries, summed_values
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """torch.nn.utils.clip_grad_norm_ for sparse gradients too; returns the norm before.
+
+        grad *= min(1, max_norm / (norm + 1e-6)),   norm = |all gradients as one vector|, of order norm_type
+
+    A sparse gradient counts as the dense one that it stands for: entries of one row are summed first. Nothing
+    of a parameter's size is made, and nothing waits for a GPU. Dense gradients have the bits of torch's.
+
+    accelerate's `clip_grad_norm_` and Lightning's `gradient_clip_val` call torch's, which cannot take the
+    norm of a sparse gradient. With those, clip by the optimiser instead, as in `RowSGD(max_norm=1.0)`, or
+    call this one: in accelerate after `accelerator.unscale_gradients()`, in Lightning in
+    `LightningModule.configure_gradient_clipping`, with `self.parameters()`. With a GradScaler:
+    `scaler.unscale_(optimizer)`, then this, then `scaler.step(optimizer)`.
+
+    Args:
+        parameters: a parameter or several; those without a gradient are passed over.
+        max_norm: >= 0.
+        norm_type: > 0; may be infinity.
+        error_if_nonfinite: whether to raise RuntimeError, before anything changes, if the norm is infinite or
+            NaN. On a GPU to ask is to wait.
+        foreach: torch's, for dense gradients.
+
+    >>> weight = torch.nn.Parameter(torch.zeros(5, 2))
+    >>> rows = torch.tensor([[1.0, 0.0], [2.0, 4.0]])
+    >>> weight.grad = torch.sparse_coo_tensor([[3, 3]], rows, (5, 2), check_invariants=True)
+    >>> clip_grad_norm_(weight, 2.5)  # of the sum (3, 4)
+    tensor(5.)
+    >>> weight.grad.to_dense()[3]
+    tensor([1.5000, 2.0000])
+    """
+    gradients = _gradients(parameters)
+    max_norm = as_number("max_norm", max_norm, least=0)
+    norm = total_norm(gradients, norm_type, error_if_nonfinite, foreach)
+    factor = clip_factor(norm, max_norm)
+    for values in map(_values, gradients):
+        values.mul_(factor.to(values.device))
+    return norm
+
+
+@torch.no_grad()
+def clip_grad_value_(
+    parameters: Tensor | Iterable[Tensor],
+    clip_value: float,
+    foreach: bool | None = None,
+) -> None:
+    """torch.nn.utils.clip_grad_value_ for sparse gradients too: every number into [-clip_value, clip_value].
+
+    A sparse gradient counts as the dense one that it stands for: entries of one row are summed first, and the
+    sum, clipped, is then that of the first of them; the others become 0. Nothing waits for a GPU. accelerate
+    and Lightning call torch's: see `clip_grad_norm_`.
+
+    Args:
+        parameters: a parameter or several; those without a gradient are passed over.
+        clip_value: >= 0.
+        foreach: torch's; what is clipped is the same.
+
+    >>> weight = torch.nn.Parameter(torch.zeros(5, 1))
+    >>> weight.grad = torch.sparse_coo_tensor([[3, 3]], torch.ones(2, 1), (5, 1), check_invariants=True)
+    >>> clip_grad_value_(weight, 0.5)
+    >>> weight.grad._values().flatten()
+    tensor([0.5000, 0.0000])
+    """
+    gradients = _gradients(parameters)
+    clip_value = as_number("clip_value", clip_value, least=0)
+    for grad in gradients:
+        values = _values(grad)
+        if grad.is_sparse and len(values) and not is_listed_once(grad):
+            runs = runs_of_entries(grad)
+            first = runs.starts[runs.run] == torch.arange(len(values), device=values.device)
+            sums = runs.sums(values)[runs.run].to(values.dtype)
+            values[runs.order] = sums.where(first.reshape(-1, *[1] * (values.dim() - 1)), 0)
+        values.clamp_(-clip_value, clip_value)
+
+
+def total_norm(
+    gradients: list[Tensor],
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """The norm of all gradients as one vector, a tensor without dimensions."""
+    order = math.inf if norm_type in ("inf", math.inf) else as_number("norm_type", norm_type)
+    if order <= 0:
+        raise ValueError(f"norm_type: expected a number above 0, got {norm_type}")
+    summed = [summed_values(grad) if grad.is_sparse else grad for grad in gradients]
+    listed = [values for values in summed if values.numel()]  # infinity is no norm of nothing
+    sharded = [values for values in listed if hasattr(values, "full_tensor")]
+    if 0 < len(sharded) < len(listed):  # torch takes DTensors or others, not both
+        plain = [values for values in listed if not hasattr(values, "full_tensor")]
+        whole: Any = total_norm(sharded, order, foreach=foreach)
+        listed = [total_norm(plain, order, foreach=foreach), whole.full_tensor()]
+    return torch.nn.utils.get_total_norm(listed, order, error_if_nonfinite, foreach)
+
+
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """What gradients of that norm are multiplied by, as torch does it."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+def _values(grad: Tensor) -> Tensor:
+    """The numbers that a gradient holds; to change them is to change it."""
+    return grad._values() if grad.is_sparse else grad.detach()
+
+
+def _gradients(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    gradients = [parameter.grad for parameter in given if parameter.grad is not None]
+    for index, parameter in enumerate(given):
+        grad = parameter.grad
+        if grad is not None and grad.layout not in (torch.strided, torch.sparse_coo):
+            raise TypeError(
+                f"parameters[{index}].grad: expected a dense or sparse COO tensor, got layout {grad.layout}"
+            )
+    return gradients

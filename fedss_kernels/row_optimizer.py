@@ -1,0 +1,291 @@
+"""What RowSGD and RowAdam have in common: checks of options, clipping, 16-bit parameters, rows and dense."""
+
+import numbers
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from importlib.util import find_spec
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .checks import FLOATING, as_number, check_integer
+from .clip_grad import clip_factor, total_norm
+from .sparse_rows import is_listed_once, runs_of_entries, unique_rows, widened
+from .stochastic_rounding import StochasticRounding
+
+State = dict[str, Any]  # of a parameter, or of the rows of one
+Rule = dict[str, Any]  # the options of a step, the numbers as float
+
+
+class Options(NamedTuple):
+    """A group's, checked."""
+
+    rule: Rule
+    max_norm: float | None
+    seed: int
+    rounding_step: int
+
+
+class RowOptimizer(torch.optim.Optimizer, ABC):
+    """An optimiser of torch's for dense gradients that steps only the rows that a sparse gradient lists.
+
+    A subclass says what one step does to dense parameters and to rows. State dicts are those of the optimiser
+    of torch's, both ways: a group has all of its options, those that are not ours at the one value that we
+    can serve, and any other is refused.
+    """
+
+    # Options that must be there, those that have one value here, and those that choose among torch's own
+    # implementations, which change nothing here.
+    REQUIRED: ClassVar[tuple[str, ...]]
+    FIXED: ClassVar[dict[str, Any]]
+    UNUSED: ClassVar[dict[str, Any]]
+
+    def __init__(self, params: Iterable[Any], options: dict[str, Any]) -> None:
+        defaults = _without_numpy({**options, "rounding_step": 0, **self.FIXED, **self.UNUSED})
+        self._checked(defaults)
+        super().__init__(params, defaults)
+
+    @abstractmethod
+    def _checked_rule(self, options: dict[str, Any], where: str) -> Rule:
+        """The subclass' own options as numbers; raises TypeError or ValueError."""
+
+    @abstractmethod
+    def _checked_state(self, parameter: Tensor, state: State) -> None:
+        """Raises ValueError unless `state`, which was loaded, is one of `parameter`'s."""
+
+    @abstractmethod
+    def _steps_rows(self, parameter: Tensor) -> bool:
+        """Whether a dense gradient of this parameter is taken as one that lists every row."""
+
+    @abstractmethod
+    def _prepare(self, parameter: Tensor, state: State, rule: Rule, by_rows: bool) -> None:
+        """Makes the state that a step needs, where it can be shared by rows and dense gradients."""
+
+    @abstractmethod
+    def _step_dense(
+        self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: State, rule: Rule
+    ) -> None:
+        """What torch's optimiser does, in place."""
+
+    @abstractmethod
+    def _step_rows(
+        self, weight: Tensor, state: State, class_ids: Tensor, rows: Tensor, rule: Rule, fused: bool
+    ) -> None:
+        """A step of the listed rows of a matrix, in place, its state's tensors (C, ...) too.
+
+        fused: by the kernel, which on a GPU sums rows of one class; else each class is listed once.
+        """
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds parameters with options of their own; raises as the constructor does."""
+        if isinstance(param_group, dict):
+            param_group = _without_numpy(param_group)
+            added = self._checked(self.defaults | param_group)
+            _check_norms([*(group["max_norm"] for group in self.param_groups), added.max_norm])
+        super().add_param_group(param_group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """What loading and unpickling end in: options that another optimiser or version lacks are added.
+
+        Raises before anything changes.
+        """
+        defaults = {"max_norm": None, "seed": 0, "rounding_step": 0, **self.FIXED, **self.UNUSED}
+        defaults |= state.get("defaults") or self.defaults
+        optional = {name: value for name, value in defaults.items() if name not in self.REQUIRED}
+        groups = [optional | group for group in state["param_groups"]]
+        self._checked_groups(groups)
+        for parameter, of_parameter in state["state"].items():
+            if isinstance(parameter, Tensor):  # torch keeps what else was saved
+                self._checked_state(parameter, of_parameter)
+        super().__setstate__({**state, "defaults": defaults, "param_groups": groups})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step on every parameter that has a gradient; returns the loss, if a `closure` makes it."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        checked = self._checked_groups(self.param_groups)
+        for group in self.param_groups:
+            for index, parameter in enumerate(group["params"]):
+                _check_gradient(parameter, index)
+        factor = self._clip_factor(checked)
+        for stream, (group, options) in enumerate(zip(self.param_groups, checked, strict=True)):
+            rounding = StochasticRounding(options.seed, options.rounding_step, stream)
+            dense: list[Tensor] = []
+            listed: list[Tensor] = []
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_rows = parameter.grad.is_sparse or self._steps_rows(parameter)
+                    (listed if by_rows else dense).append(parameter)
+            if dense:
+                self._step_dense_parameters(dense, group, options.rule, factor, rounding)
+            for parameter in listed:
+                self._step_listed_rows(parameter, options.rule, factor, rounding)
+            group["rounding_step"] += 1
+        return loss
+
+    def _checked_groups(self, groups: list[dict[str, Any]]) -> list[Options]:
+        checked = []
+        for index, group in enumerate(groups):
+            for name in self.REQUIRED:
+                if name not in group:
+                    raise ValueError(
+                        f"param_groups[{index}]: expected an option {name}, got none: "
+                        f"is this the state of another optimiser than {type(self).__name__}?"
+                    )
+            checked.append(self._checked(group, f"param_groups[{index}]: "))
+        _check_norms([options.max_norm for options in checked])
+        return checked
+
+    def _checked(self, options: dict[str, Any], where: str = "") -> Options:
+        rule, max_norm = self._checked_rule(options, where), options["max_norm"]
+        if max_norm is not None:
+            max_norm = as_number(f"{where}max_norm", max_norm, least=0)
+        for name in ("seed", "rounding_step"):
+            check_integer(where + name, options[name], 0)
+        for name, value in self.FIXED.items():
+            if options[name] != value:
+                kind = type(self).__name__
+                raise ValueError(
+                    f"{where}{name}: expected {value}, as {kind} has no other, got {options[name]}"
+                )
+        return Options(rule, max_norm, options["seed"], options["rounding_step"])
+
+    def _clip_factor(self, checked: list[Options]) -> Tensor | None:
+        max_norm = checked[0].max_norm if checked else None
+        if max_norm is None:
+            return None
+        parameters = (p for group in self.param_groups for p in group["params"])
+        return clip_factor(total_norm([p.grad for p in parameters if p.grad is not None]), max_norm)
+
+    def _step_dense_parameters(
+        self,
+        parameters: list[Tensor],
+        group: dict[str, Any],
+        rule: Rule,
+        factor: Tensor | None,
+        rounding: StochasticRounding,
+    ) -> None:
+        """16-bit parameters and their state in float32, and rounded back."""
+        states = [self.state.get(p) or {} for p in parameters]
+        for parameter, state in zip(parameters, states, strict=True):
+            self._prepare(parameter, state, rule, by_rows=False)
+        weights = [widened(p) for p in parameters]
+        grads = [_scaled(widened(_gradient(p)), factor) for p in parameters]
+        stepped = [
+            state if weight is parameter else {n: widened(v) for n, v in state.items() if v is not None}
+            for parameter, weight, state in zip(parameters, weights, states, strict=True)
+        ]
+        self._step_dense(weights, grads, stepped, group, rule)
+        for parameter, weight, state, values in zip(parameters, weights, states, stepped, strict=True):
+            if weight is not parameter:
+                _round_back(parameter, weight, state, values, rounding)
+            if state:
+                self.state[parameter] = state
+
+    def _step_listed_rows(
+        self, parameter: Tensor, rule: Rule, factor: Tensor | None, rounding: StochasticRounding
+    ) -> None:
+        state: State = self.state.get(parameter) or {}
+        self._prepare(parameter, state, rule, by_rows=True)
+        if state:
+            self.state[parameter] = state
+        matrices = {name: _matrix(v) for name, v in state.items() if isinstance(v, Tensor) and v.dim() > 0}
+        weight, grad = _matrix(parameter.detach()), _gradient(parameter)
+        fused = _has_kernel(weight)
+        if fused and widened(weight) is weight:
+            class_ids, rows = _listed(grad)
+            self._step_rows(weight, matrices, class_ids, _scaled(_matrix(rows), factor), rule, fused)
+            return
+        class_ids, rows, first = _summed(grad)
+        # Of copies, and written back all at once: where a class comes twice it has the same numbers twice.
+        part, parts = widened(weight[class_ids]), {n: widened(m[class_ids]) for n, m in matrices.items()}
+        here = torch.arange(len(class_ids), device=weight.device)
+        self._step_rows(part, parts, here, _scaled(_matrix(rows), factor), rule, fused)
+        for whole, stepped in ((weight, part), *((matrices[name], parts[name]) for name in matrices)):
+            whole[class_ids] = rounding(stepped, whole.dtype)[first]
+
+
+def _round_back(
+    parameter: Tensor, weight: Tensor, state: State, stepped: State, rounding: StochasticRounding
+) -> None:
+    """What a step made of a 16-bit parameter and its state, into these."""
+    parameter.copy_(rounding(weight, parameter.dtype))
+    for name, value in stepped.items():
+        held = state.get(name)
+        if held is None:
+            state[name] = rounding(value, parameter.dtype)
+        elif value is not held:
+            held.copy_(rounding(value, held.dtype))
+
+
+def _without_numpy(options: dict[str, Any]) -> dict[str, Any]:
+    """NumPy's numbers as Python's, so that torch.load reads the saved state with weights_only."""
+    return {
+        name: value.item() if isinstance(value, numbers.Number) and hasattr(value, "item") else value
+        for name, value in options.items()
+    }
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+def _matrix(values: Tensor) -> Tensor:
+    """(C, D), and (C,) as (C, 1)."""
+    return values[:, None] if values.dim() == 1 else values
+
+
+def _scaled(values: Tensor, factor: Tensor | None) -> Tensor:
+    return values if factor is None else values * factor.to(values.device)
+
+
+def _has_kernel(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" or (weight.is_cuda and find_spec("triton") is not None)
+
+
+def _every_row(grad: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.arange(len(grad), device=grad.device), grad
+
+
+def _listed(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """(class_ids (M,), rows (M, ...)): each class once, but on CUDA, where to sum rows would be to wait."""
+    if not grad.is_sparse:
+        return _every_row(grad)
+    return (grad._indices()[0], grad._values()) if grad.is_cuda else unique_rows(grad)
+
+
+def _summed(grad: Tensor) -> tuple[Tensor, Tensor, Tensor | slice]:
+    """(class_ids (M,), rows (M, ...) in float32 or better, where the first of each class is (M,)).
+
+    Without a wait for the device: a class that comes twice stays listed twice, each time with the sum.
+    """
+    if not grad.is_sparse or is_listed_once(grad) or len(grad._values()) == 0:
+        class_ids, rows = (grad._indices()[0], grad._values()) if grad.is_sparse else _every_row(grad)
+        return class_ids, widened(rows), slice(None)
+    runs = runs_of_entries(grad)
+    return runs.ids, runs.sums(grad._values())[runs.run], runs.starts[runs.run]
+
+
+def _check_norms(norms: list[float | None]) -> None:
+    if len(set(norms)) > 1:
+        raise ValueError(
+            "max_norm: expected the same number in every group, as the norm is that of all gradients, "
+            f"got {', '.join(map(str, norms))}"
+        )
+
+
+def _check_gradient(parameter: Tensor, index: int) -> None:
+    grad = parameter.grad
+    if grad is None or not grad.is_sparse:
+        return
+    if parameter.dim() not in (1, 2) or grad.sparse_dim() != 1 or parameter.dtype not in FLOATING:
+        raise ValueError(
+            f"params[{index}]: expected a sparse gradient to list whole rows of a floating (C, D) or (C,) "
+            f"parameter, got {grad.sparse_dim()} sparse dimensions of {tuple(parameter.shape)} "
+            f"{parameter.dtype}"
+        )

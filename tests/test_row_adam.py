@@ -1,0 +1,457 @@
+"""The fused row step of AdamW, and RowAdam: torch.optim.AdamW on listed rows and on dense gradients."""
+
+import copy
+import doctest
+import io
+import math
+import pickle
+from unittest import mock
+
+import fedss_kernels.reference.row_adam
+import pytest
+import torch
+from fedss_kernels.reference import row_adam_step_ as reference_step_
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tolerance import excess
+from torch import nn
+
+from fedss_kernels import RowAdam, RowSGD, SampledSoftmaxLoss, row_adam, row_adam_step_
+
+TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TRITON = "fedss_kernels.triton_kernels.scatter_add"
+NUMBERS = {"lr": 0.3, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.01}
+STATE = ("weight", "exp_avg", "exp_avg_sq", "row_steps")
+
+
+def problem(C=20, M=12, D=7, dtype=torch.float32, rows_dtype=None, seed=0):
+    """weight, exp_avg, exp_avg_sq, row_steps, class_ids, rows; a row without steps has no averages."""
+    g = torch.Generator(torch.get_default_device()).manual_seed(seed)
+    weight, exp_avg, exp_avg_sq = (torch.randn(C, D, generator=g, dtype=torch.float64) for _ in range(3))
+    row_steps = torch.randint(5, (C,), generator=g)
+    begun = (row_steps > 0)[:, None]
+    state = (weight, exp_avg * begun, exp_avg_sq.square() * begun)
+    rows = torch.randn(M, D, generator=g, dtype=torch.float64).to(rows_dtype or dtype)
+    return dict(zip(STATE, (*(t.to(dtype) for t in state), row_steps), strict=True)) | {
+        "class_ids": torch.randperm(C, generator=g)[:M],
+        "rows": rows,
+    }
+
+
+def clones(arguments, dtype=None):
+    return {
+        name: t.to(dtype, copy=True) if dtype and t.is_floating_point() else t.clone()
+        for name, t in arguments.items()
+    }
+
+
+def test_hand_worked_table(impl):
+    """The second step of row 1: m = 2 + (6 - 2)/2 = 4, v = 4 * 3/4 + 36/4 = 12, n = 2.
+
+    1 - 1/4 = 3/4 and 1 - 9/16 = 7/16: w = 7/8 * 8 - 0.5 * 4 / (3/4) / sqrt(12 * 16/7). Nothing is read of
+    the other rows: infinity and NaN stay there.
+    """
+    weight = torch.tensor([[math.inf], [8.0], [3.0]])
+    exp_avg, exp_avg_sq = torch.tensor([[math.nan], [2.0], [1.0]]), torch.tensor([[math.nan], [4.0], [1.0]])
+    state = weight, exp_avg, exp_avg_sq, torch.tensor([7, 1, 9])
+    numbers = {"lr": 0.5, "betas": (0.5, 0.75), "eps": 0.0, "weight_decay": 0.25, "impl": impl}
+    assert row_adam_step_(*state, torch.tensor([1]), torch.tensor([[6.0]]), **numbers) is weight
+    assert weight[1].item() == pytest.approx(7 - 8 / 3 / math.sqrt(12 * 16 / 7), rel=1e-6)
+    assert exp_avg[1:].flatten().tolist() == [4, 1] and exp_avg_sq[1:].flatten().tolist() == [12, 1]
+    assert state[3].tolist() == [7, 2, 9]
+    assert exp_avg[0].isnan() and weight[::2].flatten().tolist() == [math.inf, 3]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    C=st.integers(1, 30),
+    part=st.floats(0, 1),
+    D=st.integers(1, 70),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    rows_dtype=st.sampled_from([None, torch.float16, torch.bfloat16]),
+    betas=st.sampled_from([(0.9, 0.999), (0.0, 0.5)]),
+    weight_decay=st.sampled_from([0.0, 0.01]),
+    elements=st.sampled_from([256, 1024]),
+    seed=st.integers(0, 99),
+)
+def test_is_the_definition(impl, C, part, D, dtype, rows_dtype, betas, weight_decay, elements, seed):
+    """elements: of a tile of the GPU's kernel; a smaller one has fewer positions than there are rows."""
+    arguments = problem(C, int(part * C), D, dtype, rows_dtype, seed)
+    numbers = NUMBERS | {"betas": betas, "weight_decay": weight_decay}
+    plain, truth = clones(arguments), clones(arguments, torch.float64)
+    reference_step_(**plain, **numbers)
+    reference_step_(**truth, **numbers)
+    with mock.patch(f"{TRITON}.ELEMENTS", elements):
+        row_adam_step_(**arguments, **numbers, impl=impl)
+    for name in STATE[:3]:
+        assert excess(arguments[name], truth[name], plain[name], dtype) <= 1, name
+    assert torch.equal(arguments["row_steps"], plain["row_steps"])
+
+
+@pytest.mark.parametrize("sizes", [{"C": 9000, "M": 8000, "D": 33}, {"C": 5, "M": 4, "D": 40_001}], ids=str)
+def test_same_bits_for_any_number_of_threads(sizes, set_threads):
+    """Several tasks of several rows, rows that end inside a run; rows longer than a task."""
+    arguments = problem(**sizes)
+    alone = clones(arguments)
+    row_adam_step_(**alone, **NUMBERS)  # conftest: one thread
+    for threads in (2, 3, 4):
+        some = clones(arguments)
+        set_threads(threads)
+        row_adam_step_(**some, **NUMBERS)
+        assert all(torch.equal(some[name], alone[name]) for name in STATE)
+
+
+@pytest.mark.parametrize("of", ["weight", "exp_avg", "exp_avg_sq", "rows"])
+def test_strided_tensors_are_used_as_they_are(impl, of):
+    arguments = problem()
+    expected = clones(arguments)
+    row_adam_step_(**expected, **NUMBERS, impl=impl)
+    values = arguments[of]
+    room = torch.full((values.shape[1] * 2, values.shape[0] + 3), math.nan)
+    arguments[of] = room[::2, 1:-2].T.copy_(values)
+    for name in ("class_ids", "row_steps"):
+        arguments[name] = torch.stack([arguments[name]] * 2, 1)[:, 1]
+    row_adam_step_(**arguments, **NUMBERS, impl=impl)
+    assert all(torch.equal(arguments[name], expected[name]) for name in STATE)
+    assert room[1::2].isnan().all() and room[:, 0].isnan().all() and room[:, -2:].isnan().all()
+
+
+def expanded():
+    return torch.zeros(20, 1).expand(20, 7)
+
+
+BAD = [
+    (lambda: {"weight": torch.zeros(20, 7, dtype=torch.float16)}, TypeError, "weight: expected float32 or float64, got float16"),
+    (lambda: {"weight": torch.zeros(20)}, ValueError, r"weight: expected shape \(C, D\), got \(20,\)"),
+    (lambda: {"weight": expanded()}, ValueError, "weight: expected a tensor whose elements do not share"),
+    (lambda: {"exp_avg": torch.zeros(20, 7).double()}, TypeError, "exp_avg: expected float32, got float64"),
+    (lambda: {"exp_avg_sq": torch.zeros(21, 7)}, ValueError, r"exp_avg_sq: expected shape \(20, 7\) = \(C, D\), weight's"),
+    (lambda: {"exp_avg_sq": expanded()}, ValueError, "exp_avg_sq: expected a tensor whose elements do not"),
+    (lambda: {"row_steps": torch.zeros(20)}, TypeError, "row_steps: expected int64, got float32"),
+    (lambda: {"row_steps": torch.zeros(19, dtype=torch.int64)}, ValueError, r"row_steps: expected shape \(20,\) = \(C,\), got"),
+    (lambda: {"row_steps": torch.zeros(1, dtype=torch.int64).expand(20)}, ValueError, "row_steps: expected a tensor whose"),
+    (lambda: {"class_ids": torch.zeros(12)}, TypeError, "class_ids: expected int64, got float32"),
+    (lambda: {"class_ids": torch.arange(9, 21)}, IndexError, r"class_ids\[11\] = 20, expected a class in \[0, 20\)"),
+    (lambda: {"class_ids": torch.arange(12) % 11}, ValueError, r"class_ids\[11\] = 0 is also class_ids\[0\], expected each class"),
+    (lambda: {"rows": torch.zeros(12, 8)}, ValueError, r"rows: expected shape \(12, 7\) = \(M, D\), got \(12, 8\)"),
+    (lambda: {"rows": torch.zeros(12, 7, requires_grad=True)}, ValueError, "rows: expected a tensor that does not require grad"),
+    (lambda: {"lr": -0.1}, ValueError, "lr: expected a finite number of at least 0, got -0.1"),
+    (lambda: {"betas": (0.9, 1.0)}, ValueError, r"betas\[1\]: expected a finite number of at least 0 and below 1, got 1.0"),
+    (lambda: {"betas": 0.9}, TypeError, "betas: expected two numbers, got 0.9"),
+    (lambda: {"eps": None}, TypeError, "eps: expected a number, got NoneType"),
+    (lambda: {"impl": "cuda"}, ValueError, 'impl: expected "auto" or "cpp" or "triton", got \'cuda\''),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changed, error, message", BAD, ids=[message for *_, message in BAD])
+def test_bad_call_changes_nothing(impl, changed, error, message):
+    arguments = problem() | NUMBERS | {"impl": impl} | changed()
+    before = {name: arguments[name].clone() for name in STATE}
+    with pytest.raises(error, match=message):
+        row_adam_step_(**arguments)
+    assert all(torch.equal(arguments[name], before[name]) for name in STATE)
+
+
+def test_unchecked_ids_are_summed_or_passed_over():
+    """RowAdam on CUDA, and a captured CUDA graph: rows of one class are summed, wrong ids ignored."""
+    with torch.device(TRITON_DEVICE):
+        arguments = problem(M=4)
+        ids, rows = arguments.pop("class_ids"), arguments.pop("rows")
+        expected = clones(arguments)
+        summed = torch.stack([rows[0] + rows[1] + rows[2], *rows[1:]])
+        row_adam_step_(**expected, class_ids=ids, rows=summed, **NUMBERS, impl="triton")
+        some = torch.cat([ids[[0, 0, 0]], torch.tensor([-1, 20, 2**32]), ids[1:]])
+    rows, numbers = torch.cat([rows[:3], rows[:3], rows[1:]]), (0.3, 0.9, 0.99, 1e-6, 0.01)
+    row_adam.step_(*arguments.values(), some, rows, *numbers, impl="triton", check_ids=False)
+    assert all(torch.equal(arguments[name], expected[name]) for name in STATE)
+
+
+def test_opcheck(impl):
+    arguments = (*problem().values(), 0.3, 0.9, 0.99, 1e-6, 0.01, True, impl)
+    torch.library.opcheck(torch.ops.fedss_kernels.row_adam_step_.default, arguments)
+
+
+@pytest.mark.parametrize("module", [row_adam, fedss_kernels.reference.row_adam])
+def test_examples_in_docstrings(module):
+    result = doctest.testmod(module, extraglobs={"torch": torch})
+    assert result.attempted and not result.failed
+
+
+# ---- RowAdam ----
+
+
+def sparse(ids, rows, C):
+    ids = torch.as_tensor(ids, dtype=torch.int64).reshape(1, -1)
+    return torch.sparse_coo_tensor(ids, rows, (C, *rows.shape[1:]), check_invariants=True)
+
+
+OPTIONS = [
+    {"lr": 0.1},
+    {"lr": 0.1, "weight_decay": 0.0, "betas": (0.5, 0.75)},
+    {"lr": 0.01, "weight_decay": 0.5, "eps": 1e-3},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_is_torch_adamw_when_every_row_has_a_gradient(options, dtype):
+    C, D = 6, 35
+    torch.manual_seed(0)
+    start = torch.randn(C, D, dtype=dtype)
+    ours, theirs, truth = (nn.Parameter(start.to(t, copy=True)) for t in (dtype, dtype, torch.float64))
+    optimizers = (
+        RowAdam([ours], **options),
+        torch.optim.AdamW([theirs], **options),
+        torch.optim.AdamW([truth], **options),
+    )
+    for _ in range(5):
+        rows, order = torch.randn(C, D, dtype=dtype), torch.randperm(C)
+        ours.grad, theirs.grad, truth.grad = sparse(order, rows[order], C), rows, rows.double()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert excess(ours.detach(), truth.detach(), theirs.detach(), dtype) <= 1
+
+
+def test_a_row_is_a_parameter_that_adamw_sees_only_in_the_steps_that_list_it():
+    C, D = 5, 3
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(C, D))
+    lone_rows = [nn.Parameter(row.clone()) for row in weight.detach()]
+    ours, lone = RowAdam([weight], lr=0.1), [torch.optim.AdamW([row], lr=0.1) for row in lone_rows]
+    for ids in ([0, 3], [3], [], [1, 0, 3]):  # 4 and 2 never; 0 after a gap
+        rows = torch.randn(len(ids), D)
+        weight.grad = sparse(ids, rows, C)
+        ours.step()
+        for c, row in zip(ids, rows, strict=True):
+            lone_rows[c].grad = row
+            lone[c].step()
+    torch.testing.assert_close(weight, torch.stack(lone_rows), rtol=1e-6, atol=1e-7)
+    assert ours.state[weight]["row_steps"].tolist() == [2, 1, 0, 3, 0]
+    assert ours.state[weight]["step"].item() == 4
+
+
+def test_first_steps_beside_sparse_adam():
+    """The same where all rows have taken all steps; a late row's first is lr here, and there
+
+    (1 - beta1) / sqrt(1 - beta2) = 0.5 / 0.1 of it.
+    """
+    ours, theirs = (nn.Parameter(torch.zeros(2, 1)) for _ in range(2))
+    betas = (0.5, 0.99)
+    optimizers = (
+        RowAdam([ours], lr=1.0, betas=betas, weight_decay=0.0),
+        torch.optim.SparseAdam([theirs], lr=1.0, betas=betas),
+    )
+    for row in [0] * 800 + [1]:
+        for weight, optimizer in zip((ours, theirs), optimizers, strict=True):
+            weight.grad = sparse([row], torch.ones(1, 1), 2)
+            optimizer.step()
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-3, atol=0)
+    assert ours[1].item() == pytest.approx(-1, rel=1e-5) and theirs[1].item() == pytest.approx(-5, rel=0.01)
+
+
+@pytest.mark.parametrize("options", [*OPTIONS, {"lr": torch.tensor(0.1)}], ids=str)
+def test_dense_gradients_have_the_bits_of_torch_adamw(options):
+    torch.manual_seed(0)
+    ours = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+    theirs = copy.deepcopy(ours)
+    optimizers = RowAdam(ours.parameters(), **options), torch.optim.AdamW(theirs.parameters(), **options)
+    for _ in range(3):
+        input = torch.randn(2, 5)
+        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+            optimizer.zero_grad()
+            model(input).square().sum().backward()
+            optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+def test_a_dense_gradient_of_counted_rows_lists_every_row():
+    torch.manual_seed(0)
+    dense, listed = (nn.Parameter(torch.ones(4, 3)) for _ in range(2))
+    optimizers = [RowAdam([weight], lr=0.1) for weight in (dense, listed)]
+    for weight, optimizer in zip((dense, listed), optimizers, strict=True):
+        weight.grad = sparse([2], torch.ones(1, 3), 4)
+        optimizer.step()
+    rows = torch.randn(4, 3)
+    dense.grad, listed.grad = rows, sparse(range(4), rows, 4)
+    for optimizer in optimizers:
+        optimizer.step()
+    assert torch.equal(dense, listed)
+    assert optimizers[0].state[dense]["row_steps"].tolist() == [1, 1, 2, 1]
+
+
+@pytest.mark.parametrize("kind", [RowAdam, RowSGD])
+def test_a_bias_with_a_sparse_gradient_is_stepped_by_rows(kind):
+    """As one column: (C,) and (C, 1) are the same."""
+    bias, column = nn.Parameter(torch.ones(6)), nn.Parameter(torch.ones(6, 1))
+    options = {"lr": 0.5, "weight_decay": 0.25} | ({"momentum": 0.5} if kind is RowSGD else {})
+    optimizers = kind([bias], **options), kind([column], **options)
+    for ids in ([4, 1, 4], [0, 2], []):
+        values = torch.arange(1.0, len(ids) + 1)
+        bias.grad, column.grad = sparse(ids, values, 6), sparse(ids, values[:, None], 6)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.equal(bias, column[:, 0])
+    assert (bias != 1).tolist() == [True, True, True, False, True, False]
+
+
+def test_sampled_softmax_loss_with_sparse_grad():
+    torch.manual_seed(0)
+    criterion = SampledSoftmaxLoss(50, 8, 10, sparse_grad=True)
+    input, target = torch.randn(20, 8), torch.randint(50, (20,))
+    optimizer = RowAdam(criterion.parameters(), lr=0.05)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        losses.append(criterion(input, target))
+        losses[-1].backward()
+        optimizer.step()
+    assert sum(losses[-5:]) < sum(losses[:5]) / 2
+
+
+def steps(optimizer, weights, number, sparsely):
+    torch.manual_seed(number)
+    for weight in weights:
+        rows = torch.randn(2, *weight.shape[1:], dtype=weight.dtype)
+        weight.grad = sparse([number % 4, 4], rows, 5) if sparsely else torch.randn_like(weight)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [RowAdam, RowSGD])
+def test_state_dict_and_pickle_continue_where_they_stopped(kind, dtype):
+    """The same bits as without a stop: averages, counts of rows, and where the rounding stands."""
+    options = {"lr": 1e-3, "seed": 3} | ({"momentum": 0.9} if kind is RowSGD else {})
+    weights = [nn.Parameter(torch.ones(5, 7, dtype=dtype)), nn.Parameter(torch.ones(5, dtype=dtype))]
+    optimizer = kind(weights, **options)
+    for number in range(6):
+        steps(optimizer, weights, number, sparsely=number != 4)
+    others = [nn.Parameter(weight.detach().clone()) for weight in weights]
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    other = kind(others, lr=7.0)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    pickled, pickled_weights = pickle.loads(pickle.dumps((optimizer, weights)))
+    for number in range(6, 10):
+        for run in ((optimizer, weights), (other, others), (pickled, pickled_weights)):
+            steps(*run, number, sparsely=True)
+    for p, q, r in zip(weights, others, pickled_weights, strict=True):
+        assert torch.equal(p, q) and torch.equal(p, r)
+        for name, value in optimizer.state[p].items():
+            assert torch.equal(value, other.state[q][name]) and value.dtype == other.state[q][name].dtype
+
+
+@pytest.mark.parametrize("first, then", [(torch.optim.AdamW, RowAdam), (RowAdam, torch.optim.AdamW)], ids=str)
+def test_state_dicts_are_those_of_torch_adamw(first, then):
+    """Trained by one and then by the other: the bits of AdamW alone."""
+    torch.manual_seed(0)
+    weights = [nn.Parameter(torch.ones(5, 3)) for _ in range(2)]
+    alone, optimizer = torch.optim.AdamW(weights[:1], lr=0.1), first(weights[1:], lr=0.1)
+    for number in range(6):
+        if number == 3:
+            state, optimizer = optimizer.state_dict(), then(weights[1:], lr=0.5)
+            optimizer.load_state_dict(state)
+        steps(alone, weights[:1], number, sparsely=False)
+        steps(optimizer, weights[1:], number, sparsely=False)
+    assert torch.equal(*weights)
+
+
+def test_rows_of_an_adamw_state_have_taken_all_its_steps():
+    weight = nn.Parameter(torch.ones(5, 3))
+    theirs = torch.optim.AdamW([weight], lr=0.1)
+    for number in range(3):
+        steps(theirs, [weight], number, sparsely=False)
+    ours = RowAdam([weight])
+    ours.load_state_dict(theirs.state_dict())
+    steps(ours, [weight], 0, sparsely=True)
+    assert ours.state[weight]["row_steps"].tolist() == [4, 3, 3, 3, 4] and ours.param_groups[0]["lr"] == 0.1
+
+
+def test_counts_of_rows_are_no_matter_to_adamw():
+    weight = nn.Parameter(torch.ones(5, 3))
+    ours = RowAdam([weight], lr=0.1)
+    steps(ours, [weight], 0, sparsely=True)
+    theirs = torch.optim.AdamW([weight])
+    theirs.load_state_dict(ours.state_dict())
+    steps(theirs, [weight], 1, sparsely=False)
+    assert theirs.state[weight]["step"].item() == 2 and weight.isfinite().all()
+
+
+def test_averages_of_16_bit_parameters_are_float32():
+    """Squares of float16 gradients of 1e-5 are no float16 numbers: v would be 0 and a step m / eps."""
+    weight = nn.Parameter(torch.zeros(3, 2, dtype=torch.float16))
+    optimizer = RowAdam([weight], lr=0.5, weight_decay=0.0)
+    for _ in range(2):
+        weight.grad = sparse([1], torch.full((1, 2), 1e-5, dtype=torch.float16), 3)
+        optimizer.step()
+    assert optimizer.state[weight]["exp_avg_sq"].dtype == torch.float32
+    torch.testing.assert_close(weight[1].float(), torch.full((2,), -1.0), rtol=0.01, atol=0)
+
+
+def adamw_state(weight, **options):
+    theirs = torch.optim.AdamW([weight], **options)
+    weight.grad = torch.ones_like(weight)
+    theirs.step()
+    return theirs.state_dict()
+
+
+BAD_STATES = [
+    (lambda w: adamw_state(w, amsgrad=True), r"param_groups\[0\]: amsgrad: expected False, as RowAdam has no other, got True"),
+    (lambda w: adamw_state(w, maximize=True), r"param_groups\[0\]: maximize: expected False, as RowAdam has no other, got True"),
+    (lambda w: torch.optim.Adam([w]).state_dict(), "decoupled_weight_decay: expected True, as RowAdam has no other, got False"),
+    (lambda w: torch.optim.SGD([w]).state_dict(), r"param_groups\[0\]: expected an option betas, got none: is this the state"),
+    (lambda w: adamw_state(nn.Parameter(torch.ones(4, 3))), r"state: expected exp_avg of shape \(5, 3\), got \(4, 3\)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("make, message", BAD_STATES, ids=[message for _, message in BAD_STATES])
+def test_other_states_are_refused_by_name(make, message):
+    weight = nn.Parameter(torch.ones(5, 3))
+    bad = make(weight)
+    optimizer = RowAdam([weight], lr=0.1)
+    steps(optimizer, [weight], 0, sparsely=True)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(bad)
+    assert str(optimizer.state_dict()) == str(before)
+
+
+BAD_OPTIONS = [
+    ({"lr": -0.1}, ValueError, "lr: .* at least 0, got -0.1"),
+    ({"betas": (0.9,)}, TypeError, r"betas: expected two numbers, got \(0.9,\)"),
+    ({"betas": (-0.1, 0.9)}, ValueError, r"betas\[0\]: .* at least 0 and below 1, got -0.1"),
+    ({"eps": float("nan")}, ValueError, "eps: .* at least 0, got nan"),
+    ({"weight_decay": -1}, ValueError, "weight_decay: .* at least 0, got -1"),
+    ({"amsgrad": True}, ValueError, "amsgrad: expected False, as RowAdam has no other, got True"),
+]
+
+
+@pytest.mark.parametrize("options, error, message", BAD_OPTIONS, ids=[message for *_, message in BAD_OPTIONS])
+def test_bad_options(options, error, message):
+    weight = nn.Parameter(torch.zeros(2, 2))
+    with pytest.raises(error, match=message):
+        RowAdam([{"params": [weight], **options}])
+    optimizer = RowAdam([weight])
+    optimizer.param_groups[0].update(options)
+    weight.grad = sparse([1], torch.ones(1, 2), 2)
+    with pytest.raises(error, match=rf"param_groups\[0\]: {message}"):
+        optimizer.step()
+    assert not weight.any() and not optimizer.state
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gpu_is_not_waited_for(dtype):
+    C, D = 6, 35
+    weight, other = (nn.Parameter(torch.ones(C, D, dtype=dtype, device=d)) for d in ("cpu", "cuda"))
+    on_cpu, on_gpu = RowAdam([weight], lr=0.5, max_norm=1.0), RowAdam([other], lr=0.5, max_norm=1.0)
+    for step, ids in enumerate([[2, 0, 2], [5, 5, 5], [], [1, 0, 3]]):  # the first step compiles
+        torch.manual_seed(step)
+        weight.grad = sparse(ids, torch.randn(len(ids), D, dtype=dtype), C)
+        other.grad = weight.grad.cuda()
+        on_cpu.step()
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        on_gpu.step()
+        torch.cuda.set_sync_debug_mode("default")
+        tolerance = {} if dtype == torch.float32 else {"rtol": 2.0**-6, "atol": 2.0**-6}
+        torch.testing.assert_close(other.cpu(), weight, **tolerance)

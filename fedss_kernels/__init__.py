@@ -21,7 +21,8 @@ except ImportError as error:
 from .class_sets import ClassSet, draw_batch_class_set, draw_class_set, draw_negatives
 from .row_momentum import row_momentum_step_
 from .row_sgd import RowSGD
-from .sampled_softmax import SampledSoftmaxLoss, sampled_softmax_loss
+from .sampled_softmax import sampled_softmax_loss
+from .sampled_softmax_module import SampledSoftmaxLoss
 from .scatter_add import scatter_add_
 
 __version__ = "0.1.0"

@@ -218,8 +218,8 @@ def _backward_fake(grad_loss: Tensor, made: list[Tensor], needed: list[bool], *a
     p = Arguments(*arguments)
     if needed[1] and p.sparse_grad:
         raise RuntimeError(
-            "sampled_softmax_loss: sparse_grad=True cannot be compiled, as torch.compile has no sparse "
-            "tensors; compile with sparse_grad=False, or leave the loss out of the compiled region"
+            "sampled_softmax_loss: sparse_grad=True cannot be compiled, exported or run on fake tensors, as "
+            "torch has no sparse ones there; take sparse_grad=False, or leave the loss out of what is traced"
         )
     return (
         torch.empty_like(p.input, memory_format=torch.contiguous_format) if needed[0] else _nothing(p.input),
@@ -302,6 +302,13 @@ def _touched(p: Arguments, made: Gradients, touched: int | None) -> Tensor:
     if p.class_ids is None:
         return torch.arange(len(p.weight), device=p.weight.device)
     return made.row_ids[: int((made.row_ids >= 0).sum()) if touched is None else touched]
+
+
+def shaped_like(learned: Tensor | None, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """`gradients`, the last of them, which is made of shape (), with the shape of the learned scale."""
+    if learned is None or learned.dim() == 0 or gradients[3] is None:
+        return gradients
+    return *gradients[:3], gradients[3].reshape(learned.shape)
 
 
 def _spread(ids: Tensor, rows: Tensor, like: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The operator in torch: registration, compilation, autocast, gradient scaling, DDP, forks, threads."""
 
+import copy
 import os
 import threading
 from pathlib import Path
@@ -148,6 +149,60 @@ def test_compiled_equals_eager(reduction, scale, dynamic):
         assert torch.equal(eager, traced)
         for a, b in zip(gradients(eager, some, w), gradients(traced, some, w), strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("with_generator", [True, False])
+def test_compiled_with_a_dynamic_batch_whose_first_has_two_rows(training, with_generator):
+    generator = torch.Generator().manual_seed(0) if with_generator else None
+    criterion = SampledSoftmaxLoss(C, D, 3, bias=True, learn_scale=True, generator=generator).train(training)
+    twin = copy.deepcopy(criterion)
+    torch.compiler.reset()
+    compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
+    for rows in (2, 3, 7):
+        x, t = torch.randn(rows, D, requires_grad=True), torch.randint(C, (rows,))
+        if rows == 2:
+            for tensor in (x, t):
+                torch._dynamo.mark_dynamic(tensor, 0)
+        torch.manual_seed(1)
+        traced = compiled(x, t)
+        torch.manual_seed(1)
+        eager = twin(x, t)
+        assert torch.equal(traced, eager)
+        assert torch.equal(gradients(traced, x)[0], gradients(eager, x)[0])
+
+
+class Predictor(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.criterion = SampledSoftmaxLoss(C, D, bias=True, learn_scale=True)
+
+    def forward(self, x):
+        return self.criterion.topk(x, 3, block_size=4)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_topk_is_exported_for_any_batch(strict):
+    predictor = Predictor()
+    batch = {0: torch.export.Dim.DYNAMIC}
+    exported = torch.export.export(predictor, (torch.randn(2, D),), dynamic_shapes=(batch,), strict=strict)
+    for rows in (2, 3, 8):
+        x = torch.randn(rows, D)
+        for a, b in zip(exported.module()(x), predictor(x), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_loss_is_exported_for_any_batch(training):
+    criterion = SampledSoftmaxLoss(C, D, 3).train(training)
+    batch, given = {0: torch.export.Dim.DYNAMIC}, (torch.randn(2, D), torch.randint(C, (2,)))
+    exported = torch.export.export(criterion, given, dynamic_shapes=(batch, batch)).module()
+    for rows in (2, 6):
+        x, t = torch.randn(rows, D), torch.randint(C, (rows,))
+        torch.manual_seed(1)
+        found = exported(x, t)
+        torch.manual_seed(1)
+        assert torch.equal(found, criterion(x, t))
 
 
 def test_compiled_under_autocast_equals_eager():

@@ -51,6 +51,8 @@ def sampled_softmax_loss(
     repeated class is a term of its own. With `class_ids=None` this is the full softmax.
 
     Args:
+        target_log_expected_count: what the target's own logit loses. scale * m for each row makes CosFace's
+            loss of margin m, whose target has scale * (cos - m).
         scale: multiplies the cosine (an inverse temperature); a tensor of shape () or (1,) may require grad.
         similarity: "cosine", or "dot" (`scale` then multiplies the dot product).
         ignore_index: rows with this target cost nothing and are not counted by "mean".

@@ -50,10 +50,11 @@ class SampledSoftmaxLoss(nn.Module):
         sparse_grad: weight.grad (and bias.grad) as sparse COO tensors over the rows touched. Under
             DistributedDataParallel it needs gloo: NCCL adds up dense gradients only, as FSDP does.
         generator: source of the initial weight and the negatives; None: torch's default one. Its state is
-            not in state_dict (each process has its own): save `criterion.generator.get_state()` beside it,
-            and give it to `criterion.generator.set_state` to go on with the same negatives. In several
-            processes seed it differently; equal seeds give equal negatives. Not for what
-            torch.utils.checkpoint runs twice: it raises there.
+            not in state_dict, as each process has its own: save `criterion.generator.get_state()` beside
+            it, and give that to `criterion.generator.set_state` to go on with the same negatives (for None:
+            torch.get_rng_state and set_rng_state, those of torch.cuda on a GPU). In several processes the
+            seeds should differ: equal ones give equal negatives. RuntimeError under torch.utils.checkpoint,
+            which would run the forward pass twice with different negatives.
 
     Raises TypeError and ValueError for sizes that are not positive or an unknown name, and as
     `sampled_softmax_loss` does; RuntimeError where sparse gradients cannot be communicated, and for a weight

@@ -511,6 +511,17 @@ def test_repeated_classes_equal_a_smaller_expected_count(sampled_softmax_loss):
     torch.testing.assert_close(twice, once, rtol=1e-14, atol=0)
 
 
+def test_a_target_count_of_scale_times_the_margin_is_cosface(sampled_softmax_loss):
+    """Wang et al. 2018, Eq. 4: the target's cosine less m, before the scale."""
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(4, 8, generator=g), torch.randn(9, 8, generator=g)
+    t, scale, m = torch.tensor([0, 8, 3, 3]), 16.0, 0.35
+    cosines = torch.nn.functional.normalize(x) @ torch.nn.functional.normalize(w).T
+    logits = scale * (cosines - m * torch.nn.functional.one_hot(t, 9))
+    found = sampled_softmax_loss(x, w, t, target_log_expected_count=torch.full((4,), scale * m), scale=scale)
+    torch.testing.assert_close(found, torch.nn.functional.cross_entropy(logits, t), rtol=1e-5, atol=1e-6)
+
+
 @cpp_only
 def test_order_of_the_class_set_changes_no_bit(sampled_softmax_loss):
     x, w, t = problem()

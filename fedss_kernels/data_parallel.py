@@ -45,12 +45,14 @@ def check_whole(weight: Tensor) -> None:
         )
 
 
-def _gathered_by_fully_shard(weight: Tensor) -> bool:
+def _gathered_by_fully_shard(parameter: Tensor) -> bool:
     from torch.distributed._composable_state import _module_state_mapping
 
     states = [reference() for reference in list(_module_state_mapping.values())]
     groups = [group for state in states for group in getattr(state, "_fsdp_param_groups", ())]
-    return any(getattr(p, "_unsharded_param", None) is weight for group in groups for p in group.fsdp_params)
+    return any(
+        getattr(p, "_unsharded_param", None) is parameter for group in groups for p in group.fsdp_params
+    )
 
 
 # ---- sparse gradients --------------------------------------------------------------------------------------
@@ -61,25 +63,35 @@ _INSTEAD = (
 )
 
 
-def check_sparse_communication(criterion: nn.Module, weight: Tensor) -> None:
-    """Raises RuntimeError where the sparse gradient of a criterion's `weight` would have to be a dense one.
+def check_sparse_communication(criterion: nn.Module, *parameters: Tensor | None) -> None:
+    """Raises RuntimeError where a criterion's sparse gradients, of `parameters`, would have to be dense ones.
 
     That is so for FSDP, and for DistributedDataParallel over NCCL.
     """
-    if not (torch.is_grad_enabled() and weight.requires_grad):
+    if not torch.is_grad_enabled():
         return
-    if weight.grad_fn is not None and weight._is_view():
+    for parameter in parameters:
+        if parameter is not None and parameter.requires_grad:
+            _check_sparse_communication(criterion, parameter)
+
+
+def _check_sparse_communication(criterion: nn.Module, parameter: Tensor) -> None:
+    if parameter.grad_fn is not None and parameter._is_view():
         raise RuntimeError(
             "sparse_grad: expected False for a weight that is a view of another tensor, as under FSDP: "
             f"autograd has no views of sparse gradients; {_INSTEAD}"
         )
     # FSDP2 marks the module even if it is to ignore the parameters.
-    if getattr(criterion, "_is_fsdp_managed_module", False) and _gathered_by_fully_shard(weight):
+    if getattr(criterion, "_is_fsdp_managed_module", False) and _gathered_by_fully_shard(parameter):
         raise RuntimeError(
             f"sparse_grad: expected False under fully_shard, which adds up dense gradients only; {_INSTEAD}"
         )
     ddp = DistributedDataParallel._active_ddp_module
-    if ddp is not None and _backend(ddp.process_group, weight.device) == "nccl" and _manages(ddp, weight):
+    if (
+        ddp is not None
+        and _backend(ddp.process_group, parameter.device) == "nccl"
+        and _manages(ddp, parameter)
+    ):
         raise RuntimeError(
             "sparse_grad: expected False under DistributedDataParallel over NCCL, which adds up dense "
             'gradients only; give it process_group=torch.distributed.new_group(backend="gloo"), '
@@ -92,5 +104,5 @@ def _backend(group: Any, device: torch.device) -> str | None:
     return backends.get(device.type)
 
 
-def _manages(ddp: DistributedDataParallel, weight: Tensor) -> bool:
-    return any(parameter is weight for parameter in ddp._module_parameters)
+def _manages(ddp: DistributedDataParallel, parameter: Tensor) -> bool:
+    return any(managed is parameter for managed in ddp._module_parameters)

@@ -100,6 +100,7 @@ class SampledSoftmaxLoss(nn.Module):
         self.num_sampled = None if num_sampled is None else check_integer("num_sampled", num_sampled, 0)
         self.similarity, self.sparse_grad = similarity, sparse_grad
         self.ignore_index, self.reduction, self.impl = check_ignore_index(ignore_index), reduction, impl
+        self.generator: GeneratorHandle | torch.Generator | None
         self.generator = None if generator is None else GeneratorHandle(generator)
         self.weight = nn.Parameter(torch.empty(num_classes, embedding_dim, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(num_classes, device=device, dtype=dtype)) if bias else None
@@ -120,8 +121,10 @@ class SampledSoftmaxLoss(nn.Module):
 
     def reset_parameters(self) -> None:
         """Gaussian rows of about unit length; zero bias; a learned scale at its initial value."""
+        generator = self.generator
+        if isinstance(generator, GeneratorHandle):
+            generator = generator.generator
         with torch.no_grad():
-            generator = None if self.generator is None else self.generator.generator
             self.weight.normal_(std=self.embedding_dim**-0.5, generator=generator)
             if self.bias is not None:
                 self.bias.zero_()
@@ -136,7 +139,7 @@ class SampledSoftmaxLoss(nn.Module):
         check_tensor("target", target, (torch.int64,))
         weight = self._whole_weight()
         if self.sparse_grad:
-            check_sparse_communication(self, weight)
+            check_sparse_communication(self, weight, self.bias)
         class_ids = log_expected_count = None
         if self.training and (m := self.num_sampled) is not None and m < (C := weight.shape[0]):
             class_ids, log_expected_count = draw_batch_class_set(

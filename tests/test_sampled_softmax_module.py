@@ -274,6 +274,14 @@ def test_a_generator_handled_in_inference_mode_can_be_drawn_from_outside():
     assert torch.equal(first, draw_batch_class_set(batch()[1], C, 5, criterion.generator)[0])
 
 
+def test_a_generator_may_be_given_later():
+    criterion, twin = (SampledSoftmaxLoss(C, D, 5) for _ in range(2))
+    for module in (criterion, twin):
+        module.generator = torch.Generator().manual_seed(1)
+        module.reset_parameters()
+    assert torch.equal(criterion.weight, twin.weight) and torch.equal(criterion(*batch()), twin(*batch()))
+
+
 def test_the_generators_state_resumes_the_negatives():
     def new():
         return SampledSoftmaxLoss(C, D, 5, generator=torch.Generator().manual_seed(8))

@@ -82,7 +82,7 @@ def _check_sparse_communication(criterion: nn.Module, parameter: Tensor) -> None
             f"autograd has no views of sparse gradients; {_INSTEAD}"
         )
     # FSDP2 marks the module even if it is to ignore the parameters.
-    if getattr(criterion, "_is_fsdp_managed_module", False) and _gathered_by_fully_shard(parameter):
+    if vars(criterion).get("_is_fsdp_managed_module") and _gathered_by_fully_shard(parameter):
         raise RuntimeError(
             f"sparse_grad: expected False under fully_shard, which adds up dense gradients only; {_INSTEAD}"
         )

@@ -66,6 +66,8 @@ class SampledSoftmaxLoss(nn.Module):
     torch.Size([])
     """
 
+    initial_scale: float | None = None  # that of a learned one; a module saved whole may be without
+
     def __init__(
         self,
         num_classes: int,
@@ -104,9 +106,9 @@ class SampledSoftmaxLoss(nn.Module):
         self.generator = None if generator is None else GeneratorHandle(generator)
         self.weight = nn.Parameter(torch.empty(num_classes, embedding_dim, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(num_classes, device=device, dtype=dtype)) if bias else None
-        # FSDP takes no parameter of shape ()
+        self.initial_scale = float(scale) if learn_scale else None
+        # of shape (1,), as FSDP takes no parameter of shape ()
         self.scale = nn.Parameter(torch.empty(1, device=device, dtype=dtype)) if learn_scale else scale
-        self.initial_scale = float(scale)
         self.reset_parameters()
 
     @property
@@ -128,7 +130,7 @@ class SampledSoftmaxLoss(nn.Module):
             self.weight.normal_(std=self.embedding_dim**-0.5, generator=generator)
             if self.bias is not None:
                 self.bias.zero_()
-            if isinstance(self.scale, nn.Parameter):
+            if isinstance(self.scale, Tensor) and self.initial_scale is not None:
                 self.scale.fill_(self.initial_scale)
 
     def forward(
@@ -182,6 +184,9 @@ class SampledSoftmaxLoss(nn.Module):
         check_device("input", input, weight.device, "weight")
         if bias is not None:
             check_shape("bias", bias, (C,), "(C,)")
+        scale: float | Tensor = self.scale
+        if isinstance(scale, Tensor):
+            scale = scale.reshape(())  # on the CPU it may be beside a GPU's tensors then
         dtype = torch.promote_types(torch.promote_types(input.dtype, weight.dtype), torch.float32)
         with _without_autocast(input.device.type):
             rows = self._unit(input.reshape(-1, D).to(dtype))
@@ -189,7 +194,7 @@ class SampledSoftmaxLoss(nn.Module):
             indices = torch.empty_like(values, dtype=torch.int64)
             for first in range(0, C, block_size):
                 block = slice(first, first + block_size)
-                logits = self.scale * (rows @ self._unit(weight[block].to(dtype)).T)
+                logits = scale * (rows @ self._unit(weight[block].to(dtype)).T)
                 if bias is not None:
                     logits = logits + bias[block]
                 best = logits.topk(min(k, logits.shape[1]))

@@ -26,7 +26,7 @@ def check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> N
 
 def check_dtype(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> None:
     """Raises TypeError unless `value` is one of `dtypes`."""
-    if value not in dtypes:
+    if not isinstance(value, torch.dtype) or value not in dtypes:
         expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name}: expected {expected}, got {repr(value).removeprefix('torch.')}")
 
@@ -63,10 +63,20 @@ def check_integer(name: str, value: object, least: int, most: int | None = None)
         value = as_integer(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    if value >= 2**63:
+        raise ValueError(f"{name}: expected a 64-bit integer, got {value}")
     if value < least or (most is not None and value > most):
         expected = f"at least {least}" if most is None else f"{least} to {most}"
         raise ValueError(f"{name}: expected {expected}, got {value}")
     return value
+
+
+def check_ignore_index(ignore_index: Any) -> int:
+    """`ignore_index` as an int; raises TypeError unless it is a 64-bit integer."""
+    ignore_index = as_integer(ignore_index)
+    if type(ignore_index) is not int or not -(2**63) <= ignore_index < 2**63:
+        raise TypeError(f"ignore_index: expected a 64-bit integer, got {ignore_index!r}")
+    return ignore_index
 
 
 def check_number(name: str, value: object, least: float = -math.inf) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import check_integer, check_tensor
+from .checks import check_choice, check_ignore_index, check_integer, check_tensor
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,7 @@ def class_set_of(
 
 
 def check_correction(correction: str) -> None:
-    if correction not in ("negatives", "none"):
-        raise ValueError(f'correction: expected "negatives" or "none", got {correction!r}')
+    check_choice("correction", correction, ("negatives", "none"))
 
 
 def draw_batch_class_set(
@@ -114,13 +113,14 @@ def draw_batch_class_set(
     A torch.Generator cannot be traced by torch.compile; a GeneratorHandle of it can. With either, to run in
     the backward pass is refused (RuntimeError): what torch.utils.checkpoint runs again would draw others, as
     it restores the state of torch's default generators only. Raises TypeError and ValueError for a target
-    that is no (B,) int64 tensor, num_classes < 1 or num_sampled < 0.
+    that is no (B,) int64 tensor, num_classes < 1, num_sampled < 0 or an ignore_index that is no integer.
     """
     check_tensor("target", target, (torch.int64,))
     if target.dim() != 1:
         raise ValueError(f"target: expected shape (B,), got {tuple(target.shape)}")
     num_classes = check_integer("num_classes", num_classes, 1)
     num_sampled = check_integer("num_sampled", num_sampled, 0)
+    ignore_index = check_ignore_index(ignore_index)
     B = target.shape[0]
     ignored = num_classes  # a rank past every class, so that ignored rows sort last
     held = torch.where(target == ignore_index, ignored, target).sort().values

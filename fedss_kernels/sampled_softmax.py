@@ -17,7 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import FLOATING, as_integer, check_choice, check_device, check_flag, check_shape, check_tensor
+from .checks import (
+    FLOATING,
+    as_integer,
+    check_choice,
+    check_device,
+    check_flag,
+    check_ignore_index,
+    check_shape,
+    check_tensor,
+)
 from .direct_route import direct_loss
 from .implementations import triton_kernels
 from .loss_operator import autocast_dtype
@@ -85,7 +94,7 @@ def sampled_softmax_loss(
         scale = as_float(scale)
     if type(ignore_index) is not int:
         ignore_index = as_integer(ignore_index)
-    if impl != "reference":
+    if type(impl) is not str or impl != "reference":
         try:
             loss = direct_loss(
                 input,
@@ -104,8 +113,8 @@ def sampled_softmax_loss(
             )
             if loss is not None:
                 return loss
-        except (TypeError, ValueError):
-            pass  # the checks below say what is wrong
+        except (IndexError, TypeError, ValueError):
+            pass  # the checks below, or the operator, say what is wrong
     _check(input, weight, target, class_ids, log_expected_count, target_log_expected_count, bias, scale)
     check_choice("similarity", similarity, ("cosine", "dot"))
     check_choice("reduction", reduction, ("mean", "sum", "none"))
@@ -195,7 +204,7 @@ def _check(
         check_tensor("bias", bias, (weight.dtype,))
         check_shape("bias", bias, (C,), "(C,)")
     others = {
-        "weight": weight,
+        "input": input,
         "target": target,
         "class_ids": class_ids,
         "log_expected_count": log_expected_count,
@@ -204,8 +213,8 @@ def _check(
     }
     for name, value in others.items():
         if value is not None:
-            check_device(name, value, input.device, "input")
-    check_scale(scale, input.device)
+            check_device(name, value, weight.device, "weight")
+    check_scale(scale, weight.device)
     if input.device.type == "meta":
         raise ValueError(
             "input: expected a tensor that holds numbers, got one on meta; a module made there is ready "
@@ -232,14 +241,6 @@ def as_float(scale: Any) -> Any:
         return float(scale)
     except OverflowError:
         raise ValueError("scale: expected a finite number, got one past float64's range") from None
-
-
-def check_ignore_index(ignore_index: Any) -> int:
-    """It as an int."""
-    ignore_index = as_integer(ignore_index)
-    if type(ignore_index) is not int or not -(2**63) <= ignore_index < 2**63:
-        raise TypeError(f"ignore_index: expected a 64-bit integer, got {ignore_index!r}")
-    return ignore_index
 
 
 def check_scale(scale: float | Tensor, device: torch.device) -> None:

@@ -13,13 +13,14 @@ from .checks import (
     check_device,
     check_dtype,
     check_flag,
+    check_ignore_index,
     check_integer,
     check_shape,
     check_tensor,
 )
 from .class_sets import GeneratorHandle, check_generator, draw_batch_class_set
 from .data_parallel import SparseRows, check_sparse_communication, check_whole
-from .sampled_softmax import IMPLS, as_float, check_ignore_index, check_scale, sampled_softmax_loss
+from .sampled_softmax import IMPLS, as_float, check_scale, sampled_softmax_loss
 
 
 class TopK(NamedTuple):

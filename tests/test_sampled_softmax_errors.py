@@ -34,11 +34,14 @@ BAD = [
     ({"input": torch.ones(B, D, dtype=torch.int64)}, TypeError, "input: expected float16 or .* got int64"),
     ({"input": torch.ones(B, D).to_sparse()}, TypeError, "input: expected a dense tensor, got layout"),
     ({"input": torch.tensor(1.0)}, ValueError, r"input: expected shape \(..., D\), got \(\)"),
-    ({"input": torch.ones(B, D, device="meta")}, ValueError, "expected a tensor on meta"),
+    ({"input": torch.ones(B, D, device="meta")}, ValueError, "input: expected a tensor on cpu as weight is, got one on meta"),
+    ({"target": torch.zeros(B, dtype=torch.int64, device="meta")}, ValueError, "target: expected a tensor on cpu as weight is"),
     ({"input": torch.ones(B, D - 1)}, ValueError, r"input: expected shape \(..., D\) with D = 5, as weight is \(9, 5\), got \(4, 4\)"),
     ({"weight": torch.ones(C, D + 1)}, ValueError, r"input: expected .* with D = 6, as weight is \(9, 6\), got \(4, 5\)"),
     ({"weight": torch.ones(D)}, ValueError, r"weight: expected shape \(C, D\)"),
     ({"weight": torch.ones(C, D, dtype=torch.complex64)}, TypeError, "weight: expected .* got complex64"),
+    ({"weight": torch.tensor(1.0)}, ValueError, r"weight: expected shape \(C, D\), got \(\)"),
+    ({"class_ids": torch.tensor(1)}, ValueError, r"class_ids: expected shape \(S,\), got \(\)"),
     ({"target": torch.zeros(B)}, TypeError, "target: expected int64, got float32"),
     ({"target": torch.zeros(B, dtype=torch.int32)}, TypeError, "target: expected int64, got int32"),
     ({"target": torch.zeros(B + 1, dtype=torch.int64)}, ValueError, r"target: expected shape \(4,\)"),
@@ -78,6 +81,7 @@ BAD = [
     ({"reduction": np.array(["mean", "sum"])}, ValueError, "reduction: expected"),
     ({"ignore_index": 2**70}, TypeError, "ignore_index: expected a 64-bit integer, got 1180591620717411303424"),
     ({"impl": "cuda"}, ValueError, "impl: expected .* got 'cuda'"),
+    ({"impl": np.zeros(3)}, ValueError, "impl: expected .* got array"),
 ]  # fmt: skip
 
 
@@ -223,6 +227,8 @@ BAD_MODULES = [
     ({"sparse_grad": None}, TypeError, "sparse_grad: expected True or False, got NoneType"),
     ({"ignore_index": 0.5}, TypeError, "ignore_index: expected a 64-bit integer, got 0.5"),
     ({"generator": 3}, TypeError, "generator: expected a torch.Generator or None, got int"),
+    ({"num_classes": 2**64}, ValueError, "num_classes: expected a 64-bit integer, got 18446744073709551616"),
+    ({"dtype": "float32"}, TypeError, "dtype: expected .* got 'float32'"),
     ({"dtype": torch.int64}, TypeError, "dtype: expected float16 or bfloat16 or float32 or float64, got int64"),
 ]  # fmt: skip
 
@@ -279,6 +285,8 @@ BAD_BATCHES = [
     ({"num_classes": 0}, ValueError, "num_classes: expected at least 1, got 0"),
     ({"num_sampled": -2}, ValueError, "num_sampled: expected at least 0, got -2"),
     ({"num_sampled": 2.0}, TypeError, "num_sampled: expected an integer, got float"),
+    ({"num_sampled": 2**63}, ValueError, "num_sampled: expected a 64-bit integer, got 9223372036854775808"),
+    ({"ignore_index": "0"}, TypeError, "ignore_index: expected a 64-bit integer, got '0'"),
     ({"generator": 0}, TypeError, "generator: expected a torch.Generator or None, got int"),
 ]  # fmt: skip
 

@@ -222,7 +222,7 @@ class SampledSoftmaxLoss(nn.Module):
         if memo is None:
             memo = set()
         if self.sparse_grad and remove_duplicate and self not in memo:
-            own = {name: self._parameters.get(name) for name in ("weight",)}
+            own = {name: self._parameters.get(name) for name in ("weight", "bias")}
             yield prefix, SparseRows({name: p for name, p in own.items() if p is not None})
         yield from super().named_modules(memo, prefix, remove_duplicate)
 

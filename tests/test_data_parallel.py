@@ -76,8 +76,8 @@ def ddp_averages_sparse_gradients(rank, **options):
             torch.testing.assert_close(dense(shared.grad), mean_over_ranks(dense(mine.grad)), msg=name)
 
 
-def ddp_averages_sparse_gradients_beside_a_learned_scale(rank):
-    ddp_averages_sparse_gradients(rank, learn_scale=True)
+def ddp_averages_sparse_gradients_of_a_bias_beside_a_learned_scale(rank):
+    ddp_averages_sparse_gradients(rank, bias=True, learn_scale=True)
 
 
 def ddp_of_the_criterion_alone(rank):
@@ -132,7 +132,8 @@ def fully_shard_trains_as_one_process_does(rank):
 
 def fully_shard_refuses_sparse_gradients(rank):
     for modules in (lambda net: [net], lambda net: [net.criterion, net]):
-        net = Classifier(rank, sparse_grad=True)
+        net = Classifier(rank, sparse_grad=True, bias=True)
+        net.criterion.weight.requires_grad_(len(modules(net)) == 2)  # the bias' gradient is sparse too
         for module in modules(net):
             fully_shard(module)
         refused("sparse_grad: expected False under fully_shard", lambda net=net: net(*batch(4, 0)))
@@ -181,7 +182,7 @@ def flat_shards_are_refused_in_words(rank):
 
 CHECKS = [
     ddp_averages_sparse_gradients,
-    ddp_averages_sparse_gradients_beside_a_learned_scale,
+    ddp_averages_sparse_gradients_of_a_bias_beside_a_learned_scale,
     ddp_of_the_criterion_alone,
     zero_redundancy_optimizer_equals_the_optimizer,
     nccl_is_refused_with_sparse_gradients_only,

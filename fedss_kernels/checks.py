@@ -52,15 +52,14 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 def as_integer(value: Any) -> Any:
     """Any integer, NumPy's too, as an int; what is none comes back, for a check to refuse."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    if type(value) is int or isinstance(value, bool) or not isinstance(value, numbers.Integral):
         return value
     return int(value)
 
 
 def check_integer(name: str, value: object, least: int, most: int | None = None) -> int:
     """`value` as an int; raises TypeError unless it is an integer, ValueError outside `least` to `most`."""
-    if type(value) is not int:
-        value = as_integer(value)
+    value = as_integer(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
     if value >= 2**63:

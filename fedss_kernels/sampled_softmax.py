@@ -65,13 +65,15 @@ def sampled_softmax_loss(
         ignore_index: rows with this target cost nothing and are not counted by "mean".
         reduction: "mean" over the rows that are not ignored (0 where there are none; torch gives NaN), "sum"
             or "none".
-        sparse_grad: weight.grad as a sparse COO tensor over the rows touched: on the CPU unique and
-            ascending, on CUDA those of `class_ids` and then of `target`, uncoalesced.
+        sparse_grad: the gradients of weight and bias as sparse COO tensors over the classes that take part:
+            on the CPU unique and ascending, on CUDA those of `class_ids` and then of `target`, uncoalesced
+            (entries that are left out and ignored targets repeat a class that takes part, with zeros).
         impl: "cpp", "triton", "reference" (plain PyTorch, stores the logits), or "auto": by the tensors'
             device.
 
     Returns:
-        float32, or float64 for a float64 `input`: a 0-d tensor, or target's shape for "none". Differentiable
+        float32, or float64 for a float64 `input`: a 0-d tensor, or target's shape for "none". NaN, gradients
+        too, where an argument is not finite or a dot product past the largest number. Differentiable
         once, in `input`, `weight`, `bias` and a tensor `scale`; bit-identical for any number of threads.
 
     Raises:
@@ -359,7 +361,7 @@ class SampledSoftmaxLoss(nn.Module):
         scale: multiplies the cosine; with `learn_scale=True` the initial value of a parameter.
         similarity: "cosine" or "dot".
         bias: one learned number for each class, initially zero.
-        sparse_grad: weight.grad as a sparse COO tensor over the rows touched.
+        sparse_grad: the gradients of weight and bias as sparse COO tensors over the classes that take part.
         generator: source of the initial weight and the negatives; None: torch's default one.
 
     Raises ValueError for sizes that are not positive or an unknown name, and as `sampled_softmax_loss` does.

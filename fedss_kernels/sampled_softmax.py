@@ -67,13 +67,15 @@ def sampled_softmax_loss(
         ignore_index: rows with this target cost nothing and are not counted by "mean".
         reduction: "mean" over the rows that are not ignored (0 where there are none; torch gives NaN), "sum"
             or "none".
-        sparse_grad: weight.grad as a sparse COO tensor over the rows touched: on the CPU unique and
-            ascending, on CUDA those of `class_ids` and then of `target`, uncoalesced.
+        sparse_grad: the gradients of weight and bias as sparse COO tensors over the classes that take part:
+            on the CPU unique and ascending, on CUDA those of `class_ids` and then of `target`, uncoalesced
+            (entries that are left out and ignored targets repeat a class that takes part, with zeros).
         impl: "cpp", "triton", "reference" (plain PyTorch, stores the logits), or "auto": by the tensors'
             device.
 
     Returns:
-        float32, or float64 for a float64 `input`: a 0-d tensor, or target's shape for "none". Differentiable
+        float32, or float64 for a float64 `input`: a 0-d tensor, or target's shape for "none". NaN, gradients
+        too, where an argument is not finite or a dot product past the largest number. Differentiable
         once, in `input`, `weight`, `bias` and a tensor `scale`; bit-identical for any number of threads.
 
     Raises:

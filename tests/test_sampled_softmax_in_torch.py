@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from fedss_kernels import SampledSoftmaxLoss, sampled_softmax_loss
+from fedss_kernels import RowSGD, SampledSoftmaxLoss, draw_batch_class_set, sampled_softmax_loss
 
 OPS = torch.ops.fedss_kernels
 B, C, D = 5, 9, 7
@@ -218,6 +218,26 @@ def test_compiled_sparse_gradient_is_refused_in_words():
     compiled = torch.compile(lambda w: sampled_softmax_loss(x, w, t, ids, sparse_grad=True), fullgraph=True)
     with pytest.raises(Exception, match="sparse_grad=True cannot be compiled"):
         compiled(w)
+
+
+def test_a_module_steps_only_the_classes_of_its_batch_and_its_draws():
+    """Repeated and ignored targets stand for no class: weight decay and momentum leave all others alone."""
+    seeds = (torch.Generator().manual_seed(1) for _ in range(2))
+    mine, other = seeds
+    criterion = SampledSoftmaxLoss(1000, D, 20, sparse_grad=True, generator=mine)
+    other.set_state(mine.get_state())
+    optimizer = RowSGD([criterion.weight], lr=0.1, momentum=0.9, weight_decay=0.1)
+    target = torch.tensor([5, 5, 8, -100])
+    before, touched = criterion.weight.detach().clone(), {5, 8}
+    for _ in range(5):
+        touched |= set(draw_batch_class_set(target, 1000, 20, other)[0][4:].tolist())
+        optimizer.zero_grad()
+        criterion(torch.randn(4, D), target).backward()
+        assert criterion.weight.grad._nnz() <= 22
+        optimizer.step()
+    assert 0 not in touched
+    moved = (criterion.weight != before).any(dim=1).nonzero()[:, 0]
+    assert moved.tolist() == sorted(touched)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -74,6 +74,12 @@ DType dtype_of(const char* name, const DLTensor& tensor) {
   throw py::type_error(std::string(name) + ": expected a floating or int64 tensor");
 }
 
+int64_t elements_of(const DLTensor& tensor) {
+  int64_t elements = 1;
+  for (int d = 0; d < tensor.ndim; ++d) elements *= tensor.shape[d];
+  return elements;
+}
+
 DLTensor fields_of(const char* name, const py::handle& tensor) {
   constexpr int kCpu = 1;
   DLTensor fields;
@@ -82,6 +88,9 @@ DLTensor fields_of(const char* name, const py::handle& tensor) {
     throw py::type_error(std::string(name) + ": expected a dense CPU tensor");
   }
   if (fields.device.type != kCpu) throw py::value_error(std::string(name) + ": expected a CPU tensor");
+  if (fields.data == nullptr && elements_of(fields) > 0) {  // FSDP frees what it has cut into shards
+    throw py::value_error(std::string(name) + ": expected a tensor with memory, got one whose memory is freed");
+  }
   fields.data = static_cast<char*>(fields.data) + fields.byte_offset;
   return fields;
 }

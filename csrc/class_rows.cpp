@@ -126,17 +126,19 @@ void ClassRows::merge(const SampledSoftmax& p, const std::vector<int64_t>& class
     const bool from_list =
         next_wanted == wanted.size() || (next < listed.size() && listed[next].id <= wanted[next_wanted].id);
     const int64_t id = from_list ? listed[next].id : wanted[next_wanted].id, slot = int64_t(ids_.size());
-    ids_.push_back(id);
+    const bool is_target = next_wanted < wanted.size() && wanted[next_wanted].id == id;
     int64_t column = -1;
+    double log_count = kInf;
     const size_t first = next;
     while (next < listed.size() && listed[next].id == id) ++next;
     if (next > first) {
-      const double log_count = merged_log_count(p.log_expected_count, &listed[first], &listed[first] + (next - first));
-      if (log_count < kInf) {
-        column = int64_t(log_count_.size());
-        log_count_.push_back(log_count), column_slot_.push_back(slot);
-      }
+      log_count = merged_log_count(p.log_expected_count, &listed[first], &listed[first] + (next - first));
     }
+    if (log_count < kInf) {
+      column = int64_t(log_count_.size());
+      log_count_.push_back(log_count), column_slot_.push_back(slot);
+    }
+    if (column >= 0 || is_target) ids_.push_back(id);
     for (; next_wanted < wanted.size() && wanted[next_wanted].id == id; ++next_wanted) {
       target_slot[wanted[next_wanted].position] = slot;
       target_column[wanted[next_wanted].position] = column;

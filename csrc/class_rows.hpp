@@ -9,8 +9,8 @@
 
 namespace fedss {
 
-// Slots are the classes of class_ids and of the targets, each once, ascending: the rows that have a gradient. Columns
-// are the slots that are terms of the denominator, whatever the row: listed in class_ids, and not left out. A repeated
+// Slots are the classes of class_ids that are not left out and of the targets, each once, ascending: the rows that have
+// a gradient. Columns are the slots that are terms of the denominator, whatever the row: those of class_ids. A repeated
 // entry of class_ids has the same logit z as its twin, so exp(z - a) + exp(z - b) is one term with correction
 // -log(exp(-a) + exp(-b)).
 class ClassRows {

@@ -99,14 +99,20 @@ void exponentiate(const LogitTile<T>& tile) {
   }
 }
 
+// 0 * factor, but 0 where the factor is infinite.
+template <class V>
+V zero_times(V factor) {
+  return factor == factor ? V{} : factor;
+}
+
 template <class T>
 void scale_columns(T* values, int64_t classes, int64_t rows, int64_t stride, const T* factor) {
   for (int64_t r = 0; r < rows; r += kLanes<T>) {
-    const Vec<T> by = load(factor + r);
+    const Vec<T> by = load(factor + r), zero = zero_times(by);
     for (int64_t j = 0; j < classes; ++j) {
       T* at = values + j * stride + r;
       const Vec<T> value = load(at);
-      store(at, value == T(0) ? value : value * by);
+      store(at, value == T(0) ? zero : value * by);
     }
   }
 }
@@ -261,7 +267,9 @@ inline Ints rounded_to_bfloat16(Vec<float> value) {
   return value == value ? bits + 0x7fff + ((bits >> 16) & 1) : bits | 0x400000;
 }
 
-inline Vec<float> scaled(Vec<float> value, Vec<float> factor) { return value == 0.0f ? value : value * factor; }
+inline Vec<float> scaled(Vec<float> value, Vec<float> factor) {
+  return value == 0.0f ? zero_times(factor) : value * factor;
+}
 
 void store_halves(uint16_t* to, Ints in_high_half) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),

@@ -53,7 +53,7 @@ struct KernelsFor {
   int64_t lanes;  // elements of a vector
   void (*multiply)(const Product<T, T>&);
   void (*exponentiate)(const LogitTile<T>&);
-  // values(j, r) *= factor_r, but 0 stays 0 where the factor is infinite.
+  // values(j, r) *= factor_r, but 0 stays 0 where the factor is infinite (not where it is NaN).
   void (*scale_columns)(T* values, int64_t classes, int64_t rows, int64_t stride, const T* factor);
   double (*sum)(const T* values, int64_t n);  // n: whole vectors of float64
   // a . b, in float64
@@ -70,7 +70,7 @@ struct KernelsFor {
 // What bfloat16 products take of a tile of exp(o - max), rounded to bfloat16 (to nearest, ties to even):
 //   by_class(j / 2, r) = the pair of values(j, r) * row_factor_r * class_factor_j for j and j + 1
 //   values(j, r)       = values(j, r) * unit_factor_r, as the first half of the row's memory
-// 0 stays 0 where a factor is infinite. An odd last class is paired with 0.
+// 0 stays 0 where a factor is infinite (not where it is NaN). An odd last class is paired with 0.
 struct BfloatTile {
   int64_t classes, rows, stride;
   float* values;

@@ -49,8 +49,10 @@ struct OutOfFloatRange {};
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// factor * gradient, but 0 through a zero row or scale even where an upstream gradient is infinite.
-double through(double factor, double gradient) { return factor == 0.0 ? 0.0 : factor * gradient; }
+// factor * gradient, but 0 through a factor of 0 even where an upstream gradient is infinite; a NaN stays one.
+double through(double factor, double gradient) {
+  return factor == 0.0 && gradient == gradient ? 0.0 : factor * gradient;
+}
 
 // Computes in T and stores Out, the type of the results.
 template <class T, class Out>
@@ -314,12 +316,17 @@ class Solver {
 
   // Where rows are not divided by their lengths, float32 products of them must stay in range.
   void check_length(const Matrix& from, double norm) {
-    if (sizeof(T) != 4) return;
-    if (!(norm == 0 || (norm > kShortestRow && norm < kLongestRow))) out_of_range_ = true;
+    if (sizeof(Out) != 4) return;
+    if (sizeof(T) == 4 && !(norm == 0 || (norm > kShortestRow && norm < kLongestRow))) out_of_range_ = true;
     std::atomic<double>& longest = &from == &p_.input ? longest_x_ : longest_w_;
     double before = longest.load(std::memory_order_relaxed);
     while (norm > before && !longest.compare_exchange_weak(before, norm)) {
     }
+  }
+
+  // A dot product past the largest number of the results' type is infinite there, whatever T holds.
+  static double as_result(double product) {
+    return std::abs(product) > std::numeric_limits<Out>::max() ? std::copysign(kInf, product) : product;
   }
 
   bool rounds(const Matrix& from) const { return p_.rounding != Rounding::none && from.dtype != DType::float64; }
@@ -463,7 +470,7 @@ class Solver {
       read_unit(p_.weight, classes_.id(slot), target_rows_ + r * ld_);
     }
     row.upstream = p_.grad_loss ? p_.grad_loss[i] : share;
-    row.target_similarity = kernels_.dot(x_ + r * ld_, row.target_row, D_);
+    row.target_similarity = as_result(kernels_.dot(x_ + r * ld_, row.target_row, D_));
     const double log_count = p_.target_log_expected_count ? p_.target_log_expected_count[i] : 0.0;
     row.target_logit = p_.scale * row.target_similarity + bias(slot) - log_count;
     if constexpr (std::is_same<T, float>::value) {
@@ -496,16 +503,22 @@ class Solver {
     }
     finish_losses(first, rows);
     if (!wants_gradient_) return;
-    if (wants_x_ && N_ == 0) {
-      std::fill_n(grad_x_, rows * ld_, T(0));
-      for (int64_t r = 0; r < rows; ++r) store_grad_input(first, r);
-    }
+    if (N_ == 0) return run_targets(first, rows);
     for (int64_t c = 0; c < N_; c += chunk_) {
       const int64_t columns = std::min(chunk_, N_ - c);
       if (chunk_ < N_) pack(c, columns), compute_exponentials(first, c, columns, rows);
       compute_dlogits(first, c, columns, rows);
       accumulate_gradients(first, c, columns, rows);
     }
+  }
+
+  // No class is in the denominator besides the targets: gradients are 0, or NaN beside losses that are.
+  void run_targets(int64_t first, int64_t rows) {
+    if (wants_x_) {
+      std::fill_n(grad_x_, rows * ld_, T(0));
+      for (int64_t r = 0; r < rows; ++r) store_grad_input(first, r);
+    }
+    add_targets(first, 0, {0, 0}, rows, 0, D_);
   }
 
   int64_t row_tiles(int64_t rows) const { return ceil_div(rows, row_tile_); }
@@ -554,6 +567,10 @@ class Solver {
     }
     kernels_.multiply({classes, lanes, D_, w_ + t.begin * ld_, ld_, 1, x_columns_ + r * D_, row_tile_, values,
                        row_tile_, nullptr, false});
+    if (sizeof(T) == sizeof(Out) || p_.cosine || longest_x_ * longest_w_ <= std::numeric_limits<Out>::max()) return;
+    for (int64_t i = 0; i < classes * row_tile_; i += row_tile_) {
+      std::transform(values + i, values + i + lanes, values + i, as_result);
+    }
   }
 
   // Folds the tiles of a chunk into max, sum and sum_similarity of each row.
@@ -595,12 +612,14 @@ class Solver {
   }
 
   // loss = log1p(sum_{j != t} exp(o_j - o_t)) where the target leads, else (max - o_t) + log(sum of all). dlogits of
-  // the target is minus the others' sum, so that nothing cancels as its probability nears 1.
+  // the target is minus the others' sum, so that nothing cancels as its probability nears 1. An infinite peak makes
+  // all of it NaN.
   void finish_losses(int64_t first, int64_t rows) {
     for (int64_t r = 0; r < rows; ++r) {
       Row& row = row_[r];
       row.peak = row.target_logit >= row.max ? row.target_logit : row.max;
-      const double others = row.sum == 0 ? 0.0 : row.sum * std::exp(row.max - row.peak);
+      const double zero = row.peak - row.peak;  // or NaN
+      const double others = row.sum == 0 ? zero : row.sum * std::exp(row.max - row.peak) + zero;
       const double target = std::exp(row.target_logit - row.peak), all = target + others;
       const double loss =
           row.target_logit == row.peak ? std::log1p(others) : row.peak - row.target_logit + std::log(all);

@@ -49,9 +49,10 @@ struct SampledSoftmaxResult {
   double* grad_scale = nullptr;  // (1,)
 };
 
-// Fills `result` and returns how many rows of weight were touched: listed in class_ids, or a target. Throws
-// std::out_of_range for an id out of range and std::invalid_argument for a NaN or -inf correction, naming position and
-// value, before anything is written.
+// Fills `result` and returns how many rows of weight were touched: listed in class_ids, and not left out by a
+// correction of +inf, or a target. What is not finite gives NaN, in gradients too, and so does a dot product past the
+// largest number of the results' type; a logit of -inf leaves a class out. Throws std::out_of_range for an id out of
+// range and std::invalid_argument for a NaN or -inf correction, naming position and value, before anything is written.
 int64_t sampled_softmax(const SampledSoftmax& problem, const SampledSoftmaxResult& result, int threads);
 
 }  // namespace fedss

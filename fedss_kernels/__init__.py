@@ -23,7 +23,8 @@ from .clip_grad import clip_grad_norm_, clip_grad_value_
 from .row_adam import RowAdam, row_adam_step_
 from .row_momentum import row_momentum_step_
 from .row_sgd import RowSGD
-from .sampled_softmax import SampledSoftmaxLoss, sampled_softmax_loss
+from .sampled_softmax import sampled_softmax_loss
+from .sampled_softmax_module import SampledSoftmaxLoss
 from .scatter_add import scatter_add_
 
 __version__ = "0.1.0"

@@ -15,11 +15,20 @@ def check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> N
     """Raises TypeError unless `value` is a dense tensor of one of `dtypes`."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-    if value.dtype not in dtypes:
-        expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(f"{name}: expected {expected}, got {str(value.dtype).removeprefix('torch.')}")
+    check_dtype(name, value.dtype, dtypes)
     if value.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, got layout {value.layout}")
+    if type(value).__name__ == "DTensor":
+        raise TypeError(
+            f"{name}: expected a plain tensor, got a DTensor; pass its full_tensor() or to_local()"
+        )
+
+
+def check_dtype(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Raises TypeError unless `value` is one of `dtypes`."""
+    if not isinstance(value, torch.dtype) or value not in dtypes:
+        expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name}: expected {expected}, got {repr(value).removeprefix('torch.')}")
 
 
 def check_shape(name: str, value: Tensor, shape: tuple[int, ...], meaning: str) -> None:
@@ -36,17 +45,37 @@ def check_device(name: str, value: Tensor, device: torch.device, of: str) -> Non
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raises ValueError unless `value` is one of `choices`."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         expected = " or ".join(f'"{choice}"' for choice in choices)
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
-def check_integer(name: str, value: object, least: int) -> None:
-    """Raises TypeError unless `value` is an integer, ValueError unless it is at least `least`."""
+def as_integer(value: Any) -> Any:
+    """Any integer, NumPy's too, as an int; what is none comes back, for a check to refuse."""
+    if type(value) is int or isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        return value
+    return int(value)
+
+
+def check_integer(name: str, value: object, least: int, most: int | None = None) -> int:
+    """`value` as an int; raises TypeError unless it is an integer, ValueError outside `least` to `most`."""
+    value = as_integer(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value}")
+    if value >= 2**63:
+        raise ValueError(f"{name}: expected a 64-bit integer, got {value}")
+    if value < least or (most is not None and value > most):
+        expected = f"at least {least}" if most is None else f"{least} to {most}"
+        raise ValueError(f"{name}: expected {expected}, got {value}")
+    return value
+
+
+def check_ignore_index(ignore_index: Any) -> int:
+    """`ignore_index` as an int; raises TypeError unless it is a 64-bit integer."""
+    ignore_index = as_integer(ignore_index)
+    if type(ignore_index) is not int or not -(2**63) <= ignore_index < 2**63:
+        raise TypeError(f"ignore_index: expected a 64-bit integer, got {ignore_index!r}")
+    return ignore_index
 
 
 def as_number(name: str, value: object, least: float = -math.inf, below: float = math.inf) -> float:

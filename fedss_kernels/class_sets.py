@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import check_integer, check_tensor
+from .checks import check_choice, check_ignore_index, check_integer, check_tensor
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,7 @@ def class_set_of(
 
 
 def check_correction(correction: str) -> None:
-    if correction not in ("negatives", "none"):
-        raise ValueError(f'correction: expected "negatives" or "none", got {correction!r}')
+    check_choice("correction", correction, ("negatives", "none"))
 
 
 def draw_batch_class_set(
@@ -111,13 +110,22 @@ def draw_batch_class_set(
     into m equal strata and one class is drawn from each, so every class has expected count m / (C - |P|)
     exactly, few are drawn twice, and m = C - |P| draws each once. O((B + m) log B).
 
-    A torch.Generator cannot be traced by torch.compile; a GeneratorHandle of it can.
+    A torch.Generator cannot be traced by torch.compile; a GeneratorHandle of it can. With either, to run in
+    the backward pass is refused (RuntimeError): what torch.utils.checkpoint runs again would draw others, as
+    it restores the state of torch's default generators only. Raises TypeError and ValueError for a target
+    that is no (B,) int64 tensor, num_classes < 1, num_sampled < 0 or an ignore_index that is no integer.
     """
-    B = len(target)
+    check_tensor("target", target, (torch.int64,))
+    if target.dim() != 1:
+        raise ValueError(f"target: expected shape (B,), got {tuple(target.shape)}")
+    num_classes = check_integer("num_classes", num_classes, 1)
+    num_sampled = check_integer("num_sampled", num_sampled, 0)
+    ignore_index = check_ignore_index(ignore_index)
+    B = target.shape[0]
     ignored = num_classes  # a rank past every class, so that ignored rows sort last
     held = torch.where(target == ignore_index, ignored, target).sort().values
-    first = torch.ones_like(held, dtype=torch.bool)
-    first[1:] = held[1:] != held[:-1]
+    # No tensor of size B - 1, which for B = 2 would be 1: traced code takes that for a case of its own.
+    first = held != torch.cat([held.new_full((1,), -1), held])[:-1]
     positive = first & (held != ignored)
     others = num_classes - positive.sum()
 
@@ -126,6 +134,9 @@ def draw_batch_class_set(
     if isinstance(generator, GeneratorHandle):
         uniform = torch.ops.fedss_kernels.random_integers(generator.draws, target, num_sampled, generator.key)
     else:
+        check_generator(generator)
+        if generator is not None:
+            _refuse_in_backward()
         uniform = torch.randint(2**62, (num_sampled,), device=target.device, generator=generator)
     stratum = torch.arange(num_sampled, device=target.device)
     rank = (stratum * others + uniform % others.clamp(min=1)) // max(num_sampled, 1)
@@ -140,27 +151,45 @@ def draw_batch_class_set(
     log_expected_count = torch.cat(
         [torch.where(positive, 0.0, torch.inf).to(torch.float32), log_count.expand(num_sampled)]
     )
-    assert len(class_ids) == B + num_sampled
+    assert class_ids.shape[0] == B + num_sampled
     return class_ids, log_expected_count
 
 
 class GeneratorHandle:
     """A torch.Generator that compiled code can draw from: known to an operator by a number.
 
-    Copies and unpickled handles have generators of their own, in the state of the original's.
+    Copies and unpickled handles have generators of their own, in the state of the original's. To go on after
+    a pause as if there had been none, save `get_state()`, and give it to `set_state` later. Raises TypeError
+    for what is no torch.Generator.
     """
 
     def __init__(self, generator: torch.Generator) -> None:
+        check_generator(generator)
         self.generator = generator
-        self.draws = torch.zeros((), dtype=torch.int64, device="cpu")  # so far
+        with torch.inference_mode(False):  # what is made in it could not be counted up outside
+            self.draws = torch.zeros((), dtype=torch.int64, device="cpu")  # so far
         self.key = next(_keys)
         _generators[self.key] = generator
+
+    def get_state(self) -> Tensor:
+        """The generator's state, a uint8 tensor on the CPU."""
+        return self.generator.get_state()
+
+    def set_state(self, state: Tensor) -> None:
+        """Sets the generator to a state that `get_state` gave."""
+        self.generator.set_state(state)
 
     def __reduce__(self):
         return GeneratorHandle, (self.generator,)
 
     def __deepcopy__(self, memo: dict) -> "GeneratorHandle":
         return GeneratorHandle(copy.deepcopy(self.generator, memo))
+
+
+def check_generator(generator: object) -> None:
+    """Raises TypeError unless it is a torch.Generator or None."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
 
 
 _keys = itertools.count()
@@ -175,8 +204,19 @@ _library.define(
 
 def _random_integers(draws: Tensor, like: Tensor, size: int, generator: int) -> Tensor:
     """(size,) uniform in [0, 2^62), on like's device, from the generator of that number."""
+    _refuse_in_backward()
     draws += 1
     return torch.randint(2**62, (size,), device=like.device, generator=_generators[generator])
+
+
+def _refuse_in_backward() -> None:
+    """What runs there is run again, by torch.utils.checkpoint, and should draw what it drew before."""
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "generator: the class set is drawn again in the backward pass, and would be another one: "
+            "torch.utils.checkpoint restores torch's default generators only. Leave the loss out of what is "
+            "checkpointed (it keeps no logits), or take generator=None"
+        )
 
 
 _library.impl("random_integers", _random_integers, "CompositeExplicitAutograd")

@@ -13,7 +13,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
 from .direct_triton import direct_triton_loss
-from .loss_operator import Arguments, finish, finish_gradients, run_kernel
+from .loss_operator import Arguments, finish, finish_gradients, run_kernel, shaped_like
 
 
 def direct_loss(
@@ -110,7 +110,12 @@ def _constant(tensor: Tensor) -> bool:
 
 
 def _ordinary_scale(scale: float | Tensor) -> bool:
-    return isinstance(scale, Tensor) and _ordinary(scale) and scale.dim() == 0 and scale.is_floating_point()
+    return (
+        isinstance(scale, Tensor)
+        and _ordinary(scale)
+        and (scale.dim() == 0 or scale.shape == (1,))
+        and scale.is_floating_point()
+    )
 
 
 class _Loss(torch.autograd.Function):
@@ -148,8 +153,10 @@ class _Loss(torch.autograd.Function):
         )
         needed = list(ctx.needs_input_grad[:4])
         if grad_mode:  # create_graph: the operator refuses a second derivative
-            return *_by_operator(p, grad_loss, needed), None
-        return *finish_gradients(p, made, touched, grad_loss, needed, owned=True), None
+            found = _by_operator(p, grad_loss, needed)
+        else:
+            found = finish_gradients(p, made, touched, grad_loss, needed, owned=True)
+        return *shaped_like(learned, found), None
 
 
 # Function.apply without what it does for function transforms, which do not come here.

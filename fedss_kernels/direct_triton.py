@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .checks import FLOATING
 from .implementations import triton_kernels
-from .loss_operator import autocast_dtype
+from .loss_operator import autocast_dtype, shaped_like
 
 _kernels: dict[str, ModuleType] = {}  # by type of device
 _known: dict[Hashable, Any] = {}  # -> Calls, of problems whose tensors kernels read as they are
@@ -141,12 +141,13 @@ class _Loss(torch.autograd.Function):
             found = torch.ops.fedss_kernels.sampled_softmax_loss_backward(
                 *(grad_loss, [kept] * 5, list(needed), *tensors[:7], scale, *options, [False] * 4, rounding)
             )
-            return *(gradient if need else None for need, gradient in zip(needed, found, strict=True)), None
-        prepared = ctx.prepared
-        if prepared is not None:
+            found = [gradient if need else None for need, gradient in zip(needed, found, strict=True)]
+        elif (prepared := ctx.prepared) is not None:
             ctx.prepared = None  # handed on; a second backward pass allocates its own
-            return *calls.finish(tensors, factor, kept, grad_loss, prepared), None
-        return *calls.gradients(tensors, factor, kept, grad_loss, wanted), None
+            found = calls.finish(tensors, factor, kept, grad_loss, prepared)
+        else:
+            found = calls.gradients(tensors, factor, kept, grad_loss, wanted)
+        return *shaped_like(learned, found), None
 
 
 # Function.apply without what it does for function transforms, which do not come here.

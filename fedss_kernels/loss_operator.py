@@ -216,10 +216,10 @@ for _device in ("CPU", "CUDA"):
 @torch.library.register_fake("fedss_kernels::sampled_softmax_loss_backward", lib=_library)
 def _backward_fake(grad_loss: Tensor, made: list[Tensor], needed: list[bool], *arguments):
     p = Arguments(*arguments)
-    if needed[1] and p.sparse_grad:
+    if (needed[1] or needed[2]) and p.sparse_grad:
         raise RuntimeError(
-            "sampled_softmax_loss: sparse_grad=True cannot be compiled, as torch.compile has no sparse "
-            "tensors; compile with sparse_grad=False, or leave the loss out of the compiled region"
+            "sampled_softmax_loss: sparse_grad=True cannot be compiled, exported or run on fake tensors, as "
+            "torch has no sparse ones there; take sparse_grad=False, or leave the loss out of what is traced"
         )
     return (
         torch.empty_like(p.input, memory_format=torch.contiguous_format) if needed[0] else _nothing(p.input),
@@ -280,28 +280,42 @@ def _grad_weight(
 ) -> Tensor:
     if p.class_ids is None and not p.sparse_grad:
         return finish(made.rows, upstream, p.weight, owned)
-    ids = _touched(p, made, touched)
-    rows = finish(made.rows[: len(ids)], upstream, p.weight, owned)
-    if p.sparse_grad:
-        return torch.sparse_coo_tensor(
-            ids[None], rows, p.weight.shape, check_invariants=False, is_coalesced=True
-        )
-    return _spread(ids, rows, p.weight)
+    ids, there = _touched(p, made, touched)
+    rows = finish(made.rows[there], upstream, p.weight, owned)
+    return _sparse(ids, rows, p.weight) if p.sparse_grad else _spread(ids, rows, p.weight)
 
 
 def _grad_bias(
     p: Arguments, made: Gradients, touched: int | None, upstream: float | None, owned: bool
 ) -> Tensor:
     assert p.bias is not None
-    ids = _touched(p, made, touched)
-    return _spread(ids, finish(made.bias[: len(ids)], upstream, p.bias, owned), p.bias)
+    ids, there = _touched(p, made, touched)
+    values = finish(made.bias[there], upstream, p.bias, owned)
+    return _sparse(ids, values, p.bias) if p.sparse_grad else _spread(ids, values, p.bias)
 
 
-def _touched(p: Arguments, made: Gradients, touched: int | None) -> Tensor:
-    """(U,) the classes whose rows have a gradient, ascending."""
-    if p.class_ids is None:
-        return torch.arange(len(p.weight), device=p.weight.device)
-    return made.row_ids[: int((made.row_ids >= 0).sum()) if touched is None else touched]
+def _touched(p: Arguments, made: Gradients, touched: int | None) -> tuple[Tensor, Tensor | slice]:
+    """((U,) the classes whose rows have a gradient, ascending; where these rows are in what was made)"""
+    if p.class_ids is not None:
+        U = int((made.row_ids >= 0).sum()) if touched is None else touched
+        return made.row_ids[:U], slice(U)
+    ids = torch.arange(len(p.weight), device=p.weight.device)
+    if p.sparse_grad and p.log_expected_count is not None:
+        takes_part = p.log_expected_count < math.inf
+        takes_part[p.target[p.target != p.ignore_index]] = True
+        ids = ids[takes_part]
+    return ids, slice(None) if len(ids) == len(p.weight) else ids
+
+
+def _sparse(ids: Tensor, rows: Tensor, like: Tensor) -> Tensor:
+    return torch.sparse_coo_tensor(ids[None], rows, like.shape, check_invariants=False, is_coalesced=True)
+
+
+def shaped_like(learned: Tensor | None, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """`gradients`, the last of them, which is made of shape (), with the shape of the learned scale."""
+    if learned is None or learned.dim() == 0 or gradients[3] is None:
+        return gradients
+    return *gradients[:3], gradients[3].reshape(learned.shape)
 
 
 def _spread(ids: Tensor, rows: Tensor, like: Tensor) -> Tensor:

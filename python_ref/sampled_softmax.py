@@ -36,39 +36,53 @@ def sampled_softmax_loss(
     tensor(0.3133)
     """
     dtype = dtype or input.dtype
-    x, w, t = input.reshape(target.numel(), input.shape[-1]).to(dtype), weight.to(dtype), target.reshape(-1)
+    x, w, t = input.reshape(target.numel(), input.shape[-1]), weight, target.reshape(-1)
     B, C = len(t), len(weight)
     ids = torch.arange(C, device=x.device) if class_ids is None else class_ids
-    b = x.new_zeros(C) if bias is None else bias.to(dtype)
-    count = x.new_zeros(len(ids)) if log_expected_count is None else log_expected_count.to(dtype)
-    target_count = x.new_zeros(B)
+    b = x.new_zeros(C, dtype=dtype) if bias is None else bias.to(dtype)
+    count = x.new_zeros(len(ids), dtype=dtype)
+    if log_expected_count is not None:
+        count = log_expected_count.to(dtype)
+    target_count = x.new_zeros(B, dtype=dtype)
     if target_log_expected_count is not None:
         target_count = target_log_expected_count.reshape(-1).to(dtype)
 
     counted = t != ignore_index
     if C == 0:  # then every row is ignored; a class of zeros gives them something to ignore
-        w, b = x.new_zeros(1, x.shape[1]) + w.sum(), x.new_zeros(1) + b.sum()
-    x, t = torch.where(counted[:, None], x, 0.0), torch.where(counted, t, 0)
-    if similarity == "cosine":
-        x, w = _unit(x), _unit(w)
-    z = scale * (x @ w[ids].T) + b[ids]
-    z_target = scale * (x * w[t]).sum(dim=1) + b[t]
-    o = (z - count).masked_fill(ids == t[:, None], -torch.inf)
-    o_target = z_target - target_count
-    loss = torch.where(counted, _log1p_sum_exp(o - o_target[:, None]), 0.0).to(dtype)
+        w, b = w.new_zeros(1, x.shape[1]) + w.sum(), b.new_zeros(1) + b.sum()
+    # What takes no part may hold anything: it is read as zeros, as 0 times NaN would be its gradient.
+    listed, t = (count < torch.inf) & counted.any(), torch.where(counted, t, 0)
+    x, w_target = (torch.where(counted[:, None], rows, 0.0) for rows in (x, w[t]))
+    w, b_target = torch.where(listed[:, None], w[ids], 0.0), torch.where(counted, b[t], 0.0)
+    x, w, w_target = (
+        _unit(rows, dtype) if similarity == "cosine" else rows.to(dtype) for rows in (x, w, w_target)
+    )
+    z = scale * (x @ w.T) + torch.where(listed, b[ids], 0.0)
+    z_target = scale * (x * w_target).sum(dim=1) + b_target
+    is_term = listed & counted[:, None] & (ids != t[:, None])
+    o = torch.where(is_term, z - count, -torch.inf)
+    o_target = torch.where(counted, z_target - target_count, 0.0)
+    loss = _log1p_sum_exp(o, o_target).to(dtype)
     if reduction == "none":
         return loss.reshape(target.shape)
     return loss.sum() if reduction == "sum" else loss.sum() / counted.sum().clamp(min=1)
 
 
-def _log1p_sum_exp(x: Tensor) -> Tensor:
-    """log(1 + sum_j exp(x_j)) = m + log(exp(-m) + sum_j exp(x_j - m)), m the largest of 0 and the x_j."""
-    m = torch.cat([x.new_zeros(len(x), 1), x.detach()], dim=1).amax(dim=1)
-    return m + torch.log1p(torch.expm1(-m) + torch.exp(x - m[:, None]).sum(dim=1))
+def _log1p_sum_exp(o: Tensor, o_target: Tensor) -> Tensor:
+    """log(1 + sum_j exp(x_j)) = m + log(exp(-m) + sum_j exp(x_j - m)), x_j = o_j - o_t, m = max(0, all x_j).
+
+    NaN where o_t is not finite: then 0 * o_t, which stands for the 0, is NaN.
+    """
+    zero, x = 0 * o_target, o - o_target[:, None]
+    m = torch.cat([zero[:, None], x], dim=1).detach().amax(dim=1)
+    return m + torch.log1p(torch.expm1(zero - m) + torch.exp(x - m[:, None]).sum(dim=1))
 
 
-def _unit(rows: Tensor) -> Tensor:
-    """rows / |rows|; a row of norm below 1e-12 becomes zero and passes no gradient."""
+def _unit(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """rows / |rows|, of any length; a row of norm below 1e-12 becomes zero and passes no gradient."""
+    rows = rows.to(torch.promote_types(rows.dtype, dtype))
+    squares_overflow = rows.detach().norm(dim=1, keepdim=True) == torch.inf
+    rows = torch.where(squares_overflow, rows * torch.finfo(rows.dtype).max ** -0.75, rows)
     norm = rows.norm(dim=1, keepdim=True)
     zero = norm < 1e-12
-    return torch.where(zero, 0.0, rows / torch.where(zero, 1.0, norm))
+    return torch.where(zero, 0.0, rows / torch.where(zero, 1.0, norm)).to(dtype)

@@ -453,6 +453,21 @@ def test_logits_past_float32_are_exact(scale, dtype, sampled_softmax_loss):
     assert (grad_x[alone] == 0).all() and (grad_w != 0).any() and grad_scale == 0
 
 
+@pytest.mark.parametrize("length", [1e-11, 1e20, 1e36])
+def test_the_reference_knows_rows_of_any_length(length):
+    """Their squares pass float32's largest number."""
+    x, w, t = problem()
+    options = {"impl": "reference", "reduction": "none"}
+    expected = fedss_kernels.sampled_softmax_loss(x, w, t, **options)
+    for rows in ((x * length, w), (x, w * length), (x.double() * 1e300, w.double())):
+        found = fedss_kernels.sampled_softmax_loss(*rows, t, **options)
+        torch.testing.assert_close(found, expected.to(found.dtype), rtol=1e-5, atol=1e-6)
+    grad_x, grad_w = gradients(fedss_kernels.sampled_softmax_loss(x, w * length, t, **options), x, w)
+    right_x, right_w = gradients(expected, x, w)
+    torch.testing.assert_close(grad_x, right_x, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(grad_w.double(), right_w.double(), rtol=1e-4, atol=1e-5)
+
+
 @cpp_only
 def test_rows_of_any_length_have_a_cosine(sampled_softmax_loss):
     """The squares of 1e30 pass float32's largest number; the cosine does not care."""
@@ -511,6 +526,17 @@ def test_repeated_classes_equal_a_smaller_expected_count(sampled_softmax_loss):
     torch.testing.assert_close(twice, once, rtol=1e-14, atol=0)
 
 
+def test_a_target_count_of_scale_times_the_margin_is_cosface(sampled_softmax_loss):
+    """Wang et al. 2018, Eq. 4: the target's cosine less m, before the scale."""
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(4, 8, generator=g), torch.randn(9, 8, generator=g)
+    t, scale, m = torch.tensor([0, 8, 3, 3]), 16.0, 0.35
+    cosines = torch.nn.functional.normalize(x) @ torch.nn.functional.normalize(w).T
+    logits = scale * (cosines - m * torch.nn.functional.one_hot(t, 9))
+    found = sampled_softmax_loss(x, w, t, target_log_expected_count=torch.full((4,), scale * m), scale=scale)
+    torch.testing.assert_close(found, torch.nn.functional.cross_entropy(logits, t), rtol=1e-5, atol=1e-6)
+
+
 @cpp_only
 def test_order_of_the_class_set_changes_no_bit(sampled_softmax_loss):
     x, w, t = problem()
@@ -552,6 +578,68 @@ def test_sparse_gradient_holds_the_touched_rows(class_ids, sampled_softmax_loss)
     touched = torch.arange(len(w)) if class_ids is None else torch.cat([class_ids, t])
     by_cpu = sampled_softmax_loss is fedss_kernels.sampled_softmax_loss
     assert torch.equal(sparse._indices()[0], touched.unique() if by_cpu else touched)
+
+
+# target, class_ids, log_expected_count; the classes that take part; where none does, those that CUDA lists
+LEFT_OUT = {
+    "some of each": ([3, -100, 3, 7], [0, 5, 6, 5], [torch.inf, 0.0, torch.inf, 0.5], {3, 5, 7}, set()),
+    "a target's entry": ([3, -100], [3, 5], [torch.inf, torch.inf], {3}, set()),
+    "every class": ([3, -100], None, [torch.inf] * 5 + [0.0] * 7, {3, *range(5, 12)}, set()),
+    "all rows ignored": ([-100, -100], [0, 5], [torch.inf, 0.0], {5}, set()),
+    "no rows": ([], [0, 5], [torch.inf, 0.0], {5}, set()),
+    "nothing": ([-100, -100], [4, 5], [torch.inf, torch.inf], set(), {4}),
+    "no class set": ([3, -100], [], [], {3}, set()),
+}
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("which", LEFT_OUT)
+def test_sparse_gradients_list_only_what_takes_part(which, dtype, sampled_softmax_loss):
+    """Not what is left out by +inf, nor a class that stands for an ignored target."""
+    *lists, taking_part, drawn = LEFT_OUT[which]
+    t, ids = (None if of is None else torch.tensor(of, dtype=torch.int64) for of in lists[:2])
+    x, w, _ = problem(B=len(t))
+    w = w.detach().to(dtype).requires_grad_()
+    bias = torch.linspace(-1, 1, len(w)).to(dtype).requires_grad_()
+
+    def results(sparse_grad):
+        counts = torch.tensor(lists[2])
+        loss = sampled_softmax_loss(x, w, t, ids, counts, bias=bias, sparse_grad=sparse_grad)
+        return gradients(loss, w, bias)
+
+    for sparse, dense in zip(results(True), results(False), strict=True):
+        assert sparse.layout == torch.sparse_coo and sparse.sparse_dim() == 1 and sparse.shape == dense.shape
+        listed = sparse._indices()[0].tolist()
+        if sampled_softmax_loss is fedss_kernels.sampled_softmax_loss:
+            assert listed == sorted(taking_part) and sparse.is_coalesced()
+        else:
+            assert set(listed) == (taking_part or drawn)
+        rounding = {"rtol": 1e-5, "atol": 1e-6} if dtype == F32 else {"rtol": 0.02, "atol": 0.002}
+        torch.testing.assert_close(sparse.to_dense(), dense, **rounding)
+
+
+def test_sparse_gradient_of_the_bias_alone(sampled_softmax_loss):
+    x, w, t = problem()
+    bias = torch.zeros(len(w), requires_grad=True)
+    options = {"class_ids": torch.tensor([7, 2]), "bias": bias, "sparse_grad": True}
+    found = gradients(sampled_softmax_loss(x, w.detach(), t, **options), bias)[0]
+    expected = gradients(sampled_softmax_loss(x, w, t, **options), bias)[0]
+    assert found.is_sparse and torch.equal(found.to_dense(), expected.to_dense())
+
+
+@cpp_only
+def test_torch_takes_a_sparse_gradient_of_the_bias(sampled_softmax_loss):
+    """AccumulateGrad, twice; SparseAdam, which refuses dense ones."""
+    x, w, t = problem()
+    bias = torch.zeros(len(w), requires_grad=True)
+    before = w.detach().clone()
+    optimizer = torch.optim.SparseAdam([w, bias])
+    for ids in ([7, 2], [2, 4]):
+        sampled_softmax_loss(x, w, t, torch.tensor(ids), bias=bias, sparse_grad=True).backward()
+    optimizer.step()
+    moved = torch.zeros(len(w), dtype=torch.bool)
+    moved[[7, 2, 4, *t.tolist()]] = True
+    assert torch.equal(bias != 0, moved) and torch.equal((w != before).any(1), moved)
 
 
 def test_only_the_gradients_asked_for_are_made(sampled_softmax_loss):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from fedss_kernels.reference import sampled_softmax_loss as reference_loss
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fedss_kernels import SampledSoftmaxLoss, sampled_softmax_loss
+from fedss_kernels import SampledSoftmaxLoss, draw_batch_class_set, sampled_softmax_loss
 
 B, C, D, S = 4, 9, 5, 3
 
@@ -33,10 +34,14 @@ BAD = [
     ({"input": torch.ones(B, D, dtype=torch.int64)}, TypeError, "input: expected float16 or .* got int64"),
     ({"input": torch.ones(B, D).to_sparse()}, TypeError, "input: expected a dense tensor, got layout"),
     ({"input": torch.tensor(1.0)}, ValueError, r"input: expected shape \(..., D\), got \(\)"),
-    ({"input": torch.ones(B, D, device="meta")}, ValueError, "expected a tensor on meta"),
-    ({"weight": torch.ones(C, D + 1)}, ValueError, r"weight: expected shape \(C, D\) with D = 5, got \(9, 6\)"),
+    ({"input": torch.ones(B, D, device="meta")}, ValueError, "input: expected a tensor on cpu as weight is, got one on meta"),
+    ({"target": torch.zeros(B, dtype=torch.int64, device="meta")}, ValueError, "target: expected a tensor on cpu as weight is"),
+    ({"input": torch.ones(B, D - 1)}, ValueError, r"input: expected shape \(..., D\) with D = 5, as weight is \(9, 5\), got \(4, 4\)"),
+    ({"weight": torch.ones(C, D + 1)}, ValueError, r"input: expected .* with D = 6, as weight is \(9, 6\), got \(4, 5\)"),
     ({"weight": torch.ones(D)}, ValueError, r"weight: expected shape \(C, D\)"),
     ({"weight": torch.ones(C, D, dtype=torch.complex64)}, TypeError, "weight: expected .* got complex64"),
+    ({"weight": torch.tensor(1.0)}, ValueError, r"weight: expected shape \(C, D\), got \(\)"),
+    ({"class_ids": torch.tensor(1)}, ValueError, r"class_ids: expected shape \(S,\), got \(\)"),
     ({"target": torch.zeros(B)}, TypeError, "target: expected int64, got float32"),
     ({"target": torch.zeros(B, dtype=torch.int32)}, TypeError, "target: expected int64, got int32"),
     ({"target": torch.zeros(B + 1, dtype=torch.int64)}, ValueError, r"target: expected shape \(4,\)"),
@@ -56,7 +61,8 @@ BAD = [
     ({"target_log_expected_count": torch.zeros(B, requires_grad=True)}, ValueError, "target_log_expected_count: expected a c"),
     ({"bias": torch.zeros(C, dtype=torch.float64)}, TypeError, "bias: expected float32, got float64"),
     ({"bias": torch.zeros(C, 1)}, ValueError, r"bias: expected shape \(9,\) = \(C,\), got \(9, 1\)"),
-    ({"scale": torch.ones(1)}, ValueError, r"scale: expected a number or a 0-d tensor, got shape \(1,\)"),
+    ({"scale": torch.ones(2)}, ValueError, r"scale: expected a number or a 0-d tensor or \(1,\), got shape \(2,\)"),
+    ({"scale": torch.ones(1, 1)}, ValueError, r"scale: expected a number or a 0-d tensor or \(1,\), got shape \(1, 1\)"),
     ({"scale": torch.tensor(1)}, TypeError, "scale: expected .* got int64"),
     ({"sparse_grad": 1}, TypeError, "sparse_grad: expected True or False, got int"),
     ({"scale": "20"}, TypeError, "scale: expected a number or a 0-d tensor, got str"),
@@ -71,8 +77,11 @@ BAD = [
     ({"target_log_expected_count": torch.full((B,), torch.inf)}, ValueError, r"target_log_expected_count\[0\] = inf, expected a f"),
     ({"ignore_index": None}, TypeError, "ignore_index: expected a 64-bit integer, got None"),
     ({"ignore_index": True}, TypeError, "ignore_index: expected a 64-bit integer, got True"),
+    ({"ignore_index": np.float64(-100)}, TypeError, "ignore_index: expected a 64-bit integer, got np.float64"),
+    ({"reduction": np.array(["mean", "sum"])}, ValueError, "reduction: expected"),
     ({"ignore_index": 2**70}, TypeError, "ignore_index: expected a 64-bit integer, got 1180591620717411303424"),
     ({"impl": "cuda"}, ValueError, "impl: expected .* got 'cuda'"),
+    ({"impl": np.zeros(3)}, ValueError, "impl: expected .* got array"),
 ]  # fmt: skip
 
 
@@ -96,6 +105,39 @@ def test_any_real_number_is_a_scale(scale, impl):
     assert torch.equal(sampled_softmax_loss(**given | {"scale": scale}), expected)
     module = SampledSoftmaxLoss(C, D, scale=scale)
     assert type(module.scale) is float and module.scale == 2
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_any_integer_is_an_ignore_index(impl):
+    given = arguments(target=torch.tensor([0, 3, 3, 1]), impl=impl)
+    expected = sampled_softmax_loss(**given, ignore_index=3)
+    for index in (np.int64(3), np.int32(3), np.uint8(3)):
+        assert torch.equal(sampled_softmax_loss(**given, ignore_index=index), expected)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference", "cpp"])
+def test_meta_tensors_hold_no_numbers(impl):
+    given = {name: v.to("meta") if isinstance(v, torch.Tensor) else v for name, v in arguments().items()}
+    with pytest.raises(ValueError, match="input: expected a tensor that holds numbers, got one on meta"):
+        sampled_softmax_loss(**given, impl=impl)
+    module = SampledSoftmaxLoss(C, D, S, device="meta")
+    with pytest.raises(ValueError, match=r"after to_empty\(device=...\) and reset_parameters\(\) or load"):
+        module(given["input"], given["target"])
+
+
+def test_fake_tensors_have_no_sparse_gradient():
+    with FakeTensorMode():
+        given = arguments(weight=torch.randn(C, D, requires_grad=True))
+        assert sampled_softmax_loss(**given).shape == ()
+        with pytest.raises(RuntimeError, match="sparse_grad=True cannot be .* run on fake tensors"):
+            sampled_softmax_loss(**given, sparse_grad=True).backward()
+
+
+def test_memory_that_is_freed_is_not_read():
+    given = arguments()
+    given["weight"].untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="weight: expected a tensor with memory"):
+        sampled_softmax_loss(**given)
 
 
 def test_ids_are_checked_even_where_no_row_counts():
@@ -169,30 +211,92 @@ def test_func_grad_is_refused_in_words_of_what_it_is():
     torch.testing.assert_close(torch.func.grad(beside_it)(torch.ones(3)), torch.full((3,), 2.0))
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"num_classes": 0}, "num_classes: expected at least 1, got 0"),
-        ({"embedding_dim": 0}, "embedding_dim: expected at least 1, got 0"),
-        ({"num_sampled": -1}, "num_sampled: expected at least 0, got -1"),
-        ({"impl": "cuda"}, "impl: expected"),
-        ({"similarity": "l2"}, "similarity: expected"),
-        ({"reduction": "avg"}, "reduction: expected"),
-        ({"scale": torch.inf}, "scale: expected a finite number"),
-    ],
-)
-def test_bad_module(options, message):
-    with pytest.raises(ValueError, match=message):
+BAD_MODULES = [
+    ({"num_classes": 0}, ValueError, "num_classes: expected at least 1, got 0"),
+    ({"num_classes": 5.0}, TypeError, "num_classes: expected an integer, got float"),
+    ({"embedding_dim": 0}, ValueError, "embedding_dim: expected at least 1, got 0"),
+    ({"num_sampled": -1}, ValueError, "num_sampled: expected at least 0, got -1"),
+    ({"num_sampled": True}, TypeError, "num_sampled: expected an integer, got bool"),
+    ({"impl": "cuda"}, ValueError, "impl: expected"),
+    ({"similarity": "l2"}, ValueError, "similarity: expected"),
+    ({"reduction": "avg"}, ValueError, "reduction: expected"),
+    ({"scale": torch.inf}, ValueError, "scale: expected a finite number"),
+    ({"scale": "20"}, TypeError, "scale: expected a number"),
+    ({"learn_scale": 1}, TypeError, "learn_scale: expected True or False, got int"),
+    ({"bias": "yes"}, TypeError, "bias: expected True or False, got str"),
+    ({"sparse_grad": None}, TypeError, "sparse_grad: expected True or False, got NoneType"),
+    ({"ignore_index": 0.5}, TypeError, "ignore_index: expected a 64-bit integer, got 0.5"),
+    ({"generator": 3}, TypeError, "generator: expected a torch.Generator or None, got int"),
+    ({"num_classes": 2**64}, ValueError, "num_classes: expected a 64-bit integer, got 18446744073709551616"),
+    ({"dtype": "float32"}, TypeError, "dtype: expected .* got 'float32'"),
+    ({"dtype": torch.int64}, TypeError, "dtype: expected float16 or bfloat16 or float32 or float64, got int64"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options, error, message", BAD_MODULES, ids=[message for *_, message in BAD_MODULES])
+def test_bad_module(options, error, message):
+    with pytest.raises(error, match=message):
         SampledSoftmaxLoss(**({"num_classes": 5, "embedding_dim": 3} | options))
 
 
+BAD_CALLS = [
+    ([torch.ones(2, 4), torch.ones(2)], TypeError, "target: expected int64, got float32"),
+    ([torch.ones(2, 4), torch.tensor([0, 1])], ValueError, r"input: expected shape \(..., D\) with D = 3, as weight is \(5, 3\), got \(2, 4\)"),
+    ([torch.ones(2, 3), torch.tensor([0, 1, 2])], ValueError, r"target: expected shape \(2,\)"),
+    ([None, torch.tensor([0, 1])], TypeError, "input: expected a tensor, got NoneType"),
+    ([torch.ones(2, 3), torch.tensor([0, 5])], IndexError, r"target\[1\] = 5, expected a class in \[0, 5\)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("given, error, message", BAD_CALLS, ids=[message for *_, message in BAD_CALLS])
+def test_bad_call_of_the_module(given, error, message):
+    with pytest.raises(error, match=message):
+        SampledSoftmaxLoss(5, 3, 2)(*given)
+
+
 def test_bad_topk():
-    criterion = SampledSoftmaxLoss(5, 3)
+    criterion = SampledSoftmaxLoss(5, 3, bias=True)
+    x = torch.randn(2, 3)
     for k in (0, 6):
         with pytest.raises(ValueError, match=f"k: expected 1 to 5, got {k}"):
-            criterion.topk(torch.randn(2, 3), k)
+            criterion.topk(x, k)
+    for k in (2.0, True, "2", None):
+        with pytest.raises(TypeError, match=f"k: expected an integer, got {type(k).__name__}"):
+            criterion.topk(x, k)
+    with pytest.raises(ValueError, match="block_size: expected at least 1, got 0"):
+        criterion.topk(x, 1, 0)
     with pytest.raises(ValueError, match=r"input: expected shape \(..., 3\), got \(2, 4\)"):
         criterion.topk(torch.randn(2, 4), 1)
+    with pytest.raises(ValueError, match="input: expected a tensor on cpu as weight is, got one on meta"):
+        criterion.topk(x.to("meta"), 1)
+    expected = criterion.topk(x, 3, 2)
+    assert torch.equal(criterion.topk(x, np.int64(3), np.int64(2)).indices, expected.indices)
+    criterion.weight = torch.nn.Parameter(criterion.weight[:4].detach())
+    with pytest.raises(ValueError, match="k: expected 1 to 4, got 5"):
+        criterion.topk(x, 5)
+    with pytest.raises(ValueError, match=r"bias: expected shape \(4,\) = \(C,\), got \(5,\)"):
+        criterion.topk(x, 4)
+
+
+BAD_BATCHES = [
+    ({"target": [1]}, TypeError, "target: expected a tensor, got list"),
+    ({"target": torch.ones(3)}, TypeError, "target: expected int64, got float32"),
+    ({"target": torch.ones(1, 3, dtype=torch.int64)}, ValueError, r"target: expected shape \(B,\), got \(1, 3\)"),
+    ({"num_classes": 0}, ValueError, "num_classes: expected at least 1, got 0"),
+    ({"num_sampled": -2}, ValueError, "num_sampled: expected at least 0, got -2"),
+    ({"num_sampled": 2.0}, TypeError, "num_sampled: expected an integer, got float"),
+    ({"num_sampled": 2**63}, ValueError, "num_sampled: expected a 64-bit integer, got 9223372036854775808"),
+    ({"ignore_index": "0"}, TypeError, "ignore_index: expected a 64-bit integer, got '0'"),
+    ({"generator": 0}, TypeError, "generator: expected a torch.Generator or None, got int"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changed, error, message", BAD_BATCHES, ids=[message for *_, message in BAD_BATCHES])
+def test_bad_batch_class_set(changed, error, message):
+    good = {"target": torch.tensor([1]), "num_classes": 5, "num_sampled": 2, "generator": None}
+    with pytest.raises(error, match=message):
+        draw_batch_class_set(**good | changed)
+    draw_batch_class_set(torch.tensor([1]), np.int64(5), np.int64(2), ignore_index=np.int64(1))
 
 
 def test_reference_makes_its_tensors_where_its_arguments_are():

@@ -1,5 +1,6 @@
 """The operator in torch: registration, compilation, autocast, gradient scaling, DDP, forks, threads."""
 
+import copy
 import os
 import threading
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from fedss_kernels import SampledSoftmaxLoss, sampled_softmax_loss
+from fedss_kernels import RowSGD, SampledSoftmaxLoss, draw_batch_class_set, sampled_softmax_loss
 
 OPS = torch.ops.fedss_kernels
 B, C, D = 5, 9, 7
@@ -150,6 +151,60 @@ def test_compiled_equals_eager(reduction, scale, dynamic):
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("with_generator", [True, False])
+def test_compiled_with_a_dynamic_batch_whose_first_has_two_rows(training, with_generator):
+    generator = torch.Generator().manual_seed(0) if with_generator else None
+    criterion = SampledSoftmaxLoss(C, D, 3, bias=True, learn_scale=True, generator=generator).train(training)
+    twin = copy.deepcopy(criterion)
+    torch.compiler.reset()
+    compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
+    for rows in (2, 3, 7):
+        x, t = torch.randn(rows, D, requires_grad=True), torch.randint(C, (rows,))
+        if rows == 2:
+            for tensor in (x, t):
+                torch._dynamo.mark_dynamic(tensor, 0)
+        torch.manual_seed(1)
+        traced = compiled(x, t)
+        torch.manual_seed(1)
+        eager = twin(x, t)
+        assert torch.equal(traced, eager)
+        assert torch.equal(gradients(traced, x)[0], gradients(eager, x)[0])
+
+
+class Predictor(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.criterion = SampledSoftmaxLoss(C, D, bias=True, learn_scale=True)
+
+    def forward(self, x):
+        return self.criterion.topk(x, 3, block_size=4)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_topk_is_exported_for_any_batch(strict):
+    predictor = Predictor()
+    batch = {0: torch.export.Dim.DYNAMIC}
+    exported = torch.export.export(predictor, (torch.randn(2, D),), dynamic_shapes=(batch,), strict=strict)
+    for rows in (2, 3, 8):
+        x = torch.randn(rows, D)
+        for a, b in zip(exported.module()(x), predictor(x), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_loss_is_exported_for_any_batch(training):
+    criterion = SampledSoftmaxLoss(C, D, 3).train(training)
+    batch, given = {0: torch.export.Dim.DYNAMIC}, (torch.randn(2, D), torch.randint(C, (2,)))
+    exported = torch.export.export(criterion, given, dynamic_shapes=(batch, batch)).module()
+    for rows in (2, 6):
+        x, t = torch.randn(rows, D), torch.randint(C, (rows,))
+        torch.manual_seed(1)
+        found = exported(x, t)
+        torch.manual_seed(1)
+        assert torch.equal(found, criterion(x, t))
+
+
 def test_compiled_under_autocast_equals_eager():
     x, w, t, ids, counts = problem()
     compiled = torch.compile(lambda x: sampled_softmax_loss(x, w, t, ids, counts), fullgraph=True)
@@ -163,6 +218,26 @@ def test_compiled_sparse_gradient_is_refused_in_words():
     compiled = torch.compile(lambda w: sampled_softmax_loss(x, w, t, ids, sparse_grad=True), fullgraph=True)
     with pytest.raises(Exception, match="sparse_grad=True cannot be compiled"):
         compiled(w)
+
+
+def test_a_module_steps_only_the_classes_of_its_batch_and_its_draws():
+    """Repeated and ignored targets stand for no class: weight decay and momentum leave all others alone."""
+    seeds = (torch.Generator().manual_seed(1) for _ in range(2))
+    mine, other = seeds
+    criterion = SampledSoftmaxLoss(1000, D, 20, sparse_grad=True, generator=mine)
+    other.set_state(mine.get_state())
+    optimizer = RowSGD([criterion.weight], lr=0.1, momentum=0.9, weight_decay=0.1)
+    target = torch.tensor([5, 5, 8, -100])
+    before, touched = criterion.weight.detach().clone(), {5, 8}
+    for _ in range(5):
+        touched |= set(draw_batch_class_set(target, 1000, 20, other)[0][4:].tolist())
+        optimizer.zero_grad()
+        criterion(torch.randn(4, D), target).backward()
+        assert criterion.weight.grad._nnz() <= 22
+        optimizer.step()
+    assert 0 not in touched
+    moved = (criterion.weight != before).any(dim=1).nonzero()[:, 0]
+    assert moved.tolist() == sorted(touched)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

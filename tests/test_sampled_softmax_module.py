@@ -1,11 +1,13 @@
 """SampledSoftmaxLoss, the module, and the class sets it draws for its batches."""
 
+import contextlib
 import copy
 import io
 import pickle
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from fedss_kernels import SampledSoftmaxLoss, draw_batch_class_set, sampled_softmax_loss
 
@@ -120,6 +122,209 @@ def test_state_copies_and_saves():
 
 def test_representation_says_what_it_is():
     assert "50, 8, num_sampled=5, scale=20.0, similarity='cosine'" in repr(SampledSoftmaxLoss(C, D, 5))
+
+
+# ---- its parameters ----------------------------------------------------------------------------------------
+
+
+def test_sizes_are_those_of_the_weight():
+    """Classes added by assigning a larger weight are drawn, corrected for, found by topk and told."""
+    criterion = SampledSoftmaxLoss(4, D, 3, bias=True, generator=torch.Generator().manual_seed(0))
+    criterion.weight = torch.nn.Parameter(torch.cat([criterion.weight.detach(), torch.randn(C - 4, D)]))
+    x, t = batch()
+    with pytest.raises(ValueError, match=r"bias: expected shape \(50,\) = \(C,\), got \(4,\)"):
+        criterion(x, t)
+    criterion.bias = torch.nn.Parameter(torch.zeros(C))
+    assert (criterion.num_classes, criterion.embedding_dim) == (C, D)
+    assert repr(criterion).startswith("SampledSoftmaxLoss(50, 8, ")
+    twin = torch.Generator()
+    twin.set_state(criterion.generator.get_state())
+    class_ids, counts = draw_batch_class_set(t, C, 3, twin)
+    assert class_ids[len(t) :].max() >= 4
+    expected = sampled_softmax_loss(x, criterion.weight, t, class_ids, counts, bias=criterion.bias)
+    assert torch.equal(criterion(x, t), expected)
+    found = criterion.topk(criterion.weight.detach(), 1).indices[:, 0]
+    assert torch.equal(found, torch.arange(C))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_reset_parameters_makes_what_a_new_module_has(dtype):
+    def new(device):
+        generator = torch.Generator().manual_seed(4)
+        options = {"bias": True, "learn_scale": True, "scale": 7.0, "dtype": dtype, "device": device}
+        return SampledSoftmaxLoss(C, D, 5, generator=generator, **options)
+
+    fresh, late = new("cpu"), new("meta").to_empty(device="cpu")
+    for parameter in late.parameters():
+        parameter.data.fill_(torch.nan)
+    late.reset_parameters()
+    for (name, a), (_, b) in zip(fresh.named_parameters(), late.named_parameters(), strict=True):
+        assert torch.equal(a, b) and a.dtype == b.dtype == dtype, name
+    x, t = batch()
+    assert torch.equal(fresh(x, t), late(x, t))  # the same negatives too
+
+
+ROUTES = ["auto", "reference", "triton", "autocast", "compiled"]
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_scale_of_shape_1_is_as_one_of_shape_0(route, reduction):
+    x, t = batch()
+    w = torch.randn(C, D, generator=torch.Generator().manual_seed(1), requires_grad=True)
+
+    def loss(scale):
+        impl = route if route in ("reference", "triton") else "auto"
+        return sampled_softmax_loss(x, w, t, scale=scale, reduction=reduction, impl=impl)
+
+    results = []
+    for shape in ((), (1,)):
+        torch.compiler.reset()
+        scale = torch.full(shape, 7.3, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=route == "autocast"):
+            value = (
+                torch.compile(loss, fullgraph=True, backend="aot_eager") if route == "compiled" else loss
+            )(scale)
+        gradient, dw = torch.autograd.grad(value.sum(), (scale, w), retain_graph=True)
+        assert gradient.shape == shape and value.shape == (t.shape if reduction == "none" else ())
+        results.append((value, gradient.reshape(()), dw))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+    if route in ("auto", "triton", "autocast"):
+        (gradient,) = torch.autograd.grad(loss(scale).sum(), scale, create_graph=True)
+        assert gradient.shape == (1,)
+        with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+            gradient.sum().backward()
+
+
+def test_a_learned_scale_has_the_modules_dtype_and_loads_one_of_shape_0():
+    for dtype in (torch.float32, torch.float64):
+        module = torch.nn.Sequential(SampledSoftmaxLoss(C, D, learn_scale=True, dtype=dtype))
+        assert module[0].scale.dtype == dtype and module[0].scale.shape == (1,)
+        state = module.state_dict() | {"0.scale": torch.tensor(3.0)}
+        kept = dict(state)
+        module.load_state_dict(state)
+        assert module[0].scale.tolist() == [3.0] and state["0.scale"].shape == ()
+        assert state.keys() == kept.keys()
+
+
+@pytest.mark.parametrize("sparse_grad", [False, True])
+def test_parameters_are_met_once_and_under_the_same_names(sparse_grad):
+    model = torch.nn.Sequential(
+        torch.nn.Linear(2, D), SampledSoftmaxLoss(C, D, 5, sparse_grad=sparse_grad, learn_scale=True)
+    )
+    names = ["0.weight", "0.bias", "1.weight", "1.scale"]
+    assert sorted(model.state_dict()) == sorted(names)
+    for once in (True, False):
+        found = list(model.named_parameters(remove_duplicate=once))
+        assert sorted(name for name, _ in found) == sorted(names)
+    assert dict(found)["1.weight"] is model[1].weight and isinstance(model[1].weight, torch.nn.Parameter)
+    assert [name for name, _ in model.named_children()] == ["0", "1"]
+    assert torch.nn.Embedding not in map(type, model.modules())  # a subclass is, with sparse gradients
+    assert any(isinstance(module, torch.nn.Embedding) for module in model.modules()) == sparse_grad
+    assert "weight: (50, 8)" in str(list(model.modules())) or not sparse_grad
+    copied = copy.deepcopy(model)
+    assert list(copied.state_dict()) == list(model.state_dict())
+
+
+# ---- what is around it -------------------------------------------------------------------------------------
+
+
+def test_topk_under_autocast_is_as_without():
+    criterion = SampledSoftmaxLoss(2000, 64, bias=True)
+    x = torch.randn(100, 64)
+    expected = criterion.topk(x, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = criterion.topk(x, 5)
+        assert torch.is_autocast_enabled("cpu")
+    assert torch.equal(found.indices, expected.indices) and torch.equal(found.values, expected.values)
+
+
+@pytest.mark.parametrize("around", ["autocast", "float64", "meta", "deterministic", "inference"])
+def test_what_is_around_it_changes_nothing(around):
+    """But for the loss under autocast, which rounds rows."""
+    generator = torch.Generator().manual_seed(2)
+    criterion = SampledSoftmaxLoss(C, D, 5, bias=True, learn_scale=True, generator=generator)
+    twin, (x, t) = copy.deepcopy(criterion), batch()
+    expected = criterion(x, t), *criterion.topk(x, 5), *draw_batch_class_set(t, C, 5, criterion.generator)
+    try:
+        with {
+            "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+            "meta": lambda: torch.device("meta"),
+            "inference": torch.inference_mode,
+        }.get(around, contextlib.nullcontext)():
+            if around == "float64":
+                torch.set_default_dtype(torch.float64)
+            if around == "deterministic":
+                torch.use_deterministic_algorithms(True)
+            found = twin(x, t), *twin.topk(x, 5), *draw_batch_class_set(t, C, 5, twin.generator)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.use_deterministic_algorithms(False)
+    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b) or (around == "autocast" and i == 0)
+
+
+def test_a_generator_handled_in_inference_mode_can_be_drawn_from_outside():
+    criterion = SampledSoftmaxLoss(C, D, 5, generator=torch.Generator())
+    with torch.inference_mode():
+        copied = copy.deepcopy(criterion.generator)
+    first = draw_batch_class_set(batch()[1], C, 5, copied)[0]
+    assert torch.equal(first, draw_batch_class_set(batch()[1], C, 5, criterion.generator)[0])
+
+
+def test_a_generator_may_be_given_later():
+    criterion, twin = (SampledSoftmaxLoss(C, D, 5) for _ in range(2))
+    for module in (criterion, twin):
+        module.generator = torch.Generator().manual_seed(1)
+        module.reset_parameters()
+    assert torch.equal(criterion.weight, twin.weight) and torch.equal(criterion(*batch()), twin(*batch()))
+
+
+def test_the_generators_state_resumes_the_negatives():
+    def new():
+        return SampledSoftmaxLoss(C, D, 5, generator=torch.Generator().manual_seed(8))
+
+    criterion = new()
+    criterion(*batch())
+    buffer = io.BytesIO()
+    torch.save({"criterion": criterion.state_dict(), "generator": criterion.generator.get_state()}, buffer)
+    expected = [criterion(*batch()) for _ in range(2)]
+    buffer.seek(0)
+    saved, resumed = torch.load(buffer, weights_only=True), new()
+    resumed.load_state_dict(saved["criterion"])
+    resumed.generator.set_state(saved["generator"])
+    assert [resumed(*batch()) for _ in range(2)] == expected
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_draws_the_same_negatives_or_refuses(use_reentrant):
+    x, t = batch()
+    x.requires_grad_()
+
+    def run(criterion):
+        checkpoint(lambda x: criterion(x * 2, t), x, use_reentrant=use_reentrant).backward()
+        return criterion.weight.grad
+
+    plain = SampledSoftmaxLoss(C, D, 5)
+    torch.manual_seed(3)
+    found = run(copy.deepcopy(plain))
+    torch.manual_seed(3)
+    plain(x * 2, t).backward()
+    assert torch.equal(found, plain.weight.grad)
+
+    criterion = SampledSoftmaxLoss(C, D, 5, generator=torch.Generator())
+    with pytest.raises(RuntimeError, match="generator: the class set is drawn again in the backward pass"):
+        run(criterion)
+    with pytest.raises(RuntimeError, match="generator: the class set is drawn again in the backward pass"):
+        drawn = checkpoint(
+            lambda x: x.sum() * draw_batch_class_set(t, C, 5, torch.Generator())[0].sum(),
+            x,
+            use_reentrant=True,
+        )
+        drawn.backward()
+    run(criterion.eval())  # draws nothing
 
 
 # ---- draw_batch_class_set

@@ -195,6 +195,13 @@ def target_pulls(
 
 
 @triton.jit
+def pulled_along(rows, pulls):
+    """Rows (R, D), each times its pull: 0 where either is, but NaN where the pull is."""
+    zero = tl.where(pulls == pulls, 0.0, pulls)[:, None]
+    return tl.where((rows == 0.0) | (pulls == 0.0)[:, None], zero, rows * pulls[:, None])
+
+
+@triton.jit
 def share_along(along, inverse):
     """along * inverse^2: how much of a row's own direction is in the sum of what was pulled to it."""
     return product_or_zero(inverse * inverse, along)
@@ -225,7 +232,7 @@ def store_target_rows(
     )
     if grad_rows is not None:
         x = load_rows(input, rows, known, columns, D, input_row, input_column, OPERAND).to(ACC)
-        values = product_or_zero(x, pulls[:, None])
+        values = pulled_along(x, pulls)
         if COSINE:
             w = load_rows(weight, targets, known, columns, D, weight_row, weight_column, OPERAND)
             values = without_share(values, share_along(product_or_zero(pulls, dot), w_inverse), w)
@@ -361,7 +368,7 @@ def finish_input_row(
         found = tl.load(partial_input + at[:, None] * D + columns[None, :], mask=inside, other=0.0)
         values += tl.sum(found.to(ACC), 0)[None, :]
     if not FOLD:
-        values += product_or_zero(rounded(w, OPERAND).to(ACC), pulls[:, None])
+        values += pulled_along(rounded(w, OPERAND).to(ACC), pulls)
     if COSINE:
         for start in range(BLOCK_PARTS, parts, BLOCK_PARTS):
             part = start + tl.arange(0, BLOCK_PARTS)
@@ -383,12 +390,51 @@ def entry_ids(class_ids, target, entries, B, C, S, ignore_index):
     return tl.where(of_target, tl.where(known, targets, -1), tl.where((ids >= 0) & (ids < C), ids, -1))
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
-def sparse_ids(class_ids, target, found, B, C, S, ignore_index, BLOCK_S: tl.constexpr):
-    """The class of each row of the compact gradient; 0 for what has none."""
-    entries = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+@triton.jit
+def taking_part(class_ids, counts, target, entries, B, C, S, ignore_index):
+    """The same, -1 for entries of the set that are left out too."""
     ids = entry_ids(class_ids, target, entries, B, C, S, ignore_index)
-    tl.store(found + entries, tl.maximum(ids, 0), mask=entries < S + B)
+    if counts is not None:
+        corrections = tl.load(counts + entries, mask=entries < S, other=0.0)
+        ids = tl.where(corrections < float("inf"), ids, -1)
+    return ids
+
+
+@triton.jit
+def first_class(class_ids, counts, target, B, C, S, ignore_index, BLOCK: tl.constexpr):
+    """The class of the first entry that takes part, -1 where none does."""
+    found = wide(-1)
+    start = 0
+    while (start < S + B) & (found < 0):
+        among = start + tl.arange(0, BLOCK)
+        ids = taking_part(class_ids, counts, target, among, B, C, S, ignore_index)
+        first = tl.min(tl.where(ids >= 0, among, S + B), 0)
+        found = tl.max(tl.where(among == first, ids, -1), 0)
+        start += BLOCK
+    return found
+
+
+@triton.jit
+def listed_ids(class_ids, counts, target, entries, B, C, S, ignore_index, BLOCK: tl.constexpr):
+    """The classes that a sparse gradient lists: an entry that takes no part repeats the first that does.
+
+    Where none does, the first class of the set, if there is one.
+    """
+    ids = taking_part(class_ids, counts, target, entries, B, C, S, ignore_index)
+    if tl.min(ids, 0) < 0:
+        repeated = first_class(class_ids, counts, target, B, C, S, ignore_index, BLOCK)
+        if repeated < 0:
+            repeated = first_class(class_ids, None, target, B, C, S, ignore_index, BLOCK)
+        ids = tl.where(ids < 0, tl.maximum(repeated, 0), ids)
+    return ids
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def sparse_ids(class_ids, counts, target, found, B, C, S, ignore_index, BLOCK_S: tl.constexpr):
+    """The class of each row of the compact gradient, see `listed_ids`."""
+    entries = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    ids = listed_ids(class_ids, counts, target, entries, B, C, S, ignore_index, BLOCK_S)
+    tl.store(found + entries, ids, mask=entries < S + B)
 
 
 @triton.jit
@@ -427,11 +473,17 @@ def spread_entry(
 
 
 @triton.jit
-def finish_scale(partial_scale, grad_scale, tiles, B, BLOCK_TILES: tl.constexpr, BLOCK_ROWS: tl.constexpr):
-    """The gradient of the scale: the sum of the tiles' sums."""
+def finish_scale(
+    grad_loss, kept, partial_scale, grad_scale, tiles, B,
+    PER_ROW: tl.constexpr, BLOCK_TILES: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the scale: the sum of the tiles' sums; NaN beside a loss that is, in no tile too."""
     total = tl.zeros((), tl.float64)
     for first in range(0, B, BLOCK_ROWS):
         rows = first + tl.arange(0, BLOCK_ROWS)
+        own = tl.load(kept + 2 * wide(B) + rows, mask=rows < B, other=0.0)
+        upstream = load_upstream(grad_loss, kept, rows, rows < B, B, tl.float64, PER_ROW)
+        total += tl.sum(product_or_zero(own - own, upstream), 0)
         for start in range(0, tiles, BLOCK_TILES):
             tile = start + tl.arange(0, BLOCK_TILES)
             inside = (tile < tiles)[:, None] & (rows < B)[None, :]
@@ -448,6 +500,7 @@ def small_results(
     weight,
     target,
     class_ids,
+    counts,
     learned,
     grad_loss,
     kept,
@@ -498,14 +551,18 @@ def small_results(
     elif n == B:
         if grad_scale is not None:
             if tl.program_id(1) == 0:
-                finish_scale(partial_scale, grad_scale, tiles, B, BLOCK_TILES, BLOCK_ENTRIES)
+                finish_scale(
+                    grad_loss, kept, partial_scale, grad_scale, tiles, B, PER_ROW, BLOCK_TILES, BLOCK_ENTRIES
+                )
     else:
         if class_ids is not None:
             if found is not None:
                 if tl.program_id(1) == 0:
                     entry = n - B - 1 + tl.zeros((1,), tl.int32)
-                    ids = entry_ids(class_ids, target, entry, B, C, S, ignore_index)
-                    tl.store(found + entry, tl.maximum(ids, 0))
+                    ids = listed_ids(
+                        class_ids, counts, target, entry, B, C, S, ignore_index, 16 * BLOCK_ENTRIES
+                    )  # fmt: skip
+                    tl.store(found + entry, ids)
             if grad_rows is not None or grad_bias is not None:
                 spread_entry(
                     class_ids, target, grad_rows, grad_bias, grad_weight, grad_class_bias, n - B - 1, columns,

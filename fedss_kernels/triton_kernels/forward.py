@@ -21,6 +21,7 @@ from .tiles import (
     add_squares,
     dots_and_inverses,
     exponentials,
+    in_range,
     inverse_norm,
     load_bias,
     load_classes,
@@ -99,7 +100,7 @@ def dots_with_targets(
     if NORMS:
         return products, inverse_norm(input_squares), inverse_norm(weight_squares)
     else:
-        return products, input_squares + 1.0, weight_squares + 1.0
+        return in_range(products, input, NORMS), input_squares + 1.0, weight_squares + 1.0
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -233,6 +234,7 @@ def merge_splits(
         others = tl.sum(
             tl.where(total_of == 0.0, 0.0, total_of * tl.exp((largest_of - largest[None, :]) * unit)), 0
         )
+        others += largest - largest  # NaN where it is infinite, and all that is made of it
         # loss = log(sum of terms) - own; where the target leads, log(1 + others) without the 1's rounding.
         target_leads = own >= largest_other
         lead = tl.where(target_leads, 1.0, tl.exp((own - largest) * unit))

@@ -68,7 +68,7 @@ class Wanted(NamedTuple):
     """Which gradients."""
 
     needed: tuple[bool, ...]  # of input, weight, bias and scale
-    sparse: bool  # that of weight
+    sparse: bool  # those of weight and bias
     scale_dtype: torch.dtype | None  # None: not needed
 
 
@@ -77,7 +77,7 @@ class Gradients(NamedTuple):
 
     input: Tensor | None  # (B, D)
     weight: Tensor | None  # (C, D), dense or sparse
-    bias: Tensor | None  # (C,)
+    bias: Tensor | None  # (C,), as weight's
     scale: Tensor | None  # ()
 
 
@@ -86,11 +86,11 @@ class Outputs(NamedTuple):
 
     input: Tensor | None  # (B, D)
     weight: Tensor | None  # (C, D) zeros: dense, where class_ids are given
-    bias: Tensor | None  # (C,) zeros, where class_ids are given
+    bias: Tensor | None  # (C,) zeros: likewise
     scale: Tensor | None  # ()
     rows: Tensor | None  # (S + B, D): of the class set's entries and of the targets; all C with no class_ids
     row_bias: Tensor | None  # (S + B,), or (C,)
-    ids: Tensor | None  # (1, S + B): the rows' classes where the gradient of weight is sparse; or (1, C)
+    ids: Tensor | None  # (1, S + B): the rows' classes where gradients are sparse; or (1, C)
 
 
 class Prepared(NamedTuple):
@@ -226,7 +226,7 @@ class Calls:
 
     def _may_prepare(self, plan: Plan, wanted: Wanted, c: Configuration, upstream: torch.dtype) -> None:
         B, C, S, D = self.sizes
-        dense = ((wanted.needed[1] and not wanted.sparse) or wanted.needed[2]) and not self.fold
+        dense = (wanted.needed[1] or wanted.needed[2]) and not (wanted.sparse or self.fold)
         little = plan.bytes + 8 * (S + B) * D <= PREPARED
         alike = upstream == (torch.float64 if self.input_dtype == torch.float64 else torch.float32)
         loss = self.plans.get(("loss", id(c)))
@@ -258,35 +258,36 @@ class Calls:
         c: Configuration,
     ) -> Gradients:
         outputs = self._outputs(tensors, wanted, c)
-        if self.sizes[0] > 0:
+        some_rows = self.sizes[0] > 0
+        if some_rows or (outputs.ids is not None and not self.fold):
             stage = ("gradients", wanted, upstream.dtype)
             plan = self._plan(stage, c, partial(self._plan_gradients, wanted))
             plan.run((*self._operands(tensors), kept, upstream, *outputs), factor)
+        if some_rows:
             self._may_prepare(plan, wanted, c, upstream.dtype)
             if not (c.small or self.fold):
                 with device_of(upstream):
                     self._spread(tensors, outputs)
         else:
-            for found in (outputs.rows, outputs.row_bias, outputs.ids):
-                if found is not None and (found is not outputs.ids or not self.fold):
+            for found in (outputs.rows, outputs.row_bias):
+                if found is not None:
                     found.zero_()
-        if self.merges and wanted.sparse and outputs.rows is not None:
+        if self.merges and outputs.ids is not None:
             with device_of(upstream):
                 outputs = self._merged(tensors, outputs)
         return self._results(tensors, wanted, outputs)
 
     def _results(self, tensors: Tensors, wanted: Wanted, outputs: Outputs) -> Gradients:
-        weight = outputs.weight
-        if wanted.needed[1] and wanted.sparse:
-            assert outputs.ids is not None and outputs.rows is not None
-            # nnz = S + B, the class set's entries and then the targets'; those without a class go to class 0,
-            # and are 0, or NaN beside losses that are NaN too.
-            weight = torch.sparse_coo_tensor(
-                outputs.ids, outputs.rows, tensors[1].shape, check_invariants=False
+        weight, bias = outputs.weight, outputs.bias
+        if self.fold or wanted.sparse:
+            weight, bias = outputs.rows, outputs.row_bias
+        if outputs.ids is not None:
+            # nnz = S + B, the class set's entries and then the targets'; those that take no part are zeros,
+            # or NaN beside losses that are NaN too.
+            weight, bias = (
+                None if rows is None else _sparse(outputs.ids, rows, len(tensors[1]))
+                for rows in (weight, bias)
             )
-        elif wanted.needed[1] and self.fold:
-            weight = outputs.rows
-        bias = outputs.row_bias if self.fold else outputs.bias
         return Gradients(outputs.input, weight, bias, outputs.scale)
 
     def _outputs(self, tensors: Tensors, wanted: Wanted, c: Configuration) -> Outputs:
@@ -300,15 +301,16 @@ class Calls:
         if to_weight and (fold or wanted.sparse or not c.small):
             dtype = weight.dtype if fold or (wanted.sparse and not self.merges) else accumulator
             rows = input.new_empty((entries, D), dtype=dtype)
-        if to_bias and (fold or not c.small):
-            row_bias = input.new_empty((entries,), dtype=weight.dtype if fold else accumulator)
-        if to_weight and wanted.sparse:
-            ids = input.new_empty((1, entries), dtype=torch.int64) if not fold else self._all_classes()
+        if to_bias and (fold or wanted.sparse or not c.small):
+            dtype = weight.dtype if fold or (wanted.sparse and not self.merges) else accumulator
+            row_bias = input.new_empty((entries,), dtype=dtype)
+        if wanted.sparse and (to_weight or to_bias):
+            ids = self._all_classes(tensors) if fold else input.new_empty((1, entries), dtype=torch.int64)
         scale = input.new_empty((), dtype=wanted.scale_dtype) if to_scale else None
         return Outputs(
             input.new_empty((B, D)) if to_input else None,
             weight.new_zeros((C, D)) if to_weight and not (fold or wanted.sparse) else None,
-            weight.new_zeros((C,)) if to_bias and not fold else None,
+            weight.new_zeros((C,)) if to_bias and not (fold or wanted.sparse) else None,
             scale if B > 0 or scale is None else scale.zero_(),
             rows,
             row_bias,
@@ -319,15 +321,15 @@ class Calls:
         plan, (_, C, S, D) = Plan(self.device), self.sizes
         to_input, to_weight, to_bias, to_scale = wanted.needed
         entries, accumulator = C if self.fold else S + self.sizes[0], self.traits.accumulator
-        dense = to_weight and not (self.fold or wanted.sparse)
+        dense = not (self.fold or wanted.sparse)
         kinds = [
             to_input,
-            dense,
-            to_bias and not self.fold,
+            to_weight and dense,
+            to_bias and dense,
             to_scale,
             to_weight and not (dense and c.small),
-            to_bias and (self.fold or not c.small),
-            to_weight and wanted.sparse and not self.fold,
+            to_bias and not (dense and c.small),
+            (to_weight or to_bias) and wanted.sparse and not self.fold,
         ]
         places = [Given(_OUTPUTS + nth) if there else None for nth, there in enumerate(kinds)]
         to = Written(*places)
@@ -335,7 +337,12 @@ class Calls:
             to = to._replace(rows=plan.empty(entries, D, dtype=accumulator))
         if to_bias and to.row_bias is None:
             to = to._replace(row_bias=plan.empty(entries, dtype=accumulator))
-        (self._plan_small if c.small else self._plan_large)(plan, c, to)
+        if self.sizes[0] > 0:
+            (self._plan_small if c.small else self._plan_large)(plan, c, to)
+        if to.ids is not None and not (c.small and self.sizes[0] > 0):
+            grid = (triton.cdiv(entries, ENTRIES),)
+            listed = (self.class_ids, self.counts, self.target, to.ids, *self.sizes[:3], self.ignore_index)
+            plan.launch(self._kernels(c).sparse_ids, grid, *listed)
         return plan
 
     def _plan_small(self, plan: Plan, c: Configuration, to: Written) -> None:
@@ -363,7 +370,16 @@ class Calls:
         plan.launch(
             k.small_results,
             (B + 1 + spread, triton.cdiv(max(D, 1), t.result_columns)),
-            *(self.input, self.weight, self.target, self.class_ids, self.learned, upstream, kept),
+            *(
+                self.input,
+                self.weight,
+                self.target,
+                self.class_ids,
+                self.counts,
+                self.learned,
+                upstream,
+                kept,
+            ),
             *(None if to.weight is None else to.rows, None if to.bias is None else to.row_bias),
             *(partial_input, partial_along, partial_scale, to.input, to.weight, to.bias, to.scale, to.ids),
             *(B, C, S, D, tiles, tiles * c.column_groups, self.ignore_index, *self.strides, FACTOR),
@@ -433,13 +449,11 @@ class Calls:
         plan.launch(
             k.large_results,
             (B + 1, triton.cdiv(max(D, 1), t.large_columns)),
-            *(self.input, self.weight, self.target, self.class_ids, self.learned, upstream, kept, None, None),
+            *(self.input, self.weight, self.target, self.class_ids, None, self.learned, upstream, kept),
+            *(None, None),
             *(sums_input, sums_along, sums_scale, to.input, None, None, to.scale, None),
             *(B, C, S, D, int(S > 0), input_columns * int(S > 0), self.ignore_index, *self.strides, FACTOR),
         )
-        if to.ids is not None:
-            grid = (triton.cdiv(S + B, ENTRIES),)
-            plan.launch(k.sparse_ids, grid, self.class_ids, self.target, to.ids, B, C, S, self.ignore_index)
 
     def _inverses(self, plan: Plan, c: Configuration, k: Kernels) -> Scratch | None:
         """(B + S,) inverse norms of the rows and then of the entries'; None: kernels find them on the way."""
@@ -489,15 +503,19 @@ class Calls:
             scatter_add(outputs.bias[:, None], ids, order, outputs.row_bias[:, None], None)
 
     def _merged(self, tensors: Tensors, outputs: Outputs) -> Outputs:
-        """Rows of a sparse gradient in weight's dtype: of each class one holds the sum, the others are 0."""
-        assert outputs.rows is not None
-        C, entries = self.sizes[1], len(outputs.rows)
-        ids, order = self._sorted(tensors)
-        exists = (ids >= 0) & (ids < C)
-        first = torch.searchsorted(ids, ids).where(exists, ids.clamp(max=0) + entries * (ids >= C))
-        rows = outputs.rows.new_zeros(outputs.rows.shape, dtype=tensors[1].dtype)
-        scatter_add(rows, first, order, outputs.rows, None)
-        return outputs._replace(rows=rows, ids=ids.where(exists, 0)[None])
+        """A sparse gradient in weight's dtype: of each class one entry holds the sum, the others are 0."""
+        assert outputs.ids is not None
+        ids, order = outputs.ids[0].sort(stable=True)
+        first = torch.searchsorted(ids, ids)
+
+        def sums(values: Tensor | None) -> Tensor | None:
+            if values is None:
+                return None
+            found = torch.zeros_like(values, dtype=tensors[1].dtype)
+            scatter_add(found.view(len(found), -1), first, order, values.view(len(found), -1), None)
+            return found
+
+        return outputs._replace(rows=sums(outputs.rows), row_bias=sums(outputs.row_bias), ids=ids[None])
 
     def _sorted(self, tensors: Tensors) -> tuple[Tensor, Tensor]:
         """The compact gradient's classes ascending, -1 or C where there is none, and the entry of each."""
@@ -506,8 +524,16 @@ class Calls:
         ids = torch.cat([class_ids, target.where(target != self.ignore_index, -1)])
         return ids.clamp(-1, C).sort(stable=True)
 
-    def _all_classes(self) -> Tensor:
-        return torch.arange(self.sizes[1], device=self.device)[None]
+    def _all_classes(self, tensors: Tensors) -> Tensor:
+        """(1, C) every class; one that is left out, and nobody's target, repeats the first that is not."""
+        C, target, counts = self.sizes[1], tensors[2], tensors[4]
+        ids = torch.arange(C, device=self.device)
+        if counts is not None:
+            left_out = torch.cat([counts == torch.inf, ids.new_zeros(1, dtype=torch.bool)])
+            known = (target != self.ignore_index) & (target >= 0) & (target < C)
+            left_out.index_fill_(0, target.where(known, C), False)
+            ids = ids.where(~left_out[:C], left_out[:C].int().argmin())
+        return ids[None]
 
     # ---- both ----
 
@@ -531,3 +557,7 @@ class Calls:
         if not tuning.wanted(self.device):
             return self.configuration
         return tuning.fastest((stage, self.signature), self.configuration, stage, run)
+
+
+def _sparse(ids: Tensor, rows: Tensor, C: int) -> Tensor:
+    return torch.sparse_coo_tensor(ids, rows, (C, *rows.shape[1:]), check_invariants=False)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 ZERO_NORM: tl.constexpr = tl.constexpr(1e-12)  # shorter rows have cosine 0 and pass no gradient
+LARGEST_FLOAT32: tl.constexpr = tl.constexpr((2 - 2**-23) * 2.0**127)
 
 
 # What a kernel is not compiled anew for: sizes that become 1 or a multiple of 16, and vectors at an address
@@ -271,6 +272,15 @@ def dots(
 
 
 @triton.jit
+def in_range(products, input, COSINE: tl.constexpr):
+    """Dot products of rows of `input`: infinite past the range of the results, whatever they are held in."""
+    if COSINE or products.dtype != tl.float64 or input.dtype.element_ty == tl.float64:
+        return products
+    else:
+        return tl.where(tl.abs(products) > LARGEST_FLOAT32, products * float("inf"), products)
+
+
+@triton.jit
 def dots_and_inverses(
     input, weight, inverses, kept, rows, counted, entries, ids, wanted, B, D,
     input_row, input_column, weight_row, weight_column,
@@ -288,7 +298,7 @@ def dots_and_inverses(
     if inverses is not None:
         x_inverse = tl.load(inverses + rows, mask=counted, other=0.0)
         w_inverse = tl.load(inverses + wide(B) + entries, mask=wanted, other=0.0)
-    return sums, low, x_inverse, w_inverse
+    return in_range(sums, input, COSINE), low, x_inverse, w_inverse
 
 
 @triton.jit

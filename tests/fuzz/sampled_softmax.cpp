@@ -59,10 +59,13 @@ struct Problem {
 
   bool counts(int64_t i) const { return target.id(i) != view.ignore_index; }
 
-  // Ascending: the classes that are listed or a target.
+  // Ascending: the classes that are listed, and not left out, or a target.
   std::set<int64_t> touched() const {
     std::set<int64_t> ids;
-    for (int64_t j = 0; j < S; ++j) ids.insert(view.all_classes ? j : class_ids.id(j));
+    for (int64_t j = 0; j < S; ++j) {
+      if (view.all_classes || value(view.log_expected_count, j) < kInf)
+        ids.insert(view.all_classes ? j : class_ids.id(j));
+    }
     for (int64_t i = 0; i < target.rows; ++i) {
       if (counts(i)) ids.insert(target.id(i));
     }
@@ -201,7 +204,7 @@ bool zeros_from(const Tensor& t, int64_t first, int64_t n) {
 
 void check_rows(const Problem& p, const Answer& a) {
   const std::set<int64_t> touched = p.touched();
-  promise(a.touched == int64_t(touched.size()), "as many rows touched as there are classes listed or targets");
+  promise(a.touched == int64_t(touched.size()), "as many rows touched as there are classes that take part");
   const int64_t capacity =
       p.view.all_classes ? p.view.weight.rows : std::min(p.S + p.view.input.rows, p.view.weight.rows);
   promise(zeros_from(a.grad_rows, a.touched, capacity), "no gradient behind the rows that were touched");

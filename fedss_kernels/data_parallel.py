@@ -1,0 +1,108 @@
+"""What torch.distributed does to a class matrix: its sparse gradients under DDP, its shards under FSDP.
+
+DistributedDataParallel asks a parameter's module, not its gradient, whether the gradient is sparse: by
+whether it is an nn.Embedding. `SparseRows` is one. Where sparse gradients cannot be added up at all, that is
+said in the forward pass; the backward pass would end in an error of torch's that names no cause and no way.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+class SparseRows(nn.Embedding):
+    """Parameters with sparse gradients, in a module that torch takes for a sparse embedding."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        super().__init__(1, 1, sparse=True, device="meta")
+        del self.weight
+        for name, parameter in parameters.items():
+            self.register_parameter(name, parameter)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}: {tuple(p.shape)}" for name, p in self.named_parameters())
+
+
+# ---- FSDP --------------------------------------------------------------------------------------------------
+
+
+def check_whole(weight: Tensor) -> None:
+    """Raises RuntimeError for a class matrix that FSDP holds in shards at the moment.
+
+    FSDP2's is a DTensor then; FSDP1's a part of its flat parameter, or a view of memory that it has freed.
+    """
+    freed = weight.numel() > 0 and weight.untyped_storage().size() == 0
+    if hasattr(weight, "full_tensor") or freed or weight.dim() != 2:
+        raise RuntimeError(
+            f"weight: expected all of a (C, D) matrix, got a {type(weight).__name__} {tuple(weight.shape)}"
+            f"{' without memory' if freed else ''}; FSDP gathers its shards for forward alone. For topk call "
+            "fully_shard(criterion) and torch.distributed.fsdp.register_fsdp_forward_method(criterion, "
+            '"topk"), or model.unshard() each time (with FullyShardedDataParallel: summon_full_params)'
+        )
+
+
+def _gathered_by_fully_shard(parameter: Tensor) -> bool:
+    from torch.distributed._composable_state import _module_state_mapping
+
+    states = [reference() for reference in list(_module_state_mapping.values())]
+    groups = [group for state in states for group in getattr(state, "_fsdp_param_groups", ())]
+    return any(
+        getattr(p, "_unsharded_param", None) is parameter for group in groups for p in group.fsdp_params
+    )
+
+
+# ---- sparse gradients --------------------------------------------------------------------------------------
+
+_INSTEAD = (
+    "take sparse_grad=False, or leave the class matrix out (DistributedDataParallel's "
+    "_set_params_and_buffers_to_ignore_for_model, fully_shard's ignored_params) and add up its rows yourself"
+)
+
+
+def check_sparse_communication(criterion: nn.Module, *parameters: Tensor | None) -> None:
+    """Raises RuntimeError where a criterion's sparse gradients, of `parameters`, would have to be dense ones.
+
+    That is so for FSDP, and for DistributedDataParallel over NCCL.
+    """
+    if not torch.is_grad_enabled():
+        return
+    for parameter in parameters:
+        if parameter is not None and parameter.requires_grad:
+            _check_sparse_communication(criterion, parameter)
+
+
+def _check_sparse_communication(criterion: nn.Module, parameter: Tensor) -> None:
+    if parameter.grad_fn is not None and parameter._is_view():
+        raise RuntimeError(
+            "sparse_grad: expected False for a weight that is a view of another tensor, as under FSDP: "
+            f"autograd has no views of sparse gradients; {_INSTEAD}"
+        )
+    # FSDP2 marks the module even if it is to ignore the parameters.
+    if vars(criterion).get("_is_fsdp_managed_module") and _gathered_by_fully_shard(parameter):
+        raise RuntimeError(
+            f"sparse_grad: expected False under fully_shard, which adds up dense gradients only; {_INSTEAD}"
+        )
+    ddp = DistributedDataParallel._active_ddp_module
+    if (
+        ddp is not None
+        and _backend(ddp.process_group, parameter.device) == "nccl"
+        and _manages(ddp, parameter)
+    ):
+        raise RuntimeError(
+            "sparse_grad: expected False under DistributedDataParallel over NCCL, which adds up dense "
+            'gradients only; give it process_group=torch.distributed.new_group(backend="gloo"), '
+            f"{_INSTEAD}"
+        )
+
+
+def _backend(group: Any, device: torch.device) -> str | None:
+    backends = dict(part.split(":") for part in dist.get_backend_config(group).split(","))
+    return backends.get(device.type)
+
+
+def _manages(ddp: DistributedDataParallel, parameter: Tensor) -> bool:
+    return any(managed is parameter for managed in ddp._module_parameters)

@@ -1,0 +1,253 @@
+"""The sampled-softmax loss as a module: a classifier's last layer, which owns the class matrix."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .checks import (
+    FLOATING,
+    check_choice,
+    check_device,
+    check_dtype,
+    check_flag,
+    check_ignore_index,
+    check_integer,
+    check_shape,
+    check_tensor,
+)
+from .class_sets import GeneratorHandle, check_generator, draw_batch_class_set
+from .data_parallel import SparseRows, check_sparse_communication, check_whole
+from .sampled_softmax import IMPLS, as_float, check_scale, sampled_softmax_loss
+
+
+class TopK(NamedTuple):
+    """The k best classes of each row, best first."""
+
+    values: Tensor  # (..., k) logits, float32 or float64
+    indices: Tensor  # (..., k) int64 classes
+
+
+class SampledSoftmaxLoss(nn.Module):
+    """A classifier's last layer and its loss: trains on sampled classes, evaluates on all of them.
+
+    In training mode each call's class set is the batch's own classes (expected count 1) and `num_sampled`
+    uniform negatives among the others (expected count num_sampled / others); see `draw_batch_class_set`. In
+    eval mode, and for `num_sampled=None` or >= num_classes, it is the full softmax. No host synchronisation;
+    compiles fullgraph.
+
+    The sizes are the weight's: to assign `criterion.weight` a parameter of more rows (and `criterion.bias`
+    one as long) adds classes.
+
+    Args:
+        num_classes: C.
+        embedding_dim: D.
+        num_sampled: m, negatives for each batch.
+        scale: multiplies the cosine; with `learn_scale=True` the initial value of a parameter of shape (1,).
+        similarity: "cosine" or "dot".
+        bias: one learned number for each class, initially zero.
+        sparse_grad: the gradients of weight and bias as sparse COO tensors over the classes that take part.
+            Under DistributedDataParallel it needs gloo: NCCL adds up dense gradients only, as FSDP does.
+        generator: source of the initial weight and the negatives; None: torch's default one. Its state is
+            not in state_dict, as each process has its own: save `criterion.generator.get_state()` beside
+            it, and give that to `criterion.generator.set_state` to go on with the same negatives (for None:
+            torch.get_rng_state and set_rng_state, those of torch.cuda on a GPU). In several processes the
+            seeds should differ: equal ones give equal negatives. RuntimeError under torch.utils.checkpoint,
+            which would run the forward pass twice with different negatives.
+
+    Raises TypeError and ValueError for sizes that are not positive or an unknown name, and as
+    `sampled_softmax_loss` does; RuntimeError where sparse gradients cannot be communicated, and for a weight
+    that FSDP holds in shards: fully_shard(criterion), then
+    torch.distributed.fsdp.register_fsdp_forward_method(criterion, "topk"), lets `topk` see all of it.
+
+    >>> criterion = SampledSoftmaxLoss(num_classes=1000, embedding_dim=16, num_sampled=50)
+    >>> criterion(torch.randn(4, 16), torch.tensor([3, 1, 4, 1])).shape
+    torch.Size([])
+    """
+
+    initial_scale: float | None = None  # that of a learned one; a module saved whole may be without
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_dim: int,
+        num_sampled: int | None = None,
+        *,
+        scale: float = 20.0,
+        learn_scale: bool = False,
+        similarity: str = "cosine",
+        bias: bool = False,
+        sparse_grad: bool = False,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        generator: torch.Generator | None = None,
+        impl: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_choice("impl", impl, IMPLS)
+        check_choice("similarity", similarity, ("cosine", "dot"))
+        check_choice("reduction", reduction, ("mean", "sum", "none"))
+        for name, flag in (("learn_scale", learn_scale), ("bias", bias), ("sparse_grad", sparse_grad)):
+            check_flag(name, flag)
+        check_generator(generator)
+        if dtype is not None:
+            check_dtype("dtype", dtype, FLOATING)
+        scale = as_float(scale)
+        check_scale(scale, torch.device("cpu"))
+        num_classes = check_integer("num_classes", num_classes, 1)
+        embedding_dim = check_integer("embedding_dim", embedding_dim, 1)
+        self.num_sampled = None if num_sampled is None else check_integer("num_sampled", num_sampled, 0)
+        self.similarity, self.sparse_grad = similarity, sparse_grad
+        self.ignore_index, self.reduction, self.impl = check_ignore_index(ignore_index), reduction, impl
+        self.generator: GeneratorHandle | torch.Generator | None
+        self.generator = None if generator is None else GeneratorHandle(generator)
+        self.weight = nn.Parameter(torch.empty(num_classes, embedding_dim, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(num_classes, device=device, dtype=dtype)) if bias else None
+        self.initial_scale = float(scale) if learn_scale else None
+        # of shape (1,), as FSDP takes no parameter of shape ()
+        self.scale = nn.Parameter(torch.empty(1, device=device, dtype=dtype)) if learn_scale else scale
+        self.reset_parameters()
+
+    @property
+    def num_classes(self) -> int:
+        """C, the rows of `weight`."""
+        return self.weight.shape[0]
+
+    @property
+    def embedding_dim(self) -> int:
+        """D, the columns of `weight`."""
+        return self.weight.shape[-1]
+
+    def reset_parameters(self) -> None:
+        """Gaussian rows of about unit length; zero bias; a learned scale at its initial value."""
+        generator = self.generator
+        if isinstance(generator, GeneratorHandle):
+            generator = generator.generator
+        with torch.no_grad():
+            self.weight.normal_(std=self.embedding_dim**-0.5, generator=generator)
+            if self.bias is not None:
+                self.bias.zero_()
+            if isinstance(self.scale, Tensor) and self.initial_scale is not None:
+                self.scale.fill_(self.initial_scale)
+
+    def forward(
+        self,
+        input: Tensor,  # (..., D)
+        target: Tensor,  # (...,) int64
+    ) -> Tensor:
+        check_tensor("target", target, (torch.int64,))
+        weight = self._whole_weight()
+        if self.sparse_grad:
+            check_sparse_communication(self, weight, self.bias)
+        class_ids = log_expected_count = None
+        if self.training and (m := self.num_sampled) is not None and m < (C := weight.shape[0]):
+            class_ids, log_expected_count = draw_batch_class_set(
+                target.reshape(-1), C, m, self.generator, self.ignore_index
+            )
+        return sampled_softmax_loss(
+            input,
+            weight,
+            target,
+            class_ids,
+            log_expected_count,
+            bias=self.bias,
+            scale=self.scale,
+            similarity=self.similarity,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            sparse_grad=self.sparse_grad,
+            impl=self.impl,
+        )
+
+    @torch.no_grad()
+    def topk(
+        self,
+        input: Tensor,  # (..., D)
+        k: int,
+        block_size: int = 16384,
+    ) -> TopK:
+        """The k largest logits scale * cos(input, weight_j) + bias_j of each row, and their classes.
+
+        Goes over the classes in blocks: memory is rows x (block_size + k), never rows x C. The same under
+        autocast as without. Raises TypeError and ValueError for a wrong input, a bias that is not (C,), a
+        block_size < 1 and a k outside [1, C].
+        """
+        weight, bias = self._whole_weight(), self.bias
+        C, D = weight.shape
+        check_tensor("input", input, FLOATING)
+        block_size, k = check_integer("block_size", block_size, 1), check_integer("k", k, 1, C)
+        if input.dim() < 1 or input.shape[-1] != D:
+            raise ValueError(f"input: expected shape (..., {D}), got {tuple(input.shape)}")
+        check_device("input", input, weight.device, "weight")
+        if bias is not None:
+            check_shape("bias", bias, (C,), "(C,)")
+        scale: float | Tensor = self.scale
+        if isinstance(scale, Tensor):
+            scale = scale.reshape(())  # on the CPU it may be beside a GPU's tensors then
+        dtype = torch.promote_types(torch.promote_types(input.dtype, weight.dtype), torch.float32)
+        with _without_autocast(input.device.type):
+            rows = self._unit(input.reshape(-1, D).to(dtype))
+            values = rows.new_empty((rows.shape[0], 0))
+            indices = torch.empty_like(values, dtype=torch.int64)
+            for first in range(0, C, block_size):
+                block = slice(first, first + block_size)
+                logits = scale * (rows @ self._unit(weight[block].to(dtype)).T)
+                if bias is not None:
+                    logits = logits + bias[block]
+                best = logits.topk(min(k, logits.shape[1]))
+                values, order = torch.cat([values, best.values], 1).topk(
+                    min(k, values.shape[1] + logits.shape[1])
+                )
+                indices = torch.cat([indices, best.indices + first], 1).gather(1, order)
+        shape = (*input.shape[:-1], k)
+        return TopK(values.reshape(shape), indices.reshape(shape))
+
+    def _whole_weight(self) -> Tensor:
+        weight = self.weight
+        if type(weight) is not nn.Parameter or weight.dim() != 2:
+            check_whole(weight)
+        return weight
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """As any module's; with sparse gradients also `SparseRows`, before the module and under its name.
+
+        So DistributedDataParallel, which takes a parameter where it first meets it, expects a sparse one.
+        """
+        if memo is None:
+            memo = set()
+        if self.sparse_grad and remove_duplicate and self not in memo:
+            own = {name: self._parameters.get(name) for name in ("weight", "bias")}
+            yield prefix, SparseRows({name: p for name, p in own.items() if p is not None})
+        yield from super().named_modules(memo, prefix, remove_duplicate)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """Takes a learned scale of shape () too, which it had in earlier versions."""
+        scale = state_dict.get(f"{prefix}scale")
+        if isinstance(scale, Tensor) and scale.dim() == 0:
+            state_dict[f"{prefix}scale"] = scale.reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    def _unit(self, rows: Tensor) -> Tensor:
+        if self.similarity == "dot":
+            return rows
+        norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
+        return torch.where(norm < 1e-12, 0.0, rows / norm).to(rows.dtype)
+
+    def extra_repr(self) -> str:
+        scale = "learned" if isinstance(self.scale, nn.Parameter) else self.scale
+        return (
+            f"{self.num_classes}, {self.embedding_dim}, num_sampled={self.num_sampled}, scale={scale}, "
+            f"similarity={self.similarity!r}, bias={self.bias is not None}, sparse_grad={self.sparse_grad}"
+        )
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager:
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()

@@ -202,10 +202,14 @@ def test_a_folder_that_cannot_be_read_is_an_error(unreadable, tmp_path, monkeypa
         read(folder, how=TWO)
 
 
-def test_what_is_no_file_is_left_out(tmp_path):
+def test_what_is_no_file_is_said_with_its_reason(tmp_path):
     folder = write_tree(tmp_path / "data", {"ant": 5, "bee": 5})
     os.mkfifo(folder / "ant" / "pipe.jpg")
-    assert read(folder, how=TWO).notes == ("left out: 1 file (.jpg that is no file 1)",)
+    with pytest.raises(
+        ValueError, match=r"1 of 11 images cannot be read: .*pipe\.jpg \(a FIFO, not a file\)"
+    ):
+        read(folder, how=TWO)
+    assert len(read(folder, how=TWO, skip_damaged=True).images) == 8
 
 
 # ---- the same of the named sets

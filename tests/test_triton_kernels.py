@@ -15,7 +15,7 @@ import pytest
 import torch
 from fedss_kernels.reference import sampled_softmax_loss as reference_loss
 from loss_cases import BF16, F16, F32, F64, Case, assert_same, blocks_of_16, check
-from tolerance import eager_loss, excess
+from tolerance import eager_loss, excess, with_features_reversed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fedss_kernels
@@ -348,18 +348,16 @@ PARALLEL, PARALLEL_DOT = {"spread": 0.003}, {"spread": 0.03, "similarity": "dot"
     ],
 )
 def test_differences_of_cosines_keep_their_digits(case, chunks, gpu_loss, monkeypatch):
-    """In float32, logits nearly the same, and one draw of plain PyTorch's error, not a large one.
-
-    Of logits that are single float32 numbers the gradient of the scale is 1.6 to 14 times the tolerance.
-    """
+    """In float32, of logits nearly the same; plain PyTorch's error, as everywhere, is the larger of two draws."""
     table = replace(configurations.table_of(torch.device(DEVICE)), precise_work=0)
     monkeypatch.setattr(configurations, "TABLE", table)
     blocks = forced(partial(blocks_of_16, False)) if chunks else contextlib.nullcontext()
     with blocks:
         found = case.results(gpu_loss, sparse_grad=True)
-    truth, plain = case.results(reference_loss, in_float64=True), case.results(eager_loss)
+    truth = case.results(reference_loss, in_float64=True)
+    draws = [case.results(loss) for loss in (eager_loss, with_features_reversed(eager_loss))]
     for name, result in found.items():
-        assert excess(result.to_dense(), truth[name], plain[name], F32) <= 1, name
+        assert min(excess(result.to_dense(), truth[name], plain[name], F32) for plain in draws) <= 1, name
 
 
 # ---- in torch ----------------------------------------------------------------------------------------------

@@ -313,14 +313,14 @@ void run_lazy_momentum_read(const py::object& weight, const py::object& velocity
   lazy_momentum_read(table, ids, to, threads);
 }
 
-void run_lazy_momentum_step(const py::object& weight, const py::object& velocity, const py::object& stepped,
+bool run_lazy_momentum_step(const py::object& weight, const py::object& velocity, const py::object& stepped,
                             int64_t now, double lr, double momentum, const py::object& class_ids,
                             const py::object& rows, int threads) {
   const LazyMomentum table = lazy_momentum(weight, velocity, stepped, now, lr, momentum);
   const Vector ids = vector("class_ids", class_ids, true);
   const Matrix from = lazy_rows("rows", rows, table, ids);
   const py::gil_scoped_release release;
-  lazy_momentum_step(table, ids, from, threads);
+  return lazy_momentum_step(table, ids, from, threads);
 }
 
 void add_gpu_launch(GpuLaunches& launches, uint64_t function, const std::array<unsigned, 3>& grid, unsigned threads,

@@ -2,7 +2,9 @@
 #include "lazy_momentum.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <cstring>
 
 #include "check_ids.hpp"
 #include "row_access.hpp"
@@ -43,6 +45,13 @@ void for_rows(const LazyMomentum& table, const std::vector<int64_t>& class_ids, 
   });
 }
 
+// The highest bit is set where the exponent is all ones; integers, as their sums may be taken in any order.
+uint32_t sign_if_not_finite(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return (bits & 0x7fffffff) + 0x00800000;
+}
+
 }  // namespace
 
 void lazy_momentum_read(const LazyMomentum& table, const Vector& class_ids, const Matrix& out, int threads) {
@@ -56,22 +65,27 @@ void lazy_momentum_read(const LazyMomentum& table, const Vector& class_ids, cons
   });
 }
 
-void lazy_momentum_step(const LazyMomentum& table, const Vector& class_ids, const Matrix& rows, int threads) {
+bool lazy_momentum_step(const LazyMomentum& table, const Vector& class_ids, const Matrix& rows, int threads) {
   const std::vector<int64_t> ids = checked_ids("class_ids", class_ids, table.weight.rows);
   check_unique("class_ids", ids);
   auto* const stepped = static_cast<int64_t*>(const_cast<void*>(table.stepped.data));
+  std::atomic<bool> finite{true};
   for_rows(table, ids, threads, [&](int64_t i, int64_t c, const Coast& coast) {
     float* const __restrict weight = at_mutable<float>(table.weight, c, 0);
     float* const __restrict velocity = at_mutable<float>(table.velocity, c, 0);
     const float* const __restrict row = at<float>(rows, i, 0);
     const float move = float(coast.move), keep = float(table.momentum * coast.decay), lr = float(table.lr);
+    uint32_t found = 0;
     for (int64_t d = 0; d < rows.cols; ++d) {
-      const float now = weight[d] - move * velocity[d], v = keep * velocity[d] + row[d];
+      const float now = weight[d] - move * velocity[d], v = keep * velocity[d] + row[d], w = now - lr * v;
       velocity[d] = v;
-      weight[d] = now - lr * v;
+      weight[d] = w;
+      found |= sign_if_not_finite(v) | sign_if_not_finite(w);
     }
+    if (found >> 31) finite.store(false, std::memory_order_relaxed);
     stepped[c * table.stepped.stride] = table.now + 1;
   });
+  return finite;
 }
 
 }  // namespace fedss

@@ -27,8 +27,8 @@ struct LazyMomentum {
 // position and value, before anything is written.
 void lazy_momentum_read(const LazyMomentum& table, const Vector& class_ids, const Matrix& out, int threads);
 
-// The step that `now` becomes now + 1 by, for the rows that have a gradient; rows (M, D) float32. Throws like the read,
-// and std::invalid_argument for an id that comes twice.
-void lazy_momentum_step(const LazyMomentum& table, const Vector& class_ids, const Matrix& rows, int threads);
+// The step that `now` becomes now + 1 by, for the rows that have a gradient; rows (M, D) float32. Returns whether all
+// numbers that it wrote are finite. Throws like the read, and std::invalid_argument for an id that comes twice.
+bool lazy_momentum_step(const LazyMomentum& table, const Vector& class_ids, const Matrix& rows, int threads);
 
 }  // namespace fedss

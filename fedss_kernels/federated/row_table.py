@@ -25,8 +25,8 @@ class Optimizer(Protocol):
         """(S, D) rows as they are once `now` steps of the matrix are done."""
         ...
 
-    def step(self, rows: Rows, class_ids: Tensor, gradient: Tensor, now: int) -> None:
-        """Makes step now + 1 of the matrix, for rows that are there."""
+    def step(self, rows: Rows, class_ids: Tensor, gradient: Tensor, now: int) -> bool:
+        """Makes step now + 1 of the matrix, for rows that are there; whether all it wrote is finite."""
         ...
 
 
@@ -42,8 +42,9 @@ class SGD:
         _C.lazy_momentum_read(*self._table(rows, now), class_ids, out, threads=torch.get_num_threads())
         return out
 
-    def step(self, rows: Rows, class_ids: Tensor, gradient: Tensor, now: int) -> None:
-        _C.lazy_momentum_step(*self._table(rows, now), class_ids, gradient, threads=torch.get_num_threads())
+    def step(self, rows: Rows, class_ids: Tensor, gradient: Tensor, now: int) -> bool:
+        table, threads = self._table(rows, now), torch.get_num_threads()
+        return _C.lazy_momentum_step(*table, class_ids, gradient, threads=threads)
 
     def _table(self, rows: Rows, now: int) -> tuple[Tensor, Tensor, Tensor, int, float, float]:
         return rows.weight, rows.state, rows.stepped, now, self.lr, self.momentum
@@ -59,11 +60,12 @@ class Adagrad:
     def read(self, rows: Rows, class_ids: Tensor, now: int) -> Tensor:
         return rows.weight[class_ids]
 
-    def step(self, rows: Rows, class_ids: Tensor, gradient: Tensor, now: int) -> None:
+    def step(self, rows: Rows, class_ids: Tensor, gradient: Tensor, now: int) -> bool:
         squares = rows.state[class_ids].addcmul_(gradient, gradient)
-        rows.weight[class_ids] -= self.lr * gradient / squares.sqrt().add_(self.eps)
-        rows.state[class_ids] = squares
+        stepped = rows.weight[class_ids] - self.lr * gradient / squares.sqrt().add_(self.eps)
+        rows.weight[class_ids], rows.state[class_ids] = stepped, squares
         rows.stepped[class_ids] = now + 1
+        return _all_finite(stepped) and _all_finite(squares)
 
 
 class RowTable:
@@ -105,9 +107,8 @@ class RowTable:
         Raises IndexError for an id that is none, ValueError for one out of order, before anything changes.
         """
         self._before_change(class_ids, stepped=True)
-        self.optimizer.step(self.rows, class_ids, gradient, self.now)
+        self.finite &= self.optimizer.step(self.rows, class_ids, gradient, self.now)
         self.now += 1
-        self._look_at(class_ids)
 
     def move(self, class_ids: Tensor, change: Tensor) -> None:
         """Adds `change` (U, D) to rows class_ids (U,), ascending, outside the optimiser: its state stays.
@@ -116,13 +117,9 @@ class RowTable:
         """
         new = self._before_change(class_ids, stepped=False)
         self.rows.stepped[new] = max(self.now, 1)  # with state 0 it stays where it is from any time on
-        self.rows.weight[class_ids] += change
-        self._look_at(class_ids)
-
-    def _look_at(self, class_ids: Tensor) -> None:
-        """Whether the rows just written are finite; where some were not, that stays so."""
-        if self.finite:
-            self.finite = _all_finite(self.rows.weight[class_ids]) and _all_finite(self.rows.state[class_ids])
+        moved = self.rows.weight[class_ids] + change
+        self.rows.weight[class_ids] = moved
+        self.finite &= _all_finite(moved)
 
     def _before_change(self, class_ids: Tensor, *, stepped: bool) -> Tensor:
         """Checks ids, keeps what a roll-back needs, draws rows that are new; returns those."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .checks import FLOATING, as_number, check_integer
 from .clip_grad import clip_factor, total_norm
-from .sparse_rows import is_listed_once, runs_of_entries, unique_rows, widened
+from .sparse_rows import has_16_bits, is_listed_once, runs_of_entries, unique_rows, widened
 from .stochastic_rounding import StochasticRounding
 
 State = dict[str, Any]  # of a parameter, or of the rows of one
@@ -196,7 +196,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         matrices = {name: _matrix(v) for name, v in state.items() if isinstance(v, Tensor) and v.dim() > 0}
         weight, grad = _matrix(parameter.detach()), _gradient(parameter)
         fused = _has_kernel(weight)
-        if fused and widened(weight) is weight:
+        if fused and not has_16_bits(weight):
             class_ids, rows = _listed(grad)
             self._step_rows(weight, matrices, class_ids, _scaled(_matrix(rows), factor), rule, fused)
             return

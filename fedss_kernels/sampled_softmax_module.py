@@ -22,6 +22,8 @@ from .class_sets import GeneratorHandle, check_generator, draw_batch_class_set
 from .data_parallel import SparseRows, check_sparse_communication, check_whole
 from .sampled_softmax import IMPLS, as_float, check_scale, sampled_softmax_loss
 
+_SHORT = 2.0**-32  # a power of two: it rounds nothing
+
 
 class TopK(NamedTuple):
     """The k best classes of each row, best first."""
@@ -195,7 +197,8 @@ class SampledSoftmaxLoss(nn.Module):
             indices = torch.empty_like(values, dtype=torch.int64)
             for first in range(0, C, block_size):
                 block = slice(first, first + block_size)
-                logits = scale * (rows @ self._unit(weight[block].to(dtype)).T)
+                classes = weight[block].to(dtype)
+                logits = (rows @ classes.T) * self._factor(classes, scale)
                 if bias is not None:
                     logits = logits + bias[block]
                 best = logits.topk(min(k, logits.shape[1]))
@@ -234,10 +237,18 @@ class SampledSoftmaxLoss(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def _unit(self, rows: Tensor) -> Tensor:
+        """As unit rows but for _SHORT, so that products with finite rows of any length are finite."""
         if self.similarity == "dot":
             return rows
         norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
-        return torch.where(norm < 1e-12, 0.0, rows / norm).to(rows.dtype)
+        return torch.where(norm < 1e-12, 0.0, rows / (norm / _SHORT)).to(rows.dtype)
+
+    def _factor(self, classes: Tensor, scale: float | Tensor) -> float | Tensor:
+        """What makes logits of products of `_unit` rows with those of `classes`: these stay as they are."""
+        if self.similarity == "dot":
+            return scale
+        norm = torch.linalg.vector_norm(classes, dim=1, dtype=torch.float64)
+        return torch.where(norm < 1e-12, 0.0, scale / (_SHORT * norm)).to(classes.dtype)
 
     def extra_repr(self) -> str:
         scale = "learned" if isinstance(self.scale, nn.Parameter) else self.scale

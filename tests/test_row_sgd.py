@@ -7,10 +7,9 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from largest_made import LargestMade
 from torch import nn
 from torch.distributed.tensor import Shard, distribute_tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fedss_kernels import (
     RowAdam,
@@ -451,22 +450,6 @@ def test_repeated_rows_of_16_bits_are_summed_in_float32_and_written_once(kind):
         kind([weight], lr=2.0**-9, **({"momentum": 0.5} if kind is RowSGD else {})).step()
     assert torch.equal(weights[0] == 1, weights[1] == 1)  # which rows moved
     torch.testing.assert_close(*weights, rtol=0, atol=2.0**-7)  # other chances: a spacing apart at most
-
-
-class LargestMade(TorchDispatchMode):
-    """The most elements of one tensor that an operator makes, in memory other than that of `held`."""
-
-    def __init__(self, held):
-        super().__init__()
-        self.held, self.elements = {tensor.untyped_storage().data_ptr() for tensor in held}, 0
-
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        made = function(*arguments, **(options or {}))
-        for tensor in tree_leaves(made):
-            is_dense = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
-            if is_dense and tensor.untyped_storage().data_ptr() not in self.held:
-                self.elements = max(self.elements, tensor.numel())
-        return made
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -50,7 +50,8 @@ class SampledSoftmaxLoss(nn.Module):
         scale: multiplies the cosine; with `learn_scale=True` the initial value of a parameter of shape (1,).
         similarity: "cosine" or "dot".
         bias: one learned number for each class, initially zero.
-        sparse_grad: the gradients of weight and bias as sparse COO tensors over the classes that take part.
+        sparse_grad: the gradients of weight and bias as sparse COO tensors over the classes that take part
+            (`weight.grad.coalesce()` has `.indices()` and `.values()`; see `sampled_softmax_loss`).
             Under DistributedDataParallel it needs gloo: NCCL adds up dense gradients only, as FSDP does.
         generator: source of the initial weight and the negatives; None: torch's default one. Its state is
             not in state_dict, as each process has its own: save `criterion.generator.get_state()` beside

@@ -270,8 +270,9 @@ class RowAdam(RowOptimizer):
                 state[name] = torch.zeros_like(parameter, dtype=_averages_dtype(parameter))
         if by_rows:
             if "row_steps" not in state:
-                steps = torch.full((len(parameter),), int(state["step"]), dtype=torch.int64)
-                state["row_steps"] = steps.to(parameter.device)
+                state["row_steps"] = torch.full(
+                    (len(parameter),), int(state["step"]), dtype=torch.int64, device=parameter.device
+                )
             state["step"] += 1
 
     def _step_dense(

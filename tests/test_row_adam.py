@@ -308,6 +308,16 @@ def test_sampled_softmax_loss_with_sparse_grad():
     assert sum(losses[-5:]) < sum(losses[:5]) / 2
 
 
+def test_the_default_device_does_not_matter():
+    weights = torch.ones(2, 5, 3).unbind()
+    for weight in weights:
+        weight.grad = sparse([4, 1], torch.ones(2, 3), 5)
+    RowAdam([weights[0]]).step()
+    with torch.device("meta"):
+        RowAdam([weights[1]]).step()
+    assert torch.equal(*weights)
+
+
 def steps(optimizer, weights, number, sparsely):
     torch.manual_seed(number)
     for weight in weights:

@@ -267,7 +267,7 @@ class RowAdam(RowOptimizer):
 
     def _prepare(self, parameter: Tensor, state: State, rule: Rule, by_rows: bool) -> None:
         if not state:
-            state["step"] = torch.tensor(0.0, device="cpu")
+            state["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = torch.zeros_like(parameter, dtype=_averages_dtype(parameter))
         if by_rows:

@@ -320,6 +320,20 @@ def test_the_default_device_does_not_matter():
     assert torch.equal(*weights)
 
 
+@pytest.mark.parametrize("sparsely", [True, False])
+def test_steps_are_counted_past_256_whatever_the_default_dtype_is(sparsely):
+    weight = torch.ones(5, 3, requires_grad=True)
+    optimizer = RowAdam([weight])
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        weight.grad = sparse([1], torch.ones(1, 3, dtype=torch.float32), 5) if sparsely else weight.detach()
+        for _ in range(258):
+            optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert optimizer.state[weight]["step"] == 258
+
+
 def steps(optimizer, weights, number, sparsely):
     torch.manual_seed(number)
     for weight in weights:

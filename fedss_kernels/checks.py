@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -40,7 +40,17 @@ def check_shape(name: str, value: Tensor, shape: tuple[int, ...], meaning: str) 
 def check_device(name: str, value: Tensor, device: torch.device, of: str) -> None:
     """Raises ValueError unless `value` lies on `device`, which is that of the argument `of`."""
     if value.device != device:
+        if device.type == "meta":
+            refuse_meta(of)
         raise ValueError(f"{name}: expected a tensor on {device} as {of} is, got one on {value.device}")
+
+
+def refuse_meta(name: str) -> NoReturn:
+    """Raises ValueError for a tensor on meta where numbers are wanted."""
+    raise ValueError(
+        f"{name}: expected a tensor that holds numbers, got one on meta; a module made there is ready "
+        "after to_empty(device=...) and reset_parameters() or load_state_dict(...)"
+    )
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

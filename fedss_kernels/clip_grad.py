@@ -34,7 +34,7 @@ def clip_grad_norm_(
 
     Args:
         parameters: a parameter or several; those without a gradient are passed over.
-        max_norm: >= 0.
+        max_norm: >= 0; infinity clips nothing, and the norm is told.
         norm_type: > 0; may be infinity.
         error_if_nonfinite: whether to raise RuntimeError, before anything changes, if the norm is infinite or
             NaN. On a GPU to ask is to wait.
@@ -49,7 +49,8 @@ def clip_grad_norm_(
     tensor([1.5000, 2.0000])
     """
     gradients = _gradients(parameters)
-    max_norm = as_number("max_norm", max_norm, least=0)
+    if not (isinstance(max_norm, float) and max_norm == math.inf):
+        max_norm = as_number("max_norm", max_norm, least=0)
     norm = total_norm(gradients, norm_type, error_if_nonfinite, foreach)
     factor = clip_factor(norm, max_norm)
     for values in map(_values, gradients):
@@ -124,11 +125,12 @@ def _values(grad: Tensor) -> Tensor:
 
 def _gradients(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
     given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    gradients = [parameter.grad for parameter in given if parameter.grad is not None]
     for index, parameter in enumerate(given):
+        if not isinstance(parameter, Tensor):
+            raise TypeError(f"parameters[{index}]: expected a tensor, got {type(parameter).__name__}")
         grad = parameter.grad
         if grad is not None and grad.layout not in (torch.strided, torch.sparse_coo):
             raise TypeError(
                 f"parameters[{index}].grad: expected a dense or sparse COO tensor, got layout {grad.layout}"
             )
-    return gradients
+    return [parameter.grad for parameter in given if parameter.grad is not None]

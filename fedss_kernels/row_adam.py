@@ -182,7 +182,9 @@ class RowAdam(RowOptimizer):
     State dicts are those of torch.optim.AdamW, both ways. `step` counts the parameter's steps, as there;
     `row_steps` (C,) those of each row, which AdamW ignores. Where it is missing every row has taken `step`
     steps. Options that are not here (`amsgrad`, `maximize`, an Adam's decay that is not decoupled) are
-    refused by name.
+    refused by name. torch.distributed.checkpoint loads what the optimiser that it loads into has, and for one
+    without a state its get_state_dict makes a state of dense gradients, without `row_steps`: give such an
+    optimiser one training step first, which loading then undoes.
 
     Parameters may be float16, bfloat16, float32 or float64 on any device; 16-bit ones, clipping, numbers and
     waits are those of `RowSGD`. The averages of a 16-bit parameter are float32: squares of gradients leave
@@ -265,13 +267,14 @@ class RowAdam(RowOptimizer):
 
     def _prepare(self, parameter: Tensor, state: State, rule: Rule, by_rows: bool) -> None:
         if not state:
-            state["step"] = torch.tensor(0.0, device="cpu")
+            state["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = torch.zeros_like(parameter, dtype=_averages_dtype(parameter))
         if by_rows:
             if "row_steps" not in state:
-                steps = torch.full((len(parameter),), int(state["step"]), dtype=torch.int64)
-                state["row_steps"] = steps.to(parameter.device)
+                state["row_steps"] = torch.full(
+                    (len(parameter),), int(state["step"]), dtype=torch.int64, device=parameter.device
+                )
             state["step"] += 1
 
     def _step_dense(

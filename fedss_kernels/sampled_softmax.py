@@ -26,6 +26,7 @@ from .checks import (
     check_ignore_index,
     check_shape,
     check_tensor,
+    refuse_meta,
 )
 from .direct_route import direct_loss
 from .implementations import triton_kernels
@@ -218,10 +219,7 @@ def _check(
             check_device(name, value, weight.device, "weight")
     check_scale(scale, weight.device)
     if input.device.type == "meta":
-        raise ValueError(
-            "input: expected a tensor that holds numbers, got one on meta; a module made there is ready "
-            "after to_empty(device=...) and reset_parameters() or load_state_dict(...)"
-        )
+        refuse_meta("input")
 
 
 def _check_constant(name: str, value: Tensor | None, shape: tuple[int, ...], meaning: str) -> None:

@@ -177,6 +177,9 @@ class SampledSoftmaxLoss(nn.Module):
         block_size < 1 and a k outside [1, C].
         """
         weight, bias = self._whole_weight(), self.bias
+        check_tensor("weight", weight, FLOATING)
+        if weight.dim() != 2:
+            raise ValueError(f"weight: expected shape (C, D), got {tuple(weight.shape)}")
         C, D = weight.shape
         check_tensor("input", input, FLOATING)
         block_size, k = check_integer("block_size", block_size, 1), check_integer("k", k, 1, C)
@@ -184,8 +187,10 @@ class SampledSoftmaxLoss(nn.Module):
             raise ValueError(f"input: expected shape (..., {D}), got {tuple(input.shape)}")
         check_device("input", input, weight.device, "weight")
         if bias is not None:
+            check_tensor("bias", bias, FLOATING)
             check_shape("bias", bias, (C,), "(C,)")
-        scale: float | Tensor = self.scale
+        scale: float | Tensor = as_float(self.scale)
+        check_scale(scale, weight.device)
         if isinstance(scale, Tensor):
             scale = scale.reshape(())  # on the CPU it may be beside a GPU's tensors then
         dtype = torch.promote_types(torch.promote_types(input.dtype, weight.dtype), torch.float32)
@@ -223,7 +228,7 @@ class SampledSoftmaxLoss(nn.Module):
             memo = set()
         if self.sparse_grad and remove_duplicate and self not in memo:
             own = {name: self._parameters.get(name) for name in ("weight", "bias")}
-            yield prefix, SparseRows({name: p for name, p in own.items() if p is not None})
+            yield prefix, SparseRows({n: p for n, p in own.items() if p is not None}, self.training)
         yield from super().named_modules(memo, prefix, remove_duplicate)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:

@@ -36,7 +36,8 @@ class StochasticRounding:
         spacing = (powers * info.eps).clamp(min=info.smallest_normal * info.eps)
         scaled = values / spacing
         lower = scaled.floor()
-        chance = torch.rand(values.shape, generator=self._generator(values.device), device=values.device)
+        generator, device = self._generator(values.device), values.device
+        chance = torch.rand(values.shape, generator=generator, dtype=torch.float32, device=device)
         rounded = ((lower + (chance < scaled - lower)) * spacing).clamp(-info.max, info.max)
         nearest = values.to(dtype)
         good = nearest.isfinite() & rounded.isfinite()  # not so where denormal spacings are flushed to zero

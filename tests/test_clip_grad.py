@@ -62,7 +62,7 @@ def as_on_a_gpu(request):
 
 
 @pytest.mark.parametrize("norm_type", [2.0, 1, np.float32(3), math.inf, "inf"], ids=str)
-@pytest.mark.parametrize("max_norm", [1.5, 1e3, torch.tensor(1.5), np.int64(2)], ids=repr)
+@pytest.mark.parametrize("max_norm", [1.5, 1e3, torch.tensor(1.5), np.int64(2), math.inf], ids=repr)
 def test_norm_is_that_of_the_dense_gradients(norm_type, max_norm):
     ours, theirs = with_gradients(*gradients()), with_gradients(*(g.to_dense() for g in gradients()))
     norm = clip_grad_norm_(ours, max_norm, norm_type)
@@ -163,6 +163,12 @@ BAD = [
         "clip_value: expected a finite number of at least 0, got nan",
     ),
 ]
+
+
+@pytest.mark.parametrize("function", [clip_grad_norm_, clip_grad_value_])
+def test_what_is_no_tensor_is_named(function):
+    with pytest.raises(TypeError, match=r"parameters\[0\]: expected a tensor, got tuple"):
+        function(torch.nn.Linear(2, 2).named_parameters(), 1.0)
 
 
 @pytest.mark.parametrize("function, arguments, error, message", BAD, ids=[message for *_, message in BAD])

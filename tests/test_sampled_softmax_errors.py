@@ -1,5 +1,6 @@
 """Every wrong argument gets an error that names it, says what was expected and what came."""
 
+import copy
 import functools
 import re
 from fractions import Fraction
@@ -123,6 +124,10 @@ def test_meta_tensors_hold_no_numbers(impl):
     module = SampledSoftmaxLoss(C, D, S, device="meta")
     with pytest.raises(ValueError, match=r"after to_empty\(device=...\) and reset_parameters\(\) or load"):
         module(given["input"], given["target"])
+    here = arguments()
+    for call in (lambda: module(here["input"], here["target"]), lambda: module.topk(here["input"], 1)):
+        with pytest.raises(ValueError, match="weight: expected a tensor that holds numbers, got one on meta"):
+            call()
 
 
 def test_fake_tensors_have_no_sparse_gradient():
@@ -269,6 +274,19 @@ def test_bad_topk():
         criterion.topk(torch.randn(2, 4), 1)
     with pytest.raises(ValueError, match="input: expected a tensor on cpu as weight is, got one on meta"):
         criterion.topk(x.to("meta"), 1)
+    for name, value, message in (
+        ("scale", torch.ones(2), r"scale: expected a number or a 0-d tensor or \(1,\), got shape \(2,\)"),
+        ("scale", "1", "scale: expected a number or a 0-d tensor, got str"),
+        ("bias", torch.zeros(5, dtype=torch.int64), "bias: expected float16 .*, got int64"),
+        ("weight", torch.ones(5, 3, dtype=torch.int64), "weight: expected float16 .*, got int64"),
+        ("weight", torch.ones(5, 3).to_sparse(), "weight: expected a dense tensor, got layout"),
+        ("weight", torch.ones(2, 5, 3), r"weight: expected shape \(C, D\), got \(2, 5, 3\)"),
+    ):
+        other = copy.deepcopy(criterion)
+        other.__dict__[name] = value  # as functional transforms put it
+        other._parameters.pop(name, None)
+        with pytest.raises((TypeError, ValueError), match=message):
+            other.topk(x, 1)
     expected = criterion.topk(x, 3, 2)
     assert torch.equal(criterion.topk(x, np.int64(3), np.int64(2)).indices, expected.indices)
     criterion.weight = torch.nn.Parameter(criterion.weight[:4].detach())

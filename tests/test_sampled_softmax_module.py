@@ -225,6 +225,7 @@ def test_parameters_are_met_once_and_under_the_same_names(sparse_grad):
     assert "weight: (50, 8)" in str(list(model.modules())) or not sparse_grad
     copied = copy.deepcopy(model)
     assert list(copied.state_dict()) == list(model.state_dict())
+    assert not any(module.training for module in model.eval().modules())
 
 
 # ---- what is around it -------------------------------------------------------------------------------------

@@ -525,5 +525,8 @@ def test_a_run_on_image_files_some_damaged(tmp_path, capsys, monkeypatch):
         and "without them: --skip-damaged" in err
     )
     assert cli.main([*argv, "--skip-damaged"]) == 0
-    assert "image_folder: decoding images: 0 of 11\n" not in capsys.readouterr().out, "they are kept"
+    said, err = capsys.readouterr()
+    assert "image_folder: decoding images: 0 of 11\n" not in said, "they are kept"
+    left_out = "image_folder: left out 1 images that could not be read: class1 1, listed in "
+    assert err.startswith(f"fedss run: {left_out}") and err.count("\n") == 1
     assert json.loads((tmp_path / "out" / "config.json").read_text())["skip_damaged"] is True

@@ -16,7 +16,7 @@ import torch
 from tiny_federation import tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import CheckpointError, Config, ConfigError, jobs, run
-from fedss_kernels.federated.compare import cells, compare, header, tabulate, write_tables
+from fedss_kernels.federated.compare import cells, compare, header, report_again, tabulate, write_tables
 from fedss_kernels.federated.data.holdout import held_out
 from fedss_kernels.federated.mean_sd import mean_sd
 from fedss_kernels.federated.plan import LISTS, PRESETS, Case, Plan, read_preset
@@ -320,6 +320,9 @@ def test_answers_that_are_left_out_of_a_comparison_are_said(tmp_path, in_this_pr
     assert rejected > 0 and comparison.failed == []
     words = f"{rejected} of 24 clients' answers were left out: {rejected} norm"
     assert comparison.notes == [f"FedSS, seed 0: {words}"]
+    ledger = tmp_path / "out" / "fedss-seed0" / "ledger.csv"
+    ledger.write_text(ledger.read_text().replace(",", ";"))  # as a spreadsheet may save it
+    assert report_again(tmp_path / "out") == comparison.notes
     poisoned = Plan(replace(config, poison_rate=0.1), ["fedss"], [0])
     assert compare(poisoned, tmp_path / "other").notes == []
 

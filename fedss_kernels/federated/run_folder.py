@@ -17,6 +17,7 @@ import dataclasses
 import json
 import logging
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
@@ -452,6 +453,20 @@ def read_metrics(path: Path) -> list[RoundMetrics]:
         raise ValueError(f"no run in {path}: metrics.csv: {error.strerror}") from None
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"metrics.csv in {path} is not as a run wrote it: {error}") from None
+
+
+def faults(path: Path) -> str:
+    """Of the answers that were left out in the run in a folder what was wrong: "9 norm, 2 ids".
+
+    Raises ValueError where there is no ledger, or not as a run wrote it.
+    """
+    try:
+        counts = Counter(line["fault"] for line in read_table(path, "ledger.csv") if line["fault"])
+    except OSError as error:
+        raise ValueError(f"no run in {path}: ledger.csv: {error.strerror}") from None
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"ledger.csv in {path} is not as a run wrote it: {error}") from None
+    return ", ".join(f"{count:,} {fault}" for fault, count in counts.most_common())
 
 
 def _number(text: str) -> Any:

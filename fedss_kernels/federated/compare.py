@@ -127,9 +127,11 @@ def report_again(out: Path) -> list[str]:
     Raises CheckpointError where there is no comparison, ValueError where no run of it is done.
     """
     plan = Plan.read(out)
-    configs = plan.runs(out, {})
+    trials, configs = plan.trials(out / "rates"), plan.runs(out, {})
+    _, lost = played(trials)
     found, failures = played(configs)
-    left_out = [f"{job_name(plan, configs[job])} is left out: {of.words}" for job, of in failures.items()]
+    left_out = [f"{trial_name(plan, trials[job])} has no result: {of.words}" for job, of in lost.items()]
+    left_out += [f"{job_name(plan, configs[job])} is left out: {of.words}" for job, of in failures.items()]
     runs = list(found.values())
     if not runs:
         raise ValueError(f"no run of the comparison in {out} is done: {'; '.join(left_out)}")

@@ -271,11 +271,12 @@ class RunFolder:
         return folder, found, read_metrics(path)
 
     def begin(self) -> None:
-        """To be called when nothing is in the way of the next round: a finished run is that no more."""
+        """To be called when nothing is in the way of the next round: a finished or failed run is that no more."""
         there, _ = read_config(self.path)
         if there.rounds != self.config.rounds:
             self._save(dataclasses.replace(there, rounds=self.config.rounds))
-        (self.path / "summary.json").unlink(missing_ok=True)
+        for name in ("summary.json", "error.txt"):
+            (self.path / name).unlink(missing_ok=True)
 
     def _save(self, config: Config) -> None:
         config.save(self.path / "config.json")

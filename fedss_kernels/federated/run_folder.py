@@ -271,7 +271,7 @@ class RunFolder:
         return folder, found, read_metrics(path)
 
     def begin(self) -> None:
-        """To be called when nothing is in the way of the next round: a finished or failed run is that no more."""
+        """When nothing is in the way of the next round: a run that finished or failed is that no more."""
         there, _ = read_config(self.path)
         if there.rounds != self.config.rounds:
             self._save(dataclasses.replace(there, rounds=self.config.rounds))

@@ -369,6 +369,12 @@ def test_what_is_left_out_is_said_with_the_reasons(tmp_path, capsys):
     assert f"rejected ({faults(out)})" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("argv", [["confusion"], ["noise", "--run"]])
+def test_a_folder_without_a_run_is_named_as_that(argv, tmp_path, capsys):
+    line = fails(capsys, *argv, str(tmp_path))
+    assert line == f"fedss {argv[0]}: no run in {tmp_path}: no config.json, no checkpoint"
+
+
 def broken_plots(monkeypatch):
     def broken(*arguments):
         raise RuntimeError("no fonts")

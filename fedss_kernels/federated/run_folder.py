@@ -383,10 +383,12 @@ def read_config(path: Path) -> tuple[Config, str]:
     """(the configuration of the run in a folder, what of its config.json is not believed).
 
     Users edit config.json: where the run has a checkpoint, and it is whole, that has the word, but on options
-    in MAY_CHANGE. Raises ConfigError where there is neither, or they are of another version.
+    in MAY_CHANGE. Raises ValueError where there is neither, ConfigError where they are of another version.
     """
     file = path / "config.json"
     if not checkpoint.exists(path):
+        if not file.exists():
+            raise ValueError(f"no run in {path}: no config.json, no checkpoint")
         return Config.load(file), ""
     try:
         began = checkpoint.read_config(path)

@@ -173,8 +173,8 @@ class SampledSoftmaxLoss(nn.Module):
         """The k largest logits scale * cos(input, weight_j) + bias_j of each row, and their classes.
 
         Goes over the classes in blocks: memory is rows x (block_size + k), never rows x C. The same under
-        autocast as without. Logits that are NaN come first, as in torch.topk. Raises TypeError and ValueError for a wrong input, a bias that is not (C,), a
-        block_size < 1 and a k outside [1, C].
+        autocast as without. Logits that are NaN come first, as in torch.topk. Raises TypeError and ValueError
+        for a wrong input, a bias that is not (C,), a block_size < 1 and a k outside [1, C].
         """
         weight, bias = self._whole_weight(), self.bias
         C, D = weight.shape

@@ -78,11 +78,13 @@ def check_ignore_index(ignore_index: Any) -> int:
     return ignore_index
 
 
-def as_number(name: str, value: object, least: float = -math.inf, below: float = math.inf) -> float:
+def as_number(
+    name: str, value: object, least: float = -math.inf, below: float = math.inf, *, infinite: bool = False
+) -> float:
     """A number of Python's, numpy's or a tensor's of one element, as float: what torch's optimisers take.
 
-    Raises TypeError for something else, ValueError unless it is finite and in [least, below). Of a tensor on
-    a GPU it waits for the number.
+    Raises TypeError for something else, ValueError unless it is finite and in [least, below), or infinity
+    where `infinite` lets that be. Of a tensor on a GPU it waits for the number.
     """
     if type(value) is float and -math.inf < value < below and least <= value:
         return value
@@ -91,12 +93,18 @@ def as_number(name: str, value: object, least: float = -math.inf, below: float =
     if isinstance(number, bool) or not real:
         shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}{shape}")
+    if infinite and number == math.inf:
+        return math.inf
+    try:
+        number, found = float(number), number
+    except OverflowError:
+        number, found = math.inf, "one past float64's range"
     # math.isfinite cannot be traced with a symbolic value
     if not abs(number) < math.inf or number < least or number >= below:
         expected = "a finite number" if least == -math.inf else f"a finite number of at least {least:g}"
         expected += "" if below == math.inf else f" and below {below:g}"
-        raise ValueError(f"{name}: expected {expected}, got {number}")
-    return float(number)
+        raise ValueError(f"{name}: expected {expected}, got {found}")
+    return number
 
 
 def check_flag(name: str, value: object) -> None:

@@ -34,7 +34,7 @@ def clip_grad_norm_(
 
     Args:
         parameters: a parameter or several; those without a gradient are passed over.
-        max_norm: >= 0.
+        max_norm: >= 0; infinity clips nothing, for who wants the norm alone.
         norm_type: > 0; may be infinity.
         error_if_nonfinite: whether to raise RuntimeError, before anything changes, if the norm is infinite or
             NaN. On a GPU to ask is to wait.
@@ -49,7 +49,7 @@ def clip_grad_norm_(
     tensor([1.5000, 2.0000])
     """
     gradients = _gradients(parameters)
-    max_norm = as_number("max_norm", max_norm, least=0)
+    max_norm = as_number("max_norm", max_norm, least=0, infinite=True)
     norm = total_norm(gradients, norm_type, error_if_nonfinite, foreach)
     factor = clip_factor(norm, max_norm)
     for values in map(_values, gradients):
@@ -71,7 +71,7 @@ def clip_grad_value_(
 
     Args:
         parameters: a parameter or several; those without a gradient are passed over.
-        clip_value: >= 0.
+        clip_value: >= 0; infinity clips nothing.
         foreach: torch's; what is clipped is the same.
 
     >>> weight = torch.nn.Parameter(torch.zeros(5, 1))
@@ -81,7 +81,7 @@ def clip_grad_value_(
     tensor([0.5000, 0.0000])
     """
     gradients = _gradients(parameters)
-    clip_value = as_number("clip_value", clip_value, least=0)
+    clip_value = as_number("clip_value", clip_value, least=0, infinite=True)
     for grad in gradients:
         values = _values(grad)
         if grad.is_sparse and len(values) and not is_listed_once(grad):

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import FLOATING, as_number, check_integer
+from .checks import FLOATING, as_integer, as_number, check_integer
 from .clip_grad import clip_factor, total_norm
 from .sparse_rows import is_listed_once, runs_of_entries, unique_rows, widened
 from .stochastic_rounding import StochasticRounding
@@ -42,9 +42,9 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     UNUSED: ClassVar[dict[str, Any]]
 
     def __init__(self, params: Iterable[Any], options: dict[str, Any]) -> None:
-        defaults = _without_numpy({**options, "rounding_step": 0, **self.FIXED, **self.UNUSED})
+        defaults = {**options, "rounding_step": 0, **self.FIXED, **self.UNUSED}
         self._checked(defaults)
-        super().__init__(params, defaults)
+        super().__init__(params, _as_pythons(defaults))
 
     @abstractmethod
     def _checked_rule(self, options: dict[str, Any], where: str) -> Rule:
@@ -80,9 +80,9 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters with options of their own; raises as the constructor does."""
         if isinstance(param_group, dict):
-            param_group = _without_numpy(param_group)
-            added = self._checked(self.defaults | param_group)
-            _check_norms([*(group["max_norm"] for group in self.param_groups), added.max_norm])
+            held = [self._checked(group).max_norm for group in self.param_groups]
+            _check_norms([*held, self._checked(self.defaults | param_group).max_norm])
+            param_group = {name: v if name == "params" else _as_pythons(v) for name, v in param_group.items()}
         super().add_param_group(param_group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -143,7 +143,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     def _checked(self, options: dict[str, Any], where: str = "") -> Options:
         rule, max_norm = self._checked_rule(options, where), options["max_norm"]
         if max_norm is not None:
-            max_norm = as_number(f"{where}max_norm", max_norm, least=0)
+            max_norm = as_number(f"{where}max_norm", max_norm, least=0, infinite=True)
         for name in ("seed", "rounding_step"):
             check_integer(where + name, options[name], 0)
         for name, value in self.FIXED.items():
@@ -222,12 +222,18 @@ def _round_back(
             held.copy_(rounding(value, held.dtype))
 
 
-def _without_numpy(options: dict[str, Any]) -> dict[str, Any]:
-    """NumPy's numbers as Python's, so that torch.load reads the saved state with weights_only."""
-    return {
-        name: value.item() if isinstance(value, numbers.Number) and hasattr(value, "item") else value
-        for name, value in options.items()
-    }
+def _as_pythons(value: Any) -> Any:
+    """NumPy's numbers and fractions as Python's, so that torch.load reads the saved state with weights_only.
+
+    In dicts, lists and tuples too.
+    """
+    if isinstance(value, dict):
+        return {name: _as_pythons(option) for name, option in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_as_pythons, value))
+    if isinstance(value, numbers.Integral):
+        return as_integer(value)
+    return float(value) if isinstance(value, numbers.Real) else value
 
 
 def _gradient(parameter: Tensor) -> Tensor:

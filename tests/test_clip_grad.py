@@ -62,7 +62,7 @@ def as_on_a_gpu(request):
 
 
 @pytest.mark.parametrize("norm_type", [2.0, 1, np.float32(3), math.inf, "inf"], ids=str)
-@pytest.mark.parametrize("max_norm", [1.5, 1e3, torch.tensor(1.5), np.int64(2)], ids=repr)
+@pytest.mark.parametrize("max_norm", [1.5, 1e3, math.inf, torch.tensor(1.5), np.int64(2)], ids=repr)
 def test_norm_is_that_of_the_dense_gradients(norm_type, max_norm):
     ours, theirs = with_gradients(*gradients()), with_gradients(*(g.to_dense() for g in gradients()))
     norm = clip_grad_norm_(ours, max_norm, norm_type)
@@ -92,6 +92,9 @@ def test_values_are_those_of_the_dense_gradients_clipped():
     ours, theirs = with_gradients(*gradients()), with_gradients(*(g.to_dense() for g in gradients()))
     clip_grad_value_(ours, 0.5)
     torch.nn.utils.clip_grad_value_(theirs, 0.5)
+    for p, q in zip(ours[:-1], theirs[:-1], strict=True):
+        torch.testing.assert_close(p.grad.to_dense(), q.grad)
+    clip_grad_value_(ours, math.inf)  # changes nothing
     for p, q in zip(ours[:-1], theirs[:-1], strict=True):
         torch.testing.assert_close(p.grad.to_dense(), q.grad)
     assert [len(p.grad._values()) for p in ours[:-2]] == [5, 2, 0, 3, 3]

@@ -5,6 +5,7 @@ import doctest
 import io
 import math
 import pickle
+from fractions import Fraction
 from unittest import mock
 
 import fedss_kernels.reference.row_adam
@@ -419,6 +420,7 @@ def test_other_states_are_refused_by_name(make, message):
 BAD_OPTIONS = [
     ({"lr": -0.1}, ValueError, "lr: .* at least 0, got -0.1"),
     ({"betas": (0.9,)}, TypeError, r"betas: expected two numbers, got \(0.9,\)"),
+    ({"betas": (0.9, 1 - Fraction(1, 10**30))}, ValueError, r"betas\[1\]: .* below 1, got 9+/10+"),
     ({"betas": (-0.1, 0.9)}, ValueError, r"betas\[0\]: .* at least 0 and below 1, got -0.1"),
     ({"eps": float("nan")}, ValueError, "eps: .* at least 0, got nan"),
     ({"weight_decay": -1}, ValueError, "weight_decay: .* at least 0, got -1"),

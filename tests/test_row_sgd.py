@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -293,6 +294,40 @@ def test_numbers_are_those_that_torch_takes(number, sparsely):
     assert torch.load(file, weights_only=True)["param_groups"][0]["momentum"] == 0.5
 
 
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        (RowAdam, {"betas": (np.float32(0.5), np.float64(0.75))}),
+        (RowAdam, {"betas": [np.float32(0.5), Fraction(3, 4)], "eps": Fraction(1, 8)}),
+        (RowSGD, {"lr": Fraction(1, 2), "momentum": np.longdouble(0.5), "max_norm": Fraction(1)}),
+    ],
+    ids=str,
+)
+def test_numbers_are_saved_as_pythons(kind, options):
+    """So that torch.load reads them with weights_only."""
+    defaults = kind([nn.Parameter(torch.ones(1))], lr=0.5)
+    for optimizer in (
+        kind([nn.Parameter(torch.ones(1))], **{"lr": 0.5} | options),
+        kind([{"params": [nn.Parameter(torch.ones(1))], **options}], lr=0.5),
+    ):
+        file = io.BytesIO()
+        torch.save(optimizer.state_dict(), file)
+        file.seek(0)
+        (group,) = torch.load(file, weights_only=True)["param_groups"]
+        assert {name: group[name] for name in options} == options
+        assert group.keys() == defaults.state_dict()["param_groups"][0].keys()
+
+
+@pytest.mark.parametrize("norm", [torch.tensor(1.0), np.float32(1), 1], ids=repr)
+def test_a_norm_may_be_any_number_in_several_groups(norm):
+    weights = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    optimizer = RowSGD([{"params": [weight]} for weight in weights], lr=1.0, max_norm=norm)
+    for weight in weights:
+        weight.grad = torch.ones(1)
+    optimizer.step()
+    torch.testing.assert_close(torch.cat(weights), torch.full((2,), -(0.5**0.5)))
+
+
 def test_numbers_of_the_row_step():
     weight, ids, rows = torch.ones(2, 1), torch.tensor([1]), torch.ones(1, 1)
     numbers = {"lr": torch.tensor(0.5), "momentum": np.float32(0), "weight_decay": np.int64(1)}
@@ -505,6 +540,8 @@ BAD_OPTIONS = [
     ({"lr": torch.ones(2)}, TypeError, r"lr: expected a number, got Tensor of shape \(2,\)"),
     ({"lr": torch.tensor(-1.0)}, ValueError, "lr: .* at least 0, got -1.0"),
     ({"lr": True}, TypeError, "lr: expected a number, got bool"),
+    ({"lr": 10**400}, ValueError, "lr: expected a finite number of at least 0, got one past float64's range"),
+    ({"lr": Fraction(10**400)}, ValueError, "lr: expected a finite number of at least 0, got one past float64's range"),
     ({"lr": 0.1, "max_norm": -1}, ValueError, "max_norm: .* at least 0, got -1"),
     ({"lr": 0.1, "seed": 0.5}, TypeError, "seed: expected an integer, got float"),
     ({"lr": 0.1, "momentum": float("nan")}, ValueError, "momentum: .* at least 0, got nan"),

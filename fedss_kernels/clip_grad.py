@@ -24,7 +24,9 @@ def clip_grad_norm_(
         grad *= min(1, max_norm / (norm + 1e-6)),   norm = |all gradients as one vector|, of order norm_type
 
     A sparse gradient counts as the dense one that it stands for: entries of one row are summed first. Nothing
-    of a parameter's size is made, and nothing waits for a GPU. Dense gradients have the bits of torch's.
+    of a parameter's size is made, and nothing waits for a GPU. Dense gradients have the bits of torch's: the
+    norm of one of 16 bits is one of 16 bits, a sparse one's is a float32. As torch's, a norm past the largest
+    number of its dtype is infinite, and every finite gradient becomes 0: error_if_nonfinite tells.
 
     accelerate's `clip_grad_norm_` and Lightning's `gradient_clip_val` call torch's, which cannot take the
     norm of a sparse gradient. With those, clip by the optimiser instead, as in `RowSGD(max_norm=1.0)`, or

@@ -143,6 +143,18 @@ def test_16_bit_rows_are_summed_in_float32():
     assert clip_grad_norm_(parameter, 1e9).item() == 512
 
 
+@pytest.mark.parametrize("ids", [[1, 2], [2, 2]], ids=["each row once", "one row twice"])
+@pytest.mark.parametrize("size, dtype", [(60_000, torch.float16), (1.1015625, torch.bfloat16)])
+def test_the_norm_of_16_bit_rows_is_a_float32(ids, size, dtype):
+    """sqrt(2 * 60000^2) = 84853 is past float16's range: by an infinite norm all would be clipped to 0."""
+    rows = torch.tensor([[size, 0.0], [0.0, size]], dtype=dtype)
+    (parameter, _) = with_gradients(sparse(ids, rows, (3, 2)))
+    norm = clip_grad_norm_(parameter, 1.0)
+    assert norm.dtype == torch.float32 and norm.item() == pytest.approx(size * 2**0.5, rel=1e-6)
+    clipped = parameter.grad.to_dense().float()
+    torch.testing.assert_close(clipped.norm(), torch.tensor(1.0), rtol=0.01, atol=0)
+
+
 def test_a_norm_that_is_not_finite():
     for error in (False, True):
         parameters = with_gradients(sparse([1], torch.tensor([[math.nan]]), (2, 1)), torch.ones(2))

@@ -35,11 +35,12 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     can serve, and any other is refused.
     """
 
-    # Options that must be there, those that have one value here, and those that choose among torch's own
-    # implementations, which change nothing here.
+    # Options that must be there, those that have one value here, those that choose among torch's own
+    # implementations, which change nothing here; and what there is of each parameter.
     REQUIRED: ClassVar[tuple[str, ...]]
     FIXED: ClassVar[dict[str, Any]]
     UNUSED: ClassVar[dict[str, Any]]
+    STATE: ClassVar[tuple[str, ...]]
 
     def __init__(self, params: Iterable[Any], options: dict[str, Any]) -> None:
         defaults = {**options, "rounding_step": 0, **self.FIXED, **self.UNUSED}
@@ -52,7 +53,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
 
     @abstractmethod
     def _checked_state(self, parameter: Tensor, state: State) -> None:
-        """Raises ValueError unless `state`, which was loaded, is one of `parameter`'s."""
+        """Raises TypeError or ValueError unless `state`, which was loaded, is one of `parameter`'s."""
 
     @abstractmethod
     def _steps_rows(self, parameter: Tensor) -> bool:
@@ -97,6 +98,11 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         self._checked_groups(groups)
         for parameter, of_parameter in state["state"].items():
             if isinstance(parameter, Tensor):  # torch keeps what else was saved
+                if others := sorted(of_parameter.keys() - set(self.STATE)):
+                    raise ValueError(
+                        f"state: expected {', '.join(self.STATE)}, got {', '.join(others)} too: "
+                        f"is this the state of another optimiser than {type(self).__name__}?"
+                    )
                 self._checked_state(parameter, of_parameter)
         super().__setstate__({**state, "defaults": defaults, "param_groups": groups})
 
@@ -275,6 +281,13 @@ def _summed(grad: Tensor) -> tuple[Tensor, Tensor, Tensor | slice]:
         return class_ids, widened(rows), slice(None)
     runs = runs_of_entries(grad)
     return runs.ids, runs.sums(grad._values())[runs.run], runs.starts[runs.run]
+
+
+def check_dense(name: str, value: object) -> None:
+    """Raises TypeError unless `value`, a part of a state, is a dense tensor."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        found = f"layout {value.layout}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name}: expected a dense tensor, got {found}")
 
 
 def _check_norms(norms: list[float | None]) -> None:

@@ -246,12 +246,27 @@ def changed(state, **options):
     return state
 
 
+def with_state(state, **values):
+    state["state"][0] = values
+    return state
+
+
+def rmsprop_state(weight):
+    theirs = torch.optim.RMSprop([weight], momentum=0.5)
+    weight.grad = torch.ones_like(weight)
+    theirs.step()
+    return theirs.state_dict()
+
+
 BAD_STATES = [
     (lambda w: sgd_state(w, maximize=True), ValueError, r"param_groups\[0\]: maximize: expected False, as RowSGD has no other, got True"),
     (lambda w: sgd_state(w, momentum=0.9, dampening=0.5), ValueError, "dampening: expected 0, as RowSGD has no other, got 0.5"),
     (lambda w: changed(sgd_state(w), differentiable=True), ValueError, "differentiable: expected False, as RowSGD has no other, got True"),
     (lambda w: torch.optim.AdamW([w]).state_dict(), ValueError, "expected an option momentum, got none: is this the state of another"),
     (lambda w: sgd_state(nn.Parameter(torch.ones(2, 2)), momentum=0.9), ValueError, r"momentum_buffer: expected shape \(3, 2\), its"),
+    (lambda w: with_state(sgd_state(w), momentum_buffer=[0.0] * 6), TypeError, "momentum_buffer: expected a dense tensor, got list"),
+    (lambda w: with_state(sgd_state(w), momentum_buffer=torch.ones(3, 2).to_sparse()), TypeError, "momentum_buffer: expected a dense tensor, got layout torch.sparse_coo"),
+    (lambda w: rmsprop_state(w), ValueError, "state: expected momentum_buffer, got square_avg, step too: is this the state of another optimiser than RowSGD"),
     (lambda w: changed(sgd_state(w), lr=-1), ValueError, r"param_groups\[0\]: lr: expected a finite number of at least 0, got -1"),
     (lambda w: changed(sgd_state(w), momentum="0.9"), TypeError, r"param_groups\[0\]: momentum: expected a number, got str"),
     (lambda w: changed(sgd_state(w), nesterov=True), ValueError, "nesterov: expected False without momentum, got True"),

@@ -9,6 +9,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -51,7 +52,9 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def as_integer(value: Any) -> Any:
-    """Any integer, NumPy's too, as an int; what is none comes back, for a check to refuse."""
+    """Any integer, NumPy's or a 0-d tensor too, as an int; what is none comes back, for a check to refuse."""
+    if isinstance(value, Tensor) and value.dim() == 0 and value.dtype in _INTEGERS:
+        return int(value)
     if type(value) is int or isinstance(value, bool) or not isinstance(value, numbers.Integral):
         return value
     return int(value)

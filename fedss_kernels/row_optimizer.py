@@ -150,15 +150,14 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         rule, max_norm = self._checked_rule(options, where), options["max_norm"]
         if max_norm is not None:
             max_norm = as_number(f"{where}max_norm", max_norm, least=0, infinite=True)
-        for name in ("seed", "rounding_step"):
-            check_integer(where + name, options[name], 0)
+        seed, rounding_step = (check_integer(where + n, options[n], 0) for n in ("seed", "rounding_step"))
         for name, value in self.FIXED.items():
             if options[name] != value:
                 kind = type(self).__name__
                 raise ValueError(
                     f"{where}{name}: expected {value}, as {kind} has no other, got {options[name]}"
                 )
-        return Options(rule, max_norm, options["seed"], options["rounding_step"])
+        return Options(rule, max_norm, seed, rounding_step)
 
     def _clip_factor(self, checked: list[Options]) -> Tensor | None:
         max_norm = checked[0].max_norm if checked else None

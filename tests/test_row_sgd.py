@@ -461,6 +461,7 @@ def test_rounding_goes_by_the_seed_alone(set_threads):
         return weight.detach()
 
     assert torch.equal(trained(seed=1), trained(seed=1, threads=3))
+    assert torch.equal(trained(seed=1), trained(seed=torch.tensor(1)))
     assert not torch.equal(trained(seed=1), trained(seed=2))
 
 

@@ -11,7 +11,7 @@ from . import _C, inplace
 from .checks import as_number, check_shape, check_tensor
 from .implementations import choose_impl, triton_kernels
 from .reference import row_adam_step_ as _plain_row_adam_step_
-from .row_optimizer import RowOptimizer, Rule, State
+from .row_optimizer import RowOptimizer, Rule, State, check_dense
 
 
 def row_adam_step_(
@@ -218,6 +218,7 @@ class RowAdam(RowOptimizer):
     REQUIRED = ("lr", "betas", "eps", "weight_decay")
     FIXED = {"amsgrad": False, "maximize": False, "differentiable": False, "decoupled_weight_decay": True}
     UNUSED = {"foreach": None, "capturable": False, "fused": None}
+    STATE = ("step", "exp_avg", "exp_avg_sq", "row_steps")
 
     def __init__(
         self,
@@ -261,6 +262,13 @@ class RowAdam(RowOptimizer):
             found = tuple(torch.as_tensor(state[name]).shape) if name in state else "none"
             if found != shape:
                 raise ValueError(f"state: expected {name} of shape {shape}, got {found}")
+        for name in ("exp_avg", "exp_avg_sq"):
+            check_dense(name, state[name])
+        as_number("step", state["step"], least=0)
+        row_steps = torch.as_tensor(state.get("row_steps", ()))
+        if not (counts := row_steps >= 0).all():  # NaN too
+            i = int((~counts).nonzero()[0, 0])
+            raise ValueError(f"row_steps[{i}]: expected at least 0, got {row_steps[i].item():g}")
 
     def _steps_rows(self, parameter: Tensor) -> bool:
         return "row_steps" in self.state.get(parameter, {})

@@ -75,9 +75,10 @@ def sampled_softmax_loss(
             device.
 
     Returns:
-        float32, or float64 for a float64 `input`: a 0-d tensor, or target's shape for "none". NaN, gradients
-        too, where an argument is not finite or a dot product past the largest number. Differentiable
-        once, in `input`, `weight`, `bias` and a tensor `scale`; bit-identical for any number of threads.
+        float32, or float64 for a float64 `input`: a 0-d tensor, or target's shape for "none". Not finite
+        where a number that takes part is NaN or a logit +inf, past the largest number too; a logit of -inf
+        leaves its class out, and the target's makes the loss NaN or +inf. Differentiable once, in `input`,
+        `weight`, `bias` and a tensor `scale`; bit-identical for any number of threads.
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device or name; a correction that requires grad, is NaN

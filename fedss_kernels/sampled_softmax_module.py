@@ -173,8 +173,8 @@ class SampledSoftmaxLoss(nn.Module):
         """The k largest logits scale * cos(input, weight_j) + bias_j of each row, and their classes.
 
         Goes over the classes in blocks: memory is rows x (block_size + k), never rows x C. The same under
-        autocast as without. Raises TypeError and ValueError for a wrong input, a bias that is not (C,), a
-        block_size < 1 and a k outside [1, C].
+        autocast as without. Logits that are NaN come first, as in torch.topk. Raises TypeError and ValueError
+        for a wrong input, a bias that is not (C,), a block_size < 1 and a k outside [1, C].
         """
         weight, bias = self._whole_weight(), self.bias
         check_tensor("weight", weight, FLOATING)
@@ -242,6 +242,9 @@ class SampledSoftmaxLoss(nn.Module):
         if self.similarity == "dot":
             return rows
         norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
+        if rows.dtype == torch.float64:  # whose squares may overflow, as a float32's do not here
+            rows = torch.where(norm == torch.inf, rows * 1e-160, rows)
+            norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
         return torch.where(norm < 1e-12, 0.0, rows / norm).to(rows.dtype)
 
     def extra_repr(self) -> str:

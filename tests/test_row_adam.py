@@ -5,6 +5,7 @@ import doctest
 import io
 import math
 import pickle
+from fractions import Fraction
 from unittest import mock
 
 import fedss_kernels.reference.row_adam
@@ -453,11 +454,29 @@ def adamw_state(weight, **options):
     return theirs.state_dict()
 
 
+def nadam_state(weight):
+    theirs = torch.optim.NAdam([weight], decoupled_weight_decay=True)
+    weight.grad = torch.ones_like(weight)
+    theirs.step()
+    return theirs.state_dict()
+
+
+def changed(state, **values):
+    state["state"][0].update(values)
+    return state
+
+
 BAD_STATES = [
     (lambda w: adamw_state(w, amsgrad=True), r"param_groups\[0\]: amsgrad: expected False, as RowAdam has no other, got True"),
     (lambda w: adamw_state(w, maximize=True), r"param_groups\[0\]: maximize: expected False, as RowAdam has no other, got True"),
     (lambda w: torch.optim.Adam([w]).state_dict(), "decoupled_weight_decay: expected True, as RowAdam has no other, got False"),
     (lambda w: torch.optim.SGD([w]).state_dict(), r"param_groups\[0\]: expected an option betas, got none: is this the state"),
+    (lambda w: changed(adamw_state(w), step=torch.tensor(math.nan)), "step: expected a finite number of at least 0, got nan"),
+    (lambda w: changed(adamw_state(w), step=-1), "step: expected a finite number of at least 0, got -1"),
+    (lambda w: changed(adamw_state(w), row_steps=torch.tensor([0, 1, 2, -3, 4])), r"row_steps\[3\]: expected at least 0, got -3"),
+    (lambda w: changed(adamw_state(w), row_steps=torch.full((5,), math.nan)), r"row_steps\[0\]: expected at least 0, got nan"),
+    (lambda w: changed(adamw_state(w), exp_avg=torch.ones(5, 3).to_sparse()), "exp_avg: expected a dense tensor, got layout torch.sparse_coo"),
+    (lambda w: nadam_state(w), "state: expected .*, got mu_product too: is this the state of another optimiser than RowAdam"),
     (lambda w: adamw_state(nn.Parameter(torch.ones(4, 3))), r"state: expected exp_avg of shape \(5, 3\), got \(4, 3\)"),
 ]  # fmt: skip
 
@@ -469,7 +488,7 @@ def test_other_states_are_refused_by_name(make, message):
     optimizer = RowAdam([weight], lr=0.1)
     steps(optimizer, [weight], 0, sparsely=True)
     before = copy.deepcopy(optimizer.state_dict())
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         optimizer.load_state_dict(bad)
     assert str(optimizer.state_dict()) == str(before)
 
@@ -477,6 +496,7 @@ def test_other_states_are_refused_by_name(make, message):
 BAD_OPTIONS = [
     ({"lr": -0.1}, ValueError, "lr: .* at least 0, got -0.1"),
     ({"betas": (0.9,)}, TypeError, r"betas: expected two numbers, got \(0.9,\)"),
+    ({"betas": (0.9, 1 - Fraction(1, 10**30))}, ValueError, r"betas\[1\]: .* below 1, got 9+/10+"),
     ({"betas": (-0.1, 0.9)}, ValueError, r"betas\[0\]: .* at least 0 and below 1, got -0.1"),
     ({"eps": float("nan")}, ValueError, "eps: .* at least 0, got nan"),
     ({"weight_decay": -1}, ValueError, "weight_decay: .* at least 0, got -1"),

@@ -11,7 +11,7 @@ import torch
 from fedss_kernels.reference import sampled_softmax_loss as reference_loss
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fedss_kernels import SampledSoftmaxLoss, draw_batch_class_set, sampled_softmax_loss
+from fedss_kernels import SampledSoftmaxLoss, draw_batch_class_set, draw_class_set, sampled_softmax_loss
 
 B, C, D, S = 4, 9, 5, 3
 
@@ -112,8 +112,23 @@ def test_any_real_number_is_a_scale(scale, impl):
 def test_any_integer_is_an_ignore_index(impl):
     given = arguments(target=torch.tensor([0, 3, 3, 1]), impl=impl)
     expected = sampled_softmax_loss(**given, ignore_index=3)
-    for index in (np.int64(3), np.int32(3), np.uint8(3)):
+    for index in (np.int64(3), np.int32(3), np.uint8(3), torch.tensor(3), torch.tensor(3, dtype=torch.int8)):
         assert torch.equal(sampled_softmax_loss(**given, ignore_index=index), expected)
+
+
+def test_a_number_of_classes_may_come_from_the_labels():
+    """labels.max() + 1 is a tensor, which torch.nn.Linear takes too."""
+    criterion = SampledSoftmaxLoss(torch.tensor([0, 3, 4]).max() + 1, torch.tensor(D), torch.tensor(2))
+    assert (criterion.num_classes, criterion.embedding_dim, criterion.num_sampled) == (5, D, 2)
+    assert type(criterion.num_sampled) is int
+    assert criterion.topk(torch.randn(2, D), torch.tensor(2)).indices.shape == (2, 2)
+    for number in (int, torch.tensor, np.uint8):
+        drawn = draw_class_set(number(200), torch.tensor([1, 3]), number(100), np.random.default_rng(0))
+        assert len(drawn.class_ids) == 102 and drawn.log_expected_count.max() == 0
+        draw_batch_class_set(torch.tensor([1]), number(5), number(2), None, number(0))
+    for bad in (torch.tensor(3.0), torch.tensor(True), torch.tensor([3])):
+        with pytest.raises(TypeError, match="num_classes: expected an integer, got Tensor"):
+            SampledSoftmaxLoss(bad, D)
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference", "cpp"])

@@ -105,6 +105,23 @@ def test_topk_of_rows_of_any_length():
     for length in (1e25, 1e-9):
         assert torch.equal(criterion.topk(x * length, 4).indices, expected)
     assert not criterion.topk(x * 1e-14, 4).values.any()  # a zero row: cosine 0 with every class
+    criterion.double()
+    expected = criterion.topk(x.double(), 4)
+    for length in (1e160, 1e200, 1e300):  # whose squares pass float64's largest number
+        found = criterion.topk(x.double() * length, 4)
+        assert torch.equal(found.indices, expected.indices)
+        torch.testing.assert_close(found.values, expected.values)
+
+
+def test_topk_says_which_logits_are_not_finite():
+    """They come first, as in torch.topk, in any block."""
+    criterion = SampledSoftmaxLoss(9, 2)
+    with torch.no_grad():
+        criterion.weight[[2, 7]] = torch.tensor([[torch.nan, 1], [1, torch.inf]])
+    for block_size in (1, 4, 9):
+        values, indices = criterion.topk(torch.ones(3, 2), 4, block_size)
+        assert values.isnan().tolist() == [[True, True, False, False]] * 3
+        assert (indices[:, :2].sort().values == torch.tensor([2, 7])).all()
 
 
 def test_state_copies_and_saves():

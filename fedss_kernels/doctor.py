@@ -6,12 +6,15 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+import torch.distributed as dist
 
 from . import _C
 from .sampled_softmax import _backend
 
 DEVICES = ("cpu", "cuda")
 REQUIRED = ("torch", "triton", "numpy")
+# of torch.distributed -> which gradients of the loss DistributedDataParallel adds up over it
+BACKENDS = {"gloo": "dense and sparse gradients", "nccl": "dense gradients only"}
 # extra -> what it brings: (the module that is imported, the distribution that brings it)
 EXTRAS = {
     "sim": (
@@ -42,6 +45,7 @@ def examine() -> Findings:
             "python": platform.python_version(),
             **{name: _version(name) for name in REQUIRED},
         },
+        "several processes": {backend: _backend_of(backend) for backend in BACKENDS},
         "extras": {name: _extra(name) for name in EXTRAS},
     }
 
@@ -64,6 +68,11 @@ def _kernels(device: str) -> str:
         return 'triton not installed; impl="reference" runs there'
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return f"{impl} on {', '.join(names)}" if names else f"{impl}, but torch finds no GPU"
+
+
+def _backend_of(name: str) -> str:
+    there = dist.is_available() and dist.is_backend_available(name)
+    return BACKENDS[name] if there else "not in this torch"
 
 
 def _instruction_set() -> str:

@@ -17,7 +17,8 @@ from image_files import write_image
 from rich.console import Console
 
 from fedss_kernels import federated
-from fedss_kernels.federated import Config, cli, progress
+from fedss_kernels.federated import Config, algorithms, cli, progress
+from fedss_kernels.federated.cli.options import GROUPS, flag
 from fedss_kernels.federated.compare import Comparison
 from fedss_kernels.federated.config import OWN, PRESETS
 from fedss_kernels.federated.data import DATASETS
@@ -32,7 +33,7 @@ def fails(capsys, *argv: str) -> str:
     return err.rstrip()
 
 
-COMMANDS = "run, compare, compositions, noise, confusion, privacy, parameters, report, bench, doctor"
+COMMANDS = "run, compare, compositions, noise, confusion, privacy, parameters, report, methods, bench, doctor"
 METHODS = "fedss, full_softmax, pos_only, neg_only, fedaws, centralized"
 SMALL = ["--glyph-classes=12", "--glyph-writers=4", "--cohort=2", "--num-negatives=3", "--embedding-dim=8"]
 
@@ -180,6 +181,35 @@ def test_help_has_every_option_with_its_default(command, capsys):
             assert default == str(field.default), option
 
 
+def test_options_stand_in_groups_and_the_usage_is_short(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["run", "--help"])
+    text = capsys.readouterr().out
+    assert text.startswith("usage: fedss run [OPTIONS]\n")
+    for title, first in GROUPS.items():
+        assert f"\n{title}:\n  {flag(first)} " in text
+
+
+def test_methods_are_listed_with_their_papers_and_their_own_options(capsys):
+    assert cli.main(["methods"]) == 0
+    out = capsys.readouterr().out
+    methods = algorithms.METHODS.values()
+    for method in methods:
+        assert f"{method.name} ({method.label}): {method.paper}\n" in out
+        assert all(flag(option) in out for option in method.options)
+    assert {option for method in methods for option in method.options} <= {
+        field.name for field in dataclasses.fields(Config)
+    }
+
+
+def test_an_option_that_no_method_of_the_run_reads_is_refused(tmp_path, capsys):
+    line = fails(capsys, "run", *SMALL, "--method=pos_only", "--num-negatives=3", f"--out={tmp_path / 'a'}")
+    assert line == "fedss run: --num-negatives is for fedss and neg_only, not for pos_only"
+    line = fails(capsys, "compare", *SMALL, "--methods=fedss,pos_only", "--spreadout-rows=3")
+    assert line == "fedss compare: --spreadout-rows is for fedaws, not for fedss, pos_only"
+    assert not (tmp_path / "a").exists()
+
+
 def test_the_overview_lists_the_commands(capsys):
     assert cli.main(["--help"]) == 0
     out = capsys.readouterr().out
@@ -298,7 +328,8 @@ def test_a_whole_run_and_another_from_its_config(tmp_path, capsys):
 
 def test_a_whole_comparison(tmp_path, capsys):
     out = tmp_path / "c"
-    argv = ["compare", "--methods=pos_only", "--seeds=1", "--jobs=1", "--rounds=1", *SMALL, f"--out={out}"]
+    small = [option for option in SMALL if option != "--num-negatives=3"]  # which pos_only does not read
+    argv = ["compare", "--methods=pos_only", "--seeds=1", "--jobs=1", "--rounds=1", *small, f"--out={out}"]
     assert cli.main(argv) == 0
     text, err = capsys.readouterr()
     assert err == "" and "PosOnly" in text and str(out / "report.html") in text

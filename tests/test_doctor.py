@@ -1,17 +1,21 @@
 """fedss doctor: what it finds, and that it needs nothing beyond what the loss needs."""
 
+import errno
+import fcntl
 import importlib.metadata
 import importlib.util
 import json
 import re
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
 
 from fedss_kernels import _C, doctor
 from fedss_kernels.federated import cli
+from fedss_kernels.federated.surroundings import surroundings
 
 
 @pytest.fixture(autouse=True)
@@ -68,15 +72,48 @@ def test_the_extras_are_those_of_the_package():
 def test_the_listing_is_aligned(capsys):
     assert cli.main(["doctor"]) == 0
     out, err = capsys.readouterr()
-    assert err == "" and out == doctor.listing(doctor.examine()) + "\n"
+    found = doctor.examine() | {"simulator": surroundings()}
+    assert err == "" and out == doctor.listing(found) + "\n"
     lines = [line for line in out.splitlines() if line.startswith("  ")]
-    width = max(len(what) for section in doctor.examine().values() for what in section)
+    width = max(len(what) for section in found.values() for what in section)
     assert all(line[2 + width : 4 + width] == "  " and line[4 + width] != " " for line in lines)
 
 
 def test_the_findings_as_json(capsys):
     assert cli.main(["doctor", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == doctor.examine()
+    assert json.loads(capsys.readouterr().out) == doctor.examine() | {"simulator": surroundings()}
+
+
+def test_which_gradients_go_between_processes(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_backend_available", lambda name: name == "gloo")
+    assert doctor.examine()["several processes"] == {
+        "gloo": "dense and sparse gradients",
+        "nccl": "not in this torch",
+    }
+
+
+def test_what_a_simulation_meets(monkeypatch, tmp_path):
+    monkeypatch.setenv("FEDSS_CACHE", str(tmp_path / "to" / "be"))
+    found = surroundings()
+    assert found["cache"].startswith(f"{tmp_path / 'to' / 'be'}, ") and found["cache"].endswith(" GB free")
+    assert found["locks"] == "kept there" and " endings" in found["images"] and ".svg" in found["images"]
+    assert not list(tmp_path.iterdir())
+
+    def no_locks(descriptor, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    def read_only(**options):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    assert surroundings()["locks"] == "none there: nothing keeps two runs out of one folder"
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", read_only)
+    assert surroundings()["cache"].endswith("which cannot be written: Read-only file system")
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "PIL" else found(name, *rest)
+    )
+    assert surroundings()["images"] == "none: pillow is not installed"
 
 
 def test_nothing_but_torch_numpy_and_triton_is_needed():

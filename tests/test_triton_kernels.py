@@ -348,7 +348,7 @@ PARALLEL, PARALLEL_DOT = {"spread": 0.003}, {"spread": 0.03, "similarity": "dot"
     ],
 )
 def test_differences_of_cosines_keep_their_digits(case, chunks, gpu_loss, monkeypatch):
-    """In float32, of logits nearly the same; of plain PyTorch's two errors the larger counts, as everywhere."""
+    """In float32, of logits nearly the same. Of plain PyTorch's two errors the larger counts."""
     table = replace(configurations.table_of(torch.device(DEVICE)), precise_work=0)
     monkeypatch.setattr(configurations, "TABLE", table)
     blocks = forced(partial(blocks_of_16, False)) if chunks else contextlib.nullcontext()

@@ -2,16 +2,27 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from .algorithms import METHODS
+from .algorithms import METHODS, readers
 from .config import FITTED, OWN, PRESETS, Config
 
 log = logging.getLogger(__name__)
 Rule = tuple[tuple[str, ...], str, Callable[[Config], bool]]
 
+
+def _of_other_methods() -> Iterator[Rule]:
+    for option in dict.fromkeys(option for method in METHODS.values() for option in method.options):
+        yield (option,), f"is for {' and '.join(readers(option))}", _unless_method(readers(option))
+
+
+def _unless_method(names: Sequence[str]) -> Callable[[Config], bool]:
+    return lambda config: config.method not in names
+
+
 # (options, why they have no effect, when that is so)
 RULES: tuple[Rule, ...] = (
+    *_of_other_methods(),
     (("glyph_classes", "glyph_writers"), "is for the data glyphs", lambda c: c.data != "glyphs"),
     (("data_dir",), "glyphs are drawn", lambda c: c.data == "glyphs"),
     (("images_per_client",), "num_clients is set", lambda c: c.num_clients > 0),
@@ -19,20 +30,9 @@ RULES: tuple[Rule, ...] = (
     (("classes_per_client",), "is for the partition classes", lambda c: c.partition != "classes"),
     (("dirichlet_alpha",), "is for the partition dirichlet", lambda c: c.partition != "dirichlet"),
     (
-        ("num_negatives", "negatives", "correction"),
-        "the method asks for no negatives",
-        lambda c: not METHODS[c.method].samples,
-    ),
-    (
         ("negatives", "correction"),
         "num_negatives is 0",
         lambda c: c.num_negatives == 0 and not c.equal_pushes,
-    ),
-    (("equal_pushes",), "is for the method neg_only", lambda c: METHODS[c.method].own_push),
-    (
-        ("spreadout_weight", "spreadout_margin", "spreadout_neighbours", "spreadout_rows"),
-        "is for the method fedaws",
-        lambda c: not METHODS[c.method].spreads,
     ),
     (
         (

@@ -12,4 +12,10 @@ METHODS: dict[str, Method] = {
     method.name: method for method in (FEDSS, FULL_SOFTMAX, POS_ONLY, NEG_ONLY, FEDAWS, CENTRALIZED)
 }
 
-__all__ = ["METHODS", "Method", "Request"]
+
+def readers(option: str) -> list[str]:
+    """The methods whose own an option of Config is; none where every method reads it."""
+    return [name for name, method in METHODS.items() if option in method.options]
+
+
+__all__ = ["METHODS", "Method", "Request", "readers"]

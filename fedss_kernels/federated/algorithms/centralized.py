@@ -13,6 +13,7 @@ CENTRALIZED = Method(
     label="Centralized",
     summary="No federation: all the images are in one place, and every step takes as many of them as all the "
     "clients of a round take together.",
+    paper="Waghmare et al., 2022, Eq. 2",
     request=request,
     pooled=True,
 )

@@ -15,6 +15,8 @@ FEDAWS = Method(
     label="FedAwS",
     summary="Each client receives the rows of its own classes only; after each round the server pushes the "
     "rows of classes that are too near to each other apart.",
+    paper='Yu et al., "Federated Learning with Only Positive Labels", 2020',
     request=request,
+    options=("spreadout_weight", "spreadout_margin", "spreadout_neighbours", "spreadout_rows"),
     spreads=True,
 )

@@ -23,6 +23,8 @@ FEDSS = Method(
     label="FedSS",
     summary="Each client receives the rows of its own classes and of a few random others, new ones every "
     "round; the loss weighs the random ones up, so that they stand for all the classes left out.",
+    paper='Waghmare et al., "Efficient Image Representation Learning with Federated Sampled Softmax", 2022',
     request=request,
+    options=("num_negatives", "negatives", "correction"),
     samples=True,
 )

@@ -20,5 +20,6 @@ FULL_SOFTMAX = Method(
     name="full_softmax",
     label="FullSoftmax",
     summary="Each client receives the rows of all the classes: nothing is left out and nothing is saved.",
+    paper='McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", 2017',
     request=request,
 )

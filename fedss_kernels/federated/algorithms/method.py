@@ -32,8 +32,10 @@ class Method:
     name: str
     label: str  # its name in plots and tables
     summary: str  # a sentence for readers who know none of this
+    paper: str  # where it is from
     request: Callable[[int, Tensor, Tensor, str], Request]
     # request(num_classes, positives (P,), negatives drawn for the client (m,), correction)
+    options: tuple[str, ...] = ()  # of Config, that not every method reads
     samples: bool = False  # whether clients ask for negatives
     own_push: bool = True  # whether an image is pushed from the client's other classes
     spreads: bool = False  # whether the server pushes near class rows apart after each round

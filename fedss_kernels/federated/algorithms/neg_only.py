@@ -22,7 +22,9 @@ NEG_ONLY = Method(
     label="NegOnly",
     summary="Each client receives the same rows as in FedSS, but compares an image's class with the random "
     "others only, never with the client's other classes.",
+    paper="Waghmare et al., 2022, Eq. 7",
     request=request,
+    options=("num_negatives", "negatives", "correction", "equal_pushes"),
     samples=True,
     own_push=False,
 )

@@ -19,5 +19,6 @@ POS_ONLY = Method(
     name="pos_only",
     label="PosOnly",
     summary="Each client receives the rows of its own classes only, and learns to tell those apart.",
+    paper="Waghmare et al., 2022, Eq. 8",
     request=request,
 )

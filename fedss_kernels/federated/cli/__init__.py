@@ -17,6 +17,7 @@ from ..disk import reason
 from ..interrupts import Interrupted, at_once
 from .command import Command
 from .measure import CONFUSION, NOISE, PARAMETERS, PRIVACY
+from .methods import METHODS
 from .options import Mistake, Parser
 from .report import REPORT
 from .streams import forgiving
@@ -77,6 +78,7 @@ COMMANDS: dict[str, Command] = {
     "privacy": PRIVACY,
     "parameters": PARAMETERS,
     "report": REPORT,
+    "methods": METHODS,
     "bench": BENCH,
     "doctor": DOCTOR,
 }
@@ -89,6 +91,12 @@ def _name(argv: Sequence[str]) -> str:
 def _parse(name: str, command: Command, argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog=name, description=command.help, allow_abbrev=False)
     command.add_arguments(parser)
+    places = [
+        f"{action.metavar or action.dest}{' ...' * (action.nargs == '+')}"
+        for action in parser._actions
+        if not action.option_strings
+    ]
+    parser.usage = " ".join([name, *places, "[OPTIONS]"])  # these are dozens
     arguments, unknown = parser.parse_known_args(argv)
     arguments.command = name.removeprefix("fedss ")
     if unknown:

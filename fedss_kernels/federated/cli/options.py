@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ..algorithms import readers
 from ..config import (
     FITTED,
     OWN,
@@ -38,9 +39,25 @@ def add_config_file(parser: argparse.ArgumentParser) -> None:
     )
 
 
+# Title -> the first of its options, in the order of Config's fields.
+GROUPS = {
+    "the data": "data",
+    "the method": "method",
+    "what clients do": "rounds",
+    "what travels, and what goes wrong with it": "wire_dtype",
+    "the server": "server_optimizer",
+    "the net": "model",
+    "the run": "class_store",
+}
+
+
 def add_options(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
     """An option for each field of Config. What isn't given is left to Config: one place for the defaults."""
+    titles = {first: title for title, first in GROUPS.items()}
+    group: argparse._ActionsContainer = parser
     for field in dataclasses.fields(Config):
+        if field.name in titles:
+            group = parser.add_argument_group(titles[field.name])
         if field.name in without:
             continue
         kind, _ = option_type(field.name)
@@ -53,7 +70,7 @@ def add_options(parser: argparse.ArgumentParser, without: Sequence[str] = ()) ->
             settings["action"] = "store_true"
         else:
             settings |= {"type": reader(kind, expectation(field)), "metavar": _METAVARS[kind]}
-        parser.add_argument(flag(field.name), **settings)
+        group.add_argument(flag(field.name), **settings)
 
 
 _METAVARS = {int: "INT", float: "NUMBER", str: "NAME", Path: "PATH"}
@@ -159,6 +176,14 @@ def config_of(arguments: argparse.Namespace, preset: Mapping[str, Any] | None = 
         if getattr(config, name) == OWN:
             raise ConfigError(name, f"{OWN!r} {name} is handed over in Python, as run(config, {name}=...)")
     return config
+
+
+def refuse_unread(arguments: argparse.Namespace, methods: Sequence[str]) -> None:
+    """Raises Mistake for an option on the command line that none of these methods reads, and others do."""
+    for name in vars(arguments):
+        reading = readers(name)
+        if reading and not set(reading) & set(methods):
+            raise Mistake(f"{flag(name)} is for {' and '.join(reading)}, not for {', '.join(methods)}")
 
 
 @contextlib.contextmanager

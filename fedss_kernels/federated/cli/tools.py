@@ -1,4 +1,4 @@
-"""`fedss bench` and `doctor`: of the kernels and the installation, not of federated learning."""
+"""`fedss bench` and `doctor`: of the kernels, the installation and the machine."""
 
 import argparse
 import json
@@ -9,6 +9,7 @@ import torch
 
 from ... import doctor
 from ..run_folder import make_folder
+from ..surroundings import surroundings
 from .command import Command
 from .options import mistakes, one_of, read_names, read_shapes, reader
 
@@ -85,7 +86,7 @@ def _add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    findings = doctor.examine()
+    findings = doctor.examine() | {"simulator": surroundings()}
     print(json.dumps(findings, indent=2) if arguments.json else doctor.listing(findings))
     return 0
 

@@ -36,6 +36,7 @@ from .options import (
     read_numbers,
     read_rates,
     reader,
+    refuse_unread,
 )
 from .output import print_profile, print_table, read_data, say_what_is_logged
 
@@ -77,6 +78,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 raise Mistake("--out: a run is resumed in its own folder, that of --resume")
             arguments.out = arguments.resume
         config = config_of(arguments, _options_of(arguments.resume) if resume else {})
+        refuse_unread(arguments, [config.method])
         out = config.out or Path("runs") / f"{config.data}-{config.method}-seed{config.seed}"
         config = dataclasses.replace(config, out=out)
         rank, processes = launched()
@@ -248,6 +250,7 @@ def _compare(arguments: argparse.Namespace) -> int:
             given = {name: getattr(arguments, name) for name in LISTS}
             lists = _COMPARED | preset | {name: value for name, value in given.items() if value is not None}
             plan = Plan(config_of(arguments, preset.get("config", {})), *(lists[name] for name in LISTS))
+            refuse_unread(arguments, plan.methods)
         out = plan.config.out or Path("runs") / f"{arguments.command}-{plan.config.data}"
         names = [trial_name(plan, trial) for trial in plan.trials(out)]
         runs = plan.runs(out, {})

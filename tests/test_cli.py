@@ -22,7 +22,7 @@ from fedss_kernels.federated.cli.options import GROUPS, flag
 from fedss_kernels.federated.compare import Comparison
 from fedss_kernels.federated.config import OWN, PRESETS
 from fedss_kernels.federated.data import DATASETS
-from fedss_kernels.federated.run_folder import faults
+from fedss_kernels.federated.run_folder import faults, make_folder
 
 
 def fails(capsys, *argv: str) -> str:
@@ -148,6 +148,12 @@ def test_a_folder_that_cannot_be_written_to_is_one_line(tmp_path, capsys):
     for command in ("run", "compare"):
         line = fails(capsys, command, *SMALL, f"--out={tmp_path}/file/out")
         assert line.endswith("file/out cannot be written to: Not a directory")
+
+
+def test_a_link_to_nothing_is_no_folder(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    with pytest.raises(OSError, match="link cannot be written to: a link to what is not there"):
+        make_folder(tmp_path / "link")
 
 
 def test_a_folder_in_use_is_one_line(tmp_path, capsys):

@@ -349,7 +349,9 @@ def make_folder(path: Path) -> None:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise OSError(f"the folder {path} cannot be written to: {error.strerror}") from None
+        nowhere = path.is_symlink() and not path.exists()
+        why = "a link to what is not there" if nowhere else error.strerror
+        raise OSError(f"the folder {path} cannot be written to: {why}") from None
 
 
 def _not_ours(marker: Path) -> str:

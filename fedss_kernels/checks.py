@@ -2,13 +2,14 @@
 
 import math
 import numbers
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -40,7 +41,17 @@ def check_shape(name: str, value: Tensor, shape: tuple[int, ...], meaning: str) 
 def check_device(name: str, value: Tensor, device: torch.device, of: str) -> None:
     """Raises ValueError unless `value` lies on `device`, which is that of the argument `of`."""
     if value.device != device:
+        if device.type == "meta":
+            refuse_meta(of)
         raise ValueError(f"{name}: expected a tensor on {device} as {of} is, got one on {value.device}")
+
+
+def refuse_meta(name: str) -> NoReturn:
+    """Raises ValueError for a tensor on meta where numbers are wanted."""
+    raise ValueError(
+        f"{name}: expected a tensor that holds numbers, got one on meta; a module made there is ready "
+        "after to_empty(device=...) and reset_parameters() or load_state_dict(...)"
+    )
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -51,7 +62,9 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def as_integer(value: Any) -> Any:
-    """Any integer, NumPy's too, as an int; what is none comes back, for a check to refuse."""
+    """Any integer, NumPy's or a 0-d tensor too, as an int; what is none comes back, for a check to refuse."""
+    if isinstance(value, Tensor) and value.dim() == 0 and value.dtype in _INTEGERS:
+        return int(value)
     if type(value) is int or isinstance(value, bool) or not isinstance(value, numbers.Integral):
         return value
     return int(value)
@@ -78,11 +91,13 @@ def check_ignore_index(ignore_index: Any) -> int:
     return ignore_index
 
 
-def as_number(name: str, value: object, least: float = -math.inf, below: float = math.inf) -> float:
+def as_number(
+    name: str, value: object, least: float = -math.inf, below: float = math.inf, *, infinite: bool = False
+) -> float:
     """A number of Python's, numpy's or a tensor's of one element, as float: what torch's optimisers take.
 
-    Raises TypeError for something else, ValueError unless it is finite and in [least, below). Of a tensor on
-    a GPU it waits for the number.
+    Raises TypeError for something else, ValueError unless it is finite and in [least, below), or infinity
+    where `infinite` lets that be. Of a tensor on a GPU it waits for the number.
     """
     if type(value) is float and -math.inf < value < below and least <= value:
         return value
@@ -91,12 +106,18 @@ def as_number(name: str, value: object, least: float = -math.inf, below: float =
     if isinstance(number, bool) or not real:
         shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}{shape}")
+    if infinite and number == math.inf:
+        return math.inf
+    try:
+        number, found = float(number), number
+    except OverflowError:
+        number, found = math.inf, "one past float64's range"
     # math.isfinite cannot be traced with a symbolic value
     if not abs(number) < math.inf or number < least or number >= below:
         expected = "a finite number" if least == -math.inf else f"a finite number of at least {least:g}"
         expected += "" if below == math.inf else f" and below {below:g}"
-        raise ValueError(f"{name}: expected {expected}, got {number}")
-    return float(number)
+        raise ValueError(f"{name}: expected {expected}, got {found}")
+    return number
 
 
 def check_flag(name: str, value: object) -> None:

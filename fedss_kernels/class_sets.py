@@ -43,8 +43,8 @@ def draw_negatives(
     >>> draw_negatives(5, torch.tensor([1, 3]), 10, np.random.default_rng(0))
     tensor([0, 2, 4])
     """
-    check_integer("num_classes", num_classes, 0)
-    check_integer("num_negatives", num_negatives, 0)
+    num_classes = check_integer("num_classes", num_classes, 0)
+    num_negatives = check_integer("num_negatives", num_negatives, 0)
     if not isinstance(rng, np.random.Generator):
         raise TypeError(f"rng: expected a numpy.random.Generator, got {type(rng).__name__}")
     held = _sorted_positives(num_classes, positives)
@@ -69,6 +69,7 @@ def draw_class_set(
     as `draw_negatives` does.
     """
     check_correction(correction)
+    num_classes = check_integer("num_classes", num_classes, 0)
     negatives = draw_negatives(num_classes, positives, num_negatives, rng)
     return class_set_of(num_classes, positives, negatives, correction)
 

@@ -24,7 +24,9 @@ def clip_grad_norm_(
         grad *= min(1, max_norm / (norm + 1e-6)),   norm = |all gradients as one vector|, of order norm_type
 
     A sparse gradient counts as the dense one that it stands for: entries of one row are summed first. Nothing
-    of a parameter's size is made, and nothing waits for a GPU. Dense gradients have the bits of torch's.
+    of a parameter's size is made, and nothing waits for a GPU. Dense gradients have the bits of torch's: the
+    norm of one of 16 bits is one of 16 bits, a sparse one's is a float32. As torch's, a norm past the largest
+    number of its dtype is infinite, and every finite gradient becomes 0: error_if_nonfinite tells.
 
     accelerate's `clip_grad_norm_` and Lightning's `gradient_clip_val` call torch's, which cannot take the
     norm of a sparse gradient. With those, clip by the optimiser instead, as in `RowSGD(max_norm=1.0)`, or
@@ -34,7 +36,7 @@ def clip_grad_norm_(
 
     Args:
         parameters: a parameter or several; those without a gradient are passed over.
-        max_norm: >= 0.
+        max_norm: >= 0; infinity clips nothing, and the norm is told.
         norm_type: > 0; may be infinity.
         error_if_nonfinite: whether to raise RuntimeError, before anything changes, if the norm is infinite or
             NaN. On a GPU to ask is to wait.
@@ -49,7 +51,7 @@ def clip_grad_norm_(
     tensor([1.5000, 2.0000])
     """
     gradients = _gradients(parameters)
-    max_norm = as_number("max_norm", max_norm, least=0)
+    max_norm = as_number("max_norm", max_norm, least=0, infinite=True)
     norm = total_norm(gradients, norm_type, error_if_nonfinite, foreach)
     factor = clip_factor(norm, max_norm)
     for values in map(_values, gradients):
@@ -71,7 +73,7 @@ def clip_grad_value_(
 
     Args:
         parameters: a parameter or several; those without a gradient are passed over.
-        clip_value: >= 0.
+        clip_value: >= 0; infinity clips nothing.
         foreach: torch's; what is clipped is the same.
 
     >>> weight = torch.nn.Parameter(torch.zeros(5, 1))
@@ -81,7 +83,7 @@ def clip_grad_value_(
     tensor([0.5000, 0.0000])
     """
     gradients = _gradients(parameters)
-    clip_value = as_number("clip_value", clip_value, least=0)
+    clip_value = as_number("clip_value", clip_value, least=0, infinite=True)
     for grad in gradients:
         values = _values(grad)
         if grad.is_sparse and len(values) and not is_listed_once(grad):
@@ -124,11 +126,12 @@ def _values(grad: Tensor) -> Tensor:
 
 def _gradients(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
     given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    gradients = [parameter.grad for parameter in given if parameter.grad is not None]
     for index, parameter in enumerate(given):
+        if not isinstance(parameter, Tensor):
+            raise TypeError(f"parameters[{index}]: expected a tensor, got {type(parameter).__name__}")
         grad = parameter.grad
         if grad is not None and grad.layout not in (torch.strided, torch.sparse_coo):
             raise TypeError(
                 f"parameters[{index}].grad: expected a dense or sparse COO tensor, got layout {grad.layout}"
             )
-    return gradients
+    return [parameter.grad for parameter in given if parameter.grad is not None]

@@ -15,10 +15,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class SparseRows(nn.Embedding):
-    """Parameters with sparse gradients, in a module that torch takes for a sparse embedding."""
+    """Parameters with sparse gradients, in a module that torch takes for a sparse embedding.
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    In training mode if `training`, as the module whose parameters they are.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], training: bool) -> None:
         super().__init__(1, 1, sparse=True, device="meta")
+        self.training = training
         del self.weight
         for name, parameter in parameters.items():
             self.register_parameter(name, parameter)
@@ -35,13 +39,15 @@ def check_whole(weight: Tensor) -> None:
 
     FSDP2's is a DTensor then; FSDP1's a part of its flat parameter, or a view of memory that it has freed.
     """
-    freed = weight.numel() > 0 and weight.untyped_storage().size() == 0
-    if hasattr(weight, "full_tensor") or freed or weight.dim() != 2:
+    strided = weight.layout == torch.strided
+    freed = strided and weight.numel() > 0 and weight.untyped_storage().size() == 0
+    if hasattr(weight, "full_tensor") or freed or weight.dim() == 1:
         raise RuntimeError(
             f"weight: expected all of a (C, D) matrix, got a {type(weight).__name__} {tuple(weight.shape)}"
-            f"{' without memory' if freed else ''}; FSDP gathers its shards for forward alone. For topk call "
-            "fully_shard(criterion) and torch.distributed.fsdp.register_fsdp_forward_method(criterion, "
-            '"topk"), or model.unshard() each time (with FullyShardedDataParallel: summon_full_params)'
+            f"{' without memory' if freed else ''}; if FSDP holds it: it gathers its shards for forward "
+            "alone. For topk call fully_shard(criterion) and "
+            'torch.distributed.fsdp.register_fsdp_forward_method(criterion, "topk"), or model.unshard() each '
+            "time (with FullyShardedDataParallel: summon_full_params)"
         )
 
 

@@ -164,7 +164,9 @@ _apply = super(torch.autograd.Function, _Loss).apply
 
 
 def _by_operator(p: Arguments, grad_loss: Tensor, needed: list[bool]) -> list[Tensor | None]:
-    scale = torch.tensor(p.scale, dtype=torch.float64) if isinstance(p.scale, float) else p.scale
+    scale = (
+        torch.tensor(p.scale, dtype=torch.float64, device="cpu") if isinstance(p.scale, float) else p.scale
+    )
     p = p._replace(scale=scale, wanted=_NOTHING)
     made = [p.input.new_empty(0)] * 5
     results = torch.ops.fedss_kernels.sampled_softmax_loss_backward(grad_loss, made, needed, *p)

@@ -86,11 +86,16 @@ def _allocator(input: Tensor) -> Callable[..., Tensor]:
 
 
 def _empty_results(
-    input: Tensor, weight: Tensor, class_ids: Tensor | None, reduction: str, made: Sequence[bool]
+    input: Tensor,
+    weight: Tensor,
+    class_ids: Tensor | None,
+    reduction: str,
+    made: Sequence[bool],
+    least: Callable[[int, int], int] = min,
 ) -> tuple[Tensor, Gradients]:
     """(loss, gradients)"""
     (B, D), C = input.shape, weight.shape[0]
-    capacity = C if class_ids is None else min(class_ids.shape[0] + B, C)
+    capacity = C if class_ids is None else least(class_ids.shape[0] + B, C)
     empty, strides = _allocator(input), (D or 1, 1)
     return empty((B,), (1,)) if reduction == "none" else empty((), ()), Gradients(
         empty((B, D), strides) if made[0] else None,
@@ -193,7 +198,9 @@ def _loss_fake(*arguments):
     if p.impl == "triton":
         loss, kept = _triton().empty_results(p.input, p.reduction)
         return loss, kept, *(_nothing(kept) for _ in range(4))
-    loss, gradients = _empty_results(p.input, p.weight, p.class_ids, p.reduction, p.wanted)
+    # Python's min would compile for batches on one side of it only.
+    results = _empty_results(p.input, p.weight, p.class_ids, p.reduction, p.wanted, least=torch.sym_min)
+    loss, gradients = results
     return loss, *_operator_results(p, gradients)
 
 

@@ -11,7 +11,7 @@ from . import _C, inplace
 from .checks import as_number, check_shape, check_tensor
 from .implementations import choose_impl, triton_kernels
 from .reference import row_adam_step_ as _plain_row_adam_step_
-from .row_optimizer import RowOptimizer, Rule, State
+from .row_optimizer import RowOptimizer, Rule, State, check_dense
 
 
 def row_adam_step_(
@@ -182,7 +182,9 @@ class RowAdam(RowOptimizer):
     State dicts are those of torch.optim.AdamW, both ways. `step` counts the parameter's steps, as there;
     `row_steps` (C,) those of each row, which AdamW ignores. Where it is missing every row has taken `step`
     steps. Options that are not here (`amsgrad`, `maximize`, an Adam's decay that is not decoupled) are
-    refused by name.
+    refused by name. torch.distributed.checkpoint loads what the optimiser that it loads into has, and for one
+    without a state its get_state_dict makes a state of dense gradients, without `row_steps`: give such an
+    optimiser one training step first, which loading then undoes.
 
     Parameters may be float16, bfloat16, float32 or float64 on any device; 16-bit ones, clipping, numbers and
     waits are those of `RowSGD`. The averages of a 16-bit parameter are float32: squares of gradients leave
@@ -216,6 +218,7 @@ class RowAdam(RowOptimizer):
     REQUIRED = ("lr", "betas", "eps", "weight_decay")
     FIXED = {"amsgrad": False, "maximize": False, "differentiable": False, "decoupled_weight_decay": True}
     UNUSED = {"foreach": None, "capturable": False, "fused": None}
+    STATE = ("step", "exp_avg", "exp_avg_sq", "row_steps")
 
     def __init__(
         self,
@@ -259,19 +262,27 @@ class RowAdam(RowOptimizer):
             found = tuple(torch.as_tensor(state[name]).shape) if name in state else "none"
             if found != shape:
                 raise ValueError(f"state: expected {name} of shape {shape}, got {found}")
+        for name in ("exp_avg", "exp_avg_sq"):
+            check_dense(name, state[name])
+        as_number("step", state["step"], least=0)
+        row_steps = torch.as_tensor(state.get("row_steps", ()))
+        if not (counts := row_steps >= 0).all():  # NaN too
+            i = int((~counts).nonzero()[0, 0])
+            raise ValueError(f"row_steps[{i}]: expected at least 0, got {row_steps[i].item():g}")
 
     def _steps_rows(self, parameter: Tensor) -> bool:
         return "row_steps" in self.state.get(parameter, {})
 
     def _prepare(self, parameter: Tensor, state: State, rule: Rule, by_rows: bool) -> None:
         if not state:
-            state["step"] = torch.tensor(0.0, device="cpu")
+            state["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = torch.zeros_like(parameter, dtype=_averages_dtype(parameter))
         if by_rows:
             if "row_steps" not in state:
-                steps = torch.full((len(parameter),), int(state["step"]), dtype=torch.int64)
-                state["row_steps"] = steps.to(parameter.device)
+                state["row_steps"] = torch.full(
+                    (len(parameter),), int(state["step"]), dtype=torch.int64, device=parameter.device
+                )
             state["step"] += 1
 
     def _step_dense(

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import FLOATING, as_number, check_integer
+from .checks import FLOATING, as_integer, as_number, check_integer
 from .clip_grad import clip_factor, total_norm
 from .sparse_rows import has_16_bits, is_listed_once, runs_of_entries, unique_rows, widened
 from .stochastic_rounding import StochasticRounding
@@ -35,16 +35,17 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     can serve, and any other is refused.
     """
 
-    # Options that must be there, those that have one value here, and those that choose among torch's own
-    # implementations, which change nothing here.
+    # Options that must be there, those that have one value here, those that choose among torch's own
+    # implementations, which change nothing here; and what there is of each parameter.
     REQUIRED: ClassVar[tuple[str, ...]]
     FIXED: ClassVar[dict[str, Any]]
     UNUSED: ClassVar[dict[str, Any]]
+    STATE: ClassVar[tuple[str, ...]]
 
     def __init__(self, params: Iterable[Any], options: dict[str, Any]) -> None:
-        defaults = _without_numpy({**options, "rounding_step": 0, **self.FIXED, **self.UNUSED})
+        defaults = {**options, "rounding_step": 0, **self.FIXED, **self.UNUSED}
         self._checked(defaults)
-        super().__init__(params, defaults)
+        super().__init__(params, _as_pythons(defaults))
 
     @abstractmethod
     def _checked_rule(self, options: dict[str, Any], where: str) -> Rule:
@@ -52,7 +53,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
 
     @abstractmethod
     def _checked_state(self, parameter: Tensor, state: State) -> None:
-        """Raises ValueError unless `state`, which was loaded, is one of `parameter`'s."""
+        """Raises TypeError or ValueError unless `state`, which was loaded, is one of `parameter`'s."""
 
     @abstractmethod
     def _steps_rows(self, parameter: Tensor) -> bool:
@@ -80,9 +81,9 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters with options of their own; raises as the constructor does."""
         if isinstance(param_group, dict):
-            param_group = _without_numpy(param_group)
-            added = self._checked(self.defaults | param_group)
-            _check_norms([*(group["max_norm"] for group in self.param_groups), added.max_norm])
+            held = [self._checked(group).max_norm for group in self.param_groups]
+            _check_norms([*held, self._checked(self.defaults | param_group).max_norm])
+            param_group = {name: v if name == "params" else _as_pythons(v) for name, v in param_group.items()}
         super().add_param_group(param_group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -97,6 +98,11 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         self._checked_groups(groups)
         for parameter, of_parameter in state["state"].items():
             if isinstance(parameter, Tensor):  # torch keeps what else was saved
+                if others := sorted(of_parameter.keys() - set(self.STATE)):
+                    raise ValueError(
+                        f"state: expected {', '.join(self.STATE)}, got {', '.join(others)} too: "
+                        f"is this the state of another optimiser than {type(self).__name__}?"
+                    )
                 self._checked_state(parameter, of_parameter)
         super().__setstate__({**state, "defaults": defaults, "param_groups": groups})
 
@@ -143,16 +149,15 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     def _checked(self, options: dict[str, Any], where: str = "") -> Options:
         rule, max_norm = self._checked_rule(options, where), options["max_norm"]
         if max_norm is not None:
-            max_norm = as_number(f"{where}max_norm", max_norm, least=0)
-        for name in ("seed", "rounding_step"):
-            check_integer(where + name, options[name], 0)
+            max_norm = as_number(f"{where}max_norm", max_norm, least=0, infinite=True)
+        seed, rounding_step = (check_integer(where + n, options[n], 0) for n in ("seed", "rounding_step"))
         for name, value in self.FIXED.items():
             if options[name] != value:
                 kind = type(self).__name__
                 raise ValueError(
                     f"{where}{name}: expected {value}, as {kind} has no other, got {options[name]}"
                 )
-        return Options(rule, max_norm, options["seed"], options["rounding_step"])
+        return Options(rule, max_norm, seed, rounding_step)
 
     def _clip_factor(self, checked: list[Options]) -> Tensor | None:
         max_norm = checked[0].max_norm if checked else None
@@ -224,12 +229,18 @@ def _round_back(
             held.copy_(rounding(value, held.dtype))
 
 
-def _without_numpy(options: dict[str, Any]) -> dict[str, Any]:
-    """NumPy's numbers as Python's, so that torch.load reads the saved state with weights_only."""
-    return {
-        name: value.item() if isinstance(value, numbers.Number) and hasattr(value, "item") else value
-        for name, value in options.items()
-    }
+def _as_pythons(value: Any) -> Any:
+    """NumPy's numbers and fractions as Python's, so that torch.load reads the saved state with weights_only.
+
+    In dicts, lists and tuples too.
+    """
+    if isinstance(value, dict):
+        return {name: _as_pythons(option) for name, option in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_as_pythons, value))
+    if isinstance(value, numbers.Integral):
+        return as_integer(value)
+    return float(value) if isinstance(value, numbers.Real) else value
 
 
 def _gradient(parameter: Tensor) -> Tensor:
@@ -271,6 +282,13 @@ def _summed(grad: Tensor) -> tuple[Tensor, Tensor, Tensor | slice]:
         return class_ids, widened(rows), slice(None)
     runs = runs_of_entries(grad)
     return runs.ids, runs.sums(grad._values())[runs.run], runs.starts[runs.run]
+
+
+def check_dense(name: str, value: object) -> None:
+    """Raises TypeError unless `value`, a part of a state, is a dense tensor."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        found = f"layout {value.layout}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name}: expected a dense tensor, got {found}")
 
 
 def _check_norms(norms: list[float | None]) -> None:

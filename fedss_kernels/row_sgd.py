@@ -10,7 +10,7 @@ from torch.optim.sgd import sgd
 from .checks import as_number, check_flag
 from .reference import row_momentum_step_ as _plain_row_momentum_step_
 from .row_momentum import step_
-from .row_optimizer import RowOptimizer, Rule, State
+from .row_optimizer import RowOptimizer, Rule, State, check_dense
 
 
 class RowSGD(RowOptimizer):
@@ -76,6 +76,7 @@ class RowSGD(RowOptimizer):
     REQUIRED = ("lr", "momentum", "weight_decay")
     FIXED = {"dampening": 0, "maximize": False, "differentiable": False}
     UNUSED = {"foreach": None, "fused": None}
+    STATE = ("momentum_buffer",)
 
     def __init__(
         self,
@@ -99,7 +100,10 @@ class RowSGD(RowOptimizer):
 
     def _checked_state(self, parameter: Tensor, state: State) -> None:
         velocity = state.get("momentum_buffer")
-        if velocity is not None and velocity.shape != parameter.shape:
+        if velocity is None:
+            return
+        check_dense("momentum_buffer", velocity)
+        if velocity.shape != parameter.shape:
             raise ValueError(
                 f"momentum_buffer: expected shape {tuple(parameter.shape)}, its parameter's, "
                 f"got {tuple(velocity.shape)}"

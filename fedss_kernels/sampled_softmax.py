@@ -26,6 +26,7 @@ from .checks import (
     check_ignore_index,
     check_shape,
     check_tensor,
+    refuse_meta,
 )
 from .direct_route import direct_loss
 from .implementations import triton_kernels
@@ -76,9 +77,10 @@ def sampled_softmax_loss(
             device.
 
     Returns:
-        float32, or float64 for a float64 `input`: a 0-d tensor, or target's shape for "none". NaN, gradients
-        too, where an argument is not finite or a dot product past the largest number. Differentiable
-        once, in `input`, `weight`, `bias` and a tensor `scale`; bit-identical for any number of threads.
+        float32, or float64 for a float64 `input`: a 0-d tensor, or target's shape for "none". Not finite
+        where a number that takes part is NaN or a logit +inf, past the largest number too; a logit of -inf
+        leaves its class out, and the target's makes the loss NaN or +inf. Differentiable once, in `input`,
+        `weight`, `bias` and a tensor `scale`; bit-identical for any number of threads.
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device or name; a correction that requires grad, is NaN
@@ -220,10 +222,7 @@ def _check(
             check_device(name, value, weight.device, "weight")
     check_scale(scale, weight.device)
     if input.device.type == "meta":
-        raise ValueError(
-            "input: expected a tensor that holds numbers, got one on meta; a module made there is ready "
-            "after to_empty(device=...) and reset_parameters() or load_state_dict(...)"
-        )
+        refuse_meta("input")
 
 
 def _check_constant(name: str, value: Tensor | None, shape: tuple[int, ...], meaning: str) -> None:

@@ -176,10 +176,13 @@ class SampledSoftmaxLoss(nn.Module):
         """The k largest logits scale * cos(input, weight_j) + bias_j of each row, and their classes.
 
         Goes over the classes in blocks: memory is rows x (block_size + k), never rows x C. The same under
-        autocast as without. Raises TypeError and ValueError for a wrong input, a bias that is not (C,), a
-        block_size < 1 and a k outside [1, C].
+        autocast as without. Logits that are NaN come first, as in torch.topk. Raises TypeError and ValueError
+        for a wrong input, a bias that is not (C,), a block_size < 1 and a k outside [1, C].
         """
         weight, bias = self._whole_weight(), self.bias
+        check_tensor("weight", weight, FLOATING)
+        if weight.dim() != 2:
+            raise ValueError(f"weight: expected shape (C, D), got {tuple(weight.shape)}")
         C, D = weight.shape
         check_tensor("input", input, FLOATING)
         block_size, k = check_integer("block_size", block_size, 1), check_integer("k", k, 1, C)
@@ -187,8 +190,10 @@ class SampledSoftmaxLoss(nn.Module):
             raise ValueError(f"input: expected shape (..., {D}), got {tuple(input.shape)}")
         check_device("input", input, weight.device, "weight")
         if bias is not None:
+            check_tensor("bias", bias, FLOATING)
             check_shape("bias", bias, (C,), "(C,)")
-        scale: float | Tensor = self.scale
+        scale: float | Tensor = as_float(self.scale)
+        check_scale(scale, weight.device)
         if isinstance(scale, Tensor):
             scale = scale.reshape(())  # on the CPU it may be beside a GPU's tensors then
         dtype = torch.promote_types(torch.promote_types(input.dtype, weight.dtype), torch.float32)
@@ -227,7 +232,7 @@ class SampledSoftmaxLoss(nn.Module):
             memo = set()
         if self.sparse_grad and remove_duplicate and self not in memo:
             own = {name: self._parameters.get(name) for name in ("weight", "bias")}
-            yield prefix, SparseRows({name: p for name, p in own.items() if p is not None})
+            yield prefix, SparseRows({n: p for n, p in own.items() if p is not None}, self.training)
         yield from super().named_modules(memo, prefix, remove_duplicate)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
@@ -241,15 +246,15 @@ class SampledSoftmaxLoss(nn.Module):
         """As unit rows but for _SHORT, so that products with finite rows of any length are finite."""
         if self.similarity == "dot":
             return rows
-        norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
-        return torch.where(norm < 1e-12, 0.0, rows / (norm / _SHORT)).to(rows.dtype)
+        length = _length(rows)[:, None]
+        return torch.where(length < 1e-12 * _SHORT, 0.0, rows / length * _SHORT**2).to(rows.dtype)
 
     def _factor(self, classes: Tensor, scale: float | Tensor) -> float | Tensor:
         """What makes logits of products of `_unit` rows with those of `classes`: these stay as they are."""
         if self.similarity == "dot":
             return scale
-        norm = torch.linalg.vector_norm(classes, dim=1, dtype=torch.float64)
-        return torch.where(norm < 1e-12, 0.0, scale / (_SHORT * norm)).to(classes.dtype)
+        length = _length(classes)
+        return torch.where(length < 1e-12 * _SHORT, 0.0, scale / length).to(classes.dtype)
 
     def extra_repr(self) -> str:
         scale = "learned" if isinstance(self.scale, nn.Parameter) else self.scale
@@ -257,6 +262,15 @@ class SampledSoftmaxLoss(nn.Module):
             f"{self.num_classes}, {self.embedding_dim}, num_sampled={self.num_sampled}, scale={scale}, "
             f"similarity={self.similarity!r}, bias={self.bias is not None}, sparse_grad={self.sparse_grad}"
         )
+
+
+def _length(rows: Tensor) -> Tensor:
+    """(n,) float64: that of each row, times _SHORT."""
+    norm = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    if rows.dtype == torch.float64:  # whose squares may overflow, as a float32's do not here
+        smaller = torch.linalg.vector_norm(rows * 1e-160, dim=1)
+        return torch.where(norm == torch.inf, smaller * (1e160 * _SHORT), norm * _SHORT)
+    return norm * _SHORT
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager:

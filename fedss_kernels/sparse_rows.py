@@ -69,9 +69,9 @@ def runs_of_entries(grad: Tensor) -> Runs:
 def summed_values(grad: Tensor) -> Tensor:
     """The values of a sparse gradient, repeats summed: (nnz, ...), with zeros after those if there were any.
 
-    Norms and maxima of these are those of the dense gradient.
+    In float32 or better. Norms and maxima of these are those of the dense gradient.
     """
     values = grad._values()
     if len(values) == 0 or is_listed_once(grad):
-        return values
+        return widened(values)
     return runs_of_entries(grad).sums(values)

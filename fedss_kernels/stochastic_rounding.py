@@ -37,10 +37,8 @@ class StochasticRounding:
 
     def _bfloat16(self, values: Tensor) -> Tensor:
         """A bfloat16 is the upper half of a float32: what carries over from the lower half rounds up."""
-        generator = self._generator(values.device)
-        halves = torch.randint(
-            2**16, values.shape, generator=generator, device=values.device, dtype=torch.int32
-        )
+        generator, device = self._generator(values.device), values.device
+        halves = torch.randint(2**16, values.shape, generator=generator, dtype=torch.int32, device=device)
         sums = halves.add_(values.view(torch.int32)).bitwise_and_(-(2**16))
         return sums.view(torch.float32).to(torch.bfloat16)
 
@@ -51,7 +49,8 @@ class StochasticRounding:
         spacing = powers.mul_(info.eps).clamp_(min=info.smallest_normal * info.eps)
         scaled = values / spacing
         lower = scaled.floor()
-        chance = torch.rand(values.shape, generator=self._generator(values.device), device=values.device)
+        generator, device = self._generator(values.device), values.device
+        chance = torch.rand(values.shape, generator=generator, dtype=torch.float32, device=device)
         return lower.add_(chance < scaled.sub_(lower)).mul_(spacing).to(dtype)
 
     def _generator(self, device: torch.device) -> torch.Generator:

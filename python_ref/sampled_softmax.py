@@ -82,7 +82,8 @@ def _unit(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """rows / |rows|, of any length; a row of norm below 1e-12 becomes zero and passes no gradient."""
     rows = rows.to(torch.promote_types(rows.dtype, dtype))
     squares_overflow = rows.detach().norm(dim=1, keepdim=True) == torch.inf
-    rows = torch.where(squares_overflow, rows * torch.finfo(rows.dtype).max ** -0.75, rows)
+    shorter = 1e-6 * torch.finfo(rows.dtype).max ** -0.5  # of such a row's length about 1e-6 or more is left
+    rows = torch.where(squares_overflow, rows * shorter, rows)
     norm = rows.norm(dim=1, keepdim=True)
     zero = norm < 1e-12
     return torch.where(zero, 0.0, rows / torch.where(zero, 1.0, norm)).to(dtype)

@@ -22,7 +22,7 @@ from fedss_kernels.federated.cli.options import GROUPS, flag
 from fedss_kernels.federated.compare import Comparison
 from fedss_kernels.federated.config import OWN, PRESETS
 from fedss_kernels.federated.data import DATASETS
-from fedss_kernels.federated.ledger import faults
+from fedss_kernels.federated.run_folder import faults, make_folder
 
 
 def fails(capsys, *argv: str) -> str:
@@ -148,6 +148,12 @@ def test_a_folder_that_cannot_be_written_to_is_one_line(tmp_path, capsys):
     for command in ("run", "compare"):
         line = fails(capsys, command, *SMALL, f"--out={tmp_path}/file/out")
         assert line.endswith("file/out cannot be written to: Not a directory")
+
+
+def test_a_link_to_nothing_is_no_folder(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    with pytest.raises(OSError, match="link cannot be written to: a link to what is not there"):
+        make_folder(tmp_path / "link")
 
 
 def test_a_folder_in_use_is_one_line(tmp_path, capsys):
@@ -397,7 +403,13 @@ def test_a_run_that_does_not_train_says_why_in_one_line(tmp_path, capsys):
 def test_what_is_left_out_is_said_with_the_reasons(tmp_path, capsys):
     out = tmp_path / "run"
     assert cli.main(["run", *SMALL, "--rounds=6", "--cohort=4", "--poison-rate=0.4", f"--out={out}"]) == 0
-    assert f"rejected ({faults(out / 'ledger.csv')})" in capsys.readouterr().out
+    assert f"rejected ({faults(out)})" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv", [["confusion"], ["noise", "--run"]])
+def test_a_folder_without_a_run_is_named_as_that(argv, tmp_path, capsys):
+    line = fails(capsys, *argv, str(tmp_path))
+    assert line == f"fedss {argv[0]}: no run in {tmp_path}: no config.json, no checkpoint"
 
 
 def broken_plots(monkeypatch):
@@ -556,5 +568,8 @@ def test_a_run_on_image_files_some_damaged(tmp_path, capsys, monkeypatch):
         and "without them: --skip-damaged" in err
     )
     assert cli.main([*argv, "--skip-damaged"]) == 0
-    assert "image_folder: decoding images: 0 of 11\n" not in capsys.readouterr().out, "they are kept"
+    said, err = capsys.readouterr()
+    assert "image_folder: decoding images: 0 of 11\n" not in said, "they are kept"
+    left_out = "image_folder: left out 1 images that could not be read: class1 1, listed in "
+    assert err.startswith(f"fedss run: {left_out}") and err.count("\n") == 1
     assert json.loads((tmp_path / "out" / "config.json").read_text())["skip_damaged"] is True

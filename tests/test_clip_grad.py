@@ -62,7 +62,7 @@ def as_on_a_gpu(request):
 
 
 @pytest.mark.parametrize("norm_type", [2.0, 1, np.float32(3), math.inf, "inf"], ids=str)
-@pytest.mark.parametrize("max_norm", [1.5, 1e3, torch.tensor(1.5), np.int64(2)], ids=repr)
+@pytest.mark.parametrize("max_norm", [1.5, 1e3, math.inf, torch.tensor(1.5), np.int64(2)], ids=repr)
 def test_norm_is_that_of_the_dense_gradients(norm_type, max_norm):
     ours, theirs = with_gradients(*gradients()), with_gradients(*(g.to_dense() for g in gradients()))
     norm = clip_grad_norm_(ours, max_norm, norm_type)
@@ -92,6 +92,9 @@ def test_values_are_those_of_the_dense_gradients_clipped():
     ours, theirs = with_gradients(*gradients()), with_gradients(*(g.to_dense() for g in gradients()))
     clip_grad_value_(ours, 0.5)
     torch.nn.utils.clip_grad_value_(theirs, 0.5)
+    for p, q in zip(ours[:-1], theirs[:-1], strict=True):
+        torch.testing.assert_close(p.grad.to_dense(), q.grad)
+    clip_grad_value_(ours, math.inf)  # changes nothing
     for p, q in zip(ours[:-1], theirs[:-1], strict=True):
         torch.testing.assert_close(p.grad.to_dense(), q.grad)
     assert [len(p.grad._values()) for p in ours[:-2]] == [5, 2, 0, 3, 3]
@@ -140,6 +143,18 @@ def test_16_bit_rows_are_summed_in_float32():
     assert clip_grad_norm_(parameter, 1e9).item() == 512
 
 
+@pytest.mark.parametrize("ids", [[1, 2], [2, 2]], ids=["each row once", "one row twice"])
+@pytest.mark.parametrize("size, dtype", [(60_000, torch.float16), (1.1015625, torch.bfloat16)])
+def test_the_norm_of_16_bit_rows_is_a_float32(ids, size, dtype):
+    """sqrt(2 * 60000^2) = 84853 is past float16's range: by an infinite norm all would be clipped to 0."""
+    rows = torch.tensor([[size, 0.0], [0.0, size]], dtype=dtype)
+    (parameter, _) = with_gradients(sparse(ids, rows, (3, 2)))
+    norm = clip_grad_norm_(parameter, 1.0)
+    assert norm.dtype == torch.float32 and norm.item() == pytest.approx(size * 2**0.5, rel=1e-6)
+    clipped = parameter.grad.to_dense().float()
+    torch.testing.assert_close(clipped.norm(), torch.tensor(1.0), rtol=0.01, atol=0)
+
+
 def test_a_norm_that_is_not_finite():
     for error in (False, True):
         parameters = with_gradients(sparse([1], torch.tensor([[math.nan]]), (2, 1)), torch.ones(2))
@@ -163,6 +178,12 @@ BAD = [
         "clip_value: expected a finite number of at least 0, got nan",
     ),
 ]
+
+
+@pytest.mark.parametrize("function", [clip_grad_norm_, clip_grad_value_])
+def test_what_is_no_tensor_is_named(function):
+    with pytest.raises(TypeError, match=r"parameters\[0\]: expected a tensor, got tuple"):
+        function(torch.nn.Linear(2, 2).named_parameters(), 1.0)
 
 
 @pytest.mark.parametrize("function, arguments, error, message", BAD, ids=[message for *_, message in BAD])

@@ -16,11 +16,12 @@ import torch
 from tiny_federation import tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import CheckpointError, Config, ConfigError, jobs, run
-from fedss_kernels.federated.compare import cells, compare, header, tabulate, write_tables
+from fedss_kernels.federated.compare import cells, compare, header, report_again, tabulate, write_tables
 from fedss_kernels.federated.data.holdout import held_out
 from fedss_kernels.federated.mean_sd import mean_sd
 from fedss_kernels.federated.plan import LISTS, PRESETS, Case, Plan, read_preset
 from fedss_kernels.federated.report import Run
+from fedss_kernels.federated.rounds import Stopped
 
 SMALL = {
     "glyph_classes": 12,
@@ -271,11 +272,31 @@ def test_a_rate_that_does_not_train_is_the_worst_and_the_rest_goes_on(tmp_path, 
     assert [line["failed"][:13] for line in lines] == ["", "TooFewClients"] * 2
     assert [bool(line["accuracy"]) for line in lines] == [True, False] * 2
     assert "rate 1e+06 is the worst" in (out / "report.html").read_text(encoding="utf-8")
+    again = [note.replace("is the worst", "has no result") for note in comparison.notes]
+    assert report_again(out) == again
+    assert again[0].replace(">", "&gt;") in (out / "report.html").read_text(encoding="utf-8")
 
     nothing = compare(replace(plan, methods=["fedss"], rates=[1e6, 1e7]), tmp_path / "nothing")
     (failure,) = nothing.failed
     assert failure.startswith("FedSS failed, as it trains at none of the rates 1e+06, 1e+07: TooFewClients: ")
     assert nothing.table == nothing.runs == nothing.notes == []
+    with pytest.raises(ValueError, match=r"FedSS, rate 1e\+06 has no result: TooFewClients: .*; FedSS, seed"):
+        report_again(tmp_path / "nothing")
+
+
+def test_a_report_that_is_made_again_says_why_a_run_failed(tmp_path, in_this_process):
+    """Until it goes on: what is said then is how far it is."""
+    config = Config(**SMALL, warmup_rounds=0, client_lr=1e6, cache_dir=tmp_path / "cache")
+    plan, out = Plan(config, ["fedss"], [0]), tmp_path / "out"
+    (failure,) = compare(plan, out).failed
+    with pytest.raises(ValueError) as said:
+        report_again(out)
+    assert str(said.value).endswith(failure.replace("failed", "is left out"))
+    config = replace(config, out=out / "fedss-seed0", client_lr=0.1, overwrite=True)
+    with pytest.raises(Stopped):
+        run(config, stop=lambda: True)
+    with pytest.raises(ValueError, match="seed 0 is left out: 1 rounds are done, of a comparison of 2"):
+        report_again(out)
 
 
 def test_a_method_whose_trial_was_killed_waits_and_the_others_go_on(tmp_path, in_this_process, monkeypatch):
@@ -320,6 +341,9 @@ def test_answers_that_are_left_out_of_a_comparison_are_said(tmp_path, in_this_pr
     assert rejected > 0 and comparison.failed == []
     words = f"{rejected} of 24 clients' answers were left out: {rejected} norm"
     assert comparison.notes == [f"FedSS, seed 0: {words}"]
+    ledger = tmp_path / "out" / "fedss-seed0" / "ledger.csv"
+    ledger.write_text(ledger.read_text().replace(",", ";"))  # as a spreadsheet may save it
+    assert report_again(tmp_path / "out") == comparison.notes
     poisoned = Plan(replace(config, poison_rate=0.1), ["fedss"], [0])
     assert compare(poisoned, tmp_path / "other").notes == []
 
@@ -360,8 +384,7 @@ def test_a_job_that_cannot_be_started_and_one_that_leaves_nothing_leave_the_othe
     assert found == {} and list(failures) == [0, 1, 2]
     assert failures[1].words == "its process could not be started: Resource temporarily unavailable"
     for job in (0, 2):
-        words = f"config: cannot read {tmp_path / str(job) / 'config.json'}: No such file or directory"
-        assert failures[job].words == words
+        assert failures[job].words == f"not begun: there is no {tmp_path / str(job)}"
 
 
 def test_presets_are_plans_and_files_that_can_be_edited(tmp_path):

@@ -157,3 +157,11 @@ def test_a_bad_file_is_refused(text, message, tmp_path):
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="cannot read .*c.json: No such file"):
         read_options(tmp_path / "c.json")
+
+
+def test_all_that_is_wrong_in_a_file_is_said_at_once(tmp_path):
+    (tmp_path / "c.json").write_text(json.dumps({"cohort": "five", "roundz": 3, "scale": -1, "zip_code": 1}))
+    with pytest.raises(ConfigError) as said:
+        Config.load(tmp_path / "c.json")
+    for name in ("cohort: expected ", "roundz: no such ", "scale: expected ", "zip_code: no such "):
+        assert str(said.value).count(name) == 1

@@ -44,6 +44,19 @@ def test_rows_that_are_one_confuse_everything(linear_model):
     assert found.cosine == pytest.approx(1) and found.right == pytest.approx(1 / 3)
 
 
+def test_the_cosine_of_long_rows_and_of_one_that_is_not_finite(linear_model):
+    config, data = tiny_config(), tiny_data()
+    net = Player(config, data).extractor.module.state_dict()
+    weight = torch.randn(NUM_CLASSES, DIM, generator=torch.Generator().manual_seed(5)).clamp(-1, 1)
+    sound = confusion.measure(config, data, (net, weight), client=1)
+    long = confusion.measure(config, data, (net, weight * 1e30), client=1)
+    assert long.cosine == pytest.approx(sound.cosine, rel=1e-5) and torch.equal(long.shares, sound.shares)
+    for bad in (torch.nan, torch.inf):
+        weight[CLASSES_HELD[1][0], 0] = bad
+        cosine = confusion.measure(config, data, (net, weight), client=1).cosine
+        assert cosine != cosine  # NaN
+
+
 def test_the_command_shows_runs_side_by_side(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("FEDSS_CACHE", str(tmp_path / "cache"))
     small = ["--glyph-classes=12", "--glyph-writers=4", "--cohort=2", "--embedding-dim=8", "--rounds=2"]

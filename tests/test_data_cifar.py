@@ -1,5 +1,6 @@
 """CIFAR-10 and CIFAR-100 in each form that they are distributed in, and what can be wrong with one."""
 
+import errno
 import io
 import os
 import pickle
@@ -255,6 +256,18 @@ def test_a_damaged_archive(tmp_path):
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(ValueError, match=r"cifar-10-binary\.tar\.gz is damaged"):
         read("cifar10", tmp_path)
+
+
+def test_an_archive_that_cannot_be_read_is_not_damaged(tmp_path, monkeypatch):
+    path = write_tar(tmp_path / "cifar10_jpeg.tar.xz", jpegs())
+
+    def fail(*arguments, **options):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(tarfile.TarFile, "extractfile", fail)
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        read("cifar10", tmp_path)
+    assert caught.value.filename == str(path)
 
 
 def test_a_damaged_jpeg_file(tmp_path):

@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import io
 import os
@@ -154,6 +155,18 @@ def test_damaged_zip(folder):
     path.write_bytes(path.read_bytes()[:-500])
     with pytest.raises(ValueError, match=r"images_evaluation\.zip is damaged"):
         read(folder)
+
+
+def test_a_zip_file_that_cannot_be_read_is_not_damaged(folder, monkeypatch):
+    path = write_zip(folder, authors_files())
+
+    def fail(*arguments, **options):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(zipfile.ZipFile, "namelist", fail)
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        read(folder)
+    assert caught.value.filename == str(path)
 
 
 def test_damaged_member(folder):

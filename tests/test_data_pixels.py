@@ -7,6 +7,7 @@ import re
 import socket
 import struct
 import threading
+import warnings
 import zlib
 from pathlib import Path
 
@@ -137,6 +138,13 @@ def test_grey_is_scaled_by_the_bits_that_it_holds(dtype, high, kind):
     ramp = np.linspace(0, high, SIZE * SIZE).round().astype(dtype).reshape(SIZE, SIZE)
     found = pixels(encoded(Image.fromarray(ramp), kind))
     assert abs(found - 255 * ramp.astype(float) / high).max() <= 0.5 and found.max() == 255
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_grey_of_16_bits_may_be_black_all_over(kind):
+    content = encoded(Image.fromarray(np.zeros((SIZE, SIZE), np.uint16)), kind)
+    with warnings.catch_warnings(action="error"):
+        assert not pixels(content).any()
 
 
 @pytest.mark.parametrize("stated, seen", [(0xFFFF, 4), (0x3FFF, 16), (0xFFF, 64), (0x3FF, 255)])

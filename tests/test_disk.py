@@ -26,6 +26,12 @@ def test_an_error_has_the_name_of_the_file(tmp_path):
     assert disk.reason(OSError("words\nin lines")) == "words in lines"
 
 
+def test_text_that_names_a_file_of_any_name_can_be_written(tmp_path):
+    """As the system hands over a name that is not UTF-8, or one that is, in a C locale."""
+    disk.write_whole(tmp_path / "page", "é caf\udcc3\udca9 \udcff")
+    assert (tmp_path / "page").read_text(encoding="utf-8") == "é café \\xff"
+
+
 def test_a_file_is_replaced_whole_or_stays(tmp_path, monkeypatch):
     path = tmp_path / "table"
     disk.write_whole(path, "before")

@@ -189,3 +189,8 @@ def test_a_holdout_of_everybody_is_named_as_what_it_is(tmp_path):
     folder = write_noise(tmp_path / "data", 2, 5)
     with pytest.raises(ConfigError, match="^holdout: expected to leave some of 1 clients, got 0.5$"):
         load_data(config(folder, holdout=0.5))
+
+
+def test_drawn_data_that_fit_neither_the_cohort_nor_the_net_are_told_both():
+    with pytest.raises(ConfigError, match="crop_size: .*; cohort: expected at most 4, the clients there are"):
+        load_data(Config(glyph_classes=12, glyph_writers=4, cohort=50, crop_size=99))

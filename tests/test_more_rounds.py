@@ -91,7 +91,7 @@ def test_rounds_that_are_done_cannot_be_undone_nor_have_had_other_rates(tmp_path
         3: "rounds: 4 are done, expected at least 5, got 3",
         # cos(pi/3) = 1/2 and cos(pi/6) = sqrt(3)/2, of a rate of 0.2
         7: "rounds: 4 there, 7 here: as lr_decay is cosine, round 3, which is done, had a rate of 0.15 and "
-        "would have had 0.186603; go on with 4, or start a run of 7 anew",
+        "would have had 0.186603; the run of 4 is finished: start a run of 7 anew",
     }.items():
         with pytest.raises(CheckpointError) as refused:
             train(tmp_path, rounds, resume=True, lr_decay="cosine", warmup_rounds=1)

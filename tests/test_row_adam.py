@@ -5,18 +5,21 @@ import doctest
 import io
 import math
 import pickle
+from fractions import Fraction
 from unittest import mock
 
 import fedss_kernels.reference.row_adam
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from fedss_kernels.reference import row_adam_step_ as reference_step_
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tolerance import excess
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from fedss_kernels import RowAdam, RowSGD, SampledSoftmaxLoss, row_adam, row_adam_step_
+from fedss_kernels import RowAdam, RowSGD, SampledSoftmaxLoss, row_adam, row_adam_step_, sampled_softmax_loss
 
 TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON = "fedss_kernels.triton_kernels.scatter_add"
@@ -308,6 +311,30 @@ def test_sampled_softmax_loss_with_sparse_grad():
     assert sum(losses[-5:]) < sum(losses[:5]) / 2
 
 
+def test_the_default_device_does_not_matter():
+    weights = torch.ones(2, 5, 3).unbind()
+    for weight in weights:
+        weight.grad = sparse([4, 1], torch.ones(2, 3), 5)
+    RowAdam([weights[0]]).step()
+    with torch.device("meta"):
+        RowAdam([weights[1]]).step()
+    assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize("sparsely", [True, False])
+def test_steps_are_counted_past_256_whatever_the_default_dtype_is(sparsely):
+    weight = torch.ones(5, 3, requires_grad=True)
+    optimizer = RowAdam([weight])
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        weight.grad = sparse([1], torch.ones(1, 3, dtype=torch.float32), 5) if sparsely else weight.detach()
+        for _ in range(258):
+            optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert optimizer.state[weight]["step"] == 258
+
+
 def steps(optimizer, weights, number, sparsely):
     torch.manual_seed(number)
     for weight in weights:
@@ -367,6 +394,38 @@ def test_rows_of_an_adamw_state_have_taken_all_its_steps():
     assert ours.state[weight]["row_steps"].tolist() == [4, 3, 3, 3, 4] and ours.param_groups[0]["lr"] == 0.1
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_distributed_checkpoints_hold_the_counts_of_rows(tmp_path):
+    """As the docstring has it: what is loaded into has taken a step."""
+
+    def trained(steps):
+        torch.manual_seed(steps)
+        criterion = SampledSoftmaxLoss(9, 4, sparse_grad=True, bias=True)
+        optimizer = RowAdam(criterion.parameters(), lr=0.1)
+        for _ in range(steps):
+            train(criterion, optimizer)
+        return criterion, optimizer
+
+    def train(criterion, optimizer):
+        optimizer.zero_grad()
+        ids = torch.tensor([1, 2])
+        sampled_softmax_loss(
+            torch.ones(1, 4), criterion.weight, ids[:1], ids, bias=criterion.bias, sparse_grad=True
+        ).backward()
+        optimizer.step()
+
+    saved, loaded = trained(3), trained(1)
+    model, state = get_state_dict(*saved)
+    dcp.save({"model": model, "state": state}, checkpoint_id=tmp_path, no_dist=True)
+    model, state = get_state_dict(*loaded)
+    dcp.load({"model": model, "state": state}, checkpoint_id=tmp_path, no_dist=True)
+    set_state_dict(*loaded, model_state_dict=model, optim_state_dict=state)
+    for criterion, optimizer in (saved, loaded):
+        train(criterion, optimizer)
+        assert optimizer.state[criterion.weight]["row_steps"].tolist() == [0, 4, 4, 0, 0, 0, 0, 0, 0]
+    assert torch.equal(saved[0].weight, loaded[0].weight)
+
+
 def test_counts_of_rows_are_no_matter_to_adamw():
     weight = nn.Parameter(torch.ones(5, 3))
     ours = RowAdam([weight], lr=0.1)
@@ -395,11 +454,29 @@ def adamw_state(weight, **options):
     return theirs.state_dict()
 
 
+def nadam_state(weight):
+    theirs = torch.optim.NAdam([weight], decoupled_weight_decay=True)
+    weight.grad = torch.ones_like(weight)
+    theirs.step()
+    return theirs.state_dict()
+
+
+def changed(state, **values):
+    state["state"][0].update(values)
+    return state
+
+
 BAD_STATES = [
     (lambda w: adamw_state(w, amsgrad=True), r"param_groups\[0\]: amsgrad: expected False, as RowAdam has no other, got True"),
     (lambda w: adamw_state(w, maximize=True), r"param_groups\[0\]: maximize: expected False, as RowAdam has no other, got True"),
     (lambda w: torch.optim.Adam([w]).state_dict(), "decoupled_weight_decay: expected True, as RowAdam has no other, got False"),
     (lambda w: torch.optim.SGD([w]).state_dict(), r"param_groups\[0\]: expected an option betas, got none: is this the state"),
+    (lambda w: changed(adamw_state(w), step=torch.tensor(math.nan)), "step: expected a finite number of at least 0, got nan"),
+    (lambda w: changed(adamw_state(w), step=-1), "step: expected a finite number of at least 0, got -1"),
+    (lambda w: changed(adamw_state(w), row_steps=torch.tensor([0, 1, 2, -3, 4])), r"row_steps\[3\]: expected at least 0, got -3"),
+    (lambda w: changed(adamw_state(w), row_steps=torch.full((5,), math.nan)), r"row_steps\[0\]: expected at least 0, got nan"),
+    (lambda w: changed(adamw_state(w), exp_avg=torch.ones(5, 3).to_sparse()), "exp_avg: expected a dense tensor, got layout torch.sparse_coo"),
+    (lambda w: nadam_state(w), "state: expected .*, got mu_product too: is this the state of another optimiser than RowAdam"),
     (lambda w: adamw_state(nn.Parameter(torch.ones(4, 3))), r"state: expected exp_avg of shape \(5, 3\), got \(4, 3\)"),
 ]  # fmt: skip
 
@@ -411,7 +488,7 @@ def test_other_states_are_refused_by_name(make, message):
     optimizer = RowAdam([weight], lr=0.1)
     steps(optimizer, [weight], 0, sparsely=True)
     before = copy.deepcopy(optimizer.state_dict())
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         optimizer.load_state_dict(bad)
     assert str(optimizer.state_dict()) == str(before)
 
@@ -419,6 +496,7 @@ def test_other_states_are_refused_by_name(make, message):
 BAD_OPTIONS = [
     ({"lr": -0.1}, ValueError, "lr: .* at least 0, got -0.1"),
     ({"betas": (0.9,)}, TypeError, r"betas: expected two numbers, got \(0.9,\)"),
+    ({"betas": (0.9, 1 - Fraction(1, 10**30))}, ValueError, r"betas\[1\]: .* below 1, got 9+/10+"),
     ({"betas": (-0.1, 0.9)}, ValueError, r"betas\[0\]: .* at least 0 and below 1, got -0.1"),
     ({"eps": float("nan")}, ValueError, "eps: .* at least 0, got nan"),
     ({"weight_decay": -1}, ValueError, "weight_decay: .* at least 0, got -1"),

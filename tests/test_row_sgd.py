@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -246,12 +247,27 @@ def changed(state, **options):
     return state
 
 
+def with_state(state, **values):
+    state["state"][0] = values
+    return state
+
+
+def rmsprop_state(weight):
+    theirs = torch.optim.RMSprop([weight], momentum=0.5)
+    weight.grad = torch.ones_like(weight)
+    theirs.step()
+    return theirs.state_dict()
+
+
 BAD_STATES = [
     (lambda w: sgd_state(w, maximize=True), ValueError, r"param_groups\[0\]: maximize: expected False, as RowSGD has no other, got True"),
     (lambda w: sgd_state(w, momentum=0.9, dampening=0.5), ValueError, "dampening: expected 0, as RowSGD has no other, got 0.5"),
     (lambda w: changed(sgd_state(w), differentiable=True), ValueError, "differentiable: expected False, as RowSGD has no other, got True"),
     (lambda w: torch.optim.AdamW([w]).state_dict(), ValueError, "expected an option momentum, got none: is this the state of another"),
     (lambda w: sgd_state(nn.Parameter(torch.ones(2, 2)), momentum=0.9), ValueError, r"momentum_buffer: expected shape \(3, 2\), its"),
+    (lambda w: with_state(sgd_state(w), momentum_buffer=[0.0] * 6), TypeError, "momentum_buffer: expected a dense tensor, got list"),
+    (lambda w: with_state(sgd_state(w), momentum_buffer=torch.ones(3, 2).to_sparse()), TypeError, "momentum_buffer: expected a dense tensor, got layout torch.sparse_coo"),
+    (lambda w: rmsprop_state(w), ValueError, "state: expected momentum_buffer, got square_avg, step too: is this the state of another optimiser than RowSGD"),
     (lambda w: changed(sgd_state(w), lr=-1), ValueError, r"param_groups\[0\]: lr: expected a finite number of at least 0, got -1"),
     (lambda w: changed(sgd_state(w), momentum="0.9"), TypeError, r"param_groups\[0\]: momentum: expected a number, got str"),
     (lambda w: changed(sgd_state(w), nesterov=True), ValueError, "nesterov: expected False without momentum, got True"),
@@ -292,6 +308,40 @@ def test_numbers_are_those_that_torch_takes(number, sparsely):
     torch.save(ours.state_dict(), file)
     file.seek(0)
     assert torch.load(file, weights_only=True)["param_groups"][0]["momentum"] == 0.5
+
+
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        (RowAdam, {"betas": (np.float32(0.5), np.float64(0.75))}),
+        (RowAdam, {"betas": [np.float32(0.5), Fraction(3, 4)], "eps": Fraction(1, 8)}),
+        (RowSGD, {"lr": Fraction(1, 2), "momentum": np.longdouble(0.5), "max_norm": Fraction(1)}),
+    ],
+    ids=str,
+)
+def test_numbers_are_saved_as_pythons(kind, options):
+    """So that torch.load reads them with weights_only."""
+    defaults = kind([nn.Parameter(torch.ones(1))], lr=0.5)
+    for optimizer in (
+        kind([nn.Parameter(torch.ones(1))], **{"lr": 0.5} | options),
+        kind([{"params": [nn.Parameter(torch.ones(1))], **options}], lr=0.5),
+    ):
+        file = io.BytesIO()
+        torch.save(optimizer.state_dict(), file)
+        file.seek(0)
+        (group,) = torch.load(file, weights_only=True)["param_groups"]
+        assert {name: group[name] for name in options} == options
+        assert group.keys() == defaults.state_dict()["param_groups"][0].keys()
+
+
+@pytest.mark.parametrize("norm", [torch.tensor(1.0), np.float32(1), 1], ids=repr)
+def test_a_norm_may_be_any_number_in_several_groups(norm):
+    weights = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    optimizer = RowSGD([{"params": [weight]} for weight in weights], lr=1.0, max_norm=norm)
+    for weight in weights:
+        weight.grad = torch.ones(1)
+    optimizer.step()
+    torch.testing.assert_close(torch.cat(weights), torch.full((2,), -(0.5**0.5)))
 
 
 def test_numbers_of_the_row_step():
@@ -412,6 +462,7 @@ def test_rounding_goes_by_the_seed_alone(set_threads):
         return weight.detach()
 
     assert torch.equal(trained(seed=1), trained(seed=1, threads=3))
+    assert torch.equal(trained(seed=1), trained(seed=torch.tensor(1)))
     assert not torch.equal(trained(seed=1), trained(seed=2))
 
 
@@ -525,6 +576,8 @@ BAD_OPTIONS = [
     ({"lr": torch.ones(2)}, TypeError, r"lr: expected a number, got Tensor of shape \(2,\)"),
     ({"lr": torch.tensor(-1.0)}, ValueError, "lr: .* at least 0, got -1.0"),
     ({"lr": True}, TypeError, "lr: expected a number, got bool"),
+    ({"lr": 10**400}, ValueError, "lr: expected a finite number of at least 0, got one past float64's range"),
+    ({"lr": Fraction(10**400)}, ValueError, "lr: expected a finite number of at least 0, got one past float64's range"),
     ({"lr": 0.1, "max_norm": -1}, ValueError, "max_norm: .* at least 0, got -1"),
     ({"lr": 0.1, "seed": 0.5}, TypeError, "seed: expected an integer, got float"),
     ({"lr": 0.1, "momentum": float("nan")}, ValueError, "momentum: .* at least 0, got nan"),

@@ -1,5 +1,6 @@
 """Every wrong argument gets an error that names it, says what was expected and what came."""
 
+import copy
 import functools
 import re
 from fractions import Fraction
@@ -10,7 +11,7 @@ import torch
 from fedss_kernels.reference import sampled_softmax_loss as reference_loss
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fedss_kernels import SampledSoftmaxLoss, draw_batch_class_set, sampled_softmax_loss
+from fedss_kernels import SampledSoftmaxLoss, draw_batch_class_set, draw_class_set, sampled_softmax_loss
 
 B, C, D, S = 4, 9, 5, 3
 
@@ -111,8 +112,23 @@ def test_any_real_number_is_a_scale(scale, impl):
 def test_any_integer_is_an_ignore_index(impl):
     given = arguments(target=torch.tensor([0, 3, 3, 1]), impl=impl)
     expected = sampled_softmax_loss(**given, ignore_index=3)
-    for index in (np.int64(3), np.int32(3), np.uint8(3)):
+    for index in (np.int64(3), np.int32(3), np.uint8(3), torch.tensor(3), torch.tensor(3, dtype=torch.int8)):
         assert torch.equal(sampled_softmax_loss(**given, ignore_index=index), expected)
+
+
+def test_a_number_of_classes_may_come_from_the_labels():
+    """labels.max() + 1 is a tensor, which torch.nn.Linear takes too."""
+    criterion = SampledSoftmaxLoss(torch.tensor([0, 3, 4]).max() + 1, torch.tensor(D), torch.tensor(2))
+    assert (criterion.num_classes, criterion.embedding_dim, criterion.num_sampled) == (5, D, 2)
+    assert type(criterion.num_sampled) is int
+    assert criterion.topk(torch.randn(2, D), torch.tensor(2)).indices.shape == (2, 2)
+    for number in (int, torch.tensor, np.uint8):
+        drawn = draw_class_set(number(200), torch.tensor([1, 3]), number(100), np.random.default_rng(0))
+        assert len(drawn.class_ids) == 102 and drawn.log_expected_count.max() == 0
+        draw_batch_class_set(torch.tensor([1]), number(5), number(2), None, number(0))
+    for bad in (torch.tensor(3.0), torch.tensor(True), torch.tensor([3])):
+        with pytest.raises(TypeError, match="num_classes: expected an integer, got Tensor"):
+            SampledSoftmaxLoss(bad, D)
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference", "cpp"])
@@ -123,6 +139,10 @@ def test_meta_tensors_hold_no_numbers(impl):
     module = SampledSoftmaxLoss(C, D, S, device="meta")
     with pytest.raises(ValueError, match=r"after to_empty\(device=...\) and reset_parameters\(\) or load"):
         module(given["input"], given["target"])
+    here = arguments()
+    for call in (lambda: module(here["input"], here["target"]), lambda: module.topk(here["input"], 1)):
+        with pytest.raises(ValueError, match="weight: expected a tensor that holds numbers, got one on meta"):
+            call()
 
 
 def test_fake_tensors_have_no_sparse_gradient():
@@ -269,6 +289,19 @@ def test_bad_topk():
         criterion.topk(torch.randn(2, 4), 1)
     with pytest.raises(ValueError, match="input: expected a tensor on cpu as weight is, got one on meta"):
         criterion.topk(x.to("meta"), 1)
+    for name, value, message in (
+        ("scale", torch.ones(2), r"scale: expected a number or a 0-d tensor or \(1,\), got shape \(2,\)"),
+        ("scale", "1", "scale: expected a number or a 0-d tensor, got str"),
+        ("bias", torch.zeros(5, dtype=torch.int64), "bias: expected float16 .*, got int64"),
+        ("weight", torch.ones(5, 3, dtype=torch.int64), "weight: expected float16 .*, got int64"),
+        ("weight", torch.ones(5, 3).to_sparse(), "weight: expected a dense tensor, got layout"),
+        ("weight", torch.ones(2, 5, 3), r"weight: expected shape \(C, D\), got \(2, 5, 3\)"),
+    ):
+        other = copy.deepcopy(criterion)
+        other.__dict__[name] = value  # as functional transforms put it
+        other._parameters.pop(name, None)
+        with pytest.raises((TypeError, ValueError), match=message):
+            other.topk(x, 1)
     expected = criterion.topk(x, 3, 2)
     assert torch.equal(criterion.topk(x, np.int64(3), np.int64(2)).indices, expected.indices)
     criterion.weight = torch.nn.Parameter(criterion.weight[:4].detach())

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from loss_cases import Case
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -170,6 +171,22 @@ def test_compiled_with_a_dynamic_batch_whose_first_has_two_rows(training, with_g
         eager = twin(x, t)
         assert torch.equal(traced, eager)
         assert torch.equal(gradients(traced, x)[0], gradients(eager, x)[0])
+
+
+def test_no_batch_is_too_large_for_what_is_compiled_or_exported_for_any():
+    """Where batch and negatives are more than the classes too."""
+    criterion = SampledSoftmaxLoss(C, D, 3)
+    x, t = torch.randn(4 * C, D), torch.randint(C, (4 * C,))
+    batch = {0: torch.export.Dim("batch")}  # torch refuses one that has a bound
+    torch.export.export(criterion, (x[:2], t[:2]), dynamic_shapes=(batch, batch), strict=True)
+    graphs = CompileCounterWithBackend("aot_eager")
+    torch.compiler.reset()
+    compiled = torch.compile(criterion, fullgraph=True, dynamic=True, backend=graphs)
+    made = []
+    for rows in (2, 3, 4 * C):
+        compiled(x[:rows], t[:rows]).backward()
+        made.append(graphs.frame_count)
+    assert made[0] == made[-1]
 
 
 class Predictor(torch.nn.Module):

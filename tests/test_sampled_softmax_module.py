@@ -106,6 +106,23 @@ def test_topk_of_rows_of_any_length():
     for length in (1e25, 1e-9):
         assert torch.equal(criterion.topk(x * length, 4).indices, expected)
     assert not criterion.topk(x * 1e-14, 4).values.any()  # a zero row: cosine 0 with every class
+    criterion.double()
+    expected = criterion.topk(x.double(), 4)
+    for length in (1e160, 1e200, 1e300):  # whose squares pass float64's largest number
+        found = criterion.topk(x.double() * length, 4)
+        assert torch.equal(found.indices, expected.indices)
+        torch.testing.assert_close(found.values, expected.values)
+
+
+def test_topk_says_which_logits_are_not_finite():
+    """They come first, as in torch.topk, in any block."""
+    criterion = SampledSoftmaxLoss(9, 2)
+    with torch.no_grad():
+        criterion.weight[[2, 7]] = torch.tensor([[torch.nan, 1], [1, torch.inf]])
+    for block_size in (1, 4, 9):
+        values, indices = criterion.topk(torch.ones(3, 2), 4, block_size)
+        assert values.isnan().tolist() == [[True, True, False, False]] * 3
+        assert (indices[:, :2].sort().values == torch.tensor([2, 7])).all()
 
 
 @pytest.mark.parametrize("scale", [1e-3, 20.0, 1e6])
@@ -117,9 +134,14 @@ def test_topk_of_classes_of_any_length(scale):
     weight *= 10.0 ** torch.linspace(-10, 37, C)[:, None]
     weight[-2:] *= torch.tensor([[3e38 / weight[-2].abs().max()], [1e-13 / weight[-1].norm()]])
     expected[:, -1] = 0
-    values, indices = criterion.topk(x, C)
-    assert torch.equal(indices.sort().values, torch.arange(C).expand(3, C))
-    torch.testing.assert_close(values, expected.gather(1, indices).float(), rtol=1e-5, atol=1e-6 * scale)
+    for dtype in (torch.float32, torch.float64):
+        criterion.to(dtype)
+        if dtype == torch.float64:
+            criterion.weight.data[:-1] *= 1e250
+        values, indices = criterion.topk(x, C)
+        assert torch.equal(indices.sort().values, torch.arange(C).expand(3, C))
+        exact = expected.gather(1, indices).to(dtype)
+        torch.testing.assert_close(values, exact, rtol=1e-5, atol=1e-6 * scale)
 
 
 def test_topk_of_a_few_rows_copies_no_block_of_the_matrix():
@@ -247,6 +269,7 @@ def test_parameters_are_met_once_and_under_the_same_names(sparse_grad):
     assert "weight: (50, 8)" in str(list(model.modules())) or not sparse_grad
     copied = copy.deepcopy(model)
     assert list(copied.state_dict()) == list(model.state_dict())
+    assert not any(module.training for module in model.eval().modules())
 
 
 # ---- what is around it -------------------------------------------------------------------------------------

@@ -79,6 +79,19 @@ def test_rows_that_are_apart_or_have_no_direction_stay():
         assert torch.equal(table[:], rows)
 
 
+@pytest.mark.parametrize("neighbours", [None, 3])
+def test_a_length_whose_square_is_past_float32_is_no_obstacle(neighbours):
+    """Row 0 pushes as hard as if it were short; its own gradient goes by 1 / length."""
+    rows = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    long = rows.clone()
+    long[0] *= 2.0**100
+    method = Spreadout(1.0, 1.5, neighbours, None)
+    expected, found = (dense(*method.gradient(table_of(r), torch.arange(5)), 5) for r in (rows, long))
+    expected[0] *= 2.0**-100
+    for row, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(row / right.abs().max(), right / right.abs().max(), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("neighbours", [None, 1])
 def test_a_step_moves_rows_apart_and_leaves_their_velocity(neighbours):
     rows = torch.tensor([[1.0, 0.1], [1.0, -0.1], [-1.0, 0.0]])

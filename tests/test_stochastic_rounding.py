@@ -66,3 +66,15 @@ def test_goes_by_seed_step_stream_and_order():
         assert not torch.equal(rounded(*key)[0], first)
     wide = values.double()
     assert StochasticRounding(0, 0, 0)(wide, torch.float64) is wide  # nothing to round
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.float16])
+def test_the_default_dtype_does_not_matter(default):
+    values = torch.linspace(1, 2, 1000)
+    expected = StochasticRounding(0, 0, 0)(values, torch.bfloat16)
+    torch.set_default_dtype(default)
+    try:
+        found = StochasticRounding(0, 0, 0)(values, torch.bfloat16)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)

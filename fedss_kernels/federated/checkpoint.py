@@ -158,13 +158,15 @@ def _check_rounds(there: Config, here: Config, done: int) -> None:
     """
     if here.rounds < done or (here.rounds == done < there.rounds):
         raise CheckpointError(f"rounds: {done} are done, expected at least {done + 1}, got {here.rounds}")
+    finished = f"the run of {done} is finished: "
+    way = finished if done == there.rounds else f"go on with {there.rounds}, or "
     for round in range(done):
         before, now = learning_rate(there, round), learning_rate(here, round)
         if before != now:
             raise CheckpointError(
                 f"rounds: {there.rounds} there, {here.rounds} here: as lr_decay is {here.lr_decay}, round "
                 f"{round + 1}, which is done, had a rate of {before:.6g} and would have had {now:.6g}; "
-                f"go on with {there.rounds}, or start a run of {here.rounds} anew"
+                f"{way}start a run of {here.rounds} anew"
             )
 
 

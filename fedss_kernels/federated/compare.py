@@ -9,13 +9,12 @@ from pathlib import Path
 from .config import Config, ConfigError
 from .disk import write_whole
 from .jobs import Failure, OnRound, folder_of, play_all, played
-from .ledger import faults
 from .loading import check_data, fitted, load_data, with_a_net
 from .mean_sd import mean_sd
 from .plan import FILE, Case, Plan, case_of
 from .remarks import remarks
 from .report import MEGABYTE, Run, attempt, by_case, percent, write_comparison_report
-from .run_folder import prepare
+from .run_folder import faults, prepare
 from .tables import markdown, write_csv
 
 COMPARISON_FILES = (
@@ -128,9 +127,11 @@ def report_again(out: Path) -> list[str]:
     Raises CheckpointError where there is no comparison, ValueError where no run of it is done.
     """
     plan = Plan.read(out)
-    configs = plan.runs(out, {})
+    trials, configs = plan.trials(out / "rates"), plan.runs(out, {})
+    _, lost = played(trials)
     found, failures = played(configs)
-    left_out = [f"{job_name(plan, configs[job])} is left out: {of.words}" for job, of in failures.items()]
+    left_out = [f"{trial_name(plan, trials[job])} has no result: {of.words}" for job, of in lost.items()]
+    left_out += [f"{job_name(plan, configs[job])} is left out: {of.words}" for job, of in failures.items()]
     runs = list(found.values())
     if not runs:
         raise ValueError(f"no run of the comparison in {out} is done: {'; '.join(left_out)}")
@@ -153,8 +154,8 @@ def _notes(plan: Plan, run: Run) -> list[str]:
     """What is to be said of it; of answers that were left out only where no rubbish was asked for."""
     found, rejected = remarks(run.summary), run.summary.rejected
     if rejected and not run.config.poison_rate:
-        ledger = folder_of(run.config) / "ledger.csv"
-        found.append(f"{rejected:,} of {run.updates:,} clients' answers were left out: {faults(ledger)}")
+        why = faults(folder_of(run.config))
+        found.append(f"{rejected:,} of {run.updates:,} clients' answers were left out: {why}")
     return [f"{job_name(plan, run.config)}: {line}" for line in found]
 
 

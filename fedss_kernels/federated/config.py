@@ -343,14 +343,21 @@ class Config:
         source: Path | None = None,  # the file they are from, for messages
         given: Mapping[str, Any] = types.MappingProxyType({}),  # options that win over them
     ) -> "Config":
-        """Raises ConfigError for a name that is not an option's or a value that it can't have."""
+        """Raises ConfigError for all names that are not an option's and all values that one can't have."""
         names = [field.name for field in dataclasses.fields(cls)]
+        later = "" if source is None else ", in this version: did a later one write the file?"
+        unknown = [
+            ConfigError(name, f"no such option{did_you_mean(name, names)}{later}")
+            for name in values
+            if name not in names
+        ]
         try:
-            for name in values:
-                if name not in names:
-                    later = "" if source is None else ", in this version: did a later one write the file?"
-                    raise ConfigError(name, f"no such option{did_you_mean(name, names)}{later}")
-            return cls(**{**values, **given})
+            try:
+                config = cls(**{**{name: values[name] for name in names if name in values}, **given})
+            except ConfigError as error:
+                unknown.append(error)
+            raise_together(unknown)
+            return config
         except ConfigError as error:
             if source is None or error.option not in values or error.option in given:
                 raise

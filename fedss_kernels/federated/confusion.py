@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from ..plotting import plotting
 from .algorithms import METHODS
 from .config import Config
 from .data import FederatedData
-from .metrics import NOTHING, nearest
+from .metrics import NOTHING, directions, nearest
 from .player import Player
 from .report import write_section
 from .tables import write_csv
@@ -61,7 +60,8 @@ def measure(
     player.extractor.module.load_state_dict(model[0])
     held = data.clients[client]
     classes = data.labels[held].unique()
-    rows = normalize(model[1][classes], dim=1)
+    rows, finite = directions(model[1][classes])
+    rows = torch.where(finite[:, None], rows, torch.nan)
     found = nearest(player.extractor.embed(data.images[held]), model[1][classes])
     label, taken = torch.searchsorted(classes, data.labels[held]), found != NOTHING
     counts = torch.zeros(len(classes), len(classes), dtype=torch.float64)

@@ -54,8 +54,10 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_whole(path: Path, content: str) -> None:
+    r"""In UTF-8; what a file's name in it has that is none, as \xff."""
+    text = content.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     with replacing(path) as file:
-        file.write(content.encode())
+        file.write(text.encode())
 
 
 def write_synced(path: Path, content: bytes) -> None:

@@ -61,19 +61,35 @@ def played(configs: Sequence[Config]) -> tuple[dict[int, Run], dict[int, Failure
     """What is in the folders of these runs: each that is done, or why it does not count."""
     runs, failures = dict[int, Run](), dict[int, Failure]()
     for job, config in enumerate(configs):
+        folder = folder_of(config)
+        if not folder.exists():
+            failures[job] = Failure(f"not begun: there is no {folder}")
+            continue
         try:
-            found = Run(*read_run(folder_of(config)))
+            found = Run(*read_run(folder))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            failures[job] = Failure(str(error))
+            failures[job] = Failure(_last_error(folder) or str(error))
             continue
         done = len(found.history)
         if found.summary.not_finite_since is not None:
             failures[job] = Failure("; ".join(remarks(found.summary)), lasting=True)
+        elif done < config.rounds and (words := _last_error(folder)):
+            failures[job] = Failure(words)
         elif done != config.rounds:
             failures[job] = Failure(f"{done} rounds are done, of a comparison of {config.rounds}")
         else:
             runs[job] = found
     return runs, failures
+
+
+def _last_error(folder: Path) -> str:
+    """What a run failed of, from its error.txt; "" where there is none."""
+    try:
+        lines = (folder / "error.txt").read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return ""
+    name, _, words = lines[-1].partition(": ") if lines else ("", "", "")
+    return f"{name.rpartition('.')[2]}: {words}" if words else name
 
 
 def run_all(

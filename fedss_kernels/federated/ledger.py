@@ -11,10 +11,7 @@ The rows come and go in the order of the ids, so the ids travel once. FullSoftma
 
 from __future__ import annotations
 
-import csv
-from collections import Counter
 from dataclasses import astuple, dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -76,13 +73,6 @@ class Entry:
     outcome: str  # one of OUTCOMES
     fault: str  # why it was rejected, or ""
     traffic: Traffic
-
-
-def faults(path: Path) -> str:
-    """Of the answers that were left out in a run's ledger.csv what was wrong: "9 norm, 2 ids"."""
-    with path.open(newline="", encoding="utf-8") as file:
-        counts = Counter(line["fault"] for line in csv.DictReader(file) if line["fault"])
-    return ", ".join(f"{count:,} {fault}" for fault, count in counts.most_common())
 
 
 def client_traffic(

@@ -38,10 +38,12 @@ def load_data(
         raise ConfigError("image_size", f"expected at least 1, got {config.image_size}")
     errors = _misfits_of_net(config, (3, config.image_size, config.image_size)) if _resized(config) else []
 
-    def found(what: Found) -> None:
+    def found(what: Found, shape: tuple[int, ...] = ()) -> None:
+        """`shape` is of an image, where they are there already."""
         if config.holdout:
             what = replace(what, clients=what.clients - number_held_out(what.clients, config.holdout))
-        raise_together([*errors, *_misfits(fitted(config, what), what)])
+        of_net = _misfits_of_net(config, shape) if shape else errors
+        raise_together([*of_net, *_misfits(fitted(config, what), what)])
         if on_found:
             on_found(what)
 
@@ -53,9 +55,7 @@ def load_data(
     return held_out(data, config.holdout, config.data_seed) if config.holdout else data
 
 
-def _loaded(
-    config: Config, on_found: Callable[[Found], None], on_progress: OnProgress | None
-) -> FederatedData:
+def _loaded(config: Config, on_found: Callable[..., None], on_progress: OnProgress | None) -> FederatedData:
     options: dict[str, Any] = {"skip_damaged": config.skip_damaged, "on_progress": on_progress}
     if config.data == "glyphs":  # drawn, not read
         options = {"num_classes": config.glyph_classes, "writers": config.glyph_writers}
@@ -82,7 +82,7 @@ def _loaded(
         **options,
     )
     if not _resized(config):
-        on_found(data.found)
+        on_found(data.found, tuple(data.images.shape[1:]))
     return data
 
 

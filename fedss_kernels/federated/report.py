@@ -122,7 +122,7 @@ def write_section(
 
 def write_sections(folder: Path) -> None:
     """report.html of what was measured in this folder, where there is no run."""
-    (folder / "report.html").write_text(_page(_MEASURED, [], folder), encoding="utf-8")
+    write_whole(folder / "report.html", _page(_MEASURED, [], folder))
 
 
 # ---- plots -------------------------------------------------------------------------------------------------

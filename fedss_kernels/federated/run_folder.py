@@ -17,6 +17,7 @@ import dataclasses
 import json
 import logging
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
@@ -270,11 +271,12 @@ class RunFolder:
         return folder, found, read_metrics(path)
 
     def begin(self) -> None:
-        """To be called when nothing is in the way of the next round: a finished run is that no more."""
+        """When nothing is in the way of the next round: a run that finished or failed is that no more."""
         there, _ = read_config(self.path)
         if there.rounds != self.config.rounds:
             self._save(dataclasses.replace(there, rounds=self.config.rounds))
-        (self.path / "summary.json").unlink(missing_ok=True)
+        for name in ("summary.json", "error.txt"):
+            (self.path / name).unlink(missing_ok=True)
 
     def _save(self, config: Config) -> None:
         config.save(self.path / "config.json")
@@ -347,7 +349,9 @@ def make_folder(path: Path) -> None:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise OSError(f"the folder {path} cannot be written to: {error.strerror}") from None
+        nowhere = path.is_symlink() and not path.exists()
+        why = "a link to what is not there" if nowhere else error.strerror
+        raise OSError(f"the folder {path} cannot be written to: {why}") from None
 
 
 def _not_ours(marker: Path) -> str:
@@ -381,10 +385,12 @@ def read_config(path: Path) -> tuple[Config, str]:
     """(the configuration of the run in a folder, what of its config.json is not believed).
 
     Users edit config.json: where the run has a checkpoint, and it is whole, that has the word, but on options
-    in MAY_CHANGE. Raises ConfigError where there is neither, or they are of another version.
+    in MAY_CHANGE. Raises ValueError where there is neither, ConfigError where they are of another version.
     """
     file = path / "config.json"
     if not checkpoint.exists(path):
+        if not file.exists():
+            raise ValueError(f"no run in {path}: no config.json, no checkpoint")
         return Config.load(file), ""
     try:
         began = checkpoint.read_config(path)
@@ -452,6 +458,20 @@ def read_metrics(path: Path) -> list[RoundMetrics]:
         raise ValueError(f"no run in {path}: metrics.csv: {error.strerror}") from None
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"metrics.csv in {path} is not as a run wrote it: {error}") from None
+
+
+def faults(path: Path) -> str:
+    """Of the answers that were left out in the run in a folder what was wrong: "9 norm, 2 ids".
+
+    Raises ValueError where there is no ledger, or not as a run wrote it.
+    """
+    try:
+        counts = Counter(line["fault"] for line in read_table(path, "ledger.csv") if line["fault"])
+    except OSError as error:
+        raise ValueError(f"no run in {path}: ledger.csv: {error.strerror}") from None
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"ledger.csv in {path} is not as a run wrote it: {error}") from None
+    return ", ".join(f"{count:,} {fault}" for fault, count in counts.most_common())
 
 
 def _number(text: str) -> Any:

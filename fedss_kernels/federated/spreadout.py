@@ -85,12 +85,21 @@ def _nearest(table: RowTable, sampled: Tensor, count: int) -> tuple[Tensor, Tens
 
 def _units(rows: Tensor) -> Tensor:
     """Rows of norm 1; a zero row has no direction and stays zero."""
-    norms = rows.norm(dim=1, keepdim=True)
+    norms = _norms(rows)
     return torch.where(norms < ZERO_NORM, 0.0, rows / norms)
 
 
 def _through_norm(pushed: Tensor, rows: Tensor, units: Tensor) -> Tensor:
     """The gradient with respect to rows of that with respect to their directions."""
-    norms = rows.norm(dim=1, keepdim=True)
+    norms = _norms(rows)
     across = pushed - (pushed * units).sum(1, keepdim=True) * units
     return torch.where(norms < ZERO_NORM, 0.0, across / norms)
+
+
+def _norms(rows: Tensor) -> Tensor:
+    """(U, 1); in float64 where float32 cannot hold the square of one."""
+    norms = rows.norm(dim=1, keepdim=True)
+    if norms.isfinite().all():
+        return norms
+    wide = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
+    return torch.where(norms.isfinite(), norms, wide.to(norms.dtype))

@@ -134,7 +134,7 @@ def pulls_tile(
     else:
         pulls = product_or_zero(probs, product_or_zero(scale * x_inverse, upstream)[:, None])
         if COSINE:
-            pulls = tl.where((w_inverse == 0.0)[None, :], 0.0, pulls * w_inverse[None, :])
+            pulls = product_or_zero(w_inverse[None, :], pulls)
     if OPERAND != tl.float16:
         pulls = rounded(pulls, OPERAND)
     beyond = cosines_beyond_target(

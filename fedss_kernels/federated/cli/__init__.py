@@ -12,13 +12,16 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
+from .. import data
 from ..config import did_you_mean
 from ..disk import reason
 from ..interrupts import Interrupted, at_once
+from ..workers import launched
 from .command import Command
 from .measure import CONFUSION, NOISE, PARAMETERS, PRIVACY
 from .methods import METHODS
 from .options import Mistake, Parser
+from .output import say_what_is_logged
 from .report import REPORT
 from .streams import forgiving
 from .tools import BENCH, DOCTOR
@@ -57,6 +60,8 @@ def _main(argv: list[str]) -> int:
         name = _name(argv)
         arguments = _parse(name, command, argv[1:])
         _require(name, command)
+        if launched()[0] == 0:  # of many processes one speaks
+            say_what_is_logged(arguments.command, data)
         return command.main(arguments)
     except Mistake as mistake:
         print(mistake if str(mistake).startswith("fedss") else f"{name}: {mistake}", file=sys.stderr)

@@ -93,8 +93,18 @@ def print_profile(seconds: Mapping[str, float], rounds: int) -> None:
 
 
 def say_what_is_logged(command: str, *modules: ModuleType) -> None:
-    """Prints the warnings of these modules, a line each."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(f"fedss {command}: %(message)s"))
+    """Prints the warnings of these modules, and of those in them, a line each; the same line once."""
     for module in modules:
-        logging.getLogger(module.__name__).handlers = [handler]
+        logging.getLogger(module.__name__).handlers = [_Lines(command)]
+
+
+class _Lines(logging.Handler):
+    def __init__(self, command: str):
+        super().__init__(logging.WARNING)
+        self.command, self.said = command, set[str]()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = f"fedss {self.command}: {record.getMessage()}"
+        if line not in self.said:
+            self.said.add(line)
+            print(line, file=sys.stderr, flush=True)  # which a bar makes room for

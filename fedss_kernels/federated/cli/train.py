@@ -17,11 +17,11 @@ from ..config import (
 )
 from ..disk import reason
 from ..interrupts import Interrupted, noticed
-from ..ledger import OUTCOMES, faults
+from ..ledger import OUTCOMES
 from ..lock import InUse
 from ..plan import LISTS, Plan, read_preset
 from ..rounds import Stopped, run
-from ..run_folder import RUN_FILES, RoundMetrics, check_folder, read_config
+from ..run_folder import RUN_FILES, RoundMetrics, check_folder, faults, read_config
 from ..simulation import TooFewClients
 from ..workers import WorkerLost, help_out, launched
 from .command import Command
@@ -133,7 +133,7 @@ def _run(arguments: argparse.Namespace) -> int:
     s = result.summary
     outcomes = {outcome: getattr(s, outcome) for outcome in OUTCOMES}
     if outcomes["accepted"] < sum(outcomes.values()):
-        why = {"rejected": f" ({faults(out / 'ledger.csv')})"} if outcomes["rejected"] else {}
+        why = {"rejected": f" ({faults(out)})"} if outcomes["rejected"] else {}
         counts = ", ".join(f"{n:,} {outcome}{why.get(outcome, '')}" for outcome, n in outcomes.items())
         print(f"of {sum(outcomes.values()):,} clients drawn {counts}: {out / 'ledger.csv'}")
     if arguments.profile:

@@ -20,7 +20,7 @@ import lzma
 import pickle
 import tarfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,9 +29,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..disk import named
 from .cache import Arrays, cached_arrays
 from .class_folders import ClassFolders, image_endings
-from .damage import DamagedImages, say_left_out
+from .damage import DamagedImages, of_the_system, say_left_out
 from .images import VERSION, OnProgress, decode
 from .partition import FederatedData, Partition, divide
 from .pixels import Failure, failure, read_file, unlimited
@@ -196,12 +197,12 @@ def _check_whole(form: Format, there: list[str], names: list[str], place: Path) 
 def _members(name: str, path: Path) -> list[tuple[str, bytes]]:
     """(name, content) of every file in an archive."""
     try:
-        with tarfile.open(path) as archive:
+        with named(path), tarfile.open(path) as archive:
             opened = ((member.name, archive.extractfile(member)) for member in archive if member.isfile())
             return [(member, file.read()) for member, file in opened if file is not None]
-    except PermissionError:
-        raise
     except DAMAGES as error:
+        if of_the_system(error):
+            raise
         raise ValueError(f"{name}: {path} is damaged ({error}); get it again from {SOURCE}") from error
 
 
@@ -352,15 +353,15 @@ def _from_jpegs(
     return cached_arrays("cifar10", key, make, cache_dir)
 
 
-def _jpegs(place: Path, files: list[Path]) -> list[tuple[str, Callable[[], bytes]]]:
-    """(name, what reads it) of every file in a folder or an archive, in order of their names."""
-    found: list[tuple[str, Callable[[], bytes]]]
+def _jpegs(place: Path, files: list[Path]) -> Sequence[tuple[str, bytes | Path]]:
+    """(name, its content or what has it) of every file in an archive or a folder, in order of their names."""
+    found: Sequence[tuple[str, bytes | Path]]
     if place.is_file():
-        found = [(name, partial(bytes, content)) for name, content in _members("cifar10", place)]
+        found = _members("cifar10", place)
     else:
-        found = [(file.relative_to(place).as_posix(), partial(read_file, file)) for file in files]
+        found = [(file.relative_to(place).as_posix(), file) for file in files]
     endings = tuple(image_endings())
-    images = [(name, read) for name, read in found if name.lower().endswith(endings)]
+    images = [(name, content) for name, content in found if name.lower().endswith(endings)]
     loose = next((name for name, _ in images if name.count("/") < 2), None)
     if loose is not None:
         raise ValueError(f"cifar10: expected train/<class>/*.jpg and test/<class>/*.jpg, got {loose}")
@@ -368,7 +369,7 @@ def _jpegs(place: Path, files: list[Path]) -> list[tuple[str, Callable[[], bytes
 
 
 def _decoded(
-    place: Path, found: list[tuple[str, Callable[[], bytes]]], say: OnProgress
+    place: Path, found: Sequence[tuple[str, bytes | Path]], say: OnProgress
 ) -> tuple[Arrays, dict[str, Failure]]:
     """The images that can be read, and of the others what is wrong with them."""
     classes = sorted({name.split("/")[1] for name, _ in found})
@@ -382,11 +383,11 @@ def _decoded(
     done = 0
     for split, prefix in (("train", ""), ("test", "test_")):
         pixels, labels = [], []
-        for name, read in found:
+        for name, content in found:
             if not name.startswith(f"{split}/"):
                 continue
             try:
-                pixels.append(decode(read(), SIZE))
+                pixels.append(decode(read_file(content) if isinstance(content, Path) else content, SIZE))
                 labels.append(classes.index(name.split("/")[1]))
             except Exception as error:  # a damaged image may raise anything
                 failures[name] = failure(error)

@@ -33,6 +33,7 @@ def image_endings() -> frozenset[str]:
     """ ".jpg" and what else Pillow reads here, in small letters."""
     from PIL import Image, ImageFile, features
 
+    Image.preinit()  # common formats before all others, in the order in which they are tried
     found = set()
     for ending, format in Image.registered_extensions().items():
         opener = Image.OPEN[format][0] if format in Image.OPEN else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections import Counter
@@ -78,6 +79,11 @@ class MissingImages(DamagedImages, FileNotFoundError):
             reasons,
             listing,
         )
+
+
+def of_the_system(error: Exception) -> bool:
+    """Whether a file could not be read, whatever is in it. EINVAL is of one that points before its start."""
+    return isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
 
 
 def printable(name: str | Path) -> str:

@@ -22,9 +22,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ..disk import named
 from .cache import Arrays, cached_arrays
 from .class_folders import ClassFolders
-from .damage import OR_SKIP, DamagedImages, say_left_out
+from .damage import OR_SKIP, DamagedImages, of_the_system, say_left_out
 from .images import OnProgress
 from .partition import Drawings, FederatedData, Partition, partition
 from .pixels import Failure, failure, read_file
@@ -165,14 +166,14 @@ DAMAGES = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedErro
 
 def _from_zip(path: Path) -> Iterator[File]:
     try:
-        with zipfile.ZipFile(path) as archive:
+        with named(path), zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
                 match = FILE_NAME.fullmatch(name.partition("/")[2])
                 if match and name.startswith(f"{path.stem}/"):
                     yield match[1], match[2], int(match[3]), name, partial(archive.read, name)
-    except PermissionError:
-        raise
     except DAMAGES as error:
+        if of_the_system(error):
+            raise
         raise ValueError(f"omniglot: {path} is damaged ({error}); get it again from {SOURCE}") from error
 
 

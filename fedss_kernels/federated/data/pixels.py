@@ -129,7 +129,7 @@ def _of_8_bits(grey: np.ndarray, image: PillowImage) -> np.ndarray:
     if grey.dtype.kind == "f" or low < 0 or high > WHITES[-1]:
         raise ValueError(f"expected 8 or 16 bits a channel, got {grey.dtype}, {low} to {high}")
     white = _stated_white(image)
-    if not high <= white <= WHITES[-1]:
+    if not max(high, 1) <= white <= WHITES[-1]:
         white = next(white for white in WHITES if high <= white)
     eight = (grey / (white / 255)).round().astype(np.uint8)
     clear = image.info.get("transparency")

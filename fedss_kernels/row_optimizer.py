@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .checks import FLOATING, as_integer, as_number, check_integer
 from .clip_grad import clip_factor, total_norm
-from .sparse_rows import is_listed_once, runs_of_entries, unique_rows, widened
+from .sparse_rows import has_16_bits, is_listed_once, runs_of_entries, unique_rows, widened
 from .stochastic_rounding import StochasticRounding
 
 State = dict[str, Any]  # of a parameter, or of the rows of one
@@ -201,13 +201,15 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         matrices = {name: _matrix(v) for name, v in state.items() if isinstance(v, Tensor) and v.dim() > 0}
         weight, grad = _matrix(parameter.detach()), _gradient(parameter)
         fused = _has_kernel(weight)
-        if fused and widened(weight) is weight:
+        if fused and not has_16_bits(weight):
             class_ids, rows = _listed(grad)
             self._step_rows(weight, matrices, class_ids, _scaled(_matrix(rows), factor), rule, fused)
             return
         class_ids, rows, first = _summed(grad)
         # Of copies, and written back all at once: where a class comes twice it has the same numbers twice.
-        part, parts = widened(weight[class_ids]), {n: widened(m[class_ids]) for n, m in matrices.items()}
+        # index_select copies rows; weight[class_ids] would copy numbers, which takes ten times as long.
+        part = widened(weight.index_select(0, class_ids))
+        parts = {name: widened(matrix.index_select(0, class_ids)) for name, matrix in matrices.items()}
         here = torch.arange(len(class_ids), device=weight.device)
         self._step_rows(part, parts, here, _scaled(_matrix(rows), factor), rule, fused)
         for whole, stepped in ((weight, part), *((matrices[name], parts[name]) for name in matrices)):

@@ -71,6 +71,8 @@ def sampled_softmax_loss(
         sparse_grad: the gradients of weight and bias as sparse COO tensors over the classes that take part:
             on the CPU unique and ascending, on CUDA those of `class_ids` and then of `target`, uncoalesced
             (entries that are left out and ignored targets repeat a class that takes part, with zeros).
+            torch forgets that one is coalesced as it puts it into `.grad`: `weight.grad.coalesce()` first to
+            call `.indices()` and `.values()`.
         impl: "cpp", "triton", "reference" (plain PyTorch, stores the logits), or "auto": by the tensors'
             device.
 

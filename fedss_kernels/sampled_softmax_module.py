@@ -22,6 +22,8 @@ from .class_sets import GeneratorHandle, check_generator, draw_batch_class_set
 from .data_parallel import SparseRows, check_sparse_communication, check_whole
 from .sampled_softmax import IMPLS, as_float, check_scale, sampled_softmax_loss
 
+_SHORT = 2.0**-32  # a power of two: it rounds nothing
+
 
 class TopK(NamedTuple):
     """The k best classes of each row, best first."""
@@ -48,7 +50,8 @@ class SampledSoftmaxLoss(nn.Module):
         scale: multiplies the cosine; with `learn_scale=True` the initial value of a parameter of shape (1,).
         similarity: "cosine" or "dot".
         bias: one learned number for each class, initially zero.
-        sparse_grad: the gradients of weight and bias as sparse COO tensors over the classes that take part.
+        sparse_grad: the gradients of weight and bias as sparse COO tensors over the classes that take part
+            (`weight.grad.coalesce()` has `.indices()` and `.values()`; see `sampled_softmax_loss`).
             Under DistributedDataParallel it needs gloo: NCCL adds up dense gradients only, as FSDP does.
         generator: source of the initial weight and the negatives; None: torch's default one. Its state is
             not in state_dict, as each process has its own: save `criterion.generator.get_state()` beside
@@ -200,7 +203,8 @@ class SampledSoftmaxLoss(nn.Module):
             indices = torch.empty_like(values, dtype=torch.int64)
             for first in range(0, C, block_size):
                 block = slice(first, first + block_size)
-                logits = scale * (rows @ self._unit(weight[block].to(dtype)).T)
+                classes = weight[block].to(dtype)
+                logits = (rows @ classes.T) * self._factor(classes, scale)
                 if bias is not None:
                     logits = logits + bias[block]
                 best = logits.topk(min(k, logits.shape[1]))
@@ -239,13 +243,18 @@ class SampledSoftmaxLoss(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def _unit(self, rows: Tensor) -> Tensor:
+        """As unit rows but for _SHORT, so that products with finite rows of any length are finite."""
         if self.similarity == "dot":
             return rows
-        norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
-        if rows.dtype == torch.float64:  # whose squares may overflow, as a float32's do not here
-            rows = torch.where(norm == torch.inf, rows * 1e-160, rows)
-            norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-        return torch.where(norm < 1e-12, 0.0, rows / norm).to(rows.dtype)
+        length = _length(rows)[:, None]
+        return torch.where(length < 1e-12 * _SHORT, 0.0, rows / length * _SHORT**2).to(rows.dtype)
+
+    def _factor(self, classes: Tensor, scale: float | Tensor) -> float | Tensor:
+        """What makes logits of products of `_unit` rows with those of `classes`: these stay as they are."""
+        if self.similarity == "dot":
+            return scale
+        length = _length(classes)
+        return torch.where(length < 1e-12 * _SHORT, 0.0, scale / length).to(classes.dtype)
 
     def extra_repr(self) -> str:
         scale = "learned" if isinstance(self.scale, nn.Parameter) else self.scale
@@ -253,6 +262,15 @@ class SampledSoftmaxLoss(nn.Module):
             f"{self.num_classes}, {self.embedding_dim}, num_sampled={self.num_sampled}, scale={scale}, "
             f"similarity={self.similarity!r}, bias={self.bias is not None}, sparse_grad={self.sparse_grad}"
         )
+
+
+def _length(rows: Tensor) -> Tensor:
+    """(n,) float64: that of each row, times _SHORT."""
+    norm = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    if rows.dtype == torch.float64:  # whose squares may overflow, as a float32's do not here
+        smaller = torch.linalg.vector_norm(rows * 1e-160, dim=1)
+        return torch.where(norm == torch.inf, smaller * (1e160 * _SHORT), norm * _SHORT)
+    return norm * _SHORT
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager:

@@ -31,9 +31,13 @@ def runs_of(ids: Tensor, C: int) -> Runs:
     return Runs(ids.long(), order, run, starts)
 
 
+def has_16_bits(values: Tensor) -> bool:
+    return values.dtype in (torch.float16, torch.bfloat16)
+
+
 def widened(values: Tensor) -> Tensor:
     """16-bit numbers in float32; others as they are."""
-    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+    return values.float() if has_16_bits(values) else values
 
 
 def is_listed_once(grad: Tensor) -> bool:

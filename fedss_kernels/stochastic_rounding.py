@@ -31,17 +31,27 @@ class StochasticRounding:
             share = self(values.to_local(), dtype)
             placed = values.device_mesh, values.placements
             return type(values).from_local(share, *placed, shape=values.shape, stride=values.stride())
+        up_or_down = self._bfloat16(values) if dtype == torch.bfloat16 else self._by_spacing(values, dtype)
+        in_range = values.abs() < torch.finfo(dtype).max  # not so for NaN
+        return torch.where(in_range, up_or_down, values.to(dtype))
+
+    def _bfloat16(self, values: Tensor) -> Tensor:
+        """A bfloat16 is the upper half of a float32: what carries over from the lower half rounds up."""
+        generator, device = self._generator(values.device), values.device
+        halves = torch.randint(2**16, values.shape, generator=generator, dtype=torch.int32, device=device)
+        sums = halves.add_(values.view(torch.int32)).bitwise_and_(-(2**16))
+        return sums.view(torch.float32).to(torch.bfloat16)
+
+    def _by_spacing(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """What is between float16 numbers is a power of two, and at least that between the smallest ones."""
         info = torch.finfo(dtype)
         powers = (values.view(torch.int32) & 0x7F800000).view(torch.float32)  # of 2, up to the number
-        spacing = (powers * info.eps).clamp(min=info.smallest_normal * info.eps)
+        spacing = powers.mul_(info.eps).clamp_(min=info.smallest_normal * info.eps)
         scaled = values / spacing
         lower = scaled.floor()
         generator, device = self._generator(values.device), values.device
         chance = torch.rand(values.shape, generator=generator, dtype=torch.float32, device=device)
-        rounded = ((lower + (chance < scaled - lower)) * spacing).clamp(-info.max, info.max)
-        nearest = values.to(dtype)
-        good = nearest.isfinite() & rounded.isfinite()  # not so where denormal spacings are flushed to zero
-        return torch.where(good, rounded.to(dtype), nearest)
+        return lower.add_(chance < scaled.sub_(lower)).mul_(spacing).to(dtype)
 
     def _generator(self, device: torch.device) -> torch.Generator:
         if device not in self._generators:

@@ -8,6 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from largest_made import LargestMade
 from torch import nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -500,6 +501,25 @@ def test_repeated_rows_of_16_bits_are_summed_in_float32_and_written_once(kind):
         kind([weight], lr=2.0**-9, **({"momentum": 0.5} if kind is RowSGD else {})).step()
     assert torch.equal(weights[0] == 1, weights[1] == 1)  # which rows moved
     torch.testing.assert_close(*weights, rtol=0, atol=2.0**-7)  # other chances: a spacing apart at most
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+@pytest.mark.parametrize("kind, momentum", [(RowSGD, 0.0), (RowSGD, 0.5), (RowAdam, None)])
+def test_a_step_makes_nothing_of_the_size_of_the_matrix(kind, momentum, max_norm, dtype):
+    """Rows listed once, and repeated: numbers of the rows alone, whatever C is."""
+    C, D = 2000, 4
+    weight, bias = nn.Parameter(torch.ones(C, D, dtype=dtype)), nn.Parameter(torch.ones(C, dtype=dtype))
+    options = {} if momentum is None else {"momentum": momentum}
+    optimizer = kind([weight, bias], lr=0.5, max_norm=max_norm, **options)
+    for ids in ([1, 5, 7], [1, 5, 7], [7, 1, 7]):
+        weight.grad = sparse(ids, torch.ones(3, D, dtype=dtype), C)
+        bias.grad = sparse(ids, torch.ones(3, dtype=dtype), C)
+        state = [value for p in (weight, bias) for value in optimizer.state[p].values()]
+        with LargestMade([weight, bias, *state]) as largest:
+            optimizer.step()
+        if state or momentum == 0:  # the first step makes it
+            assert largest.elements < 100
 
 
 def test_groups_scheduler_and_closure():

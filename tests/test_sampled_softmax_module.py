@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from largest_made import LargestMade
 from torch.utils.checkpoint import checkpoint
 
 from fedss_kernels import SampledSoftmaxLoss, draw_batch_class_set, sampled_softmax_loss
@@ -122,6 +123,32 @@ def test_topk_says_which_logits_are_not_finite():
         values, indices = criterion.topk(torch.ones(3, 2), 4, block_size)
         assert values.isnan().tolist() == [[True, True, False, False]] * 3
         assert (indices[:, :2].sort().values == torch.tensor([2, 7])).all()
+
+
+@pytest.mark.parametrize("scale", [1e-3, 20.0, 1e6])
+def test_topk_of_classes_of_any_length(scale):
+    """Each row of the matrix at another length; the last two too long to square, too short for a cosine."""
+    criterion, x = SampledSoftmaxLoss(C, D, scale=scale), torch.randn(3, D)
+    weight = criterion.weight.data
+    expected = scale * torch.nn.functional.cosine_similarity(x.double()[:, None], weight.double(), dim=-1)
+    weight *= 10.0 ** torch.linspace(-10, 37, C)[:, None]
+    weight[-2:] *= torch.tensor([[3e38 / weight[-2].abs().max()], [1e-13 / weight[-1].norm()]])
+    expected[:, -1] = 0
+    for dtype in (torch.float32, torch.float64):
+        criterion.to(dtype)
+        if dtype == torch.float64:
+            criterion.weight.data[:-1] *= 1e250
+        values, indices = criterion.topk(x, C)
+        assert torch.equal(indices.sort().values, torch.arange(C).expand(3, C))
+        exact = expected.gather(1, indices).to(dtype)
+        torch.testing.assert_close(values, exact, rtol=1e-5, atol=1e-6 * scale)
+
+
+def test_topk_of_a_few_rows_copies_no_block_of_the_matrix():
+    criterion, x = SampledSoftmaxLoss(200, 64), torch.randn(4, 64)
+    with LargestMade([criterion.weight]) as largest:
+        criterion.topk(x, 3, block_size=100)
+    assert largest.elements == 4 * 100  # the logits of a block
 
 
 def test_state_copies_and_saves():

@@ -390,6 +390,7 @@ def _what_was_run(runs: Sequence[Run]) -> str:
     if runs[0].config.holdout and s.task == "retrieval":
         tested = f"{s.num_test_images:,} images of clients who do not train, of the same classes"
     repeated = f" Every method was run {seeds} times, with different random numbers." if seeds > 1 else ""
+    notes = f"<p>Of the data: {escape('; '.join(s.notes))}.</p>" if s.notes else ""
     return (
         f"<p>{s.num_clients:,} clients, such as phones, each hold a few images of a few classes, and keep "
         f"them. Together they train one net that maps an image to {s.embedding_dim} numbers, its "
@@ -398,6 +399,7 @@ def _what_was_run(runs: Sequence[Run]) -> str:
         f"some class rows, train on their own images, and upload what changed; the server averages. There "
         f"are {s.num_train_images:,} training images; the result is tested on {tested}. The more classes, "
         f"the more the rows cost to move: the methods differ in which rows a client gets.{repeated}</p>"
+        f"{notes}"
     )
 
 

@@ -99,12 +99,13 @@ class Facts:
     num_train_images: int
     num_test_images: int
     num_parameters: int  # of the extractor
+    notes: Sequence[str] = ()  # of the data: what was left out
 
     @classmethod
     def of(cls, data: FederatedData, num_parameters: int) -> "Facts":
         images = sum(len(held) for held in data.clients)
         sizes = data.num_classes, len(data.clients), images, len(data.test_images)
-        return cls(data.name, data.task, *sizes, num_parameters)
+        return cls(data.name, data.task, *sizes, num_parameters, data.notes)
 
     @property
     def text(self) -> str:
@@ -142,6 +143,7 @@ class Summary:
     seconds: float
     not_finite: int | None = None  # as in the last round
     not_finite_since: int | None = None
+    notes: Sequence[str] = ()  # as in Facts
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -20,10 +20,13 @@ def read_data(
     """(the configuration, fitted to the data; the data). Before images are read says in a line what they are.
 
     And what is worth a word of the settings of `runs`, if there are any. Before that `ready` is called, as
-    soon as it is known that the two fit. Raises ConfigError where they do not.
+    soon as it is known that the two fit; after the reading what the data are without images that cannot be
+    read. Raises ConfigError where the two do not fit.
     """
+    said = list[Found]()
 
     def say(found: Found) -> None:
+        said.append(found)
         if ready:
             ready()
         if runs:
@@ -35,6 +38,8 @@ def read_data(
 
     with ReadingProgress() as progress:
         data = load_data(config, say, progress)
+    if runs and data.notes != said[0].notes:
+        print(f"{config.data}: without what cannot be read: {data.found.line}", flush=True)
     config = fitted(config, data.found)
     check_data(config, data)
     return config, data

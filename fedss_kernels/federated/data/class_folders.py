@@ -82,7 +82,10 @@ class ClassFolders:
         found = []
         for entry in self._entries(folder):
             ending = os.path.splitext(entry.name)[1].lower()
-            if self._is_folder(entry):
+            leads_nowhere = entry.is_symlink() and not os.path.exists(entry.path)
+            if leads_nowhere and ending in self.endings:  # an image that is missing, as whoever reads it says
+                found.append(Path(entry.path))
+            elif self._is_folder(entry):
                 found += self.images(Path(entry.path))
             elif ending not in self.endings:
                 self.left_out[ending or "no ending"] += 1

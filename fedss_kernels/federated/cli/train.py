@@ -54,7 +54,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser)
 
 
-_FINISHING = "fedss run: finishing this round; Ctrl-C again stops at once"
+_FINISHING = "fedss run: finishing this round"
 
 
 def _saved(out: Path) -> str:
@@ -266,7 +266,7 @@ def _compare(arguments: argparse.Namespace) -> int:
         read_data(plan.config, [] if resume else runs, ready)
     command = f"fedss {arguments.command}"
     go_on = f"go on with: {command} --resume {out}"
-    finishing = f"{command}: finishing the rounds of the runs; Ctrl-C again stops at once"
+    finishing = f"{command}: finishing the rounds of the runs"
     try:
         with RunProgress(names, plan.config.rounds) as progress, noticed(finishing) as stop:
 

@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -30,6 +31,9 @@ from .options import (
     reader,
 )
 from .output import print_markdown, read_data
+
+if TYPE_CHECKING:
+    from ..confusion import Confusion
 
 
 def _write(
@@ -137,7 +141,13 @@ def _confusion(arguments: argparse.Namespace) -> int:
         for folder in arguments.runs:
             config, data = read_data(read_config(folder)[0], [])
             found.append(confusion.measure(config, data, read_model(folder), arguments.client))
+            if found[-1].held != found[0].held:
+                raise Mistake(
+                    f"client {arguments.client} of {folder} holds other images than that of "
+                    f"{arguments.runs[0]}: expected runs on the same data"
+                )
         make_folder(arguments.out)
+    found = _told_apart(found, arguments.runs)
     for folder, each in zip(arguments.runs, found, strict=True):
         if each.not_finite:
             words = f"images whose embedding is not finite: {each.not_finite:,}; they are taken for nothing"
@@ -146,6 +156,16 @@ def _confusion(arguments: argparse.Namespace) -> int:
             words = "class rows that are not finite: nothing is taken for their classes"
             print(f"fedss confusion: {folder}: {words}", file=sys.stderr)
     return _write(arguments, arguments.out, lambda: confusion.write(arguments.out, found, arguments.client))
+
+
+def _told_apart(found: Sequence["Confusion"], folders: Sequence[Path]) -> list["Confusion"]:
+    """Runs of one method by their folders too: by name, or where that is the same by path."""
+    methods, names = [each.name for each in found], [folder.resolve().name for folder in folders]
+    places = [name if names.count(name) == 1 else folder for name, folder in zip(names, folders, strict=True)]
+    return [
+        each if methods.count(each.name) == 1 else dataclasses.replace(each, name=f"{each.name} ({place})")
+        for each, place in zip(found, places, strict=True)
+    ]
 
 
 def _add_privacy_arguments(parser: argparse.ArgumentParser) -> None:

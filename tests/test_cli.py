@@ -22,6 +22,7 @@ from fedss_kernels.federated.cli.options import GROUPS, flag
 from fedss_kernels.federated.compare import Comparison
 from fedss_kernels.federated.config import OWN, PRESETS
 from fedss_kernels.federated.data import DATASETS
+from fedss_kernels.federated.inspection import explained
 from fedss_kernels.federated.ledger import faults
 
 
@@ -397,7 +398,7 @@ def test_a_run_that_does_not_train_says_why_in_one_line(tmp_path, capsys):
 def test_what_is_left_out_is_said_with_the_reasons(tmp_path, capsys):
     out = tmp_path / "run"
     assert cli.main(["run", *SMALL, "--rounds=6", "--cohort=4", "--poison-rate=0.4", f"--out={out}"]) == 0
-    assert f"rejected ({faults(out / 'ledger.csv')})" in capsys.readouterr().out
+    assert f"rejected ({explained(faults(out / 'ledger.csv'))})" in capsys.readouterr().out
 
 
 def broken_plots(monkeypatch):

@@ -42,7 +42,10 @@ def test_defaults_are_not_worth_a_word(name):
             {"data": "cifar10", "images_per_client": 9},
             "images_per_client 9 has no effect: num_clients",
         ),
-        ({"data": "omniglot", "glyph_classes": 9}, "glyph_classes 9 has no effect: it is for the data glyphs"),
+        (
+            {"data": "omniglot", "glyph_classes": 9},
+            "glyph_classes 9 has no effect: it is for the data glyphs",
+        ),
         ({"method": "centralized", "deadline": 2.0}, "deadline 2.0 has no effect: the method has no clients"),
         (
             {"model": "own", "init_checkpoint": "a.pt"},

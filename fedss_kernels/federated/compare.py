@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .config import Config, ConfigError
 from .disk import write_whole
+from .inspection import explained
 from .jobs import Failure, OnRound, folder_of, play_all, played
 from .ledger import faults
 from .loading import check_data, fitted, load_data, with_a_net
@@ -154,7 +155,9 @@ def _notes(plan: Plan, run: Run) -> list[str]:
     found, rejected = remarks(run.summary), run.summary.rejected
     if rejected and not run.config.poison_rate:
         ledger = folder_of(run.config) / "ledger.csv"
-        found.append(f"{rejected:,} of {run.updates:,} clients' answers were left out: {faults(ledger)}")
+        found.append(
+            f"{rejected:,} of {run.updates:,} clients' answers were left out: {explained(faults(ledger))}"
+        )
     return [f"{job_name(plan, run.config)}: {line}" for line in found]
 
 

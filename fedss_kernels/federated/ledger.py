@@ -78,11 +78,10 @@ class Entry:
     traffic: Traffic
 
 
-def faults(path: Path) -> str:
-    """Of the answers that were left out in a run's ledger.csv what was wrong: "9 norm, 2 ids"."""
+def faults(path: Path) -> list[tuple[str, int]]:
+    """Of the answers that were left out in a run's ledger.csv what was wrong, and how often; most first."""
     with path.open(newline="", encoding="utf-8") as file:
-        counts = Counter(line["fault"] for line in csv.DictReader(file) if line["fault"])
-    return ", ".join(f"{count:,} {fault}" for fault, count in counts.most_common())
+        return Counter(line["fault"] for line in csv.DictReader(file) if line["fault"]).most_common()
 
 
 def client_traffic(

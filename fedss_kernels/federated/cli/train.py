@@ -16,6 +16,7 @@ from ..config import (
     ConfigError,
 )
 from ..disk import reason
+from ..inspection import explained
 from ..interrupts import Interrupted, noticed
 from ..ledger import OUTCOMES, faults
 from ..lock import InUse
@@ -133,7 +134,7 @@ def _run(arguments: argparse.Namespace) -> int:
     s = result.summary
     outcomes = {outcome: getattr(s, outcome) for outcome in OUTCOMES}
     if outcomes["accepted"] < sum(outcomes.values()):
-        why = {"rejected": f" ({faults(out / 'ledger.csv')})"} if outcomes["rejected"] else {}
+        why = {"rejected": f" ({explained(faults(out / 'ledger.csv'))})"} if outcomes["rejected"] else {}
         counts = ", ".join(f"{n:,} {outcome}{why.get(outcome, '')}" for outcome, n in outcomes.items())
         print(f"of {sum(outcomes.values()):,} clients drawn {counts}: {out / 'ledger.csv'}")
     if arguments.profile:

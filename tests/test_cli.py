@@ -24,6 +24,7 @@ from fedss_kernels.federated.config import OWN, PRESETS
 from fedss_kernels.federated.data import DATASETS
 from fedss_kernels.federated.inspection import explained
 from fedss_kernels.federated.ledger import faults
+from fedss_kernels.federated.plan import Plan
 
 
 def fails(capsys, *argv: str) -> str:
@@ -515,6 +516,33 @@ def test_what_is_wrong_with_a_config_file_is_said_of_the_file(tmp_path, capsys):
 
 
 # ---- while data are read
+
+
+def test_what_goes_on_elsewhere_asks_for_the_data_again(tmp_path, capsys, monkeypatch):
+    """A run that began with a relative --data-dir, then whatever reads its config.json in another folder."""
+    for i in range(12):
+        write_image(tmp_path / "photos" / f"class{i % 3}" / f"{i}.png", i)
+    monkeypatch.chdir(tmp_path)
+    argv = [
+        "--data=image_folder",
+        "--data-dir=photos",
+        f"--cache-dir={tmp_path / 'cache'}",
+        "--image-size=32",
+    ]
+    argv += ["--crop-size=0", "--model=conv4_rgb", "--num-clients=2", "--cohort=2", "--classes-per-client=2"]
+    argv += ["--num-negatives=1", "--lr-decay=constant"]
+    assert cli.main(["run", *argv, "--rounds=1", f"--out={tmp_path / 'out'}"]) == 0
+    (tmp_path / "compared").mkdir()
+    Plan(Config.load(tmp_path / "out" / "config.json"), ["fedss"], [0]).save(tmp_path / "compared")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    capsys.readouterr()
+    lost = "--data-dir: no such folder: photos, relative to where the run began; "
+    for command in ("run --resume ../out --rounds 2", "compare --resume ../compared", "noise --run ../out"):
+        line = fails(capsys, *command.split())
+        assert line == f"fedss {command.split()[0]}: {lost}give --data-dir again"
+    assert fails(capsys, "confusion", "../out") == f"fedss confusion: {lost}start this there"
+    assert cli.main(["run", "--resume=../out", "--rounds=2", "--data-dir=../photos"]) == 0
 
 
 @pytest.mark.parametrize("terminal", [False, True])

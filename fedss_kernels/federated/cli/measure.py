@@ -29,6 +29,7 @@ from .options import (
     one_of,
     read_counts,
     reader,
+    refuse_lost,
 )
 from .output import print_markdown, read_data
 
@@ -103,6 +104,8 @@ def _noise(arguments: argparse.Namespace) -> int:
             if given:
                 raise Mistake(f"{flag(given)}: the model of --run is measured on its own data")
         config = config_of(arguments, read_config(arguments.run)[0].to_dict() if arguments.run else {})
+        if arguments.run:
+            refuse_lost(arguments, config)
         out = arguments.out if "out" in arguments else Path("runs") / f"noise-{config.data}"
         model = read_model(arguments.run) if arguments.run else None
         config, data = read_data(config, [config])
@@ -139,7 +142,9 @@ def _confusion(arguments: argparse.Namespace) -> int:
     found = []
     with mistakes():
         for folder in arguments.runs:
-            config, data = read_data(read_config(folder)[0], [])
+            config, _ = read_config(folder)
+            refuse_lost(arguments, config, "start this there")
+            config, data = read_data(config, [])
             found.append(confusion.measure(config, data, read_model(folder), arguments.client))
             if found[-1].held != found[0].held:
                 raise Mistake(

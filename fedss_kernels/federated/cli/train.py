@@ -37,6 +37,7 @@ from .options import (
     read_numbers,
     read_rates,
     reader,
+    refuse_lost,
     refuse_unread,
 )
 from .output import print_profile, print_table, read_data, say_what_is_logged
@@ -79,6 +80,8 @@ def _run(arguments: argparse.Namespace) -> int:
                 raise Mistake("--out: a run is resumed in its own folder, that of --resume")
             arguments.out = arguments.resume
         config = config_of(arguments, _options_of(arguments.resume) if resume else {})
+        if resume:
+            refuse_lost(arguments, config)
         refuse_unread(arguments, [config.method])
         out = config.out or Path("runs") / f"{config.data}-{config.method}-seed{config.seed}"
         config = dataclasses.replace(config, out=out)
@@ -244,6 +247,7 @@ def _compare(arguments: argparse.Namespace) -> int:
             there = Plan.read(arguments.resume)
             places = {name: value for name, value in vars(arguments).items() if name in _PLACES}
             config = dataclasses.replace(there.config, out=arguments.resume, **places)
+            refuse_lost(arguments, config)
             plan = dataclasses.replace(there, config=config)
         else:
             preset = read_preset(arguments.preset) if arguments.preset else {}

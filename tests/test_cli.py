@@ -24,6 +24,7 @@ from fedss_kernels.federated.config import OWN, PRESETS
 from fedss_kernels.federated.data import DATASETS
 from fedss_kernels.federated.inspection import explained
 from fedss_kernels.federated.ledger import faults
+from fedss_kernels.federated.models import MODELS
 from fedss_kernels.federated.plan import Plan
 
 
@@ -61,6 +62,15 @@ def own_cache(tmp_path_factory, monkeypatch):
         (["run", "--roundz=3"], "fedss run: no such option --roundz (did you mean --rounds?)"),
         (["run", "--round", "3"], "fedss run: no such option --round (did you mean --rounds?)"),
         (["run", "fedss"], "fedss run: unexpected argument 'fedss'"),
+        (
+            ["run", "--lr", "1"],
+            "fedss run: no such option --lr (did you mean --client-lr or --server-lr?)",
+        ),
+        (["run", "--quiet"], "fedss run: no such option --quiet"),
+        (
+            ["compare", "--model", "conv"],
+            f"fedss compare: --model: expected one of {', '.join(MODELS)}, got 'conv' (did you mean conv4?)",
+        ),
         (["run", "--rounds"], "fedss run: --rounds: expected one argument"),
         (["run", "--rounds", "ten"], "fedss run: --rounds: expected an integer of at least 1, got 'ten'"),
         (["run", "--rounds", "0"], "fedss run: --rounds: expected an integer of at least 1, got 0"),
@@ -74,8 +84,7 @@ def own_cache(tmp_path_factory, monkeypatch):
         ),
         (
             ["run", "--data", "glyph"],
-            f"fedss run: --data: expected one of {', '.join(DATASETS)}, own, got 'glyph' "
-            "(did you mean glyphs?)",
+            f"fedss run: --data: expected one of {', '.join(DATASETS)}, got 'glyph' (did you mean glyphs?)",
         ),
         (
             ["run", "--method", "full"],

@@ -198,7 +198,7 @@ def mistakes() -> Iterator[None]:
     """Wraps what reads and checks the user's choices, and nothing else: there, an error is a mistake."""
     try:
         yield
-    except ConfigError as error:
-        raise Mistake(error.worded(flag)) from None
+    except ConfigError as error:  # what is expected, but what nobody can hand over here
+        raise Mistake(error.worded(flag).replace(f", {OWN}, got ", ", got ")) from None
     except (ValueError, OSError) as error:
         raise Mistake(" ".join(str(error).split())) from None

@@ -468,6 +468,21 @@ def test_so_does_a_comparison_and_its_report_is_made_again(tmp_path, monkeypatch
     )
 
 
+def test_a_comparison_stopped_at_its_beginning_says_of_each_run_how_far_it_came(tmp_path, capsys):
+    out = tmp_path / "out"
+    config = Config(glyph_classes=12, glyph_writers=4, cohort=2, num_negatives=3, embedding_dim=8, rounds=2)
+    out.mkdir()
+    Plan(config, ["fedss", "pos_only"], [0]).save(out)
+    short = [*SMALL, "--rounds=1", f"--out={out / 'fedss-seed0'}"]
+    assert cli.main(["run", *short]) == 0
+    capsys.readouterr()
+    assert fails(capsys, "report", str(out)) == (
+        f"fedss report: no run of the comparison in {out} is done: FedSS, seed 0 is left out: 1 round is "
+        "done, of a comparison of 2; PosOnly, seed 0 is left out: not begun"
+    )
+    assert "is finished: its 1 round is done;" in fails(capsys, "run", f"--resume={out / 'fedss-seed0'}")
+
+
 @pytest.mark.parametrize("command", ["noise", "parameters"])
 def test_figures_outlive_their_plot(command, tmp_path, monkeypatch, capsys):
     def broken(*arguments):

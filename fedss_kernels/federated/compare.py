@@ -9,7 +9,7 @@ from pathlib import Path
 from .config import Config, ConfigError
 from .disk import write_whole
 from .inspection import explained
-from .jobs import Failure, OnRound, folder_of, play_all, played
+from .jobs import Failure, OnRound, folder_of, has_begun, play_all, played
 from .ledger import faults
 from .loading import check_data, fitted, load_data, with_a_net
 from .mean_sd import mean_sd
@@ -131,7 +131,8 @@ def report_again(out: Path) -> list[str]:
     plan = Plan.read(out)
     configs = plan.runs(out, {})
     found, failures = played(configs)
-    left_out = [f"{job_name(plan, configs[job])} is left out: {of.words}" for job, of in failures.items()]
+    reasons = {job: of.words if has_begun(configs[job]) else "not begun" for job, of in failures.items()}
+    left_out = [f"{job_name(plan, configs[job])} is left out: {why}" for job, why in reasons.items()]
     runs = list(found.values())
     if not runs:
         raise ValueError(f"no run of the comparison in {out} is done: {'; '.join(left_out)}")

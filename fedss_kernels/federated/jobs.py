@@ -70,7 +70,8 @@ def played(configs: Sequence[Config]) -> tuple[dict[int, Run], dict[int, Failure
         if found.summary.not_finite_since is not None:
             failures[job] = Failure("; ".join(remarks(found.summary)), lasting=True)
         elif done != config.rounds:
-            failures[job] = Failure(f"{done} rounds are done, of a comparison of {config.rounds}")
+            counted = "1 round is" if done == 1 else f"{done} rounds are"
+            failures[job] = Failure(f"{counted} done, of a comparison of {config.rounds}")
         else:
             runs[job] = found
     return runs, failures
@@ -184,6 +185,10 @@ def _end_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
+
+
+def has_begun(config: Config) -> bool:
+    return (folder_of(config) / "config.json").exists() or checkpoint.exists(folder_of(config))
 
 
 def _is_done(config: Config) -> bool:

@@ -99,13 +99,13 @@ class Facts:
     num_train_images: int
     num_test_images: int
     num_parameters: int  # of the extractor
-    notes: Sequence[str] = ()  # of the data: what was left out
+    notes: list[str] = field(default_factory=list)  # of the data: what was left out
 
     @classmethod
     def of(cls, data: FederatedData, num_parameters: int) -> "Facts":
         images = sum(len(held) for held in data.clients)
         sizes = data.num_classes, len(data.clients), images, len(data.test_images)
-        return cls(data.name, data.task, *sizes, num_parameters, data.notes)
+        return cls(data.name, data.task, *sizes, num_parameters, list(data.notes))
 
     @property
     def text(self) -> str:
@@ -143,7 +143,7 @@ class Summary:
     seconds: float
     not_finite: int | None = None  # as in the last round
     not_finite_since: int | None = None
-    notes: Sequence[str] = ()  # as in Facts
+    notes: list[str] = field(default_factory=list)  # as in Facts
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -245,9 +245,10 @@ class RunFolder:
             )
         found = checkpoint.read(path, config)
         if finished and found.round == config.rounds:
+            done = "1 round is" if found.round == 1 else f"{found.round} rounds are"
             raise CheckpointError(
-                f"the run in {path} is finished: its {found.round} rounds are done; for more of them give a "
-                "larger number of rounds"
+                f"the run in {path} is finished: its {done} done; for more of them give a larger number of "
+                "rounds"
             )
         different = found.fingerprint.differences(fingerprint)
         if different:

@@ -20,7 +20,7 @@ from .client import Update
 from .config import OWN, Config, ConfigError, learning_rate
 from .data import FederatedData
 from .ledger import OUTCOMES, Entry, Traffic
-from .loading import check_data, fitted, load_data
+from .loading import check_data, fitted, load_data, trivial
 from .metrics import Accuracies
 from .player import Player, training_device
 from .row_table import RowTable
@@ -101,7 +101,7 @@ def run(
     check_data(config, data)
     if model is not None and config.workers > 1:
         check_sendable(model)
-    for line in idle_settings.idle([config]):
+    for line in (*idle_settings.idle([config]), *trivial(data)):
         idle_settings.log.warning(line)
     with _torch_settings(config.threads):
         player = Player(config, data, model, training_device(config))

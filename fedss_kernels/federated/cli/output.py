@@ -8,7 +8,7 @@ from types import ModuleType
 from ..config import Config
 from ..data import FederatedData, Found
 from ..idle_settings import idle, short_warmup
-from ..loading import check_data, choices, fitted, load_data
+from ..loading import check_data, choices, fitted, load_data, trivial
 from ..tables import fitting, read_markdown
 
 PIPED = 160  # columns of a table in a file or a log
@@ -40,6 +40,8 @@ def read_data(
         data = load_data(config, say, progress)
     if runs and data.notes != said[0].notes:
         print(f"{config.data}: without what cannot be read: {data.found.line}", flush=True)
+    for line in trivial(data) if runs else ():
+        print(f"{config.data}: {line}", flush=True)
     config = fitted(config, data.found)
     check_data(config, data)
     return config, data

@@ -1,8 +1,10 @@
 """What is installed here and what will run: `fedss doctor`. Needs torch alone, as the loss does."""
 
+import importlib
 import importlib.util
 import os
 import platform
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -31,7 +33,7 @@ Findings = dict[str, dict[str, str]]  # section -> what -> how it is
 
 
 def examine() -> Findings:
-    """Every finding. Imports nothing that the package does not need: an extra counts if it can be found."""
+    """Every finding. An extra counts if it can be found; torchvision, which may not fit torch, is tried."""
     return {
         "kernels": {device: _kernels(device) for device in DEVICES} | {"compiled": _C.__file__},
         "instruction set": {
@@ -91,6 +93,26 @@ def _version(distribution: str) -> str:
 
 def _extra(name: str) -> str:
     missing = [given for module, given in EXTRAS[name] if importlib.util.find_spec(module) is None]
-    if not missing:
-        return ", ".join(f"{given} {_version(given)}" for _, given in EXTRAS[name])
-    return f'{", ".join(missing)} not installed: pip install "fedss-kernels[{name}]"'
+    if missing:
+        return f'{", ".join(missing)} not installed: pip install "fedss-kernels[{name}]"'
+    found = ", ".join(f"{given} {_version(given)}" for _, given in EXTRAS[name])
+    return (_fault_of_torchvision() if name == "vision" else "") or found
+
+
+def _fault_of_torchvision() -> str:
+    """Why the torchvision that is there cannot be imported; "" where it can."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            importlib.import_module("torchvision")
+    except (ImportError, RuntimeError) as error:
+        return misfit(error)
+    return ""
+
+
+def misfit(error: Exception) -> str:
+    """What is said of a torchvision that is there, where importing it raises this."""
+    return (
+        f"torchvision {_version('torchvision')} is installed, but does not fit torch {torch.__version__}: "
+        f"importing it fails ({error}); install the torchvision that goes with this torch"
+    )

@@ -140,7 +140,7 @@ def test_another_configuration_is_refused_with_what_differs(stopped):
     with pytest.raises(CheckpointError) as refused:
         train(stopped, resume=True, rounds=9, client_lr=0.1)
     assert "checkpoint-000003 is of another configuration: " in str(refused.value)
-    assert "rounds: 6 there, 9 here" in str(refused.value)
+    assert "rounds" not in str(refused.value), "of which there may be more"
     assert "client_lr: 0.2 there, 0.1 here" in str(refused.value)
     train(stopped, resume=True)
 

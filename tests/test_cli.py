@@ -22,6 +22,9 @@ from fedss_kernels.federated.cli.options import GROUPS, flag
 from fedss_kernels.federated.compare import Comparison
 from fedss_kernels.federated.config import OWN, PRESETS
 from fedss_kernels.federated.data import DATASETS
+from fedss_kernels.federated.inspection import explained
+from fedss_kernels.federated.models import MODELS
+from fedss_kernels.federated.plan import Plan
 from fedss_kernels.federated.run_folder import faults, make_folder
 
 
@@ -59,6 +62,15 @@ def own_cache(tmp_path_factory, monkeypatch):
         (["run", "--roundz=3"], "fedss run: no such option --roundz (did you mean --rounds?)"),
         (["run", "--round", "3"], "fedss run: no such option --round (did you mean --rounds?)"),
         (["run", "fedss"], "fedss run: unexpected argument 'fedss'"),
+        (
+            ["run", "--lr", "1"],
+            "fedss run: no such option --lr (did you mean --client-lr or --server-lr?)",
+        ),
+        (["run", "--quiet"], "fedss run: no such option --quiet"),
+        (
+            ["compare", "--model", "conv"],
+            f"fedss compare: --model: expected one of {', '.join(MODELS)}, got 'conv' (did you mean conv4?)",
+        ),
         (["run", "--rounds"], "fedss run: --rounds: expected one argument"),
         (["run", "--rounds", "ten"], "fedss run: --rounds: expected an integer of at least 1, got 'ten'"),
         (["run", "--rounds", "0"], "fedss run: --rounds: expected an integer of at least 1, got 0"),
@@ -72,8 +84,7 @@ def own_cache(tmp_path_factory, monkeypatch):
         ),
         (
             ["run", "--data", "glyph"],
-            f"fedss run: --data: expected one of {', '.join(DATASETS)}, own, got 'glyph' "
-            "(did you mean glyphs?)",
+            f"fedss run: --data: expected one of {', '.join(DATASETS)}, got 'glyph' (did you mean glyphs?)",
         ),
         (
             ["run", "--method", "full"],
@@ -257,7 +268,7 @@ def test_ctrl_c_finishes_the_round_and_the_run_can_be_resumed(tmp_path, monkeypa
         f"fedss run: stopped after round 2 of 4; go on with: fedss run --resume {stopped}",
     ]
     refused = fails(capsys, "run", "--resume", str(stopped), "--rounds=9", "--seed=9")
-    assert refused.endswith("is of another configuration: rounds: 4 there, 9 here; seed: 0 there, 9 here")
+    assert refused.endswith("is of another configuration: seed: 0 there, 9 here")
     assert cli.main(["run", "--resume", str(stopped)]) == 0
     assert "round 4/4" in capsys.readouterr().out and (stopped / "report.html").exists()
     a, b = (torch.load(folder / "model.pt", weights_only=True) for folder in (whole, stopped))
@@ -403,7 +414,7 @@ def test_a_run_that_does_not_train_says_why_in_one_line(tmp_path, capsys):
 def test_what_is_left_out_is_said_with_the_reasons(tmp_path, capsys):
     out = tmp_path / "run"
     assert cli.main(["run", *SMALL, "--rounds=6", "--cohort=4", "--poison-rate=0.4", f"--out={out}"]) == 0
-    assert f"rejected ({faults(out)})" in capsys.readouterr().out
+    assert f"rejected ({explained(faults(out))})" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("argv", [["confusion"], ["noise", "--run"]])
@@ -469,6 +480,21 @@ def test_so_does_a_comparison_and_its_report_is_made_again(tmp_path, monkeypatch
     )
 
 
+def test_a_comparison_stopped_at_its_beginning_says_of_each_run_how_far_it_came(tmp_path, capsys):
+    out = tmp_path / "out"
+    config = Config(glyph_classes=12, glyph_writers=4, cohort=2, num_negatives=3, embedding_dim=8, rounds=2)
+    out.mkdir()
+    Plan(config, ["fedss", "pos_only"], [0]).save(out)
+    short = [*SMALL, "--rounds=1", f"--out={out / 'fedss-seed0'}"]
+    assert cli.main(["run", *short]) == 0
+    capsys.readouterr()
+    assert fails(capsys, "report", str(out)) == (
+        f"fedss report: no run of the comparison in {out} is done: FedSS, seed 0 is left out: 1 round is "
+        "done, of a comparison of 2; PosOnly, seed 0 is left out: not begun"
+    )
+    assert "is finished: its 1 round is done;" in fails(capsys, "run", f"--resume={out / 'fedss-seed0'}")
+
+
 @pytest.mark.parametrize("command", ["noise", "parameters"])
 def test_figures_outlive_their_plot(command, tmp_path, monkeypatch, capsys):
     def broken(*arguments):
@@ -528,6 +554,33 @@ def test_what_is_wrong_with_a_config_file_is_said_of_the_file(tmp_path, capsys):
 # ---- while data are read
 
 
+def test_what_goes_on_elsewhere_asks_for_the_data_again(tmp_path, capsys, monkeypatch):
+    """A run that began with a relative --data-dir, then whatever reads its config.json in another folder."""
+    for i in range(12):
+        write_image(tmp_path / "photos" / f"class{i % 3}" / f"{i}.png", i)
+    monkeypatch.chdir(tmp_path)
+    argv = [
+        "--data=image_folder",
+        "--data-dir=photos",
+        f"--cache-dir={tmp_path / 'cache'}",
+        "--image-size=32",
+    ]
+    argv += ["--crop-size=0", "--model=conv4_rgb", "--num-clients=2", "--cohort=2", "--classes-per-client=2"]
+    argv += ["--num-negatives=1", "--lr-decay=constant"]
+    assert cli.main(["run", *argv, "--rounds=1", f"--out={tmp_path / 'out'}"]) == 0
+    (tmp_path / "compared").mkdir()
+    Plan(Config.load(tmp_path / "out" / "config.json"), ["fedss"], [0]).save(tmp_path / "compared")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    capsys.readouterr()
+    lost = "--data-dir: no such folder: photos, relative to where the run began; "
+    for command in ("run --resume ../out --rounds 2", "compare --resume ../compared", "noise --run ../out"):
+        line = fails(capsys, *command.split())
+        assert line == f"fedss {command.split()[0]}: {lost}give --data-dir again"
+    assert fails(capsys, "confusion", "../out") == f"fedss confusion: {lost}start this there"
+    assert cli.main(["run", "--resume=../out", "--rounds=2", "--data-dir=../photos"]) == 0
+
+
 @pytest.mark.parametrize("terminal", [False, True])
 def test_how_far_the_reading_is(terminal, monkeypatch):
     """A bar, or plain lines: none where it is quick, then one every 20 seconds."""
@@ -570,6 +623,12 @@ def test_a_run_on_image_files_some_damaged(tmp_path, capsys, monkeypatch):
     assert cli.main([*argv, "--skip-damaged"]) == 0
     said, err = capsys.readouterr()
     assert "image_folder: decoding images: 0 of 11\n" not in said, "they are kept"
-    left_out = "image_folder: left out 1 images that could not be read: class1 1, listed in "
-    assert err.startswith(f"fedss run: {left_out}") and err.count("\n") == 1
+    (listing,) = (tmp_path / "cache").glob("*-damaged.txt")
+    left_out = f"left out 1 images that could not be read: class1 1, listed in {listing}"
+    assert err == f"fedss run: image_folder: {left_out}\n"
+    without = "image_folder: without what cannot be read: 3 classes, "
+    (line,) = [line for line in said.splitlines() if line.startswith(without)]
+    assert "8 training and 3 test images" in line and left_out in line
+    assert left_out in json.loads((tmp_path / "out" / "summary.json").read_text())["notes"]
+    assert f"Of the data: {left_out}" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["skip_damaged"] is True

@@ -207,6 +207,6 @@ def test_all_reasons_are_said_the_most_frequent_first(monkeypatch):
         train(rounds=1, cohort=5, min_clients=5)
     assert str(caught.value).endswith(
         ": 200 nothing wrong with, but too few in their cohorts; 200 left out: norm over --max-norm or "
-        "--max-norm-ratio: is --client-lr too high?; 100 dropped out"
+        "--max-norm-ratio: is --client-lr too high? if not, give larger bounds; 100 dropped out"
     )
     assert len(caught.value.entries) == 500

@@ -339,7 +339,8 @@ def test_answers_that_are_left_out_of_a_comparison_are_said(tmp_path, in_this_pr
     comparison = compare(Plan(config, ["fedss"], [0]), tmp_path / "out")
     rejected = comparison.runs[0].summary.rejected
     assert rejected > 0 and comparison.failed == []
-    words = f"{rejected} of 24 clients' answers were left out: {rejected} norm"
+    words = f"{rejected} of 24 clients' answers were left out: {rejected} norm over --max-norm or "
+    words += "--max-norm-ratio: is --client-lr too high? if not, give larger bounds"
     assert comparison.notes == [f"FedSS, seed 0: {words}"]
     ledger = tmp_path / "out" / "fedss-seed0" / "ledger.csv"
     ledger.write_text(ledger.read_text().replace(",", ";"))  # as a spreadsheet may save it

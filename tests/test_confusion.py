@@ -78,6 +78,25 @@ def test_the_command_shows_runs_side_by_side(tmp_path, capsys, monkeypatch):
     assert cli.main(["confusion", str(tmp_path / "nowhere"), f"--out={out}"]) == 2
 
 
+def test_runs_of_one_method_are_told_apart_and_of_other_data_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FEDSS_CACHE", str(tmp_path / "cache"))
+    small = ["--glyph-classes=6", "--glyph-writers=4", "--cohort=2", "--embedding-dim=8", "--rounds=1"]
+    runs = [str(tmp_path / name) for name in ("slow", "fast", "more/fast", "other")]
+    for run, option in zip(runs, ("--client-lr=0.01", "--seed=1", "--seed=2", "--data-seed=1"), strict=True):
+        assert cli.main(["run", *small, option, f"--out={run}"]) == 0
+    out = f"--out={tmp_path / 'out'}"
+    assert cli.main(["confusion", *runs[:2], out]) == 0
+    assert "| FedSS (slow) |" in (text := capsys.readouterr().out) and "| FedSS (fast) |" in text
+    assert cli.main(["confusion", *runs[1:3], out]) == 0
+    assert all(f"| FedSS ({run}) |" in (tmp_path / "out/confusion.md").read_text() for run in runs[1:3])
+    capsys.readouterr()
+    assert cli.main(["confusion", runs[0], runs[3], out]) == 2
+    assert capsys.readouterr().err == (
+        f"fedss confusion: client 0 of {runs[3]} holds other images than that of {runs[0]}: expected runs on "
+        "the same data\n"
+    )
+
+
 def test_a_centralized_runs_client_has_its_own_classes(linear_model):
     config, data = tiny_config(method="centralized"), tiny_data()
     net = Player(config, data).extractor.module.state_dict()

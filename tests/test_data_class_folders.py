@@ -198,6 +198,23 @@ def test_a_link_to_nothing_is_an_error(tmp_path):
         read(folder, how=TWO)
 
 
+def test_an_image_that_is_a_link_to_nothing_is_missing_and_can_be_left_out(tmp_path, caplog):
+    folder = write_tree(tmp_path / "data", {"ant": 5, "bee": 5})
+    (folder / "ant" / "9.jpg").symlink_to(tmp_path / "gone.jpg")
+    advice = (
+        r"1 of 11 images are missing: .*ant/9\.jpg; .* go on without them: --skip-damaged; all of them are"
+    )
+    with pytest.raises(FileNotFoundError, match=f"image_folder: {advice} listed in"):
+        read(folder, how=TWO)
+    data = read(folder, how=TWO, skip_damaged=True)
+    assert len(data.images) + len(data.test_images) == 10
+    assert "left out 1 images that could not be read: ant 1, listed in" in caplog.text
+    assert any(note in caplog.text for note in data.notes)
+    (folder / "ant" / "more").symlink_to(tmp_path / "gone")  # a folder, perhaps of many images
+    with pytest.raises(FileNotFoundError, match="ant/more is a link to what is not there"):
+        read(folder, how=TWO, skip_damaged=True)
+
+
 @pytest.mark.parametrize("unreadable", ["bee", "ant/more"])
 def test_a_folder_that_cannot_be_read_is_an_error(unreadable, tmp_path, monkeypatch):
     folder = write_tree(tmp_path / "data", {"ant": 5, "bee": 5})

@@ -1,11 +1,14 @@
 """Data of one's own as they come: arrays and lists, and what cannot be meant."""
 
+import dataclasses
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from tiny_federation import tiny_data
+
+from fedss_kernels.federated import FederatedData, Result
 
 WAYS = [
     lambda t: t.numpy(),
@@ -59,3 +62,9 @@ def test_images_may_be_arrays_that_cannot_be_written_to():
 def test_what_cannot_be_meant_is_one_line_with_its_name(name, value, message):
     with pytest.raises(ValueError, match=message):
         replace(tiny_data(), **{name: value})
+
+
+@pytest.mark.parametrize("kind", [FederatedData, Result])
+def test_every_field_is_documented(kind):
+    for field in dataclasses.fields(kind):
+        assert f"\n    {field.name}: " in kind.__doc__, field.name

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -16,6 +17,7 @@ import torch
 from fedss_kernels import _C, doctor
 from fedss_kernels.federated import cli
 from fedss_kernels.federated.surroundings import surroundings
+from fedss_kernels.federated.vision_models import unavailable
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +61,27 @@ def test_a_missing_extra_is_named_with_what_to_do(monkeypatch):
         importlib.util, "find_spec", lambda name, *rest: None if name == "PIL" else found(name, *rest)
     )
     assert doctor.examine()["extras"]["sim"] == 'pillow not installed: pip install "fedss-kernels[sim]"'
+
+
+def test_a_torchvision_that_does_not_fit_is_said_and_so_is_what_helps(monkeypatch, tmp_path):
+    """Not an extra to install, which is there: neither by the doctor nor where a net of it is asked for."""
+    (tmp_path / "torchvision").mkdir()
+    broken = "raise RuntimeError('operator torchvision::nms does not exist')"
+    (tmp_path / "torchvision" / "__init__.py").write_text(broken)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    found = doctor.examine()["extras"]["vision"]
+    assert re.fullmatch(
+        rf"torchvision .+ is installed, but does not fit torch {re.escape(torch.__version__)}: "
+        r"importing it fails \(operator torchvision::nms does not exist\); install the torchvision that goes "
+        "with this torch",
+        found,
+    )
+    assert unavailable("resnet18") == f"model: resnet18 needs torchvision: {found}"
+    monkeypatch.setitem(sys.modules, "torchvision", importlib.util)  # any that can be imported
+    assert "fit" not in doctor.examine()["extras"]["vision"]
 
 
 def test_the_extras_are_those_of_the_package():

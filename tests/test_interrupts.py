@@ -53,7 +53,7 @@ def test_the_round_is_finished_and_saved(name, code, run_with, tmp_path, capsys)
     assert run_with(number, number) == code  # twice in a moment is once
     assert signal.getsignal(number) == before
     assert capsys.readouterr().err.splitlines() == [
-        "fedss run: finishing this round; Ctrl-C again stops at once",
+        "fedss run: finishing this round; SIGTERM or Ctrl-C now stops at once",
         f"fedss run: stopped after round 2 of 4; go on with: fedss run --resume {tmp_path}",
     ]
     assert cli.main(["run", "--resume", str(tmp_path)]) == 0
@@ -172,7 +172,7 @@ def test_workers_stay_until_the_round_is_done_where_all_get_the_signal(tmp_path)
     options = [*SMALL, "--rounds=100000", "--eval-every=100000", "--checkpoint-every=0", "--workers=2"]
     code, err = signalled_group(["run", *options, f"--out={out}"], tmp_path, lambda: rounds_in(out) > 2)
     assert code == 143, err
-    assert err.splitlines()[0] == "fedss run: finishing this round; Ctrl-C again stops at once"
+    assert err.splitlines()[0] == "fedss run: finishing this round; SIGTERM or Ctrl-C now stops at once"
     done = rounds_in(out)
     assert err.splitlines()[1:] == [
         f"fedss run: stopped after round {done} of 100000; go on with: fedss run --resume {out}"
@@ -190,7 +190,7 @@ def test_so_do_the_runs_of_a_comparison(tmp_path):
     )
     assert code == 143, err
     assert err.splitlines() == [
-        "fedss compare: finishing the rounds of the runs; Ctrl-C again stops at once",
+        "fedss compare: finishing the rounds of the runs; SIGTERM or Ctrl-C now stops at once",
         f"fedss compare: stopped; go on with: fedss compare --resume {out}",
     ]
     for folder in folders:

@@ -6,6 +6,7 @@ import pytest
 from tiny_federation import CLASSES_HELD, DIM, NUM_CLASSES, NUM_PARAMETERS, tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import run
+from fedss_kernels.federated.inspection import BESIDE_OTHERS, explained
 from fedss_kernels.federated.ledger import Traffic, client_traffic
 from fedss_kernels.federated.run_folder import faults
 
@@ -72,7 +73,9 @@ def test_faults_are_counted_the_most_frequent_first(tmp_path):
     summary = run(config, data=tiny_data(), model=tiny_model()).summary
     with (tmp_path / "ledger.csv").open(newline="") as file:
         kinds = [line["fault"] for line in csv.DictReader(file) if line["outcome"] == "rejected"]
-    said = [words.split(" ", 1) for words in faults(tmp_path).split(", ")]
-    assert {kind: int(count) for count, kind in said} == {kind: kinds.count(kind) for kind in set(kinds)}
-    assert sum(int(count) for count, _ in said) == summary.rejected > 8
-    assert [int(count) for count, _ in said] == sorted((int(count) for count, _ in said), reverse=True)
+    said = faults(tmp_path)
+    assert dict(said) == {kind: kinds.count(kind) for kind in set(kinds)}
+    assert sum(count for _, count in said) == summary.rejected > 8
+    assert [count for _, count in said] == sorted((count for _, count in said), reverse=True)
+    words = explained(said)
+    assert all(f"{count} {BESIDE_OTHERS[kind]}" in words for kind, count in said)

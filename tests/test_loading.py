@@ -1,6 +1,8 @@
 """What is chosen to fit the data that are found, and what is said where settings do not fit."""
 
 import json
+import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tiny_federation import tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import Config, ConfigError, cli, loading, run
 from fedss_kernels.federated.config import PRESETS
@@ -65,6 +68,23 @@ def test_what_was_chosen_is_said_in_the_line(tmp_path, capsys):
         "images_per_client 8, classes_per_client 2, cohort 4, crop_size 28, model conv4_rgb; num_negatives "
         "80: all other classes, as with full_softmax; mobilenet_v3_large needs torchvision"
     )
+
+
+def test_a_retrieval_of_one_class_is_said_before_training(tmp_path, capsys, caplog):
+    """Of three classes one is held out."""
+    words = "all test images are of one class, so every retrieval is right: MAP@10 and recall@1 mean nothing"
+    folder = write_noise(tmp_path / "data", 3, 20)
+    argv = ["run", "--data=image_folder", f"--data-dir={folder}", f"--cache-dir={tmp_path}/cache"]
+    argv += ["--rounds=1", "--embedding-dim=8"]
+    assert cli.main([*argv, "--task=retrieval", f"--out={tmp_path}/one"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out.index(f"image_folder: {words}") < next(i for i, line in enumerate(out) if "round 1" in line)
+    data = tiny_data("retrieval")
+    for labels, said in ((data.test_labels, False), (torch.full_like(data.test_labels, 3), True)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            run(tiny_config(rounds=1), data=replace(data, test_labels=labels), model=tiny_model())
+        assert (words in caplog.text) == said
 
 
 def test_a_stopped_run_is_resumed_with_what_was_chosen(tmp_path, monkeypatch):

@@ -18,3 +18,12 @@ def test_federated_example(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     exec(BLOCKS[2].replace("rounds=20", "rounds=1, cohort=2"), {})
     assert (tmp_path / "net.pt").exists() and len(capsys.readouterr().out.split()) == 3
+
+
+def test_an_example_with_data_of_ones_own_prints_it_and_the_result_in_a_line_and_no_tensor(capsys):
+    exec(BLOCKS[3], {})
+    assert re.fullmatch(
+        r"<FederatedData mine, classification: 4 classes, 40 training and 8 test images, 4 clients> "
+        r"<Result of fedss on mine after round 2: top-1 \d+\.\d%>\n",
+        capsys.readouterr().out,
+    )

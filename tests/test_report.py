@@ -89,6 +89,13 @@ def test_the_report_of_a_run_is_whole_and_has_its_figures(tmp_path, runs):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_cohort_of_all_clients_is_not_drawn(tmp_path):
+    for cohort, words in ((3, "3 clients, drawn at random, download"), (5, "rounds all clients download")):
+        write_run_report(tmp_path, play("fedss", cohort=cohort))
+        text = Page((tmp_path / "report.html").read_text(encoding="utf-8")).text
+        assert words in text and ("drawn at random, download" in text) == (cohort == 3)
+
+
 def test_the_report_of_a_comparison_has_the_table_and_what_failed(tmp_path, runs):
     head, table = header(tabulate(runs)), [cells(line) for line in tabulate(runs)]
     write_comparison_report(tmp_path, runs, head, table, ["NegOnly, seed 0 failed: <out of memory>"])
@@ -192,6 +199,9 @@ def test_what_else_is_measured_stands_in_the_report_once(tmp_path, runs):
         text = page(of_run, 6)
         assert text.count("The noise") == text.count("The cost") == 1 and "Glossary" in text
         assert "0.75" in text and "0.25" not in text and "Of <one>." in text
+        assert (of_run / "report.html").read_text(encoding="utf-8").count(
+            "<!-- what else was measured -->"
+        ) == 1
     measured(alone, "noise", "0.5")
     text = page(alone, 1)
     assert "The noise Of <one>." in text and "What was measured" in text

@@ -7,6 +7,7 @@
 
 from .checkpoint import CheckpointError
 from .config import Config, ConfigError
+from .data import FederatedData
 from .rounds import Result, Stopped, run
 from .simulation import TooFewClients
 from .workers import WorkerLost
@@ -15,6 +16,7 @@ __all__ = [
     "CheckpointError",
     "Config",
     "ConfigError",
+    "FederatedData",
     "Result",
     "Stopped",
     "TooFewClients",

@@ -107,8 +107,8 @@ def read(folder: Path, config: Config) -> Checkpoint:
         raise CheckpointError(f"{path} is damaged: {error}") from None
     if rest["state_sha256"] != hashlib.sha256(state).hexdigest():
         raise CheckpointError(f"{path} is damaged: its checksum is another")
-    different = differences(rest["config"], config.to_dict())
-    if any(not line.startswith("rounds:") for line in different):
+    there = rest["config"] | {"rounds": config.rounds}  # of which there may be more
+    if different := differences(there, config.to_dict()):
         raise CheckpointError(f"{path} is of another configuration: {'; '.join(different)}")
     _check_rounds(replace(config, rounds=rest["config"]["rounds"]), config, rest["round"])
     others = [

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .config import Config, ConfigError
 from .disk import write_whole
+from .inspection import explained
 from .jobs import Failure, OnRound, folder_of, play_all, played
 from .loading import check_data, fitted, load_data, with_a_net
 from .mean_sd import mean_sd
@@ -154,7 +155,7 @@ def _notes(plan: Plan, run: Run) -> list[str]:
     """What is to be said of it; of answers that were left out only where no rubbish was asked for."""
     found, rejected = remarks(run.summary), run.summary.rejected
     if rejected and not run.config.poison_rate:
-        why = faults(folder_of(run.config))
+        why = explained(faults(folder_of(run.config)))
         found.append(f"{rejected:,} of {run.updates:,} clients' answers were left out: {why}")
     return [f"{job_name(plan, run.config)}: {line}" for line in found]
 

@@ -398,8 +398,11 @@ def read_options(path: Path) -> dict[str, Any]:
 
 
 def did_you_mean(name: str, names: Sequence[str]) -> str:
-    nearest = difflib.get_close_matches(name, names, n=1)
-    return f" (did you mean {nearest[0]}?)" if nearest else ""
+    """What is nearest of `names`, whose leading dashes say nothing; else those that end in this word."""
+    bare, wanted = {each.lstrip("-"): each for each in names}, name.lstrip("-")
+    near = difflib.get_close_matches(wanted, bare, n=1)
+    near = near or [each for each in bare if wanted and each.endswith((f"_{wanted}", f"-{wanted}"))]
+    return f" (did you mean {' or '.join(bare[each] for each in near)}?)" if near else ""
 
 
 def option_type(name: str) -> tuple[type, bool]:

@@ -40,6 +40,7 @@ class Confusion:
     shares: Tensor  # (P, P), rows sum to 1, to less where images were taken for nothing
     cosine: float  # mean over pairs of its class rows
     not_finite: int  # images taken for nothing, as their embedding is not finite
+    held: tuple[str, ...]  # the data set, its seed, and the class of each of the client's images
 
     @property
     def right(self) -> float:
@@ -70,7 +71,8 @@ def measure(
     pairs = len(classes) * (len(classes) - 1)
     cosine = ((between.sum() - between.trace()) / pairs).item() if pairs else 1.0
     shares, missed = counts / label.bincount()[:, None], int((~taken).sum())
-    return Confusion(METHODS[config.method].label, classes, shares, cosine, missed)
+    of_images = (data.name, str(config.data_seed), *(data.class_names[c] for c in data.labels[held].tolist()))
+    return Confusion(METHODS[config.method].label, classes, shares, cosine, missed, of_images)
 
 
 def write(out: Path, found: Sequence[Confusion], client: int) -> str:

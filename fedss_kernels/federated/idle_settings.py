@@ -13,7 +13,7 @@ Rule = tuple[tuple[str, ...], str, Callable[[Config], bool]]
 
 def _of_other_methods() -> Iterator[Rule]:
     for option in dict.fromkeys(option for method in METHODS.values() for option in method.options):
-        yield (option,), f"is for {' and '.join(readers(option))}", _unless_method(readers(option))
+        yield (option,), f"it is for {' and '.join(readers(option))}", _unless_method(readers(option))
 
 
 def _unless_method(names: Sequence[str]) -> Callable[[Config], bool]:
@@ -23,12 +23,12 @@ def _unless_method(names: Sequence[str]) -> Callable[[Config], bool]:
 # (options, why they have no effect, when that is so)
 RULES: tuple[Rule, ...] = (
     *_of_other_methods(),
-    (("glyph_classes", "glyph_writers"), "is for the data glyphs", lambda c: c.data != "glyphs"),
+    (("glyph_classes", "glyph_writers"), "it is for the data glyphs", lambda c: c.data != "glyphs"),
     (("data_dir",), "glyphs are drawn", lambda c: c.data == "glyphs"),
     (("images_per_client",), "num_clients is set", lambda c: c.num_clients > 0),
     (("images_per_client",), "clients are the images' authors", lambda c: c.partition == "natural"),
-    (("classes_per_client",), "is for the partition classes", lambda c: c.partition != "classes"),
-    (("dirichlet_alpha",), "is for the partition dirichlet", lambda c: c.partition != "dirichlet"),
+    (("classes_per_client",), "it is for the partition classes", lambda c: c.partition != "classes"),
+    (("dirichlet_alpha",), "it is for the partition dirichlet", lambda c: c.partition != "dirichlet"),
     (
         ("negatives", "correction"),
         "num_negatives is 0",
@@ -51,9 +51,9 @@ RULES: tuple[Rule, ...] = (
         "answers of a norm over max_norm are left out before",
         lambda c: c.clip_norm is not None and c.clip_norm >= c.max_norm and not c.trust_updates,
     ),
-    (("trim",), "is for the aggregation trimmed_mean", lambda c: c.aggregation != "trimmed_mean"),
+    (("trim",), "it is for the aggregation trimmed_mean", lambda c: c.aggregation != "trimmed_mean"),
     (("denominator",), "the aggregation is unweighted", lambda c: c.aggregation != "mean"),
-    (("server_momentum",), "is for the server_optimizer sgd", lambda c: c.server_optimizer != "sgd"),
+    (("server_momentum",), "it is for the server_optimizer sgd", lambda c: c.server_optimizer != "sgd"),
     (("holdout",), "the data are handed over as they are", lambda c: c.data == OWN),
     (("init_checkpoint",), "the net is handed over as it is", lambda c: c.model == OWN),
     (("checkpoint_every",), "there is no folder out", lambda c: c.out is None),

@@ -4,7 +4,7 @@ An update that fails is dropped whole, and the round goes on with the others.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median_low
 
@@ -25,6 +25,15 @@ REASONS = {
     "not finite": f"changes not finite: {_DIVERGED}",
     "norm": "norm over --max-norm: is --client-lr too high?",
 }
+# Where others' answers are sound: the bound is then the lower of two, and what is over it may be so too.
+BESIDE_OTHERS = REASONS | {
+    "norm": "norm over --max-norm or --max-norm-ratio: is --client-lr too high? if not, give larger bounds"
+}
+
+
+def explained(faults: Iterable[tuple[str, int]]) -> str:
+    """Of (fault, how many answers have it) in a run that goes on, in words: "2 not the shapes of ..."."""
+    return "; ".join(f"{count:,} {BESIDE_OTHERS.get(fault, fault)}" for fault, count in faults)
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ def at_once() -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def noticed(say: str) -> Iterator[Notice]:
-    """Gives what tells whether a signal came, which prints `say`; another stops at once.
+    """Gives what tells whether a signal came, which prints `say` and that another stops at once.
 
     But not a SIGHUP: as a session ends they come from its shell and from the system.
     """
@@ -98,7 +98,8 @@ def noticed(say: str) -> Iterator[Notice]:
         if not notice():
             notice.exit_code, first = exit_code(number), time.monotonic()
             with contextlib.suppress(RuntimeError):  # in the middle of another print
-                print(say, file=sys.stderr)
+                another = "Ctrl-C again" if number == _SIGINT else "SIGTERM or Ctrl-C now"
+                print(f"{say}; {another} stops at once", file=sys.stderr)
         elif time.monotonic() - first > ECHO and signal.Signals(number).name != "SIGHUP":
             raise Interrupted(number)
 

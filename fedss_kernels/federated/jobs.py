@@ -76,7 +76,8 @@ def played(configs: Sequence[Config]) -> tuple[dict[int, Run], dict[int, Failure
         elif done < config.rounds and (words := _last_error(folder)):
             failures[job] = Failure(words)
         elif done != config.rounds:
-            failures[job] = Failure(f"{done} rounds are done, of a comparison of {config.rounds}")
+            counted = "1 round is" if done == 1 else f"{done} rounds are"
+            failures[job] = Failure(f"{counted} done, of a comparison of {config.rounds}")
         else:
             runs[job] = found
     return runs, failures

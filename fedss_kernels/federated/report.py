@@ -112,10 +112,11 @@ def write_section(
     write_whole(folder / f"section-{name}.html", "\n".join(parts) + "\n")
     report = folder / "report.html"
     page = report.read_text(encoding="utf-8") if report.exists() else _page(_MEASURED, [], folder)
-    if page.count(_BESIDES) != 2:  # a page without: at its end
+    before, begun, rest = page.partition(_BESIDES)
+    _, ended, after = rest.partition(_BESIDES_END)
+    if not (begun and ended):  # a page without: at its end
         before, end, after = page.rpartition("</main>")
-        page = (before or after) + 2 * _BESIDES + (end and end + after)
-    before, _, after = page.split(_BESIDES)
+        before, after = before or after, end and end + after
     write_whole(report, before + _besides(folder) + after)
     return text
 
@@ -389,15 +390,19 @@ def _what_was_run(runs: Sequence[Run]) -> str:
     )
     if runs[0].config.holdout and s.task == "retrieval":
         tested = f"{s.num_test_images:,} images of clients who do not train, of the same classes"
+    everyone = s.cohort >= s.num_clients
+    cohort = "all clients" if everyone else f"{s.cohort} clients, drawn at random,"
     repeated = f" Every method was run {seeds} times, with different random numbers." if seeds > 1 else ""
+    notes = f"<p>Of the data: {escape('; '.join(s.notes))}.</p>" if s.notes else ""
     return (
         f"<p>{s.num_clients:,} clients, such as phones, each hold a few images of a few classes, and keep "
         f"them. Together they train one net that maps an image to {s.embedding_dim} numbers, its "
         f"<em>embedding</em>, and one row of {s.embedding_dim} numbers for each of {s.num_classes:,} "
-        f"classes. In each of {s.rounds:,} rounds {s.cohort} clients, drawn at random, download the net and "
+        f"classes. In each of {s.rounds:,} rounds {cohort} download the net and "
         f"some class rows, train on their own images, and upload what changed; the server averages. There "
         f"are {s.num_train_images:,} training images; the result is tested on {tested}. The more classes, "
         f"the more the rows cost to move: the methods differ in which rows a client gets.{repeated}</p>"
+        f"{notes}"
     )
 
 
@@ -483,7 +488,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], words: bool = F
 def _besides(folder: Path) -> str:
     """The sections of what else was measured in this folder, between marks that another is put in by."""
     found = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("section-*.html"))]
-    return "\n".join([_BESIDES, *found, _BESIDES])
+    return "\n".join([_BESIDES, *found, _BESIDES_END])
 
 
 def _page(title: str, sections: Sequence[str], folder: Path) -> str:
@@ -519,6 +524,7 @@ GLOSSARY = {
 }
 _MEASURED = "What was measured"
 _BESIDES = "<!-- what else was measured -->"
+_BESIDES_END = "<!-- the end of what else was measured -->"
 _ROUND_CAPTION = "Accuracy on the test images as training goes on."
 _SD = " ± is the standard deviation over the seeds."
 _BAND = " A line is the mean over the seeds, its band one standard deviation."

@@ -20,7 +20,7 @@ from .client import Update
 from .config import OWN, Config, ConfigError, learning_rate
 from .data import FederatedData
 from .ledger import OUTCOMES, Entry, Traffic
-from .loading import check_data, fitted, load_data
+from .loading import check_data, fitted, load_data, trivial
 from .metrics import Accuracies
 from .player import Player, training_device
 from .row_table import RowTable
@@ -30,18 +30,36 @@ from .simulation import Simulation, TooFewClients
 from .workers import WorkerLost, started
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
-    """What `run` returns; the files in `out` say the same."""
+    """What `run` returns; the files in `out` say the same.
+
+    config: every option of the run, with what was chosen to fit the data.
+    history: of each round, from the first, the line of metrics.csv.
+    summary: the figures at the end; summary.accuracy is the measure of the task, a share in [0, 1].
+    extractor: the trained net, in eval mode on the CPU; it maps float32 images (B, channels, H, W) in [0, 1]
+        to embeddings (B, D).
+    weight: (C, D) float32, the trained class matrix, a row for each class; None where it is in a class store.
+    table: the same by the row: table.read(class_ids), table[2:5], len(table).
+    seconds: where the time went, by stage.
+    out: the folder of the run's files; None where nothing was written.
+    """
 
     config: Config
     history: list[RoundMetrics]
     summary: Summary
-    extractor: nn.Module  # trained; maps images to (B, D)
-    weight: Tensor | None  # (C, D) float32: the trained class matrix; None where it is in a class store
-    table: RowTable  # the same by the row: table.read(class_ids), table[2:5], len(table)
-    seconds: dict[str, float]  # by stage: where the time went
+    extractor: nn.Module
+    weight: Tensor | None
+    table: RowTable
+    seconds: dict[str, float]
     out: Path | None
+
+    def __repr__(self) -> str:
+        s = self.summary
+        measure = "top-1" if s.task == "classification" else "MAP@10"
+        accuracy = "not measured" if s.accuracy is None else f"{100 * s.accuracy:.1f}%"
+        where = f", in {self.out}" if self.out else ""
+        return f"<Result of {s.method} on {s.data} after round {s.rounds}: {measure} {accuracy}{where}>"
 
 
 def run(
@@ -83,7 +101,7 @@ def run(
     check_data(config, data)
     if model is not None and config.workers > 1:
         check_sendable(model)
-    for line in idle_settings.idle([config]):
+    for line in (*idle_settings.idle([config]), *trivial(data)):
         idle_settings.log.warning(line)
     with _torch_settings(config.threads):
         player = Player(config, data, model, training_device(config))

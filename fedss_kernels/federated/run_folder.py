@@ -100,12 +100,13 @@ class Facts:
     num_train_images: int
     num_test_images: int
     num_parameters: int  # of the extractor
+    notes: list[str] = field(default_factory=list)  # of the data: what was left out
 
     @classmethod
     def of(cls, data: FederatedData, num_parameters: int) -> "Facts":
         images = sum(len(held) for held in data.clients)
         sizes = data.num_classes, len(data.clients), images, len(data.test_images)
-        return cls(data.name, data.task, *sizes, num_parameters)
+        return cls(data.name, data.task, *sizes, num_parameters, list(data.notes))
 
     @property
     def text(self) -> str:
@@ -143,6 +144,7 @@ class Summary:
     seconds: float
     not_finite: int | None = None  # as in the last round
     not_finite_since: int | None = None
+    notes: list[str] = field(default_factory=list)  # as in Facts
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -244,9 +246,10 @@ class RunFolder:
             )
         found = checkpoint.read(path, config)
         if finished and found.round == config.rounds:
+            done = "1 round is" if found.round == 1 else f"{found.round} rounds are"
             raise CheckpointError(
-                f"the run in {path} is finished: its {found.round} rounds are done; for more of them give a "
-                "larger number of rounds"
+                f"the run in {path} is finished: its {done} done; for more of them give a larger number of "
+                "rounds"
             )
         different = found.fingerprint.differences(fingerprint)
         if different:
@@ -460,18 +463,17 @@ def read_metrics(path: Path) -> list[RoundMetrics]:
         raise ValueError(f"metrics.csv in {path} is not as a run wrote it: {error}") from None
 
 
-def faults(path: Path) -> str:
-    """Of the answers that were left out in the run in a folder what was wrong: "9 norm, 2 ids".
+def faults(path: Path) -> list[tuple[str, int]]:
+    """Of the answers that were left out in the run in a folder what was wrong, and how often; most first.
 
     Raises ValueError where there is no ledger, or not as a run wrote it.
     """
     try:
-        counts = Counter(line["fault"] for line in read_table(path, "ledger.csv") if line["fault"])
+        return Counter(f["fault"] for f in read_table(path, "ledger.csv") if f["fault"]).most_common()
     except OSError as error:
         raise ValueError(f"no run in {path}: ledger.csv: {error.strerror}") from None
     except (ValueError, KeyError) as error:
         raise ValueError(f"ledger.csv in {path} is not as a run wrote it: {error}") from None
-    return ", ".join(f"{count:,} {fault}" for fault, count in counts.most_common())
 
 
 def _number(text: str) -> Any:

@@ -16,7 +16,7 @@ from .class_store import ClassStore
 from .client import Update
 from .cohort import absence, draw_cohort
 from .config import Config, learning_rate
-from .inspection import REASONS, Inspection, clipped
+from .inspection import BESIDE_OTHERS, REASONS, Inspection, clipped
 from .ledger import Entry, Traffic, client_traffic
 from .metrics import Accuracies, retrieval, top1
 from .player import Player
@@ -204,15 +204,14 @@ class Simulation:
 
 def _reasons(entries: Sequence[Entry]) -> str:
     """Why clients' answers did not make a round, each reason with how many, the most frequent first."""
+    counts = Counter(entry.fault or entry.outcome for entry in entries)
     words = {
         "dropped": "dropped out",
         "late": "late, after --deadline",
         "discarded": "nothing wrong with, but too few in their cohorts",
-        **{fault: f"left out: {reason}" for fault, reason in REASONS.items()},
     }
-    counts = Counter(entry.fault or entry.outcome for entry in entries)
-    if counts["discarded"]:  # a norm may then be only that much larger than theirs
-        words["norm"] = words["norm"].replace("--max-norm", "--max-norm or --max-norm-ratio")
+    faults = BESIDE_OTHERS if counts["discarded"] else REASONS
+    words |= {fault: f"left out: {reason}" for fault, reason in faults.items()}
     return "; ".join(f"{count:,} {words[reason]}" for reason, count in counts.most_common())
 
 

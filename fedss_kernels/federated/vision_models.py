@@ -5,10 +5,13 @@ instead of 1280 dimensional embedding we output 64", GroupNorm in place of Batch
 """
 
 import importlib
+import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..doctor import misfit
 
 CHANNELS_OF_A_GROUP = 8  # every layer has a multiple
 
@@ -80,10 +83,10 @@ def _torchvision(name: str) -> Any:
     try:
         return getattr(importlib.import_module("torchvision.models"), name)
     except (ImportError, RuntimeError) as error:  # the latter beside a torch of another version
-        raise ValueError(
-            f"model: {name} needs torchvision, which cannot be imported ({error}): "
-            'pip install "fedss-kernels[vision]"'
-        ) from None
+        why = f', which cannot be imported ({error}): pip install "fedss-kernels[vision]"'
+        if importlib.util.find_spec("torchvision"):
+            why = f": {misfit(error)}"
+        raise ValueError(f"model: {name} needs torchvision{why}") from None
 
 
 def unavailable(name: str) -> str:

@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -28,8 +29,12 @@ from .options import (
     one_of,
     read_counts,
     reader,
+    refuse_lost,
 )
 from .output import print_markdown, read_data
+
+if TYPE_CHECKING:
+    from ..confusion import Confusion
 
 
 def _write(
@@ -99,6 +104,8 @@ def _noise(arguments: argparse.Namespace) -> int:
             if given:
                 raise Mistake(f"{flag(given)}: the model of --run is measured on its own data")
         config = config_of(arguments, read_config(arguments.run)[0].to_dict() if arguments.run else {})
+        if arguments.run:
+            refuse_lost(arguments, config)
         out = arguments.out if "out" in arguments else Path("runs") / f"noise-{config.data}"
         model = read_model(arguments.run) if arguments.run else None
         config, data = read_data(config, [config])
@@ -135,9 +142,17 @@ def _confusion(arguments: argparse.Namespace) -> int:
     found = []
     with mistakes():
         for folder in arguments.runs:
-            config, data = read_data(read_config(folder)[0], [])
+            config, _ = read_config(folder)
+            refuse_lost(arguments, config, "start this there")
+            config, data = read_data(config, [])
             found.append(confusion.measure(config, data, read_model(folder), arguments.client))
+            if found[-1].held != found[0].held:
+                raise Mistake(
+                    f"client {arguments.client} of {folder} holds other images than that of "
+                    f"{arguments.runs[0]}: expected runs on the same data"
+                )
         make_folder(arguments.out)
+    found = _told_apart(found, arguments.runs)
     for folder, each in zip(arguments.runs, found, strict=True):
         if each.not_finite:
             words = f"images whose embedding is not finite: {each.not_finite:,}; they are taken for nothing"
@@ -146,6 +161,16 @@ def _confusion(arguments: argparse.Namespace) -> int:
             words = "class rows that are not finite: nothing is taken for their classes"
             print(f"fedss confusion: {folder}: {words}", file=sys.stderr)
     return _write(arguments, arguments.out, lambda: confusion.write(arguments.out, found, arguments.client))
+
+
+def _told_apart(found: Sequence["Confusion"], folders: Sequence[Path]) -> list["Confusion"]:
+    """Runs of one method by their folders too: by name, or where that is the same by path."""
+    methods, names = [each.name for each in found], [folder.resolve().name for folder in folders]
+    places = [name if names.count(name) == 1 else folder for name, folder in zip(names, folders, strict=True)]
+    return [
+        each if methods.count(each.name) == 1 else dataclasses.replace(each, name=f"{each.name} ({place})")
+        for each, place in zip(found, places, strict=True)
+    ]
 
 
 def _add_privacy_arguments(parser: argparse.ArgumentParser) -> None:

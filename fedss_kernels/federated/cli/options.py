@@ -178,6 +178,13 @@ def config_of(arguments: argparse.Namespace, preset: Mapping[str, Any] | None = 
     return config
 
 
+def refuse_lost(arguments: argparse.Namespace, config: Config, again: str = "give --data-dir again") -> None:
+    """Raises Mistake where the data_dir of an earlier run, if none is given now, is not found here."""
+    folder = config.data_dir
+    if folder and "data_dir" not in arguments and not folder.is_absolute() and not folder.is_dir():
+        raise Mistake(f"--data-dir: no such folder: {folder}, relative to where the run began; {again}")
+
+
 def refuse_unread(arguments: argparse.Namespace, methods: Sequence[str]) -> None:
     """Raises Mistake for an option on the command line that none of these methods reads, and others do."""
     for name in vars(arguments):
@@ -191,7 +198,7 @@ def mistakes() -> Iterator[None]:
     """Wraps what reads and checks the user's choices, and nothing else: there, an error is a mistake."""
     try:
         yield
-    except ConfigError as error:
-        raise Mistake(error.worded(flag)) from None
+    except ConfigError as error:  # what is expected, but what nobody can hand over here
+        raise Mistake(error.worded(flag).replace(f", {OWN}, got ", ", got ")) from None
     except (ValueError, OSError) as error:
         raise Mistake(" ".join(str(error).split())) from None

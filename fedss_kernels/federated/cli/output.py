@@ -8,7 +8,7 @@ from types import ModuleType
 from ..config import Config
 from ..data import FederatedData, Found
 from ..idle_settings import idle, short_warmup
-from ..loading import check_data, choices, fitted, load_data
+from ..loading import check_data, choices, fitted, load_data, trivial
 from ..tables import fitting, read_markdown
 
 PIPED = 160  # columns of a table in a file or a log
@@ -20,10 +20,13 @@ def read_data(
     """(the configuration, fitted to the data; the data). Before images are read says in a line what they are.
 
     And what is worth a word of the settings of `runs`, if there are any. Before that `ready` is called, as
-    soon as it is known that the two fit. Raises ConfigError where they do not.
+    soon as it is known that the two fit; after the reading what the data are without images that cannot be
+    read. Raises ConfigError where the two do not fit.
     """
+    said = list[Found]()
 
     def say(found: Found) -> None:
+        said.append(found)
         if ready:
             ready()
         if runs:
@@ -35,6 +38,10 @@ def read_data(
 
     with ReadingProgress() as progress:
         data = load_data(config, say, progress)
+    if runs and data.notes != said[0].notes:
+        print(f"{config.data}: without what cannot be read: {data.found.line}", flush=True)
+    for line in trivial(data) if runs else ():
+        print(f"{config.data}: {line}", flush=True)
     config = fitted(config, data.found)
     check_data(config, data)
     return config, data

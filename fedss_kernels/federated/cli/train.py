@@ -16,6 +16,7 @@ from ..config import (
     ConfigError,
 )
 from ..disk import reason
+from ..inspection import explained
 from ..interrupts import Interrupted, noticed
 from ..ledger import OUTCOMES
 from ..lock import InUse
@@ -36,6 +37,7 @@ from .options import (
     read_numbers,
     read_rates,
     reader,
+    refuse_lost,
     refuse_unread,
 )
 from .output import print_profile, print_table, read_data, say_what_is_logged
@@ -54,7 +56,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser)
 
 
-_FINISHING = "fedss run: finishing this round; Ctrl-C again stops at once"
+_FINISHING = "fedss run: finishing this round"
 
 
 def _saved(out: Path) -> str:
@@ -78,6 +80,8 @@ def _run(arguments: argparse.Namespace) -> int:
                 raise Mistake("--out: a run is resumed in its own folder, that of --resume")
             arguments.out = arguments.resume
         config = config_of(arguments, _options_of(arguments.resume) if resume else {})
+        if resume:
+            refuse_lost(arguments, config)
         refuse_unread(arguments, [config.method])
         out = config.out or Path("runs") / f"{config.data}-{config.method}-seed{config.seed}"
         config = dataclasses.replace(config, out=out)
@@ -133,7 +137,7 @@ def _run(arguments: argparse.Namespace) -> int:
     s = result.summary
     outcomes = {outcome: getattr(s, outcome) for outcome in OUTCOMES}
     if outcomes["accepted"] < sum(outcomes.values()):
-        why = {"rejected": f" ({faults(out)})"} if outcomes["rejected"] else {}
+        why = {"rejected": f" ({explained(faults(out))})"} if outcomes["rejected"] else {}
         counts = ", ".join(f"{n:,} {outcome}{why.get(outcome, '')}" for outcome, n in outcomes.items())
         print(f"of {sum(outcomes.values()):,} clients drawn {counts}: {out / 'ledger.csv'}")
     if arguments.profile:
@@ -243,6 +247,7 @@ def _compare(arguments: argparse.Namespace) -> int:
             there = Plan.read(arguments.resume)
             places = {name: value for name, value in vars(arguments).items() if name in _PLACES}
             config = dataclasses.replace(there.config, out=arguments.resume, **places)
+            refuse_lost(arguments, config)
             plan = dataclasses.replace(there, config=config)
         else:
             preset = read_preset(arguments.preset) if arguments.preset else {}
@@ -266,7 +271,7 @@ def _compare(arguments: argparse.Namespace) -> int:
         read_data(plan.config, [] if resume else runs, ready)
     command = f"fedss {arguments.command}"
     go_on = f"go on with: {command} --resume {out}"
-    finishing = f"{command}: finishing the rounds of the runs; Ctrl-C again stops at once"
+    finishing = f"{command}: finishing the rounds of the runs"
     try:
         with RunProgress(names, plan.config.rounds) as progress, noticed(finishing) as stop:
 

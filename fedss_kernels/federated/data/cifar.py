@@ -112,7 +112,7 @@ def load_cifar(
     if task != "classification":
         raise ValueError(f"task: expected classification for {form.name}, got {task!r}")
     arrays = _read(form, data_dir, partial(_from_jpegs, cache_dir, skip_damaged, on_progress))
-    say_left_out(form.name, arrays.get("left_out", np.array([], str)).tolist())
+    notes = say_left_out(form.name, arrays.get("left_out", np.array([], str)).tolist())
     for part in ("labels", "test_labels"):
         strange = arrays[part][(arrays[part] < 0) | (arrays[part] >= form.num_classes)]
         if len(strange):
@@ -133,6 +133,7 @@ def load_cifar(
         num_classes=form.num_classes,
         class_names=tuple(arrays["class_names"].tolist()),
         task=task,
+        notes=notes,
     )
 
 

@@ -83,7 +83,9 @@ class ClassFolders:
         found = []
         for entry in self._entries(folder):
             ending = os.path.splitext(entry.name)[1].lower()
-            if self._is_folder(entry):
+            if ending in self.endings and _leads_nowhere(entry):  # whoever reads it says that it is missing
+                found.append(Path(entry.path))
+            elif self._is_folder(entry):
                 found += self.images(Path(entry.path))
             elif ending not in self.endings:
                 self.left_out[ending or "no ending"] += 1
@@ -196,6 +198,15 @@ class ClassFolders:
         first = next(iter(inner.values()), set())
         if len(inner) == len(classes) and len(first) > 1 and all(each == first for each in inner.values()):
             self.levels.append(f"the classes are {_some(list(classes))}, not {_some(sorted(first))} in them")
+
+
+def _leads_nowhere(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_symlink() and not entry.stat()
+    except FileNotFoundError:
+        return True
+    except OSError:  # another matter
+        return False
 
 
 def _some(names: list[str]) -> str:

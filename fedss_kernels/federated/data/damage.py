@@ -97,14 +97,15 @@ def some(names: Iterable[str]) -> str:
     return ", ".join(every[:NAMED]) + more
 
 
-def say_left_out(name: str, classes: Iterable[str], where: str = "") -> None:
-    """How many images a data set goes on without, by class, those that lose most first."""
+def say_left_out(name: str, classes: Iterable[str], where: str = "") -> tuple[str, ...]:
+    """How many images a data set goes on without, by class, those that lose most first: its note, if any."""
     lost = Counter(classes)
-    if lost:
-        counts = some(f"{printable(c)} {count}" for c, count in lost.most_common())
-        log.warning(
-            "%s: left out %d images that could not be read: %s%s", name, sum(lost.values()), counts, where
-        )
+    if not lost:
+        return ()
+    counts = some(f"{printable(c)} {count}" for c, count in lost.most_common())
+    note = f"left out {lost.total()} images that could not be read: {counts}{where}"
+    log.warning("%s: %s", name, note)
+    return (note,)
 
 
 # ---- lists

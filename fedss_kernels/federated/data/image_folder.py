@@ -171,9 +171,11 @@ def from_files(
         left = _left(name, train, test, task, damaged) if skip_damaged else None
         if left is None:
             raise
+        train_left, test_left, said = left
         return from_files(
             name,
-            *left,
+            train_left,
+            test_left,
             task=task,
             seed=seed,
             image_size=image_size,
@@ -183,7 +185,7 @@ def from_files(
             on_progress=on_progress,
             how=how,
             owner=owner,
-            notes=notes,
+            notes=(*notes, *said),
         )
     return FederatedData(
         name=name,
@@ -207,22 +209,20 @@ def _left(
     test: Mapping[str, list[Path]],
     task: str,
     damaged: DamagedImages,
-) -> tuple[ByClass, ByClass] | None:
-    """What is left of both parts, and says what isn't; None where one of them is empty."""
+) -> tuple[ByClass, ByClass, list[str]] | None:
+    """(what is left of training, of the test, notes on what isn't), and says it; None where one is empty."""
     left, test_left = _without(train, damaged.files), _without(test, damaged.files)
     unknown = {c for c in test_left if c not in left} if task == "classification" else set()
     test_left = {c: found for c, found in test_left.items() if c not in unknown}
     if not (left and test_left):
         return None
     lost = (c for part in (train, test) for c in part for file in part[c] if file in damaged.files)
-    say_left_out(name, lost, f", listed in {damaged.listing}")
+    notes = [*say_left_out(name, lost, f", listed in {damaged.listing}")]
     if unknown:
-        log.warning(
-            "%s: classes without a training image now, left out of the test too: %s",
-            name,
-            some(map(printable, sorted(unknown))),
-        )
-    return left, test_left
+        gone = some(map(printable, sorted(unknown)))
+        notes.append(f"classes without a training image now, left out of the test too: {gone}")
+        log.warning("%s: %s", name, notes[-1])
+    return left, test_left, notes
 
 
 def _without(by_class: Mapping[str, list[Path]], files: Container[Path]) -> ByClass:

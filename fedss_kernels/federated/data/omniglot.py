@@ -68,8 +68,9 @@ def load_omniglot(
     arrays = cached_arrays(
         "omniglot", key, lambda: read(parts, skip_damaged, cache_dir, on_progress), cache_dir
     )
-    say_left_out("omniglot", arrays.get("left_out", np.array([], str)).tolist())
-    return partition("omniglot", _table(arrays), task, seed, holdout, how)
+    notes = say_left_out("omniglot", arrays.get("left_out", np.array([], str)).tolist())
+    data = partition("omniglot", _table(arrays), task, seed, holdout, how)
+    return replace(data, notes=notes) if notes else data
 
 
 def find_parts(data_dir: Path | None) -> list[Path]:

@@ -48,27 +48,44 @@ def _many(count: int, one: str, several: str) -> str:
     return f"{count:,} {one if count == 1 else several}"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class FederatedData:
     """Training images held by clients, and a test set; a ValueError names a part that does not fit.
 
     Arrays of numpy and lists become tensors, labels and rows of any integer type int64.
+
+    name: what reports call it.
+    images: (N, channels, H, W) uint8 in [0, 255], the training images of all clients; a net gets them as
+        float32 in [0, 1].
+    labels: (N,) int64 in [0, num_classes), the class of each.
+    clients: for each client k the rows of `images` that it holds, (n_k,) int64 in [0, N), at least one.
+    client_names: a name for each client, as many as `clients`.
+    test_images: (T, channels, H, W) uint8, at least 2, of the same size as `images`; held by no client.
+    test_labels: (T,) int64. Of a classification in [0, num_classes), numbered as `labels`; of a retrieval of
+        at least 0, classes that nobody trains on, numbered apart from `labels`.
+    num_classes: C, the classes of training; a class matrix has a row for each, whether a client holds it or
+        not.
+    class_names: a name for each of the C classes.
+    task: "classification", whose test images are of the training classes, or "retrieval", of others.
+    how: the Partition that made the clients, where its numbers were chosen to fit; else None.
+    notes: what a reader of the results should know of the data, a line each, as what was left out.
     """
 
     name: str
-    images: Tensor  # (N, channels, H, W) uint8, the training images
-    labels: Tensor  # (N,) int64 in [0, num_classes)
-    clients: tuple[Tensor, ...]  # clients[k] (n_k,) int64: the rows of `images` that client k holds
+    images: Tensor  # (N, channels, H, W) uint8
+    labels: Tensor  # (N,) int64
+    clients: tuple[Tensor, ...]  # of (n_k,) int64
     client_names: tuple[str, ...]
     test_images: Tensor  # (T, channels, H, W) uint8
-    test_labels: (
-        Tensor  # (T,) int64; "classification": in [0, num_classes); "retrieval": other classes, own numbering
-    )
-    num_classes: int  # C, the training classes
+    test_labels: Tensor  # (T,) int64
+    num_classes: int
     class_names: tuple[str, ...]
-    task: str  # "classification" | "retrieval"
-    how: Partition | None = None  # as in Found
+    task: str
+    how: Partition | None = None
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"<FederatedData {self.name}, {self.task}: {self.found.line}>"
 
     @property
     def found(self) -> Found:

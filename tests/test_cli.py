@@ -490,7 +490,8 @@ def test_a_comparison_stopped_at_its_beginning_says_of_each_run_how_far_it_came(
     capsys.readouterr()
     assert fails(capsys, "report", str(out)) == (
         f"fedss report: no run of the comparison in {out} is done: FedSS, seed 0 is left out: 1 round is "
-        "done, of a comparison of 2; PosOnly, seed 0 is left out: not begun"
+        "done, of a comparison of 2; PosOnly, seed 0 is left out: not begun: "
+        f"there is no {out / 'pos_only-seed0'}"
     )
     assert "is finished: its 1 round is done;" in fails(capsys, "run", f"--resume={out / 'fedss-seed0'}")
 

@@ -295,7 +295,7 @@ def test_a_report_that_is_made_again_says_why_a_run_failed(tmp_path, in_this_pro
     config = replace(config, out=out / "fedss-seed0", client_lr=0.1, overwrite=True)
     with pytest.raises(Stopped):
         run(config, stop=lambda: True)
-    with pytest.raises(ValueError, match="seed 0 is left out: 1 rounds are done, of a comparison of 2"):
+    with pytest.raises(ValueError, match="seed 0 is left out: 1 round is done, of a comparison of 2"):
         report_again(out)
 
 

@@ -146,7 +146,7 @@ def test_another_configuration_is_refused_with_what_differs(stopped):
 
 
 def test_another_version_is_refused(stopped, monkeypatch):
-    monkeypatch.setattr("fedss_kernels.federated.checkpoint.FORMAT", 9)
+    monkeypatch.setattr("fedss_kernels.federated.files.checkpoint.FORMAT", 9)
     with pytest.raises(CheckpointError, match="is of format 4, this version reads 9: go on with the version"):
         train(stopped, resume=True)
 
@@ -235,7 +235,7 @@ def test_without_a_folder_nothing_is_written_and_a_stop_keeps_nothing(tmp_path, 
 
 
 def test_options_that_change_no_bit_may_differ():
-    from fedss_kernels.federated.checkpoint import MAY_DIFFER, differences
+    from fedss_kernels.federated.files.checkpoint import MAY_DIFFER, differences
 
     here, there = Config().to_dict(), Config(checkpoint_every=3, out=Path("elsewhere")).to_dict()
     assert differences(there, here) == [] and {"checkpoint_every", "out"} <= set(MAY_DIFFER)

@@ -10,7 +10,7 @@ from tiny_federation import tiny_config, tiny_data
 from torch import nn
 
 from fedss_kernels.federated import CheckpointError, Stopped, run
-from fedss_kernels.federated.fingerprint import Fingerprint
+from fedss_kernels.federated.files.fingerprint import Fingerprint
 
 
 class Net(nn.Module):
@@ -158,8 +158,8 @@ def test_one_pixel_label_or_row_of_the_data_counts(name, differs):
 
 
 def test_of_many_images_a_sample_is_read(monkeypatch):
-    monkeypatch.setattr("fedss_kernels.federated.fingerprint.ALL_BYTES", 0)
-    monkeypatch.setattr("fedss_kernels.federated.fingerprint.SAMPLE", 4)
+    monkeypatch.setattr("fedss_kernels.federated.files.fingerprint.ALL_BYTES", 0)
+    monkeypatch.setattr("fedss_kernels.federated.files.fingerprint.SAMPLE", 4)
     data = tiny_data()
     found = []
     for row in range(len(data.images)):

@@ -99,7 +99,7 @@ def test_a_full_disk_is_one_line_with_what_is_saved(every, what, run_with, tmp_p
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         real(path, content)
 
-    monkeypatch.setattr("fedss_kernels.federated.record.append", full_in_round_3)
+    monkeypatch.setattr("fedss_kernels.federated.files.record.append", full_in_round_3)
     assert run_with(every=every) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"fedss run: No space left on device: {tmp_path / 'metrics.csv'}; {what}")

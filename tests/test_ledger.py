@@ -6,9 +6,9 @@ import pytest
 from tiny_federation import CLASSES_HELD, DIM, NUM_CLASSES, NUM_PARAMETERS, tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import run
+from fedss_kernels.federated.files.run_folder import faults
 from fedss_kernels.federated.inspection import BESIDE_OTHERS, explained
 from fedss_kernels.federated.ledger import Traffic, client_traffic
-from fedss_kernels.federated.run_folder import faults
 
 
 def test_a_client_of_the_paper():

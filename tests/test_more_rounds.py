@@ -8,7 +8,7 @@ import torch
 from tiny_federation import tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import CheckpointError, Stopped, run
-from fedss_kernels.federated.run_folder import read_run
+from fedss_kernels.federated.files.run_folder import read_run
 
 
 def train(folder, rounds, *, store=False, resume=False, stop_after=None, **options):

@@ -8,7 +8,7 @@ from tiny_federation import tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import ConfigError, Stopped, run
 from fedss_kernels.federated.config import Config
-from fedss_kernels.federated.run_folder import read_config, read_model, read_run
+from fedss_kernels.federated.files.run_folder import read_config, read_model, read_run
 
 ROUNDS = 5
 
@@ -201,7 +201,7 @@ def test_other_versions_are_said(stopped, monkeypatch, caplog):
     def others():
         return {"fedss-kernels": "9", "torch": "9.9", "instruction set": "other"}
 
-    monkeypatch.setattr("fedss_kernels.federated.checkpoint.versions", others)
+    monkeypatch.setattr("fedss_kernels.federated.files.checkpoint.versions", others)
     train(stopped, resume=True)
     (line,) = [record.getMessage() for record in caplog.records]
     assert (

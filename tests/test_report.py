@@ -13,6 +13,7 @@ from tiny_federation import tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import Stopped, cli, run
 from fedss_kernels.federated.compare import cells, header, tabulate
+from fedss_kernels.federated.files.run_folder import RoundMetrics
 from fedss_kernels.federated.report import (
     DARK,
     LIGHT,
@@ -25,7 +26,6 @@ from fedss_kernels.federated.report import (
     write_run_report,
     write_section,
 )
-from fedss_kernels.federated.run_folder import RoundMetrics
 
 VOID = {"meta", "img", "source", "link", "br", "hr", "input"}
 

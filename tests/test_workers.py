@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from tiny_federation import tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import Config, ConfigError, WorkerLost, cli, run
+from fedss_kernels.federated.files.run_folder import RoundMetrics
 from fedss_kernels.federated.player import EVALUATION_BATCH
-from fedss_kernels.federated.run_folder import RoundMetrics
 from fedss_kernels.federated.workers import Team, divided
 
 
@@ -250,6 +250,6 @@ def test_more_workers_than_torchrun_started_are_refused(monkeypatch):
 
 
 def test_workers_change_no_bit_so_a_run_may_be_resumed_with_others():
-    from fedss_kernels.federated.checkpoint import differences
+    from fedss_kernels.federated.files.checkpoint import differences
 
     assert differences(Config(workers=2).to_dict(), Config().to_dict()) == []

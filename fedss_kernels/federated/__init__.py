@@ -5,9 +5,9 @@
 >>> result.summary.top1  # doctest: +SKIP
 """
 
-from .checkpoint import CheckpointError
 from .config import Config, ConfigError
 from .data import FederatedData
+from .files.checkpoint import CheckpointError
 from .rounds import Result, Stopped, run
 from .simulation import TooFewClients
 from .workers import WorkerLost

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checkpoint import CheckpointError
 from .disk import allocate, append, named, reads_take_room, sync_folder, write_synced
+from .files.checkpoint import CheckpointError
 from .lock import Lock
 from .rows import Rows
 

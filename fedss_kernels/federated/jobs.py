@@ -13,14 +13,14 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, cast
 
-from . import checkpoint
 from .config import Config, ConfigError
 from .disk import reason, write_whole
+from .files import checkpoint
+from .files.run_folder import RoundMetrics, read_run
 from .interrupts import deaf, ending, ignore
 from .remarks import remarks
 from .report import Run, attempt, write_run_report
 from .rounds import Stopped, run
-from .run_folder import RoundMetrics, read_run
 from .simulation import TooFewClients
 
 _LISTEN = 0.5  # seconds after which it is asked again whether to stop

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from .algorithms import METHODS
-from .checkpoint import CheckpointError, differences
 from .config import Config, ConfigError, did_you_mean, read_options
 from .disk import write_whole
+from .files.checkpoint import CheckpointError, differences
 
 HOLDOUT = 0.1  # of the training clients, for the choice of a rate
 FILE = "comparison.json"

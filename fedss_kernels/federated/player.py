@@ -13,7 +13,7 @@ from .augment import centre_crop
 from .client import CPU, Client, Extractor, Update, as_embeddings, as_input
 from .config import OWN, STICKY, Config, ConfigError, learning_rate
 from .data import FederatedData
-from .fingerprint import Fingerprint
+from .files.fingerprint import Fingerprint
 from .models import build_model, refuse_batch_norm
 from .poison import poisoned
 from .pooled import PooledClient

@@ -19,8 +19,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from .files.run_folder import RoundMetrics
 from .remarks import remarks
-from .run_folder import RoundMetrics
 
 QUIET_SECONDS = 20.0  # between two plain lines of one job
 QUICK_SECONDS = 0.5  # reading that takes no longer needs no plain line

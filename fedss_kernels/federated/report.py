@@ -15,10 +15,10 @@ from ..plotting import plotting
 from .algorithms import METHODS
 from .config import Config
 from .disk import write_whole
+from .files.run_folder import RoundMetrics, Summary
 from .ledger import OUTCOMES
 from .plan import Case, case_of
 from .remarks import remarks
-from .run_folder import RoundMetrics, Summary
 from .tables import markdown
 
 if TYPE_CHECKING:

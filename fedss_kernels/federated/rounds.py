@@ -14,17 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from . import idle_settings
-from .checkpoint import Checkpoint, CheckpointError
 from .class_store import ClassStore, check_free
 from .client import Update
 from .config import OWN, Config, ConfigError, learning_rate
 from .data import FederatedData
+from .files.checkpoint import Checkpoint, CheckpointError
+from .files.run_folder import Facts, RoundMetrics, RunFolder, Summary
 from .ledger import OUTCOMES, Entry, Traffic
 from .loading import check_data, fitted, load_data, trivial
 from .metrics import Accuracies
 from .player import Player, training_device
 from .row_table import RowTable
-from .run_folder import Facts, RoundMetrics, RunFolder, Summary
 from .sending import check_sendable
 from .simulation import Simulation, TooFewClients
 from .workers import WorkerLost, started

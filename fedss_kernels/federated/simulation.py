@@ -16,6 +16,7 @@ from .class_store import ClassStore
 from .client import Update
 from .cohort import absence, draw_cohort
 from .config import Config, learning_rate
+from .files.run_folder import RunFolder
 from .inspection import BESIDE_OTHERS, REASONS, Inspection, clipped
 from .ledger import Entry, Traffic, client_traffic
 from .metrics import Accuracies, retrieval, top1
@@ -23,7 +24,6 @@ from .player import Player
 from .randomness import NO_CLIENT, Purpose, generator, initial_rows
 from .robust import Statistic, median, trimmed_mean
 from .row_table import SGD, Adagrad, Optimizer, RowTable
-from .run_folder import RunFolder
 from .server import Server
 from .spreadout import Spreadout
 from .stopwatch import Stopwatch

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..config import STICKY
+from ..files.run_folder import make_folder, read_config, read_model
 from ..models import MODELS
 from ..remarks import remarks
 from ..rounds import run
-from ..run_folder import make_folder, read_config, read_model
 from ..simulation import TooFewClients
 from ..workers import WorkerLost
 from .command import Command

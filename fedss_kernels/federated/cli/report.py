@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from .. import checkpoint
+from ..files import checkpoint
 from ..plan import FILE
 from .command import Command
 from .options import Mistake, mistakes
@@ -18,8 +18,8 @@ def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _report(arguments: argparse.Namespace) -> int:
     from ..compare import report_again
+    from ..files.run_folder import read_run
     from ..report import Run, write_run_report, write_sections
-    from ..run_folder import read_run
 
     folder, left_out = arguments.folder, list[str]()
     with mistakes():

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ... import doctor
-from ..run_folder import make_folder
+from ..files.run_folder import make_folder
 from ..surroundings import surroundings
 from .command import Command
 from .options import mistakes, one_of, read_names, read_shapes, reader

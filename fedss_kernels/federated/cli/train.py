@@ -8,21 +8,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import checkpoint, record, run_folder
-from ..checkpoint import CheckpointError
 from ..class_store import check_free
 from ..config import (
     Config,
     ConfigError,
 )
 from ..disk import reason
+from ..files import checkpoint, record, run_folder
+from ..files.checkpoint import CheckpointError
+from ..files.run_folder import RUN_FILES, RoundMetrics, check_folder, faults, read_config
 from ..inspection import explained
 from ..interrupts import Interrupted, noticed
 from ..ledger import OUTCOMES
 from ..lock import InUse
 from ..plan import LISTS, Plan, read_preset
 from ..rounds import Stopped, run
-from ..run_folder import RUN_FILES, RoundMetrics, check_folder, faults, read_config
 from ..simulation import TooFewClients
 from ..workers import WorkerLost, help_out, launched
 from .command import Command

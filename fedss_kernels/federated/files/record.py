@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..disk import append, named, replacing, write_whole
 from .checkpoint import CheckpointError
-from .disk import append, named, replacing, write_whole
 
 TABLES = ("metrics.csv", "ledger.csv")
 log = logging.getLogger(__name__)

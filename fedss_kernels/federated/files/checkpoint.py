@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _C
-from .config import Config, learning_rate
-from .disk import sync_folder, write_synced
+from ... import _C
+from ..config import Config, learning_rate
+from ..disk import sync_folder, write_synced
 from .fingerprint import Fingerprint
 
 FORMAT = 4

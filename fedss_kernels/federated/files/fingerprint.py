@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .data import FederatedData
+from ..data import FederatedData
 
 ALL_BYTES = 2**28  # of images that are read as a whole
 SAMPLE = 256  # images of more

@@ -27,16 +27,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..algorithms import METHODS
+from ..config import Config, ConfigError, read_options
+from ..data import FederatedData
+from ..disk import remove_unfinished, replacing, write_whole
+from ..ledger import OUTCOMES, Entry, Traffic, client_traffic
+from ..lock import Lock
+from ..metrics import Accuracies
 from . import checkpoint
-from .algorithms import METHODS
 from .checkpoint import Checkpoint, CheckpointError
-from .config import Config, ConfigError, read_options
-from .data import FederatedData
-from .disk import remove_unfinished, replacing, write_whole
 from .fingerprint import Fingerprint
-from .ledger import OUTCOMES, Entry, Traffic, client_traffic
-from .lock import Lock
-from .metrics import Accuracies
 from .record import Record, read_facts, read_table, remove_record
 
 RUN_FILES = (

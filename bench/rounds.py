@@ -20,12 +20,12 @@ from torch import Tensor
 
 from ..federated import Config, run
 from ..federated.algorithms import Request
-from ..federated.cohort import draw_cohort
 from ..federated.config import learning_rate
 from ..federated.data import FederatedData
 from ..federated.loading import load_data
 from ..federated.player import Player
 from ..federated.randomness import Purpose, generator
+from ..federated.server.cohort import draw_cohort
 from ..federated.simulation import Simulation
 from ..sampled_softmax import sampled_softmax_loss
 from .machine import measure_machine

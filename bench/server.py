@@ -23,11 +23,11 @@ from pathlib import Path
 import torch
 
 from ..class_sets import draw_class_set
-from ..federated.class_store import ClassStore
 from ..federated.client import Update
 from ..federated.randomness import Purpose, generator, initial_rows
-from ..federated.row_table import SGD
-from ..federated.server import Server
+from ..federated.server.class_store import ClassStore
+from ..federated.server.row_table import SGD
+from ..federated.server.server import Server
 from ..plotting import plotting
 from .machine import measure_machine
 from .results import decimal, mebibytes, milliseconds

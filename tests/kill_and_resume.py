@@ -24,10 +24,10 @@ import torch
 from tiny_federation import tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import Config, run
-from fedss_kernels.federated.class_store import ClassStore
 from fedss_kernels.federated.files import checkpoint
 from fedss_kernels.federated.files.run_folder import RunFolder
-from fedss_kernels.federated.row_table import RowTable
+from fedss_kernels.federated.server.class_store import ClassStore
+from fedss_kernels.federated.server.row_table import RowTable
 
 # Functions that write, an inner one after the outer that calls it.
 WRITES = {

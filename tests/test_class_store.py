@@ -13,8 +13,8 @@ import torch
 from tiny_federation import DIM, NUM_CLASSES, tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import CheckpointError, Stopped, run
-from fedss_kernels.federated.class_store import ClassStore
-from fedss_kernels.federated.row_table import SGD, Adagrad, RowTable
+from fedss_kernels.federated.server.class_store import ClassStore
+from fedss_kernels.federated.server.row_table import SGD, Adagrad, RowTable
 
 ROUNDS = 6
 
@@ -132,7 +132,7 @@ def test_a_roll_back_that_is_interrupted_can_be_had_again(stepped, monkeypatch):
     def fail(*arguments):
         raise OSError("the end")
 
-    for name in ("fedss_kernels.federated.class_store.write_synced", "os.replace"):
+    for name in ("fedss_kernels.federated.server.class_store.write_synced", "os.replace"):
         with monkeypatch.context() as patch, pytest.raises(OSError, match="the end"):
             patch.setattr(name, fail)
             store.roll_back(2)
@@ -178,7 +178,7 @@ def test_only_pages_that_are_written_take_room(tmp_path):
 def test_rows_have_their_place_on_the_disk_before_they_are_written(tmp_path, monkeypatch):
     found: list[tuple[int, int]] = []
     monkeypatch.setattr(
-        "fedss_kernels.federated.class_store.allocate",
+        "fedss_kernels.federated.server.class_store.allocate",
         lambda descriptor, first, length: found.append((first, first + length)),
     )
     size = 4 * (2 * 300 + 2)  # not a divisor of a page
@@ -205,7 +205,7 @@ def test_on_a_full_disk_a_step_is_an_error_that_changes_nothing(stepped, monkeyp
     table, before = table_of(store), store.rows.numbers.clone()
     table.now = 5
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left on device: .*rows.bin"):
-        patch.setattr("fedss_kernels.federated.class_store.allocate", fail)
+        patch.setattr("fedss_kernels.federated.server.class_store.allocate", fail)
         step(table, 3, 5)
     assert torch.equal(store.rows.numbers, before) and table.now == 5
     store.roll_back(2)

@@ -23,9 +23,9 @@ from fedss_kernels.federated.compare import Comparison
 from fedss_kernels.federated.config import OWN, PRESETS
 from fedss_kernels.federated.data import DATASETS
 from fedss_kernels.federated.files.run_folder import faults, make_folder
-from fedss_kernels.federated.inspection import explained
 from fedss_kernels.federated.models import MODELS
 from fedss_kernels.federated.plan import Plan
+from fedss_kernels.federated.server.inspection import explained
 
 
 def fails(capsys, *argv: str) -> str:

@@ -9,7 +9,7 @@ import torch
 from tiny_federation import CLASSES_HELD, tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import ConfigError, TooFewClients, run
-from fedss_kernels.federated.cohort import absence, draw_cohort
+from fedss_kernels.federated.server.cohort import absence, draw_cohort
 from fedss_kernels.federated.simulation import HOPELESS_ANSWERS
 
 

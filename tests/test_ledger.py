@@ -7,8 +7,8 @@ from tiny_federation import CLASSES_HELD, DIM, NUM_CLASSES, NUM_PARAMETERS, tiny
 
 from fedss_kernels.federated import run
 from fedss_kernels.federated.files.run_folder import faults
-from fedss_kernels.federated.inspection import BESIDE_OTHERS, explained
 from fedss_kernels.federated.ledger import Traffic, client_traffic
+from fedss_kernels.federated.server.inspection import BESIDE_OTHERS, explained
 
 
 def test_a_client_of_the_paper():

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedss_kernels.federated.client import Update
-from fedss_kernels.federated.robust import by_row, median, trimmed_mean
-from fedss_kernels.federated.row_table import SGD
-from fedss_kernels.federated.server import Server
+from fedss_kernels.federated.server.robust import by_row, median, trimmed_mean
+from fedss_kernels.federated.server.row_table import SGD
+from fedss_kernels.federated.server.server import Server
 
 
 def values(seed: int, *shape: int) -> torch.Tensor:

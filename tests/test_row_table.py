@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedss_kernels import _C
-from fedss_kernels.federated.class_store import ClassStore
 from fedss_kernels.federated.randomness import initial_rows
-from fedss_kernels.federated.row_table import SGD, Adagrad, RowTable
-from fedss_kernels.federated.rows import Rows
+from fedss_kernels.federated.server.class_store import ClassStore
+from fedss_kernels.federated.server.row_table import SGD, Adagrad, RowTable
+from fedss_kernels.federated.server.rows import Rows
 
 NOTHING = torch.empty(0, dtype=torch.int64)
 
@@ -112,7 +112,7 @@ def test_files_hold_no_zeros(tmp_path):
 def test_memory_is_taken_as_rows_are_stepped(peak_memory):
     setup = """
         import torch
-        from fedss_kernels.federated.row_table import SGD, RowTable
+        from fedss_kernels.federated.server.row_table import SGD, RowTable
         ids, rows = torch.arange(0, 10**7, 10**4), torch.ones(1000, 64)
     """
     run = "RowTable(10**7, 64, SGD(1.0, 0.9), lambda new: rows[: len(new)]).step(ids, rows)"

@@ -6,8 +6,8 @@ import torch
 
 from fedss_kernels.federated.client import Update
 from fedss_kernels.federated.randomness import Purpose, generator, initial_rows, splitmix64
-from fedss_kernels.federated.row_table import SGD
-from fedss_kernels.federated.server import Server
+from fedss_kernels.federated.server.row_table import SGD
+from fedss_kernels.federated.server.server import Server
 
 
 def server(denominator: str = "cohort", lr: float = 1.0) -> Server:

@@ -8,11 +8,12 @@ from hypothesis import strategies as st
 from tiny_federation import DIM, NUM_CLASSES, tiny_config, tiny_data, tiny_model
 from torch.nn.functional import normalize
 
-from fedss_kernels.federated import run, spreadout
+from fedss_kernels.federated import run
 from fedss_kernels.federated.config import learning_rate
 from fedss_kernels.federated.randomness import NO_CLIENT, Purpose, generator, initial_rows
-from fedss_kernels.federated.row_table import SGD, RowTable
-from fedss_kernels.federated.spreadout import Spreadout
+from fedss_kernels.federated.server import spreadout
+from fedss_kernels.federated.server.row_table import SGD, RowTable
+from fedss_kernels.federated.server.spreadout import Spreadout
 
 
 def table_of(rows: torch.Tensor) -> RowTable:

@@ -145,7 +145,7 @@ def test_an_error_in_the_middle_of_a_call_is_an_error_and_not_a_wait(monkeypatch
     def fail(self, class_ids):
         raise RuntimeError("the server broke")
 
-    monkeypatch.setattr("fedss_kernels.federated.server.Server.select", fail)
+    monkeypatch.setattr("fedss_kernels.federated.server.server.Server.select", fail)
     with pytest.raises(RuntimeError, match="the server broke"):
         train(2)
     assert not multiprocessing.active_children()

@@ -9,13 +9,13 @@ from pathlib import Path
 from .config import Config, ConfigError
 from .disk import write_whole
 from .files.run_folder import faults, prepare
-from .inspection import explained
 from .jobs import Failure, OnRound, folder_of, play_all, played
 from .loading import check_data, fitted, load_data, with_a_net
 from .mean_sd import mean_sd
 from .plan import FILE, Case, Plan, case_of
 from .remarks import remarks
 from .report import MEGABYTE, Run, attempt, by_case, percent, write_comparison_report
+from .server.inspection import explained
 from .tables import markdown, write_csv
 
 COMPARISON_FILES = (

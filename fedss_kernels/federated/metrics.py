@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from .row_table import RowTable
+from .server.row_table import RowTable
 
 R = 10  # nearest others that a retrieval looks at
 BLOCK = 2**22  # numbers in one block of similarities: 16 MiB of float32

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from . import idle_settings
-from .class_store import ClassStore, check_free
 from .client import Update
 from .config import OWN, Config, ConfigError, learning_rate
 from .data import FederatedData
@@ -24,8 +23,9 @@ from .ledger import OUTCOMES, Entry, Traffic
 from .loading import check_data, fitted, load_data, trivial
 from .metrics import Accuracies
 from .player import Player, training_device
-from .row_table import RowTable
 from .sending import check_sendable
+from .server.class_store import ClassStore, check_free
+from .server.row_table import RowTable
 from .simulation import Simulation, TooFewClients
 from .workers import WorkerLost, started
 

@@ -12,20 +12,20 @@ from functools import partial
 from torch import Tensor, nn
 
 from .algorithms import METHODS
-from .class_store import ClassStore
 from .client import Update
-from .cohort import absence, draw_cohort
 from .config import Config, learning_rate
 from .files.run_folder import RunFolder
-from .inspection import BESIDE_OTHERS, REASONS, Inspection, clipped
 from .ledger import Entry, Traffic, client_traffic
 from .metrics import Accuracies, retrieval, top1
 from .player import Player
 from .randomness import NO_CLIENT, Purpose, generator, initial_rows
-from .robust import Statistic, median, trimmed_mean
-from .row_table import SGD, Adagrad, Optimizer, RowTable
-from .server import Server
-from .spreadout import Spreadout
+from .server.class_store import ClassStore
+from .server.cohort import absence, draw_cohort
+from .server.inspection import BESIDE_OTHERS, REASONS, Inspection, clipped
+from .server.robust import Statistic, median, trimmed_mean
+from .server.row_table import SGD, Adagrad, Optimizer, RowTable
+from .server.server import Server
+from .server.spreadout import Spreadout
 from .stopwatch import Stopwatch
 from .workers import Team
 

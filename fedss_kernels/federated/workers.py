@@ -36,7 +36,7 @@ from .interrupts import deaf, ending, ignore
 from .ledger import over_the_wire
 from .player import Player, training_device
 from .scratch import scratch
-from .server import Server
+from .server.server import Server
 from .stopwatch import Stopwatch
 
 FOREVER = timedelta(days=365)  # how long a worker waits for the others: an evaluation may take any time

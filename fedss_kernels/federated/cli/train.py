@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..class_store import check_free
 from ..config import (
     Config,
     ConfigError,
@@ -17,12 +16,13 @@ from ..disk import reason
 from ..files import checkpoint, record, run_folder
 from ..files.checkpoint import CheckpointError
 from ..files.run_folder import RUN_FILES, RoundMetrics, check_folder, faults, read_config
-from ..inspection import explained
 from ..interrupts import Interrupted, noticed
 from ..ledger import OUTCOMES
 from ..lock import InUse
 from ..plan import LISTS, Plan, read_preset
 from ..rounds import Stopped, run
+from ..server.class_store import check_free
+from ..server.inspection import explained
 from ..simulation import TooFewClients
 from ..workers import WorkerLost, help_out, launched
 from .command import Command

@@ -23,9 +23,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .disk import allocate, append, named, reads_take_room, sync_folder, write_synced
-from .files.checkpoint import CheckpointError
-from .lock import Lock
+from ..disk import (
+    allocate,
+    append,
+    named,
+    reads_take_room,
+    sync_folder,
+    write_synced,
+)
+from ..files.checkpoint import CheckpointError
+from ..lock import Lock
 from .rows import Rows
 
 FORMAT = 1

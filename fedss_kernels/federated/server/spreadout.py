@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..scatter_add import scatter_add_
+from ...scatter_add import scatter_add_
 from .row_table import RowTable
 
 BLOCK = 2**22  # cosines at a time

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .. import _C
+from ... import _C
 from .class_store import ClassStore
 from .rows import Rows
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..scatter_add import scatter_add_
+from ...scatter_add import scatter_add_
+from ..client import Update
 from .class_store import ClassStore
-from .client import Update
 from .robust import Statistic, by_row
 from .row_table import Optimizer, RowTable
 

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from fedss_kernels.federated.augment import centre_crop, random_crop, random_shift
+from fedss_kernels.federated.clients.augment import centre_crop, random_crop, random_shift
 
 IMAGES = torch.arange(1, 1 + 2 * 3 * 4 * 6, dtype=torch.float32).reshape(2, 3, 4, 6)
 

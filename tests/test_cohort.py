@@ -139,7 +139,7 @@ FEW = HOPELESS_ANSWERS // 4  # cohorts of 4, in which nobody's answer counts
 def test_a_round_in_which_all_answers_are_left_out_is_soon_given_up_with_the_reasons(tmp_path, monkeypatch):
     """The first round is made, and then the rate rises. Resumed it fails again, to the same files."""
     rates = {0: 0.1, 1: 1e6}
-    monkeypatch.setattr("fedss_kernels.federated.player.learning_rate", lambda _, round: rates[round])
+    monkeypatch.setattr("fedss_kernels.federated.clients.player.learning_rate", lambda _, round: rates[round])
     words = f"round 2: of {FEW} cohorts of 4 none had 1 answer that counted: {4 * FEW} left out: norm over "
     with pytest.raises(TooFewClients, match=f"^{words}--max-norm: is --client-lr too high.$"):
         train(out=tmp_path)

@@ -8,13 +8,13 @@ from tiny_federation import CLASSES_HELD, DIM, NUM_CLASSES, tiny_config, tiny_da
 from torch.nn.functional import normalize
 
 from fedss_kernels.federated import cli, confusion
-from fedss_kernels.federated.client import Extractor
-from fedss_kernels.federated.player import Player
+from fedss_kernels.federated.clients.client import Extractor
+from fedss_kernels.federated.clients.player import Player
 
 
 @pytest.fixture
 def linear_model(monkeypatch):
-    monkeypatch.setattr("fedss_kernels.federated.player._build_model", lambda config: tiny_model())
+    monkeypatch.setattr("fedss_kernels.federated.clients.player._build_model", lambda config: tiny_model())
 
 
 def test_shares_are_counts_of_the_nearest_of_the_clients_rows(linear_model):

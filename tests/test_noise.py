@@ -19,7 +19,7 @@ def config(**options):
 
 @pytest.fixture
 def linear_model(monkeypatch):
-    monkeypatch.setattr("fedss_kernels.federated.player._build_model", lambda config: tiny_model())
+    monkeypatch.setattr("fedss_kernels.federated.clients.player._build_model", lambda config: tiny_model())
 
 
 def by_definition(settings, count: int, batch: int, draw: int) -> float:

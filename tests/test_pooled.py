@@ -9,7 +9,7 @@ from torch import nn
 
 from fedss_kernels import reference
 from fedss_kernels.federated import run
-from fedss_kernels.federated.player import Player
+from fedss_kernels.federated.clients.player import Player
 from fedss_kernels.federated.randomness import Purpose, generator, initial_rows
 
 # Clients of 6, 6, 8, 2 and 6 images; in batches of 4: 2, 2, 2, 1 and 2 steps, 1.8 on average.

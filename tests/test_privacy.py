@@ -10,9 +10,9 @@ import torch
 from tiny_federation import tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import TooFewClients, cli, privacy
+from fedss_kernels.federated.clients.player import Player
 from fedss_kernels.federated.config import Config, ConfigError
 from fedss_kernels.federated.loading import load_data
-from fedss_kernels.federated.player import Player
 
 
 @pytest.mark.parametrize("sticky, fresh", [(0, 2), (2, 0), (1, 1), (0, 0), (3, 0)])

@@ -16,11 +16,11 @@ from torch.nn.functional import normalize
 from fedss_kernels import reference
 from fedss_kernels.federated import Config, ConfigError, Result, Stopped, TooFewClients, run
 from fedss_kernels.federated.algorithms import METHODS
+from fedss_kernels.federated.clients.player import Player, training_device
 from fedss_kernels.federated.config import learning_rate
 from fedss_kernels.federated.files.run_folder import read_run
 from fedss_kernels.federated.lock import InUse, Lock
 from fedss_kernels.federated.metrics import retrieval
-from fedss_kernels.federated.player import Player, training_device
 from fedss_kernels.federated.randomness import Purpose, generator, initial_rows
 from fedss_kernels.federated.remarks import remarks
 from fedss_kernels.federated.report import Run, write_run_report

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from tiny_federation import tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import Config, ConfigError, WorkerLost, cli, run
+from fedss_kernels.federated.clients.player import EVALUATION_BATCH
 from fedss_kernels.federated.files.run_folder import RoundMetrics
-from fedss_kernels.federated.player import EVALUATION_BATCH
 from fedss_kernels.federated.workers import Team, divided
 
 

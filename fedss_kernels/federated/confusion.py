@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ..plotting import plotting
 from .algorithms import METHODS
+from .clients.player import Player
 from .config import Config
 from .data import FederatedData
 from .metrics import NOTHING, directions, nearest
-from .player import Player
 from .report import write_section
 from .tables import write_csv
 

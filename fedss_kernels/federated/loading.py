@@ -5,13 +5,13 @@ from dataclasses import replace
 from typing import Any
 
 from .algorithms import METHODS
+from .clients.player import check_model
 from .config import OWN, Config, ConfigError
 from .config_error import raise_together
 from .data import RESIZED, FederatedData, Found, Partition, load
 from .data.holdout import held_out, number_held_out
 from .data.images import OnProgress
 from .models import SIDES
-from .player import check_model
 from .vision_models import unavailable
 
 COHORT = 32  # clients, or all there are where they are fewer

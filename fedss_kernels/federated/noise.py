@@ -21,11 +21,11 @@ from ..class_sets import draw_negatives
 from ..plotting import plotting
 from ..sampled_softmax import sampled_softmax_loss
 from .algorithms import METHODS
-from .client import as_embeddings
+from .clients.client import as_embeddings
+from .clients.player import Player
 from .config import Config
 from .data import FederatedData
 from .mean_sd import mean_sd
-from .player import Player
 from .randomness import Purpose, generator, initial_rows
 from .report import write_section
 from .tables import write_csv

@@ -22,9 +22,9 @@ import torch
 
 from ..plotting import plotting
 from .algorithms import METHODS
+from .clients.player import Player
 from .config import STICKY, Config, ConfigError
 from .data import FederatedData
-from .player import Player
 from .report import write_section
 from .tables import write_csv
 

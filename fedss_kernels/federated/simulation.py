@@ -12,12 +12,12 @@ from functools import partial
 from torch import Tensor, nn
 
 from .algorithms import METHODS
-from .client import Update
+from .clients.client import Update
+from .clients.player import Player
 from .config import Config, learning_rate
 from .files.run_folder import RunFolder
 from .ledger import Entry, Traffic, client_traffic
 from .metrics import Accuracies, retrieval, top1
-from .player import Player
 from .randomness import NO_CLIENT, Purpose, generator, initial_rows
 from .server.class_store import ClassStore
 from .server.cohort import absence, draw_cohort

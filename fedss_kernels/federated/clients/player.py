@@ -7,18 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..class_sets import draw_negatives
-from .algorithms import METHODS, Request
+from ...class_sets import draw_negatives
+from ..algorithms import METHODS, Request
+from ..config import OWN, STICKY, Config, ConfigError, learning_rate
+from ..data import FederatedData
+from ..files.fingerprint import Fingerprint
+from ..models import build_model, refuse_batch_norm
+from ..randomness import Purpose, generator
+from ..vision_models import load_checkpoint
 from .augment import centre_crop
 from .client import CPU, Client, Extractor, Update, as_embeddings, as_input
-from .config import OWN, STICKY, Config, ConfigError, learning_rate
-from .data import FederatedData
-from .files.fingerprint import Fingerprint
-from .models import build_model, refuse_batch_norm
 from .poison import poisoned
 from .pooled import PooledClient
-from .randomness import Purpose, generator
-from .vision_models import load_checkpoint
 
 EVALUATION_BATCH = 512  # test images
 

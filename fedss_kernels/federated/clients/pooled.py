@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data import FederatedData
 from .client import Client, Extractor
-from .data import FederatedData
 
 
 def pooled(data: FederatedData) -> FederatedData:

@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..sampled_softmax import sampled_softmax_loss
-from .algorithms import Request
+from ...sampled_softmax import sampled_softmax_loss
+from ..algorithms import Request
+from ..data import FederatedData
+from ..randomness import Purpose, generator
 from .augment import centre_crop, random_crop, random_shift
-from .data import FederatedData
-from .randomness import Purpose, generator
 
 CPU = torch.device("cpu")
 EMBEDDED_NUMBERS = 2**23  # in the images that are embedded at a time: 55 of 3x224x224, 512 of 3x64x64

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..federated.tables import fitting
+from ..federated.reports.tables import fitting
 from .measure import Timing
 
 BLANK = "–"  # not measured

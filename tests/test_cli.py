@@ -17,7 +17,7 @@ from image_files import write_image
 from rich.console import Console
 
 from fedss_kernels import federated
-from fedss_kernels.federated import Config, algorithms, cli, progress
+from fedss_kernels.federated import Config, algorithms, cli
 from fedss_kernels.federated.cli.options import GROUPS, flag
 from fedss_kernels.federated.compare import Comparison
 from fedss_kernels.federated.config import OWN, PRESETS
@@ -25,6 +25,7 @@ from fedss_kernels.federated.data import DATASETS
 from fedss_kernels.federated.files.run_folder import faults, make_folder
 from fedss_kernels.federated.models import MODELS
 from fedss_kernels.federated.plan import Plan
+from fedss_kernels.federated.reports import progress
 from fedss_kernels.federated.server.inspection import explained
 
 
@@ -427,7 +428,7 @@ def broken_plots(monkeypatch):
     def broken(*arguments):
         raise RuntimeError("no fonts")
 
-    monkeypatch.setattr("fedss_kernels.federated.report._png", broken)
+    monkeypatch.setattr("fedss_kernels.federated.reports.report._png", broken)
 
 
 def test_a_run_outlives_its_report(tmp_path, monkeypatch, capsys):

@@ -14,7 +14,7 @@ from tiny_federation import tiny_config, tiny_data, tiny_model
 from fedss_kernels.federated import Stopped, cli, run
 from fedss_kernels.federated.compare import cells, header, tabulate
 from fedss_kernels.federated.files.run_folder import RoundMetrics
-from fedss_kernels.federated.report import (
+from fedss_kernels.federated.reports.report import (
     DARK,
     LIGHT,
     Run,
@@ -223,7 +223,7 @@ def test_no_backend_and_no_style_of_the_users_has_a_say(tmp_path, runs):
     code = (
         "import pickle, sys\n"
         "from pathlib import Path\n"
-        "from fedss_kernels.federated.report import write_run_report\n"
+        "from fedss_kernels.federated.reports.report import write_run_report\n"
         "from fedss_kernels.federated.data.glyphs import shared_code_points\n"
         "assert len(shared_code_points()) > 100\n"
         "write_run_report(Path.cwd(), pickle.loads(Path('run.pickle').read_bytes()))\n"
@@ -331,7 +331,7 @@ def test_a_report_that_cannot_be_made_is_a_line(tmp_path, runs, monkeypatch):
     def broken(*arguments):
         raise RuntimeError("no\nfonts")
 
-    monkeypatch.setattr("fedss_kernels.federated.report._png", broken)
+    monkeypatch.setattr("fedss_kernels.federated.reports.report._png", broken)
     assert attempt(tmp_path, write_run_report, tmp_path, runs[0]) == [
         f"the results are in {tmp_path}, but their report could not be made (RuntimeError: no fonts); to try "
         f"again: fedss report {tmp_path}"

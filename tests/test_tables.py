@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedss_kernels.federated.cli import output
 from fedss_kernels.federated.compare import LEAST
-from fedss_kernels.federated.tables import fitting, markdown, read_markdown
+from fedss_kernels.federated.reports.tables import fitting, markdown, read_markdown
 
 HEADER = ["method", "rate", "top-1 (%)", "MAP@10 (%)", "|S_k| (of C)", "MB moved", "saved"]
 HEADER += ["MB for classes", "saved of these", "seconds"]

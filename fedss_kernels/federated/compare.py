@@ -11,12 +11,19 @@ from .disk import write_whole
 from .files.run_folder import faults, prepare
 from .jobs import Failure, OnRound, folder_of, play_all, played
 from .loading import check_data, fitted, load_data, with_a_net
-from .mean_sd import mean_sd
 from .plan import FILE, Case, Plan, case_of
-from .remarks import remarks
-from .report import MEGABYTE, Run, attempt, by_case, percent, write_comparison_report
+from .reports.mean_sd import mean_sd
+from .reports.remarks import remarks
+from .reports.report import (
+    MEGABYTE,
+    Run,
+    attempt,
+    by_case,
+    percent,
+    write_comparison_report,
+)
+from .reports.tables import markdown, write_csv
 from .server.inspection import explained
-from .tables import markdown, write_csv
 
 COMPARISON_FILES = (
     FILE,

@@ -19,8 +19,8 @@ from .clients.player import Player
 from .config import Config
 from .data import FederatedData
 from .metrics import NOTHING, directions, nearest
-from .report import write_section
-from .tables import write_csv
+from .reports.report import write_section
+from .reports.tables import write_csv
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

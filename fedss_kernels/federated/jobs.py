@@ -18,8 +18,8 @@ from .disk import reason, write_whole
 from .files import checkpoint
 from .files.run_folder import RoundMetrics, read_run
 from .interrupts import deaf, ending, ignore
-from .remarks import remarks
-from .report import Run, attempt, write_run_report
+from .reports.remarks import remarks
+from .reports.report import Run, attempt, write_run_report
 from .rounds import Stopped, run
 from .simulation import TooFewClients
 

@@ -25,10 +25,10 @@ from .clients.client import as_embeddings
 from .clients.player import Player
 from .config import Config
 from .data import FederatedData
-from .mean_sd import mean_sd
 from .randomness import Purpose, generator, initial_rows
-from .report import write_section
-from .tables import write_csv
+from .reports.mean_sd import mean_sd
+from .reports.report import write_section
+from .reports.tables import write_csv
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

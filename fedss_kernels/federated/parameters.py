@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from ..plotting import plotting
 from .models import build_model
-from .report import write_section
-from .tables import write_csv
+from .reports.report import write_section
+from .reports.tables import write_csv
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -25,8 +25,8 @@ from .algorithms import METHODS
 from .clients.player import Player
 from .config import STICKY, Config, ConfigError
 from .data import FederatedData
-from .report import write_section
-from .tables import write_csv
+from .reports.report import write_section
+from .reports.tables import write_csv
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

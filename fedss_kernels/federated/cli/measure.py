@@ -14,7 +14,7 @@ import torch
 from ..config import STICKY
 from ..files.run_folder import make_folder, read_config, read_model
 from ..models import MODELS
-from ..remarks import remarks
+from ..reports.remarks import remarks
 from ..rounds import run
 from ..simulation import TooFewClients
 from ..workers import WorkerLost
@@ -190,7 +190,7 @@ def _add_privacy_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _privacy(arguments: argparse.Namespace) -> int:
     from .. import privacy
-    from ..progress import RunProgress
+    from ..reports.progress import RunProgress
 
     with mistakes():
         config = config_of(arguments)

@@ -9,7 +9,7 @@ from ..config import Config
 from ..data import FederatedData, Found
 from ..idle_settings import idle, short_warmup
 from ..loading import check_data, choices, fitted, load_data, trivial
-from ..tables import fitting, read_markdown
+from ..reports.tables import fitting, read_markdown
 
 PIPED = 160  # columns of a table in a file or a log
 
@@ -34,7 +34,7 @@ def read_data(
             for line in (f"{config.data}: {words}", *short_warmup(config), *idle(runs)):
                 print(line, flush=True)
 
-    from ..progress import ReadingProgress
+    from ..reports.progress import ReadingProgress
 
     with ReadingProgress() as progress:
         data = load_data(config, say, progress)

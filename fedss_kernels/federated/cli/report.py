@@ -19,7 +19,7 @@ def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
 def _report(arguments: argparse.Namespace) -> int:
     from ..compare import report_again
     from ..files.run_folder import read_run
-    from ..report import Run, write_run_report, write_sections
+    from ..reports.report import Run, write_run_report, write_sections
 
     folder, left_out = arguments.folder, list[str]()
     with mistakes():

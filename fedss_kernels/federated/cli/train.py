@@ -69,9 +69,9 @@ def _saved(out: Path) -> str:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from ..progress import RunProgress
-    from ..remarks import remarks
-    from ..report import Run, attempt, percent, write_run_report
+    from ..reports.progress import RunProgress
+    from ..reports.remarks import remarks
+    from ..reports.report import Run, attempt, percent, write_run_report
 
     resume = arguments.resume is not None
     with mistakes():
@@ -238,7 +238,7 @@ _COMPARED: dict[str, Any] = {
 def _compare(arguments: argparse.Namespace) -> int:
     from ..compare import COMPARISON_FILES, LEAST, cells, compare, header, job_name, trial_name
     from ..jobs import JobsStopped
-    from ..progress import RunProgress
+    from ..reports.progress import RunProgress
 
     resume = arguments.resume is not None
     with mistakes():

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..plotting import plotting
-from .algorithms import METHODS
-from .config import Config
-from .disk import write_whole
-from .files.run_folder import RoundMetrics, Summary
-from .ledger import OUTCOMES
-from .plan import Case, case_of
+from ...plotting import plotting
+from ..algorithms import METHODS
+from ..config import Config
+from ..disk import write_whole
+from ..files.run_folder import RoundMetrics, Summary
+from ..ledger import OUTCOMES
+from ..plan import Case, case_of
 from .remarks import remarks
 from .tables import markdown
 

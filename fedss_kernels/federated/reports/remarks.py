@@ -1,6 +1,6 @@
 """What has to be said of a run beside its figures, as they do not say it themselves."""
 
-from .files.run_folder import RoundMetrics, Summary
+from ..files.run_folder import RoundMetrics, Summary
 
 
 def remarks(run: RoundMetrics | Summary) -> list[str]:

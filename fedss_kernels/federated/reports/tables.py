@@ -5,7 +5,7 @@ import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from .disk import write_whole
+from ..disk import write_whole
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from image_files import each_once, shown, write_image
 
-from fedss_kernels.federated import Config, ConfigError, noise, run
+from fedss_kernels.federated import Config, ConfigError, run
 from fedss_kernels.federated.data import DamagedImages, FederatedData, Partition, images, load
+from fedss_kernels.federated.figures import noise
 from fedss_kernels.federated.loading import load_data
 
 CLASSES = {"ant": 10, "bee": 5, "cat": 15}

@@ -9,7 +9,8 @@ from tiny_federation import NUM_CLASSES, tiny_config, tiny_data, tiny_model
 
 from fedss_kernels import reference
 from fedss_kernels.class_sets import draw_class_set
-from fedss_kernels.federated import cli, noise
+from fedss_kernels.federated import cli
+from fedss_kernels.federated.figures import noise
 from fedss_kernels.federated.randomness import Purpose, generator, initial_rows
 
 

@@ -4,7 +4,8 @@ import csv
 
 import pytest
 
-from fedss_kernels.federated import cli, parameters
+from fedss_kernels.federated import cli
+from fedss_kernels.federated.figures import parameters
 
 
 def test_shares_and_savings_of_the_small_net():

@@ -9,9 +9,10 @@ import pytest
 import torch
 from tiny_federation import tiny_config, tiny_data, tiny_model
 
-from fedss_kernels.federated import TooFewClients, cli, privacy
+from fedss_kernels.federated import TooFewClients, cli
 from fedss_kernels.federated.clients.player import Player
 from fedss_kernels.federated.config import Config, ConfigError
+from fedss_kernels.federated.figures import privacy
 from fedss_kernels.federated.loading import load_data
 
 

@@ -34,7 +34,7 @@ from .options import (
 from .output import print_markdown, read_data
 
 if TYPE_CHECKING:
-    from ..confusion import Confusion
+    from ..figures.confusion import Confusion
 
 
 def _write(
@@ -96,7 +96,7 @@ _OF_A_RUN = (
 
 
 def _noise(arguments: argparse.Namespace) -> int:
-    from .. import noise
+    from ..figures import noise
 
     with mistakes():
         if arguments.run:
@@ -137,7 +137,7 @@ def _add_confusion_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _confusion(arguments: argparse.Namespace) -> int:
-    from .. import confusion
+    from ..figures import confusion
 
     found = []
     with mistakes():
@@ -189,7 +189,7 @@ def _add_privacy_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _privacy(arguments: argparse.Namespace) -> int:
-    from .. import privacy
+    from ..figures import privacy
     from ..reports.progress import RunProgress
 
     with mistakes():
@@ -242,7 +242,7 @@ def _add_parameters_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _parameters(arguments: argparse.Namespace) -> int:
-    from .. import parameters
+    from ..figures import parameters
 
     with mistakes():
         lines = parameters.measure(arguments.model, arguments.dims)

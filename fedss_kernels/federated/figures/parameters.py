@@ -10,10 +10,10 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..plotting import plotting
-from .models import build_model
-from .reports.report import write_section
-from .reports.tables import write_csv
+from ...plotting import plotting
+from ..models import build_model
+from ..reports.report import write_section
+from ..reports.tables import write_csv
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

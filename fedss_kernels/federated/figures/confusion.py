@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..plotting import plotting
-from .algorithms import METHODS
-from .clients.player import Player
-from .config import Config
-from .data import FederatedData
-from .metrics import NOTHING, directions, nearest
-from .reports.report import write_section
-from .reports.tables import write_csv
+from ...plotting import plotting
+from ..algorithms import METHODS
+from ..clients.player import Player
+from ..config import Config
+from ..data import FederatedData
+from ..metrics import NOTHING, directions, nearest
+from ..reports.report import write_section
+from ..reports.tables import write_csv
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..plotting import plotting
-from .algorithms import METHODS
-from .clients.player import Player
-from .config import STICKY, Config, ConfigError
-from .data import FederatedData
-from .reports.report import write_section
-from .reports.tables import write_csv
+from ...plotting import plotting
+from ..algorithms import METHODS
+from ..clients.player import Player
+from ..config import STICKY, Config, ConfigError
+from ..data import FederatedData
+from ..reports.report import write_section
+from ..reports.tables import write_csv
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..class_sets import draw_negatives
-from ..plotting import plotting
-from ..sampled_softmax import sampled_softmax_loss
-from .algorithms import METHODS
-from .clients.client import as_embeddings
-from .clients.player import Player
-from .config import Config
-from .data import FederatedData
-from .randomness import Purpose, generator, initial_rows
-from .reports.mean_sd import mean_sd
-from .reports.report import write_section
-from .reports.tables import write_csv
+from ...class_sets import draw_negatives
+from ...plotting import plotting
+from ...sampled_softmax import sampled_softmax_loss
+from ..algorithms import METHODS
+from ..clients.client import as_embeddings
+from ..clients.player import Player
+from ..config import Config
+from ..data import FederatedData
+from ..randomness import Purpose, generator, initial_rows
+from ..reports.mean_sd import mean_sd
+from ..reports.report import write_section
+from ..reports.tables import write_csv
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,0 +1,1 @@
+"""What is measured of a run, or instead of one: a figure each."""

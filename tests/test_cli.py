@@ -19,7 +19,7 @@ from rich.console import Console
 from fedss_kernels import federated
 from fedss_kernels.federated import Config, algorithms, cli
 from fedss_kernels.federated.cli.options import GROUPS, flag
-from fedss_kernels.federated.compare import Comparison
+from fedss_kernels.federated.comparisons.compare import Comparison
 from fedss_kernels.federated.config import OWN, PRESETS
 from fedss_kernels.federated.data import DATASETS
 from fedss_kernels.federated.files.run_folder import faults, make_folder
@@ -368,7 +368,7 @@ def test_an_encoding_without_the_tables_letters_loses_letters_and_no_results(tmp
 def test_compositions_can_be_resumed(tmp_path, monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(
-        "fedss_kernels.federated.compare.compare",
+        "fedss_kernels.federated.comparisons.compare.compare",
         lambda plan, out, **options: seen.append((plan, options["resume"])) or Comparison([], [], [], out),
     )
     out = tmp_path / "out"
@@ -453,7 +453,7 @@ def test_so_does_a_comparison_and_its_report_is_made_again(tmp_path, monkeypatch
             federated.run(config)
         return {}
 
-    monkeypatch.setattr("fedss_kernels.federated.jobs.run_all", in_this_process)
+    monkeypatch.setattr("fedss_kernels.federated.comparisons.jobs.run_all", in_this_process)
     with monkeypatch.context() as patch:
         broken_plots(patch)
         argv = [*SMALL, "--methods=pos_only,fedss", "--seeds=1", "--rounds=1", f"--out={out}"]

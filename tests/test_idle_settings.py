@@ -7,7 +7,7 @@ from test_cli import SMALL
 from tiny_federation import tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import Config, cli, run
-from fedss_kernels.federated.compare import Comparison
+from fedss_kernels.federated.comparisons.compare import Comparison
 from fedss_kernels.federated.config import PRESETS
 from fedss_kernels.federated.idle_settings import RULES, idle, short_warmup
 
@@ -100,7 +100,9 @@ def test_what_was_chosen_to_fit_was_nobodys_wish():
 
 def test_an_option_that_a_comparison_overrules_is_named(tmp_path, capsys, monkeypatch):
     nothing = Comparison([], [], [], tmp_path)
-    monkeypatch.setattr("fedss_kernels.federated.compare.compare", lambda *arguments, **options: nothing)
+    monkeypatch.setattr(
+        "fedss_kernels.federated.comparisons.compare.compare", lambda *arguments, **options: nothing
+    )
     argv = ["compare", *SMALL, "--counts=2,3", "--rates=0.1,0.2", "--client-lr=0.5", f"--out={tmp_path}/out"]
     assert cli.main(argv) == 0
     assert capsys.readouterr().out.splitlines()[:2] == [

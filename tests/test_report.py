@@ -12,7 +12,7 @@ import pytest
 from tiny_federation import tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import Stopped, cli, run
-from fedss_kernels.federated.compare import cells, header, tabulate
+from fedss_kernels.federated.comparisons.compare import cells, header, tabulate
 from fedss_kernels.federated.files.run_folder import RoundMetrics
 from fedss_kernels.federated.reports.report import (
     DARK,

@@ -17,7 +17,7 @@ def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from ..compare import report_again
+    from ..comparisons.compare import report_again
     from ..files.run_folder import read_run
     from ..reports.report import Run, write_run_report, write_sections
 

@@ -236,8 +236,16 @@ _COMPARED: dict[str, Any] = {
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from ..compare import COMPARISON_FILES, LEAST, cells, compare, header, job_name, trial_name
-    from ..jobs import JobsStopped
+    from ..comparisons.compare import (
+        COMPARISON_FILES,
+        LEAST,
+        cells,
+        compare,
+        header,
+        job_name,
+        trial_name,
+    )
+    from ..comparisons.jobs import JobsStopped
     from ..reports.progress import RunProgress
 
     resume = arguments.resume is not None

@@ -6,15 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .config import Config, ConfigError
-from .disk import write_whole
-from .files.run_folder import faults, prepare
-from .jobs import Failure, OnRound, folder_of, play_all, played
-from .loading import check_data, fitted, load_data, with_a_net
-from .plan import FILE, Case, Plan, case_of
-from .reports.mean_sd import mean_sd
-from .reports.remarks import remarks
-from .reports.report import (
+from ..config import Config, ConfigError
+from ..disk import write_whole
+from ..files.run_folder import faults, prepare
+from ..loading import check_data, fitted, load_data, with_a_net
+from ..plan import FILE, Case, Plan, case_of
+from ..reports.mean_sd import mean_sd
+from ..reports.remarks import remarks
+from ..reports.report import (
     MEGABYTE,
     Run,
     attempt,
@@ -22,8 +21,9 @@ from .reports.report import (
     percent,
     write_comparison_report,
 )
-from .reports.tables import markdown, write_csv
-from .server.inspection import explained
+from ..reports.tables import markdown, write_csv
+from ..server.inspection import explained
+from .jobs import Failure, OnRound, folder_of, play_all, played
 
 COMPARISON_FILES = (
     FILE,

@@ -13,15 +13,15 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, cast
 
-from .config import Config, ConfigError
-from .disk import reason, write_whole
-from .files import checkpoint
-from .files.run_folder import RoundMetrics, read_run
-from .interrupts import deaf, ending, ignore
-from .reports.remarks import remarks
-from .reports.report import Run, attempt, write_run_report
-from .rounds import Stopped, run
-from .simulation import TooFewClients
+from ..config import Config, ConfigError
+from ..disk import reason, write_whole
+from ..files import checkpoint
+from ..files.run_folder import RoundMetrics, read_run
+from ..interrupts import deaf, ending, ignore
+from ..reports.remarks import remarks
+from ..reports.report import Run, attempt, write_run_report
+from ..rounds import Stopped, run
+from ..simulation import TooFewClients
 
 _LISTEN = 0.5  # seconds after which it is asked again whether to stop
 OnRound = Callable[[int, RoundMetrics | None], None]  # (job, its metrics; None as it starts)

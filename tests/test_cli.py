@@ -23,7 +23,7 @@ from fedss_kernels.federated.comparisons.compare import Comparison
 from fedss_kernels.federated.config import OWN, PRESETS
 from fedss_kernels.federated.data import DATASETS
 from fedss_kernels.federated.files.run_folder import faults, make_folder
-from fedss_kernels.federated.models import MODELS
+from fedss_kernels.federated.models.small import MODELS
 from fedss_kernels.federated.plan import Plan
 from fedss_kernels.federated.reports import progress
 from fedss_kernels.federated.server.inspection import explained

@@ -16,8 +16,8 @@ import torch
 
 from fedss_kernels import _C, doctor
 from fedss_kernels.federated import cli
+from fedss_kernels.federated.models.vision import unavailable
 from fedss_kernels.federated.surroundings import surroundings
-from fedss_kernels.federated.vision_models import unavailable
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,8 @@ from .config_error import raise_together
 from .data import RESIZED, FederatedData, Found, Partition, load
 from .data.holdout import held_out, number_held_out
 from .data.images import OnProgress
-from .models import SIDES
-from .vision_models import unavailable
+from .models.small import SIDES
+from .models.vision import unavailable
 
 COHORT = 32  # clients, or all there are where they are fewer
 NET = "mobilenet_v3_large"  # the paper's; where it cannot be made a small one of our own

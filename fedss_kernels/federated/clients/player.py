@@ -12,9 +12,9 @@ from ..algorithms import METHODS, Request
 from ..config import OWN, STICKY, Config, ConfigError, learning_rate
 from ..data import FederatedData
 from ..files.fingerprint import Fingerprint
-from ..models import build_model, refuse_batch_norm
+from ..models.small import build_model, refuse_batch_norm
+from ..models.vision import load_checkpoint
 from ..randomness import Purpose, generator
-from ..vision_models import load_checkpoint
 from .augment import centre_crop
 from .client import CPU, Client, Extractor, Update, as_embeddings, as_input
 from .poison import poisoned

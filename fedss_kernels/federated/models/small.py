@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .vision_models import mobilenet_v3_large, mobilenet_v3_small, resnet18
+from .vision import mobilenet_v3_large, mobilenet_v3_small, resnet18
 
 
 class SmallConvNet(nn.Module):

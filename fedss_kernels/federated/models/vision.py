@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..doctor import misfit
+from ...doctor import misfit
 
 CHANNELS_OF_A_GROUP = 8  # every layer has a multiple
 

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from ..federated import Config, run
-from ..federated.algorithms import Request
 from ..federated.clients.player import Player
 from ..federated.config import learning_rate
 from ..federated.data import FederatedData
 from ..federated.loading import load_data
+from ..federated.messages import Request
 from ..federated.randomness import Purpose, generator
 from ..federated.server.cohort import draw_cohort
 from ..federated.simulation import Simulation

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from ..class_sets import draw_class_set
-from ..federated.clients.client import Update
+from ..federated.messages import Update
 from ..federated.randomness import Purpose, generator, initial_rows
 from ..federated.server.class_store import ClassStore
 from ..federated.server.row_table import SGD

@@ -9,8 +9,9 @@ from tiny_federation import CLASSES_HELD, NUM_CLASSES, tiny_config, tiny_data, t
 
 from fedss_kernels import draw_negatives
 from fedss_kernels.federated import Result, run
-from fedss_kernels.federated.algorithms import METHODS, Request
+from fedss_kernels.federated.algorithms import METHODS
 from fedss_kernels.federated.clients.player import Player
+from fedss_kernels.federated.messages import Request
 
 POSITIVES = torch.tensor([1, 4, 5])
 

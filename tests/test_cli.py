@@ -23,7 +23,7 @@ from fedss_kernels.federated.comparisons.compare import Comparison
 from fedss_kernels.federated.config import OWN, PRESETS
 from fedss_kernels.federated.data import DATASETS
 from fedss_kernels.federated.files.run_folder import faults, make_folder
-from fedss_kernels.federated.models.small import MODELS
+from fedss_kernels.federated.models import MODELS
 from fedss_kernels.federated.plan import Plan
 from fedss_kernels.federated.reports import progress
 from fedss_kernels.federated.server.inspection import explained
@@ -502,7 +502,7 @@ def test_figures_outlive_their_plot(command, tmp_path, monkeypatch, capsys):
     def broken(*arguments):
         raise RuntimeError("no fonts")
 
-    monkeypatch.setattr(f"fedss_kernels.federated.{command}._plot", broken)
+    monkeypatch.setattr(f"fedss_kernels.federated.figures.{command}._plot", broken)
     options = {"noise": [*SMALL, "--batches=1", "--draws=1", "--counts=2"], "parameters": ["--model=conv4"]}
     assert cli.main([command, *options[command], f"--out={tmp_path}"]) == 1
     line = f"fedss {command}: the figures are in {tmp_path}, but not the plot: RuntimeError: no fonts"

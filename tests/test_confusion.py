@@ -8,7 +8,7 @@ from tiny_federation import CLASSES_HELD, DIM, NUM_CLASSES, tiny_config, tiny_da
 from torch.nn.functional import normalize
 
 from fedss_kernels.federated import cli
-from fedss_kernels.federated.clients.client import Extractor
+from fedss_kernels.federated.clients.extractor import Extractor
 from fedss_kernels.federated.clients.player import Player
 from fedss_kernels.federated.figures import confusion
 

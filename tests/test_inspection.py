@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tiny_federation import tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import run
-from fedss_kernels.federated.clients.client import Update
 from fedss_kernels.federated.clients.poison import poisoned
+from fedss_kernels.federated.messages import Update
 from fedss_kernels.federated.randomness import Purpose, generator
 from fedss_kernels.federated.server.inspection import Inspection, clipped, norm
 

@@ -2,7 +2,12 @@ import pytest
 import torch
 from torch import nn
 
-from fedss_kernels.federated.models.small import MODELS, SmallConvNet, build_model, refuse_batch_norm
+from fedss_kernels.federated.models import (
+    MODELS,
+    build_model,
+    refuse_batch_norm,
+)
+from fedss_kernels.federated.models.small import SmallConvNet
 
 
 def test_maps_images_to_embeddings():

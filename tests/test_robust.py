@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedss_kernels.federated.clients.client import Update
+from fedss_kernels.federated.messages import Update
 from fedss_kernels.federated.server.robust import by_row, median, trimmed_mean
 from fedss_kernels.federated.server.row_table import SGD
 from fedss_kernels.federated.server.server import Server

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedss_kernels.federated.clients.client import Update
+from fedss_kernels.federated.messages import Update
 from fedss_kernels.federated.randomness import Purpose, generator, initial_rows, splitmix64
 from fedss_kernels.federated.server.row_table import SGD
 from fedss_kernels.federated.server.server import Server

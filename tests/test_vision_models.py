@@ -9,7 +9,7 @@ from tiny_federation import tiny_config, tiny_data
 from torch import nn
 
 from fedss_kernels.federated import run
-from fedss_kernels.federated.models.small import build_model
+from fedss_kernels.federated.models import build_model
 from fedss_kernels.federated.models.vision import load_checkpoint
 
 # of torchvision's own: parameters without the layers after the pooled features
@@ -69,7 +69,7 @@ def test_without_torchvision_the_message_says_what_to_install():
     code = """
         import sys
         sys.modules["torchvision"] = None
-        from fedss_kernels.federated.models.small import build_model
+        from fedss_kernels.federated.models import build_model
         build_model("conv4", 8, 0)
         build_model("resnet18", 8, 0)
     """

@@ -23,7 +23,7 @@ from .config_error import ConfigError, raise_together
 from .data import DATASETS, PARTITIONS, TASKS
 from .disk import write_whole
 from .ledger import WIRE_DTYPES
-from .models.small import MODELS
+from .models import MODELS
 
 MAX_NORM = 1000.0
 STICKY = {"fresh": 0.0, "sticky": 1.0, "mixed": 0.5}  # the share of its negatives that a client keeps

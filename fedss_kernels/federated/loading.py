@@ -11,7 +11,7 @@ from .config_error import raise_together
 from .data import RESIZED, FederatedData, Found, Partition, load
 from .data.holdout import held_out, number_held_out
 from .data.images import OnProgress
-from .models.small import SIDES
+from .models import SIDES
 from .models.vision import unavailable
 
 COHORT = 32  # clients, or all there are where they are fewer

@@ -21,17 +21,6 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Accuracies:
-    """Shares in [0, 1]; None: not measured."""
-
-    top1: float | None = None
-    map_at_10: float | None = None
-    recall_at_1: float | None = None
-    recall_at_10: float | None = None
-    not_finite: int | None = None  # test images whose embedding has a number that is not finite: misses
-
-
-@dataclass(frozen=True)
 class Retrieval:
     map_at_r: float
     recall_at_1: float

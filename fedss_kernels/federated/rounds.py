@@ -14,15 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from . import idle_settings
-from .clients.client import Update
 from .clients.player import Player, training_device
 from .config import OWN, Config, ConfigError, learning_rate
 from .data import FederatedData
 from .files.checkpoint import Checkpoint, CheckpointError
-from .files.run_folder import Facts, RoundMetrics, RunFolder, Summary
+from .files.run_folder import Accuracies, Facts, RoundMetrics, RunFolder, Summary
 from .ledger import OUTCOMES, Entry, Traffic
 from .loading import check_data, fitted, load_data, trivial
-from .metrics import Accuracies
+from .messages import Update
 from .sending import check_sendable
 from .server.class_store import ClassStore, check_free
 from .server.row_table import RowTable

@@ -12,12 +12,15 @@ from functools import partial
 from torch import Tensor, nn
 
 from .algorithms import METHODS
-from .clients.client import Update
 from .clients.player import Player
 from .config import Config, learning_rate
-from .files.run_folder import RunFolder
+from .files.run_folder import Accuracies, RunFolder
 from .ledger import Entry, Traffic, client_traffic
-from .metrics import Accuracies, retrieval, top1
+from .messages import Update
+from .metrics import (
+    retrieval,
+    top1,
+)
 from .randomness import NO_CLIENT, Purpose, generator, initial_rows
 from .server.class_store import ClassStore
 from .server.cohort import absence, draw_cohort

@@ -28,13 +28,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .algorithms import Request
-from .clients.client import Update
 from .clients.player import Player, training_device
 from .config import Config, ConfigError
 from .data import FederatedData
 from .interrupts import deaf, ending, ignore
 from .ledger import over_the_wire
+from .messages import Request, Update
 from .scratch import scratch
 from .server.server import Server
 from .stopwatch import Stopwatch

@@ -4,7 +4,7 @@ from .centralized import CENTRALIZED
 from .fedaws import FEDAWS
 from .fedss import FEDSS
 from .full_softmax import FULL_SOFTMAX
-from .method import Method, Request
+from .method import Method
 from .neg_only import NEG_ONLY
 from .pos_only import POS_ONLY
 

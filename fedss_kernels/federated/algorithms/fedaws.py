@@ -4,7 +4,7 @@ Felix X. Yu, Ankit Singh Rawat, Aditya Krishna Menon and Sanjiv Kumar, "Federate
 Labels", ICML 2020: a comparison of the FedSS paper (Waghmare et al., arXiv:2203.04888).
 
 Clients do as in PosOnly. What would keep classes apart that no client holds together is done by the server,
-which pushes class rows that are near to each other apart: spreadout.py.
+which pushes class rows that are near to each other apart: server/spreadout.py.
 """
 
 from .method import Method

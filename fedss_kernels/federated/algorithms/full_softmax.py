@@ -8,7 +8,8 @@ the other methods save on, and FedSS with m >= C - |P|.
 import torch
 from torch import Tensor
 
-from .method import Method, Request
+from ..messages import Request
+from .method import Method
 
 
 def request(num_classes: int, positives: Tensor, negatives: Tensor, correction: str) -> Request:

@@ -1,28 +1,11 @@
 """What a federated method is, here: which class rows a client gets, and which of them its loss sums over."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Request:
-    """What one client asks the server for in one round, and how its loss uses it."""
-
-    class_ids: Tensor  # (S,) int64, ascending: the rows of W
-    denominator: Tensor | None  # positions in class_ids over which the loss sums; None: all of them
-    log_expected_count: Tensor  # one for each member of the denominator
-    sends_ids: bool = True  # whether class_ids travel to the server
-
-    def to(self, device: torch.device) -> "Request":
-        """What the loss reads of it on another device."""
-        return replace(
-            self,
-            denominator=None if self.denominator is None else self.denominator.to(device),
-            log_expected_count=self.log_expected_count.to(device),
-        )
+from ..messages import Request
 
 
 @dataclass(frozen=True)

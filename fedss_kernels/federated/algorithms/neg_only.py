@@ -8,7 +8,8 @@ classes apart.
 from torch import Tensor
 
 from ...class_sets import class_set_of
-from .method import Method, Request
+from ..messages import Request
+from .method import Method
 
 
 def request(num_classes: int, positives: Tensor, negatives: Tensor, correction: str) -> Request:

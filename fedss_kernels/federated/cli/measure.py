@@ -13,7 +13,7 @@ import torch
 
 from ..config import STICKY
 from ..files.run_folder import make_folder, read_config, read_model
-from ..models.small import MODELS
+from ..models import MODELS
 from ..reports.remarks import remarks
 from ..rounds import run
 from ..simulation import TooFewClients

@@ -8,15 +8,25 @@ import torch
 from torch import Tensor, nn
 
 from ...class_sets import draw_negatives
-from ..algorithms import METHODS, Request
+from ..algorithms import METHODS
 from ..config import OWN, STICKY, Config, ConfigError, learning_rate
 from ..data import FederatedData
 from ..files.fingerprint import Fingerprint
-from ..models.small import build_model, refuse_batch_norm
+from ..messages import Request, Update
+from ..models import (
+    build_model,
+    refuse_batch_norm,
+)
 from ..models.vision import load_checkpoint
 from ..randomness import Purpose, generator
 from .augment import centre_crop
-from .client import CPU, Client, Extractor, Update, as_embeddings, as_input
+from .client import Client
+from .extractor import (
+    CPU,
+    Extractor,
+    as_embeddings,
+    as_input,
+)
 from .poison import poisoned
 from .pooled import PooledClient
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from .client import Update
+from ..messages import Update
 
 FACTOR = 1e6
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..data import FederatedData
-from .client import Client, Extractor
+from .client import Client
+from .extractor import Extractor
 
 
 def pooled(data: FederatedData) -> FederatedData:

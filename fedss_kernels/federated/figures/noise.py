@@ -21,7 +21,7 @@ from ...class_sets import draw_negatives
 from ...plotting import plotting
 from ...sampled_softmax import sampled_softmax_loss
 from ..algorithms import METHODS
-from ..clients.client import as_embeddings
+from ..clients.extractor import as_embeddings
 from ..clients.player import Player
 from ..config import Config
 from ..data import FederatedData

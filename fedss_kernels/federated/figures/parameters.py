@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...plotting import plotting
-from ..models.small import build_model
+from ..models import build_model
 from ..reports.report import write_section
 from ..reports.tables import write_csv
 

@@ -33,7 +33,6 @@ from ..data import FederatedData
 from ..disk import remove_unfinished, replacing, write_whole
 from ..ledger import OUTCOMES, Entry, Traffic, client_traffic
 from ..lock import Lock
-from ..metrics import Accuracies
 from . import checkpoint
 from .checkpoint import Checkpoint, CheckpointError
 from .fingerprint import Fingerprint
@@ -52,6 +51,17 @@ RUN_FILES = (
 )
 MAY_CHANGE = ("rounds", *checkpoint.MAY_DIFFER)  # options of a run that goes on
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Accuracies:
+    """Shares in [0, 1]; None: not measured."""
+
+    top1: float | None = None
+    map_at_10: float | None = None
+    recall_at_1: float | None = None
+    recall_at_10: float | None = None
+    not_finite: int | None = None  # test images whose embedding has a number that is not finite: misses
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from statistics import median_low
 import torch
 from torch import Tensor
 
-from ..clients.client import Update
+from ..messages import Update
 
 LARGEST_LOSS = 1e30  # that sums of many are still numbers of
 _DIVERGED = "is --client-lr, --server-lr or --scale too high, or does the net give NaN?"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...scatter_add import scatter_add_
-from ..clients.client import Update
+from ..messages import Update
 from .class_store import ClassStore
 from .robust import Statistic, by_row
 from .row_table import Optimizer, RowTable

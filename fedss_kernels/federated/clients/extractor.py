@@ -1,0 +1,91 @@
+"""A net whose trainable parameters are one vector, phi: what a client trains and the server averages."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .augment import centre_crop
+
+CPU = torch.device("cpu")
+EMBEDDED_NUMBERS = 2**23  # in the images that are embedded at a time: 55 of 3x224x224, 512 of 3x64x64
+
+
+class Extractor:
+    """A module whose trainable parameters are views of one vector `flat`, phi, their gradients of `gradient`.
+
+    Loading phi, a step of SGD and the difference of two phi are then one operation each, whatever the module.
+    Frozen parameters and buffers are constants: they stay with the module and never travel. All of it is on
+    `device`; what comes and goes is in main memory, where the server is.
+    """
+
+    def __init__(self, module: nn.Module, crop_size: int = 0, device: torch.device = CPU):
+        self.device = device
+        module.to(device)
+        trainable = [p for p in module.parameters() if p.requires_grad]
+        _check_dtypes(module)
+        self.module, self.crop_size = module, crop_size
+        self.flat = torch.cat([p.detach().reshape(-1) for p in trainable])
+        self.gradient = torch.zeros_like(self.flat)
+        sizes = [p.numel() for p in trainable]
+        for p, values, grad in zip(
+            trainable, self.flat.split(sizes), self.gradient.split(sizes), strict=True
+        ):
+            p.data, p.grad = values.view(p.shape), grad.view(p.shape)
+        self.constants = {name: buffer.clone() for name, buffer in module.named_buffers()}
+
+    def check_buffers(self) -> None:
+        """Raises ValueError if training changed a buffer: no client could agree with another on its value."""
+        for name, buffer in self.module.named_buffers():
+            if not _same(buffer, self.constants[name]):
+                raise ValueError(
+                    f"model: expected buffers that training leaves alone, but it changed {name!r}"
+                )
+
+    def as_input(self, images: Tensor) -> Tensor:
+        """uint8 images as the module's input where it isn't trained on them."""
+        images = centre_crop(images, self.crop_size) if self.crop_size else images
+        return as_input(images.to(self.device))
+
+    @torch.no_grad()
+    def embed(self, images: Tensor, batch_size: int = 512) -> Tensor:  # (T, channels, H, W) uint8 -> (T, D)
+        self.module.eval()
+        batch_size = max(1, min(batch_size, EMBEDDED_NUMBERS // images[0].numel()))
+        embedded = [as_embeddings(self.module(self.as_input(batch))) for batch in images.split(batch_size)]
+        return torch.cat([part.to(CPU, torch.float32) for part in embedded])
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Torch has no NaN equal to itself."""
+    return torch.equal(a, b) or (a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all()))
+
+
+def as_input(images: Tensor) -> Tensor:
+    """uint8 pixels as the model's input: float32 in [0, 1]."""
+    return images.to(torch.float32).div_(255)
+
+
+def as_embeddings(found: object) -> Tensor:
+    """What a net returned. Raises ValueError for no tensor, which some return in training alone."""
+    if not isinstance(found, Tensor):
+        raise ValueError(f"model: expected embeddings, one tensor (B, D), got {_what(found)}")
+    return found
+
+
+def _what(found: object) -> str:
+    """Of what a net returned: "a dict of 'logits' (Tensor)"."""
+    kind = type(found).__name__
+    if isinstance(found, Mapping):
+        return f"a {kind} of {', '.join(f'{key!r} ({type(v).__name__})' for key, v in found.items())}"
+    if isinstance(found, tuple | list):
+        return f"a {kind} of {', '.join(type(value).__name__ for value in found) or 'nothing'}"
+    return kind
+
+
+def _check_dtypes(module: nn.Module) -> None:
+    trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    if not trainable:
+        raise ValueError("model: expected a module with parameters to train, got one without")
+    for name, p in trainable:
+        if p.dtype != torch.float32:
+            raise ValueError(f"model: expected float32 parameters, got {p.dtype} in {name!r}")

@@ -1,0 +1,36 @@
+"""What travels between the server and its clients. They know these messages, and not each other."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one client asks the server for in one round, and how its loss uses it."""
+
+    class_ids: Tensor  # (S,) int64, ascending: the rows of W
+    denominator: Tensor | None  # positions in class_ids over which the loss sums; None: all of them
+    log_expected_count: Tensor  # one for each member of the denominator
+    sends_ids: bool = True  # whether class_ids travel to the server
+
+    def to(self, device: torch.device) -> "Request":
+        """What the loss reads of it on another device."""
+        return replace(
+            self,
+            denominator=None if self.denominator is None else self.denominator.to(device),
+            log_expected_count=self.log_expected_count.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a client sends back: how far it moved, as old minus new, so that the server can step along it."""
+
+    client: int
+    class_ids: Tensor  # (S,) int64, ascending
+    rows: Tensor  # (S, D): W[class_ids] as received minus as trained
+    extractor: Tensor  # (P,): phi as received minus as trained
+    num_examples: int  # n_k
+    loss: float  # mean over its images as they were trained on

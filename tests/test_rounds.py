@@ -150,9 +150,9 @@ def test_what_arrives_is_what_was_sent_as_bfloat16(monkeypatch):
     simulation = Simulation(config, Player(config, tiny_data(), tiny_model()))
     received, update = [], simulation.player.client.update
 
-    def listen(k, round, attempt, request, phi, rows, lr):
+    def listen(k, round, attempt, request, phi, rows, *others):
         received.extend((phi, rows))
-        return update(k, round, attempt, request, phi, rows, lr)
+        return update(k, round, attempt, request, phi, rows, *others)
 
     monkeypatch.setattr(simulation.player.client, "update", listen)
     updates, _ = simulation.play(0)

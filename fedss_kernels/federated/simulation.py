@@ -12,16 +12,17 @@ from functools import partial
 from torch import Tensor, nn
 
 from .algorithms import METHODS
+from .algorithms.parts import Part
 from .clients.player import Player
 from .config import Config, learning_rate
 from .files.run_folder import Accuracies, RunFolder
 from .ledger import Entry, Traffic, client_traffic
-from .messages import Update
+from .messages import Request, Update
 from .metrics import (
     retrieval,
     top1,
 )
-from .randomness import NO_CLIENT, Purpose, generator, initial_rows
+from .randomness import NO_CLIENT, Purpose, generator
 from .server.class_store import ClassStore
 from .server.cohort import absence, draw_cohort
 from .server.inspection import BESIDE_OTHERS, REASONS, Inspection, clipped
@@ -59,10 +60,8 @@ class Simulation:
         self.server = Server(
             player.extractor.flat.to("cpu"),
             data.num_classes,
-            config.embedding_dim,
-            initial_rows=partial(
-                initial_rows, config.seed, dim=config.embedding_dim, scale=config.weight_init_scale
-            ),
+            config.row_dim,
+            initial_rows=player.known_rows,
             optimizer=_server_optimizer(config),
             denominator=config.denominator,
             statistic=_statistic(config),
@@ -75,8 +74,8 @@ class Simulation:
             config.spreadout_rows,
         )
         self.inspection = Inspection(
-            len(self.server.extractor),
-            config.embedding_dim,
+            player.num_travelling,
+            config.row_dim,
             max_examples=player.most_images,
             max_norm=config.max_norm,
             max_norm_ratio=config.max_norm_ratio,
@@ -130,9 +129,9 @@ class Simulation:
         with self.watch("select"):
             requests = {k: self.player.request(round, attempt, k) for k in cohort}
         answered = {k: request for k, request in requests.items() if absent.get(k) is None}
-        updates = self.team.play(round, attempt, answered, self.server)
+        updates = self.team.play(round, attempt, answered, self.server.extractor, self._given)
         with self.watch("aggregation"):
-            faults = self._faults(updates, [request.class_ids for request in answered.values()])
+            faults = self._faults(updates, [self._travelling(request) for request in answered.values()])
         accepted, entries = [], []
         for k, request in requests.items():
             outcome = absent.get(k) or ("rejected" if faults[k] else "accepted")
@@ -140,13 +139,21 @@ class Simulation:
                 accepted.append(self._clipped(updates[k]))
             elif outcome == "rejected":
                 log.warning("round %d: client %d's update was left out: %s", round + 1, k, faults[k])
-            traffic = self._traffic(len(request.class_ids), request.sends_ids, answers=k in answered)
+            traffic = self._traffic(len(self._travelling(request)), request.sends_ids, answers=k in answered)
             if self.method.pooled:
                 traffic = Traffic()  # nothing leaves its place
             entries.append(
                 Entry(round + 1, attempt, k, len(request.class_ids), outcome, faults.get(k, ""), traffic)
             )
         return accepted, entries
+
+    def _given(self, client: int, request: Request) -> Tensor:
+        """What a client needs for its round beside phi."""
+        return self.team.travelled(self.server.select(self._travelling(request))[1]).flatten()
+
+    def _travelling(self, request: Request) -> Tensor:
+        """The rows of a request that come and go back."""
+        return request.class_ids if self.player.parts.rows is Part.TRAINED else request.class_ids[:0]
 
     def _faults(self, updates: Mapping[int, Update], asked: Sequence[Tensor]) -> dict[int, str]:
         """Of each client that answered what is wrong with its answer, or ""."""
@@ -198,7 +205,7 @@ class Simulation:
         return client_traffic(
             len(self.server.extractor),
             num_rows,
-            self.config.embedding_dim,
+            self.config.row_dim,
             sends_ids=sends_ids,
             answers=answers,
             dtype=self.config.wire_dtype,

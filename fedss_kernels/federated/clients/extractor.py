@@ -1,10 +1,11 @@
 """A net whose trainable parameters are one vector, phi: what a client trains and the server averages."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from ..models.blocks import blocks_of, ranges
 from .augment import centre_crop
 
 CPU = torch.device("cpu")
@@ -15,6 +16,7 @@ class Extractor:
     """A module whose trainable parameters are views of one vector `flat`, phi, their gradients of `gradient`.
 
     Loading phi, a step of SGD and the difference of two phi are then one operation each, whatever the module.
+    A block of the net is a range of phi, and so are neighbours: `move` says which of them are trained.
     Frozen parameters and buffers are constants: they stay with the module and never travel. All of it is on
     `device`; what comes and goes is in main memory, where the server is.
     """
@@ -33,6 +35,32 @@ class Extractor:
         ):
             p.data, p.grad = values.view(p.shape), grad.view(p.shape)
         self.constants = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        self._parameters = [
+            [p for p in block.parameters() if p.requires_grad] for _, block in blocks_of(module)
+        ]
+        self.block_sizes = [sum(p.numel() for p in block) for block in self._parameters]  # sum to P
+        self.moving = (True,) * len(self.block_sizes)
+        self._moved = [(self.flat, self.gradient)]  # the ranges that move, and their gradients
+
+    def move(self, moving: Sequence[bool]) -> None:
+        """Of each block whether it is trained from now on. What is not has no gradient and no graph."""
+        moving = tuple(moving)
+        if moving == self.moving:
+            return
+        for parameters, moves in zip(self._parameters, moving, strict=True):
+            for p in parameters:
+                p.requires_grad_(moves)
+        self.moving = moving
+        self._moved = [(self.flat[r], self.gradient[r]) for r in ranges(self.block_sizes, moving)]
+
+    def zero_gradient(self) -> None:
+        for _, gradient in self._moved:
+            gradient.zero_()
+
+    def step(self, lr: float) -> None:
+        """phi <- phi - lr * gradient, of the blocks that move."""
+        for flat, gradient in self._moved:
+            flat.add_(gradient, alpha=-lr)
 
     def check_buffers(self) -> None:
         """Raises ValueError if training changed a buffer: no client could agree with another on its value."""

@@ -180,7 +180,7 @@ class Simulation:
                 return Accuracies(not_finite=not_finite)
             first = None
             if self.data.task == "classification":
-                first = top1(embeddings, self.server.weight, labels)
+                first = top1(embeddings, self.server.weight, labels, similarity=self.config.similarity)
                 if not last:
                     return Accuracies(first, not_finite=not_finite)
             found = retrieval(embeddings, labels)

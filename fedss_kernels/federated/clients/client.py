@@ -10,7 +10,7 @@ from ...sampled_softmax import sampled_softmax_loss
 from ..data import FederatedData
 from ..messages import Request, Update
 from ..randomness import Purpose, generator
-from .augment import random_crop, random_shift
+from .augment import random_crop, random_flip, random_shift
 from .extractor import CPU, Extractor, as_embeddings, as_input
 
 
@@ -26,12 +26,15 @@ class Client:
         batch_size: int,
         scale: float,
         seed: int,
+        momentum: float = 0.0,
         max_shift: int = 0,
+        flip: bool = False,
         crop_size: int = 0,  # of the images that it trains on, 0: they are whole
     ):
         self.extractor, self.data = extractor, data
         self.local_epochs, self.batch_size, self.scale, self.seed = local_epochs, batch_size, scale, seed
-        self.max_shift, self.crop_size = max_shift, crop_size
+        self.momentum = momentum
+        self.max_shift, self.flip, self.crop_size = max_shift, flip, crop_size
 
     def positives(self, client: int) -> Tensor:  # (P,) int64, ascending
         """The classes in the client's data."""
@@ -47,7 +50,7 @@ class Client:
         rows: Tensor,  # (S, D): W[request.class_ids]
         lr: float,
     ) -> Update:
-        """Plain SGD over the client's images, in batches drawn for this round."""
+        """SGD over the client's images, in batches drawn for this round; its velocity starts from 0."""
         model, held = self.extractor, self.data.clients[client]
         model.flat.copy_(phi)
         if not model.module.training:
@@ -61,6 +64,7 @@ class Client:
         augmentation = generator(self.seed, round, attempt, client, Purpose.AUGMENTATION)
         trained = rows.to(model.device, copy=True).requires_grad_()
         there = request.to(model.device)
+        velocity = [torch.zeros_like(model.flat), torch.zeros_like(trained)] if self.momentum else []
         total, seen = torch.zeros((), dtype=torch.float64, device=model.device), 0
         for order in self.passes(held, round, shuffle):
             images = self.data.images[order]
@@ -69,9 +73,11 @@ class Client:
             images = as_input(images.to(model.device))
             if self.max_shift > 0:
                 images = random_shift(images, self.max_shift, augmentation)
+            if self.flip:
+                images = random_flip(images, augmentation)
             target = torch.searchsorted(request.class_ids, self.data.labels[order]).to(model.device)
             for x, t in zip(images.split(self.batch_size), target.split(self.batch_size), strict=True):
-                total += len(t) * self._step(x, t, trained, there, lr)
+                total += len(t) * self._step(x, t, trained, there, lr, velocity)
             seen += len(order)
         moved = rows - trained.detach().to(CPU)
         phi_moved = phi - model.flat.to(CPU)
@@ -82,8 +88,19 @@ class Client:
         for _ in range(self.local_epochs):
             yield held[torch.from_numpy(shuffle.permutation(len(held)))]
 
-    def _step(self, images: Tensor, target: Tensor, rows: Tensor, request: Request, lr: float) -> Tensor:
-        """theta <- theta - lr * gradient of the batch's mean loss, in place; returns the loss before."""
+    def _step(
+        self,
+        images: Tensor,
+        target: Tensor,
+        rows: Tensor,
+        request: Request,
+        lr: float,
+        velocity: list[Tensor],  # of phi and of the rows; empty without momentum, where v = g
+    ) -> Tensor:
+        """v <- momentum * v + g, theta <- theta - lr * v, in place; g: the gradient of the batch's mean loss.
+
+        Returns the loss before.
+        """
         model = self.extractor
         model.gradient.zero_()
         rows.grad = None
@@ -98,6 +115,8 @@ class Client:
         loss.backward()
         assert rows.grad is not None
         with torch.no_grad():
+            for v, g in zip(velocity, (model.gradient, rows.grad), strict=False):
+                g.copy_(v.mul_(self.momentum).add_(g))
             model.flat.add_(model.gradient, alpha=-lr)
             rows.add_(rows.grad, alpha=-lr)
         return loss.detach().double()  # no number: that would wait for a GPU

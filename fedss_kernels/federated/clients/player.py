@@ -52,7 +52,9 @@ class Player:
             "batch_size": config.batch_size,
             "scale": config.scale,
             "seed": config.seed,
+            "momentum": config.client_momentum,
             "max_shift": config.max_shift,
+            "flip": config.flip,
             "crop_size": config.crop_size,
         }
         if self.method.pooled:

@@ -85,8 +85,8 @@ def test_no_gradient_of_a_frozen_head_is_computed(monkeypatch):
     seen = []
     step = Client._step
 
-    def watch(self, images, target, objective: ClassRows, lr):
-        loss = step(self, images, target, objective, lr)
+    def watch(self, images, target, objective: ClassRows, *others):
+        loss = step(self, images, target, objective, *others)
         seen.append((objective.rows.requires_grad, objective.rows.grad))
         return loss
 

@@ -225,6 +225,12 @@ class Config:
     )
     batch_size: int = option(PRESET, "images in one local step of a client", low=1, below=2**31)
     client_lr: float = option(PRESET, "learning rate of the clients, at its highest", above=0)
+    client_momentum: float = option(
+        0.0,
+        "momentum of a client's steps, over the net and its class rows; it starts from 0 in every round",
+        low=0,
+        below=1,
+    )
     warmup_rounds: int = option(
         PRESET,
         "rounds over which the clients' rate rises to client_lr; by default at most a tenth of all",
@@ -232,10 +238,17 @@ class Config:
         below=2**31,
     )
     lr_decay: str = option(
-        PRESET, "the clients' rate after the warm-up", choices=lambda: ("constant", "linear", "cosine")
+        PRESET,
+        "the clients' rate after the warm-up; step: a tenth from half of the rounds on, a hundredth from "
+        "three quarters",
+        choices=lambda: ("constant", "linear", "cosine", "step"),
     )
     max_shift: int = option(
         PRESET, "pixels by which a client moves each training image at random, at most", low=0, below=1024
+    )
+    flip: bool = option(
+        False,
+        "flip each training image from left to right with probability 1/2: wrong for drawings of characters",
     )
     crop_size: int = option(
         PRESET,
@@ -419,13 +432,20 @@ class Config:
 def learning_rate(config: Config, round: int) -> float:
     """The clients' rate in a round, from 0: a linear rise to client_lr over warmup_rounds, then the decay.
 
-    A linear or cosine decay would reach 0 in the round after the last.
+    A linear or cosine decay would reach 0 in the round after the last. A decay by steps counts all rounds R,
+    those of the warm-up too: after that, 1/10 from round floor(R / 2) on, 1/100 from floor(3 R / 4).
     """
     warmup = config.warmup_rounds
     if round < warmup:
         return config.client_lr * (round + 1) / warmup
     done = (round - warmup) / max(1, config.rounds - warmup)
-    decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    steps = (round >= config.rounds // 2) + (round >= 3 * config.rounds // 4)
+    decay = {
+        "constant": 1.0,
+        "linear": 1 - done,
+        "cosine": (1 + math.cos(math.pi * done)) / 2,
+        "step": (1.0, 0.1, 0.01)[steps],
+    }
     return config.client_lr * decay[config.lr_decay]
 
 

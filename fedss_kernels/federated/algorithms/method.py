@@ -24,6 +24,7 @@ class Method:
     # request(num_classes, positives (P,), negatives drawn for the client (m,), correction)
     parts: Callable[[int], Parts] = all_travel  # parts(num_blocks)
     passes: Callable[[int, int], Sequence[Pass]] = all_at_once  # passes(local_epochs, head_epochs)
+    by_block: bool = False  # whether parts differ from block to block; if not, any net is one block
     options: tuple[str, ...] = ()  # of Config, that not every method reads
     samples: bool = False  # whether clients ask for negatives
     own_push: bool = True  # whether an image is pushed from the client's other classes

@@ -11,9 +11,10 @@ from ..data import FederatedData
 from ..messages import Request, Update
 from ..models.blocks import of_blocks
 from ..randomness import Purpose, generator
-from .augment import random_crop, random_shift
+from .augment import random_crop, random_flip, random_shift
 from .extractor import CPU, Extractor, as_embeddings, as_input
 from .objectives import ClassRows
+from .sgd import sgd_step
 
 
 class Client:
@@ -29,13 +30,15 @@ class Client:
         scale: float,
         seed: int,
         similarity: str = "cosine",
+        momentum: float = 0.0,
         max_shift: int = 0,
+        flip: bool = False,
         crop_size: int = 0,  # of the images that it trains on, 0: they are whole
     ):
         self.extractor, self.data = extractor, data
         self.schedule, self.batch_size, self.seed = schedule, batch_size, seed
-        self.scale, self.similarity = scale, similarity
-        self.max_shift, self.crop_size = max_shift, crop_size
+        self.scale, self.similarity, self.momentum = scale, similarity, momentum
+        self.max_shift, self.flip, self.crop_size = max_shift, flip, crop_size
 
     def positives(self, client: int) -> Tensor:  # (P,) int64, ascending
         """The classes in the client's data."""
@@ -52,7 +55,7 @@ class Client:
         lr: float,
         parts: Parts,
     ) -> Update:
-        """Plain SGD over the client's images, in batches drawn for this round."""
+        """SGD over the client's images, in batches drawn for this round; its velocity starts from 0."""
         model, held = self.extractor, self.data.clients[client]
         model.flat.copy_(phi)
         if not model.module.training:
@@ -70,6 +73,7 @@ class Client:
             self.scale,
             self.similarity,
         )
+        velocity = (torch.zeros_like(model.flat), torch.zeros_like(objective.rows)) if self.momentum else None
         total, seen = torch.zeros((), dtype=torch.float64, device=model.device), 0
         for moves, order in self.passes(held, round, shuffle):
             model.move([moves.blocks and part.moves for part in parts.blocks])
@@ -80,9 +84,11 @@ class Client:
             images = as_input(images.to(model.device))
             if self.max_shift > 0:
                 images = random_shift(images, self.max_shift, augmentation)
+            if self.flip:
+                images = random_flip(images, augmentation)
             target = torch.searchsorted(request.class_ids, self.data.labels[order]).to(model.device)
             for x, t in zip(images.split(self.batch_size), target.split(self.batch_size), strict=True):
-                total += len(t) * self._step(x, t, objective, lr)
+                total += len(t) * self._step(x, t, objective, lr, velocity)
             seen += len(order)
         trained, loss = objective.rows.detach().to(CPU), total.item() / seen
         class_ids, moved = request.class_ids, rows[:0]
@@ -100,18 +106,29 @@ class Client:
         for moves in self.schedule:
             yield moves, held[torch.from_numpy(shuffle.permutation(len(held)))]
 
-    def _step(self, images: Tensor, target: Tensor, objective: ClassRows, lr: float) -> Tensor:
-        """theta <- theta - lr * gradient of the batch's mean loss, in place; returns the loss before."""
+    def _step(
+        self,
+        images: Tensor,
+        target: Tensor,
+        objective: ClassRows,
+        lr: float,
+        velocity: tuple[Tensor, Tensor] | None,  # of phi and of the rows; None: v = g
+    ) -> Tensor:
+        """v <- momentum * v + g, theta <- theta - lr * v, in place; g: the gradient of the batch's mean loss.
+
+        Of what moves. Returns the loss before.
+        """
         model, rows = self.extractor, objective.rows
         model.zero_gradient()
         rows.grad = None
         loss = objective.loss(as_embeddings(model.module(images)), target)
         loss.backward()
         with torch.no_grad():
-            model.step(lr)
+            of_phi, of_rows = velocity or (None, None)
+            model.step(lr, self.momentum, of_phi)
             if rows.requires_grad:
                 assert rows.grad is not None
-                rows.add_(rows.grad, alpha=-lr)
+                sgd_step(rows, rows.grad, lr, self.momentum, of_rows)
         return loss.detach().double()  # no number: that would wait for a GPU
 
 

@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..models.blocks import blocks_of, ranges
+from ..models.blocks import ranges
 from .augment import centre_crop
+from .sgd import sgd_step
 
 CPU = torch.device("cpu")
 EMBEDDED_NUMBERS = 2**23  # in the images that are embedded at a time: 55 of 3x224x224, 512 of 3x64x64
@@ -21,7 +22,13 @@ class Extractor:
     `device`; what comes and goes is in main memory, where the server is.
     """
 
-    def __init__(self, module: nn.Module, crop_size: int = 0, device: torch.device = CPU):
+    def __init__(
+        self,
+        module: nn.Module,
+        crop_size: int = 0,
+        device: torch.device = CPU,
+        blocks: Sequence[nn.Module] = (),  # of the module, as of blocks_of; none: it is one block
+    ):
         self.device = device
         module.to(device)
         trainable = [p for p in module.parameters() if p.requires_grad]
@@ -36,11 +43,11 @@ class Extractor:
             p.data, p.grad = values.view(p.shape), grad.view(p.shape)
         self.constants = {name: buffer.clone() for name, buffer in module.named_buffers()}
         self._parameters = [
-            [p for p in block.parameters() if p.requires_grad] for _, block in blocks_of(module)
+            [p for p in block.parameters() if p.requires_grad] for block in blocks or [module]
         ]
         self.block_sizes = [sum(p.numel() for p in block) for block in self._parameters]  # sum to P
         self.moving = (True,) * len(self.block_sizes)
-        self._moved = [(self.flat, self.gradient)]  # the ranges that move, and their gradients
+        self._ranges = [slice(0, len(self.flat))]  # of phi, that move
 
     def move(self, moving: Sequence[bool]) -> None:
         """Of each block whether it is trained from now on. What is not has no gradient and no graph."""
@@ -50,17 +57,17 @@ class Extractor:
         for parameters, moves in zip(self._parameters, moving, strict=True):
             for p in parameters:
                 p.requires_grad_(moves)
-        self.moving = moving
-        self._moved = [(self.flat[r], self.gradient[r]) for r in ranges(self.block_sizes, moving)]
+        self.moving, self._ranges = moving, ranges(self.block_sizes, moving)
 
     def zero_gradient(self) -> None:
-        for _, gradient in self._moved:
-            gradient.zero_()
+        for r in self._ranges:
+            self.gradient[r].zero_()
 
-    def step(self, lr: float) -> None:
-        """phi <- phi - lr * gradient, of the blocks that move."""
-        for flat, gradient in self._moved:
-            flat.add_(gradient, alpha=-lr)
+    def step(self, lr: float, momentum: float = 0.0, velocity: Tensor | None = None) -> None:
+        """Of SGD, with a velocity (P,) for all of phi; only what moves is stepped."""
+        for r in self._ranges:
+            of_range = None if velocity is None else velocity[r]
+            sgd_step(self.flat[r], self.gradient[r], lr, momentum, of_range)
 
     def check_buffers(self) -> None:
         """Raises ValueError if training changed a buffer: no client could agree with another on its value."""

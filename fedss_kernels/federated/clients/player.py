@@ -19,6 +19,7 @@ from ..models import (
     build_model,
     refuse_batch_norm,
 )
+from ..models.blocks import blocks_of
 from ..models.vision import load_checkpoint
 from ..randomness import Purpose, generator, initial_rows
 from .augment import centre_crop
@@ -48,14 +49,17 @@ class Player:
         self.config, self.data, self.method = config, data, METHODS[config.method]
         module = copy.deepcopy(model) if model is not None else _build_model(config)
         _check_model(module, config, data.images[:2])
-        self.extractor = Extractor(module, config.crop_size, device)
+        blocks = [block for _, block in blocks_of(module)] if self.method.by_block else []
+        self.extractor = Extractor(module, config.crop_size, device, blocks)
         options: dict[str, Any] = {
             "schedule": self.method.passes(config.local_epochs, config.head_epochs),
             "batch_size": config.batch_size,
             "scale": config.scale,
             "seed": config.seed,
             "similarity": config.similarity,
+            "momentum": config.client_momentum,
             "max_shift": config.max_shift,
+            "flip": config.flip,
             "crop_size": config.crop_size,
         }
         if self.method.pooled:

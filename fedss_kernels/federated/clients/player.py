@@ -22,14 +22,9 @@ from ..models import (
 from ..models.blocks import blocks_of
 from ..models.vision import load_checkpoint
 from ..randomness import Purpose, generator, initial_rows
-from .augment import centre_crop
+from .augment import Augmentation, as_input, centre_crop
 from .client import Client
-from .extractor import (
-    CPU,
-    Extractor,
-    as_embeddings,
-    as_input,
-)
+from .extractor import CPU, Extractor, as_embeddings
 from .poison import poisoned
 from .pooled import PooledClient
 
@@ -58,9 +53,7 @@ class Player:
             "seed": config.seed,
             "similarity": config.similarity,
             "momentum": config.client_momentum,
-            "max_shift": config.max_shift,
-            "flip": config.flip,
-            "crop_size": config.crop_size,
+            "augmentation": Augmentation(config.crop_size, config.max_shift, config.flip),
         }
         if self.method.pooled:
             self.client: Client = PooledClient(self.extractor, data, cohort=config.cohort, **options)

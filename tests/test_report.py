@@ -97,7 +97,7 @@ def test_a_cohort_of_all_clients_is_not_drawn(tmp_path):
 
 
 def test_the_report_of_a_comparison_has_the_table_and_what_failed(tmp_path, runs):
-    head, table = header(tabulate(runs)), [cells(line) for line in tabulate(runs)]
+    head, table = header(tabulate(runs)), cells(tabulate(runs))
     write_comparison_report(tmp_path, runs, head, table, ["NegOnly, seed 0 failed: <out of memory>"])
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     page = Page(html)
@@ -166,7 +166,7 @@ def test_several_numbers_of_negatives_have_a_plot_of_their_own_and_one_line_in_t
     (by_round,) = accuracy_by_round(runs, LIGHT).axes
     labels = [text.get_text() for text in by_round.get_figure().legends[0].get_texts()]
     assert labels == ["FedSS, 2 negatives", "FullSoftmax"]
-    head, table = header(tabulate(runs)), [cells(line) for line in tabulate(runs)]
+    head, table = header(tabulate(runs)), cells(tabulate(runs))
     write_comparison_report(tmp_path, runs, head, table, [])
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert len(page.links) == 6 and "FedSS, 4 negatives" in page.text

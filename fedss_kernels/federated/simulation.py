@@ -11,17 +11,16 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from .algorithm import Played, TooFewClients
 from .algorithms import METHODS
 from .algorithms.parts import Part
 from .clients.player import Player
 from .config import Config, learning_rate
-from .files.run_folder import Accuracies, RunFolder
-from .ledger import Entry, Traffic, client_traffic
+from .files.run_folder import Facts, RunFolder
+from .ledger import FLOWS, Entry, Traffic, client_traffic
+from .measures import BY_TASK
 from .messages import Request, Update
-from .metrics import (
-    retrieval,
-    top1,
-)
+from .metrics import retrieval, top1
 from .randomness import NO_CLIENT, Purpose, generator
 from .server.class_store import ClassStore
 from .server.cohort import absence, draw_cohort
@@ -37,15 +36,8 @@ ATTEMPTS = 100  # at a round, before it is given up
 # Who drops out or is late is drawn anew in each; where all answers are left out, they are so in every one. It
 # is given up after this many at least, and answers in a row of which none counted.
 HOPELESS_ATTEMPTS, HOPELESS_ANSWERS = 3, 48
+ROWS = {Part.TRAINED: "travel", Part.KNOWN: "seed", Part.HOME: "home"}  # as the ledger calls it
 log = logging.getLogger(__name__)
-
-
-class TooFewClients(RuntimeError):
-    """A round that no cohort made, and why; `entries` is what moved for it all the same."""
-
-    def __init__(self, words: str, entries: Sequence[Entry] = ()):
-        super().__init__(words)
-        self.entries = list(entries)
 
 
 class Simulation:
@@ -81,8 +73,20 @@ class Simulation:
             max_norm_ratio=config.max_norm_ratio,
         )
 
-    def play(self, round: int) -> tuple[list[Update], list[Entry]]:
-        """One round: the updates that counted, and what moved.
+    @staticmethod
+    def facts(config: Config, player: Player) -> Facts:
+        data = player.data
+        flows = FLOWS[ROWS[player.parts.rows]]
+        return Facts.of(data, len(player.extractor.flat), BY_TASK[data.task], flows)
+
+    def __enter__(self) -> "Simulation":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.team.__exit__(*error)
+
+    def play(self, round: int) -> Played:
+        """One round.
 
         Where fewer than `min_clients` count nothing is applied and another cohort is drawn. Raises
         TooFewClients after ATTEMPTS of them, or a few where all answers are left out.
@@ -97,7 +101,7 @@ class Simulation:
                         rng = generator(config.seed, round, attempt, NO_CLIENT, Purpose.SPREADOUT)
                         self.spreadout.step(self.server.weight, learning_rate(config, round), rng)
                 self._note_finite(round)
-                return updates, entries + moved
+                return _played(updates, entries + moved)
             entries += [replace(e, outcome="discarded") if e.outcome == "accepted" else e for e in moved]
             left_out = 0 if updates else left_out + sum(e.outcome == "rejected" for e in moved)
             if attempt + 1 >= HOPELESS_ATTEMPTS and left_out >= HOPELESS_ANSWERS:
@@ -139,9 +143,7 @@ class Simulation:
                 accepted.append(self._clipped(updates[k]))
             elif outcome == "rejected":
                 log.warning("round %d: client %d's update was left out: %s", round + 1, k, faults[k])
-            traffic = self._traffic(len(self._travelling(request)), request.sends_ids, answers=k in answered)
-            if self.method.pooled:
-                traffic = Traffic()  # nothing leaves its place
+            traffic = self._traffic(request, answers=k in answered)
             entries.append(
                 Entry(round + 1, attempt, k, len(request.class_ids), outcome, faults.get(k, ""), traffic)
             )
@@ -165,7 +167,7 @@ class Simulation:
         bound = None if self.method.pooled else self.config.clip_norm
         return update if bound is None else clipped(update, bound)
 
-    def evaluate(self, *, last: bool) -> Accuracies:
+    def evaluate(self, *, last: bool) -> dict[str, float | None]:
         """Of the server's model on the test images.
 
         In a classification task a retrieval, the dearer and the second thing, is measured in the last round
@@ -175,20 +177,28 @@ class Simulation:
         embeddings = self.team.embed(self.server.extractor)
         labels = self.data.test_labels
         with self.watch("evaluation"):
-            not_finite = int((~embeddings.isfinite().all(dim=1)).sum())
+            found = dict[str, float | None](not_finite=int((~embeddings.isfinite().all(dim=1)).sum()))
             if self.not_finite_since is not None:
-                return Accuracies(not_finite=not_finite)
-            first = None
+                return found
             if self.data.task == "classification":
-                first = top1(embeddings, self.server.weight, labels, similarity=self.config.similarity)
+                found["top1"] = top1(
+                    embeddings, self.server.weight, labels, similarity=self.config.similarity
+                )
                 if not last:
-                    return Accuracies(first, not_finite=not_finite)
-            found = retrieval(embeddings, labels)
-            return Accuracies(first, found.map_at_r, found.recall_at_1, found.recall_at_r, not_finite)
+                    return found
+            near = retrieval(embeddings, labels)
+            found |= {"map_at_10": near.map_at_r, "recall_at_1": near.recall_at_1}
+            return found | {"recall_at_10": near.recall_at_r}
+
+    def stored(self) -> dict[str, Tensor]:
+        return self.server.stored()
+
+    def restore(self, tensors: Mapping[str, Tensor], rounds: int) -> None:
+        self.server.restore(tensors, rounds)
 
     def checkpoint(self, folder: RunFolder, rounds: int) -> None:
         store = self.server.weight.store
-        stored = self.server.stored()
+        stored = self.stored()
         if store:
             store.prepare(rounds)
         folder.save_checkpoint(rounds, stored, store.identity if store else None)
@@ -200,16 +210,24 @@ class Simulation:
         extractor.flat.copy_(self.server.extractor)
         return extractor.module.eval().cpu(), self.server.weight
 
-    def _traffic(self, num_rows: int, sends_ids: bool, answers: bool) -> Traffic:
+    def _traffic(self, request: Request, answers: bool) -> Traffic:
         """Of one client in one round."""
+        if self.method.pooled:
+            return Traffic()  # nothing leaves its place
         return client_traffic(
-            len(self.server.extractor),
-            num_rows,
+            0 if self.player.parts.net_at_home else len(self.server.extractor),
+            len(request.class_ids),
             self.config.row_dim,
-            sends_ids=sends_ids,
+            rows=ROWS[self.player.parts.rows],
+            sends_ids=request.sends_ids,
             answers=answers,
             dtype=self.config.wire_dtype,
         )
+
+
+def _played(updates: Sequence[Update], entries: Sequence[Entry]) -> Played:
+    images = sum(update.num_examples for update in updates)
+    return Played(entries, sum(update.num_examples * update.loss for update in updates) / images, images)
 
 
 def _reasons(entries: Sequence[Entry]) -> str:

@@ -16,7 +16,7 @@ from .clients.player import Player
 from .config import Config, learning_rate
 from .files.run_folder import Accuracies, RunFolder
 from .ledger import Entry, Traffic, client_traffic
-from .messages import Update
+from .messages import Request, Update
 from .metrics import (
     retrieval,
     top1,
@@ -24,11 +24,13 @@ from .metrics import (
 from .randomness import NO_CLIENT, Purpose, generator, initial_rows
 from .server.class_store import ClassStore
 from .server.cohort import absence, draw_cohort
-from .server.inspection import BESIDE_OTHERS, REASONS, Inspection, clipped
+from .server.inspection import BESIDE_OTHERS, REASONS, Inspection
+from .server.mean import PseudoGradient
 from .server.robust import Statistic, median, trimmed_mean
 from .server.row_table import SGD, Adagrad, Optimizer, RowTable
 from .server.server import Server
 from .server.spreadout import Spreadout
+from .server.tally import Tally
 from .stopwatch import Stopwatch
 from .workers import Team
 
@@ -90,10 +92,12 @@ class Simulation:
         """
         config, entries, left_out = self.config, list[Entry](), 0
         for attempt in range(ATTEMPTS):
-            updates, moved = self._attempt(round, attempt)
+            tally, moved = self._attempt(round, attempt)
+            updates = list(tally.counted().values())
             if len(updates) >= (1 if self.method.pooled else config.min_clients):
+                gradient = self._gradient(round, attempt, tally)
                 with self.watch("aggregation"):
-                    self.server.step(self.server.aggregate(updates))
+                    self.server.step(gradient)
                     if self.method.spreads:
                         rng = generator(config.seed, round, attempt, NO_CLIENT, Purpose.SPREADOUT)
                         self.spreadout.step(self.server.weight, learning_rate(config, round), rng)
@@ -120,8 +124,8 @@ class Simulation:
             self.not_finite_since = round + 1
             log.warning("round %d: from here on the model has numbers that are not finite", round + 1)
 
-    def _attempt(self, round: int, attempt: int) -> tuple[list[Update], list[Entry]]:
-        """A cohort's updates that count, in order of the clients' ids, and a line on each client."""
+    def _attempt(self, round: int, attempt: int) -> tuple[Tally, list[Entry]]:
+        """What came back from a cohort, and a line on each client, in order of their ids."""
         config = self.config
         cohort, absent = [0], dict[int, str | None]()
         if not self.method.pooled:
@@ -130,15 +134,13 @@ class Simulation:
         with self.watch("select"):
             requests = {k: self.player.request(round, attempt, k) for k in cohort}
         answered = {k: request for k, request in requests.items() if absent.get(k) is None}
-        updates = self.team.play(round, attempt, answered, self.server)
         with self.watch("aggregation"):
-            faults = self._faults(updates, [request.class_ids for request in answered.values()])
-        accepted, entries = [], []
+            tally = self._tally({k: request.class_ids for k, request in answered.items()})
+        self._play(round, attempt, answered, tally)
+        faults, entries = tally.faults(), []
         for k, request in requests.items():
             outcome = absent.get(k) or ("rejected" if faults[k] else "accepted")
-            if outcome == "accepted":
-                accepted.append(self._clipped(updates[k]))
-            elif outcome == "rejected":
+            if outcome == "rejected":
                 log.warning("round %d: client %d's update was left out: %s", round + 1, k, faults[k])
             traffic = self._traffic(len(request.class_ids), request.sends_ids, answers=k in answered)
             if self.method.pooled:
@@ -146,17 +148,39 @@ class Simulation:
             entries.append(
                 Entry(round + 1, attempt, k, len(request.class_ids), outcome, faults.get(k, ""), traffic)
             )
-        return accepted, entries
+        return tally, entries
 
-    def _faults(self, updates: Mapping[int, Update], asked: Sequence[Tensor]) -> dict[int, str]:
-        """Of each client that answered what is wrong with its answer, or ""."""
-        if self.config.trust_updates or self.method.pooled:
-            return dict.fromkeys(updates, "")
-        return dict(zip(updates, self.inspection.faults(list(updates.values()), asked), strict=True))
+    def _play(self, round: int, attempt: int, requests: Mapping[int, Request], tally: Tally) -> None:
+        phi = self.server.extractor
+        self.team.play(round, attempt, requests, phi, self._given, tally.take)
 
-    def _clipped(self, update: Update) -> Update:
-        bound = None if self.method.pooled else self.config.clip_norm
-        return update if bound is None else clipped(update, bound)
+    def _given(self, client: int, request: Request) -> Tensor:
+        """(S, D): the class rows that a client is sent; none where none travel."""
+        return self.server.select(request.class_ids)[1]
+
+    def _tally(self, asked: Mapping[int, Tensor]) -> Tally:
+        """For what comes from clients who asked for these rows."""
+        config, inside = self.config, self.method.pooled
+        return Tally(
+            self.server,
+            asked,
+            {k: self.player.num_images(k) for k in asked},
+            None if config.trust_updates or inside else self.inspection,
+            clip_norm=None if inside else config.clip_norm,
+            keeps=self.server.statistic is not None or config.poison_rate > 0,
+        )
+
+    def _gradient(self, round: int, attempt: int, tally: Tally) -> PseudoGradient:
+        """Of the answers that count."""
+        with self.watch("aggregation"):
+            gradient = tally.gradient()
+        if gradient is not None:
+            return gradient
+        again = tally.again()
+        self._play(round, attempt, {k: self.player.request(round, attempt, k) for k in again.asked}, again)
+        gradient = again.gradient()
+        assert gradient is not None  # as they send what they sent
+        return gradient
 
     def evaluate(self, *, last: bool) -> Accuracies:
         """Of the server's model on the test images.

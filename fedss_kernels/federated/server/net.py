@@ -1,6 +1,6 @@
-"""The extractor on the server: one vector phi, in blocks of which a round trains some and lets others rest."""
+"""The extractor on the server: one vector phi, in blocks of which a round trains some while others rest."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -48,8 +48,15 @@ class Net:
         gradient: Tensor,  # of the blocks that were trained, one after the other: (P,) of all
         trained: Sequence[bool] | None = None,  # of each block whether it was; None: all were
     ) -> None:
+        """Raises ValueError for a gradient or blocks that are not these, before anything changes."""
+        ranges = self._ranges([True] * len(self.blocks) if trained is None else trained)
+        expected = sum(end - begin for begin, end, moves in ranges if moves)
+        if len(gradient) != expected:
+            raise ValueError(
+                f"gradient: expected the {expected} numbers of the blocks trained, got {len(gradient)}"
+            )
         at = 0
-        for begin, end, moves in self._ranges(trained or [True] * len(self.blocks)):
+        for begin, end, moves in ranges:
             weight, state = self.weight[:, begin:end], self.state[:, begin:end]
             if moves:
                 own = gradient[None, at : at + end - begin]
@@ -57,15 +64,19 @@ class Net:
                 at += end - begin
             else:
                 state.zero_()
-        assert at == len(gradient)
         self.phi = self._read()
 
-    def _ranges(self, trained: Sequence[bool]) -> Iterator[tuple[int, int, bool]]:
+    def _ranges(self, trained: Sequence[bool]) -> list[tuple[int, int, bool]]:
         """(begin, end, whether it is stepped) of neighbours of one kind: of all blocks, one."""
-        end = 0
+        if len(trained) != len(self.blocks):
+            raise ValueError(
+                f"trained: expected one of each of {len(self.blocks)} blocks, got {len(trained)}"
+            )
+        found, end = [], 0
         for moves, blocks in groupby(zip(self.blocks, trained, strict=True), key=lambda block: block[1]):
             begin, end = end, end + sum(size for size, _ in blocks)
-            yield begin, end, bool(moves)
+            found.append((begin, end, bool(moves)))
+        return found
 
     def _read(self) -> Tensor:
         return self.optimizer.read(_Range(self.weight, self.state), _FIRST, 0)[0]

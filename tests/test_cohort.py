@@ -101,9 +101,10 @@ def test_of_a_cohort_of_too_few_nothing_is_applied(monkeypatch):
     applied = []
 
     def always_attempt_one(self, round):
-        updates, entries = self._attempt(round, 1)
+        tally, entries = self._attempt(round, 1)
+        updates = list(tally.counted().values())
         applied.append(len(updates))
-        self.server.step(self.server.aggregate(updates))
+        self.server.step(tally.gradient())
         return Played(entries, 0.0, 1)
 
     monkeypatch.setattr("fedss_kernels.federated.simulation.Simulation.play", always_attempt_one)
@@ -188,8 +189,8 @@ def test_absences_and_answers_that_would_count_are_waited_for(monkeypatch):
         lambda config, round, attempt, k: "dropped" if attempt < 30 or (attempt < 90 and k % 2) else None,
     )
     monkeypatch.setattr(
-        "fedss_kernels.federated.simulation.Inspection.faults",
-        lambda self, updates, asked: ["", *["norm" if len(updates) < 4 else ""] * 3][: len(updates)],
+        "fedss_kernels.federated.simulation.Inspection.verdicts",
+        lambda self, findings: ["", *["norm" if len(findings) < 4 else ""] * 3][: len(findings)],
     )
     (metrics,) = train(rounds=1, min_clients=4).history
     assert metrics.attempts == 91 and metrics.rejected > HOPELESS_ANSWERS and metrics.dropped > 120
@@ -197,8 +198,8 @@ def test_absences_and_answers_that_would_count_are_waited_for(monkeypatch):
 
 def test_all_reasons_are_said_the_most_frequent_first(monkeypatch):
     monkeypatch.setattr(
-        "fedss_kernels.federated.simulation.Inspection.faults",
-        lambda self, updates, asked: ["", "", "norm", "norm"],
+        "fedss_kernels.federated.simulation.Inspection.verdicts",
+        lambda self, findings: ["", "", "norm", "norm"],
     )
     monkeypatch.setattr(
         "fedss_kernels.federated.simulation.absence",

@@ -25,6 +25,7 @@ from fedss_kernels.federated.randomness import Purpose, generator, initial_rows
 from fedss_kernels.federated.reports.remarks import remarks
 from fedss_kernels.federated.reports.report import Run, write_run_report
 from fedss_kernels.federated.server.cohort import draw_cohort
+from fedss_kernels.federated.server.tally import Tally
 from fedss_kernels.federated.simulation import Simulation
 
 
@@ -155,10 +156,16 @@ def test_what_arrives_is_what_was_sent_as_bfloat16(monkeypatch):
         received.extend((phi, rows))
         return update(k, round, attempt, request, phi, rows, *others)
 
+    def taken(tally, k, update):
+        received.extend((update.rows, update.extractor))
+        take(tally, k, update)
+
+    take = Tally.take
     monkeypatch.setattr(simulation.player.client, "update", listen)
-    updates, _ = simulation._attempt(0, 0)
+    monkeypatch.setattr(Tally, "take", taken)
     simulation.play(0)
-    for numbers in [*received, *(u.rows for u in updates), *(u.extractor for u in updates)]:
+    assert len(received) == 4 * config.cohort
+    for numbers in received:
         assert numbers.dtype == torch.float32 and torch.equal(numbers, numbers.bfloat16().float())
     weight = simulation.server.weight[:]
     assert not torch.equal(weight, weight.bfloat16().float()), "the server's own numbers are not rounded"

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from .algorithm import Played, TooFewClients
@@ -24,11 +25,13 @@ from .metrics import retrieval, top1
 from .randomness import NO_CLIENT, Purpose, generator
 from .server.class_store import ClassStore
 from .server.cohort import absence, draw_cohort
-from .server.inspection import BESIDE_OTHERS, REASONS, Inspection, clipped
+from .server.inspection import BESIDE_OTHERS, REASONS, Inspection
+from .server.mean import PseudoGradient
 from .server.robust import Statistic, median, trimmed_mean
-from .server.row_table import SGD, Adagrad, Optimizer, RowTable
+from .server.row_table import SGD, Adagrad, Optimizer, Replacement, RowTable
 from .server.server import Server
 from .server.spreadout import Spreadout
+from .server.tally import Tally
 from .stopwatch import Stopwatch
 from .workers import Team
 
@@ -56,9 +59,11 @@ class Simulation:
             initial_rows=player.known_rows,
             optimizer=_server_optimizer(config),
             denominator=config.denominator,
+            blocks=player.extractor.block_sizes,
             statistic=_statistic(config),
-            store=store,
+            store=None if self.method.personal else store,
         )
+        self.homes = self._homes(store) if self.method.personal else None
         self.spreadout = Spreadout(
             config.spreadout_weight,
             config.spreadout_margin,
@@ -85,6 +90,13 @@ class Simulation:
     def __exit__(self, *error: object) -> None:
         self.team.__exit__(*error)
 
+    def _homes(self, store: ClassStore | None) -> RowTable:
+        """What each client has at home, a row for each; before its first round what the others begin with."""
+        rows = self.player.known_rows(torch.arange(self.data.num_classes)).flatten()
+        first = torch.cat([rows, self.server.extractor]) if self.player.parts.net_at_home else rows
+        size = len(self.data.clients), len(first)
+        return RowTable(*size, Replacement(), lambda clients: first.expand(len(clients), -1), store)
+
     def play(self, round: int) -> Played:
         """One round.
 
@@ -93,10 +105,14 @@ class Simulation:
         """
         config, entries, left_out = self.config, list[Entry](), 0
         for attempt in range(ATTEMPTS):
-            updates, moved = self._attempt(round, attempt)
+            tally, moved = self._attempt(round, attempt)
+            updates = list(tally.counted().values())
             if len(updates) >= (1 if self.method.pooled else config.min_clients):
+                gradient = self._gradient(round, attempt, tally)
                 with self.watch("aggregation"):
-                    self.server.step(self.server.aggregate(updates))
+                    self.server.step(gradient, self._trained)
+                    if self.homes:
+                        self._keep(self.homes, updates)
                     if self.method.spreads:
                         rng = generator(config.seed, round, attempt, NO_CLIENT, Purpose.SPREADOUT)
                         self.spreadout.step(self.server.weight, learning_rate(config, round), rng)
@@ -123,8 +139,8 @@ class Simulation:
             self.not_finite_since = round + 1
             log.warning("round %d: from here on the model has numbers that are not finite", round + 1)
 
-    def _attempt(self, round: int, attempt: int) -> tuple[list[Update], list[Entry]]:
-        """A cohort's updates that count, in order of the clients' ids, and a line on each client."""
+    def _attempt(self, round: int, attempt: int) -> tuple[Tally, list[Entry]]:
+        """What came back from a cohort, and a line on each client, in order of their ids."""
         config = self.config
         cohort, absent = [0], dict[int, str | None]()
         if not self.method.pooled:
@@ -133,39 +149,67 @@ class Simulation:
         with self.watch("select"):
             requests = {k: self.player.request(round, attempt, k) for k in cohort}
         answered = {k: request for k, request in requests.items() if absent.get(k) is None}
-        updates = self.team.play(round, attempt, answered, self.server.extractor, self._given)
         with self.watch("aggregation"):
-            faults = self._faults(updates, [self._travelling(request) for request in answered.values()])
-        accepted, entries = [], []
+            tally = self._tally({k: self._travelling(request) for k, request in answered.items()})
+        self._play(round, attempt, answered, tally)
+        faults, entries = tally.faults(), []
         for k, request in requests.items():
             outcome = absent.get(k) or ("rejected" if faults[k] else "accepted")
-            if outcome == "accepted":
-                accepted.append(self._clipped(updates[k]))
-            elif outcome == "rejected":
+            if outcome == "rejected":
                 log.warning("round %d: client %d's update was left out: %s", round + 1, k, faults[k])
             traffic = self._traffic(request, answers=k in answered)
             entries.append(
                 Entry(round + 1, attempt, k, len(request.class_ids), outcome, faults.get(k, ""), traffic)
             )
-        return accepted, entries
+        return tally, entries
 
-    def _given(self, client: int, request: Request) -> Tensor:
+    def _play(self, round: int, attempt: int, requests: Mapping[int, Request], tally: Tally) -> None:
+        phi = self.server.extractor
+        self.team.play(round, attempt, requests, phi, self._given, tally.take)
+
+    def _given(self, client: int, request: Request) -> Tensor:  # (Player.num_given,)
         """What a client needs for its round beside phi."""
-        return self.team.travelled(self.server.select(self._travelling(request))[1]).flatten()
+        if self.homes:
+            return self.homes.read(torch.tensor([client]))[0]
+        return self.server.select(self._travelling(request))[1].flatten()
 
     def _travelling(self, request: Request) -> Tensor:
-        """The rows of a request that come and go back."""
+        """The class rows of a request that come and go back."""
         return request.class_ids if self.player.parts.rows is Part.TRAINED else request.class_ids[:0]
 
-    def _faults(self, updates: Mapping[int, Update], asked: Sequence[Tensor]) -> dict[int, str]:
-        """Of each client that answered what is wrong with its answer, or ""."""
-        if self.config.trust_updates or self.method.pooled:
-            return dict.fromkeys(updates, "")
-        return dict(zip(updates, self.inspection.faults(list(updates.values()), asked), strict=True))
+    def _tally(self, asked: Mapping[int, Tensor]) -> Tally:
+        """For what comes from clients who asked for these rows."""
+        config, inside = self.config, self.method.pooled
+        return Tally(
+            self.server,
+            asked,
+            {k: self.player.num_images(k) for k in asked},
+            None if config.trust_updates or inside else self.inspection,
+            clip_norm=None if inside else config.clip_norm,
+            keeps=self.server.statistic is not None or config.poison_rate > 0,
+        )
 
-    def _clipped(self, update: Update) -> Update:
-        bound = None if self.method.pooled else self.config.clip_norm
-        return update if bound is None else clipped(update, bound)
+    def _gradient(self, round: int, attempt: int, tally: Tally) -> PseudoGradient:
+        """Of the answers that count."""
+        with self.watch("aggregation"):
+            gradient = tally.gradient()
+        if gradient is not None:
+            return gradient
+        again = tally.again()
+        self._play(round, attempt, {k: self.player.request(round, attempt, k) for k in again.asked}, again)
+        gradient = again.gradient()
+        assert gradient is not None  # as they send what they sent
+        return gradient
+
+    @property
+    def _trained(self) -> list[bool]:
+        """Of each block of the net whether a round steps it."""
+        return [part is Part.TRAINED for part in self.player.parts.blocks]
+
+    def _keep(self, homes: RowTable, updates: Sequence[Update]) -> None:
+        """What clients whose answers count have made of their own; others' is as it was before the round."""
+        kept = [update.kept for update in updates if update.kept is not None]
+        homes.step(torch.tensor([update.client for update in updates]), torch.stack(kept))
 
     def evaluate(self, *, last: bool) -> dict[str, float | None]:
         """Of the server's model on the test images.
@@ -191,10 +235,14 @@ class Simulation:
             return found | {"recall_at_10": near.recall_at_r}
 
     def stored(self) -> dict[str, Tensor]:
-        return self.server.stored()
+        homes = self.homes.stored() if self.homes else {}
+        return self.server.stored() | {f"homes.{name}": numbers for name, numbers in homes.items()}
 
     def restore(self, tensors: Mapping[str, Tensor], rounds: int) -> None:
         self.server.restore(tensors, rounds)
+        if self.homes:
+            own = {name.removeprefix("homes."): t for name, t in tensors.items() if name.startswith("homes.")}
+            self.homes.restore(own, rounds)
 
     def checkpoint(self, folder: RunFolder, rounds: int) -> None:
         store = self.server.weight.store

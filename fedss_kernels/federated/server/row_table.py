@@ -18,16 +18,24 @@ from .class_store import ClassStore
 from .rows import Rows
 
 
+class Stored(Protocol):
+    """What an optimiser reads and writes of some rows: `Rows`, or a range of their columns."""
+
+    weight: Tensor  # (C, D) float32
+    state: Tensor  # (C, D) float32
+    stepped: Tensor  # (C,) int64
+
+
 class Optimizer(Protocol):
     """A rule by which rows that have a gradient are stepped, and what becomes of those that have none."""
 
     stateful: ClassVar[bool]  # whether it keeps numbers beside a row
 
-    def read(self, rows: Rows, class_ids: Tensor, now: int) -> Tensor:
+    def read(self, rows: Stored, class_ids: Tensor, now: int) -> Tensor:
         """(S, D) rows as they are once `now` steps of the matrix are done."""
         ...
 
-    def step(self, rows: Rows, class_ids: Tensor, gradient: Tensor, now: int) -> bool:
+    def step(self, rows: Stored, class_ids: Tensor, gradient: Tensor, now: int) -> bool:
         """Makes step now + 1 of the matrix, for rows that are there; whether all it wrote is finite."""
         ...
 
@@ -40,16 +48,16 @@ class SGD:
     lr: float
     momentum: float  # beta, in [0, 1)
 
-    def read(self, rows: Rows, class_ids: Tensor, now: int) -> Tensor:
+    def read(self, rows: Stored, class_ids: Tensor, now: int) -> Tensor:
         out = rows.weight.new_empty(len(class_ids), rows.weight.shape[1])
         _C.lazy_momentum_read(*self._table(rows, now), class_ids, out, threads=torch.get_num_threads())
         return out
 
-    def step(self, rows: Rows, class_ids: Tensor, gradient: Tensor, now: int) -> bool:
+    def step(self, rows: Stored, class_ids: Tensor, gradient: Tensor, now: int) -> bool:
         table, threads = self._table(rows, now), torch.get_num_threads()
         return _C.lazy_momentum_step(*table, class_ids, gradient, threads=threads)
 
-    def _table(self, rows: Rows, now: int) -> tuple[Tensor, Tensor, Tensor, int, float, float]:
+    def _table(self, rows: Stored, now: int) -> tuple[Tensor, Tensor, Tensor, int, float, float]:
         return rows.weight, rows.state, rows.stepped, now, self.lr, self.momentum
 
 
@@ -61,10 +69,10 @@ class Adagrad:
     lr: float
     eps: float = 1e-8
 
-    def read(self, rows: Rows, class_ids: Tensor, now: int) -> Tensor:
+    def read(self, rows: Stored, class_ids: Tensor, now: int) -> Tensor:
         return rows.weight[class_ids]
 
-    def step(self, rows: Rows, class_ids: Tensor, gradient: Tensor, now: int) -> bool:
+    def step(self, rows: Stored, class_ids: Tensor, gradient: Tensor, now: int) -> bool:
         squares = rows.state[class_ids].addcmul_(gradient, gradient)
         stepped = rows.weight[class_ids] - self.lr * gradient / squares.sqrt().add_(self.eps)
         rows.weight[class_ids], rows.state[class_ids] = stepped, squares
@@ -78,10 +86,10 @@ class Replacement:
 
     stateful: ClassVar[bool] = False
 
-    def read(self, rows: Rows, class_ids: Tensor, now: int) -> Tensor:
+    def read(self, rows: Stored, class_ids: Tensor, now: int) -> Tensor:
         return rows.weight[class_ids]
 
-    def step(self, rows: Rows, class_ids: Tensor, gradient: Tensor, now: int) -> bool:
+    def step(self, rows: Stored, class_ids: Tensor, gradient: Tensor, now: int) -> bool:
         rows.weight[class_ids] = gradient
         rows.stepped[class_ids] = now + 1
         return _all_finite(gradient)

@@ -112,22 +112,21 @@ def run(
         store = None
         try:
             store = _open_store(config, data.num_classes, checkpoint)
-            with (
-                started(config, data, model) as workers,
-                played_by(config, player, workers, store) as algorithm,
-            ):
+            with started(config, data, model) as workers:
+                algorithm = played_by(config, player, workers, store)
                 if checkpoint:
                     algorithm.restore(checkpoint.tensors, checkpoint.round)
                     algorithm.not_finite_since = history[-1].not_finite_since
-                return _run(
-                    config,
-                    algorithm,
-                    facts,
-                    folder,
-                    history,
-                    on_round or (lambda metrics: None),
-                    stop or (lambda: False),
-                )
+                with algorithm.team:
+                    return _run(
+                        config,
+                        algorithm,
+                        facts,
+                        folder,
+                        history,
+                        on_round or (lambda metrics: None),
+                        stop or (lambda: False),
+                    )
         finally:
             if folder:
                 folder.close()
@@ -165,7 +164,7 @@ def _open_folder(
 def _open_store(config: Config, num_classes: int, checkpoint: Checkpoint | None) -> ClassStore | None:
     if config.class_store is None:
         return None
-    size = num_classes, config.embedding_dim
+    size = num_classes, config.row_dim
     if checkpoint is None:
         try:
             return ClassStore.new(config.class_store, *size, run=config.out, overwrite=config.overwrite)

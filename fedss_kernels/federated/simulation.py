@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .algorithm import Played, TooFewClients
 from .algorithms import METHODS
+from .algorithms.parts import Part
 from .clients.player import Player
 from .config import Config, learning_rate
 from .files.run_folder import Facts, RunFolder
@@ -20,7 +21,7 @@ from .ledger import FLOWS, Entry, Traffic, client_traffic
 from .measures import BY_TASK
 from .messages import Request, Update
 from .metrics import retrieval, top1
-from .randomness import NO_CLIENT, Purpose, generator, initial_rows
+from .randomness import NO_CLIENT, Purpose, generator
 from .server.class_store import ClassStore
 from .server.cohort import absence, draw_cohort
 from .server.inspection import BESIDE_OTHERS, REASONS, Inspection, clipped
@@ -35,6 +36,7 @@ ATTEMPTS = 100  # at a round, before it is given up
 # Who drops out or is late is drawn anew in each; where all answers are left out, they are so in every one. It
 # is given up after this many at least, and answers in a row of which none counted.
 HOPELESS_ATTEMPTS, HOPELESS_ANSWERS = 3, 48
+_ROWS = {Part.TRAINED: "travel", Part.KNOWN: "seed", Part.HOME: "home"}  # as the ledger calls it
 log = logging.getLogger(__name__)
 
 
@@ -50,10 +52,8 @@ class Simulation:
         self.server = Server(
             player.extractor.flat.to("cpu"),
             data.num_classes,
-            config.embedding_dim,
-            initial_rows=partial(
-                initial_rows, config.seed, dim=config.embedding_dim, scale=config.weight_init_scale
-            ),
+            config.row_dim,
+            initial_rows=player.known_rows,
             optimizer=_server_optimizer(config),
             denominator=config.denominator,
             statistic=_statistic(config),
@@ -66,8 +66,8 @@ class Simulation:
             config.spreadout_rows,
         )
         self.inspection = Inspection(
-            len(self.server.extractor),
-            config.embedding_dim,
+            player.num_travelling,
+            config.row_dim,
             max_examples=player.most_images,
             max_norm=config.max_norm,
             max_norm_ratio=config.max_norm_ratio,
@@ -75,20 +75,13 @@ class Simulation:
 
     @staticmethod
     def facts(config: Config, player: Player) -> Facts:
-        data = player.data
-        return Facts.of(data, len(player.extractor.flat), BY_TASK[data.task], FLOWS["travel"])
-
-    def __enter__(self) -> "Simulation":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.team.__exit__(*error)
+        measures, flows = BY_TASK[player.data.task], FLOWS[_ROWS[player.parts.rows]]
+        return Facts.of(player.data, len(player.extractor.flat), measures, flows)
 
     def play(self, round: int) -> Played:
-        """One round.
+        """One round. Where fewer than `min_clients` count nothing is applied and another cohort is drawn.
 
-        Where fewer than `min_clients` count nothing is applied and another cohort is drawn. Raises
-        TooFewClients after ATTEMPTS of them, or a few where all answers are left out.
+        Raises TooFewClients after ATTEMPTS of them, or a few where all answers are left out.
         """
         config, entries, left_out = self.config, list[Entry](), 0
         for attempt in range(ATTEMPTS):
@@ -100,7 +93,7 @@ class Simulation:
                         rng = generator(config.seed, round, attempt, NO_CLIENT, Purpose.SPREADOUT)
                         self.spreadout.step(self.server.weight, learning_rate(config, round), rng)
                 self._note_finite(round)
-                return _played(updates, entries + moved)
+                return Played.of(updates, entries + moved)
             entries += [replace(e, outcome="discarded") if e.outcome == "accepted" else e for e in moved]
             left_out = 0 if updates else left_out + sum(e.outcome == "rejected" for e in moved)
             if attempt + 1 >= HOPELESS_ATTEMPTS and left_out >= HOPELESS_ANSWERS:
@@ -132,9 +125,9 @@ class Simulation:
         with self.watch("select"):
             requests = {k: self.player.request(round, attempt, k) for k in cohort}
         answered = {k: request for k, request in requests.items() if absent.get(k) is None}
-        updates = self.team.play(round, attempt, answered, self.server)
+        updates = self.team.play(round, attempt, answered, self.server.extractor, self._given)
         with self.watch("aggregation"):
-            faults = self._faults(updates, [request.class_ids for request in answered.values()])
+            faults = self._faults(updates, [self._travelling(request) for request in answered.values()])
         accepted, entries = [], []
         for k, request in requests.items():
             outcome = absent.get(k) or ("rejected" if faults[k] else "accepted")
@@ -147,6 +140,14 @@ class Simulation:
                 Entry(round + 1, attempt, k, len(request.class_ids), outcome, faults.get(k, ""), traffic)
             )
         return accepted, entries
+
+    def _given(self, client: int, request: Request) -> Tensor:
+        """What a client needs for its round beside phi."""
+        return self.team.travelled(self.server.select(self._travelling(request))[1]).flatten()
+
+    def _travelling(self, request: Request) -> Tensor:
+        """The rows of a request that come and go back."""
+        return request.class_ids if self.player.parts.rows is Part.TRAINED else request.class_ids[:0]
 
     def _faults(self, updates: Mapping[int, Update], asked: Sequence[Tensor]) -> dict[int, str]:
         """Of each client that answered what is wrong with its answer, or ""."""
@@ -165,19 +166,17 @@ class Simulation:
         only; top-1 of a retrieval task, whose test classes have no rows, never. Of a model that is not finite
         nothing is.
         """
-        embeddings = self.team.embed(self.server.extractor)
-        labels = self.data.test_labels
+        embeddings, labels = self.team.embed(self.server.extractor), self.data.test_labels
         with self.watch("evaluation"):
             found = dict[str, float | None](not_finite=int((~embeddings.isfinite().all(dim=1)).sum()))
             if self.not_finite_since is not None:
                 return found
             if self.data.task == "classification":
-                found["top1"] = top1(embeddings, self.server.weight, labels)
+                weight, similarity = self.server.weight, self.config.similarity
+                found["top1"] = top1(embeddings, weight, labels, similarity=similarity)
                 if not last:
                     return found
-            near = retrieval(embeddings, labels)
-            found |= {"map_at_10": near.map_at_r, "recall_at_1": near.recall_at_1}
-            return found | {"recall_at_10": near.recall_at_r}
+            return found | retrieval(embeddings, labels).measured
 
     def stored(self) -> dict[str, Tensor]:
         return self.server.stored()
@@ -204,18 +203,14 @@ class Simulation:
         if self.method.pooled:
             return Traffic()  # nothing leaves its place
         return client_traffic(
-            len(self.server.extractor),
+            self.player.num_travelling,
             len(request.class_ids),
-            self.config.embedding_dim,
+            self.config.row_dim,
+            rows=_ROWS[self.player.parts.rows],
             sends_ids=request.sends_ids,
             answers=answers,
             dtype=self.config.wire_dtype,
         )
-
-
-def _played(updates: Sequence[Update], entries: Sequence[Entry]) -> Played:
-    images = sum(update.num_examples for update in updates)
-    return Played(entries, sum(update.num_examples * update.loss for update in updates) / images, images)
 
 
 def _reasons(entries: Sequence[Entry]) -> str:

@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .algorithms.parts import Part
 from .clients.player import Player, training_device
 from .config import Config, ConfigError
 from .data import FederatedData
@@ -35,7 +36,6 @@ from .interrupts import deaf, ending, ignore
 from .ledger import over_the_wire
 from .messages import Request, Update
 from .scratch import scratch
-from .server.server import Server
 from .stopwatch import Stopwatch
 
 FOREVER = timedelta(days=365)  # how long a worker waits for the others: an evaluation may take any time
@@ -64,17 +64,22 @@ class Team:
     _lost: WorkerLost | None = None  # noticed in an evaluation, which rank 0 then did alone
 
     def play(
-        self, round: int, attempt: int, requests: Mapping[int, Request], server: Server
+        self,
+        round: int,
+        attempt: int,
+        requests: Mapping[int, Request],
+        phi: Tensor,  # (P,)
+        given: Callable[[int, Request], Tensor],  # what a client needs beside phi: Player.num_given
     ) -> dict[int, Update]:
         """What clients who make these requests send back, in their order. Raises WorkerLost."""
         if self._lost:
             raise self._lost
         shares = divided(list(requests), self.player.num_images, self.size)
-        phi = self._travelled(server.extractor)
+        phi = self.travelled(phi)
         self._call(Call.PLAY, phi, round, attempt, list(requests))
         with self._communication():
             coming = {
-                k: _Incoming(k, rank, len(requests[k].class_ids), self.player)
+                k: _Incoming(k, rank, requests[k], self.player)
                 for rank in range(1, self.size)
                 for k in shares[rank]
             }
@@ -82,7 +87,7 @@ class Team:
         for rank in [*range(1, self.size), 0]:  # the others' first, as they wait for them
             with self.watch("select"):
                 for k in shares[rank]:
-                    rows[k] = self._travelled(server.select(requests[k].class_ids)[1])
+                    rows[k] = given(k, requests[k])
             if rank:
                 self._send_all([rows.pop(k) for k in shares[rank]], rank)
         updates = {}
@@ -96,8 +101,8 @@ class Team:
         return {
             k: replace(
                 updates[k],
-                rows=self._travelled(updates[k].rows),
-                extractor=self._travelled(updates[k].extractor),
+                rows=self.travelled(updates[k].rows),
+                extractor=self.travelled(updates[k].extractor),
             )
             for k in requests
         }
@@ -135,7 +140,8 @@ class Team:
             with contextlib.suppress(RuntimeError):  # they are gone already
                 dist.broadcast(torch.tensor([Call.END, 0, 0, 0]), 0)
 
-    def _travelled(self, numbers: Tensor) -> Tensor:
+    def travelled(self, numbers: Tensor) -> Tensor:
+        """Numbers as they arrive."""
         if self.player.method.pooled:  # nothing leaves its place
             return numbers
         return over_the_wire(numbers, self.player.config.wire_dtype)
@@ -194,10 +200,10 @@ def _play_share(player: Player, round: int, attempt: int, share: list[int], phi:
     if not share:
         return
     requests = [player.request(round, attempt, k) for k in share]
-    sizes = [len(request.class_ids) for request in requests]
-    rows = _receive((sum(sizes), player.config.embedding_dim), 0).split(sizes)
+    sizes = [player.num_given(request) for request in requests]
+    given = _receive((sum(sizes),), 0).split(sizes)
     sending = []  # each on its way while the next is trained
-    for k, request, own in zip(share, requests, rows, strict=True):
+    for k, request, own in zip(share, requests, given, strict=True):
         numbers, integers = _packed(player.update(round, attempt, k, request, phi, own))
         sending += [_started(dist.isend(numbers, 0)), _started(dist.isend(integers, 0))]
     player.extractor.check_buffers()
@@ -206,28 +212,32 @@ def _play_share(player: Player, round: int, attempt: int, share: list[int], phi:
 
 
 def _packed(update: Update) -> tuple[Tensor, Tensor]:
-    """(rows and extractor, one after the other; class_ids, n_k and the bits of the loss)"""
+    """(all of its numbers, one after the other; class_ids, n_k and the bits of the loss)"""
     loss = torch.tensor([update.loss], dtype=torch.float64).view(torch.int64)
-    numbers = torch.cat([update.rows.flatten(), update.extractor])
+    kept = [] if update.kept is None else [update.kept]
+    numbers = torch.cat([update.rows.flatten(), update.extractor, *kept])
     return numbers, torch.cat([update.class_ids, torch.tensor([update.num_examples]), loss])
 
 
 class _Incoming:
     """An update that another rank is going to send."""
 
-    def __init__(self, client: int, rank: int, num_rows: int, player: Player):
-        self.client, self.shape = client, (num_rows, player.config.embedding_dim)
-        self.numbers = torch.empty(math.prod(self.shape) + len(player.extractor.flat))
+    def __init__(self, client: int, rank: int, request: Request, player: Player):
+        num_rows = len(request.class_ids) if player.parts.rows is Part.TRAINED else 0
+        self.client, self.shape = client, (num_rows, player.config.row_dim)
+        self.sizes = [math.prod(self.shape), player.num_travelling, player.num_at_home]
+        self.numbers = torch.empty(sum(self.sizes))
         self.integers = torch.empty(num_rows + 2, dtype=torch.int64)
         self.works = [_started(dist.irecv(part, rank)) for part in (self.numbers, self.integers)]
 
     def wait(self) -> Update:
         for work in self.works:
             work.wait()
-        rows, extractor = self.numbers.tensor_split([math.prod(self.shape)])
+        rows, extractor, kept = self.numbers.split(self.sizes)
         class_ids, (num_examples, _) = self.integers[:-2], self.integers[-2:].tolist()
         loss = self.integers[-1:].view(torch.float64).item()
-        return Update(self.client, class_ids, rows.view(self.shape), extractor, num_examples, loss)
+        stays = kept if len(kept) else None
+        return Update(self.client, class_ids, rows.view(self.shape), extractor, num_examples, loss, stays)
 
 
 def _started(work: dist.Work | None) -> dist.Work:

@@ -7,8 +7,9 @@ import pytest
 from tiny_federation import CLASSES_HELD, DIM, NUM_CLASSES, NUM_PARAMETERS, tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import run
-from fedss_kernels.federated.files.run_folder import faults
+from fedss_kernels.federated.files.run_folder import faults, read_run
 from fedss_kernels.federated.ledger import FLOWS, KINDS, Traffic, client_traffic, declare
+from fedss_kernels.federated.reports.report import Run, write_run_report
 from fedss_kernels.federated.server.inspection import BESIDE_OTHERS, explained
 
 
@@ -109,6 +110,27 @@ def test_a_run_counts_what_each_client_moved(method, tmp_path):
     assert [int(line["num_rows"]) for line in lines] == sizes * rounds
     for kind in ("down_extractor", "down_rows", "up_ids", "up_extractor", "up_rows"):
         assert sum(int(line[kind]) for line in lines) == result.summary.traffic[kind]
+
+
+@pytest.mark.parametrize("method", ["fedbabu", "fedbabu_ss"])
+def test_of_a_head_that_is_known_from_the_seed_the_seed_alone_moves(method, tmp_path):
+    """8 bytes down for each client of each round, and the net both ways; there is no column for rows."""
+    held, rounds = len(CLASSES_HELD), 2
+    config = tiny_config(method=method, rounds=rounds, cohort=held, out=tmp_path / "run")
+    result = run(config, data=tiny_data(), model=tiny_model())
+    phi = rounds * held * NUM_PARAMETERS * 4
+    traffic = moved(down_extractor=phi, down_seed=rounds * held * 8, up_extractor=phi)
+    assert result.summary.traffic == traffic and traffic.classification == 0
+    full_rows = rounds * held * NUM_CLASSES * DIM * 4
+    assert result.summary.full_traffic == everything(phi, full_rows, 0, phi, full_rows)
+    with (tmp_path / "run/ledger.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert list(lines[0])[6:] == ["down_extractor", "down_seed", "up_extractor"]
+    assert {line["down_seed"] for line in lines} == {"8"} and len(lines) == rounds * held
+    assert read_run(tmp_path / "run") == (result.config, result.history, result.summary)
+    write_run_report(tmp_path, Run(*read_run(tmp_path / "run")))
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<td>the seed of the class rows, down</td><td>0.0</td><td>0.0</td><td>–</td>" in page
 
 
 def test_faults_are_counted_the_most_frequent_first(tmp_path):

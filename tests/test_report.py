@@ -152,6 +152,15 @@ def test_a_curve_is_the_mean_over_seeds_by_what_was_moved(runs):
     assert total[:, 0] - classes[:, 0] == pytest.approx([2 * 3 * 148 * 8 / 1e6, 4 * 3 * 148 * 8 / 1e6])
 
 
+def test_by_what_the_classes_cost_are_those_methods_whose_classes_cost_something(runs):
+    """The others are at 0, which a logarithm has not; where all are, they are there."""
+    frozen = [play(method) for method in ("fedbabu", "fedbabu_ss")]
+    left, right = accuracy_by_bytes([*runs, *frozen], LIGHT).axes
+    assert (len(left.lines), len(right.lines), right.get_xscale()) == (5, 3, "log")
+    left, right = accuracy_by_bytes(frozen, LIGHT).axes
+    assert (len(left.lines), len(right.lines), right.get_xscale()) == (2, 2, "linear")
+
+
 def test_several_numbers_of_negatives_have_a_plot_of_their_own_and_one_line_in_the_others(tmp_path):
     runs = [play("fedss", seed, num_negatives=m) for m in (1, 2, 4) for seed in (0, 1)]
     runs += [play("full_softmax", seed) for seed in (0, 1)]

@@ -1,8 +1,8 @@
 """What the loop of rounds knows of an algorithm: whatever does this much can be run, recorded and resumed."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Protocol, Self
 
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from .clients.player import Player
 from .config import Config
 from .files.run_folder import Facts, RunFolder
 from .ledger import Entry
+from .messages import Update
 from .server.class_store import ClassStore
 from .server.row_table import RowTable
 from .stopwatch import Stopwatch
@@ -26,6 +27,13 @@ class Played:
     loss: float  # mean over the images that were trained on
     num_images: int  # so many, of the answers that counted
 
+    @classmethod
+    def of(cls, updates: Sequence[Update], entries: Sequence[Entry]) -> Self:
+        """Where these are the answers that counted."""
+        images = sum(update.num_examples for update in updates)
+        loss = sum(update.num_examples * update.loss for update in updates) / images
+        return cls(entries, loss, images)
+
 
 class TooFewClients(RuntimeError):
     """A round that no cohort made, and why; `entries` is what moved for it all the same."""
@@ -36,7 +44,7 @@ class TooFewClients(RuntimeError):
 
 
 class Algorithm(Protocol):
-    """A run as it stands, in a context that ends with it. Simulation is one, and may be all that is needed.
+    """A run as it stands: Simulation is one.
 
     Equal configurations, data and nets play equal rounds to the bit, and a round depends on what `stored`
     gives and its number alone: so a run that is resumed is one that never stopped.
@@ -50,13 +58,12 @@ class Algorithm(Protocol):
     @staticmethod
     def facts(config: Config, player: Player) -> Facts:
         """What such a run is of, which measures it has and what moves in it: known before it begins."""
+        ...
 
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Lets go of what it has beside memory, such as other processes."""
+    @property
+    def team(self) -> AbstractContextManager[object]:
+        """Who plays it: in other processes too, if there are any, who are let go at its end."""
+        ...
 
     def play(self, round: int) -> Played:
         """The next round, from 0. Raises TooFewClients, with nothing changed, where no cohort makes it."""

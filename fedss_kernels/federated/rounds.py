@@ -112,22 +112,21 @@ def run(
         store = None
         try:
             store = _open_store(config, data.num_classes, checkpoint)
-            with (
-                started(config, data, model) as workers,
-                played_by(config, player, workers, store) as algorithm,
-            ):
+            with started(config, data, model) as workers:
+                algorithm = played_by(config, player, workers, store)
                 if checkpoint:
                     algorithm.restore(checkpoint.tensors, checkpoint.round)
                     algorithm.not_finite_since = history[-1].not_finite_since
-                return _run(
-                    config,
-                    algorithm,
-                    facts,
-                    folder,
-                    history,
-                    on_round or (lambda metrics: None),
-                    stop or (lambda: False),
-                )
+                with algorithm.team:
+                    return _run(
+                        config,
+                        algorithm,
+                        facts,
+                        folder,
+                        history,
+                        on_round or (lambda metrics: None),
+                        stop or (lambda: False),
+                    )
         finally:
             if folder:
                 folder.close()

@@ -39,7 +39,7 @@ ATTEMPTS = 100  # at a round, before it is given up
 # Who drops out or is late is drawn anew in each; where all answers are left out, they are so in every one. It
 # is given up after this many at least, and answers in a row of which none counted.
 HOPELESS_ATTEMPTS, HOPELESS_ANSWERS = 3, 48
-ROWS = {Part.TRAINED: "travel", Part.KNOWN: "seed", Part.HOME: "home"}  # as the ledger calls it
+_ROWS = {Part.TRAINED: "travel", Part.KNOWN: "seed", Part.HOME: "home"}  # as the ledger calls it
 log = logging.getLogger(__name__)
 
 
@@ -80,15 +80,8 @@ class Simulation:
 
     @staticmethod
     def facts(config: Config, player: Player) -> Facts:
-        data = player.data
-        flows = FLOWS[ROWS[player.parts.rows]]
-        return Facts.of(data, len(player.extractor.flat), BY_TASK[data.task], flows)
-
-    def __enter__(self) -> "Simulation":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.team.__exit__(*error)
+        measures, flows = BY_TASK[player.data.task], FLOWS[_ROWS[player.parts.rows]]
+        return Facts.of(player.data, len(player.extractor.flat), measures, flows)
 
     def _homes(self, store: ClassStore | None) -> RowTable:
         """What each client has at home, a row for each; before its first round what the others begin with."""
@@ -98,10 +91,9 @@ class Simulation:
         return RowTable(*size, Replacement(), lambda clients: first.expand(len(clients), -1), store)
 
     def play(self, round: int) -> Played:
-        """One round.
+        """One round. Where fewer than `min_clients` count nothing is applied and another cohort is drawn.
 
-        Where fewer than `min_clients` count nothing is applied and another cohort is drawn. Raises
-        TooFewClients after ATTEMPTS of them, or a few where all answers are left out.
+        Raises TooFewClients after ATTEMPTS of them, or a few where all answers are left out.
         """
         config, entries, left_out = self.config, list[Entry](), 0
         for attempt in range(ATTEMPTS):
@@ -117,7 +109,7 @@ class Simulation:
                         rng = generator(config.seed, round, attempt, NO_CLIENT, Purpose.SPREADOUT)
                         self.spreadout.step(self.server.weight, learning_rate(config, round), rng)
                 self._note_finite(round)
-                return _played(updates, entries + moved)
+                return Played.of(updates, entries + moved)
             entries += [replace(e, outcome="discarded") if e.outcome == "accepted" else e for e in moved]
             left_out = 0 if updates else left_out + sum(e.outcome == "rejected" for e in moved)
             if attempt + 1 >= HOPELESS_ATTEMPTS and left_out >= HOPELESS_ANSWERS:
@@ -218,21 +210,17 @@ class Simulation:
         only; top-1 of a retrieval task, whose test classes have no rows, never. Of a model that is not finite
         nothing is.
         """
-        embeddings = self.team.embed(self.server.extractor)
-        labels = self.data.test_labels
+        embeddings, labels = self.team.embed(self.server.extractor), self.data.test_labels
         with self.watch("evaluation"):
             found = dict[str, float | None](not_finite=int((~embeddings.isfinite().all(dim=1)).sum()))
             if self.not_finite_since is not None:
                 return found
             if self.data.task == "classification":
-                found["top1"] = top1(
-                    embeddings, self.server.weight, labels, similarity=self.config.similarity
-                )
+                weight, similarity = self.server.weight, self.config.similarity
+                found["top1"] = top1(embeddings, weight, labels, similarity=similarity)
                 if not last:
                     return found
-            near = retrieval(embeddings, labels)
-            found |= {"map_at_10": near.map_at_r, "recall_at_1": near.recall_at_1}
-            return found | {"recall_at_10": near.recall_at_r}
+            return found | retrieval(embeddings, labels).measured
 
     def stored(self) -> dict[str, Tensor]:
         homes = self.homes.stored() if self.homes else {}
@@ -263,19 +251,14 @@ class Simulation:
         if self.method.pooled:
             return Traffic()  # nothing leaves its place
         return client_traffic(
-            0 if self.player.parts.net_at_home else len(self.server.extractor),
+            self.player.num_travelling,
             len(request.class_ids),
             self.config.row_dim,
-            rows=ROWS[self.player.parts.rows],
+            rows=_ROWS[self.player.parts.rows],
             sends_ids=request.sends_ids,
             answers=answers,
             dtype=self.config.wire_dtype,
         )
-
-
-def _played(updates: Sequence[Update], entries: Sequence[Entry]) -> Played:
-    images = sum(update.num_examples for update in updates)
-    return Played(entries, sum(update.num_examples * update.loss for update in updates) / images, images)
 
 
 def _reasons(entries: Sequence[Entry]) -> str:

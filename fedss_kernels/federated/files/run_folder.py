@@ -492,7 +492,7 @@ def read_model(path: Path) -> tuple[dict[str, Tensor], Tensor]:
     if not isinstance(found, dict) or "extractor" not in found:
         raise ValueError(f"{path / 'model.pt'} is damaged, or no run wrote it")
     if "weight" not in found:
-        raise ValueError(f"{path / 'model.pt'} has no class matrix: it is in a class store")
+        raise ValueError(f"{path / 'model.pt'} has no class matrix: it is in a class store, or there is none")
     return found["extractor"], found["weight"]
 
 

@@ -140,15 +140,16 @@ def accuracy_by_round(runs: Sequence[Run], theme: dict[str, str]) -> "Figure":
 def accuracy_by_bytes(runs: Sequence[Run], theme: dict[str, str]) -> "Figure":
     """Accuracy over what was moved: everything on the left, what the classes cost on the right."""
     figure, (left, right) = _figure(runs, theme, panels=2)
-    for style, group in _lines([run for run in runs if run.summary.traffic.total]) or _lines(runs):
-        _, mean, sd = _curve(group)
-        total, classes = np.mean([_megabytes(run) for run in group], axis=0)
-        _draw(left, total, mean, sd, style)
-        _draw(right, classes, mean, sd, style)
+    lines = _lines([run for run in runs if run.summary.traffic.total]) or _lines(runs)
+    by_class = [(style, group) for style, group in lines if group[0].summary.traffic.classification]
+    for axes, place, drawn in ((left, 0, lines), (right, 1, by_class or lines)):
+        for style, group in drawn:
+            _, mean, sd = _curve(group)
+            _draw(axes, np.mean([_megabytes(run)[place] for run in group], axis=0), mean, sd, style)
     left.set_xlabel("everything moved so far (MB)")
     left.set_xlim(left=0)
     right.set_xlabel("class rows and ids moved so far (MB)")
-    if len(left.lines) > 1:  # the methods are powers of ten apart
+    if len(by_class) > 1:  # the methods are powers of ten apart
         right.set_xlabel("class rows and ids moved so far (MB, log scale)")
         right.set_xscale("log")
         right.xaxis.set_major_formatter("{x:g}")

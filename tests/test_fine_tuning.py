@@ -254,6 +254,8 @@ def test_newcomers_of_a_trial_are_measured_instead():
         x = normalize(embedded(net, trial.test_images[test]), dim=1)
         initial = (x @ normalize(rows, dim=1).T).argmax(1) == trial.test_labels[test]
         assert each.initial == initial.double().mean() and each.images == len(train)
+    kept = personalise(tiny_config(), trial, (net, rows), FEW, own=lambda client: (None, rows.flip(0)))
+    assert kept == found, "what clients keep is no newcomer's"
 
 
 def test_some_clients_are_the_first():

@@ -147,7 +147,8 @@ class FineTuner:
         own: Own | None = None,
     ):
         check_measurable(data)
-        self.config, self.data, self.tuning, self.own = config, data, tuning, own
+        self.config, self.data, self.tuning = config, data, tuning
+        self.own = None if data.newcomers else own  # who has just come keeps nothing yet
         self.extractor = _extractor(config, data, model[0])
         self.phi = self.extractor.flat.clone()
         self.people = data.newcomers or tuple(zip(data.clients, data.test_clients, strict=True))

@@ -206,7 +206,7 @@ def _plot(found: Sequence[Measured]) -> "Figure":
     figure, axes = _figure("accuracy on its own test images (%, mean over clients)")
     epochs = found[0].tuning.epochs
     for number, (title, runs) in enumerate(_groups(found).items()):
-        colour = COLOURS[number % len(COLOURS)]
+        style = _style(number)
 
         def mean(name: str, runs: Sequence[Measured] = runs) -> float:
             return 100 * statistics.fmean(statistics.fmean(run.values(name)) for run in runs)
@@ -228,7 +228,17 @@ def _plot(found: Sequence[Measured]) -> "Figure":
     return _with_legend(figure)
 
 
-_UNTRAINED = {"initial": "o", "restricted": "*"}
+_MARK = {"markersize": 9, "fillstyle": "none", "linestyle": ""}
+_UNTRAINED: dict[str, dict[str, Any]] = {
+    "initial": {"marker": "o", **_MARK},
+    "restricted": {"marker": "*", **_MARK},
+}
+
+
+def _style(number: int) -> dict[str, str]:
+    """36 of them, the first six as other plots have them."""
+    marker = MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
+    return {"color": COLOURS[number % len(COLOURS)], "marker": marker}
 
 
 def _plot_differences(apart: Sequence[Difference], epochs: Sequence[int]) -> "Figure":
@@ -241,8 +251,7 @@ def _plot_differences(apart: Sequence[Difference], epochs: Sequence[int]) -> "Fi
             epochs,
             [100 * mean for mean in means],
             [100 * INTERVAL * (error or 0.0) for error in errors],
-            color=COLOURS[number % len(COLOURS)],
-            marker=MARKERS[number % len(MARKERS)],
+            **_style(number),
             capsize=3,
             label=f"{pair.first} − {pair.second}",
         )

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, linear, normalize
 
 from fedss_kernels.federated.data.holdout import held_out
 from fedss_kernels.federated.data.partition import Partition, divide_test
-from fedss_kernels.federated.figures.fine_tuning import FineTuner, Tuning, measures, personalise
+from fedss_kernels.federated.fine_tuning import FineTuner, Tuning, measures, personalise
 from fedss_kernels.federated.metrics import top1
 
 EPOCHS = (0, 1, 2)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fedss_kernels.federated import Config, cli, run
-from fedss_kernels.federated.figures.fine_tuning import Personal, Tuning
 from fedss_kernels.federated.figures.personalisation import Measured, differences, write
+from fedss_kernels.federated.fine_tuning import Personal, Tuning
 from fedss_kernels.federated.plan import Plan
 from fedss_kernels.federated.reports.tables import read_markdown
 

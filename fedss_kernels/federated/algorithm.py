@@ -13,6 +13,7 @@ from .files.run_folder import Facts, RunFolder
 from .ledger import Entry
 from .messages import Update
 from .server.class_store import ClassStore
+from .server.homes import Homes
 from .server.row_table import RowTable
 from .stopwatch import Stopwatch
 
@@ -41,6 +42,15 @@ class TooFewClients(RuntimeError):
     def __init__(self, words: str, entries: Sequence[Entry] = ()):
         super().__init__(words)
         self.entries = list(entries)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a user takes away."""
+
+    net: nn.Module  # on the CPU and in eval mode
+    table: RowTable | None = None  # the class matrix, where there is one
+    homes: Homes | None = None  # what clients keep with themselves, where they do
 
 
 class Algorithm(Protocol):
@@ -83,6 +93,4 @@ class Algorithm(Protocol):
     def checkpoint(self, folder: RunFolder, rounds: int) -> None:
         """Saves what is `stored` after so many rounds."""
 
-    def trained(self) -> tuple[nn.Module, RowTable | None]:
-        """(the net, on the CPU and in eval mode; the class matrix, where there is one)"""
-        ...
+    def trained(self) -> Trained: ...

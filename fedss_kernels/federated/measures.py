@@ -133,6 +133,44 @@ for _measure in (
         "images whose nearest other is of their class",
         "The share of test images whose nearest other is of their own class.",
     ),
+    Measure(
+        "own_top1",
+        "own top-1",
+        "of a client's own test images, those whose class its own model names rightly",
+        "The share of a client's own test images whose class the client's own model names rightly, of all "
+        "classes; the mean over clients.",
+        of="on clients' own test images",
+    ),
+    Measure(
+        "initial_top1",
+        "initial top-1",
+        "of a client's own test images, those whose class is named rightly before it fine-tunes the model",
+        "The share of a client's own test images whose class the model names rightly, of all classes, before "
+        "the client has fine-tuned it; the mean over clients.",
+        of="on clients' own test images",
+    ),
+    Measure(
+        "restricted_top1",
+        "restricted top-1",
+        "the same, where it is known which classes the client has",
+        "As the initial top-1, of the client's own classes alone: what it is worth to know them, without any "
+        "training.",
+        of="on clients' own test images",
+    ),
+    Measure(
+        "nearest_mean_top1",
+        "nearest-mean top-1",
+        "the same by the means of the embeddings of the client's training images",
+        of="on clients' own test images",
+    ),
+    Measure(
+        "personal_top1",
+        "personalised top-1",
+        "of a client's own test images, those whose class is named rightly once it has fine-tuned the model",
+        "The share of a client's own test images whose class the model names rightly, of all classes, once "
+        "the client has fine-tuned it on its own training images; the mean over clients.",
+        of="on clients' own test images",
+    ),
     Measure("recall_at_10", "recall@10", "images with one of their class in the nearest ten", compared=False),
     Measure(
         "not_finite",

@@ -18,12 +18,14 @@ from .algorithm import Algorithm, Played, TooFewClients
 from .clients.player import Player, training_device
 from .config import OWN, Config, ConfigError, learning_rate
 from .data import FederatedData
+from .evaluation import check_measured
 from .files.checkpoint import Checkpoint, CheckpointError
 from .files.run_folder import Facts, RoundMetrics, RunFolder, Summary
 from .ledger import OUTCOMES, Traffic
 from .loading import check_data, fitted, load_data, trivial
 from .sending import check_sendable
 from .server.class_store import ClassStore, check_free
+from .server.homes import Homes
 from .server.row_table import RowTable
 from .simulation import Simulation
 from .workers import WorkerLost, started
@@ -42,6 +44,8 @@ class Result:
         to embeddings (B, D).
     weight: (C, D) float32, the trained class matrix, a row for each class; None where it is in a class store.
     table: the same by the row: table.read(class_ids), table[2:5], len(table); None where there is none.
+    homes: where clients keep class rows, or the net too, with themselves: homes.model(client) gives (net's
+        parameters or None, rows); else None.
     seconds: where the time went, by stage.
     out: the folder of the run's files; None where nothing was written.
     """
@@ -52,6 +56,7 @@ class Result:
     extractor: nn.Module
     weight: Tensor | None
     table: RowTable | None
+    homes: Homes | None
     seconds: dict[str, float]
     out: Path | None
 
@@ -100,6 +105,7 @@ def run(
     data = data or load_data(config)
     config = fitted(config, data.found)
     check_data(config, data)
+    check_measured(config, data)
     if model is not None and config.workers > 1:
         check_sendable(model)
     for line in (*idle_settings.idle([config]), *trivial(data)):
@@ -111,7 +117,7 @@ def run(
         folder, checkpoint, history = _open_folder(config, player, facts, resume)
         store = None
         try:
-            store = _open_store(config, data.num_classes, checkpoint)
+            store = _open_store(config, player.store_size, checkpoint)
             with started(config, data, model) as workers:
                 algorithm = played_by(config, player, workers, store)
                 if checkpoint:
@@ -123,6 +129,7 @@ def run(
                         algorithm,
                         facts,
                         folder,
+                        store,
                         history,
                         on_round or (lambda metrics: None),
                         stop or (lambda: False),
@@ -161,10 +168,9 @@ def _open_folder(
     return folder, checkpoint, history
 
 
-def _open_store(config: Config, num_classes: int, checkpoint: Checkpoint | None) -> ClassStore | None:
+def _open_store(config: Config, size: tuple[int, int], checkpoint: Checkpoint | None) -> ClassStore | None:
     if config.class_store is None:
         return None
-    size = num_classes, config.row_dim
     if checkpoint is None:
         try:
             return ClassStore.new(config.class_store, *size, run=config.out, overwrite=config.overwrite)
@@ -180,6 +186,7 @@ def _run(
     algorithm: Algorithm,
     facts: Facts,
     folder: RunFolder | None,
+    store: ClassStore | None,
     history: list[RoundMetrics],
     on_round: Callable[[RoundMetrics], None],
     stop: Callable[[], bool],
@@ -218,16 +225,18 @@ def _run(
         if stopping:
             raise Stopped(done, config.out)
     summary = Summary.of(config, facts, history)
-    extractor, table = algorithm.trained()
-    store = None if table is None else table.store
-    weight = None if table is None or store else table[:]
+    trained = algorithm.trained()
+    table, homes = trained.table, trained.homes
+    weight = None if table is None or table.store else table[:]
+    own = homes.trained() if homes and not homes.table.store else {}
     if store:
         store.sync()
     if folder:
-        folder.finish(summary, extractor, weight)
+        folder.finish(summary, trained.net, weight, own)
     if store and not config.checkpoint_every:
         store.forget_journals()
-    return Result(config, history, summary, extractor, weight, table, algorithm.watch.seconds, config.out)
+    seconds = algorithm.watch.seconds
+    return Result(config, history, summary, trained.net, weight, table, homes, seconds, config.out)
 
 
 def _round_metrics(

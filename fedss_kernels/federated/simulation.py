@@ -9,26 +9,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .algorithm import Played, TooFewClients
+from .algorithm import Played, TooFewClients, Trained
 from .algorithms import METHODS
 from .algorithms.parts import Part
 from .clients.player import Player
 from .config import Config, learning_rate
+from .evaluation import Evaluation, measures_of
 from .files.run_folder import Facts, RunFolder
 from .ledger import FLOWS, Entry, Traffic, client_traffic
-from .measures import BY_TASK
-from .messages import Request, Update
-from .metrics import retrieval, top1
+from .messages import Request
 from .randomness import NO_CLIENT, Purpose, generator
 from .server.class_store import ClassStore
 from .server.cohort import absence, draw_cohort
+from .server.homes import Homes
 from .server.inspection import BESIDE_OTHERS, REASONS, Inspection
 from .server.mean import PseudoGradient
 from .server.robust import Statistic, median, trimmed_mean
-from .server.row_table import SGD, Adagrad, Optimizer, Replacement, RowTable
+from .server.row_table import SGD, Adagrad, Optimizer
 from .server.server import Server
 from .server.spreadout import Spreadout
 from .server.tally import Tally
@@ -63,7 +62,12 @@ class Simulation:
             statistic=_statistic(config),
             store=None if self.method.personal else store,
         )
-        self.homes = self._homes(store) if self.method.personal else None
+        self.store, self.homes = store, None
+        if self.method.personal:
+            rows = self.server.weight[:]
+            net = self.server.extractor if player.parts.net_at_home else None
+            self.homes = Homes(len(data.clients), rows, net, store)
+        self.evaluation = Evaluation(config, self.team)
         self.spreadout = Spreadout(
             config.spreadout_weight,
             config.spreadout_margin,
@@ -80,15 +84,8 @@ class Simulation:
 
     @staticmethod
     def facts(config: Config, player: Player) -> Facts:
-        measures, flows = BY_TASK[player.data.task], FLOWS[_ROWS[player.parts.rows]]
+        measures, flows = measures_of(config, player.data), FLOWS[_ROWS[player.parts.rows]]
         return Facts.of(player.data, len(player.extractor.flat), measures, flows)
-
-    def _homes(self, store: ClassStore | None) -> RowTable:
-        """What each client has at home, a row for each; before its first round what the others begin with."""
-        rows = self.player.known_rows(torch.arange(self.data.num_classes)).flatten()
-        first = torch.cat([rows, self.server.extractor]) if self.player.parts.net_at_home else rows
-        size = len(self.data.clients), len(first)
-        return RowTable(*size, Replacement(), lambda clients: first.expand(len(clients), -1), store)
 
     def play(self, round: int) -> Played:
         """One round. Where fewer than `min_clients` count nothing is applied and another cohort is drawn.
@@ -104,7 +101,7 @@ class Simulation:
                 with self.watch("aggregation"):
                     self.server.step(gradient, self._trained)
                     if self.homes:
-                        self._keep(self.homes, updates)
+                        self.homes.keep(updates)
                     if self.method.spreads:
                         rng = generator(config.seed, round, attempt, NO_CLIENT, Purpose.SPREADOUT)
                         self.spreadout.step(self.server.weight, learning_rate(config, round), rng)
@@ -162,7 +159,7 @@ class Simulation:
     def _given(self, client: int, request: Request) -> Tensor:  # (Player.num_given,)
         """What a client needs for its round beside phi."""
         if self.homes:
-            return self.homes.read(torch.tensor([client]))[0]
+            return self.homes.read(client)
         return self.server.select(self._travelling(request))[1].flatten()
 
     def _travelling(self, request: Request) -> Tensor:
@@ -198,53 +195,37 @@ class Simulation:
         """Of each block of the net whether a round steps it."""
         return [part is Part.TRAINED for part in self.player.parts.blocks]
 
-    def _keep(self, homes: RowTable, updates: Sequence[Update]) -> None:
-        """What clients whose answers count have made of their own; others' is as it was before the round."""
-        kept = [update.kept for update in updates if update.kept is not None]
-        homes.step(torch.tensor([update.client for update in updates]), torch.stack(kept))
-
     def evaluate(self, *, last: bool) -> dict[str, float | None]:
-        """Of the server's model on the test images.
-
-        In a classification task a retrieval, the dearer and the second thing, is measured in the last round
-        only; top-1 of a retrieval task, whose test classes have no rows, never. Of a model that is not finite
-        nothing is.
-        """
-        embeddings, labels = self.team.embed(self.server.extractor), self.data.test_labels
-        with self.watch("evaluation"):
-            found = dict[str, float | None](not_finite=int((~embeddings.isfinite().all(dim=1)).sum()))
-            if self.not_finite_since is not None:
-                return found
-            if self.data.task == "classification":
-                weight, similarity = self.server.weight, self.config.similarity
-                found["top1"] = top1(embeddings, weight, labels, similarity=similarity)
-                if not last:
-                    return found
-            return found | retrieval(embeddings, labels).measured
+        phi, weight, finite = self.server.extractor, self.server.weight, self.not_finite_since is None
+        if self.homes:
+            found = self.evaluation.own(phi, self.homes, finite=finite)
+        else:
+            found = self.evaluation.shared(phi, weight, finite=finite, last=last)
+        if last and finite and self.config.personalise_epochs:
+            found |= self.evaluation.personal(phi, weight, self.homes)
+        return found
 
     def stored(self) -> dict[str, Tensor]:
-        homes = self.homes.stored() if self.homes else {}
-        return self.server.stored() | {f"homes.{name}": numbers for name, numbers in homes.items()}
+        return self.server.stored() | (self.homes.stored() if self.homes else {})
 
     def restore(self, tensors: Mapping[str, Tensor], rounds: int) -> None:
         self.server.restore(tensors, rounds)
         if self.homes:
-            own = {name.removeprefix("homes."): t for name, t in tensors.items() if name.startswith("homes.")}
-            self.homes.restore(own, rounds)
+            self.homes.restore(tensors, rounds)
 
     def checkpoint(self, folder: RunFolder, rounds: int) -> None:
-        store = self.server.weight.store
-        stored = self.stored()
+        store, stored = self.store, self.stored()
         if store:
             store.prepare(rounds)
         folder.save_checkpoint(rounds, stored, store.identity if store else None)
         if store:
             store.mark(rounds)
 
-    def trained(self) -> tuple[nn.Module, RowTable]:
+    def trained(self) -> Trained:
         extractor = self.player.extractor
+        extractor.move([True] * len(extractor.block_sizes))
         extractor.flat.copy_(self.server.extractor)
-        return extractor.module.eval().cpu(), self.server.weight
+        return Trained(extractor.module.eval().cpu(), self.server.weight, self.homes)
 
     def _traffic(self, request: Request, answers: bool) -> Traffic:
         """Of one client in one round."""

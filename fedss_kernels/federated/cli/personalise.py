@@ -31,8 +31,8 @@ from .options import (
 from .output import read_data
 
 if TYPE_CHECKING:
-    from ..figures.fine_tuning import Own, Tuning
     from ..figures.personalisation import Measured
+    from ..fine_tuning import Own, Tuning
 
 # Of one method and setting are runs that differ in these alone.
 _OF_NO_METHOD = {*MAY_DIFFER, "seed", "threads", "device", "eval_every"}
@@ -82,7 +82,7 @@ def _add_personalise_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _personalise(arguments: argparse.Namespace) -> int:
     from ..figures import personalisation
-    from ..figures.fine_tuning import EPOCHS, RATE, Tuning, check_measurable
+    from ..fine_tuning import EPOCHS, RATE, Tuning, check_measurable
 
     with mistakes():
         configs = {folder: read_config(folder)[0] for folder in _runs(arguments.runs)}
@@ -120,8 +120,8 @@ def _measured(
     tuning: "Tuning",
     title: str,
 ) -> "Measured":
-    from ..figures.fine_tuning import personalise
     from ..figures.personalisation import Measured
+    from ..fine_tuning import personalise
 
     torch.set_num_threads(config.threads)
     begun = time.perf_counter()

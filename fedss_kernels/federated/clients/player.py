@@ -104,6 +104,13 @@ class Player:
         rows = self.data.num_classes * self.config.row_dim if self.parts.anything_at_home else 0
         return rows + (len(self.extractor.flat) if self.parts.net_at_home else 0)
 
+    @property
+    def store_size(self) -> tuple[int, int]:
+        """(rows, numbers in each) of a class store: of the class matrix, or of what clients have at home."""
+        if self.parts.anything_at_home:
+            return len(self.client.data.clients), self.num_at_home
+        return self.data.num_classes, self.config.row_dim
+
     def num_given(self, request: Request) -> int:
         """Numbers that a client needs for its round beside phi: class rows, or what it has at home."""
         if self.parts.anything_at_home:

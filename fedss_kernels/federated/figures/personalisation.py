@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...plotting import plotting
+from ..fine_tuning import Personal, Tuning
 from ..reports.mean_sd import mean_sd
 from ..reports.report import COLOURS, MARKERS, write_section
 from ..reports.tables import write_csv
-from .fine_tuning import Personal, Tuning
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

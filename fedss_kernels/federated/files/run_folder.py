@@ -7,7 +7,8 @@ checkpoint-*  what a run that was stopped goes on from, and a finished one to mo
 record/       the run's own copy of the tables, from which it is resumed and reported
 summary.json  the figures at the end; it says that the run is finished
 model.pt      {"extractor": state dict, "weight": W}, for torch.load(path, weights_only=True); without W
-              where that is in a class store
+              where that is in a class store; of clients that keep their own rows these too: "clients" (n,),
+              "heads" (n, C, D), and "bodies" (n, P) where their nets are their own
 report.html, accuracy_by_round.png, accuracy_by_bytes.png
 *-changed.csv what another program made of a table
 error.txt     the traceback, where a run of `fedss compare` failed
@@ -349,13 +350,15 @@ class RunFolder:
             ],
         )
 
-    def finish(self, summary: Summary, extractor: nn.Module, weight: Tensor | None) -> None:
+    def finish(
+        self, summary: Summary, extractor: nn.Module, weight: Tensor | None, own: Mapping[str, Tensor]
+    ) -> None:
         """Makes model.pt and summary.json. A checkpoint of the last round stays, for a run of more rounds."""
         self.record.restore_tables()
         state = {name: value.detach().clone() for name, value in extractor.state_dict().items()}
         rows = {} if weight is None else {"weight": weight.clone()}
         with replacing(self.path / "model.pt") as file:
-            torch.save({"extractor": state, **rows}, file)
+            torch.save({"extractor": state, **rows, **own}, file)
         # The last: it says that the run is finished.
         write_whole(self.path / "summary.json", json.dumps(summary.to_dict(), indent=2) + "\n")
         if not self.config.checkpoint_every:

@@ -29,14 +29,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ...sampled_softmax import sampled_softmax_loss
-from ..clients.augment import random_crop, random_shift
-from ..clients.extractor import Extractor, as_embeddings, as_input
-from ..clients.player import Player
-from ..config import Config
-from ..data import FederatedData
-from ..metrics import NOTHING, directions, nearest
-from ..randomness import Purpose, generator
+from ..sampled_softmax import sampled_softmax_loss
+from .clients.augment import random_crop, random_shift
+from .clients.extractor import Extractor, as_embeddings, as_input
+from .clients.player import Player
+from .config import Config
+from .data import FederatedData
+from .metrics import NOTHING, directions, nearest
+from .randomness import Purpose, generator
 
 PARTS = ("head", "body", "full")
 ROWS = ("all", "own")

@@ -37,7 +37,10 @@ def fails(capsys, *argv: str) -> str:
     return err.rstrip()
 
 
-COMMANDS = "run, compare, compositions, noise, confusion, privacy, parameters, report, methods, bench, doctor"
+COMMANDS = (
+    "run, compare, compositions, noise, confusion, personalise, privacy, parameters, report, methods, bench"
+)
+COMMANDS += ", doctor"
 METHODS = "fedss, full_softmax, pos_only, neg_only, fedaws, centralized"
 SMALL = ["--glyph-classes=12", "--glyph-writers=4", "--cohort=2", "--num-negatives=3", "--embedding-dim=8"]
 

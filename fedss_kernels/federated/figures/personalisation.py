@@ -206,29 +206,31 @@ def _plot(found: Sequence[Measured]) -> "Figure":
     figure, axes = _figure("accuracy on its own test images (%, mean over clients)")
     epochs = found[0].tuning.epochs
     for number, (title, runs) in enumerate(_groups(found).items()):
-        colour = COLOURS[number % len(COLOURS)]
+        style = _style(number)
 
         def mean(name: str, runs: Sequence[Measured] = runs) -> float:
             return 100 * statistics.fmean(statistics.fmean(run.values(name)) for run in runs)
 
-        axes.plot(
-            epochs,
-            [mean(f"after_{done}") for done in epochs],
-            color=colour,
-            marker=MARKERS[number % len(MARKERS)],
-            label=title,
-        )
-        for name, marker in _UNTRAINED.items():
-            axes.plot(
-                0, mean(name), color=colour, marker=marker, markersize=9, fillstyle="none", linestyle=""
-            )
-    for name, marker in _UNTRAINED.items():
-        axes.plot([], color="grey", marker=marker, markersize=9, fillstyle="none", linestyle="", label=name)
+        axes.plot(epochs, [mean(f"after_{done}") for done in epochs], label=title, **style)
+        for name, mark in _UNTRAINED.items():
+            axes.plot(0, mean(name), color=style["color"], **mark)
+    for name, mark in _UNTRAINED.items():
+        axes.plot([], color="grey", label=name, **mark)
     axes.set_ylim(0, 100)
     return _with_legend(figure)
 
 
-_UNTRAINED = {"initial": "o", "restricted": "*"}
+_MARK = {"markersize": 9, "fillstyle": "none", "linestyle": ""}
+_UNTRAINED: dict[str, dict[str, Any]] = {
+    "initial": {"marker": "o", **_MARK},
+    "restricted": {"marker": "*", **_MARK},
+}
+
+
+def _style(number: int) -> dict[str, str]:
+    """36 of them, the first six as other plots have them."""
+    marker = MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
+    return {"color": COLOURS[number % len(COLOURS)], "marker": marker}
 
 
 def _plot_differences(apart: Sequence[Difference], epochs: Sequence[int]) -> "Figure":
@@ -241,8 +243,7 @@ def _plot_differences(apart: Sequence[Difference], epochs: Sequence[int]) -> "Fi
             epochs,
             [100 * mean for mean in means],
             [100 * INTERVAL * (error or 0.0) for error in errors],
-            color=COLOURS[number % len(COLOURS)],
-            marker=MARKERS[number % len(MARKERS)],
+            **_style(number),
             capsize=3,
             label=f"{pair.first} − {pair.second}",
         )

@@ -9,6 +9,7 @@ import torch
 from tiny_federation import CLASSES_HELD, tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import ConfigError, TooFewClients, run
+from fedss_kernels.federated.algorithm import Played
 from fedss_kernels.federated.server.cohort import absence, draw_cohort
 from fedss_kernels.federated.simulation import HOPELESS_ANSWERS
 
@@ -60,7 +61,7 @@ def test_what_the_absent_ask_for_moves_and_nothing_comes_back(tmp_path):
     s = result.summary
     assert (s.dropped, s.late) == tuple(len(outcomes[name]) for name in ("dropped", "late"))
     assert s.accepted + s.dropped + s.late == len(lines) == 24 and s.rejected == 0
-    assert s.full_traffic.up_rows * 24 == s.full_traffic.down_rows * s.accepted
+    assert s.full_traffic["up_rows"] * 24 == s.full_traffic["down_rows"] * s.accepted
     for metrics in result.history:
         mine = [line["outcome"] for line in lines if int(line["round"]) == metrics.round]
         assert [metrics.accepted, metrics.dropped, metrics.late] == [
@@ -100,10 +101,11 @@ def test_of_a_cohort_of_too_few_nothing_is_applied(monkeypatch):
     applied = []
 
     def always_attempt_one(self, round):
-        updates, entries = self._attempt(round, 1)
+        tally, entries = self._attempt(round, 1)
+        updates = list(tally.counted().values())
         applied.append(len(updates))
-        self.server.step(self.server.aggregate(updates))
-        return updates, entries
+        self.server.step(tally.gradient())
+        return Played(entries, 0.0, 1)
 
     monkeypatch.setattr("fedss_kernels.federated.simulation.Simulation.play", always_attempt_one)
     assert torch.equal(train().weight, retried.weight) and applied == [4] * 6
@@ -187,8 +189,8 @@ def test_absences_and_answers_that_would_count_are_waited_for(monkeypatch):
         lambda config, round, attempt, k: "dropped" if attempt < 30 or (attempt < 90 and k % 2) else None,
     )
     monkeypatch.setattr(
-        "fedss_kernels.federated.simulation.Inspection.faults",
-        lambda self, updates, asked: ["", *["norm" if len(updates) < 4 else ""] * 3][: len(updates)],
+        "fedss_kernels.federated.simulation.Inspection.verdicts",
+        lambda self, findings: ["", *["norm" if len(findings) < 4 else ""] * 3][: len(findings)],
     )
     (metrics,) = train(rounds=1, min_clients=4).history
     assert metrics.attempts == 91 and metrics.rejected > HOPELESS_ANSWERS and metrics.dropped > 120
@@ -196,8 +198,8 @@ def test_absences_and_answers_that_would_count_are_waited_for(monkeypatch):
 
 def test_all_reasons_are_said_the_most_frequent_first(monkeypatch):
     monkeypatch.setattr(
-        "fedss_kernels.federated.simulation.Inspection.faults",
-        lambda self, updates, asked: ["", "", "norm", "norm"],
+        "fedss_kernels.federated.simulation.Inspection.verdicts",
+        lambda self, findings: ["", "", "norm", "norm"],
     )
     monkeypatch.setattr(
         "fedss_kernels.federated.simulation.absence",

@@ -9,26 +9,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
+from .algorithm import Played, TooFewClients
 from .algorithms import METHODS
+from .algorithms.parts import Part
 from .clients.player import Player
 from .config import Config, learning_rate
-from .files.run_folder import Accuracies, RunFolder
-from .ledger import Entry, Traffic, client_traffic
-from .messages import Update
-from .metrics import (
-    retrieval,
-    top1,
-)
-from .randomness import NO_CLIENT, Purpose, generator, initial_rows
+from .files.run_folder import Facts, RunFolder
+from .ledger import FLOWS, Entry, Traffic, client_traffic
+from .measures import BY_TASK
+from .messages import Request, Update
+from .metrics import retrieval, top1
+from .randomness import NO_CLIENT, Purpose, generator
 from .server.class_store import ClassStore
 from .server.cohort import absence, draw_cohort
-from .server.inspection import BESIDE_OTHERS, REASONS, Inspection, clipped
+from .server.inspection import BESIDE_OTHERS, REASONS, Inspection
+from .server.mean import PseudoGradient
 from .server.robust import Statistic, median, trimmed_mean
-from .server.row_table import SGD, Adagrad, Optimizer, RowTable
+from .server.row_table import SGD, Adagrad, Optimizer, Replacement, RowTable
 from .server.server import Server
 from .server.spreadout import Spreadout
+from .server.tally import Tally
 from .stopwatch import Stopwatch
 from .workers import Team
 
@@ -36,15 +39,8 @@ ATTEMPTS = 100  # at a round, before it is given up
 # Who drops out or is late is drawn anew in each; where all answers are left out, they are so in every one. It
 # is given up after this many at least, and answers in a row of which none counted.
 HOPELESS_ATTEMPTS, HOPELESS_ANSWERS = 3, 48
+_ROWS = {Part.TRAINED: "travel", Part.KNOWN: "seed", Part.HOME: "home"}  # as the ledger calls it
 log = logging.getLogger(__name__)
-
-
-class TooFewClients(RuntimeError):
-    """A round that no cohort made, and why; `entries` is what moved for it all the same."""
-
-    def __init__(self, words: str, entries: Sequence[Entry] = ()):
-        super().__init__(words)
-        self.entries = list(entries)
 
 
 class Simulation:
@@ -59,15 +55,15 @@ class Simulation:
         self.server = Server(
             player.extractor.flat.to("cpu"),
             data.num_classes,
-            config.embedding_dim,
-            initial_rows=partial(
-                initial_rows, config.seed, dim=config.embedding_dim, scale=config.weight_init_scale
-            ),
+            config.row_dim,
+            initial_rows=player.known_rows,
             optimizer=_server_optimizer(config),
             denominator=config.denominator,
+            blocks=player.extractor.block_sizes,
             statistic=_statistic(config),
-            store=store,
+            store=None if self.method.personal else store,
         )
+        self.homes = self._homes(store) if self.method.personal else None
         self.spreadout = Spreadout(
             config.spreadout_weight,
             config.spreadout_margin,
@@ -75,30 +71,45 @@ class Simulation:
             config.spreadout_rows,
         )
         self.inspection = Inspection(
-            len(self.server.extractor),
-            config.embedding_dim,
+            player.num_travelling,
+            config.row_dim,
             max_examples=player.most_images,
             max_norm=config.max_norm,
             max_norm_ratio=config.max_norm_ratio,
         )
 
-    def play(self, round: int) -> tuple[list[Update], list[Entry]]:
-        """One round: the updates that counted, and what moved.
+    @staticmethod
+    def facts(config: Config, player: Player) -> Facts:
+        measures, flows = BY_TASK[player.data.task], FLOWS[_ROWS[player.parts.rows]]
+        return Facts.of(player.data, len(player.extractor.flat), measures, flows)
 
-        Where fewer than `min_clients` count nothing is applied and another cohort is drawn. Raises
-        TooFewClients after ATTEMPTS of them, or a few where all answers are left out.
+    def _homes(self, store: ClassStore | None) -> RowTable:
+        """What each client has at home, a row for each; before its first round what the others begin with."""
+        rows = self.player.known_rows(torch.arange(self.data.num_classes)).flatten()
+        first = torch.cat([rows, self.server.extractor]) if self.player.parts.net_at_home else rows
+        size = len(self.data.clients), len(first)
+        return RowTable(*size, Replacement(), lambda clients: first.expand(len(clients), -1), store)
+
+    def play(self, round: int) -> Played:
+        """One round. Where fewer than `min_clients` count nothing is applied and another cohort is drawn.
+
+        Raises TooFewClients after ATTEMPTS of them, or a few where all answers are left out.
         """
         config, entries, left_out = self.config, list[Entry](), 0
         for attempt in range(ATTEMPTS):
-            updates, moved = self._attempt(round, attempt)
+            tally, moved = self._attempt(round, attempt)
+            updates = list(tally.counted().values())
             if len(updates) >= (1 if self.method.pooled else config.min_clients):
+                gradient = self._gradient(round, attempt, tally)
                 with self.watch("aggregation"):
-                    self.server.step(self.server.aggregate(updates))
+                    self.server.step(gradient, self._trained)
+                    if self.homes:
+                        self._keep(self.homes, updates)
                     if self.method.spreads:
                         rng = generator(config.seed, round, attempt, NO_CLIENT, Purpose.SPREADOUT)
                         self.spreadout.step(self.server.weight, learning_rate(config, round), rng)
                 self._note_finite(round)
-                return updates, entries + moved
+                return Played.of(updates, entries + moved)
             entries += [replace(e, outcome="discarded") if e.outcome == "accepted" else e for e in moved]
             left_out = 0 if updates else left_out + sum(e.outcome == "rejected" for e in moved)
             if attempt + 1 >= HOPELESS_ATTEMPTS and left_out >= HOPELESS_ANSWERS:
@@ -120,8 +131,8 @@ class Simulation:
             self.not_finite_since = round + 1
             log.warning("round %d: from here on the model has numbers that are not finite", round + 1)
 
-    def _attempt(self, round: int, attempt: int) -> tuple[list[Update], list[Entry]]:
-        """A cohort's updates that count, in order of the clients' ids, and a line on each client."""
+    def _attempt(self, round: int, attempt: int) -> tuple[Tally, list[Entry]]:
+        """What came back from a cohort, and a line on each client, in order of their ids."""
         config = self.config
         cohort, absent = [0], dict[int, str | None]()
         if not self.method.pooled:
@@ -130,58 +141,100 @@ class Simulation:
         with self.watch("select"):
             requests = {k: self.player.request(round, attempt, k) for k in cohort}
         answered = {k: request for k, request in requests.items() if absent.get(k) is None}
-        updates = self.team.play(round, attempt, answered, self.server)
         with self.watch("aggregation"):
-            faults = self._faults(updates, [request.class_ids for request in answered.values()])
-        accepted, entries = [], []
+            tally = self._tally({k: self._travelling(request) for k, request in answered.items()})
+        self._play(round, attempt, answered, tally)
+        faults, entries = tally.faults(), []
         for k, request in requests.items():
             outcome = absent.get(k) or ("rejected" if faults[k] else "accepted")
-            if outcome == "accepted":
-                accepted.append(self._clipped(updates[k]))
-            elif outcome == "rejected":
+            if outcome == "rejected":
                 log.warning("round %d: client %d's update was left out: %s", round + 1, k, faults[k])
-            traffic = self._traffic(len(request.class_ids), request.sends_ids, answers=k in answered)
-            if self.method.pooled:
-                traffic = Traffic()  # nothing leaves its place
+            traffic = self._traffic(request, answers=k in answered)
             entries.append(
                 Entry(round + 1, attempt, k, len(request.class_ids), outcome, faults.get(k, ""), traffic)
             )
-        return accepted, entries
+        return tally, entries
 
-    def _faults(self, updates: Mapping[int, Update], asked: Sequence[Tensor]) -> dict[int, str]:
-        """Of each client that answered what is wrong with its answer, or ""."""
-        if self.config.trust_updates or self.method.pooled:
-            return dict.fromkeys(updates, "")
-        return dict(zip(updates, self.inspection.faults(list(updates.values()), asked), strict=True))
+    def _play(self, round: int, attempt: int, requests: Mapping[int, Request], tally: Tally) -> None:
+        phi = self.server.extractor
+        self.team.play(round, attempt, requests, phi, self._given, tally.take)
 
-    def _clipped(self, update: Update) -> Update:
-        bound = None if self.method.pooled else self.config.clip_norm
-        return update if bound is None else clipped(update, bound)
+    def _given(self, client: int, request: Request) -> Tensor:  # (Player.num_given,)
+        """What a client needs for its round beside phi."""
+        if self.homes:
+            return self.homes.read(torch.tensor([client]))[0]
+        return self.server.select(self._travelling(request))[1].flatten()
 
-    def evaluate(self, *, last: bool) -> Accuracies:
+    def _travelling(self, request: Request) -> Tensor:
+        """The class rows of a request that come and go back."""
+        return request.class_ids if self.player.parts.rows is Part.TRAINED else request.class_ids[:0]
+
+    def _tally(self, asked: Mapping[int, Tensor]) -> Tally:
+        """For what comes from clients who asked for these rows."""
+        config, inside = self.config, self.method.pooled
+        return Tally(
+            self.server,
+            asked,
+            {k: self.player.num_images(k) for k in asked},
+            None if config.trust_updates or inside else self.inspection,
+            clip_norm=None if inside else config.clip_norm,
+            keeps=self.server.statistic is not None or config.poison_rate > 0,
+        )
+
+    def _gradient(self, round: int, attempt: int, tally: Tally) -> PseudoGradient:
+        """Of the answers that count."""
+        with self.watch("aggregation"):
+            gradient = tally.gradient()
+        if gradient is not None:
+            return gradient
+        again = tally.again()
+        self._play(round, attempt, {k: self.player.request(round, attempt, k) for k in again.asked}, again)
+        gradient = again.gradient()
+        assert gradient is not None  # as they send what they sent
+        return gradient
+
+    @property
+    def _trained(self) -> list[bool]:
+        """Of each block of the net whether a round steps it."""
+        return [part is Part.TRAINED for part in self.player.parts.blocks]
+
+    def _keep(self, homes: RowTable, updates: Sequence[Update]) -> None:
+        """What clients whose answers count have made of their own; others' is as it was before the round."""
+        kept = [update.kept for update in updates if update.kept is not None]
+        homes.step(torch.tensor([update.client for update in updates]), torch.stack(kept))
+
+    def evaluate(self, *, last: bool) -> dict[str, float | None]:
         """Of the server's model on the test images.
 
         In a classification task a retrieval, the dearer and the second thing, is measured in the last round
         only; top-1 of a retrieval task, whose test classes have no rows, never. Of a model that is not finite
         nothing is.
         """
-        embeddings = self.team.embed(self.server.extractor)
-        labels = self.data.test_labels
+        embeddings, labels = self.team.embed(self.server.extractor), self.data.test_labels
         with self.watch("evaluation"):
-            not_finite = int((~embeddings.isfinite().all(dim=1)).sum())
+            found = dict[str, float | None](not_finite=int((~embeddings.isfinite().all(dim=1)).sum()))
             if self.not_finite_since is not None:
-                return Accuracies(not_finite=not_finite)
-            first = None
+                return found
             if self.data.task == "classification":
-                first = top1(embeddings, self.server.weight, labels)
+                weight, similarity = self.server.weight, self.config.similarity
+                found["top1"] = top1(embeddings, weight, labels, similarity=similarity)
                 if not last:
-                    return Accuracies(first, not_finite=not_finite)
-            found = retrieval(embeddings, labels)
-            return Accuracies(first, found.map_at_r, found.recall_at_1, found.recall_at_r, not_finite)
+                    return found
+            return found | retrieval(embeddings, labels).measured
+
+    def stored(self) -> dict[str, Tensor]:
+        homes = self.homes.stored() if self.homes else {}
+        return self.server.stored() | {f"homes.{name}": numbers for name, numbers in homes.items()}
+
+    def restore(self, tensors: Mapping[str, Tensor], rounds: int) -> None:
+        self.server.restore(tensors, rounds)
+        if self.homes:
+            own = {name.removeprefix("homes."): t for name, t in tensors.items() if name.startswith("homes.")}
+            self.homes.restore(own, rounds)
 
     def checkpoint(self, folder: RunFolder, rounds: int) -> None:
         store = self.server.weight.store
-        stored = self.server.stored()
+        stored = self.stored()
         if store:
             store.prepare(rounds)
         folder.save_checkpoint(rounds, stored, store.identity if store else None)
@@ -193,13 +246,16 @@ class Simulation:
         extractor.flat.copy_(self.server.extractor)
         return extractor.module.eval().cpu(), self.server.weight
 
-    def _traffic(self, num_rows: int, sends_ids: bool, answers: bool) -> Traffic:
+    def _traffic(self, request: Request, answers: bool) -> Traffic:
         """Of one client in one round."""
+        if self.method.pooled:
+            return Traffic()  # nothing leaves its place
         return client_traffic(
-            len(self.server.extractor),
-            num_rows,
-            self.config.embedding_dim,
-            sends_ids=sends_ids,
+            self.player.num_travelling,
+            len(request.class_ids),
+            self.config.row_dim,
+            rows=_ROWS[self.player.parts.rows],
+            sends_ids=request.sends_ids,
             answers=answers,
             dtype=self.config.wire_dtype,
         )

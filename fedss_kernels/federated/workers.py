@@ -4,8 +4,8 @@ They speak through gloo wherever clients train, as what they send, phi and class
 state in main memory and goes back there.
 
 Every choice is a function of the round and the client, so a worker is told only which clients to play, and is
-sent phi and their class rows. Updates are added up in the clients' order, so the bits are the same for any
-number of workers.
+sent phi and, as their turn comes, their class rows. Updates are taken in the clients' order, so the bits are
+the same for any number of workers.
 """
 
 import contextlib
@@ -16,10 +16,12 @@ import pickle
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from enum import IntEnum
+from itertools import accumulate
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NoReturn
@@ -28,6 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .algorithms.parts import Part
 from .clients.player import Player, training_device
 from .config import Config, ConfigError
 from .data import FederatedData
@@ -35,9 +38,9 @@ from .interrupts import deaf, ending, ignore
 from .ledger import over_the_wire
 from .messages import Request, Update
 from .scratch import scratch
-from .server.server import Server
 from .stopwatch import Stopwatch
 
+AHEAD = 2  # clients whose rows are on their way to a rank, or whose updates are on their way from it
 FOREVER = timedelta(days=365)  # how long a worker waits for the others: an evaluation may take any time
 
 
@@ -64,43 +67,52 @@ class Team:
     _lost: WorkerLost | None = None  # noticed in an evaluation, which rank 0 then did alone
 
     def play(
-        self, round: int, attempt: int, requests: Mapping[int, Request], server: Server
-    ) -> dict[int, Update]:
-        """What clients who make these requests send back, in their order. Raises WorkerLost."""
+        self,
+        round: int,
+        attempt: int,
+        requests: Mapping[int, Request],
+        phi: Tensor,  # (P,)
+        given: Callable[[int, Request], Tensor],  # (client, request) -> what it needs beside phi
+        take: Callable[[int, Update], None],  # (client, what it sends back)
+    ) -> None:
+        """Has the clients who make these requests trained, and `take`s what they send back, in their order.
+
+        Rows are asked for as a client's turn comes, and an update is let go as it is taken: in one process
+        there are those of one client at a time. Raises WorkerLost.
+        """
         if self._lost:
             raise self._lost
-        shares = divided(list(requests), self.player.num_images, self.size)
-        phi = self._travelled(server.extractor)
+        own, *shares = divided(list(requests), self.player.num_images, self.size)
+        phi = self._travelled(phi)
         self._call(Call.PLAY, phi, round, attempt, list(requests))
-        with self._communication():
-            coming = {
-                k: _Incoming(k, rank, len(requests[k].class_ids), self.player)
-                for rank in range(1, self.size)
-                for k in shares[rank]
-            }
-        rows: dict[int, Tensor] = {}
-        for rank in [*range(1, self.size), 0]:  # the others' first, as they wait for them
+
+        def given_to(k: int) -> Tensor:
             with self.watch("select"):
-                for k in shares[rank]:
-                    rows[k] = self._travelled(server.select(requests[k].class_ids)[1])
-            if rank:
-                self._send_all([rows.pop(k) for k in shares[rank]], rank)
-        updates = {}
+                numbers = given(k, requests[k])
+                return self._travelled(numbers) if self.player.parts.rows is Part.TRAINED else numbers
+
+        others = [_Elsewhere(self, rank, share, requests, given_to) for rank, share in enumerate(shares, 1)]
+        line = _Line(requests, take)
+        trained = 0  # images, of this rank's clients
+        for k in own:
+            before, trained = trained, trained + self.player.num_images(k)
+            for other in others:
+                other.send(until=trained)
+            numbers = given_to(k)
+            with self.watch("local training"):
+                update = self.player.update(round, attempt, k, requests[k], phi, numbers)
+            del numbers
+            line.come(k, self.arrived(update))
+            del update
+            for other in others:
+                other.receive(line, until=before)
         with self.watch("local training"):
-            for k in shares[0]:
-                updates[k] = self.player.update(round, attempt, k, requests[k], phi, rows.pop(k))
             self.player.extractor.check_buffers()
-        with self._communication():
-            updates |= {k: incoming.wait() for k, incoming in coming.items()}
+        for other in others:
+            other.send()
+        for other in others:
+            other.receive(line)
         self._busy = False
-        return {
-            k: replace(
-                updates[k],
-                rows=self._travelled(updates[k].rows),
-                extractor=self._travelled(updates[k].extractor),
-            )
-            for k in requests
-        }
 
     def embed(self, phi: Tensor) -> Tensor:
         """(T, D): the test images' embeddings, each worker's batches by its own.
@@ -120,7 +132,7 @@ class Team:
         with self.watch("evaluation"):
             batches = {0: self.player.embed(phi, 0, self.size)}
         for rank in range(1, self.size):
-            with self._communication():
+            with self.communication():
                 batches[rank] = [_receive(shape, rank) for shape in self.player.embedded(rank, self.size)]
         self._busy = False
         total = sum(map(len, batches.values()))
@@ -146,24 +158,86 @@ class Team:
         if self.size == 1:
             return
         self._busy = True
-        with self._communication():
+        with self.communication():
             dist.broadcast(torch.tensor([call, round, attempt, len(clients)]), 0)
             if clients:
                 dist.broadcast(torch.tensor(clients), 0)
             dist.broadcast(phi.contiguous(), 0)
 
-    def _send_all(self, rows: list[Tensor], rank: int) -> None:
-        if rows:
-            with self._communication():
-                dist.send(torch.cat(rows), rank)
+    def arrived(self, update: Update) -> Update:
+        rows, extractor = self._travelled(update.rows), self._travelled(update.extractor)
+        if rows is update.rows and extractor is update.extractor:
+            return update
+        return replace(update, rows=rows, extractor=extractor)
 
     @contextlib.contextmanager
-    def _communication(self) -> Iterator[None]:
+    def communication(self) -> Iterator[None]:
         try:
             with self.watch("communication"):
                 yield
         except RuntimeError as error:
             raise WorkerLost(f"a worker was lost: {error}") from error
+
+
+class _Line:
+    """Updates that are there, handed on in the clients' order: one waits for those before it."""
+
+    def __init__(self, clients: Iterable[int], take: Callable[[int, Update], None]):
+        self.clients, self.take = deque(clients), take
+        self.waiting: dict[int, Update] = {}
+
+    def come(self, client: int, update: Update) -> None:
+        self.waiting[client] = update
+        del update
+        while self.clients and self.clients[0] in self.waiting:
+            first = self.clients.popleft()
+            self.take(first, self.waiting.pop(first))
+
+
+class _Elsewhere:
+    """The clients that another rank plays. Rank 0 sends them their rows, and receives what they send back.
+
+    It does so between its own clients, in step: all ranks train on about as many images in as much time. A
+    client's rows go out before the other rank can be done with the one before it, and what it sends back is
+    waited for once this rank is a client past it. So there are the rows and updates of few at a time, and
+    who waits for another does so for one who will not be done before him.
+    """
+
+    def __init__(
+        self,
+        team: Team,
+        rank: int,
+        share: Sequence[int],
+        requests: Mapping[int, Request],
+        given_to: Callable[[int], Tensor],
+    ):
+        self.team, self.rank, self.requests, self.given_to = team, rank, requests, given_to
+        ends = list(accumulate(map(team.player.num_images, share)))
+        self.unsent = deque(
+            zip(share, [0, *ends], ends, strict=False)
+        )  # (client, images before, and with it)
+        self.sending: deque[tuple[dist.Work, Tensor]] = deque()
+        self.coming: deque[tuple[int, _Incoming]] = deque()
+
+    def send(self, until: float = math.inf) -> None:
+        """Their rows to the clients that begin before so many images."""
+        while self.unsent and self.unsent[0][1] < until:
+            k, _, end = self.unsent.popleft()
+            numbers = self.given_to(k).contiguous()
+            with self.team.communication():
+                self.coming.append((end, _Incoming(k, self.rank, self.requests[k], self.team.player)))
+                self.sending.append((_started(dist.isend(numbers, self.rank)), numbers))
+                while len(self.sending) > AHEAD:
+                    self.sending.popleft()[0].wait()
+
+    def receive(self, line: _Line, until: float = math.inf) -> None:
+        """What the clients send back that end with so many images."""
+        while self.coming and self.coming[0][0] <= until:
+            _, incoming = self.coming.popleft()
+            with self.team.communication():
+                update = incoming.wait()
+            line.come(incoming.client, self.team.arrived(update))
+            del incoming, update
 
 
 def serve(player: Player, rank: int, size: int) -> None:
@@ -191,43 +265,61 @@ def serve(player: Player, rank: int, size: int) -> None:
 
 
 def _play_share(player: Player, round: int, attempt: int, share: list[int], phi: Tensor) -> None:
-    if not share:
-        return
-    requests = [player.request(round, attempt, k) for k in share]
-    sizes = [len(request.class_ids) for request in requests]
-    rows = _receive((sum(sizes), player.config.embedding_dim), 0).split(sizes)
-    sending = []  # each on its way while the next is trained
-    for k, request, own in zip(share, requests, rows, strict=True):
-        numbers, integers = _packed(player.update(round, attempt, k, request, phi, own))
-        sending += [_started(dist.isend(numbers, 0)), _started(dist.isend(integers, 0))]
+    coming = (_Given(k, player.request(round, attempt, k), player) for k in share)
+    following = next(coming, None)
+    sending = deque[tuple[dist.Work, Tensor]]()  # on its way while the next is trained
+    while own := following:
+        following = next(coming, None)  # what the next client needs comes while this one is trained
+        update = player.update(round, attempt, own.client, own.request, phi, own.wait())
+        sending += [(_started(dist.isend(part, 0)), part) for part in _packed(update)]
+        del own, update
+        while len(sending) > 2 * AHEAD:
+            sending.popleft()[0].wait()
     player.extractor.check_buffers()
-    for work in sending:
+    for work, _ in sending:
         work.wait()
 
 
+class _Given:
+    """What a client needs beside phi, and rank 0 is going to send."""
+
+    def __init__(self, client: int, request: Request, player: Player):
+        self.client, self.request = client, request
+        self.numbers = torch.empty(player.num_given(request))
+        self.work = _started(dist.irecv(self.numbers, 0))
+
+    def wait(self) -> Tensor:
+        self.work.wait()
+        return self.numbers
+
+
 def _packed(update: Update) -> tuple[Tensor, Tensor]:
-    """(rows and extractor, one after the other; class_ids, n_k and the bits of the loss)"""
+    """(all of its numbers, one after the other; class_ids, n_k and the bits of the loss)"""
     loss = torch.tensor([update.loss], dtype=torch.float64).view(torch.int64)
-    numbers = torch.cat([update.rows.flatten(), update.extractor])
+    kept = [] if update.kept is None else [update.kept]
+    numbers = torch.cat([update.rows.flatten(), update.extractor, *kept])
     return numbers, torch.cat([update.class_ids, torch.tensor([update.num_examples]), loss])
 
 
 class _Incoming:
     """An update that another rank is going to send."""
 
-    def __init__(self, client: int, rank: int, num_rows: int, player: Player):
-        self.client, self.shape = client, (num_rows, player.config.embedding_dim)
-        self.numbers = torch.empty(math.prod(self.shape) + len(player.extractor.flat))
+    def __init__(self, client: int, rank: int, request: Request, player: Player):
+        num_rows = len(request.class_ids) if player.parts.rows is Part.TRAINED else 0
+        self.client, self.shape = client, (num_rows, player.config.row_dim)
+        self.sizes = [math.prod(self.shape), player.num_travelling, player.num_at_home]
+        self.numbers = torch.empty(sum(self.sizes))
         self.integers = torch.empty(num_rows + 2, dtype=torch.int64)
         self.works = [_started(dist.irecv(part, rank)) for part in (self.numbers, self.integers)]
 
     def wait(self) -> Update:
         for work in self.works:
             work.wait()
-        rows, extractor = self.numbers.tensor_split([math.prod(self.shape)])
+        rows, extractor, kept = self.numbers.split(self.sizes)
         class_ids, (num_examples, _) = self.integers[:-2], self.integers[-2:].tolist()
         loss = self.integers[-1:].view(torch.float64).item()
-        return Update(self.client, class_ids, rows.view(self.shape), extractor, num_examples, loss)
+        stays = kept if len(kept) else None
+        return Update(self.client, class_ids, rows.view(self.shape), extractor, num_examples, loss, stays)
 
 
 def _started(work: dist.Work | None) -> dist.Work:

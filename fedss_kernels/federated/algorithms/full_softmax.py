@@ -5,6 +5,8 @@ FedAvg (McMahan et al., "Communication-Efficient Learning of Deep Networks from 
 the other methods save on, and FedSS with m >= C - |P|.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,12 @@ from .method import Method
 
 
 def request(num_classes: int, positives: Tensor, negatives: Tensor, correction: str) -> Request:
+    return _everything(num_classes)
+
+
+@lru_cache(maxsize=1)
+def _everything(num_classes: int) -> Request:
+    """One for all clients: of 100,000 classes it has 1.6 MB."""
     zeros = torch.zeros(num_classes, dtype=torch.float64)
     return Request(torch.arange(num_classes), None, zeros, sends_ids=False)
 

@@ -37,6 +37,14 @@ def explained(faults: Iterable[tuple[str, int]]) -> str:
 
 
 @dataclass(frozen=True)
+class Finding:
+    """Of one update, before there are others to hold it against."""
+
+    fault: str  # "" for none
+    norm: float | None = None  # where there is a finite one
+
+
+@dataclass(frozen=True)
 class Inspection:
     num_parameters: int  # P, of the extractor
     embedding_dim: int  # D
@@ -49,18 +57,28 @@ class Inspection:
 
         "dtype", "shape", "ids", "examples", "loss", "not finite", "norm", or "" for nothing.
         """
-        found = [self._fault(update, ids) for update, ids in zip(updates, asked, strict=True)]
-        norms = {i: norm(update) for i, update in enumerate(updates) if not found[i]}
-        finite = [size for size in norms.values() if math.isfinite(size)]
+        return self.verdicts([self.look(u, ids) for u, ids in zip(updates, asked, strict=True)])
+
+    def look(self, update: Update, asked: Tensor) -> Finding:
+        """What is wrong with an update by itself, whatever the others are."""
+        fault = self._fault(update, asked)
+        if fault:
+            return Finding(fault)
+        size = norm(update)
+        if not math.isfinite(size):
+            return Finding("not finite")
+        return Finding("norm" if size > self.max_norm else "", size)
+
+    def verdicts(self, findings: Sequence[Finding]) -> list[str]:
+        """What is wrong with each update of a round, beside the others."""
+        sizes = [finding.norm for finding in findings if finding.norm is not None]
         # Of two in the middle the lower: what is right is small, and rubbish may be of any size.
-        usual = median_low(finite) if finite else 0.0
-        bound = min(self.max_norm, self.max_norm_ratio * usual) if usual > 0 else self.max_norm
-        for i, size in norms.items():
-            if not math.isfinite(size):
-                found[i] = "not finite"
-            elif size > bound:
-                found[i] = "norm"
-        return found
+        usual = median_low(sizes) if sizes else 0.0
+        bound = self.max_norm_ratio * usual if usual > 0 else math.inf
+        return [
+            "norm" if not found.fault and found.norm is not None and found.norm > bound else found.fault
+            for found in findings
+        ]
 
     def _fault(self, update: Update, asked: Tensor) -> str:
         """But for its numbers."""

@@ -1,0 +1,76 @@
+"""The average of a round's updates, added up one after the other: of each no more is kept than the sum."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ... import _C
+from ..messages import Update
+
+
+@dataclass(frozen=True)
+class PseudoGradient:
+    """g: zero on every class row that is not listed."""
+
+    class_ids: Tensor  # (U,) int64, ascending, unique: the rows that some client held
+    rows: Tensor  # (U, D)
+    extractor: Tensor  # (P,)
+
+
+class Holders:
+    """Who sends an update of which class rows, and of how many images: all that weights are made of."""
+
+    def __init__(self, held: Sequence[Tensor], counts: Sequence[int], denominator: str):
+        """held: of each update its class_ids (S,), each once; counts: its n_k."""
+        self.class_ids = torch.cat(list({id(ids): ids for ids in held}.values())).unique()  # (U,) ascending
+        self.total = sum(counts)
+        self.n: Tensor | None = None  # (U,) float64: the n of each row's average; None: the total
+        if denominator == "holders":
+            self.n = self.summed(held, counts)
+
+    def summed(self, held: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+        """(U,) float64: the sum of n_k over each row's holders. Counts are whole numbers, so it is exact."""
+        n = torch.zeros(len(self.class_ids), dtype=torch.float64)
+        for ids, count in zip(held, counts, strict=True):
+            n[self.places(ids)] += count
+        return n
+
+    def places(self, class_ids: Tensor) -> Tensor:
+        """(S,): where these rows are among all."""
+        return torch.searchsorted(self.class_ids, class_ids)
+
+
+class Mean:
+    """g = sum_k (n_k / n) update_k, in the order of `add`, so the bits depend on nothing else."""
+
+    def __init__(self, holders: Holders):
+        self.holders = holders
+        self._sum: PseudoGradient | None = None
+
+    def add(self, update: Update) -> None:
+        """One of the updates that `holders` knows of."""
+        holders, places = self.holders, self.holders.places(update.class_ids)
+        if self._sum is None:
+            rows = torch.zeros(len(holders.class_ids), update.rows.shape[1])
+            self._sum = PseudoGradient(holders.class_ids, rows, torch.zeros_like(update.extractor))
+        share = torch.tensor([update.num_examples / holders.total], dtype=torch.float32)
+        of_rows = share.expand(len(places))
+        if holders.n is not None:
+            of_rows = (update.num_examples / holders.n[places]).to(torch.float32)
+        _scatter_add(self._sum.rows, places, update.rows, of_rows)
+        _scatter_add(self._sum.extractor[None], _FIRST, update.extractor[None], share)
+
+    def gradient(self) -> PseudoGradient:
+        """Once all were added: one at least."""
+        assert self._sum is not None
+        return self._sum
+
+
+_FIRST = torch.zeros(1, dtype=torch.int64)
+
+
+def _scatter_add(out: Tensor, places: Tensor, rows: Tensor, scale: Tensor) -> None:
+    """scatter_add_ of tensors that are the server's own and known to fit, without what it asks of others'."""
+    _C.scatter_add(out, places, rows, scale, threads=torch.get_num_threads())

@@ -49,7 +49,7 @@ def tuner(tuning: Tuning = FEW, config=None, columns: int = DIM) -> FineTuner:
 def test_initial_is_over_all_classes_and_restricted_over_ones_own(similarity):
     data, dot = data_of_clients(), similarity == "dot"
     net, rows = model(DIM + dot)
-    found = personalise(tiny_config(), data, (net, rows), replace(FEW, similarity=similarity))
+    found = personalise(tiny_config(similarity=similarity), data, (net, rows), FEW)
     assert [each.client for each in found] == [k for k, tested in enumerate(data.test_clients) if len(tested)]
     for each in found:
         held, tested = data.clients[each.client], data.test_clients[each.client]
@@ -94,11 +94,9 @@ def test_the_length_of_a_row_changes_nothing_with_cosines():
 # ---- what moves
 
 
-def states(part: str, client: int = 1, **options):
-    it = tuner(
-        Tuning(part=part, epochs=EPOCHS, rate=0.05, **options),
-        columns=DIM + (options.get("similarity") == "dot"),
-    )
+def states(part: str, similarity: str = "cosine", client: int = 1, **options):
+    config = tiny_config(similarity=similarity)
+    it = tuner(Tuning(part=part, epochs=EPOCHS, rate=0.05, **options), config, config.row_dim)
     phi, rows = it.phi.clone(), it.rows.clone()
     after = [(phi.clone(), found.clone()) for phi, found in it.epochs(client)]
     return it, phi, rows, after
@@ -126,7 +124,7 @@ def test_of_own_rows_alone_the_others_keep_their_bits():
 @pytest.mark.parametrize("over", ["all", "own"])
 @pytest.mark.parametrize("part", ["head", "body", "full"])
 def test_the_steps_are_those_of_torchs_sgd_on_torchs_cross_entropy(part, over, similarity):
-    it, _, rows, after = states(part, rows=over, similarity=similarity)
+    it, _, rows, after = states(part, similarity, rows=over)
     data, config, client = data_of_clients(), tiny_config(), 1
     net, rows, held = model()[0], rows.requires_grad_(), data.clients[client]
     moved = {"head": [rows], "body": [*net.parameters()], "full": [rows, *net.parameters()]}[part]
@@ -283,7 +281,6 @@ def test_data_without_clients_test_images_are_refused(data, message):
     [
         ({"part": "tail"}, "part: expected one of head, body, full, got 'tail'"),
         ({"rows": "some"}, "rows: expected one of all, own, got 'some'"),
-        ({"similarity": "l2"}, "similarity: expected one of cosine, dot, got 'l2'"),
         ({"rate": 0.0}, "rate: expected a finite number greater than 0, got 0.0"),
         ({"rate": float("nan")}, "rate: expected a finite number greater than 0, got nan"),
         ({"epochs": ()}, r"epochs: expected at least one, each at least 0, got \(\)"),
@@ -306,9 +303,9 @@ def test_a_model_that_does_not_fit_or_is_not_finite_is_refused():
 
 
 def test_fine_tuning_that_runs_away_is_wrong_everywhere_and_said():
-    start = tiny_config(), data_of_clients(), model(DIM + 1)
+    start = tiny_config(similarity="dot"), data_of_clients(), model(DIM + 1)
     for rate, runs_away in ((1e38, True), (0.01, False)):
-        found = personalise(*start, Tuning(rate=rate, epochs=(0, 3), similarity="dot"))
+        found = personalise(*start, Tuning(rate=rate, epochs=(0, 3)))
         lost = [each for each in found if each.not_finite]
         assert bool(lost) == runs_away and all(each.after[3] == 0 for each in lost)
         assert any(each.initial for each in lost) == runs_away

@@ -103,12 +103,7 @@ class Evaluation:
     def personal(self, phi: Tensor, weight: RowTable, homes: Homes | None) -> dict[str, float | None]:
         """Of each client's own test images, before and after it fine-tunes the model."""
         config, extractor = self.config, self.team.player.extractor
-        tuning = Tuning(
-            config.personalise_part,
-            (config.personalise_epochs,),
-            config.personalise_rate,
-            similarity=config.similarity,
-        )
+        tuning = Tuning(config.personalise_part, (config.personalise_epochs,), config.personalise_rate)
         extractor.flat.copy_(phi)
         model, own = (extractor.module, weight[:]), None
         if homes and not self.data.newcomers:  # who are no clients, and have none

@@ -18,7 +18,6 @@ The head is trained on embeddings of plain images, made once; the net on images 
 they were in training. All is a pure function of (seed, client).
 """
 
-import copy
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,20 +26,19 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
-from ..sampled_softmax import sampled_softmax_loss
-from .clients.augment import random_crop, random_shift
-from .clients.extractor import Extractor, as_embeddings, as_input
+from .clients.extractor import as_embeddings
+from .clients.objectives import ClassRows
 from .clients.player import Player
+from .clients.sgd import sgd_step
 from .config import Config
 from .data import FederatedData
+from .messages import Request
 from .metrics import NOTHING, directions, nearest
 from .randomness import Purpose, generator
 
 PARTS = ("head", "body", "full")
 ROWS = ("all", "own")
-SIMILARITIES = ("cosine", "dot")
 EPOCHS = (0, 1, 2, 3, 5, 10)
 RATE = 0.01
 MOMENTUM = 0.9
@@ -57,11 +55,9 @@ class Tuning:
     epochs: tuple[int, ...] = EPOCHS  # ascending, each once, however they are given
     rate: float = RATE
     rows: str = "all"  # the classes that the loss sums over: all, or the client's own
-    similarity: str = "cosine"  # or dot: rows have a last number, the bias
 
     def __post_init__(self) -> None:
-        choices = {"part": PARTS, "rows": ROWS, "similarity": SIMILARITIES}
-        for name, some in choices.items():
+        for name, some in {"part": PARTS, "rows": ROWS}.items():
             if getattr(self, name) not in some:
                 raise ValueError(f"{name}: expected one of {', '.join(some)}, got {getattr(self, name)!r}")
         if not (math.isfinite(self.rate) and self.rate > 0):
@@ -149,19 +145,23 @@ class FineTuner:
         check_measurable(data)
         self.config, self.data, self.tuning = config, data, tuning
         self.own = None if data.newcomers else own  # who has just come keeps nothing yet
-        self.extractor = _extractor(config, data, model[0])
+        net, rows = model
+        player = Player(config, data, net if isinstance(net, nn.Module) else None)
+        self.extractor, self.changed = player.extractor, player.client.augmentation
+        if not isinstance(net, nn.Module):
+            self.extractor.module.load_state_dict(net)
         self.phi = self.extractor.flat.clone()
         self.people = data.newcomers or tuple(zip(data.clients, data.test_clients, strict=True))
-        self.rows = self._comparable(model[1])
+        self.rows = self._comparable(rows)
 
     def _comparable(self, rows: Tensor) -> Tensor:
         """Rows to begin with, those of cosines at length 1."""
-        expected = self.data.num_classes, self.config.embedding_dim + (self.tuning.similarity == "dot")
+        expected = self.data.num_classes, self.config.row_dim
         if tuple(rows.shape) != expected:
             raise ValueError(f"model: expected class rows {expected}, got {tuple(rows.shape)}")
         if not (rows.isfinite().all() and self.phi.isfinite().all()):
             raise ValueError("model: it has numbers that are not finite")
-        return directions(rows)[0] if self.tuning.similarity == "cosine" else rows.clone()
+        return directions(rows)[0] if self.config.similarity == "cosine" else rows.clone()
 
     # ---- one client
 
@@ -203,7 +203,7 @@ class FineTuner:
             embeddings = None
         elif embeddings is None:
             embeddings = self._embedded(self.data.images, held)
-        moved, denominator = self._moved(rows), labels.unique() if self.tuning.rows == "own" else None
+        moved, objective = self._moved(rows), self._objective(rows, labels)
         shuffle, changes = self.shuffle(client), self._random(client, 1)
         for _ in range(max(self.tuning.epochs)):
             order = torch.from_numpy(shuffle.permutation(len(held)))
@@ -213,10 +213,10 @@ class FineTuner:
             for x, target in zip(batches, labels[order].split(size), strict=True):
                 for _, gradient, _ in moved:
                     gradient.zero_()
-                self._loss(x, rows, target, denominator).backward()
+                objective.loss(x, target).backward()
                 with torch.no_grad():
                     for values, gradient, velocity in moved:
-                        values.add_(velocity.mul_(MOMENTUM).add_(gradient), alpha=-self.tuning.rate)
+                        sgd_step(values, gradient, self.tuning.rate, MOMENTUM, velocity)
             yield self.extractor.flat, rows.detach()
 
     def _moved(self, rows: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -236,7 +236,14 @@ class FineTuner:
     def _random(self, client: int, stream: int) -> np.random.Generator:
         return generator(self.config.seed, stream, 0, client, Purpose.PERSONALISE)
 
-    # ---- embeddings, the loss, the scores
+    # ---- the loss, embeddings, the scores
+
+    def _objective(self, rows: Tensor, labels: Tensor) -> ClassRows:
+        """The softmax loss over all the classes, or those that are among the labels."""
+        own = labels.unique() if self.tuning.rows == "own" else None
+        expected = torch.zeros(len(rows) if own is None else len(own))  # nothing is drawn: no correction
+        request = Request(torch.arange(len(rows)), own, expected)
+        return ClassRows(rows, request, self.config.scale, self.config.similarity)
 
     def _embedded(self, images: Tensor, rows: Tensor) -> Tensor:
         """Of plain images."""
@@ -244,39 +251,15 @@ class FineTuner:
 
     def _trained(self, rows: Tensor, rng: np.random.Generator) -> Iterator[Tensor]:
         """Of the training images in these rows, changed at random as in training, in batches with a graph."""
-        images, config = self.data.images[rows], self.config
         torch.default_generator.manual_seed(int(rng.integers(2**63)))  # for a net that draws
-        if config.crop_size:
-            images = random_crop(images, config.crop_size, rng)
-        images = as_input(images)
-        if config.max_shift:
-            images = random_shift(images, config.max_shift, rng)
+        images = self.changed(self.data.images[rows], rng)
         self.extractor.module.train()
-        for batch in images.split(config.batch_size):
+        for batch in images.split(self.config.batch_size):
             yield as_embeddings(self.extractor.module(batch))
-
-    def _loss(self, x: Tensor, rows: Tensor, target: Tensor, denominator: Tensor | None) -> Tensor:
-        weight, bias = self._weight_and_bias(rows)
-        similarity, scale = self.tuning.similarity, self.config.scale
-        return sampled_softmax_loss(
-            x, weight, target, denominator, bias=bias, scale=scale, similarity=similarity
-        )
 
     def _nearest(self, x: Tensor, rows: Tensor) -> Tensor:  # (B, D), (C, D) -> (B,)
         """The best class of each, NOTHING for one that is not finite."""
-        if self.tuning.similarity == "cosine":
-            return nearest(x, rows)
-        weight, bias = self._weight_and_bias(rows)
-        scores = linear(self.config.scale * x, weight, bias)
-        return torch.where(x.isfinite().all(dim=1), scores.argmax(dim=1), NOTHING)
-
-    def _weight_and_bias(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """As the loss takes them: logits are scale * cosine, or scale * (x . w + b)."""
-        return (
-            (rows, None)
-            if self.tuning.similarity == "cosine"
-            else (rows[:, :-1], self.config.scale * rows[:, -1])
-        )
+        return nearest(x, rows, similarity=self.config.similarity)
 
     def _nearest_mean(self, x: Tensor, train: Tensor, place: Tensor) -> Tensor:  # (B,)
         """The class, as a place among the client's, whose mean embedding is nearest to each of x (B, D).
@@ -291,7 +274,7 @@ class FineTuner:
 
     def _points(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(where they are, zeros for what is not finite; whether each is finite)."""
-        if self.tuning.similarity == "cosine":
+        if self.config.similarity == "cosine":
             return directions(x)
         finite = x.isfinite().all(dim=1)
         return torch.where(finite[:, None], x, 0.0), finite
@@ -304,11 +287,3 @@ def _share(found: Tensor, labels: Tensor) -> float:
 def _of(classes: Tensor, places: Tensor) -> Tensor:
     """The classes at these places, NOTHING at NOTHING."""
     return torch.where(places == NOTHING, NOTHING, classes[places.clamp(min=0)])
-
-
-def _extractor(config: Config, data: FederatedData, net: Mapping[str, Tensor] | nn.Module) -> Extractor:
-    if isinstance(net, nn.Module):
-        return Extractor(copy.deepcopy(net), config.crop_size)
-    extractor = Player(config, data).extractor
-    extractor.module.load_state_dict(net)
-    return extractor

@@ -211,19 +211,11 @@ def _plot(found: Sequence[Measured]) -> "Figure":
         def mean(name: str, runs: Sequence[Measured] = runs) -> float:
             return 100 * statistics.fmean(statistics.fmean(run.values(name)) for run in runs)
 
-        axes.plot(
-            epochs,
-            [mean(f"after_{done}") for done in epochs],
-            color=colour,
-            marker=MARKERS[number % len(MARKERS)],
-            label=title,
-        )
-        for name, marker in _UNTRAINED.items():
-            axes.plot(
-                0, mean(name), color=colour, marker=marker, markersize=9, fillstyle="none", linestyle=""
-            )
-    for name, marker in _UNTRAINED.items():
-        axes.plot([], color="grey", marker=marker, markersize=9, fillstyle="none", linestyle="", label=name)
+        axes.plot(epochs, [mean(f"after_{done}") for done in epochs], label=title, **style)
+        for name, mark in _UNTRAINED.items():
+            axes.plot(0, mean(name), color=style["color"], **mark)
+    for name, mark in _UNTRAINED.items():
+        axes.plot([], color="grey", label=name, **mark)
     axes.set_ylim(0, 100)
     return _with_legend(figure)
 

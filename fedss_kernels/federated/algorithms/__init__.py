@@ -5,6 +5,7 @@ from .fedavg import FEDAVG
 from .fedaws import FEDAWS
 from .fedbabu import FEDBABU
 from .fedbabu_ss import FEDBABU_SS
+from .fedper import FEDPER
 from .fedss import FEDSS
 from .full_softmax import FULL_SOFTMAX
 from .method import Method
@@ -23,6 +24,7 @@ METHODS: dict[str, Method] = {
         FEDAVG,
         FEDBABU,
         FEDBABU_SS,
+        FEDPER,
     )
 }
 

@@ -6,6 +6,7 @@ from .fedaws import FEDAWS
 from .fedbabu import FEDBABU
 from .fedbabu_ss import FEDBABU_SS
 from .fedper import FEDPER
+from .fedrep import FEDREP
 from .fedss import FEDSS
 from .full_softmax import FULL_SOFTMAX
 from .method import Method
@@ -25,6 +26,7 @@ METHODS: dict[str, Method] = {
         FEDBABU,
         FEDBABU_SS,
         FEDPER,
+        FEDREP,
     )
 }
 

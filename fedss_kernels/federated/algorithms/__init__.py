@@ -9,6 +9,7 @@ from .fedper import FEDPER
 from .fedrep import FEDREP
 from .fedss import FEDSS
 from .full_softmax import FULL_SOFTMAX
+from .local_only import LOCAL_ONLY
 from .method import Method
 from .neg_only import NEG_ONLY
 from .pos_only import POS_ONLY
@@ -27,6 +28,7 @@ METHODS: dict[str, Method] = {
         FEDBABU_SS,
         FEDPER,
         FEDREP,
+        LOCAL_ONLY,
     )
 }
 

@@ -108,7 +108,7 @@ class Evaluation:
         model, own = (extractor.module, weight[:]), None
         if homes and not self.data.newcomers:  # who are no clients, and have none
             own = homes.model
-        with self.team.watch("personalisation"):
+        with self.team.watch("evaluation"):
             found = personal_measures(personalise(config, self.data, model, tuning, own=own))
         return {name: found[there] for name, there in _PERSONAL.items()}
 

@@ -22,9 +22,7 @@ from .stopwatch import Stopwatch
 class Played:
     """What came of a round."""
 
-    entries: Sequence[
-        Entry
-    ]  # a line for each client that was drawn, in the order of the attempts; what moved
+    entries: Sequence[Entry]  # a line for each client that was drawn, by attempt; what moved is in them
     loss: float  # mean over the images that were trained on
     num_images: int  # so many, of the answers that counted
 

@@ -224,11 +224,11 @@ def _write_rates(
     runs: Mapping[int, Run],
     failures: Mapping[int, Failure],
 ) -> None:
-    """rates.csv: of each trial its accuracy, or why it has none."""
-    lines = [["case", "client_lr", "accuracy", "failed"]]
+    """rates.csv: of each trial its headline's value, or why it has none."""
+    lines: list[list[object]] = [["case", "client_lr", "accuracy", "failed"]]
     for job, config in enumerate(trials):
-        result = ["", failures[job].words] if job in failures else [str(runs[job].summary.accuracy), ""]
-        lines.append([case_of(config, plan.several).name, str(config.client_lr), *result])
+        result = ["", failures[job].words] if job in failures else [runs[job].summary.accuracy, ""]
+        lines.append([case_of(config, plan.several).name, config.client_lr, *result])
     write_csv(out / "rates.csv", lines)
 
 

@@ -131,7 +131,7 @@ def _measured(
         )
     spent = f"{len(people):,} clients in {time.perf_counter() - begun:.0f} s"
     print(f"fedss personalise: {folder}, rate {tuning.rate:g}: {spent}", file=sys.stderr)
-    return Measured(str(folder), title, config.seed, tuning, people)
+    return Measured(str(folder), title, config.seed, tuning, people, config.method)
 
 
 def _kept(folder: Path) -> "Own | None":

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WORDS = (
-    "Each image of one client is given the one of the client's classes whose row points most nearly the "
-    "way its embedding does. A row of a square is a class, a column what its images were taken for: a "
+    "Each image of one client is given the one of the client's classes whose class row fits its embedding "
+    "best. A row of a square is a class, a column what its images were taken for: a "
     "bright diagonal is right. The mean cosine says how alike the client's class rows are, 1: all point "
     "the same way."
 )

@@ -104,6 +104,11 @@ def test_the_table_of_differences(tmp_path):
     }
 
 
+def test_a_difference_of_rounding_alone_is_no_negative_zero(tmp_path):
+    _, table = tables(write(tmp_path, [measured("A", 0, 0.3), measured("B", 0, 0.1 + 0.2)]))
+    assert table["A − B: mean"]["after 1"] == "0.0"
+
+
 def test_the_files_and_what_an_earlier_look_left(tmp_path):
     write(tmp_path, [measured("A", 0, 0.5, 0.6), measured("B", 0, 0.5, 0.5)])
     with (tmp_path / "personalise.csv").open(newline="") as file:

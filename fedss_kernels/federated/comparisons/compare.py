@@ -7,13 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..algorithms import METHODS
 from ..config import Config, ConfigError
+from ..data import FederatedData
+from ..data.holdout import held_out
 from ..disk import write_whole
+from ..evaluation import check_measured
 from ..files.run_folder import faults, prepare
 from ..ledger import KINDS
 from ..loading import check_data, fitted, load_data, with_a_net
 from ..measures import MEASURES, Measure, Measures, percent
-from ..plan import FILE, Case, Plan, case_of
+from ..plan import FILE, HOLDOUT, Case, Plan, case_of
 from ..reports.mean_sd import mean_sd
 from ..reports.remarks import remarks
 from ..reports.report import (
@@ -97,8 +101,8 @@ def compare(
 ) -> Comparison:
     """Runs every case with every seed, `jobs` at a time, each in its own process and folder in `out`.
 
-    With `plan.rates` each case has the best of them, found beforehand by runs with the first seed, on images
-    of a tenth of the training clients, who then do not train.
+    With `plan.rates` each case has the best of them by its headline, found beforehand by runs with the first
+    seed, on images of a tenth of the training clients, who then do not train.
 
     With `resume` the comparison in `out` that was stopped goes on: its finished runs stand, the others go on
     from their last checkpoints. Once `stop()`, asked now and then, is true the runs finish their rounds, save
@@ -118,7 +122,7 @@ def compare(
     # Once, before anything starts: mistakes surface here, and caches fill.
     plan = dataclasses.replace(plan, config=with_a_net(plan.config))  # the same when it is resumed elsewhere
     data = load_data(plan.config)
-    check_data(fitted(plan.config, data.found), data)
+    _check(plan, data)
     if resume:
         plan.check_same(out)
     else:
@@ -140,6 +144,19 @@ def compare(
         write_tables(out, table)
         failed += attempt(out, _write_report, out, runs, [*notes, *failed])
     return Comparison(table, runs, failed, out, notes)
+
+
+def _check(plan: Plan, data: FederatedData) -> None:
+    """Raises ConfigError where a case does not fit the data, or cannot be measured on them."""
+    check_data(fitted(plan.config, data.found), data)
+    tried: dict[bool, FederatedData] = {}
+    for method in plan.methods:
+        config, alone = dataclasses.replace(plan.config, method=method), METHODS[method].alone
+        check_measured(config, data)
+        if plan.rates:
+            if alone not in tried:
+                tried[alone] = held_out(data, HOLDOUT, config.data_seed, alone=alone)
+            check_measured(config, tried[alone])
 
 
 def report_again(out: Path) -> list[str]:

@@ -129,7 +129,8 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
             checked = self._checked_groups(self.param_groups)
         for group in self.param_groups:
             for index, parameter in enumerate(group["params"]):
-                _check_gradient(parameter, index)
+                if parameter.grad is not None and parameter.grad.is_sparse:
+                    _check_sparse_step(index, parameter, parameter.grad, self.state.get(parameter, {}))
         factor = self._clip_factor(checked)
         for stream, (group, options) in enumerate(zip(self.param_groups, checked, strict=True)):
             rounding = StochasticRounding(options.seed, as_integer(group["rounding_step"]), stream)
@@ -366,13 +367,27 @@ def _check_norms(norms: list[float | None]) -> None:
         )
 
 
-def _check_gradient(parameter: Tensor, index: int) -> None:
-    grad = parameter.grad
-    if grad is None or not grad.is_sparse:
-        return
+def _check_sparse_step(index: int, parameter: Tensor, grad: Tensor, state: State) -> None:
+    """Raises ValueError unless rows of `parameter` and its state can be stepped by this gradient."""
     if parameter.dim() not in (1, 2) or grad.sparse_dim() != 1 or parameter.dtype not in FLOATING:
         raise ValueError(
             f"params[{index}]: expected a sparse gradient to list whole rows of a floating (C, D) or (C,) "
             f"parameter, got {grad.sparse_dim()} sparse dimensions of {tuple(parameter.shape)} "
             f"{parameter.dtype}"
         )
+    if grad.dtype not in (parameter.dtype, torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"params[{index}]: expected a sparse gradient of {parameter.dtype}, as it is, or of 16 bits, "
+            f"got {grad.dtype}"
+        )
+    of_one_dtype = not has_16_bits(parameter)
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            continue
+        casts = of_one_dtype and value.is_floating_point() and value.dtype != parameter.dtype
+        if casts or value.shape != parameter.shape[: value.dim()]:
+            raise ValueError(
+                f"params[{index}]: {tuple(parameter.shape)} {parameter.dtype}, has another shape or dtype "
+                f"than at its first step: its {name} is {tuple(value.shape)} {value.dtype}; "
+                "load_state_dict(state_dict()) casts a state, a new optimiser fits new rows"
+            )

@@ -457,6 +457,48 @@ def test_flags_may_be_numpys():
         RowSGD([weight], lr=0.5, momentum=0.5, nesterov=1)
 
 
+CHANGED_SINCE = [
+    (lambda p: torch.cat([p, p]), r"params\[0\]: \(6, 2\) torch.float32, has another shape .* is \(3, 2\) torch.float32"),
+    (lambda p: p.double(), r"params\[0\]: \(3, 2\) torch.float64, has another .* load_state_dict\(state_dict\(\)\) casts"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, options", [(RowSGD, {"lr": 0.5, "momentum": 0.5}), (RowAdam, {"lr": 0.5})])
+@pytest.mark.parametrize("change, message", CHANGED_SINCE, ids=["larger", "double"])
+def test_parameters_that_changed_since_their_first_step(kind, options, change, message):
+    """Refused before anything changes, and what the message names goes on."""
+    weight, bias = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3))
+    optimizer = kind([weight, bias], **options)
+    for step in range(2):
+        weight.grad, bias.grad = sparse([1], torch.ones(1, 2, dtype=weight.dtype), len(weight)), torch.ones(3)
+        if step == 0:
+            optimizer.step()
+            weight.grad, weight.data = None, change(weight.data)
+    before = bias.clone()
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert torch.equal(bias, before)
+    if len(weight) == 3:
+        optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.step()
+        assert not torch.equal(bias, before)
+
+
+def test_sparse_gradients_of_another_dtype():
+    weight = nn.Parameter(torch.ones(3, 2))
+    weight.grad_dtype = None
+    optimizer = RowSGD([weight], lr=0.5, momentum=0.5)
+    weight.grad = sparse([1], torch.ones(1, 2, dtype=torch.float64), 3)
+    with pytest.raises(
+        ValueError, match=r"params\[0\]: expected a sparse gradient of torch.float32, .* torch.float64"
+    ):
+        optimizer.step()
+    assert not optimizer.state
+    weight.grad = sparse([1], torch.ones(1, 2, dtype=torch.bfloat16), 3)
+    optimizer.step()
+    assert weight[1, 0] == 0.5
+
+
 def test_groups_of_other_norms_are_refused():
     groups = [{"params": [nn.Parameter(torch.ones(2))], "max_norm": norm} for norm in (1.0, 2.0)]
     with pytest.raises(

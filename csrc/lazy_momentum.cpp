@@ -28,7 +28,8 @@ struct Coast {
 template <class Body>
 void for_rows(const LazyMomentum& table, const std::vector<int64_t>& class_ids, int threads, const Body& body) {
   const int64_t D = table.weight.cols;
-  for_listed_rows<float>(class_ids, D, kShares, threads, [&](int64_t i, int64_t c, int64_t, int64_t later) {
+  for_listed_rows<float>(class_ids, D, kShares, threads, [&](int64_t i, int64_t next) {
+    const int64_t c = class_ids[i], later = class_ids[next];
     prefetch(at<float>(table.weight, later, 0), D);
     prefetch(at<float>(table.velocity, later, 0), D);
     __builtin_prefetch(static_cast<const int64_t*>(table.stepped.data) + later * table.stepped.stride);

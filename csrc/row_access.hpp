@@ -79,7 +79,7 @@ struct Shares {
   int64_t task_elements;
 };
 
-// body(i, c, later, later_c) once for each i, with c = class_ids[i]: row i of D elements of T, and a row that comes a
+// body(i, later) once for each position i of class_ids, whose row has D elements of T, and that of a row that comes a
 // little later, whose memory the body asks for.
 template <class T, class Body>
 void for_listed_rows(const std::vector<int64_t>& class_ids, int64_t D, Shares shares, int threads, const Body& body) {
@@ -89,8 +89,7 @@ void for_listed_rows(const std::vector<int64_t>& class_ids, int64_t D, Shares sh
   parallel_for((M + per_task - 1) / per_task, std::max(threads, 1), [&](int64_t task, int) {
     const int64_t last = std::min((task + 1) * per_task, M);
     for (int64_t i = task * per_task; i < last; ++i) {
-      const int64_t later = std::min(i + ahead, M - 1);
-      body(i, class_ids[i], later, class_ids[later]);
+      body(i, std::min(i + ahead, M - 1));
     }
   });
 }

@@ -67,15 +67,15 @@ void update_rows(const RowAdam& step, const std::vector<int64_t>& class_ids, int
   const bool contiguous = step.weight.col_stride == 1 && step.exp_avg.col_stride == 1 &&
                           step.exp_avg_sq.col_stride == 1 && step.rows.col_stride == 1;
   auto* const row_steps = static_cast<int64_t*>(const_cast<void*>(step.row_steps.data));
-  for_listed_rows<T>(class_ids, step.rows.cols, kShares, threads,
-                     [&](int64_t i, int64_t c, int64_t later, int64_t later_c) {
-                       const Rule<T> rule(step, ++row_steps[c * step.row_steps.stride]);
-                       if (contiguous) {
-                         update_contiguous<T, Element>(rule, step, i, c, later, later_c);
-                       } else {
-                         update_strided<T, Element>(rule, step, i, c);
-                       }
-                     });
+  for_listed_rows<T>(class_ids, step.rows.cols, kShares, threads, [&](int64_t i, int64_t later) {
+    const int64_t c = class_ids[i];
+    const Rule<T> rule(step, ++row_steps[c * step.row_steps.stride]);
+    if (contiguous) {
+      update_contiguous<T, Element>(rule, step, i, c, later, class_ids[later]);
+    } else {
+      update_strided<T, Element>(rule, step, i, c);
+    }
+  });
 }
 
 }  // namespace

@@ -76,14 +76,13 @@ template <class T, class Element>
 void update_rows(const RowMomentum& step, const std::vector<int64_t>& class_ids, int threads) {
   const Rule<T> rule(step);
   const bool contiguous = step.weight.col_stride == 1 && step.rows.col_stride == 1 && step.velocity.col_stride == 1;
-  for_listed_rows<T>(class_ids, step.rows.cols, kShares, threads,
-                     [&](int64_t i, int64_t c, int64_t later, int64_t later_c) {
-                       if (contiguous) {
-                         update_contiguous<T, Element>(rule, step, i, c, later, later_c);
-                       } else {
-                         update_strided<T, Element>(rule, step, i, c);
-                       }
-                     });
+  for_listed_rows<T>(class_ids, step.rows.cols, kShares, threads, [&](int64_t i, int64_t later) {
+    if (contiguous) {
+      update_contiguous<T, Element>(rule, step, i, class_ids[i], later, class_ids[later]);
+    } else {
+      update_strided<T, Element>(rule, step, i, class_ids[i]);
+    }
+  });
 }
 
 }  // namespace

@@ -626,11 +626,11 @@ def test_a_run_on_image_files_some_damaged(tmp_path, capsys, monkeypatch):
     said, err = capsys.readouterr()
     assert "image_folder: decoding images: 0 of 11\n" not in said, "they are kept"
     (listing,) = (tmp_path / "cache").glob("*-damaged.txt")
-    left_out = f"left out 1 images that could not be read: class1 1, listed in {listing}"
+    left_out = f"left out 1 image that could not be read: class1 1, listed in {listing}"
     assert err == f"fedss run: image_folder: {left_out}\n"
     without = "image_folder: without what cannot be read: 3 classes, "
     (line,) = [line for line in said.splitlines() if line.startswith(without)]
-    assert "8 training and 3 test images" in line and left_out in line
+    assert "8 training and 3 test images" in line and "left out" not in said, "it is said on stderr"
     assert left_out in json.loads((tmp_path / "out" / "summary.json").read_text())["notes"]
     assert f"Of the data: {left_out}" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["skip_damaged"] is True

@@ -1,10 +1,12 @@
 """What is said on the terminal: what the data are and how far their reading is, warnings, tables."""
 
+import dataclasses
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 
+from .. import data as of_data
 from ..config import Config
 from ..data import FederatedData, Found
 from ..idle_settings import idle, short_warmup
@@ -30,7 +32,7 @@ def read_data(
         if ready:
             ready()
         if runs:
-            words = "; ".join([found.line, *choices(config, found)])
+            words = "; ".join([_unsaid(found, ()).line, *choices(config, found)])
             for line in (f"{config.data}: {words}", *short_warmup(config), *idle(runs)):
                 print(line, flush=True)
 
@@ -39,12 +41,21 @@ def read_data(
     with ReadingProgress() as progress:
         data = load_data(config, say, progress)
     if runs and data.notes != said[0].notes:
-        print(f"{config.data}: without what cannot be read: {data.found.line}", flush=True)
+        left = _unsaid(data.found, said[0].notes)
+        print(f"{config.data}: without what cannot be read: {left.line}", flush=True)
     for line in trivial(data) if runs else ():
         print(f"{config.data}: {line}", flush=True)
     config = fitted(config, data.found)
     check_data(config, data)
     return config, data
+
+
+def _unsaid(found: Found, said: Sequence[str]) -> Found:
+    """Without the notes that were said, or logged as warnings."""
+    handlers = logging.getLogger(of_data.__name__).handlers
+    lines = [line for handler in handlers if isinstance(handler, _Lines) for line in handler.said]
+    notes = [n for n in found.notes if n not in said and not any(line.endswith(n) for line in lines)]
+    return dataclasses.replace(found, notes=tuple(notes))
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], least: Sequence[str] = ()) -> None:

@@ -4,13 +4,13 @@
 | --- | --- |
 | transparency: alpha, a palette's, a colour's | what it looks like on white |
 | an EXIF orientation | turned upright |
-| grey of 16 or 32 bits, whole numbers | white is 255, 4095 or 65535, the least that none of them exceeds |
+| grey of 16 or 32 bits, whole numbers; colours of 16 | white: 255, 4095 or 65535, the least none exceeds |
 | grey as floats, below 0 or above 65535 | refused: nobody knows what is white |
 | any number of pixels, any length of text or colour profile | read |
 | a JPEG without its end marker, every pixel of which is there | read; with pixels missing, refused |
 
-What a file says of its own white (TIFF's MaxSampleValue, PGM's maxval) goes before the rule for grey, which
-looks at one file: a 16-bit image in which nothing exceeds 4095 is taken for one of 12 bits.
+What a file says of its own white (TIFF's MaxSampleValue, PGM's maxval) goes before the rule for more bits,
+which looks at one file: a 16-bit image in which nothing exceeds 4095 is taken for one of 12 bits.
 
 Run as a script this is a process that decodes, see `serve`. So it imports nothing of the package: a process
 is there in the time that Pillow and numpy take to import, and a caller's own script is not run again in it.
@@ -101,6 +101,7 @@ def _loaded(content: bytes) -> PillowImage:
     from PIL import Image
 
     image = Image.open(io.BytesIO(content))
+    layout = _layout_of_16_bits(image)
     try:
         image.load()
     except OSError:
@@ -108,6 +109,8 @@ def _loaded(content: bytes) -> PillowImage:
             raise
         image = Image.open(io.BytesIO(content + JPEG_END))
         image.load()
+    if layout:
+        _scale_colours(image, layout, content)
     return image
 
 
@@ -128,14 +131,23 @@ def _of_8_bits(grey: np.ndarray, image: PillowImage) -> np.ndarray:
     low, high = grey.min(), grey.max()
     if grey.dtype.kind == "f" or low < 0 or high > WHITES[-1]:
         raise ValueError(f"expected 8 or 16 bits a channel, got {grey.dtype}, {low} to {high}")
-    white = _stated_white(image)
-    if not max(high, 1) <= white <= WHITES[-1]:
-        white = next(white for white in WHITES if high <= white)
-    eight = (grey / (white / 255)).round().astype(np.uint8)
+    eight = _scaled(grey, _white(image, high))
     clear = image.info.get("transparency")
     if isinstance(clear, int):
         eight[grey == clear] = 255
     return eight
+
+
+def _scaled(numbers: np.ndarray, white: int) -> np.ndarray:
+    return (numbers / (white / 255)).round().astype(np.uint8)
+
+
+def _white(image: PillowImage, high: int) -> int:
+    """What the file says, else the least white that `high`, its largest number, does not exceed."""
+    stated = _stated_white(image)
+    if max(high, 1) <= stated <= WHITES[-1]:
+        return stated
+    return next(white for white in WHITES if high <= white)
 
 
 def _stated_white(image: PillowImage) -> int:
@@ -146,6 +158,50 @@ def _stated_white(image: PillowImage) -> int:
     stated = tags.get(281, 0)  # MaxSampleValue, one for each channel
     stated = stated[0] if isinstance(stated, tuple) and stated else stated
     return stated if isinstance(stated, int) else 0
+
+
+# ---- colours of 16 bits, of which Pillow reads the upper 8
+
+_OF_16_BITS = re.compile("(LA|RGB[AX]?);16[BLN]")
+_OTHER_BYTE = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
+
+
+def _layout_of_16_bits(image: Any) -> str:
+    """Pillow's name for how such colours lie in the file that was opened; "" for another file."""
+    names = {tile[3] if isinstance(tile[3], str) else (tile[3] or [""])[0] for tile in image.tile}
+    (layout,) = names if len(names) == 1 else ("",)
+    return layout if isinstance(layout, str) and _OF_16_BITS.fullmatch(layout) else ""
+
+
+def _scale_colours(image: PillowImage, layout: str, content: bytes) -> None:
+    """In place, where white is not 65535. Alpha that exceeds the colours' white has 65535 for opaque."""
+    upper = np.asarray(image)
+    alpha = layout.partition(";")[0].endswith("A")
+    colours = upper.shape[2] - alpha
+    if _white(image, 256 * int(upper[..., :colours].max()) + 255) == WHITES[-1]:
+        return
+    numbers = 256 * upper.astype(np.int32) + _lower_bytes(content, layout)
+    white = _white(image, numbers[..., :colours].max())
+    eight = _scaled(np.minimum(numbers, white), white)
+    if alpha and numbers[..., -1].max() > white:
+        eight[..., -1] = upper[..., -1]
+    from PIL import Image
+
+    image.paste(Image.fromarray(eight, image.mode))
+
+
+def _lower_bytes(content: bytes, layout: str) -> np.ndarray:
+    """Of each number the byte that Pillow leaves out, (H, W, channels); grey is in three channels."""
+    from PIL import Image
+
+    image: Any = Image.open(io.BytesIO(content))
+    grey = layout.startswith("LA")
+    other = "RGBA" if grey else layout[:-1] + _OTHER_BYTE[layout[-1]]  # "RGBA": a pixel's bytes as they are
+    image.tile = [
+        (*tile[:3], other if isinstance(tile[3], str) else (other, *tile[3][1:])) for tile in image.tile
+    ]
+    image.load()
+    return np.asarray(image)[..., [1, 1, 1, 3]] if grey else np.asarray(image)
 
 
 def _upright(colour: PillowImage, image: PillowImage) -> PillowImage:

@@ -1,6 +1,7 @@
 """The command line: what it generates, what it refuses in one line, and whole runs."""
 
 import dataclasses
+import errno
 import importlib.util
 import io
 import json
@@ -23,7 +24,7 @@ from fedss_kernels.federated.comparisons.compare import Comparison
 from fedss_kernels.federated.config import OWN, PRESETS
 from fedss_kernels.federated.data import DATASETS
 from fedss_kernels.federated.files.run_folder import faults, make_folder
-from fedss_kernels.federated.models import MODELS
+from fedss_kernels.federated.models import MODELS, build_model
 from fedss_kernels.federated.plan import Plan
 from fedss_kernels.federated.reports import progress
 from fedss_kernels.federated.server.inspection import explained
@@ -424,6 +425,26 @@ def test_a_folder_without_a_run_is_named_as_that(argv, tmp_path, capsys):
     assert line == f"fedss {argv[0]}: no run in {tmp_path}: no config.json, no checkpoint"
 
 
+def test_a_comparison_of_which_a_run_failed_on_a_full_disk_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    lost = Comparison(
+        [], [], ["FedSS, seed 0 failed: OSError: No space left on device"], tmp_path, go_on=True
+    )
+    monkeypatch.setattr("fedss_kernels.federated.comparisons.compare.compare", lambda *a, **options: lost)
+    out = tmp_path / "out"
+    assert cli.main(["compare", *SMALL, f"--out={out}"]) == 1
+    err = capsys.readouterr().err
+    way = f"fedss compare: once the reason is gone go on with: fedss compare --resume {out}"
+    assert err.splitlines()[-1] == way
+
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device", str(out / "comparison.json"))
+
+    monkeypatch.setattr("fedss_kernels.federated.comparisons.compare.compare", full)
+    assert cli.main(["compare", *SMALL, f"--out={out}"]) == 1
+    words = f"No space left on device: {out / 'comparison.json'}; no run has begun: start again"
+    assert capsys.readouterr().err == f"fedss compare: {words}\n"
+
+
 def broken_plots(monkeypatch):
     def broken(*arguments):
         raise RuntimeError("no fonts")
@@ -581,6 +602,33 @@ def test_what_goes_on_elsewhere_asks_for_the_data_again(tmp_path, capsys, monkey
         assert line == f"fedss {command.split()[0]}: {lost}give --data-dir again"
     assert fails(capsys, "confusion", "../out") == f"fedss confusion: {lost}start this there"
     assert cli.main(["run", "--resume=../out", "--rounds=2", "--data-dir=../photos"]) == 0
+
+
+def test_so_it_does_for_a_net_and_a_class_store(tmp_path, capsys, monkeypatch):
+    """Which were given relative to another folder; then it goes on from them as if there were no move."""
+    torch.save(build_model("conv4", 8, seed=5).state_dict(), tmp_path / "net.pt")
+    monkeypatch.chdir(tmp_path)
+    argv = [*SMALL, "--init-checkpoint=net.pt", "--class-store=store", "--lr-decay=constant", "--rounds=1"]
+    assert cli.main(["run", *argv, "--out=out"]) == 0
+    (tmp_path / "compared" / "fedss-seed0" / "checkpoint-000001").mkdir(parents=True)
+    Plan(Config.load(tmp_path / "out" / "config.json"), ["fedss"], [0]).save(tmp_path / "compared")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    capsys.readouterr()
+    again = "relative to where the run began; give {} again"
+    no_net = f"--init-checkpoint: no such file: net.pt, {again.format('--init-checkpoint')}"
+    no_store = f"--class-store: no such folder: store, {again.format('--class-store')}"
+    places = ["--resume=../out", "--rounds=2", "--init-checkpoint=../net.pt", "--class-store=../store"]
+    for command in (["run", "--resume=../out", "--rounds=2"], ["compare", "--resume=../compared"]):
+        line = fails(capsys, *command)
+        assert line == f"fedss {command[0]}: {no_net}"
+        command.append("--init-checkpoint=../net.pt")
+        assert fails(capsys, *command) == f"fedss {command[0]}: {no_store}"
+    assert cli.main(["run", *places]) == 0
+    capsys.readouterr()
+    torch.save(build_model("conv4", 8, seed=6).state_dict(), tmp_path / "net.pt")
+    line = fails(capsys, "run", *places, "--rounds=3")
+    assert "the net" in line, line
 
 
 @pytest.mark.parametrize("terminal", [False, True])

@@ -381,6 +381,24 @@ def test_a_disk_that_fills_up(files, tmp_path, monkeypatch):
     assert shown(read(files, tmp_path)) == [0, 1, 2, 3] and len(seen) == 2
 
 
+def test_who_stops_the_decoding_is_told_that_nothing_is_lost(files, tmp_path, monkeypatch, caplog):
+    count = iter(range(100))
+
+    def decode_two(content, size):
+        if next(count) == 2:
+            raise KeyboardInterrupt
+        return decode(content, size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "decode", decode_two)
+        with pytest.raises(KeyboardInterrupt):
+            read(files, tmp_path)
+    words = "stopped; those decoded are kept: the same command goes on"
+    assert caplog.messages == [f"tiny: decoding images: {words}"]
+    seen = decoded(monkeypatch)
+    assert shown(read(files, tmp_path)) == [0, 1, 2, 3] and len(seen) == 2
+
+
 def test_a_full_disk_is_said_before_anything_is_decoded(files, tmp_path, monkeypatch):
     monkeypatch.setattr(images, "decode", None)
     with pytest.raises(

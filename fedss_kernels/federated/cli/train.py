@@ -19,7 +19,7 @@ from ..files.run_folder import RUN_FILES, RoundMetrics, check_folder, faults, re
 from ..interrupts import Interrupted, noticed
 from ..ledger import OUTCOMES
 from ..lock import InUse
-from ..plan import LISTS, Plan, read_preset
+from ..plan import FILE, LISTS, Plan, read_preset
 from ..rounds import Stopped, run
 from ..server.class_store import check_free
 from ..server.inspection import explained
@@ -27,6 +27,7 @@ from ..simulation import TooFewClients
 from ..workers import WorkerLost, help_out, launched
 from .command import Command
 from .options import (
+    PLACES,
     Mistake,
     add_config_file,
     add_options,
@@ -81,7 +82,7 @@ def _run(arguments: argparse.Namespace) -> int:
             arguments.out = arguments.resume
         config = config_of(arguments, _options_of(arguments.resume) if resume else {})
         if resume:
-            refuse_lost(arguments, config)
+            refuse_lost(arguments, config, store=config.class_store)
         refuse_unread(arguments, [config.method])
         out = config.out or Path("runs") / f"{config.data}-{config.method}-seed{config.seed}"
         config = dataclasses.replace(config, out=out)
@@ -226,7 +227,7 @@ def _refuse_others(arguments: argparse.Namespace) -> None:
         raise Mistake(f"{flag(options[0])}: a comparison is resumed with the options it began with")
 
 
-_PLACES = {"data_dir", "cache_dir"}
+_PLACES = {*PLACES, "cache_dir"}
 _COMPARED: dict[str, Any] = {
     "methods": ["fedss", "full_softmax", "pos_only", "neg_only"],
     "seeds": [0, 1, 2],
@@ -236,6 +237,7 @@ _COMPARED: dict[str, Any] = {
 
 
 def _compare(arguments: argparse.Namespace) -> int:
+    from ..comparisons import jobs
     from ..comparisons.compare import (
         COMPARISON_FILES,
         LEAST,
@@ -245,7 +247,7 @@ def _compare(arguments: argparse.Namespace) -> int:
         job_name,
         trial_name,
     )
-    from ..comparisons.jobs import JobsStopped
+    from ..comparisons.jobs import JobsStopped, folder_of
     from ..reports.progress import RunProgress
 
     resume = arguments.resume is not None
@@ -255,8 +257,11 @@ def _compare(arguments: argparse.Namespace) -> int:
             there = Plan.read(arguments.resume)
             places = {name: value for name, value in vars(arguments).items() if name in _PLACES}
             config = dataclasses.replace(there.config, out=arguments.resume, **places)
-            refuse_lost(arguments, config)
             plan = dataclasses.replace(there, config=config)
+            out = arguments.resume
+            begun = [*plan.trials(out / "rates"), *plan.runs(out, {})]
+            store = config.class_store if any(checkpoint.exists(folder_of(run)) for run in begun) else None
+            refuse_lost(arguments, config, store=store)
         else:
             preset = read_preset(arguments.preset) if arguments.preset else {}
             vars(arguments).update(arguments.own)
@@ -279,6 +284,7 @@ def _compare(arguments: argparse.Namespace) -> int:
         read_data(plan.config, [] if resume else runs, ready)
     command = f"fedss {arguments.command}"
     go_on = f"go on with: {command} --resume {out}"
+    say_what_is_logged(arguments.command, jobs)
     finishing = f"{command}: finishing the rounds of the runs"
     try:
         with RunProgress(names, plan.config.rounds) as progress, noticed(finishing) as stop:
@@ -299,10 +305,14 @@ def _compare(arguments: argparse.Namespace) -> int:
         print(f"{command}: stopped; {go_on}", file=sys.stderr)
         return stopped.exit_code if isinstance(stopped, Interrupted) else stop.exit_code
     except OSError as error:
-        print(f"{command}: {reason(error)}; the runs' checkpoints are saved; {go_on}", file=sys.stderr)
+        begun = (out / FILE).exists()
+        way = f"the runs' checkpoints are saved; {go_on}" if begun else "no run has begun: start again"
+        print(f"{command}: {reason(error)}; {way}", file=sys.stderr)
         return 1
     for line in (*comparison.notes, *comparison.failed):
-        print(f"fedss {arguments.command}: {line}", file=sys.stderr)
+        print(f"{command}: {line}", file=sys.stderr)
+    if comparison.go_on:
+        print(f"{command}: once the reason is gone {go_on}", file=sys.stderr)
     if comparison.table:
         print_table(header(comparison.table), [cells(line) for line in comparison.table], LEAST)
         print(f"the table, plots and report: {out / 'report.html'}")

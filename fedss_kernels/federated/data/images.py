@@ -191,7 +191,7 @@ class _Maker:
                 self._take_over(array)
                 failures = self._decode(array, processes)
             except KeyboardInterrupt:
-                log.warning("%s: stopped; those that are decoded are kept", self.what)
+                log.warning("%s: stopped; those decoded are kept: the same command goes on", self.what)
                 raise
             finally:
                 array.close()

@@ -20,6 +20,7 @@ from fedss_kernels.federated.data.partition import divide
 from fedss_kernels.federated.loading import choices, fitted, load_data
 
 FITTED = ("cohort", "images_per_client", "classes_per_client", "model", "image_size", "crop_size")
+PACE = ("client_lr", "scale", "warmup_rounds")  # chosen for the net
 
 
 @pytest.fixture(autouse=True)
@@ -65,8 +66,9 @@ def test_what_was_chosen_is_said_in_the_line(tmp_path, capsys):
     assert cli.main([*argv, "--rounds=1", "--embedding-dim=8", f"--out={tmp_path}/out"]) == 0
     assert capsys.readouterr().out.splitlines()[0] == (
         "image_folder: 2 classes, 32 training and 8 test images, 4 clients; chosen to fit: image_size 32, "
-        "images_per_client 8, classes_per_client 2, cohort 4, crop_size 28, model conv4_rgb; num_negatives "
-        "80: all other classes, as with full_softmax; mobilenet_v3_large needs torchvision"
+        "images_per_client 8, classes_per_client 2, cohort 4, client_lr 0.05, warmup_rounds 0, crop_size 28, "
+        "model conv4_rgb, scale 10.0; num_negatives 80: all other classes, as with full_softmax; "
+        "mobilenet_v3_large needs torchvision"
     )
 
 
@@ -104,7 +106,26 @@ def test_large_folders_have_the_papers_settings(monkeypatch):
     found = Found("image_folder", 1000, 30_000, 5_000, 300, how)
     chosen = fitted(Config(data="image_folder"), found)
     assert [getattr(chosen, name) for name in FITTED] == [32, 100, 20, "mobilenet_v3_large", 256, 224]
+    assert [getattr(chosen, name) for name in PACE] == [0.01, 20.0, 0]
     assert chosen.num_clients == 0 and choices(chosen, found) == []
+
+
+@pytest.mark.parametrize(
+    "given, pace",
+    [
+        ({}, (0.05, 10.0, 20)),
+        ({"model": "conv4_rgb", "image_size": 64, "rounds": 30}, (0.05, 10.0, 3)),
+        ({"client_lr": 0.2, "warmup_rounds": 0}, (0.2, 10.0, 0)),
+        ({"init_checkpoint": "net.pt"}, (0.01, 20.0, 0)),
+        ({"model": "mobilenet_v3_large"}, (0.01, 20.0, 0)),
+    ],
+)
+def test_a_small_net_that_begins_from_nothing_learns_as_those_of_the_small_sets(given, pace):
+    """The paper's rate, at which a large one is trained, hardly moves it."""
+    how = Partition("classes", images_per_client=None, classes_per_client=None).fitted(np.full(4, 20))
+    found = Found("image_folder", 4, 80, 20, how.clients_of(80), how)
+    chosen = fitted(Config(data="image_folder", **given), found)
+    assert tuple(getattr(chosen, name) for name in PACE) == pace
 
 
 @pytest.mark.parametrize(

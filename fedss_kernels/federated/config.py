@@ -103,6 +103,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "model": FITTED,
         "image_size": FITTED,
         "crop_size": FITTED,
+        "client_lr": FITTED,
+        "scale": FITTED,
+        "warmup_rounds": FITTED,
     },
     "cifar10": _CIFAR | {"num_negatives": 2},
     "cifar100": _CIFAR | {"num_negatives": 20},
@@ -313,8 +316,8 @@ class Config:
                 if field.name == "data":  # the other defaults are by data set
                     break
         raise_together(errors)
-        if self.warmup_rounds is None:
-            usual = PRESETS[self.data]["warmup_rounds"]
+        usual = PRESETS[self.data]["warmup_rounds"]
+        if self.warmup_rounds is None and usual is not FITTED:
             object.__setattr__(self, "warmup_rounds", min(usual, self.rounds // 10))
         if self.cohort is not None and self.min_clients > self.cohort:
             raise ConfigError(

@@ -6,7 +6,7 @@ from typing import Any
 
 from .algorithms import METHODS
 from .clients.player import check_model
-from .config import OWN, Config, ConfigError
+from .config import OWN, PRESETS, Config, ConfigError
 from .config_error import raise_together
 from .data import RESIZED, FederatedData, Found, Partition, load
 from .data.holdout import held_out, number_held_out
@@ -102,7 +102,16 @@ def fitted(config: Config, found: Found) -> Config:
     if found.how is not None and None in (config.images_per_client, config.classes_per_client):
         names = ("num_clients", "images_per_client", "classes_per_client")
         chosen |= {name: getattr(found.how, name) for name in names}
+    chosen |= _pace(config)
     return replace(config, **chosen) if chosen else config
+
+
+def _pace(config: Config) -> dict[str, Any]:
+    """How fast it learns: a small net that begins from nothing as on CIFAR, others as the paper's."""
+    like = PRESETS["cifar10" if config.model in SIDES and config.init_checkpoint is None else "sop"]
+    pace = {name: like[name] for name in ("client_lr", "scale")}
+    pace["warmup_rounds"] = min(like["warmup_rounds"], config.rounds // 10)
+    return {name: value for name, value in pace.items() if getattr(config, name) is None}
 
 
 def with_a_net(config: Config) -> Config:

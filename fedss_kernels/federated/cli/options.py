@@ -166,10 +166,14 @@ def one_of(*choices: str) -> Callable[[str], str]:
 
 
 def config_of(arguments: argparse.Namespace, preset: Mapping[str, Any] | None = None) -> Config:
-    """Config's defaults, a preset, the --config file, the command line: the later win."""
+    """Config's defaults, a preset, the --config file, the command line: the later win.
+
+    The names of those that are not left to the defaults are `arguments.given` from then on.
+    """
     options = dict(preset or {}) | (read_options(arguments.config) if arguments.config else {})
     names = [field.name for field in dataclasses.fields(Config)]
     given = {name: value for name, value in vars(arguments).items() if name in names}
+    arguments.given = {*options, *given}
     source = arguments.config or vars(arguments).get("preset")
     config = Config.from_dict(options, source and Path(source), given)
     for name in ("data", "model"):

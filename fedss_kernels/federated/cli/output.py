@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from types import ModuleType
 
 from .. import data as of_data
@@ -17,11 +17,15 @@ PIPED = 160  # columns of a table in a file or a log
 
 
 def read_data(
-    config: Config, runs: Sequence[Config], ready: Callable[[], None] | None = None
+    config: Config,
+    runs: Sequence[Config],
+    ready: Callable[[], None] | None = None,
+    given: Container[str] = (),
 ) -> tuple[Config, FederatedData]:
     """(the configuration, fitted to the data; the data). Before images are read says in a line what they are.
 
-    And what is worth a word of the settings of `runs`, if there are any. Before that `ready` is called, as
+    And what is worth a word of the settings of `runs`, if there are any; of those that are not `given`, that
+    they were chosen. Before that `ready` is called, as
     soon as it is known that the two fit; after the reading what the data are without images that cannot be
     read. Raises ConfigError where the two do not fit.
     """
@@ -33,7 +37,8 @@ def read_data(
             ready()
         if runs:
             words = "; ".join([_unsaid(found, ()).line, *choices(config, found)])
-            for line in (f"{config.data}: {words}", *short_warmup(config), *idle(runs)):
+            warmup = [] if "warmup_rounds" in given else short_warmup(config)
+            for line in (f"{config.data}: {words}", *warmup, *idle(runs)):
                 print(line, flush=True)
 
     from ..reports.progress import ReadingProgress

@@ -97,7 +97,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 if config.class_store:
                     check_free(config.class_store, run=out, overwrite=config.overwrite)
 
-        config, data = read_data(config, [] if resume else [config], ready)
+        config, data = read_data(config, [] if resume else [config], ready, arguments.given)
     played: list[RoundMetrics] = []
     say_what_is_logged("run", checkpoint, record, run_folder)
     try:
@@ -265,8 +265,8 @@ def _compare(arguments: argparse.Namespace) -> int:
         else:
             preset = read_preset(arguments.preset) if arguments.preset else {}
             vars(arguments).update(arguments.own)
-            given = {name: getattr(arguments, name) for name in LISTS}
-            lists = _COMPARED | preset | {name: value for name, value in given.items() if value is not None}
+            own = {name: getattr(arguments, name) for name in LISTS}
+            lists = _COMPARED | preset | {name: value for name, value in own.items() if value is not None}
             plan = Plan(config_of(arguments, preset.get("config", {})), *(lists[name] for name in LISTS))
             refuse_unread(arguments, plan.methods)
         out = plan.config.out or Path("runs") / f"{arguments.command}-{plan.config.data}"
@@ -281,7 +281,8 @@ def _compare(arguments: argparse.Namespace) -> int:
                 if option in arguments and getattr(plan, instead):
                     print(f"{flag(option)} has no effect: {flag(instead)} are taken instead")
 
-        read_data(plan.config, [] if resume else runs, ready)
+        given = () if resume else arguments.given
+        read_data(plan.config, [] if resume else runs, ready, given)
     command = f"fedss {arguments.command}"
     go_on = f"go on with: {command} --resume {out}"
     say_what_is_logged(arguments.command, jobs)
@@ -305,8 +306,8 @@ def _compare(arguments: argparse.Namespace) -> int:
         print(f"{command}: stopped; {go_on}", file=sys.stderr)
         return stopped.exit_code if isinstance(stopped, Interrupted) else stop.exit_code
     except OSError as error:
-        begun = (out / FILE).exists()
-        way = f"the runs' checkpoints are saved; {go_on}" if begun else "no run has begun: start again"
+        saved = f"the runs' checkpoints are saved; {go_on}"
+        way = saved if (out / FILE).exists() else "no run has begun: start again"
         print(f"{command}: {reason(error)}; {way}", file=sys.stderr)
         return 1
     for line in (*comparison.notes, *comparison.failed):

@@ -1,5 +1,7 @@
 """The server, against a round worked out by hand, and the initial class matrix."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -51,6 +53,15 @@ def test_aggregate_is_the_weighted_average_of_the_updates(denominator, rows):
     assert gradient.class_ids.tolist() == [0, 2, 3]
     assert gradient.rows.flatten().tolist() == rows
     assert gradient.extractor.tolist() == [4 / 4, 8 * 3 / 4]
+
+
+def test_a_gradient_is_float32_whatever_torchs_default_is():
+    torch.set_default_dtype(torch.float64)
+    try:
+        gradient = server().aggregate([dataclasses.replace(u, rows=u.rows.float()) for u in UPDATES])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert gradient.rows.dtype == torch.float32
 
 
 def test_step_is_sgd_with_momentum_and_untouched_rows_coast():

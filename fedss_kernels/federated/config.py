@@ -256,7 +256,7 @@ class Config:
     trust_updates: bool = option(False, "count every answer, unchecked")
     max_norm: float = option(MAX_NORM, "an answer whose changes have a larger norm is left out", above=0)
     max_norm_ratio: float = option(
-        30.0, "so is one with a norm more than this many times the round's median", low=1
+        30.0, "so is one with a norm more than this many times the round's median, and 1% of the net's", low=1
     )
     clip_norm: float | None = option(
         None, "scale changes of a larger norm down to it, none: leave them", above=0

@@ -152,7 +152,10 @@ class Simulation:
         """Of each client that answered what is wrong with its answer, or ""."""
         if self.config.trust_updates or self.method.pooled:
             return dict.fromkeys(updates, "")
-        return dict(zip(updates, self.inspection.faults(list(updates.values()), asked), strict=True))
+        net_norm = self.server.extractor.norm().item()
+        return dict(
+            zip(updates, self.inspection.faults(list(updates.values()), asked, net_norm), strict=True)
+        )
 
     def _clipped(self, update: Update) -> Update:
         bound = None if self.method.pooled else self.config.clip_norm

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from ..messages import Update
 
+# Of the net's norm: a shorter change does little harm, whatever the others' are. Where losses are near 0 most
+# move hardly at all, and one that still learns many times as far.
+HARMLESS = 0.01
 LARGEST_LOSS = 1e30  # that sums of many are still numbers of
 _DIVERGED = "is --client-lr, --server-lr or --scale too high, or does the net give NaN?"
 # Of each fault what it is, and what it comes from where all clients have it.
@@ -44,8 +47,10 @@ class Inspection:
     max_norm: float
     max_norm_ratio: float  # to the median norm of the round
 
-    def faults(self, updates: Sequence[Update], asked: Sequence[Tensor]) -> list[str]:
+    def faults(self, updates: Sequence[Update], asked: Sequence[Tensor], net_norm: float = 0.0) -> list[str]:
         """The first thing wrong with each update of a round; asked: the rows its client asked for, (S,).
+
+        A norm is held against the others' where it is over HARMLESS * net_norm, that of the net they change.
 
         "dtype", "shape", "ids", "examples", "loss", "not finite", "norm", or "" for nothing.
         """
@@ -54,7 +59,8 @@ class Inspection:
         finite = [size for size in norms.values() if math.isfinite(size)]
         # Of two in the middle the lower: what is right is small, and rubbish may be of any size.
         usual = median_low(finite) if finite else 0.0
-        bound = min(self.max_norm, self.max_norm_ratio * usual) if usual > 0 else self.max_norm
+        harmful = max(self.max_norm_ratio * usual, HARMLESS * net_norm)
+        bound = min(self.max_norm, harmful) if usual > 0 else self.max_norm
         for i, size in norms.items():
             if not math.isfinite(size):
                 found[i] = "not finite"

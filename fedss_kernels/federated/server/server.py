@@ -84,7 +84,7 @@ class Server:
             return self._robust(updates, class_ids, places, self.statistic)
         n = self._row_counts(updates, places, len(class_ids))
         total = sum(update.num_examples for update in updates)
-        rows = torch.zeros(len(class_ids), updates[0].rows.shape[1])
+        rows = torch.zeros(len(class_ids), updates[0].rows.shape[1], dtype=torch.float32)
         extractor = torch.zeros_like(self.extractor)
         for update, place in zip(updates, places, strict=True):
             scatter_add_(rows, place, update.rows, (update.num_examples / n[place]).to(rows.dtype))

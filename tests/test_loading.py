@@ -89,6 +89,19 @@ def test_a_retrieval_of_one_class_is_said_before_training(tmp_path, capsys, capl
         assert (words in caplog.text) == said
 
 
+def test_classes_of_one_test_image_are_counted(caplog):
+    """A retrieval can find nothing for them; a classification doesn't care."""
+    data = tiny_data("retrieval")
+    labels = torch.zeros_like(data.test_labels)
+    labels[-2:] = torch.tensor([5, 7])
+    words = "test classes of one image, for which nothing right can be found: 2 of 3; MAP@10 and recall@1 "
+    for each, said in ((replace(data, test_labels=labels), [words]), (data, []), (tiny_data(), [])):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            run(tiny_config(rounds=1, eval_every=1, task=each.task), data=each, model=tiny_model())
+        assert [line[: len(words)] for line in caplog.messages] == said
+
+
 def test_a_stopped_run_is_resumed_with_what_was_chosen(tmp_path, monkeypatch):
     folder = write_noise(tmp_path / "data", 2, 20)
     options = {"rounds": 2, "checkpoint_every": 1, "out": tmp_path / "out"}

@@ -121,7 +121,7 @@ def _coloured(image: PillowImage) -> PillowImage:
     if image.mode[0] in "IF":
         return Image.fromarray(_of_8_bits(np.asarray(image), image)).convert("RGB")
     if not image.has_transparency_data:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     seen = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
 
@@ -168,6 +168,8 @@ _OTHER_BYTE = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L
 
 def _layout_of_16_bits(image: Any) -> str:
     """Pillow's name for how such colours lie in the file that was opened; "" for another file."""
+    if image.format == "JPEG" or not image.tile:
+        return ""
     names = {tile[3] if isinstance(tile[3], str) else (tile[3] or [""])[0] for tile in image.tile}
     (layout,) = names if len(names) == 1 else ("",)
     return layout if isinstance(layout, str) and _OF_16_BITS.fullmatch(layout) else ""
@@ -204,8 +206,14 @@ def _lower_bytes(content: bytes, layout: str) -> np.ndarray:
     return np.asarray(image)[..., [1, 1, 1, 3]] if grey else np.asarray(image)
 
 
+TURN = 0x0112  # the tag of an orientation
+_WITH_TURN = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")  # of what Pillow finds in a file
+
+
 def _upright(colour: PillowImage, image: PillowImage) -> PillowImage:
     """`colour`, turned as the EXIF block of `image` says."""
+    if not any(name in image.info for name in _WITH_TURN) and not hasattr(image, "tag_v2"):
+        return colour  # most: a look for a block takes a tenth of a small image's time
     from PIL.Image import Transpose
 
     turns = {
@@ -218,10 +226,8 @@ def _upright(colour: PillowImage, image: PillowImage) -> PillowImage:
         8: Transpose.ROTATE_90,
     }
     try:
-        turn = turns[image.getexif()[0x0112]]
-    except (
-        Exception
-    ):  # none, or one that cannot be read, which may raise anything: the pixels are as they are
+        turn = turns[image.getexif()[TURN]]
+    except Exception:  # none, or one that cannot be read, which may raise anything: as they are
         return colour
     return colour.transpose(turn)
 

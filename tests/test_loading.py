@@ -102,6 +102,25 @@ def test_classes_of_one_test_image_are_counted(caplog):
         assert [line[: len(words)] for line in caplog.messages] == said
 
 
+def test_results_do_not_go_where_they_would_be_a_class(tmp_path, capsys, monkeypatch):
+    """By default too, where the data are in the current folder; beside train and test they harm nobody."""
+    folder = write_noise(tmp_path / "data", 2, 20)
+    words = "out: expected a folder outside of .*data, where its plots would be images of a class, got "
+    for out in (folder / "run", folder / "class000" / "run", tmp_path / "data" / ".." / "data" / "run"):
+        with pytest.raises(ConfigError, match=words):
+            run(config(folder, out=out))
+    monkeypatch.chdir(folder)
+    for command in ("run", "compare"):
+        assert cli.main([command, "--data=image_folder", "--data-dir=.", "--rounds=1"]) == 2
+        assert f"fedss {command}: --out: expected a folder outside of ., where" in capsys.readouterr().err
+    assert sorted(path.name for path in folder.iterdir()) == ["class000", "class001"]
+    for part in ("train", "test"):
+        write_noise(tmp_path / "split" / part, 2, 4)
+    load_data(config(tmp_path / "split", out=tmp_path / "split" / "run"))
+    with pytest.raises(ConfigError, match="outside of .*train, where"):
+        load_data(config(tmp_path / "split", out=tmp_path / "split" / "train" / "run"))
+
+
 def test_a_stopped_run_is_resumed_with_what_was_chosen(tmp_path, monkeypatch):
     folder = write_noise(tmp_path / "data", 2, 20)
     options = {"rounds": 2, "checkpoint_every": 1, "out": tmp_path / "out"}

@@ -9,12 +9,14 @@ from .clients.player import check_model
 from .config import OWN, PRESETS, Config, ConfigError
 from .config_error import raise_together
 from .data import RESIZED, FederatedData, Found, Partition, load
+from .data.class_folders import ClassFolders
 from .data.holdout import held_out, number_held_out
 from .data.images import OnProgress
 from .models import SIDES
 from .models.vision import unavailable
 
 COHORT = 32  # clients, or all there are where they are fewer
+WALKED = ("image_folder", "imagenet21k")  # whose classes are the folders that there are
 NET = "mobilenet_v3_large"  # the paper's; where it cannot be made a small one of our own
 
 
@@ -33,6 +35,7 @@ def load_data(
         raise ConfigError("data", f"{OWN!r} data is handed over in Python, as run(config, data=...)")
     if config.data_dir is not None and not config.data_dir.is_dir():
         raise ConfigError("data_dir", f"no such folder: {config.data_dir}")
+    _check_out(config)
     config = with_a_net(config)
     if _resized(config) and config.image_size < 1:
         raise ConfigError("image_size", f"expected at least 1, got {config.image_size}")
@@ -84,6 +87,18 @@ def _loaded(config: Config, on_found: Callable[..., None], on_progress: OnProgre
     if not _resized(config):
         on_found(data.found, tuple(data.images.shape[1:]))
     return data
+
+
+def _check_out(config: Config) -> None:
+    """Raises ConfigError where the next walk through the data would find the results."""
+    if config.out is None or config.data_dir is None or config.data not in WALKED:
+        return
+    split = ClassFolders(config.data).split(config.data_dir) if config.data == "image_folder" else None
+    out = config.out.resolve()
+    for folder in split or (config.data_dir,):
+        if folder.resolve() in (out, *out.parents):
+            expected = f"expected a folder outside of {folder}, where its plots would be images of a class"
+            raise ConfigError("out", f"{expected}, got {config.out}")
 
 
 def _resized(config: Config) -> bool:

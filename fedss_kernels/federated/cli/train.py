@@ -282,7 +282,7 @@ def _compare(arguments: argparse.Namespace) -> int:
                     print(f"{flag(option)} has no effect: {flag(instead)} are taken instead")
 
         given = () if resume else arguments.given
-        read_data(plan.config, [] if resume else runs, ready, given)
+        read_data(dataclasses.replace(plan.config, out=out), [] if resume else runs, ready, given)
     command = f"fedss {arguments.command}"
     go_on = f"go on with: {command} --resume {out}"
     say_what_is_logged(arguments.command, jobs)

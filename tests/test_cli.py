@@ -161,6 +161,10 @@ def test_a_folder_that_cannot_be_written_to_is_one_line(tmp_path, capsys):
     for command in ("run", "compare"):
         line = fails(capsys, command, *SMALL, f"--out={tmp_path}/file/out")
         assert line.endswith("file/out cannot be written to: Not a directory")
+    with pytest.raises(OSError, match="file cannot be written to: it is a file"):
+        make_folder(tmp_path / "file")
+    line = fails(capsys, "run", *SMALL, f"--out={'a' * 300}")
+    assert line == f"fedss run: File name too long: {'a' * 300}"
 
 
 def test_a_link_to_nothing_is_no_folder(tmp_path):

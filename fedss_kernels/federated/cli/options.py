@@ -18,6 +18,7 @@ from ..config import (
     option_type,
     read_options,
 )
+from ..disk import reason
 
 
 class Mistake(Exception):
@@ -218,4 +219,5 @@ def mistakes() -> Iterator[None]:
     except ConfigError as error:  # what is expected, but what nobody can hand over here
         raise Mistake(error.worded(flag).replace(f", {OWN}, got ", ", got ")) from None
     except (ValueError, OSError) as error:
-        raise Mistake(" ".join(str(error).split())) from None
+        words = reason(error) if isinstance(error, OSError) else str(error)
+        raise Mistake(" ".join(words.split())) from None

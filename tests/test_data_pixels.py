@@ -155,14 +155,15 @@ def test_grey_is_scaled_by_the_bits_that_it_holds(dtype, high, kind):
     assert abs(found - 255 * ramp.astype(float) / high).max() <= 0.5 and found.max() == 255
 
 
-def _png_of_16_bits(numbers: np.ndarray, colour: int) -> bytes:
+def _png_of_16_bits(numbers: np.ndarray, colour: int, clear: bytes = b"") -> bytes:
     """A PNG file of (H, W, channels), which Pillow writes none of; colour: PNG's number of the kind."""
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in numbers)
     head = struct.pack(">IIBBBBB", *numbers.shape[1::-1], 16, colour, 0, 0, 0)
-    chunks = [(b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    chunks = [(b"IHDR", head), (b"tRNS", clear), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
         for kind, data in chunks
+        if data or kind != b"tRNS"
     )
 
 
@@ -206,6 +207,15 @@ def test_alpha_has_the_colours_white_or_its_own():
     numbers[:, 4:, 0] = 0
     found = pixels(_png_of_16_bits(numbers, 4)).astype(int)
     assert (found[:, :, :4] == 255).all() and abs(found[:, :, 4:] - 127).max() <= 1
+
+
+@pytest.mark.parametrize("high", [1, 16])
+def test_a_transparent_colour_of_16_bits_is_white(high):
+    """Of 12 bits or 16; one that differs in a lower byte is another."""
+    numbers = np.full((SIZE, SIZE, 3), [0, 255 * high, 0])
+    numbers[:, 4:] = numbers[:, :4] + [0, 0, 1]
+    found = pixels(_png_of_16_bits(numbers, 2, struct.pack(">3H", 0, 255 * high, 1)))
+    assert (found[:, :, 4:] == 255).all() and (found[0, :, :4] == 0).all()
 
 
 def test_the_white_that_a_file_says_goes_first():

@@ -176,19 +176,25 @@ def _layout_of_16_bits(image: Any) -> str:
 
 
 def _scale_colours(image: PillowImage, layout: str, content: bytes) -> None:
-    """In place, where white is not 65535. Alpha that exceeds the colours' white has 65535 for opaque."""
+    """In place, where white is not 65535. Alpha that exceeds the colours' white has 65535 for opaque.
+
+    And the colour that is transparent, of 16 bits too, becomes white.
+    """
+    from PIL import Image
+
     upper = np.asarray(image)
     alpha = layout.partition(";")[0].endswith("A")
     colours = upper.shape[2] - alpha
-    if _white(image, 256 * int(upper[..., :colours].max()) + 255) == WHITES[-1]:
+    clear = image.info.pop("transparency", None)
+    if clear is None and _white(image, 256 * int(upper[..., :colours].max()) + 255) == WHITES[-1]:
         return
     numbers = 256 * upper.astype(np.int32) + _lower_bytes(content, layout)
     white = _white(image, numbers[..., :colours].max())
-    eight = _scaled(np.minimum(numbers, white), white)
+    eight = upper.copy() if white == WHITES[-1] else _scaled(np.minimum(numbers, white), white)
     if alpha and numbers[..., -1].max() > white:
         eight[..., -1] = upper[..., -1]
-    from PIL import Image
-
+    if clear is not None:
+        eight[(numbers == clear).all(axis=-1)] = 255
     image.paste(Image.fromarray(eight, image.mode))
 
 

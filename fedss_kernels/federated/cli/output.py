@@ -24,10 +24,9 @@ def read_data(
 ) -> tuple[Config, FederatedData]:
     """(the configuration, fitted to the data; the data). Before images are read says in a line what they are.
 
-    And what is worth a word of the settings of `runs`, if there are any; of those that are not `given`, that
-    they were chosen. Before that `ready` is called, as
-    soon as it is known that the two fit; after the reading what the data are without images that cannot be
-    read. Raises ConfigError where the two do not fit.
+    And what is worth a word of the settings of `runs`, if there are any, `given` those that the user chose.
+    Before that `ready` is called, as soon as it is known that the two fit; after the reading what the data
+    are without images that cannot be read. Raises ConfigError where the two do not fit.
     """
     said = list[Found]()
 

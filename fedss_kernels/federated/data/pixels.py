@@ -170,8 +170,8 @@ def _layout_of_16_bits(image: Any) -> str:
     """Pillow's name for how such colours lie in the file that was opened; "" for another file."""
     if image.format == "JPEG" or not image.tile:
         return ""
-    names = {tile[3] if isinstance(tile[3], str) else (tile[3] or [""])[0] for tile in image.tile}
-    (layout,) = names if len(names) == 1 else ("",)
+    arguments = image.tile[0][3]  # the decoder's; all parts have the same layout
+    layout = arguments[0] if isinstance(arguments, tuple | list) and arguments else arguments
     return layout if isinstance(layout, str) and _OF_16_BITS.fullmatch(layout) else ""
 
 
@@ -195,7 +195,7 @@ def _scale_colours(image: PillowImage, layout: str, content: bytes) -> None:
         eight[..., -1] = upper[..., -1]
     if clear is not None:
         eight[(numbers == clear).all(axis=-1)] = 255
-    image.paste(Image.fromarray(eight, image.mode))
+    image.paste(Image.fromarray(eight))
 
 
 def _lower_bytes(content: bytes, layout: str) -> np.ndarray:

@@ -7,7 +7,7 @@ Yu, Rawat, Menon and Kumar, "Federated Learning with Only Positive Labels", ICML
 the pairs are those of a sample of rows with their nearest classes; with every row and C - 1 neighbours it is
 the sum over all pairs. O(rows sampled * C * D) of work, blocked: memory does not grow with C * C.
 
-A row that is not finite is near to none: it stays as it is, and so do the others of what it would have moved.
+A row that is not finite is near to none: it moves no other, and none moves it.
 """
 
 from dataclasses import dataclass

@@ -25,6 +25,7 @@ from ..clients.extractor import as_embeddings
 from ..clients.player import Player
 from ..config import Config
 from ..data import FederatedData
+from ..loading import fitted
 from ..randomness import Purpose, generator, initial_rows
 from ..reports.mean_sd import mean_sd
 from ..reports.report import write_section
@@ -67,6 +68,7 @@ def measure(
     on_line: Callable[[Line], None] = lambda line: None,
 ) -> list[Line]:
     """A line for each of `counts`, on `batches` clients and `draws` of negatives for each."""
+    config = fitted(config, data.found)
     player = Player(config, data)
     if model is None:
         ids = torch.arange(data.num_classes)

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,6 +87,7 @@ class Comparison:
     failed: list[str]  # one line for each run that failed, each method that has no rate, a report not made
     out: Path
     notes: list[str] = dataclasses.field(default_factory=list)  # what else is to be said, a line each
+    go_on: bool = False  # a run failed of what may be gone when it is resumed, as of a full disk
 
 
 def compare(
@@ -136,14 +137,21 @@ def compare(
         return Comparison([], [], failed, out, notes)
     found, failures = play_all(configs, jobs, lambda job, metrics: report(kept[job], metrics), resume, stop)
     failed += [f"{job_name(plan, configs[job])} failed: {of.words}" for job, of in failures.items()]
-    runs = list(found.values())
+    runs = _in_order(plan, found.values())
     for run in runs:
         notes += _notes(plan, run)
     table = tabulate(runs)
     if runs:
         write_tables(out, table)
         failed += attempt(out, _write_report, out, runs, [*notes, *failed])
-    return Comparison(table, runs, failed, out, notes)
+    go_on = not all(failure.lasting for failure in failures.values())
+    return Comparison(table, runs, failed, out, notes, go_on)
+
+
+def _in_order(plan: Plan, runs: Iterable[Run]) -> list[Run]:
+    """Cases in the plan's order, whichever run of them is the first that did not fail."""
+    cases = plan.cases
+    return sorted(runs, key=lambda run: cases.index(case_of(run.config, plan.several)))
 
 
 def _check(plan: Plan, data: FederatedData) -> None:
@@ -170,7 +178,7 @@ def report_again(out: Path) -> list[str]:
     found, failures = played(configs)
     left_out = [f"{trial_name(plan, trials[job])} has no result: {of.words}" for job, of in lost.items()]
     left_out += [f"{job_name(plan, configs[job])} is left out: {of.words}" for job, of in failures.items()]
-    runs = list(found.values())
+    runs = _in_order(plan, found.values())
     if not runs:
         raise ValueError(f"no run of the comparison in {out} is done: {'; '.join(left_out)}")
     notes = [line for run in runs for line in _notes(plan, run)]

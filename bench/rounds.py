@@ -165,7 +165,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     given.out.mkdir(parents=True, exist_ok=True)
     config = Config.load(given.config) if given.config else Config()
-    config = replace(config, data_dir=given.data_dir or config.data_dir, max_shift=0, out=None)
+    alone = {"max_shift": 0, "flip": False, "client_momentum": 0.0}  # what the training alone does not do
+    config = replace(config, data_dir=given.data_dir or config.data_dir, out=None, **alone)
     data = load_data(config)
     print("bench.rounds: beside the training alone", file=sys.stderr)
     lines = overhead(config, data, given.rounds)

@@ -48,10 +48,14 @@ def test_with_every_negative_fedss_is_full_softmax_bit_for_bit(num_negatives, co
 
 
 def test_between_the_limits_the_methods_differ():
-    weights = [trained(name).weight for name in METHODS]
-    for i, a in enumerate(weights):
-        for b in weights[:i]:
+    nets = [trained(name).extractor[1].weight for name in METHODS if name != "fedavg"]
+    for i, a in enumerate(nets):
+        for b in nets[:i]:
             assert not torch.equal(a, b)
+
+
+def test_fedavg_is_full_softmax_under_its_own_name():
+    assert_same_bits(trained("fedavg"), trained("full_softmax"))
 
 
 def test_fedss_asks_for_its_positives_and_corrected_negatives():

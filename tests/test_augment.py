@@ -1,9 +1,10 @@
 """Random shifts and crops: by hand, within bounds, each image its own, repeatable."""
 
 import numpy as np
+import pytest
 import torch
 
-from fedss_kernels.federated.clients.augment import centre_crop, random_crop, random_shift
+from fedss_kernels.federated.clients.augment import centre_crop, random_crop, random_flip, random_shift
 
 IMAGES = torch.arange(1, 1 + 2 * 3 * 4 * 6, dtype=torch.float32).reshape(2, 3, 4, 6)
 
@@ -43,6 +44,34 @@ def test_every_shift_occurs_equally_often():
 def test_a_seed_repeats_them():
     first, again = (random_shift(IMAGES, 2, np.random.default_rng(3)) for _ in range(2))
     assert torch.equal(first, again)
+
+
+class Coins:
+    """In place of a random generator: which images are flipped."""
+
+    def __init__(self, *flipped):
+        self.flipped = np.array(flipped)
+
+    def integers(self, low, high, size):
+        assert (low, high, size) == (0, 2, len(self.flipped))
+        return self.flipped
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+def test_a_flip_by_hand(dtype):
+    """The columns of the one image from right to left; its rows and channels, and the other image, stay."""
+    images = IMAGES.to(dtype)
+    flipped = random_flip(images, Coins(0, 1))
+    assert torch.equal(flipped[0], images[0]) and flipped.dtype == dtype and flipped.is_contiguous()
+    assert torch.equal(flipped[1], images[1][..., [5, 4, 3, 2, 1, 0]])
+    assert torch.equal(images, IMAGES.to(dtype))  # what came is as it was
+
+
+def test_half_of_the_images_are_flipped_and_a_seed_repeats_which():
+    """Of 10,000 within 5 sd of 50."""
+    images = torch.arange(2.0).expand(10_000, 1, 1, 2)
+    first, again = (random_flip(images, np.random.default_rng(0)) for _ in range(2))
+    assert abs(first[:, 0, 0, 0].sum() - 5000) < 250 and torch.equal(first, again)
 
 
 def test_a_crop_is_a_square_of_the_image_each_place_equally_often():

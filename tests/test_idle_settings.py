@@ -30,7 +30,7 @@ def test_defaults_are_not_worth_a_word(name):
         ({"trim": 0.2}, "trim 0.2 has no effect: it is for the aggregation trimmed_mean"),
         (
             {"method": "pos_only", "num_negatives": 5},
-            "num_negatives 5 has no effect: it is for fedss and",
+            "num_negatives 5 has no effect: it is for fedss, neg_only and",
         ),
         ({"spreadout_margin": 0.5}, "spreadout_margin 0.5 has no effect: it is for fedaws"),
         ({"equal_pushes": True}, "equal_pushes True has no effect: it is for neg_only"),

@@ -9,7 +9,7 @@ from pytorch_metric_learning.distances import LpDistance
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from pytorch_metric_learning.utils.inference import CustomKNN
 
-from fedss_kernels.federated.metrics import Retrieval, retrieval, top1
+from fedss_kernels.federated.metrics import Retrieval, nearest, retrieval, top1
 
 
 def on_circle(*degrees: float, length: float = 1.0) -> torch.Tensor:
@@ -193,3 +193,57 @@ def test_a_length_whose_square_is_past_float32_is_no_obstacle(size):
     long[::2] *= size
     assert retrieval(long, labels).map_at_r == pytest.approx(retrieval(embeddings, labels).map_at_r, rel=1e-6)
     assert top1(long, weight * size, labels) == top1(embeddings, weight, labels)
+
+
+# ---- the dot product ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", [1, 100, 2**22])
+def test_by_dot_product_top1_is_that_of_a_linear_layer(block):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(31, 6, generator=generator) * torch.rand(31, 1, generator=generator)
+    embeddings = torch.randn(40, 5, generator=generator)
+    layer = torch.nn.functional.linear(embeddings, weight[:, :-1], weight[:, -1])
+    predicted = nearest(embeddings, weight, block, similarity="dot")
+    assert torch.equal(predicted, layer.argmax(dim=1))
+    labels = torch.where(torch.arange(40) < 12, predicted, (predicted + 1) % 31)
+    assert top1(embeddings, weight, labels, block, similarity="dot") == pytest.approx(12 / 40, abs=1e-12)
+    without_bias = weight.clone()
+    without_bias[:, -1] = 0
+    assert not torch.equal(nearest(embeddings, without_bias, block, similarity="dot"), predicted)
+    assert not torch.equal(nearest(embeddings, weight[:, :-1], block), predicted)
+
+
+@pytest.mark.parametrize("block", [1, 2**22])
+def test_by_dot_product_of_equals_the_first_and_a_bias_decides_alone(block):
+    rows = torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    images = torch.tensor([[2.0, 5.0], [0.5, 5.0], [1.0, -3.0]])  # 2 2 1; .5 .5 1; 1 1 1
+    assert nearest(images, rows, block, similarity="dot").tolist() == [0, 2, 0]
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("block", [1, 2**22])
+def test_by_dot_product_too_what_is_not_finite_is_a_miss(block, bad, caplog):
+    rows = torch.tensor([[0.0, 0.0, 9.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    images = torch.tensor([[2.0, 1.0], [bad, 0.0], [1.0, 3.0]])
+    assert nearest(images, rows, block, similarity="dot").tolist() == [0, -1, 0]
+    for place in (0, 2):  # a number of the row, and its bias
+        ruined = rows.clone()
+        ruined[0, place] = bad
+        assert nearest(images[[0, 2]], ruined, block, similarity="dot").tolist() == [1, 2]
+    assert set(caplog.messages) == {
+        "1 of 3 embeddings are not finite: misses",
+        "1 of 3 class rows are not finite: nothing is taken for these classes",
+    }
+
+
+@pytest.mark.parametrize("block", [1, 2**22])
+def test_a_dot_product_past_float32_is_no_obstacle(block):
+    rows = torch.tensor([[1e20, 0.0, 0.0], [2e20, 0.0, 0.0], [3e20, -3e20, 0.0], [0.0, 0.0, 1e30]])
+    images = torch.tensor([[1e20, 0.0], [-1e20, 0.0], [1e20, 3e20]])
+    assert nearest(images, rows, block, similarity="dot").tolist() == [2, 3, 1]
+
+
+def test_another_similarity_is_refused():
+    with pytest.raises(ValueError, match="similarity: expected one of cosine, dot, got 'l2'"):
+        nearest(torch.ones(1, 2), torch.ones(1, 2), similarity="l2")

@@ -90,3 +90,18 @@ def test_norms_without_running_statistics_pass():
         nn.BatchNorm2d(4, track_running_stats=False),
     ]
     refuse_batch_norm(nn.Sequential(*norms))
+
+
+def test_conv4_32_is_fedbabus_4conv():
+    """Its body has 3 * 64 * 9 + 3 * 64 * 64 * 9 weights, 4 * 64 biases and 4 * 2 * 64 numbers of norms."""
+    model = build_model("conv4_32", 256, seed=0)
+    assert sum(p.numel() for p in model.parameters()) == 1728 + 110_592 + 256 + 512 == 113_088
+    for side in (32, 47):
+        assert model(torch.rand(2, 3, side, side)).shape == (2, 256)
+    norms = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
+    assert len(norms) == 4 and not list(model.buffers())
+
+
+def test_conv4_32_has_no_layer_for_another_embedding():
+    with pytest.raises(ValueError, match="model: conv4_32: expected embedding_dim 256, .* got 64"):
+        build_model("conv4_32", 64, seed=0)

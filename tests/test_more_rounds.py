@@ -48,6 +48,7 @@ def trained_in(folder) -> list[list[str]]:
         {"method": "centralized"},
         {"warmup_rounds": 6},
         {"warmup_rounds": 5, "lr_decay": "cosine"},  # it does not decay before
+        {"warmup_rounds": 4, "lr_decay": "step"},
     ],
 )
 def test_a_finished_run_goes_on_bit_for_bit(options, tmp_path):
@@ -97,6 +98,18 @@ def test_rounds_that_are_done_cannot_be_undone_nor_have_had_other_rates(tmp_path
             train(tmp_path, rounds, resume=True, lr_decay="cosine", warmup_rounds=1)
         assert str(refused.value) == words
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_with_steps_there_may_be_more_until_the_first(tmp_path):
+    """Half of 7 rounds, rounded down, are at the full rate, so 3 of them may be of a run of 9."""
+    for done, name in ((3, "before"), (4, "after")):
+        with pytest.raises(Stopped):
+            train(tmp_path / name, 7, stop_after=done, lr_decay="step")
+    more = train(tmp_path / "before", 9, resume=True, lr_decay="step")
+    assert bits(more) == bits(train(tmp_path / "whole", 9, lr_decay="step"))
+    words = "is step, round 4, which is done, had a rate of 0.02 and would have had 0.2; go on with 7, or"
+    with pytest.raises(CheckpointError, match=words):
+        train(tmp_path / "after", 9, resume=True, lr_decay="step")
 
 
 def test_where_something_is_in_the_way_of_more_rounds_it_stays_finished(tmp_path):

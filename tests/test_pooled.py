@@ -22,7 +22,8 @@ def test_as_many_steps_as_a_client_makes_each_of_a_cohorts_images():
     (held,) = client.data.clients
     assert held.tolist() == list(range(28))
     drawn = [
-        list(client.passes(held, round, generator(0, round, 0, 0, Purpose.BATCHES))) for round in range(10)
+        [batch for _, batch in client.passes(held, round, generator(0, round, 0, 0, Purpose.BATCHES))]
+        for round in range(10)
     ]
     assert [len(batches) for batches in drawn] == [1, 2, 2, 2, 2, 1, 2, 2, 2, 2]
     assert all(len(batch.unique()) == 8 for batches in drawn for batch in batches)
@@ -37,7 +38,7 @@ def test_three_rounds_are_sgd_on_the_full_softmax():
     client = Player(config, data, tiny_model()).client
     for round in range(3):
         shuffle = generator(0, round, 0, 0, Purpose.BATCHES)
-        for batch in client.passes(client.data.clients[0], round, shuffle):
+        for _, batch in client.passes(client.data.clients[0], round, shuffle):
             loss = reference.sampled_softmax_loss(
                 model(data.images[batch].double() / 255), weight, data.labels[batch], scale=5.0
             )

@@ -150,9 +150,9 @@ def test_what_arrives_is_what_was_sent_as_bfloat16(monkeypatch):
     simulation = Simulation(config, Player(config, tiny_data(), tiny_model()))
     received, update = [], simulation.player.client.update
 
-    def listen(k, round, attempt, request, phi, rows, lr):
+    def listen(k, round, attempt, request, phi, rows, *others):
         received.extend((phi, rows))
-        return update(k, round, attempt, request, phi, rows, lr)
+        return update(k, round, attempt, request, phi, rows, *others)
 
     monkeypatch.setattr(simulation.player.client, "update", listen)
     updates, _ = simulation.play(0)
@@ -236,6 +236,20 @@ def test_the_rate_rises_and_decays(decay, expected):
     """Four rounds of warm-up to 4, then quarters of the way down: cos(pi/4) = sqrt(1/2)."""
     config = Config(rounds=8, client_lr=4, warmup_rounds=4, lr_decay=decay)
     assert [learning_rate(config, t) for t in range(8)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "rounds, warmup, expected",
+    [
+        (8, 0, [4, 4, 4, 4, 0.4, 0.4, 0.04, 0.04]),
+        (7, 0, [4, 4, 4, 0.4, 0.4, 0.04, 0.04]),  # 3 is the half, 5 three quarters, rounded down
+        (8, 2, [2, 4, 4, 4, 0.4, 0.4, 0.04, 0.04]),  # counted over all rounds, those of the warm-up too
+        (8, 5, [0.8, 1.6, 2.4, 3.2, 4, 0.4, 0.04, 0.04]),  # which has no steps
+    ],
+)
+def test_the_rate_falls_by_steps(rounds, warmup, expected):
+    config = Config(rounds=rounds, client_lr=4, warmup_rounds=warmup, lr_decay="step")
+    assert [learning_rate(config, t) for t in range(rounds)] == pytest.approx(expected)
 
 
 # ---- what comes out ----------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from .algorithms import METHODS
+from .algorithms.parts import Part
 from .config_error import ConfigError, raise_together
 from .data import DATASETS, PARTITIONS, TASKS
 from .disk import write_whole
@@ -108,6 +109,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "cifar100": _CIFAR | {"num_negatives": 20},
 }
 PRESETS[OWN] = PRESETS["glyphs"]
+# Of the similarity dot, whatever the data: those of torch's linear layer, whose numbers are uniform in
+# +-1 / sqrt(D).
+LINEAR: dict[str, Callable[[Any], float]] = {
+    "scale": lambda dim: 1.0,
+    "weight_init_scale": lambda dim: 1 / math.sqrt(3 * dim) if isinstance(dim, int) and dim > 0 else 1.0,
+}
 PRESET = None  # the default of an option that PRESETS decides
 
 
@@ -213,8 +220,17 @@ class Config:
     rounds: int = option(PRESET, "rounds of training", low=1)
     cohort: int = option(PRESET, "clients drawn for each round", low=1)
     local_epochs: int = option(1, "passes of a client over its images in one round", low=1)
+    head_epochs: int = option(
+        1, "of fedrep: passes before those in which a client's class rows alone are trained", low=0
+    )
     batch_size: int = option(PRESET, "images in one local step of a client", low=1, below=2**31)
     client_lr: float = option(PRESET, "learning rate of the clients, at its highest", above=0)
+    client_momentum: float = option(
+        0.0,
+        "momentum of a client's steps, over the net and its class rows; it starts from 0 in every round",
+        low=0,
+        below=1,
+    )
     warmup_rounds: int = option(
         PRESET,
         "rounds over which the clients' rate rises to client_lr; by default at most a tenth of all",
@@ -222,10 +238,17 @@ class Config:
         below=2**31,
     )
     lr_decay: str = option(
-        PRESET, "the clients' rate after the warm-up", choices=lambda: ("constant", "linear", "cosine")
+        PRESET,
+        "the clients' rate after the warm-up; step: a tenth from half of the rounds on, a hundredth from "
+        "three quarters",
+        choices=lambda: ("constant", "linear", "cosine", "step"),
     )
     max_shift: int = option(
         PRESET, "pixels by which a client moves each training image at random, at most", low=0, below=1024
+    )
+    flip: bool = option(
+        False,
+        "flip each training image from left to right with probability 1/2: wrong for drawings of characters",
     )
     crop_size: int = option(
         PRESET,
@@ -281,8 +304,21 @@ class Config:
         None, "a file of parameters to start the net from, as of torch.save; none: drawn from the seed"
     )
     embedding_dim: int = option(64, "numbers in one embedding, D", low=1, below=2**16)
-    scale: float = option(PRESET, "the loss multiplies cosines by this", above=0)
-    weight_init_scale: float = option(PRESET, "standard deviation of the class matrix at the start", above=0)
+    similarity: str = option(
+        "cosine",
+        "what the loss makes of an embedding and a class row: cosine, or dot, their product and a bias, as "
+        "of a linear layer; the row then has one number more",
+        choices=lambda: ("cosine", "dot"),
+    )
+    scale: float = option(
+        PRESET, "the loss multiplies similarities by this; by default 1 with the similarity dot", above=0
+    )
+    weight_init_scale: float = option(
+        PRESET,
+        "standard deviation of the class matrix at the start; by default that of a linear layer, "
+        "1 / sqrt(3 D), with the similarity dot",
+        above=0,
+    )
 
     class_store: Path | None = option(
         None, "folder for the class matrix, where it is larger than memory, none: it is in memory"
@@ -320,10 +356,32 @@ class Config:
             raise ConfigError(
                 "min_clients", f"expected at most {self.cohort}, the cohort, got {self.min_clients}"
             )
+        self._check_method()
+
+    def _check_method(self) -> None:
+        method = METHODS[self.method]
+        if method.spreads and self.similarity != "cosine":
+            raise ConfigError(
+                "similarity",
+                f"expected cosine with {self.method}, whose server turns rows apart, got {self.similarity!r}",
+            )
+        if method.rows is Part.KNOWN and self.class_store is not None:
+            raise ConfigError(
+                "class_store",
+                f"expected none with {self.method}, whose class rows are drawn where they are needed, "
+                f"got {self.class_store}",
+            )
+
+    @property
+    def row_dim(self) -> int:
+        """Numbers in one class row: D, and a bias with the similarity dot."""
+        return self.embedding_dim + (self.similarity == "dot")
 
     def _resolved(self, field: dataclasses.Field) -> Any:
         """An option's value, or its default; None where that is not known yet."""
         value = getattr(self, field.name)
+        if value is None and self.similarity == "dot" and field.name in LINEAR:
+            value = LINEAR[field.name](self.embedding_dim)
         if value is None and field.name in PRESETS[OWN]:
             value = PRESETS[self.data][field.name]
             if value is FITTED or field.name == "warmup_rounds":
@@ -374,13 +432,20 @@ class Config:
 def learning_rate(config: Config, round: int) -> float:
     """The clients' rate in a round, from 0: a linear rise to client_lr over warmup_rounds, then the decay.
 
-    A linear or cosine decay would reach 0 in the round after the last.
+    A linear or cosine decay would reach 0 in the round after the last. A decay by steps counts all rounds R,
+    those of the warm-up too: after that, 1/10 from round floor(R / 2) on, 1/100 from floor(3 R / 4).
     """
     warmup = config.warmup_rounds
     if round < warmup:
         return config.client_lr * (round + 1) / warmup
     done = (round - warmup) / max(1, config.rounds - warmup)
-    decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    steps = (round >= config.rounds // 2) + (round >= 3 * config.rounds // 4)
+    decay = {
+        "constant": 1.0,
+        "linear": 1 - done,
+        "cosine": (1 + math.cos(math.pi * done)) / 2,
+        "step": (1.0, 0.1, 0.01)[steps],
+    }
     return config.client_lr * decay[config.lr_decay]
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from .algorithms import METHODS, readers
+from .algorithms import METHODS, readers, readers_in_words
 from .config import FITTED, OWN, PRESETS, Config
 
 log = logging.getLogger(__name__)
@@ -13,7 +13,7 @@ Rule = tuple[tuple[str, ...], str, Callable[[Config], bool]]
 
 def _of_other_methods() -> Iterator[Rule]:
     for option in dict.fromkeys(option for method in METHODS.values() for option in method.options):
-        yield (option,), f"it is for {' and '.join(readers(option))}", _unless_method(readers(option))
+        yield (option,), f"it is for {readers_in_words(option)}", _unless_method(readers(option))
 
 
 def _unless_method(names: Sequence[str]) -> Callable[[Config], bool]:

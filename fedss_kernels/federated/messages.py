@@ -26,7 +26,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Update:
-    """What a client sends back: how far it moved, as old minus new, so that the server can step along it."""
+    """What a client sends back: how far it moved, as old minus new, so that the server can step along it.
+
+    Of the parts that travel: class rows that stay where they are, and blocks that do, are not in it.
+    """
 
     client: int
     class_ids: Tensor  # (S,) int64, ascending
@@ -34,3 +37,4 @@ class Update:
     extractor: Tensor  # (P,): phi as received minus as trained
     num_examples: int  # n_k
     loss: float  # mean over its images as they were trained on
+    kept: Tensor | None = None  # no message: what stays with the client until its next round, one vector

@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 
 from .server.row_table import RowTable
 
+SIMILARITIES = ("cosine", "dot")
 R = 10  # nearest others that a retrieval looks at
 BLOCK = 2**22  # numbers in one block of similarities: 16 MiB of float32
 NOTHING = -1  # what a row without a direction is taken for
@@ -30,40 +31,61 @@ class Retrieval:
 
 def top1(
     embeddings: Tensor,  # (T, D)
-    weight: Tensor | RowTable,  # (C, D)
+    weight: Tensor | RowTable,  # (C, D), or (C, D + 1) of similarity="dot"
     labels: Tensor,  # (T,) int64 in [0, C)
     block: int = BLOCK,
+    *,
+    similarity: str = "cosine",
 ) -> float:
-    """The share of rows whose largest cosine with a class row is their own class's; of equals the first."""
-    return (nearest(embeddings, weight, block) == labels).double().mean().item()
+    """The share of rows whose most similar class row is their own class's; of equals the first."""
+    return (nearest(embeddings, weight, block, similarity=similarity) == labels).double().mean().item()
 
 
 def nearest(
     embeddings: Tensor,  # (T, D)
-    weight: Tensor | RowTable,  # (C, D)
+    weight: Tensor | RowTable,  # (C, D), or (C, D + 1) of similarity="dot"
     block: int = BLOCK,
+    *,
+    similarity: str = "cosine",
 ) -> Tensor:  # (T,) int64
-    """The class whose row has the largest cosine with each embedding; of equals the first.
+    """The class whose row is the most similar to each embedding; of equals the first.
+
+        cosine   x . w / (|x| |w|)
+        dot      x . w + b, where b is the last number of the class's row
 
     NOTHING for an embedding that is not finite. For a class whose row is not, no embedding is taken.
+    Raises ValueError for another similarity.
     """
-    embeddings, finite = directions(embeddings)
-    best = embeddings.new_full((len(embeddings),), -torch.inf)
+    if similarity not in SIMILARITIES:
+        raise ValueError(f"similarity: expected one of {', '.join(SIMILARITIES)}, got {similarity!r}")
+    comparable, scores = (directions, _cosines) if similarity == "cosine" else (_finite, _dots)
+    embeddings, finite = comparable(embeddings)
+    best = embeddings.new_full((len(embeddings),), -torch.inf, dtype=torch.float64)
     predicted = torch.full((len(embeddings),), NOTHING)
     bad_classes = 0
     for first, classes in _blocks(weight, max(1, block // max(1, len(embeddings)))):
-        units, there = directions(classes)
-        cosines = embeddings @ units.T
+        rows, there = comparable(classes)
+        found = scores(embeddings, rows)
         if not there.all():
-            cosines[:, ~there] = -torch.inf
+            found[:, ~there] = -torch.inf
             bad_classes += int((~there).sum())
-        cosine, place = cosines.max(dim=1)
-        better = cosine > best
-        best = torch.where(better, cosine, best)
+        score, place = found.max(dim=1)
+        better = score > best
+        best = torch.where(better, score.double(), best)
         predicted = torch.where(better, place + first, predicted)
     _say("embeddings", int((~finite).sum()), len(finite), "misses")
     _say("class rows", bad_classes, len(weight), "nothing is taken for these classes")
     return torch.where(finite, predicted, NOTHING)
+
+
+def _cosines(units: Tensor, rows: Tensor) -> Tensor:  # (T, D), (N, D) -> (T, N)
+    return units @ rows.T
+
+
+def _dots(embeddings: Tensor, rows: Tensor) -> Tensor:  # (T, D), (N, D + 1) -> (T, N)
+    """In float64 where float32 cannot hold one of them."""
+    found = torch.addmm(rows[:, -1], embeddings, rows[:, :-1].T)
+    return found if found.isfinite().all() else _dots(embeddings.double(), rows.double())
 
 
 def retrieval(
@@ -119,6 +141,12 @@ def directions(rows: Tensor) -> tuple[Tensor, Tensor]:
     too_long = finite & ~rows.norm(dim=1, keepdim=True).isfinite()
     rows = torch.where(finite, torch.where(too_long, rows / largest, rows), 0.0)
     return normalize(rows, dim=1), finite[:, 0]
+
+
+def _finite(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows (N, D), zeros for those that are not finite; whether each is (N,))."""
+    finite = rows.isfinite().all(dim=1)
+    return torch.where(finite[:, None], rows, 0.0), finite
 
 
 def _say(what: str, count: int, of: int, so: str) -> None:

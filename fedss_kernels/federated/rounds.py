@@ -162,7 +162,7 @@ def _facts(player: Player) -> Facts:
 def _open_store(config: Config, num_classes: int, checkpoint: Checkpoint | None) -> ClassStore | None:
     if config.class_store is None:
         return None
-    size = num_classes, config.embedding_dim
+    size = num_classes, config.row_dim
     if checkpoint is None:
         try:
             return ClassStore.new(config.class_store, *size, run=config.out, overwrite=config.overwrite)

@@ -12,6 +12,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from .algorithms import METHODS
+from .algorithms.parts import Part
 from .clients.player import Player
 from .config import Config, learning_rate
 from .files.run_folder import Accuracies, RunFolder
@@ -21,7 +22,7 @@ from .metrics import (
     retrieval,
     top1,
 )
-from .randomness import NO_CLIENT, Purpose, generator, initial_rows
+from .randomness import NO_CLIENT, Purpose, generator
 from .server.class_store import ClassStore
 from .server.cohort import absence, draw_cohort
 from .server.inspection import BESIDE_OTHERS, REASONS, Inspection
@@ -61,11 +62,10 @@ class Simulation:
         self.server = Server(
             player.extractor.flat.to("cpu"),
             data.num_classes,
-            config.embedding_dim,
-            initial_rows=partial(
-                initial_rows, config.seed, dim=config.embedding_dim, scale=config.weight_init_scale
-            ),
+            config.row_dim,
+            initial_rows=player.known_rows,
             optimizer=_server_optimizer(config),
+            blocks=player.extractor.block_sizes,
             denominator=config.denominator,
             statistic=_statistic(config),
             store=store,
@@ -77,8 +77,8 @@ class Simulation:
             config.spreadout_rows,
         )
         self.inspection = Inspection(
-            len(self.server.extractor),
-            config.embedding_dim,
+            player.num_travelling,
+            config.row_dim,
             max_examples=player.most_images,
             max_norm=config.max_norm,
             max_norm_ratio=config.max_norm_ratio,
@@ -97,7 +97,7 @@ class Simulation:
             if len(updates) >= (1 if self.method.pooled else config.min_clients):
                 gradient = self._gradient(round, attempt, tally)
                 with self.watch("aggregation"):
-                    self.server.step(gradient)
+                    self.server.step(gradient, [part is Part.TRAINED for part in self.player.parts.blocks])
                     if self.method.spreads:
                         rng = generator(config.seed, round, attempt, NO_CLIENT, Purpose.SPREADOUT)
                         self.spreadout.step(self.server.weight, learning_rate(config, round), rng)
@@ -135,14 +135,14 @@ class Simulation:
             requests = {k: self.player.request(round, attempt, k) for k in cohort}
         answered = {k: request for k, request in requests.items() if absent.get(k) is None}
         with self.watch("aggregation"):
-            tally = self._tally({k: request.class_ids for k, request in answered.items()})
+            tally = self._tally({k: self._travelling(request) for k, request in answered.items()})
         self._play(round, attempt, answered, tally)
         faults, entries = tally.faults(), []
         for k, request in requests.items():
             outcome = absent.get(k) or ("rejected" if faults[k] else "accepted")
             if outcome == "rejected":
                 log.warning("round %d: client %d's update was left out: %s", round + 1, k, faults[k])
-            traffic = self._traffic(len(request.class_ids), request.sends_ids, answers=k in answered)
+            traffic = self._traffic(len(self._travelling(request)), request.sends_ids, answers=k in answered)
             if self.method.pooled:
                 traffic = Traffic()  # nothing leaves its place
             entries.append(
@@ -155,8 +155,12 @@ class Simulation:
         self.team.play(round, attempt, requests, phi, self._given, tally.take)
 
     def _given(self, client: int, request: Request) -> Tensor:
-        """(S, D): the class rows that a client is sent; none where none travel."""
-        return self.server.select(request.class_ids)[1]
+        """What a client needs for its round beside phi."""
+        return self.team.travelled(self.server.select(self._travelling(request))[1]).flatten()
+
+    def _travelling(self, request: Request) -> Tensor:
+        """The rows of a request that come and go back."""
+        return request.class_ids if self.player.parts.rows is Part.TRAINED else request.class_ids[:0]
 
     def _tally(self, asked: Mapping[int, Tensor]) -> Tally:
         """For what comes from clients who asked for these rows."""
@@ -197,7 +201,7 @@ class Simulation:
                 return Accuracies(not_finite=not_finite)
             first = None
             if self.data.task == "classification":
-                first = top1(embeddings, self.server.weight, labels)
+                first = top1(embeddings, self.server.weight, labels, similarity=self.config.similarity)
                 if not last:
                     return Accuracies(first, not_finite=not_finite)
             found = retrieval(embeddings, labels)
@@ -222,7 +226,7 @@ class Simulation:
         return client_traffic(
             len(self.server.extractor),
             num_rows,
-            self.config.embedding_dim,
+            self.config.row_dim,
             sends_ids=sends_ids,
             answers=answers,
             dtype=self.config.wire_dtype,

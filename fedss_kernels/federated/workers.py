@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .algorithms.parts import Part
 from .clients.player import Player, training_device
 from .config import Config, ConfigError
 from .data import FederatedData
@@ -71,35 +72,35 @@ class Team:
         attempt: int,
         requests: Mapping[int, Request],
         phi: Tensor,  # (P,)
-        given: Callable[[int, Request], Tensor],  # (client, request) -> the class rows that it is sent (S, D)
+        given: Callable[[int, Request], Tensor],  # what a client needs beside phi: Player.num_given
         take: Callable[[int, Update], None],  # (client, what it sends back)
     ) -> None:
         """Has the clients who make these requests trained, and `take`s what they send back, in their order.
 
-        Rows are asked for as a client's turn comes, and an update is let go as it is taken: in one process
-        there are those of one client at a time. Raises WorkerLost.
+        What a client needs is asked for as its turn comes, and what it sends back is let go once it is taken:
+        in one process there is that of one client at a time. Raises WorkerLost.
         """
         if self._lost:
             raise self._lost
         own, *shares = divided(list(requests), self.player.num_images, self.size)
-        phi = self._travelled(phi)
+        phi = self.travelled(phi)
         self._call(Call.PLAY, phi, round, attempt, list(requests))
 
-        def rows_of(k: int) -> Tensor:
+        def given_to(k: int) -> Tensor:
             with self.watch("select"):
-                return self._travelled(given(k, requests[k]))
+                return given(k, requests[k])
 
-        others = [_Elsewhere(self, rank, share, requests, rows_of) for rank, share in enumerate(shares, 1)]
+        others = [_Elsewhere(self, rank, share, requests, given_to) for rank, share in enumerate(shares, 1)]
         line = _Line(requests, take)
         trained = 0  # images, of this rank's clients
         for k in own:
             before, trained = trained, trained + self.player.num_images(k)
             for other in others:
                 other.send(until=trained)
-            rows = rows_of(k)
+            needed = given_to(k)
             with self.watch("local training"):
-                update = self.player.update(round, attempt, k, requests[k], phi, rows)
-            del rows
+                update = self.player.update(round, attempt, k, requests[k], phi, needed)
+            del needed
             line.come(k, self.arrived(update))
             del update
             for other in others:
@@ -145,7 +146,8 @@ class Team:
             with contextlib.suppress(RuntimeError):  # they are gone already
                 dist.broadcast(torch.tensor([Call.END, 0, 0, 0]), 0)
 
-    def _travelled(self, numbers: Tensor) -> Tensor:
+    def travelled(self, numbers: Tensor) -> Tensor:
+        """Numbers as they arrive."""
         if self.player.method.pooled:  # nothing leaves its place
             return numbers
         return over_the_wire(numbers, self.player.config.wire_dtype)
@@ -163,7 +165,7 @@ class Team:
             dist.broadcast(phi.contiguous(), 0)
 
     def arrived(self, update: Update) -> Update:
-        rows, extractor = self._travelled(update.rows), self._travelled(update.extractor)
+        rows, extractor = self.travelled(update.rows), self.travelled(update.extractor)
         if rows is update.rows and extractor is update.extractor:
             return update
         return replace(update, rows=rows, extractor=extractor)
@@ -207,26 +209,24 @@ class _Elsewhere:
         rank: int,
         share: Sequence[int],
         requests: Mapping[int, Request],
-        rows_of: Callable[[int], Tensor],
+        given_to: Callable[[int], Tensor],
     ):
-        self.team, self.rank, self.requests, self.rows_of = team, rank, requests, rows_of
+        self.team, self.rank, self.requests, self.given_to = team, rank, requests, given_to
         ends = list(accumulate(map(team.player.num_images, share)))
-        self.unsent = deque(
-            zip(share, [0, *ends], ends, strict=False)
-        )  # (client, images before, and with it)
+        # (client, images before it, and with it)
+        self.unsent = deque(zip(share, [0, *ends], ends, strict=False))
         self.sending: deque[tuple[dist.Work, Tensor]] = deque()
         self.coming: deque[tuple[int, _Incoming]] = deque()
 
     def send(self, until: float = math.inf) -> None:
-        """Their rows to the clients that begin before so many images."""
+        """What they need, to the clients that begin before so many images."""
         while self.unsent and self.unsent[0][1] < until:
             k, _, end = self.unsent.popleft()
-            rows = self.rows_of(k).contiguous()
+            rows = self.given_to(k)
             with self.team.communication():
-                self.coming.append(
-                    (end, _Incoming(k, self.rank, len(self.requests[k].class_ids), self.team.player))
-                )
-                self.sending.append((_started(dist.isend(rows, self.rank)), rows))
+                self.coming.append((end, _Incoming(k, self.rank, self.requests[k], self.team.player)))
+                if len(rows):  # where none travel nobody waits for them
+                    self.sending.append((_started(dist.isend(rows, self.rank)), rows))
                 while len(self.sending) > AHEAD:
                     self.sending.popleft()[0].wait()
 
@@ -265,7 +265,7 @@ def serve(player: Player, rank: int, size: int) -> None:
 
 
 def _play_share(player: Player, round: int, attempt: int, share: list[int], phi: Tensor) -> None:
-    coming = (_Rows(k, player.request(round, attempt, k), player) for k in share)
+    coming = (_Given(k, player.request(round, attempt, k), player) for k in share)
     following = next(coming, None)
     sending = deque[tuple[dist.Work, Tensor]]()  # on its way while the next is trained
     while own := following:
@@ -280,42 +280,47 @@ def _play_share(player: Player, round: int, attempt: int, share: list[int], phi:
         work.wait()
 
 
-class _Rows:
-    """A client's class rows, which rank 0 is going to send."""
+class _Given:
+    """What a client needs beside phi, which rank 0 is going to send: Player.num_given."""
 
     def __init__(self, client: int, request: Request, player: Player):
         self.client, self.request = client, request
-        self.rows = torch.empty(len(request.class_ids), player.config.embedding_dim)
-        self.work = _started(dist.irecv(self.rows, 0))
+        self.numbers = torch.empty(player.num_given(request))
+        self.work = _started(dist.irecv(self.numbers, 0)) if len(self.numbers) else None
 
     def wait(self) -> Tensor:
-        self.work.wait()
-        return self.rows
+        if self.work:
+            self.work.wait()
+        return self.numbers
 
 
 def _packed(update: Update) -> tuple[Tensor, Tensor]:
-    """(rows and extractor, one after the other; class_ids, n_k and the bits of the loss)"""
+    """(all of its numbers, one after the other; class_ids, n_k and the bits of the loss)"""
     loss = torch.tensor([update.loss], dtype=torch.float64).view(torch.int64)
-    numbers = torch.cat([update.rows.flatten(), update.extractor])
+    kept = [] if update.kept is None else [update.kept]
+    numbers = torch.cat([update.rows.flatten(), update.extractor, *kept])
     return numbers, torch.cat([update.class_ids, torch.tensor([update.num_examples]), loss])
 
 
 class _Incoming:
     """An update that another rank is going to send."""
 
-    def __init__(self, client: int, rank: int, num_rows: int, player: Player):
-        self.client, self.shape = client, (num_rows, player.config.embedding_dim)
-        self.numbers = torch.empty(math.prod(self.shape) + len(player.extractor.flat))
+    def __init__(self, client: int, rank: int, request: Request, player: Player):
+        num_rows = len(request.class_ids) if player.parts.rows is Part.TRAINED else 0
+        self.client, self.shape = client, (num_rows, player.config.row_dim)
+        self.sizes = [math.prod(self.shape), player.num_travelling, player.num_at_home]
+        self.numbers = torch.empty(sum(self.sizes))
         self.integers = torch.empty(num_rows + 2, dtype=torch.int64)
         self.works = [_started(dist.irecv(part, rank)) for part in (self.numbers, self.integers)]
 
     def wait(self) -> Update:
         for work in self.works:
             work.wait()
-        rows, extractor = self.numbers.tensor_split([math.prod(self.shape)])
+        rows, extractor, kept = self.numbers.split(self.sizes)
         class_ids, (num_examples, _) = self.integers[:-2], self.integers[-2:].tolist()
         loss = self.integers[-1:].view(torch.float64).item()
-        return Update(self.client, class_ids, rows.view(self.shape), extractor, num_examples, loss)
+        stays = kept if len(kept) else None
+        return Update(self.client, class_ids, rows.view(self.shape), extractor, num_examples, loss, stays)
 
 
 def _started(work: dist.Work | None) -> dist.Work:

@@ -1,7 +1,10 @@
 """The federated methods by name, one file each."""
 
 from .centralized import CENTRALIZED
+from .fedavg import FEDAVG
 from .fedaws import FEDAWS
+from .fedbabu import FEDBABU
+from .fedbabu_ss import FEDBABU_SS
 from .fedss import FEDSS
 from .full_softmax import FULL_SOFTMAX
 from .method import Method
@@ -9,7 +12,18 @@ from .neg_only import NEG_ONLY
 from .pos_only import POS_ONLY
 
 METHODS: dict[str, Method] = {
-    method.name: method for method in (FEDSS, FULL_SOFTMAX, POS_ONLY, NEG_ONLY, FEDAWS, CENTRALIZED)
+    method.name: method
+    for method in (
+        FEDSS,
+        FULL_SOFTMAX,
+        POS_ONLY,
+        NEG_ONLY,
+        FEDAWS,
+        CENTRALIZED,
+        FEDAVG,
+        FEDBABU,
+        FEDBABU_SS,
+    )
 }
 
 
@@ -18,4 +32,10 @@ def readers(option: str) -> list[str]:
     return [name for name, method in METHODS.items() if option in method.options]
 
 
-__all__ = ["METHODS", "Method", "Request", "readers"]
+def readers_in_words(option: str) -> str:
+    """ "a, b and c"."""
+    *others, last = readers(option)
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+__all__ = ["METHODS", "Method", "Request", "readers", "readers_in_words"]

@@ -1,16 +1,20 @@
-"""What a federated method is, here: which class rows a client gets, and which of them its loss sums over."""
+"""What a federated method is, here: which parts of the model a client gets, and what it does with them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from ..messages import Request
+from .parts import Part, Parts, Pass, all_at_once, all_travel
 
 
 @dataclass(frozen=True)
 class Method:
-    """A federated method: all of them share the round, the client and the server, and differ in `request`."""
+    """A federated method: all of them share the round, the client and the server, and differ in what is here.
+
+    A method in which all travels and all is trained at once needs a `request` alone.
+    """
 
     name: str
     label: str  # its name in plots and tables
@@ -18,8 +22,21 @@ class Method:
     paper: str  # where it is from
     request: Callable[[int, Tensor, Tensor, str], Request]
     # request(num_classes, positives (P,), negatives drawn for the client (m,), correction)
+    parts: Callable[[int], Parts] = all_travel  # parts(num_blocks)
+    passes: Callable[[int, int], Sequence[Pass]] = all_at_once  # passes(local_epochs, head_epochs)
+    by_block: bool = False  # whether parts differ from block to block; if not, any net is one block
     options: tuple[str, ...] = ()  # of Config, that not every method reads
     samples: bool = False  # whether clients ask for negatives
     own_push: bool = True  # whether an image is pushed from the client's other classes
     spreads: bool = False  # whether the server pushes near class rows apart after each round
     pooled: bool = False  # whether there are no clients: all the images are in one place
+
+    @property
+    def rows(self) -> Part:
+        """Where the class rows stand, whatever the net."""
+        return self.parts(1).rows
+
+    @property
+    def personal(self) -> bool:
+        """Whether every client has a model of its own, so that there is none to try on everybody's images."""
+        return self.parts(1).anything_at_home

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..algorithms import readers
+from ..algorithms import readers, readers_in_words
 from ..config import (
     FITTED,
     OWN,
@@ -190,7 +190,7 @@ def refuse_unread(arguments: argparse.Namespace, methods: Sequence[str]) -> None
     for name in vars(arguments):
         reading = readers(name)
         if reading and not set(reading) & set(methods):
-            raise Mistake(f"{flag(name)} is for {' and '.join(reading)}, not for {', '.join(methods)}")
+            raise Mistake(f"{flag(name)} is for {readers_in_words(name)}, not for {', '.join(methods)}")
 
 
 @contextlib.contextmanager

@@ -24,6 +24,15 @@ def random_shift(
     return moved.permute(0, 3, 1, 2).contiguous()  # indexing puts the channels last
 
 
+def random_flip(
+    images: Tensor,  # (n, channels, H, W), uint8 or floats
+    rng: np.random.Generator,
+) -> Tensor:  # (n, channels, H, W)
+    """Each image from left to right with probability 1/2, else as it is."""
+    flipped = torch.from_numpy(rng.integers(0, 2, len(images))).bool().to(images.device)
+    return torch.where(flipped[:, None, None, None], images.flip(3), images)
+
+
 def random_crop(
     images: Tensor,  # (n, channels, H, W)
     size: int,  # pixels, at most H and W

@@ -1,17 +1,20 @@
 """The client's half of a round: local SGD on its own images, from what came to what goes back."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...sampled_softmax import sampled_softmax_loss
+from ..algorithms.parts import Part, Parts, Pass
 from ..data import FederatedData
 from ..messages import Request, Update
+from ..models.blocks import of_blocks
 from ..randomness import Purpose, generator
-from .augment import random_crop, random_shift
+from .augment import random_crop, random_flip, random_shift
 from .extractor import CPU, Extractor, as_embeddings, as_input
+from .objectives import ClassRows
+from .sgd import sgd_step
 
 
 class Client:
@@ -22,16 +25,20 @@ class Client:
         extractor: Extractor,
         data: FederatedData,
         *,
-        local_epochs: int,
+        schedule: Sequence[Pass],
         batch_size: int,
         scale: float,
         seed: int,
+        similarity: str = "cosine",
+        momentum: float = 0.0,
         max_shift: int = 0,
+        flip: bool = False,
         crop_size: int = 0,  # of the images that it trains on, 0: they are whole
     ):
         self.extractor, self.data = extractor, data
-        self.local_epochs, self.batch_size, self.scale, self.seed = local_epochs, batch_size, scale, seed
-        self.max_shift, self.crop_size = max_shift, crop_size
+        self.schedule, self.batch_size, self.seed = schedule, batch_size, seed
+        self.scale, self.similarity, self.momentum = scale, similarity, momentum
+        self.max_shift, self.flip, self.crop_size = max_shift, flip, crop_size
 
     def positives(self, client: int) -> Tensor:  # (P,) int64, ascending
         """The classes in the client's data."""
@@ -46,8 +53,9 @@ class Client:
         phi: Tensor,  # (P,)
         rows: Tensor,  # (S, D): W[request.class_ids]
         lr: float,
+        parts: Parts,
     ) -> Update:
-        """Plain SGD over the client's images, in batches drawn for this round."""
+        """SGD over the client's images, in batches drawn for this round; its velocity starts from 0."""
         model, held = self.extractor, self.data.clients[client]
         model.flat.copy_(phi)
         if not model.module.training:
@@ -59,45 +67,73 @@ class Client:
             torch.cuda.default_generators[model.device.index].manual_seed(int(noise))
         shuffle = generator(self.seed, round, attempt, client, Purpose.BATCHES)
         augmentation = generator(self.seed, round, attempt, client, Purpose.AUGMENTATION)
-        trained = rows.to(model.device, copy=True).requires_grad_()
-        there = request.to(model.device)
+        objective = ClassRows(
+            rows.to(model.device, copy=parts.rows.moves),
+            request.to(model.device),
+            self.scale,
+            self.similarity,
+        )
+        velocity = (torch.zeros_like(model.flat), torch.zeros_like(objective.rows)) if self.momentum else None
         total, seen = torch.zeros((), dtype=torch.float64, device=model.device), 0
-        for order in self.passes(held, round, shuffle):
+        for moves, order in self.passes(held, round, shuffle):
+            model.move([moves.blocks and part.moves for part in parts.blocks])
+            objective.rows.requires_grad_(moves.rows and parts.rows.moves)
             images = self.data.images[order]
             if self.crop_size:
                 images = random_crop(images, self.crop_size, augmentation)
             images = as_input(images.to(model.device))
             if self.max_shift > 0:
                 images = random_shift(images, self.max_shift, augmentation)
+            if self.flip:
+                images = random_flip(images, augmentation)
             target = torch.searchsorted(request.class_ids, self.data.labels[order]).to(model.device)
             for x, t in zip(images.split(self.batch_size), target.split(self.batch_size), strict=True):
-                total += len(t) * self._step(x, t, trained, there, lr)
+                total += len(t) * self._step(x, t, objective, lr, velocity)
             seen += len(order)
-        moved = rows - trained.detach().to(CPU)
-        phi_moved = phi - model.flat.to(CPU)
-        return Update(client, request.class_ids, moved, phi_moved, len(held), total.item() / seen)
+        trained, loss = objective.rows.detach().to(CPU), total.item() / seen
+        class_ids, moved = request.class_ids, rows[:0]
+        if parts.rows is Part.TRAINED:
+            moved = rows - trained
+        else:
+            class_ids = class_ids[:0]
+        after = model.flat.to(CPU)
+        phi_moved = of_blocks(phi - after, model.block_sizes, [part is Part.TRAINED for part in parts.blocks])
+        kept = _kept(parts, trained, after)
+        return Update(client, class_ids, moved, phi_moved, len(held), loss, kept)
 
-    def passes(self, held: Tensor, round: int, shuffle: np.random.Generator) -> Iterator[Tensor]:
-        """The images that are trained on, in order."""
-        for _ in range(self.local_epochs):
-            yield held[torch.from_numpy(shuffle.permutation(len(held)))]
+    def passes(self, held: Tensor, round: int, shuffle: np.random.Generator) -> Iterator[tuple[Pass, Tensor]]:
+        """What moves, and the images that are trained on, in order."""
+        for moves in self.schedule:
+            yield moves, held[torch.from_numpy(shuffle.permutation(len(held)))]
 
-    def _step(self, images: Tensor, target: Tensor, rows: Tensor, request: Request, lr: float) -> Tensor:
-        """theta <- theta - lr * gradient of the batch's mean loss, in place; returns the loss before."""
-        model = self.extractor
-        model.gradient.zero_()
+    def _step(
+        self,
+        images: Tensor,
+        target: Tensor,
+        objective: ClassRows,
+        lr: float,
+        velocity: tuple[Tensor, Tensor] | None,  # of phi and of the rows; None: v = g
+    ) -> Tensor:
+        """v <- momentum * v + g, theta <- theta - lr * v, in place; g: the gradient of the batch's mean loss.
+
+        Of what moves. Returns the loss before.
+        """
+        model, rows = self.extractor, objective.rows
+        model.zero_gradient()
         rows.grad = None
-        loss = sampled_softmax_loss(
-            as_embeddings(model.module(images)),
-            rows,
-            target,
-            request.denominator,
-            request.log_expected_count,
-            scale=self.scale,
-        )
+        loss = objective.loss(as_embeddings(model.module(images)), target)
         loss.backward()
-        assert rows.grad is not None
         with torch.no_grad():
-            model.flat.add_(model.gradient, alpha=-lr)
-            rows.add_(rows.grad, alpha=-lr)
+            of_phi, of_rows = velocity or (None, None)
+            model.step(lr, self.momentum, of_phi)
+            if rows.requires_grad:
+                assert rows.grad is not None
+                sgd_step(rows, rows.grad, lr, self.momentum, of_rows)
         return loss.detach().double()  # no number: that would wait for a GPU
+
+
+def _kept(parts: Parts, rows: Tensor, phi: Tensor) -> Tensor | None:
+    """What stays with the client for its next round, one vector."""
+    if not parts.anything_at_home:
+        return None
+    return torch.cat([rows.flatten(), phi]) if parts.net_at_home else rows.flatten()

@@ -1,11 +1,13 @@
 """A net whose trainable parameters are one vector, phi: what a client trains and the server averages."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from ..models.blocks import ranges
 from .augment import centre_crop
+from .sgd import sgd_step
 
 CPU = torch.device("cpu")
 EMBEDDED_NUMBERS = 2**23  # in the images that are embedded at a time: 55 of 3x224x224, 512 of 3x64x64
@@ -15,11 +17,18 @@ class Extractor:
     """A module whose trainable parameters are views of one vector `flat`, phi, their gradients of `gradient`.
 
     Loading phi, a step of SGD and the difference of two phi are then one operation each, whatever the module.
+    A block of the net is a range of phi, and so are neighbours: `move` says which of them are trained.
     Frozen parameters and buffers are constants: they stay with the module and never travel. All of it is on
     `device`; what comes and goes is in main memory, where the server is.
     """
 
-    def __init__(self, module: nn.Module, crop_size: int = 0, device: torch.device = CPU):
+    def __init__(
+        self,
+        module: nn.Module,
+        crop_size: int = 0,
+        device: torch.device = CPU,
+        blocks: Sequence[nn.Module] = (),  # of the module, as of blocks_of; none: it is one block
+    ):
         self.device = device
         module.to(device)
         trainable = [p for p in module.parameters() if p.requires_grad]
@@ -33,6 +42,32 @@ class Extractor:
         ):
             p.data, p.grad = values.view(p.shape), grad.view(p.shape)
         self.constants = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        self._parameters = [
+            [p for p in block.parameters() if p.requires_grad] for block in blocks or [module]
+        ]
+        self.block_sizes = [sum(p.numel() for p in block) for block in self._parameters]  # sum to P
+        self.moving = (True,) * len(self.block_sizes)
+        self._ranges = [slice(0, len(self.flat))]  # of phi, that move
+
+    def move(self, moving: Sequence[bool]) -> None:
+        """Of each block whether it is trained from now on. What is not has no gradient and no graph."""
+        moving = tuple(moving)
+        if moving == self.moving:
+            return
+        for parameters, moves in zip(self._parameters, moving, strict=True):
+            for p in parameters:
+                p.requires_grad_(moves)
+        self.moving, self._ranges = moving, ranges(self.block_sizes, moving)
+
+    def zero_gradient(self) -> None:
+        for r in self._ranges:
+            self.gradient[r].zero_()
+
+    def step(self, lr: float, momentum: float = 0.0, velocity: Tensor | None = None) -> None:
+        """Of SGD, with a velocity (P,) for all of phi; only what moves is stepped."""
+        for r in self._ranges:
+            of_range = None if velocity is None else velocity[r]
+            sgd_step(self.flat[r], self.gradient[r], lr, momentum, of_range)
 
     def check_buffers(self) -> None:
         """Raises ValueError if training changed a buffer: no client could agree with another on its value."""

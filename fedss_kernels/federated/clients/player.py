@@ -2,6 +2,7 @@
 
 import copy
 import os
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from ...class_sets import draw_negatives
 from ..algorithms import METHODS
+from ..algorithms.parts import Part, Parts
 from ..config import OWN, STICKY, Config, ConfigError, learning_rate
 from ..data import FederatedData
 from ..files.fingerprint import Fingerprint
@@ -17,8 +19,9 @@ from ..models import (
     build_model,
     refuse_batch_norm,
 )
+from ..models.blocks import blocks_of
 from ..models.vision import load_checkpoint
-from ..randomness import Purpose, generator
+from ..randomness import Purpose, generator, initial_rows
 from .augment import centre_crop
 from .client import Client
 from .extractor import (
@@ -46,13 +49,17 @@ class Player:
         self.config, self.data, self.method = config, data, METHODS[config.method]
         module = copy.deepcopy(model) if model is not None else _build_model(config)
         _check_model(module, config, data.images[:2])
-        self.extractor = Extractor(module, config.crop_size, device)
+        blocks = [block for _, block in blocks_of(module)] if self.method.by_block else []
+        self.extractor = Extractor(module, config.crop_size, device, blocks)
         options: dict[str, Any] = {
-            "local_epochs": config.local_epochs,
+            "schedule": self.method.passes(config.local_epochs, config.head_epochs),
             "batch_size": config.batch_size,
             "scale": config.scale,
             "seed": config.seed,
+            "similarity": config.similarity,
+            "momentum": config.client_momentum,
             "max_shift": config.max_shift,
+            "flip": config.flip,
             "crop_size": config.crop_size,
         }
         if self.method.pooled:
@@ -87,12 +94,44 @@ class Player:
         others = torch.cat([positives, kept])
         return torch.cat([kept, draw_negatives(num_classes, others, m - len(kept), rng)])
 
+    @cached_property
+    def parts(self) -> Parts:
+        """Where the parts of the model stand in a round."""
+        return self.method.parts(len(self.extractor.block_sizes))
+
+    @property
+    def num_travelling(self) -> int:
+        """Numbers of the net that come back."""
+        sizes = zip(self.extractor.block_sizes, self.parts.blocks, strict=True)
+        return sum(size for size, part in sizes if part is Part.TRAINED)
+
+    @property
+    def num_at_home(self) -> int:
+        """Numbers that a client keeps from round to round: its rows, and its net where that stays too."""
+        rows = self.data.num_classes * self.config.row_dim if self.parts.anything_at_home else 0
+        return rows + (len(self.extractor.flat) if self.parts.net_at_home else 0)
+
+    def num_given(self, request: Request) -> int:
+        """Numbers that a client needs for its round beside phi: class rows, or what it has at home."""
+        if self.parts.anything_at_home:
+            return self.num_at_home
+        return 0 if self.parts.rows is Part.KNOWN else len(request.class_ids) * self.config.row_dim
+
+    def known_rows(self, class_ids: Tensor) -> Tensor:  # (S,) -> (S, D)
+        """Of the initial W, which every process draws from the seed for itself."""
+        config = self.config
+        return initial_rows(config.seed, class_ids, config.row_dim, config.weight_init_scale)
+
     def update(
-        self, round: int, attempt: int, client: int, request: Request, phi: Tensor, rows: Tensor
+        self, round: int, attempt: int, client: int, request: Request, phi: Tensor, given: Tensor
     ) -> Update:
-        """What it sends back for phi (P,) and its rows (S, D)."""
-        lr = learning_rate(self.config, round)
-        update = self.client.update(client, round, attempt, request, phi, rows, lr)
+        """What it sends back for phi (P,), and for its rows or what it has at home (num_given,)."""
+        lr, parts = learning_rate(self.config, round), self.parts
+        rows = self.known_rows(request.class_ids) if parts.rows is Part.KNOWN else given
+        if parts.net_at_home:
+            rows, phi = given.tensor_split([len(given) - len(phi)])
+        rows = rows.view(len(request.class_ids), self.config.row_dim)
+        update = self.client.update(client, round, attempt, request, phi, rows, lr, parts)
         if self.config.poison_rate and not self.method.pooled:
             rng = generator(self.config.seed, round, attempt, client, Purpose.POISON)
             if rng.random() < self.config.poison_rate:

@@ -1,6 +1,6 @@
 """All the images in one place: the training without federation that the others are compared with."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..algorithms.parts import Pass
 from ..data import FederatedData
 from .client import Client
 from .extractor import Extractor
@@ -28,17 +29,19 @@ class PooledClient(Client):
         data: FederatedData,  # among its clients
         *,
         cohort: int,
-        local_epochs: int,
+        schedule: Sequence[Pass],
         batch_size: int,
         **options: Any,
     ):
         batches = [-(-len(held) // batch_size) for held in data.clients]
-        self.mean_steps = local_epochs * sum(batches) / len(batches)
-        super().__init__(extractor, pooled(data), local_epochs=1, batch_size=cohort * batch_size, **options)
+        self.mean_steps = len(schedule) * sum(batches) / len(batches)
+        super().__init__(
+            extractor, pooled(data), schedule=[Pass()], batch_size=cohort * batch_size, **options
+        )
 
-    def passes(self, held: Tensor, round: int, shuffle: np.random.Generator) -> Iterator[Tensor]:
+    def passes(self, held: Tensor, round: int, shuffle: np.random.Generator) -> Iterator[tuple[Pass, Tensor]]:
         """After `round` rounds floor(round * mean_steps) steps are done, each of different images."""
         steps = int((round + 1) * self.mean_steps) - int(round * self.mean_steps)
         for _ in range(steps):
             size = min(self.batch_size, len(held))
-            yield held[torch.from_numpy(shuffle.choice(len(held), size, replace=False))]
+            yield Pass(), held[torch.from_numpy(shuffle.choice(len(held), size, replace=False))]

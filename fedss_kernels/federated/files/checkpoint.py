@@ -154,7 +154,7 @@ def _check_rounds(there: Config, here: Config, done: int) -> None:
     """Raises CheckpointError where a run of so many rounds would not have come to where this one is.
 
     Another number is as good as the first while the rounds that are done would have had the same rates: with
-    a constant rate always, with one that decays until the warm-up is over.
+    a constant rate always, with one that decays until the warm-up is over, by steps until the first.
     """
     if here.rounds < done or (here.rounds == done < there.rounds):
         raise CheckpointError(f"rounds: {done} are done, expected at least {done + 1}, got {here.rounds}")

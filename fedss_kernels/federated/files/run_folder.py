@@ -198,7 +198,7 @@ def _full_traffic(config: Config, facts: Facts, counts: Mapping[str, int], round
     numbers = {True: sum(counts.values()) - absent, False: absent}
     if METHODS[config.method].pooled:
         numbers = {True: rounds * config.cohort}  # of the clients that there would be
-    sizes = facts.num_parameters, facts.num_classes, config.embedding_dim
+    sizes = facts.num_parameters, facts.num_classes, config.row_dim
     each = {
         answers: client_traffic(*sizes, sends_ids=False, answers=answers, dtype=config.wire_dtype)
         for answers in numbers

@@ -8,12 +8,13 @@ from functools import partial
 import torch
 from torch import nn
 
-from .small import SmallConvNet
+from .small import FourConvNet, SmallConvNet
 from .vision import mobilenet_v3_large, mobilenet_v3_small, resnet18
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "conv4": SmallConvNet,
     "conv4_rgb": partial(SmallConvNet, in_channels=3),
+    "conv4_32": FourConvNet,
     "mobilenet_v3_small": mobilenet_v3_small,
     "mobilenet_v3_large": mobilenet_v3_large,
     "resnet18": resnet18,
@@ -21,6 +22,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 SIDES = {
     "conv4": 32,
     "conv4_rgb": 32,
+    "conv4_32": 37,  # it sees 32 of them
 }  # pixels on a side of the images that a net is for; the others take any
 
 

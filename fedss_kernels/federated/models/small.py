@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from .blocks import named_blocks
+
 
 class SmallConvNet(nn.Module):
     """Four convolutions with GroupNorm and a linear layer: (B, in_channels, H, W) in [0, 1] to (B, D).
@@ -11,6 +13,8 @@ class SmallConvNet(nn.Module):
     H and W are 25 to 32. Made for one core and small batches: the first convolution halves the image, so that
     the others work on 16x16 or less. GroupNorm, because federated averaging can't average the running
     statistics of BatchNorm. 127 thousand parameters.
+
+    Blocks: the convolutions, each with its norm, and the layer.
     """
 
     def __init__(
@@ -38,3 +42,50 @@ class SmallConvNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.embedding(self.features(images))
+
+    @property
+    def blocks(self) -> nn.Sequential:
+        *convolved, flatten = self.features
+        stem, block1, block2, block3 = (nn.Sequential(*convolved[i : i + 3]) for i in range(0, 12, 3))
+        embedding = nn.Sequential(flatten, self.embedding)
+        return named_blocks(stem=stem, block1=block1, block2=block2, block3=block3, embedding=embedding)
+
+
+class FourConvNet(nn.Module):
+    """The 4conv of FedBABU for CIFAR: images (B, 3, 32, 32) in [0, 1] to their features (B, 256).
+
+    Oh, Kim and Yun, ICLR 2022, arXiv:2106.06042, appendix F.2: four times a 3x3 convolution of 64, a norm,
+    ReLU and the largest of each 2x2. No layer follows: the 2x2x64 that are left are the embedding, so D is
+    256. GroupNorm for their BatchNorm, as federated averaging can't average running statistics. 113,088
+    parameters, as theirs. H and W may be up to 47.
+
+    Blocks: the convolutions, each with what follows it, and the embedding, which has no parameters.
+    """
+
+    def __init__(self, embedding_dim: int = 256, groups: int = 4) -> None:
+        super().__init__()
+        if embedding_dim != 256:
+            raise ValueError(
+                "model: conv4_32: expected embedding_dim 256, its features, which no layer follows, got "
+                f"{embedding_dim}"
+            )
+        self.blocks = named_blocks(
+            stem=_convolution(3, groups),
+            block1=_convolution(64, groups),
+            block2=_convolution(64, groups),
+            block3=_convolution(64, groups),
+            embedding=nn.Flatten(),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.blocks(images)
+
+
+def _convolution(channels: int, groups: int) -> nn.Sequential:
+    """(B, channels, H, W) to (B, 64, H // 2, W // 2)."""
+    return nn.Sequential(
+        nn.Conv2d(channels, 64, kernel_size=3, padding=1),
+        nn.GroupNorm(groups, 64),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2),
+    )

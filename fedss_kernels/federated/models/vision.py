@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...doctor import misfit
+from .blocks import named_blocks
 
 CHANNELS_OF_A_GROUP = 8  # every layer has a multiple
 
@@ -27,25 +28,53 @@ class InColour(nn.Module):
         return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
 
 
+class MobileNet(nn.Sequential):
+    """InColour and torchvision's MobileNetV3. Blocks: all its features, the embedding."""
+
+    @property
+    def blocks(self) -> nn.Sequential:
+        net: Any = self[1]
+        stem, *features = net.features
+        middle = {f"block{i}": block for i, block in enumerate(features, 1)}
+        embedding = nn.Sequential(net.avgpool, nn.Flatten(), net.classifier)
+        return named_blocks(stem=nn.Sequential(self[0], stem), **middle, embedding=embedding)
+
+
+class ResNet(nn.Sequential):
+    """InColour and torchvision's ResNet. Blocks: the stem and its pooling, the four stages, the embedding."""
+
+    @property
+    def blocks(self) -> nn.Sequential:
+        net: Any = self[1]
+        return named_blocks(
+            stem=nn.Sequential(self[0], net.conv1, net.bn1, net.relu, net.maxpool),
+            block1=net.layer1,
+            block2=net.layer2,
+            block3=net.layer3,
+            block4=net.layer4,
+            embedding=nn.Sequential(net.avgpool, nn.Flatten(), net.fc),
+        )
+
+
 def mobilenet_v3_small(embedding_dim: int = 64) -> nn.Module:
     """(B, 1 or 3, H, W) in [0, 1] to (B, D): the pooled features, 576 of them, and a linear layer."""
     net = _torchvision("mobilenet_v3_small")(norm_layer=group_norm)
     net.classifier = nn.Linear(576, embedding_dim)
-    return nn.Sequential(InColour(), net)
+    return MobileNet(InColour(), net)
 
 
 def mobilenet_v3_large(embedding_dim: int = 64) -> nn.Module:
     """The same of 960: in place of the layer that makes 1280 of them, and of its classifier."""
     net = _torchvision("mobilenet_v3_large")(norm_layer=group_norm)
     net.classifier = nn.Linear(960, embedding_dim)
-    return nn.Sequential(InColour(), net)
+    return MobileNet(InColour(), net)
 
 
 def resnet18(embedding_dim: int = 64) -> nn.Module:
     """He, Zhang, Ren and Sun, CVPR 2016: the pooled features, 512 of them, and a linear layer."""
     net = _torchvision("resnet18")(norm_layer=group_norm)
     net.fc = nn.Linear(512, embedding_dim)
-    return nn.Sequential(InColour(), net)
+    return ResNet(InColour(), net)
 
 
 def load_checkpoint(model: nn.Module, path: Any) -> nn.Module:

@@ -8,7 +8,7 @@ round costs what the rows in it cost, however many there are.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ class Stored(Protocol):
 class Optimizer(Protocol):
     """A rule by which rows that have a gradient are stepped, and what becomes of those that have none."""
 
+    stateful: ClassVar[bool]  # whether it keeps numbers beside a row
+
     def read(self, rows: Stored, class_ids: Tensor, now: int) -> Tensor:
         """(S, D) rows as they are once `now` steps of the matrix are done."""
         ...
@@ -42,6 +44,7 @@ class Optimizer(Protocol):
 class SGD:
     """v <- beta v + g, w <- w - lr v; a row without a gradient coasts on its velocity: lazy_momentum.hpp."""
 
+    stateful: ClassVar[bool] = True
     lr: float
     momentum: float  # beta, in [0, 1)
 
@@ -62,6 +65,7 @@ class SGD:
 class Adagrad:
     """s <- s + g^2, w <- w - lr g / (sqrt(s) + eps), element by element; without a gradient a row rests."""
 
+    stateful: ClassVar[bool] = True
     lr: float
     eps: float = 1e-8
 
@@ -74,6 +78,21 @@ class Adagrad:
         rows.weight[class_ids], rows.state[class_ids] = stepped, squares
         rows.stepped[class_ids] = now + 1
         return _all_finite(stepped) and _all_finite(squares)
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """w <- g: a row is what it was last given."""
+
+    stateful: ClassVar[bool] = False
+
+    def read(self, rows: Rows, class_ids: Tensor, now: int) -> Tensor:
+        return rows.weight[class_ids]
+
+    def step(self, rows: Rows, class_ids: Tensor, gradient: Tensor, now: int) -> bool:
+        rows.weight[class_ids] = gradient
+        rows.stepped[class_ids] = now + 1
+        return _all_finite(gradient)
 
 
 class RowTable:
@@ -149,10 +168,11 @@ class RowTable:
             self.store.sync()
             return {}
         class_ids = self.rows.stepped.nonzero()[:, 0]
+        state = {"state": self.rows.state[class_ids]} if self.optimizer.stateful else {}
         return {
             "class_ids": class_ids,
             "weight": self.rows.weight[class_ids],
-            "state": self.rows.state[class_ids],
+            **state,
             "stepped": self.rows.stepped[class_ids],
         }
 
@@ -163,7 +183,8 @@ class RowTable:
             return self.store.roll_back(now)
         class_ids = stored["class_ids"]
         self.rows.weight[class_ids] = stored["weight"]
-        self.rows.state[class_ids] = stored["state"]
+        if self.optimizer.stateful:
+            self.rows.state[class_ids] = stored["state"]
         self.rows.stepped[class_ids] = stored["stepped"]
 
 

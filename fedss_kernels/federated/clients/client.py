@@ -90,10 +90,11 @@ class Client:
             for x, t in zip(images.split(self.batch_size), target.split(self.batch_size), strict=True):
                 total += len(t) * self._step(x, t, objective, lr, velocity)
             seen += len(order)
+        objective.rows.grad = None  # what comes now takes no more memory than a step
         trained, loss = objective.rows.detach().to(CPU), total.item() / seen
         class_ids, moved = request.class_ids, rows[:0]
         if parts.rows is Part.TRAINED:
-            moved = rows - trained
+            moved = torch.sub(rows, trained, out=trained)
         else:
             class_ids = class_ids[:0]
         after = model.flat.to(CPU)

@@ -156,7 +156,7 @@ class Simulation:
 
     def _given(self, client: int, request: Request) -> Tensor:
         """What a client needs for its round beside phi."""
-        return self.team.travelled(self.server.select(self._travelling(request))[1]).flatten()
+        return self.team.travelled(self.server.select(self._travelling(request))[1])
 
     def _travelling(self, request: Request) -> Tensor:
         """The rows of a request that come and go back."""

@@ -222,11 +222,11 @@ class _Elsewhere:
         """What they need, to the clients that begin before so many images."""
         while self.unsent and self.unsent[0][1] < until:
             k, _, end = self.unsent.popleft()
-            rows = self.given_to(k)
+            numbers = self.given_to(k).flatten()
             with self.team.communication():
                 self.coming.append((end, _Incoming(k, self.rank, self.requests[k], self.team.player)))
-                if len(rows):  # where none travel nobody waits for them
-                    self.sending.append((_started(dist.isend(rows, self.rank)), rows))
+                if len(numbers):  # where none travel nobody waits for them
+                    self.sending.append((_started(dist.isend(numbers, self.rank)), numbers))
                 while len(self.sending) > AHEAD:
                     self.sending.popleft()[0].wait()
 

@@ -37,7 +37,10 @@ def fails(capsys, *argv: str) -> str:
     return err.rstrip()
 
 
-COMMANDS = "run, compare, compositions, noise, confusion, privacy, parameters, report, methods, bench, doctor"
+COMMANDS = (
+    "run, compare, compositions, noise, confusion, personalise, privacy, parameters, report, methods, bench, "
+    "doctor"
+)
 METHODS = ", ".join(algorithms.METHODS)
 SMALL = ["--glyph-classes=12", "--glyph-writers=4", "--cohort=2", "--num-negatives=3", "--embedding-dim=8"]
 

@@ -9,6 +9,7 @@ import torch
 from tiny_federation import CLASSES_HELD, tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import ConfigError, TooFewClients, run
+from fedss_kernels.federated.algorithm import Played
 from fedss_kernels.federated.server.cohort import absence, draw_cohort
 from fedss_kernels.federated.simulation import HOPELESS_ANSWERS
 
@@ -60,7 +61,7 @@ def test_what_the_absent_ask_for_moves_and_nothing_comes_back(tmp_path):
     s = result.summary
     assert (s.dropped, s.late) == tuple(len(outcomes[name]) for name in ("dropped", "late"))
     assert s.accepted + s.dropped + s.late == len(lines) == 24 and s.rejected == 0
-    assert s.full_traffic.up_rows * 24 == s.full_traffic.down_rows * s.accepted
+    assert s.full_traffic["up_rows"] * 24 == s.full_traffic["down_rows"] * s.accepted
     for metrics in result.history:
         mine = [line["outcome"] for line in lines if int(line["round"]) == metrics.round]
         assert [metrics.accepted, metrics.dropped, metrics.late] == [
@@ -104,7 +105,7 @@ def test_of_a_cohort_of_too_few_nothing_is_applied(monkeypatch):
         updates = list(tally.counted().values())
         applied.append(len(updates))
         self.server.step(tally.gradient())
-        return updates, entries
+        return Played(entries, 0.0, 1)
 
     monkeypatch.setattr("fedss_kernels.federated.simulation.Simulation.play", always_attempt_one)
     assert torch.equal(train().weight, retried.weight) and applied == [4] * 6

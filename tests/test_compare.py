@@ -41,9 +41,11 @@ SMALL = {
 }
 
 
-def play(method: str, **figures) -> Run:
-    result = run(tiny_config(method=method), data=tiny_data(), model=tiny_model())
-    return Run(result.config, result.history, replace(result.summary, **figures))
+def play(method: str, task: str = "classification", **figures) -> Run:
+    result = run(tiny_config(method=method), data=tiny_data(task), model=tiny_model())
+    measured = {name: figures.pop(name) for name in result.summary.measured if name in figures}
+    summary = replace(result.summary, measured=result.summary.measured | measured, **figures)
+    return Run(result.config, result.history, summary)
 
 
 def test_a_line_is_the_mean_and_the_sample_deviation_over_seeds():
@@ -53,12 +55,13 @@ def test_a_line_is_the_mean_and_the_sample_deviation_over_seeds():
     ]
     (line,) = tabulate(runs)
     # Two values: the sample deviation is half their difference times sqrt(2).
-    assert (line.top1, line.top1_sd) == pytest.approx((0.6, 0.1 * 2**0.5))
-    assert (line.map_at_10, line.map_at_10_sd, line.seeds, line.seconds) == (0.2, 0.0, 2, 15.0)
-    assert cells(line)[:4] == ["FedSS", "0.2", "60.0 ± 14.1", "20.0 ± 0.0"]
+    assert line.measured["top1"] == pytest.approx((0.6, 0.1 * 2**0.5))
+    assert (*line.measured["map_at_10"], line.seeds, line.seconds) == (0.2, 0.0, 2, 15.0)
+    assert cells([line])[0][:4] == ["FedSS", "0.2", "60.0 ± 14.1", "20.0 ± 0.0"]
     assert header([line])[2:4] == ["top-1 (%)", "MAP@10 (%)"]
-    of_retrieval = replace(line, top1=None, recall_at_1=0.3, recall_at_1_sd=None)
-    assert header([of_retrieval])[2] == "recall@1 (%)" and cells(of_retrieval)[2] == "30.0"
+    of_retrieval = tabulate([play("fedss", "retrieval", recall_at_1=0.3)])
+    assert header(of_retrieval)[2:4] == ["recall@1 (%)", "MAP@10 (%)"]
+    assert cells(of_retrieval)[0][2] == "30.0" and of_retrieval[0].measured["top1"] == (None, None)
 
 
 def test_a_line_counts_bytes_per_client_round_and_savings():
@@ -70,7 +73,7 @@ def test_a_line_counts_bytes_per_client_round_and_savings():
     assert line.class_saving == pytest.approx(1 - held * 40 / (7 * 32))
     assert line.saving == pytest.approx(1 - (148 * 8 + held * 40) / (148 * 8 + 7 * 32))
     assert line.class_set_share == pytest.approx(held / 7)
-    assert line.top1_sd is None and cells(line)[2] == "50.0"
+    assert line.measured["top1"] == (0.5, None) and cells([line])[0][2] == "50.0"
 
 
 def test_the_tables_say_the_same(tmp_path):
@@ -79,7 +82,7 @@ def test_the_tables_say_the_same(tmp_path):
     with (tmp_path / "table.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["method"] for row in rows] == ["fedss", "full_softmax"]
-    assert [float(row["top1"]) for row in rows] == [line.top1 for line in table]
+    assert [float(row["top1"]) for row in rows] == [line.measured["top1"][0] for line in table]
     lines = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 4 and len({line.replace("\\|", "").count("|") for line in lines}) == 1
     assert lines[3].startswith("| FullSoftmax |") and "| 7.0 (100.0%) |" in lines[3]
@@ -334,7 +337,7 @@ def test_a_run_whose_model_is_not_finite_is_in_no_mean(tmp_path, in_this_process
     sound = next(seed for seed, summary in runs.items() if not summary.not_finite_since)
     comparison = compare(Plan(config, ["fedss"], [sound, ruined]), tmp_path / "out")
     (line,) = comparison.table
-    assert (line.top1, line.seeds) == (runs[sound].top1, 1)
+    assert (line.measured["top1"], line.seeds) == ((runs[sound].top1, None), 1)
     (failure,) = comparison.failed
     since = runs[ruined].not_finite_since
     assert failure.startswith(f"FedSS, seed {ruined} failed: after round {since} the model has numbers that")

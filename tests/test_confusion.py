@@ -38,6 +38,19 @@ def test_shares_are_counts_of_the_nearest_of_the_clients_rows(linear_model):
         confusion.measure(config, data, (net, weight), client=5)
 
 
+def test_a_linear_heads_scores_are_products_and_a_bias(linear_model):
+    config, data = tiny_config(similarity="dot", scale=None), tiny_data()
+    net = Player(config, data).extractor.module.state_dict()
+    weight = torch.randn(NUM_CLASSES, DIM + 1, generator=torch.Generator().manual_seed(5))
+    classes = list(CLASSES_HELD[1])
+    weight[classes[1], -1] = 1e6  # the bias decides
+    found = confusion.measure(config, data, (net, weight), client=1)
+    assert found.shares[:, 1].tolist() == [1, 1, 1]
+    directions = normalize(weight[classes, :-1], dim=1)
+    pairs = [(directions[i] @ directions[j]).item() for i in range(3) for j in range(3) if i != j]
+    assert found.cosine == pytest.approx(sum(pairs) / 6, rel=1e-5)
+
+
 def test_rows_that_are_one_confuse_everything(linear_model):
     config, data = tiny_config(), tiny_data()
     net = Player(config, data).extractor.module.state_dict()

@@ -170,6 +170,13 @@ def test_by_default_a_hundred_clients_by_dirichlet(tmp_path):
     assert len(data.clients) == 100 and {len(held) for held in data.clients} == {6}
 
 
+def test_clients_are_tested_on_images_of_their_own_classes(tmp_path):
+    data = read("cifar10", write(tmp_path, files10("binary")))
+    assert torch.cat(data.test_clients).sort().values.tolist() == list(range(len(data.test_images)))
+    for held, tested in zip(data.clients, data.test_clients, strict=True):
+        assert set(data.test_labels[tested].tolist()) <= set(data.labels[held].tolist())
+
+
 def test_nothing_there(tmp_path):
     for name, archive in (("cifar10", "cifar-10-binary"), ("cifar100", "cifar-100-binary")):
         message = rf"{name}: looked for {archive}\.tar\.gz or .* in .*www\.cs\.toronto\.edu/~kriz/cifar"

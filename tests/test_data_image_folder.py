@@ -52,6 +52,13 @@ def test_a_fifth_of_each_class_is_the_test(folder):
     assert {len(data.labels[held].unique()) for held in data.clients} == {2}
 
 
+def test_clients_are_tested_on_images_of_their_own_classes(folder):
+    data = read(folder)
+    assert torch.cat(data.test_clients).sort().values.tolist() == list(range(len(data.test_images)))
+    for held, tested in zip(data.clients, data.test_clients, strict=True):
+        assert set(data.test_labels[tested].tolist()) <= set(data.labels[held].tolist())
+
+
 def test_a_seed_draws_the_split(folder):
     first, again, other = (shown(read(folder, seed=seed).test_images) for seed in (0, 0, 1))
     assert first == again != other

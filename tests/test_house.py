@@ -10,7 +10,17 @@ import fedss_kernels.federated
 HOUSE = Path(fedss_kernels.federated.__file__).parent
 # From the ground up; rooms on one floor may use each other, but in no circle.
 FLOORS = (
-    ("config_error", "disk", "interrupts", "ledger", "lock", "randomness", "scratch", "stopwatch"),
+    (
+        "config_error",
+        "disk",
+        "interrupts",
+        "ledger",
+        "lock",
+        "measures",
+        "randomness",
+        "scratch",
+        "stopwatch",
+    ),
     ("data", "models"),
     ("messages", "surroundings"),
     ("algorithms",),
@@ -19,9 +29,9 @@ FLOORS = (
     ("plan",),
     ("clients",),
     ("loading", "server"),
-    ("metrics", "sending", "workers"),
-    ("reports",),
-    ("simulation",),
+    ("algorithm", "metrics", "sending", "workers"),
+    ("fine_tuning", "reports"),
+    ("evaluation", "simulation"),
     ("figures",),
     ("rounds",),
     ("comparisons",),

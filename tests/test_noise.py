@@ -106,3 +106,9 @@ def test_a_noise_that_is_no_number_is_a_failure(monkeypatch, tmp_path, capsys):
     small = ["--glyph-classes=12", "--glyph-writers=4", "--cohort=2"]
     assert cli.main(["noise", *small, f"--out={tmp_path / 'out'}"]) == 1
     assert "fedss noise: the model's gradients are not finite" in capsys.readouterr().err
+
+
+def test_a_linear_heads_noise_vanishes_with_all_negatives(linear_model):
+    settings = config(method="fedss", similarity="dot", scale=None, weight_init_scale=None)
+    few, all_of_them = noise.measure(settings, tiny_data(), [1, NUM_CLASSES], batches=2, draws=2)
+    assert few.noise > 1e-3 * few.full_norm and all_of_them.noise < 1e-12 * all_of_them.full_norm

@@ -135,7 +135,8 @@ def test_the_posterior_is_of_what_the_method_asks_for(method, options, named, pr
         assert line.precision == line.posterior == pytest.approx(expected)
 
 
-def test_a_method_without_clients_has_no_requests(glyphs):
+@pytest.mark.parametrize("method", ["centralized", "fedbabu", "fedbabu_ss"])
+def test_a_method_whose_clients_ask_for_nothing_has_no_requests(method, glyphs):
     config, data = glyphs
     with pytest.raises(ConfigError, match="method: expected one whose clients ask for rows"):
-        privacy.measure(Config(**{**vars(config), "method": "centralized"}), data, clients=1)
+        privacy.measure(Config(**{**vars(config), "method": method}), data, clients=1)

@@ -97,7 +97,7 @@ def test_a_cohort_of_all_clients_is_not_drawn(tmp_path):
 
 
 def test_the_report_of_a_comparison_has_the_table_and_what_failed(tmp_path, runs):
-    head, table = header(tabulate(runs)), [cells(line) for line in tabulate(runs)]
+    head, table = header(tabulate(runs)), cells(tabulate(runs))
     write_comparison_report(tmp_path, runs, head, table, ["NegOnly, seed 0 failed: <out of memory>"])
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     page = Page(html)
@@ -152,6 +152,15 @@ def test_a_curve_is_the_mean_over_seeds_by_what_was_moved(runs):
     assert total[:, 0] - classes[:, 0] == pytest.approx([2 * 3 * 148 * 8 / 1e6, 4 * 3 * 148 * 8 / 1e6])
 
 
+def test_by_what_the_classes_cost_are_those_methods_whose_classes_cost_something(runs):
+    """The others are at 0, which a logarithm has not; where all are, they are there."""
+    frozen = [play(method) for method in ("fedbabu", "fedbabu_ss")]
+    left, right = accuracy_by_bytes([*runs, *frozen], LIGHT).axes
+    assert (len(left.lines), len(right.lines), right.get_xscale()) == (5, 3, "log")
+    left, right = accuracy_by_bytes(frozen, LIGHT).axes
+    assert (len(left.lines), len(right.lines), right.get_xscale()) == (2, 2, "linear")
+
+
 def test_several_numbers_of_negatives_have_a_plot_of_their_own_and_one_line_in_the_others(tmp_path):
     runs = [play("fedss", seed, num_negatives=m) for m in (1, 2, 4) for seed in (0, 1)]
     runs += [play("full_softmax", seed) for seed in (0, 1)]
@@ -166,7 +175,7 @@ def test_several_numbers_of_negatives_have_a_plot_of_their_own_and_one_line_in_t
     (by_round,) = accuracy_by_round(runs, LIGHT).axes
     labels = [text.get_text() for text in by_round.get_figure().legends[0].get_texts()]
     assert labels == ["FedSS, 2 negatives", "FullSoftmax"]
-    head, table = header(tabulate(runs)), [cells(line) for line in tabulate(runs)]
+    head, table = header(tabulate(runs)), cells(tabulate(runs))
     write_comparison_report(tmp_path, runs, head, table, [])
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert len(page.links) == 6 and "FedSS, 4 negatives" in page.text

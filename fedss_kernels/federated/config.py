@@ -320,8 +320,23 @@ class Config:
         above=0,
     )
 
+    personalise_epochs: int = option(
+        0,
+        "passes in which each client fine-tunes the model at the end, before it is tested on test images of "
+        "its own, 0: that is not measured",
+        low=0,
+    )
+    personalise_part: str = option(
+        "head",
+        "what it fine-tunes: head, the class rows; body, the net; full, both",
+        choices=lambda: ("head", "body", "full"),
+    )
+    personalise_rate: float = option(0.01, "learning rate of that fine-tuning", above=0)
+
     class_store: Path | None = option(
-        None, "folder for the class matrix, where it is larger than memory, none: it is in memory"
+        None,
+        "folder for the class matrix, or for what clients keep with themselves, where it is larger than "
+        "memory, none: it is in memory",
     )
     seed: int = option(0, "the seed of everything but the data", low=0, below=2**63)
     eval_every: int = option(10, "rounds between two looks at the test images", low=1)

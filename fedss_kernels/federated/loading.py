@@ -41,7 +41,9 @@ def load_data(
     def found(what: Found, shape: tuple[int, ...] = ()) -> None:
         """`shape` is of an image, where they are there already."""
         if config.holdout:
-            what = replace(what, clients=what.clients - number_held_out(what.clients, config.holdout))
+            out = number_held_out(what.clients, config.holdout)
+            there = out if METHODS[config.method].alone else what.clients - out
+            what = replace(what, clients=there)
         of_net = _misfits_of_net(config, shape) if shape else errors
         raise_together([*of_net, *_misfits(fitted(config, what), what)])
         if on_found:
@@ -52,7 +54,9 @@ def load_data(
     except ConfigError as error:
         raise_together([error, *errors])
         raise
-    return held_out(data, config.holdout, config.data_seed) if config.holdout else data
+    if not config.holdout:
+        return data
+    return held_out(data, config.holdout, config.data_seed, alone=METHODS[config.method].alone)
 
 
 def _loaded(config: Config, on_found: Callable[..., None], on_progress: OnProgress | None) -> FederatedData:

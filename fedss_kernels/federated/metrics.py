@@ -28,6 +28,15 @@ class Retrieval:
     recall_at_r: float
     not_finite: int = 0  # rows that were misses as they have a number that is not finite
 
+    @property
+    def measured(self) -> dict[str, float]:
+        """By the measures' names, where r is R."""
+        return {
+            f"map_at_{R}": self.map_at_r,
+            "recall_at_1": self.recall_at_1,
+            f"recall_at_{R}": self.recall_at_r,
+        }
+
 
 def top1(
     embeddings: Tensor,  # (T, D)

@@ -88,7 +88,11 @@ class Plan:
         ]
 
     def trials(self, out: Path) -> list[Config]:
-        """The runs that choose a rate, rates of one case next to each other."""
+        """The runs that choose a rate, rates of one case next to each other.
+
+        They are judged on clients who do not train. Of a method whose clients never meet it is just these who
+        do, as many of them in a round as there would be of all.
+        """
         store = self._store(out.resolve().parent.name, out.name)
         return [
             self._run(
@@ -98,10 +102,18 @@ class Plan:
                 store,
                 client_lr=rate,
                 holdout=HOLDOUT,
+                **self._cohort(case),
             )
             for case in self.cases
             for rate in self.rates
         ]
+
+    def _cohort(self, case: Case) -> dict[str, int]:
+        cohort = self.config.cohort
+        if not METHODS[case.method].alone or cohort is None:
+            return {}
+        cohort = max(1, round(HOLDOUT * cohort))
+        return {"cohort": cohort, "min_clients": min(self.config.min_clients, cohort)}
 
     def runs(self, out: Path, rates: Mapping[Case, float]) -> list[Config]:
         """The runs that are compared, cases of one seed next to each other."""

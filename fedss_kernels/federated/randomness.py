@@ -25,6 +25,7 @@ class Purpose(IntEnum):
     SPREADOUT = 8  # the rows whose neighbours the server looks at
     STICKY_NEGATIVES = 10  # those that a client asks for in every round
     NOISE = 9  # the batches that gradient noise is measured on
+    PERSONALISE = 11  # how a client goes through its images as it fine-tunes the model, and changes them
 
 
 NO_CLIENT = 0  # for draws that belong to the round and not to a client

@@ -5,28 +5,32 @@ data -> cohort -> each client's class set -> server.select -> client.update -> s
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from . import idle_settings
+from .algorithm import Algorithm, Played, TooFewClients
 from .clients.player import Player, training_device
 from .config import OWN, Config, ConfigError, learning_rate
 from .data import FederatedData
+from .evaluation import check_measured
 from .files.checkpoint import Checkpoint, CheckpointError
-from .files.run_folder import Accuracies, Facts, RoundMetrics, RunFolder, Summary
-from .ledger import OUTCOMES, Entry, Traffic
+from .files.run_folder import Facts, RoundMetrics, RunFolder, Summary
+from .ledger import OUTCOMES, Traffic
 from .loading import check_data, fitted, load_data, trivial
-from .messages import Update
 from .sending import check_sendable
 from .server.class_store import ClassStore, check_free
+from .server.homes import Homes
 from .server.row_table import RowTable
-from .simulation import Simulation, TooFewClients
+from .simulation import Simulation
 from .workers import WorkerLost, started
+
+OTHERS: dict[str, type[Algorithm]] = {}  # of the methods that have rounds of their own kind
 
 
 @dataclass(frozen=True, repr=False)
@@ -39,7 +43,9 @@ class Result:
     extractor: the trained net, in eval mode on the CPU; it maps float32 images (B, channels, H, W) in [0, 1]
         to embeddings (B, D).
     weight: (C, D) float32, the trained class matrix, a row for each class; None where it is in a class store.
-    table: the same by the row: table.read(class_ids), table[2:5], len(table).
+    table: the same by the row: table.read(class_ids), table[2:5], len(table); None where there is none.
+    homes: where clients keep class rows, or the net too, with themselves: homes.model(client) gives (net's
+        parameters or None, rows); else None.
     seconds: where the time went, by stage.
     out: the folder of the run's files; None where nothing was written.
     """
@@ -49,16 +55,17 @@ class Result:
     summary: Summary
     extractor: nn.Module
     weight: Tensor | None
-    table: RowTable
+    table: RowTable | None
+    homes: Homes | None
     seconds: dict[str, float]
     out: Path | None
 
     def __repr__(self) -> str:
         s = self.summary
-        measure = "top-1" if s.task == "classification" else "MAP@10"
-        accuracy = "not measured" if s.accuracy is None else f"{100 * s.accuracy:.1f}%"
+        accuracy = "not measured" if s.accuracy is None else s.headline.text(s.accuracy)
         where = f", in {self.out}" if self.out else ""
-        return f"<Result of {s.method} on {s.data} after round {s.rounds}: {measure} {accuracy}{where}>"
+        of = f"{s.method} on {s.data} after round {s.rounds}"
+        return f"<Result of {of}: {s.headline.label} {accuracy}{where}>"
 
 
 def run(
@@ -98,25 +105,31 @@ def run(
     data = data or load_data(config)
     config = fitted(config, data.found)
     check_data(config, data)
+    check_measured(config, data)
     if model is not None and config.workers > 1:
         check_sendable(model)
     for line in (*idle_settings.idle([config]), *trivial(data)):
         idle_settings.log.warning(line)
     with _torch_settings(config.threads):
         player = Player(config, data, model, training_device(config))
-        folder, checkpoint, history = _open_folder(config, player, resume)
+        played_by = OTHERS.get(config.method, Simulation)
+        facts = played_by.facts(config, player)
+        folder, checkpoint, history = _open_folder(config, player, facts, resume)
         store = None
         try:
-            store = _open_store(config, data.num_classes, checkpoint)
+            store = _open_store(config, player.store_size, checkpoint)
             with started(config, data, model) as workers:
-                simulation = Simulation(config, player, workers, store)
+                algorithm = played_by(config, player, workers, store)
                 if checkpoint:
-                    simulation.server.restore(checkpoint.tensors, checkpoint.round)
-                    simulation.not_finite_since = history[-1].not_finite_since
-                with simulation.team:
+                    algorithm.restore(checkpoint.tensors, checkpoint.round)
+                    algorithm.not_finite_since = history[-1].not_finite_since
+                with algorithm.team:
                     return _run(
-                        simulation,
+                        config,
+                        algorithm,
+                        facts,
                         folder,
+                        store,
                         history,
                         on_round or (lambda metrics: None),
                         stop or (lambda: False),
@@ -137,14 +150,14 @@ class Stopped(Exception):
 
 
 def _open_folder(
-    config: Config, player: Player, resume: bool
+    config: Config, player: Player, facts: Facts, resume: bool
 ) -> tuple[RunFolder | None, Checkpoint | None, list[RoundMetrics]]:
     """(where results go, what is gone on from, the rounds that are done)"""
     if config.class_store and not resume:  # before anything is made
         check_free(config.class_store, run=config.out, overwrite=config.overwrite)
     if config.out is None:
         return None, None, []
-    known = config.out, config, player.fingerprint, _facts(player)
+    known = config.out, config, player.fingerprint, facts
     if not resume:
         return RunFolder.new(*known), None, []
     folder, checkpoint, history = RunFolder.resumed(*known)
@@ -155,14 +168,9 @@ def _open_folder(
     return folder, checkpoint, history
 
 
-def _facts(player: Player) -> Facts:
-    return Facts.of(player.data, len(player.extractor.flat))
-
-
-def _open_store(config: Config, num_classes: int, checkpoint: Checkpoint | None) -> ClassStore | None:
+def _open_store(config: Config, size: tuple[int, int], checkpoint: Checkpoint | None) -> ClassStore | None:
     if config.class_store is None:
         return None
-    size = num_classes, config.row_dim
     if checkpoint is None:
         try:
             return ClassStore.new(config.class_store, *size, run=config.out, overwrite=config.overwrite)
@@ -174,81 +182,97 @@ def _open_store(config: Config, num_classes: int, checkpoint: Checkpoint | None)
 
 
 def _run(
-    simulation: Simulation,
+    config: Config,
+    algorithm: Algorithm,
+    facts: Facts,
     folder: RunFolder | None,
+    store: ClassStore | None,
     history: list[RoundMetrics],
     on_round: Callable[[RoundMetrics], None],
     stop: Callable[[], bool],
 ) -> Result:
-    config = simulation.config
     begun = time.perf_counter() - (history[-1].seconds if history else 0.0)
     saved = len(history)  # rounds in the last checkpoint
     if folder:
         folder.begin()
     for round in range(len(history), config.rounds):
         try:
-            updates, entries = simulation.play(round)
+            played = algorithm.play(round)
         except WorkerLost:
             if folder and round > saved:
-                simulation.checkpoint(folder, round)
+                algorithm.checkpoint(folder, round)
             raise
         except TooFewClients as error:
             if folder and round > saved:
-                simulation.checkpoint(folder, round)
+                algorithm.checkpoint(folder, round)
             if folder:  # after the checkpoint: a run that goes on from it writes its own lines of this round
                 folder.add_entries(error.entries)
             raise
         done = round + 1
-        measured = done % config.eval_every == 0 or done == config.rounds
-        accuracies = simulation.evaluate(last=done == config.rounds) if measured else Accuracies()
-        history.append(_round_metrics(simulation, history, updates, entries, accuracies, begun))
+        evaluated = done % config.eval_every == 0 or done == config.rounds
+        measured = algorithm.evaluate(last=done == config.rounds) if evaluated else {}
+        history.append(_round_metrics(config, algorithm, facts, history, played, measured, begun))
         if folder:
-            with simulation.watch("files"):
-                folder.add(history[-1], entries)
+            with algorithm.watch("files"):
+                folder.add(history[-1], played.entries)
         on_round(history[-1])
         stopping = stop() and done < config.rounds
         due = config.checkpoint_every and (done % config.checkpoint_every == 0 or done == config.rounds)
         if folder and (due or stopping):
-            with simulation.watch("files"):
-                simulation.checkpoint(folder, done)
+            with algorithm.watch("files"):
+                algorithm.checkpoint(folder, done)
             saved = done
         if stopping:
             raise Stopped(done, config.out)
-    summary = Summary.of(config, _facts(simulation.player), history)
-    extractor, table = simulation.trained()
-    weight = None if table.store else table[:]
-    if table.store:
-        table.store.sync()
+    summary = Summary.of(config, facts, history)
+    trained = algorithm.trained()
+    table, homes = trained.table, trained.homes
+    weight = None if table is None or table.store else table[:]
+    own = homes.trained() if homes and not homes.table.store else {}
+    if store:
+        store.sync()
     if folder:
-        folder.finish(summary, extractor, weight)
-    if table.store and not config.checkpoint_every:
-        table.store.forget_journals()
-    return Result(config, history, summary, extractor, weight, table, simulation.watch.seconds, config.out)
+        folder.finish(summary, trained.net, weight, own)
+    if store and not config.checkpoint_every:
+        store.forget_journals()
+    seconds = algorithm.watch.seconds
+    return Result(config, history, summary, trained.net, weight, table, homes, seconds, config.out)
 
 
 def _round_metrics(
-    simulation: Simulation,
+    config: Config,
+    algorithm: Algorithm,
+    facts: Facts,
     history: list[RoundMetrics],
-    updates: list[Update],
-    entries: list[Entry],
-    accuracies: Accuracies,
+    played: Played,
+    measured: Mapping[str, float | None],
     begun: float,
 ) -> RoundMetrics:
-    moved = sum((entry.traffic for entry in entries), Traffic())
-    images = sum(update.num_examples for update in updates)
+    entries = played.entries
+    moved = sum((entry.traffic for entry in entries), Traffic.none(facts.flows))
+    values = dict.fromkeys(facts.measures.names) | dict(measured)
+    _refuse_others("measures", values, facts.measures.names)
+    _refuse_others("flows", moved.bytes, facts.flows)
     return RoundMetrics(
         round=len(history) + 1,
-        loss=sum(update.num_examples * update.loss for update in updates) / images,
-        client_lr=learning_rate(simulation.config, len(history)),
-        **asdict(accuracies),
-        not_finite_since=simulation.not_finite_since,
+        loss=played.loss,
+        client_lr=learning_rate(config, len(history)),
+        measures=facts.measures,
+        measured=values,
+        not_finite_since=algorithm.not_finite_since,
         attempts=entries[-1].attempt + 1,
         **{outcome: sum(entry.outcome == outcome for entry in entries) for outcome in OUTCOMES},
         mean_class_set=sum(entry.num_rows for entry in entries) / len(entries),
-        **{f"bytes_{kind}": count for kind, count in asdict(moved).items()},
+        traffic=moved,
         bytes_so_far=moved.total + (history[-1].bytes_so_far if history else 0),
         seconds=time.perf_counter() - begun,
     )
+
+
+def _refuse_others(what: str, found: Mapping[str, object], known: Sequence[str]) -> None:
+    """Raises ValueError for an algorithm that gives more than its facts say, for which there is no column."""
+    if len(found) > len(known):
+        raise ValueError(f"{what}: expected some of {', '.join(known)}, got {', '.join(found)}")
 
 
 @contextmanager

@@ -9,26 +9,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from .algorithm import Played, TooFewClients, Trained
 from .algorithms import METHODS
 from .algorithms.parts import Part
 from .clients.player import Player
 from .config import Config, learning_rate
-from .files.run_folder import Accuracies, RunFolder
-from .ledger import Entry, Traffic, client_traffic
-from .messages import Request, Update
-from .metrics import (
-    retrieval,
-    top1,
-)
+from .evaluation import Evaluation, measures_of
+from .files.run_folder import Facts, RunFolder
+from .ledger import FLOWS, Entry, Traffic, client_traffic
+from .messages import Request
 from .randomness import NO_CLIENT, Purpose, generator
 from .server.class_store import ClassStore
 from .server.cohort import absence, draw_cohort
+from .server.homes import Homes
 from .server.inspection import BESIDE_OTHERS, REASONS, Inspection
 from .server.mean import PseudoGradient
 from .server.robust import Statistic, median, trimmed_mean
-from .server.row_table import SGD, Adagrad, Optimizer, RowTable
+from .server.row_table import SGD, Adagrad, Optimizer
 from .server.server import Server
 from .server.spreadout import Spreadout
 from .server.tally import Tally
@@ -39,15 +38,8 @@ ATTEMPTS = 100  # at a round, before it is given up
 # Who drops out or is late is drawn anew in each; where all answers are left out, they are so in every one. It
 # is given up after this many at least, and answers in a row of which none counted.
 HOPELESS_ATTEMPTS, HOPELESS_ANSWERS = 3, 48
+_ROWS = {Part.TRAINED: "travel", Part.KNOWN: "seed", Part.HOME: "home"}  # as the ledger calls it
 log = logging.getLogger(__name__)
-
-
-class TooFewClients(RuntimeError):
-    """A round that no cohort made, and why; `entries` is what moved for it all the same."""
-
-    def __init__(self, words: str, entries: Sequence[Entry] = ()):
-        super().__init__(words)
-        self.entries = list(entries)
 
 
 class Simulation:
@@ -65,11 +57,17 @@ class Simulation:
             config.row_dim,
             initial_rows=player.known_rows,
             optimizer=_server_optimizer(config),
-            blocks=player.extractor.block_sizes,
             denominator=config.denominator,
+            blocks=player.extractor.block_sizes,
             statistic=_statistic(config),
-            store=store,
+            store=None if self.method.personal else store,
         )
+        self.store, self.homes = store, None
+        if self.method.personal:
+            rows = self.server.weight[:]
+            net = self.server.extractor if player.parts.net_at_home else None
+            self.homes = Homes(len(data.clients), rows, net, store)
+        self.evaluation = Evaluation(config, self.team)
         self.spreadout = Spreadout(
             config.spreadout_weight,
             config.spreadout_margin,
@@ -84,11 +82,15 @@ class Simulation:
             max_norm_ratio=config.max_norm_ratio,
         )
 
-    def play(self, round: int) -> tuple[list[Update], list[Entry]]:
-        """One round: the updates that counted, and what moved.
+    @staticmethod
+    def facts(config: Config, player: Player) -> Facts:
+        measures, flows = measures_of(config, player.data), FLOWS[_ROWS[player.parts.rows]]
+        return Facts.of(player.data, len(player.extractor.flat), measures, flows)
 
-        Where fewer than `min_clients` count nothing is applied and another cohort is drawn. Raises
-        TooFewClients after ATTEMPTS of them, or a few where all answers are left out.
+    def play(self, round: int) -> Played:
+        """One round. Where fewer than `min_clients` count nothing is applied and another cohort is drawn.
+
+        Raises TooFewClients after ATTEMPTS of them, or a few where all answers are left out.
         """
         config, entries, left_out = self.config, list[Entry](), 0
         for attempt in range(ATTEMPTS):
@@ -97,12 +99,14 @@ class Simulation:
             if len(updates) >= (1 if self.method.pooled else config.min_clients):
                 gradient = self._gradient(round, attempt, tally)
                 with self.watch("aggregation"):
-                    self.server.step(gradient, [part is Part.TRAINED for part in self.player.parts.blocks])
+                    self.server.step(gradient, self._trained)
+                    if self.homes:
+                        self.homes.keep(updates)
                     if self.method.spreads:
                         rng = generator(config.seed, round, attempt, NO_CLIENT, Purpose.SPREADOUT)
                         self.spreadout.step(self.server.weight, learning_rate(config, round), rng)
                 self._note_finite(round)
-                return updates, entries + moved
+                return Played.of(updates, entries + moved)
             entries += [replace(e, outcome="discarded") if e.outcome == "accepted" else e for e in moved]
             left_out = 0 if updates else left_out + sum(e.outcome == "rejected" for e in moved)
             if attempt + 1 >= HOPELESS_ATTEMPTS and left_out >= HOPELESS_ANSWERS:
@@ -142,9 +146,7 @@ class Simulation:
             outcome = absent.get(k) or ("rejected" if faults[k] else "accepted")
             if outcome == "rejected":
                 log.warning("round %d: client %d's update was left out: %s", round + 1, k, faults[k])
-            traffic = self._traffic(len(self._travelling(request)), request.sends_ids, answers=k in answered)
-            if self.method.pooled:
-                traffic = Traffic()  # nothing leaves its place
+            traffic = self._traffic(request, answers=k in answered)
             entries.append(
                 Entry(round + 1, attempt, k, len(request.class_ids), outcome, faults.get(k, ""), traffic)
             )
@@ -154,12 +156,14 @@ class Simulation:
         phi = self.server.extractor
         self.team.play(round, attempt, requests, phi, self._given, tally.take)
 
-    def _given(self, client: int, request: Request) -> Tensor:
+    def _given(self, client: int, request: Request) -> Tensor:  # Player.num_given numbers
         """What a client needs for its round beside phi."""
-        return self.team.travelled(self.server.select(self._travelling(request))[1])
+        if self.homes:
+            return self.homes.read(client)
+        return self.server.select(self._travelling(request))[1]
 
     def _travelling(self, request: Request) -> Tensor:
-        """The rows of a request that come and go back."""
+        """The class rows of a request that come and go back."""
         return request.class_ids if self.player.parts.rows is Part.TRAINED else request.class_ids[:0]
 
     def _tally(self, asked: Mapping[int, Tensor]) -> Tally:
@@ -186,48 +190,53 @@ class Simulation:
         assert gradient is not None  # as they send what they sent
         return gradient
 
-    def evaluate(self, *, last: bool) -> Accuracies:
-        """Of the server's model on the test images.
+    @property
+    def _trained(self) -> list[bool]:
+        """Of each block of the net whether a round steps it."""
+        return [part is Part.TRAINED for part in self.player.parts.blocks]
 
-        In a classification task a retrieval, the dearer and the second thing, is measured in the last round
-        only; top-1 of a retrieval task, whose test classes have no rows, never. Of a model that is not finite
-        nothing is.
-        """
-        embeddings = self.team.embed(self.server.extractor)
-        labels = self.data.test_labels
-        with self.watch("evaluation"):
-            not_finite = int((~embeddings.isfinite().all(dim=1)).sum())
-            if self.not_finite_since is not None:
-                return Accuracies(not_finite=not_finite)
-            first = None
-            if self.data.task == "classification":
-                first = top1(embeddings, self.server.weight, labels, similarity=self.config.similarity)
-                if not last:
-                    return Accuracies(first, not_finite=not_finite)
-            found = retrieval(embeddings, labels)
-            return Accuracies(first, found.map_at_r, found.recall_at_1, found.recall_at_r, not_finite)
+    def evaluate(self, *, last: bool) -> dict[str, float | None]:
+        phi, weight, finite = self.server.extractor, self.server.weight, self.not_finite_since is None
+        if self.homes:
+            found = self.evaluation.own(phi, self.homes, finite=finite)
+        else:
+            found = self.evaluation.shared(phi, weight, finite=finite, last=last)
+        if last and finite and self.config.personalise_epochs:
+            found |= self.evaluation.personal(phi, weight, self.homes)
+        return found
+
+    def stored(self) -> dict[str, Tensor]:
+        return self.server.stored() | (self.homes.stored() if self.homes else {})
+
+    def restore(self, tensors: Mapping[str, Tensor], rounds: int) -> None:
+        self.server.restore(tensors, rounds)
+        if self.homes:
+            self.homes.restore(tensors, rounds)
 
     def checkpoint(self, folder: RunFolder, rounds: int) -> None:
-        store = self.server.weight.store
-        stored = self.server.stored()
+        store, stored = self.store, self.stored()
         if store:
             store.prepare(rounds)
         folder.save_checkpoint(rounds, stored, store.identity if store else None)
         if store:
             store.mark(rounds)
 
-    def trained(self) -> tuple[nn.Module, RowTable]:
+    def trained(self) -> Trained:
         extractor = self.player.extractor
+        extractor.move([True] * len(extractor.block_sizes))
         extractor.flat.copy_(self.server.extractor)
-        return extractor.module.eval().cpu(), self.server.weight
+        return Trained(extractor.module.eval().cpu(), self.server.weight, self.homes)
 
-    def _traffic(self, num_rows: int, sends_ids: bool, answers: bool) -> Traffic:
+    def _traffic(self, request: Request, answers: bool) -> Traffic:
         """Of one client in one round."""
+        if self.method.pooled:
+            return Traffic()  # nothing leaves its place
         return client_traffic(
-            len(self.server.extractor),
-            num_rows,
+            self.player.num_travelling,
+            len(request.class_ids),
             self.config.row_dim,
-            sends_ids=sends_ids,
+            rows=_ROWS[self.player.parts.rows],
+            sends_ids=request.sends_ids,
             answers=answers,
             dtype=self.config.wire_dtype,
         )

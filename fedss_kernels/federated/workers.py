@@ -72,23 +72,24 @@ class Team:
         attempt: int,
         requests: Mapping[int, Request],
         phi: Tensor,  # (P,)
-        given: Callable[[int, Request], Tensor],  # what a client needs beside phi: Player.num_given
+        given: Callable[[int, Request], Tensor],  # (client, request) -> what it needs beside phi
         take: Callable[[int, Update], None],  # (client, what it sends back)
     ) -> None:
         """Has the clients who make these requests trained, and `take`s what they send back, in their order.
 
-        What a client needs is asked for as its turn comes, and what it sends back is let go once it is taken:
-        in one process there is that of one client at a time. Raises WorkerLost.
+        Rows are asked for as a client's turn comes, and an update is let go as it is taken: in one process
+        there are those of one client at a time. Raises WorkerLost.
         """
         if self._lost:
             raise self._lost
         own, *shares = divided(list(requests), self.player.num_images, self.size)
-        phi = self.travelled(phi)
+        phi = self._travelled(phi)
         self._call(Call.PLAY, phi, round, attempt, list(requests))
 
         def given_to(k: int) -> Tensor:
             with self.watch("select"):
-                return given(k, requests[k])
+                numbers = given(k, requests[k])
+                return self._travelled(numbers) if self.player.parts.rows is Part.TRAINED else numbers
 
         others = [_Elsewhere(self, rank, share, requests, given_to) for rank, share in enumerate(shares, 1)]
         line = _Line(requests, take)
@@ -97,10 +98,10 @@ class Team:
             before, trained = trained, trained + self.player.num_images(k)
             for other in others:
                 other.send(until=trained)
-            needed = given_to(k)
+            numbers = given_to(k)
             with self.watch("local training"):
-                update = self.player.update(round, attempt, k, requests[k], phi, needed)
-            del needed
+                update = self.player.update(round, attempt, k, requests[k], phi, numbers)
+            del numbers
             line.come(k, self.arrived(update))
             del update
             for other in others:
@@ -146,8 +147,7 @@ class Team:
             with contextlib.suppress(RuntimeError):  # they are gone already
                 dist.broadcast(torch.tensor([Call.END, 0, 0, 0]), 0)
 
-    def travelled(self, numbers: Tensor) -> Tensor:
-        """Numbers as they arrive."""
+    def _travelled(self, numbers: Tensor) -> Tensor:
         if self.player.method.pooled:  # nothing leaves its place
             return numbers
         return over_the_wire(numbers, self.player.config.wire_dtype)
@@ -165,7 +165,7 @@ class Team:
             dist.broadcast(phi.contiguous(), 0)
 
     def arrived(self, update: Update) -> Update:
-        rows, extractor = self.travelled(update.rows), self.travelled(update.extractor)
+        rows, extractor = self._travelled(update.rows), self._travelled(update.extractor)
         if rows is update.rows and extractor is update.extractor:
             return update
         return replace(update, rows=rows, extractor=extractor)
@@ -213,8 +213,9 @@ class _Elsewhere:
     ):
         self.team, self.rank, self.requests, self.given_to = team, rank, requests, given_to
         ends = list(accumulate(map(team.player.num_images, share)))
-        # (client, images before it, and with it)
-        self.unsent = deque(zip(share, [0, *ends], ends, strict=False))
+        self.unsent = deque(
+            zip(share, [0, *ends], ends, strict=False)
+        )  # (client, images before, and with it)
         self.sending: deque[tuple[dist.Work, Tensor]] = deque()
         self.coming: deque[tuple[int, _Incoming]] = deque()
 
@@ -225,8 +226,7 @@ class _Elsewhere:
             numbers = self.given_to(k).flatten()
             with self.team.communication():
                 self.coming.append((end, _Incoming(k, self.rank, self.requests[k], self.team.player)))
-                if len(numbers):  # where none travel nobody waits for them
-                    self.sending.append((_started(dist.isend(numbers, self.rank)), numbers))
+                self.sending.append((_started(dist.isend(numbers, self.rank)), numbers))
                 while len(self.sending) > AHEAD:
                     self.sending.popleft()[0].wait()
 
@@ -269,7 +269,7 @@ def _play_share(player: Player, round: int, attempt: int, share: list[int], phi:
     following = next(coming, None)
     sending = deque[tuple[dist.Work, Tensor]]()  # on its way while the next is trained
     while own := following:
-        following = next(coming, None)  # the next client's rows come while this one is trained
+        following = next(coming, None)  # what the next client needs comes while this one is trained
         update = player.update(round, attempt, own.client, own.request, phi, own.wait())
         sending += [(_started(dist.isend(part, 0)), part) for part in _packed(update)]
         del own, update
@@ -281,16 +281,15 @@ def _play_share(player: Player, round: int, attempt: int, share: list[int], phi:
 
 
 class _Given:
-    """What a client needs beside phi, which rank 0 is going to send: Player.num_given."""
+    """What a client needs beside phi, and rank 0 is going to send."""
 
     def __init__(self, client: int, request: Request, player: Player):
         self.client, self.request = client, request
         self.numbers = torch.empty(player.num_given(request))
-        self.work = _started(dist.irecv(self.numbers, 0)) if len(self.numbers) else None
+        self.work = _started(dist.irecv(self.numbers, 0))
 
     def wait(self) -> Tensor:
-        if self.work:
-            self.work.wait()
+        self.work.wait()
         return self.numbers
 
 

@@ -5,8 +5,11 @@ from .fedavg import FEDAVG
 from .fedaws import FEDAWS
 from .fedbabu import FEDBABU
 from .fedbabu_ss import FEDBABU_SS
+from .fedper import FEDPER
+from .fedrep import FEDREP
 from .fedss import FEDSS
 from .full_softmax import FULL_SOFTMAX
+from .local_only import LOCAL_ONLY
 from .method import Method
 from .neg_only import NEG_ONLY
 from .pos_only import POS_ONLY
@@ -23,6 +26,9 @@ METHODS: dict[str, Method] = {
         FEDAVG,
         FEDBABU,
         FEDBABU_SS,
+        FEDPER,
+        FEDREP,
+        LOCAL_ONLY,
     )
 }
 

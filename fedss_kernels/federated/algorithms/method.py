@@ -37,6 +37,11 @@ class Method:
         return self.parts(1).rows
 
     @property
+    def alone(self) -> bool:
+        """Whether clients never meet, as their nets are their own too."""
+        return self.parts(1).net_at_home
+
+    @property
     def personal(self) -> bool:
         """Whether every client has a model of its own, so that there is none to try on everybody's images."""
         return self.parts(1).anything_at_home

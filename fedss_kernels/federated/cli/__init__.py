@@ -22,6 +22,7 @@ from .measure import CONFUSION, NOISE, PARAMETERS, PRIVACY
 from .methods import METHODS
 from .options import Mistake, Parser
 from .output import say_what_is_logged
+from .personalise import PERSONALISE
 from .report import REPORT
 from .streams import forgiving
 from .tools import BENCH, DOCTOR
@@ -80,6 +81,7 @@ COMMANDS: dict[str, Command] = {
     "compositions": COMPOSITIONS,
     "noise": NOISE,
     "confusion": CONFUSION,
+    "personalise": PERSONALISE,
     "privacy": PRIVACY,
     "parameters": PARAMETERS,
     "report": REPORT,

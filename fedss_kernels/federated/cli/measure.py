@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from ..figures.confusion import Confusion
 
 
-def _write(
+def write_measured(
     arguments: argparse.Namespace, out: Path, write: Callable[[], str], failed: Sequence[str] = ()
 ) -> int:
     """What was measured, as a table, a plot and a section of the report; the figures are written first.
@@ -124,7 +124,7 @@ def _noise(arguments: argparse.Namespace) -> int:
     failed = []
     if not all(math.isfinite(line.noise) for line in lines):
         failed.append("the model's gradients are not finite, so their noise is not")
-    return _write(arguments, out, lambda: noise.write(out, lines, data.num_classes), failed)
+    return write_measured(arguments, out, lambda: noise.write(out, lines, data.num_classes), failed)
 
 
 def _add_confusion_arguments(parser: argparse.ArgumentParser) -> None:
@@ -160,7 +160,9 @@ def _confusion(arguments: argparse.Namespace) -> int:
         if not math.isfinite(each.cosine):
             words = "class rows that are not finite: nothing is taken for their classes"
             print(f"fedss confusion: {folder}: {words}", file=sys.stderr)
-    return _write(arguments, arguments.out, lambda: confusion.write(arguments.out, found, arguments.client))
+    return write_measured(
+        arguments, arguments.out, lambda: confusion.write(arguments.out, found, arguments.client)
+    )
 
 
 def _told_apart(found: Sequence["Confusion"], folders: Sequence[Path]) -> list["Confusion"]:
@@ -218,7 +220,7 @@ def _privacy(arguments: argparse.Namespace) -> int:
                 if result.summary.not_finite_since is not None:
                     failed += [f"{negatives} negatives: {line}" for line in remarks(result.summary)]
     lines = privacy.measure(config, data, clients=arguments.clients, accuracy=accuracy)
-    return _write(arguments, out, lambda: privacy.write(out, lines), failed)
+    return write_measured(arguments, out, lambda: privacy.write(out, lines), failed)
 
 
 def _add_parameters_arguments(parser: argparse.ArgumentParser) -> None:
@@ -247,7 +249,9 @@ def _parameters(arguments: argparse.Namespace) -> int:
     with mistakes():
         lines = parameters.measure(arguments.model, arguments.dims)
         make_folder(arguments.out)
-    return _write(arguments, arguments.out, lambda: parameters.write(arguments.out, arguments.model, lines))
+    return write_measured(
+        arguments, arguments.out, lambda: parameters.write(arguments.out, arguments.model, lines)
+    )
 
 
 NOISE = Command(

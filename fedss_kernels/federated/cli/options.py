@@ -47,6 +47,7 @@ GROUPS = {
     "what travels, and what goes wrong with it": "wire_dtype",
     "the server": "server_optimizer",
     "the net": "model",
+    "what a model is worth to each client": "personalise_epochs",
     "the run": "class_store",
 }
 

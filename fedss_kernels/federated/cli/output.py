@@ -71,12 +71,13 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], least: Seq
 
 
 def print_markdown(text: str) -> None:
-    """A table of `markdown` as it is, but on a terminal that would break its lines."""
+    """Tables of `markdown`, an empty line between, as they are, but on a terminal that would break lines."""
     from rich.console import Console
 
     console = Console()
     if console.is_terminal and max(map(len, text.splitlines())) > console.width:
-        print_table(*read_markdown(text))
+        for table in text.split("\n\n"):
+            print_table(*read_markdown(table))
     else:
         print(text, end="")
 

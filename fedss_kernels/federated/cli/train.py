@@ -71,7 +71,7 @@ def _saved(out: Path) -> str:
 def _run(arguments: argparse.Namespace) -> int:
     from ..reports.progress import RunProgress
     from ..reports.remarks import remarks
-    from ..reports.report import Run, attempt, percent, write_run_report
+    from ..reports.report import Run, attempt, write_run_report
 
     resume = arguments.resume is not None
     with mistakes():
@@ -142,10 +142,7 @@ def _run(arguments: argparse.Namespace) -> int:
         print(f"of {sum(outcomes.values()):,} clients drawn {counts}: {out / 'ledger.csv'}")
     if arguments.profile:
         print_profile(result.seconds, len(played))
-    accuracy = f"MAP@10 {percent(s.map_at_10)}, recall@1 {percent(s.recall_at_1)}"
-    if s.task == "classification":
-        accuracy = f"top-1 {percent(s.top1)}, {accuracy}"
-    print(f"{accuracy}, {s.traffic.total / 1e6:,.1f} MB moved: {out if failed else out / 'report.html'}")
+    print(f"{s.told}, {s.traffic.total / 1e6:,.1f} MB moved: {out if failed else out / 'report.html'}")
     for line in (*failed, *remarks(s)):
         print(f"fedss run: {line}", file=sys.stderr)
     return 1 if failed or s.not_finite_since is not None else 0
@@ -304,7 +301,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     for line in (*comparison.notes, *comparison.failed):
         print(f"fedss {arguments.command}: {line}", file=sys.stderr)
     if comparison.table:
-        print_table(header(comparison.table), [cells(line) for line in comparison.table], LEAST)
+        print_table(header(comparison.table), cells(comparison.table), LEAST)
         print(f"the table, plots and report: {out / 'report.html'}")
     return 1 if comparison.failed else 0
 

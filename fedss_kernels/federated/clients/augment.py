@@ -1,9 +1,38 @@
 """Random changes to a client's training images that leave their classes as they are."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def as_input(images: Tensor) -> Tensor:
+    """uint8 pixels as the model's input: float32 in [0, 1]."""
+    return images.to(torch.float32).div_(255)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What a client's training images go through, the first thing first."""
+
+    crop_size: int = 0  # a square of so many pixels of each, anywhere in it; 0: it is whole
+    max_shift: int = 0  # moved by so many pixels at most
+    flip: bool = False  # every other one from left to right
+
+    def __call__(
+        self,
+        images: Tensor,  # (n, channels, H, W) uint8
+        rng: np.random.Generator,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:  # float32 in [0, 1], on the device
+        if self.crop_size:
+            images = random_crop(images, self.crop_size, rng)
+        images = as_input(images.to(device))
+        if self.max_shift > 0:
+            images = random_shift(images, self.max_shift, rng)
+        return random_flip(images, rng) if self.flip else images
 
 
 def random_shift(

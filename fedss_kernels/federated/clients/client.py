@@ -11,8 +11,8 @@ from ..data import FederatedData
 from ..messages import Request, Update
 from ..models.blocks import of_blocks
 from ..randomness import Purpose, generator
-from .augment import random_crop, random_flip, random_shift
-from .extractor import CPU, Extractor, as_embeddings, as_input
+from .augment import Augmentation
+from .extractor import CPU, Extractor, as_embeddings
 from .objectives import ClassRows
 from .sgd import sgd_step
 
@@ -31,14 +31,12 @@ class Client:
         seed: int,
         similarity: str = "cosine",
         momentum: float = 0.0,
-        max_shift: int = 0,
-        flip: bool = False,
-        crop_size: int = 0,  # of the images that it trains on, 0: they are whole
+        augmentation: Augmentation,
     ):
         self.extractor, self.data = extractor, data
         self.schedule, self.batch_size, self.seed = schedule, batch_size, seed
         self.scale, self.similarity, self.momentum = scale, similarity, momentum
-        self.max_shift, self.flip, self.crop_size = max_shift, flip, crop_size
+        self.augmentation = augmentation
 
     def positives(self, client: int) -> Tensor:  # (P,) int64, ascending
         """The classes in the client's data."""
@@ -60,13 +58,9 @@ class Client:
         model.flat.copy_(phi)
         if not model.module.training:
             model.module.train()
-        # Not torch.manual_seed, which formats a traceback each time for the sake of GPUs.
-        noise = generator(self.seed, round, attempt, client, Purpose.MODEL).integers(2**63)
-        torch.default_generator.manual_seed(int(noise))
-        if model.device.type == "cuda":
-            torch.cuda.default_generators[model.device.index].manual_seed(int(noise))
-        shuffle = generator(self.seed, round, attempt, client, Purpose.BATCHES)
-        augmentation = generator(self.seed, round, attempt, client, Purpose.AUGMENTATION)
+        key = self.seed, round, attempt, client
+        _seed_torch(int(generator(*key, Purpose.MODEL).integers(2**63)), model.device)
+        shuffle, changes = generator(*key, Purpose.BATCHES), generator(*key, Purpose.AUGMENTATION)
         objective = ClassRows(
             rows.to(model.device, copy=parts.rows.moves),
             request.to(model.device),
@@ -78,29 +72,24 @@ class Client:
         for moves, order in self.passes(held, round, shuffle):
             model.move([moves.blocks and part.moves for part in parts.blocks])
             objective.rows.requires_grad_(moves.rows and parts.rows.moves)
-            images = self.data.images[order]
-            if self.crop_size:
-                images = random_crop(images, self.crop_size, augmentation)
-            images = as_input(images.to(model.device))
-            if self.max_shift > 0:
-                images = random_shift(images, self.max_shift, augmentation)
-            if self.flip:
-                images = random_flip(images, augmentation)
+            images = self.augmentation(self.data.images[order], changes, model.device)
             target = torch.searchsorted(request.class_ids, self.data.labels[order]).to(model.device)
             for x, t in zip(images.split(self.batch_size), target.split(self.batch_size), strict=True):
                 total += len(t) * self._step(x, t, objective, lr, velocity)
             seen += len(order)
         objective.rows.grad = None  # what comes now takes no more memory than a step
-        trained, loss = objective.rows.detach().to(CPU), total.item() / seen
-        class_ids, moved = request.class_ids, rows[:0]
-        if parts.rows is Part.TRAINED:
-            moved = torch.sub(rows, trained, out=trained)
-        else:
-            class_ids = class_ids[:0]
-        after = model.flat.to(CPU)
-        phi_moved = of_blocks(phi - after, model.block_sizes, [part is Part.TRAINED for part in parts.blocks])
-        kept = _kept(parts, trained, after)
-        return Update(client, class_ids, moved, phi_moved, len(held), loss, kept)
+        trained, after = objective.rows.detach().to(CPU), model.flat.to(CPU)
+        goes = [part is Part.TRAINED for part in parts.blocks]
+        travels = parts.rows is Part.TRAINED
+        return Update(
+            client,
+            request.class_ids if travels else request.class_ids[:0],
+            torch.sub(rows, trained, out=trained) if travels else rows[:0],
+            of_blocks(phi - after, model.block_sizes, goes),
+            len(held),
+            total.item() / seen,
+            _kept(parts, trained, after),
+        )
 
     def passes(self, held: Tensor, round: int, shuffle: np.random.Generator) -> Iterator[tuple[Pass, Tensor]]:
         """What moves, and the images that are trained on, in order."""
@@ -131,6 +120,13 @@ class Client:
                 assert rows.grad is not None
                 sgd_step(rows, rows.grad, lr, self.momentum, of_rows)
         return loss.detach().double()  # no number: that would wait for a GPU
+
+
+def _seed_torch(seed: int, device: torch.device) -> None:
+    """For a net that draws. Not torch.manual_seed, which formats a traceback for the sake of GPUs."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index].manual_seed(seed)
 
 
 def _kept(parts: Parts, rows: Tensor, phi: Tensor) -> Tensor | None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.blocks import ranges
-from .augment import centre_crop
+from .augment import as_input, centre_crop
 from .sgd import sgd_step
 
 CPU = torch.device("cpu")
@@ -93,11 +93,6 @@ class Extractor:
 def _same(a: Tensor, b: Tensor) -> bool:
     """Torch has no NaN equal to itself."""
     return torch.equal(a, b) or (a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all()))
-
-
-def as_input(images: Tensor) -> Tensor:
-    """uint8 pixels as the model's input: float32 in [0, 1]."""
-    return images.to(torch.float32).div_(255)
 
 
 def as_embeddings(found: object) -> Tensor:

@@ -10,9 +10,9 @@ from ..messages import Request
 
 @dataclass
 class ClassRows:
-    """The sampled softmax over class rows: cosines, or dot products with a bias, a row's last number."""
+    """The sampled softmax over class rows: of scale * cos(x, w), or of scale * (x . w + b)."""
 
-    rows: Tensor  # (S, D), of dot products (S, D + 1), on the device that trains
+    rows: Tensor  # (S, D), of dot products (S, D + 1), b the last number; on the device that trains
     request: Request  # how the loss uses them, on the same device
     scale: float
     similarity: str
@@ -26,7 +26,7 @@ class ClassRows:
             target,
             self.request.denominator,
             self.request.log_expected_count,
-            bias=bias,
+            bias=None if bias is None else self.scale * bias,
             scale=self.scale,
             similarity=self.similarity,
         )

@@ -22,14 +22,9 @@ from ..models import (
 from ..models.blocks import blocks_of
 from ..models.vision import load_checkpoint
 from ..randomness import Purpose, generator, initial_rows
-from .augment import centre_crop
+from .augment import Augmentation, as_input, centre_crop
 from .client import Client
-from .extractor import (
-    CPU,
-    Extractor,
-    as_embeddings,
-    as_input,
-)
+from .extractor import CPU, Extractor, as_embeddings
 from .poison import poisoned
 from .pooled import PooledClient
 
@@ -58,9 +53,7 @@ class Player:
             "seed": config.seed,
             "similarity": config.similarity,
             "momentum": config.client_momentum,
-            "max_shift": config.max_shift,
-            "flip": config.flip,
-            "crop_size": config.crop_size,
+            "augmentation": Augmentation(config.crop_size, config.max_shift, config.flip),
         }
         if self.method.pooled:
             self.client: Client = PooledClient(self.extractor, data, cohort=config.cohort, **options)
@@ -110,6 +103,13 @@ class Player:
         """Numbers that a client keeps from round to round: its rows, and its net where that stays too."""
         rows = self.data.num_classes * self.config.row_dim if self.parts.anything_at_home else 0
         return rows + (len(self.extractor.flat) if self.parts.net_at_home else 0)
+
+    @property
+    def store_size(self) -> tuple[int, int]:
+        """(rows, numbers in each) of a class store: of the class matrix, or of what clients have at home."""
+        if self.parts.anything_at_home:
+            return len(self.client.data.clients), self.num_at_home
+        return self.data.num_classes, self.config.row_dim
 
     def num_given(self, request: Request) -> int:
         """Numbers that a client needs for its round beside phi: class rows, or what it has at home."""

@@ -17,7 +17,7 @@ from .extractor import Extractor
 def pooled(data: FederatedData) -> FederatedData:
     """The same data with one client, who has every image."""
     images = torch.cat(data.clients)
-    return replace(data, clients=(images,), client_names=("everyone",))
+    return replace(data, clients=(images,), client_names=("everyone",), test_clients=())
 
 
 class PooledClient(Client):

@@ -1,6 +1,7 @@
 """Several methods and seeds, side by side: one run in its own process each, one table, one report."""
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,9 @@ from pathlib import Path
 from ..config import Config, ConfigError
 from ..disk import write_whole
 from ..files.run_folder import faults, prepare
+from ..ledger import KINDS
 from ..loading import check_data, fitted, load_data, with_a_net
+from ..measures import MEASURES, Measure, Measures, percent
 from ..plan import FILE, Case, Plan, case_of
 from ..reports.mean_sd import mean_sd
 from ..reports.remarks import remarks
@@ -18,7 +21,6 @@ from ..reports.report import (
     Run,
     attempt,
     by_case,
-    percent,
     write_comparison_report,
 )
 from ..reports.tables import markdown, write_csv
@@ -45,22 +47,33 @@ class Line:
     num_negatives: int | None  # where there are several
     client_lr: float
     seeds: int
-    top1: float | None
-    top1_sd: float | None
-    map_at_10: float | None
-    map_at_10_sd: float | None
-    recall_at_1: float | None
-    recall_at_1_sd: float | None
+    measures: Measures  # no column
+    measured: Mapping[str, tuple[float | None, float | None]]  # mean and sd, a column each
     class_set: float  # mean |S_k|
     class_set_share: float  # of C
     bytes_per_client_round: float
-    bytes_extractor: float
-    bytes_rows: float
-    bytes_ids: float
+    bytes_by_kind: Mapping[str, float]  # a column each
     bytes_total: float
     saving: float  # of all bytes, against full_softmax in as many rounds
-    class_saving: float  # of class rows and ids alone
+    class_saving: float  # of what grows with the number of classes alone
     seconds: float
+
+    @property
+    def bytes_for_classes(self) -> float:
+        return sum(count for kind, count in self.bytes_by_kind.items() if KINDS[kind].by_class)
+
+    def columns(self, measured: Sequence[str], kinds: Sequence[str]) -> dict[str, object]:
+        """Of table.csv, where the table has these measures and kinds."""
+        found = dict[str, object]()
+        for field in dataclasses.fields(self):
+            if field.name == "measured":
+                for name in measured:
+                    found[name], found[f"{name}_sd"] = self.measured.get(name, (None, None))
+            elif field.name == "bytes_by_kind":
+                found |= {f"bytes_{kind}": self.bytes_by_kind.get(kind, 0.0) for kind in kinds}
+            elif field.name != "measures":
+                found[field.name] = getattr(self, field.name)
+        return found
 
 
 @dataclass(frozen=True)
@@ -151,7 +164,7 @@ def report_again(out: Path) -> list[str]:
 
 def _write_report(out: Path, runs: Sequence[Run], failed: Sequence[str]) -> None:
     table = tabulate(runs)
-    write_comparison_report(out, runs, header(table), [cells(line) for line in table], failed)
+    write_comparison_report(out, runs, header(table), cells(table), failed)
 
 
 def _ignore(job: int, metrics: object) -> None:
@@ -181,7 +194,7 @@ def _best_rates(
         mine = [job for job, config in enumerate(trials) if case_of(config, plan.several) == case]
         lost = {job: failures[job] for job in mine if job in failures}
         missing = [job for job, failure in lost.items() if not failure.lasting]
-        tried = {trials[job].client_lr: _accuracy(runs[job]) for job in mine if job in runs}
+        tried = {trials[job].client_lr: _merit(runs[job]) for job in mine if job in runs}
         if missing:  # a rate chosen without it might be another once it is there
             failed += [
                 f"a trial of {folder_of(trials[job]).name} failed: {lost[job].words}; {case.label} is not "
@@ -198,8 +211,10 @@ def _best_rates(
     return best, notes, failed
 
 
-def _accuracy(run: Run) -> float:
-    return run.summary.accuracy if run.summary.accuracy is not None else 0.0
+def _merit(run: Run) -> float:
+    """The headline's value, or where less is better less of it."""
+    accuracy, sign = run.summary.accuracy, 1 if run.summary.headline.more_is_better else -1
+    return -math.inf if accuracy is None else sign * accuracy
 
 
 def _write_rates(
@@ -209,11 +224,11 @@ def _write_rates(
     runs: Mapping[int, Run],
     failures: Mapping[int, Failure],
 ) -> None:
-    """rates.csv: of each trial its accuracy, or why it has none."""
-    lines = [["case", "client_lr", "accuracy", "failed"]]
+    """rates.csv: of each trial its headline's value, or why it has none."""
+    lines: list[list[object]] = [["case", "client_lr", "accuracy", "failed"]]
     for job, config in enumerate(trials):
-        result = ["", failures[job].words] if job in failures else [str(_accuracy(runs[job])), ""]
-        lines.append([case_of(config, plan.several).name, str(config.client_lr), *result])
+        result = ["", failures[job].words] if job in failures else [runs[job].summary.accuracy, ""]
+        lines.append([case_of(config, plan.several).name, config.client_lr, *result])
     write_csv(out / "rates.csv", lines)
 
 
@@ -233,9 +248,14 @@ LEAST = ("seconds", "saved of these", "MB for classes", "rate", "|S_k| (of C)") 
 
 def header(table: Sequence[Line]) -> list[str]:
     """Of the columns of `cells`."""
-    first = "top-1 (%)" if any(line.top1 is not None for line in table) else "recall@1 (%)"
     counted = ["MB moved", "saved", "MB for classes", "saved of these", "seconds"]
-    return ["method", "rate", first, "MAP@10 (%)", "|S_k| (of C)", *counted]
+    measured = [MEASURES[name].column for name in _shown(table)]
+    return ["method", "rate", *measured, "|S_k| (of C)", *counted]
+
+
+def _shown(table: Sequence[Line]) -> list[str]:
+    """The measures in the table: those of the methods, each once."""
+    return list(dict.fromkeys(name for line in table for name in line.measures.shown))
 
 
 def tabulate(runs: Sequence[Run]) -> list[Line]:
@@ -246,27 +266,24 @@ def tabulate(runs: Sequence[Run]) -> list[Line]:
 
 def _line(case: Case, runs: Sequence[Run]) -> Line:
     summaries = [run.summary for run in runs]
-    top1, top1_sd = _mean_sd([s.top1 for s in summaries])
-    map_at_10, map_at_10_sd = _mean_sd([s.map_at_10 for s in summaries])
-    recall_at_1, recall_at_1_sd = _mean_sd([s.recall_at_1 for s in summaries])
-    mean = statistics.fmean
+    measures, mean = summaries[0].measures, statistics.fmean
     return Line(
         method=case.method,
         num_negatives=case.num_negatives,
         client_lr=runs[0].config.client_lr,
         seeds=len(runs),
-        top1=top1,
-        top1_sd=top1_sd,
-        map_at_10=map_at_10,
-        map_at_10_sd=map_at_10_sd,
-        recall_at_1=recall_at_1,
-        recall_at_1_sd=recall_at_1_sd,
+        measures=measures,
+        measured={
+            name: _mean_sd([s.measured.get(name) for s in summaries])
+            for name in measures.names
+            if MEASURES[name].compared
+        },
         class_set=mean(s.mean_class_set for s in summaries),
         class_set_share=mean(s.mean_class_set / s.num_classes for s in summaries),
         bytes_per_client_round=mean(run.summary.traffic.total / run.updates for run in runs),
-        bytes_extractor=mean(s.traffic.extractor for s in summaries),
-        bytes_rows=mean(s.traffic.rows for s in summaries),
-        bytes_ids=mean(s.traffic.up_ids for s in summaries),
+        bytes_by_kind={
+            kind.name: mean(s.traffic.of(kind.name) for s in summaries) for kind in summaries[0].traffic.kinds
+        },
         bytes_total=mean(s.traffic.total for s in summaries),
         saving=mean(run.saving for run in runs),
         class_saving=mean(run.class_saving for run in runs),
@@ -280,33 +297,36 @@ def _mean_sd(values: Sequence[float | None]) -> tuple[float | None, float | None
     return mean_sd(numbers) if numbers else (None, None)
 
 
-def cells(line: Line) -> list[str]:
-    """A line as text, under `header`."""
-    first = line.top1, line.top1_sd
-    if line.top1 is None:  # of a retrieval
-        first = line.recall_at_1, line.recall_at_1_sd
+def cells(table: Sequence[Line]) -> list[list[str]]:
+    """The lines as text, under `header`."""
+    shown = _shown(table)
+    return [_cells(line, shown) for line in table]
+
+
+def _cells(line: Line, shown: Sequence[str]) -> list[str]:
     return [
         Case(line.method, line.num_negatives).label,
         f"{line.client_lr:g}",
-        _with_sd(*first),
-        _with_sd(line.map_at_10, line.map_at_10_sd),
+        *(_with_sd(MEASURES[name], *line.measured.get(name, (None, None))) for name in shown),
         f"{line.class_set:.1f} ({percent(line.class_set_share)})",
         f"{line.bytes_total / MEGABYTE:,.1f}",
         percent(line.saving),
-        f"{(line.bytes_rows + line.bytes_ids) / MEGABYTE:,.1f}",
+        f"{line.bytes_for_classes / MEGABYTE:,.1f}",
         percent(line.class_saving),
         f"{line.seconds:.0f}",
     ]
 
 
-def _with_sd(mean: float | None, sd: float | None) -> str:
+def _with_sd(measure: Measure, mean: float | None, sd: float | None) -> str:
     if mean is None:
         return "–"
-    return f"{100 * mean:.1f}" if sd is None else f"{100 * mean:.1f} ± {100 * sd:.1f}"
+    return measure.figure(mean) if sd is None else f"{measure.figure(mean)} ± {measure.figure(sd)}"
 
 
 def write_tables(out: Path, table: Sequence[Line]) -> None:
     """table.csv, with shares in [0, 1] and bytes as they are, and table.md, with the text of `cells`."""
-    names = [field.name for field in dataclasses.fields(Line)]
-    write_csv(out / "table.csv", [names, *(dataclasses.astuple(line) for line in table)])
-    write_whole(out / "table.md", markdown(header(table), [cells(line) for line in table]))
+    measured = dict.fromkeys(name for line in table for name in line.measured)
+    kinds = [kind for kind in KINDS if any(kind in line.bytes_by_kind for line in table)]
+    lines = [line.columns([*measured], kinds) for line in table]
+    write_csv(out / "table.csv", [[*lines[0]], *([*line.values()] for line in lines)])
+    write_whole(out / "table.md", markdown(header(table), cells(table)))

@@ -34,7 +34,7 @@ from .cache import Arrays, cached_arrays
 from .class_folders import ClassFolders, image_endings
 from .damage import DamagedImages, of_the_system, say_left_out
 from .images import VERSION, OnProgress, decode
-from .partition import FederatedData, Partition, divide
+from .partition import FederatedData, Partition, divide, divide_test
 from .pixels import Failure, failure, read_file, unlimited
 
 SOURCE = "https://www.cs.toronto.edu/~kriz/cifar.html"
@@ -134,6 +134,7 @@ def load_cifar(
         class_names=tuple(arrays["class_names"].tolist()),
         task=task,
         notes=notes,
+        test_clients=divide_test(arrays["labels"], clients, arrays["test_labels"], how, task, seed),
     )
 
 

@@ -19,7 +19,7 @@ import torch
 from .class_folders import ByClass, ClassFolders
 from .damage import DamagedImages, printable, say_left_out, some
 from .images import OnProgress, cached_images
-from .partition import FederatedData, Found, Partition, divide, draw_share
+from .partition import FederatedData, Found, Partition, divide, divide_test, draw_share
 
 SOURCE = "wherever they come from: this is a folder of your own"
 log = logging.getLogger(__name__)
@@ -200,6 +200,7 @@ def from_files(
         task=task,
         how=made_by,
         notes=known,
+        test_clients=divide_test(labels, clients, test_labels, made_by, task, seed),
     )
 
 

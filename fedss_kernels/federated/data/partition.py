@@ -19,6 +19,7 @@ from torch import Tensor
 from ..config_error import ConfigError
 from .array_file import map_images, mapped_from
 from .handed_over import integer, integers, listed, tensor
+from .shares import apportion
 
 TASKS = ("classification", "retrieval")
 PARTITIONS = ("natural", "classes", "dirichlet", "iid")
@@ -69,6 +70,11 @@ class FederatedData:
     task: "classification", whose test images are of the training classes, or "retrieval", of others.
     how: the Partition that made the clients, where its numbers were chosen to fit; else None.
     notes: what a reader of the results should know of the data, a line each, as what was left out.
+    test_clients: for each client k the rows of `test_images` that it is tested on after it has fine-tuned the
+        model, (t_k,) int64 in [0, T), some maybe without one, no row twice; () where nobody knows whose they
+        are.
+    newcomers: people who are no clients and come when the training is over: for each the rows of `images`
+        that it can fine-tune on, at least one, and those of `test_images` that it is tested on.
     """
 
     name: str
@@ -83,6 +89,8 @@ class FederatedData:
     task: str
     how: Partition | None = None
     notes: tuple[str, ...] = ()
+    test_clients: tuple[Tensor, ...] = ()  # of (t_k,) int64
+    newcomers: tuple[tuple[Tensor, Tensor], ...] = ()  # of ((n,) int64, (t,) int64)
 
     def __repr__(self) -> str:
         return f"<FederatedData {self.name}, {self.task}: {self.found.line}>"
@@ -113,12 +121,11 @@ class FederatedData:
             values[name] = tensor(name, getattr(self, name))
         for name in ("labels", "test_labels"):
             values[name] = integers(name, getattr(self, name))
-        for name in ("clients", "client_names", "class_names"):
+        for name in ("clients", "client_names", "class_names", "test_clients", "newcomers"):
             values[name] = listed(name, getattr(self, name))
-        rows = "a non-empty (n_k,) tensor of integers"
-        values["clients"] = tuple(
-            integers(f"clients[{k}]", held, rows) for k, held in enumerate(values["clients"])
-        )
+        for name, rows in (("clients", _HELD), ("test_clients", _TESTED)):
+            values[name] = tuple(integers(f"{name}[{k}]", of, rows) for k, of in enumerate(values[name]))
+        values["newcomers"] = tuple(_newcomer(k, of) for k, of in enumerate(values["newcomers"]))
         for name, value in values.items():
             object.__setattr__(self, name, value)
         self._check()
@@ -149,12 +156,45 @@ class FederatedData:
                 f"got {len(self.client_names)}"
             )
         for k, rows in enumerate(self.clients):
-            if rows.dim() != 1 or not len(rows):
-                raise ValueError(
-                    f"clients[{k}]: expected a non-empty (n_k,) tensor of integers, got {tuple(rows.shape)}"
-                )
-            if int(rows.min()) < 0 or int(rows.max()) >= len(self.images):
-                raise ValueError(f"clients[{k}]: expected rows in [0, {len(self.images)}), got {_span(rows)}")
+            _check_rows(f"clients[{k}]", rows, len(self.images), _HELD)
+        if len(self.test_clients) not in (0, len(self.clients)):
+            raise ValueError(
+                f"test_clients: expected one for each of the {len(self.clients)} clients, or none, "
+                f"got {len(self.test_clients)}"
+            )
+        for k, rows in enumerate(self.test_clients):
+            _check_rows(f"test_clients[{k}]", rows, len(self.test_images), _TESTED)
+        _check_once("test_clients: expected every row", self.test_clients)
+        for k, (held, tested) in enumerate(self.newcomers):
+            _check_rows(f"newcomers[{k}][0]", held, len(self.images), _HELD)
+            _check_rows(f"newcomers[{k}][1]", tested, len(self.test_images), _TESTED)
+        _check_once("newcomers: expected every test row", [tested for _, tested in self.newcomers])
+
+
+_HELD, _TESTED = "a non-empty (n_k,) tensor of integers", "a (t_k,) tensor of integers"
+
+
+def _newcomer(number: int, given: Any) -> tuple[Tensor, Tensor]:
+    name = f"newcomers[{number}]"
+    pair = listed(name, given)
+    if len(pair) != 2:
+        raise ValueError(f"{name}: expected a pair, rows of images and of test_images, got {len(pair)}")
+    return integers(f"{name}[0]", pair[0], _HELD), integers(f"{name}[1]", pair[1], _TESTED)
+
+
+def _check_rows(name: str, rows: Tensor, limit: int, expected: str) -> None:
+    if rows.dim() != 1 or (expected is _HELD and not len(rows)):
+        raise ValueError(f"{name}: expected {expected}, got {tuple(rows.shape)}")
+    if len(rows) and (int(rows.min()) < 0 or int(rows.max()) >= limit):
+        raise ValueError(f"{name}: expected rows in [0, {limit}), got {_span(rows)}")
+
+
+def _check_once(expected: str, parts: Sequence[Tensor]) -> None:
+    if parts:
+        rows, counts = torch.cat(tuple(parts)).unique(return_counts=True)
+        twice = rows[counts > 1]
+        if len(twice):
+            raise ValueError(f"{expected} once, got row {int(twice[0])} twice")
 
 
 def _check_images(
@@ -227,7 +267,8 @@ def partition(
     else:
         test_labels = np.unique(shown, return_inverse=True)[1]
     authors, owner = _authors(drawings, of_image, train)
-    rows, names = divide(labels, how or Partition("natural"), seed, authors, owner)
+    how = how or Partition("natural")
+    rows, names = divide(labels, how, seed, authors, owner)
     return FederatedData(
         name=name,
         images=torch.from_numpy(drawings.images[train]).unsqueeze(1),
@@ -239,6 +280,7 @@ def partition(
         num_classes=len(classes),
         class_names=tuple(drawings.character_names[c] for c in classes),
         task=task,
+        test_clients=divide_test(labels, rows, test_labels, how, task, seed),
     )
 
 
@@ -392,6 +434,33 @@ def divide(
     else:
         holder = iid(len(labels), count, seed)
     return _held(holder, count), tuple(f"client {k}" for k in range(count))
+
+
+def divide_test(
+    labels: np.ndarray,  # (N,) of the training images
+    clients: Sequence[Tensor],  # the training images that each holds
+    test_labels: np.ndarray,  # (T,)
+    how: Partition,
+    task: str,
+    seed: int,
+) -> tuple[Tensor, ...]:  # the test images of each, ascending
+    """Each class' test images cut among its holders, in proportion to their training images of it.
+
+    Every image goes to one of them, drawn by `seed`. None does, as (), in the natural partition, whose test
+    images are other people's, and of a retrieval, whose classes nobody holds.
+    """
+    if how.kind == "natural" or task != "classification":
+        return ()
+    count, rng = len(clients), _random(seed, 0x7E57)
+    holder = np.repeat(np.arange(count), [len(held) for held in clients])
+    pairs, images = np.unique(labels[torch.cat(tuple(clients)).numpy()] * count + holder, return_counts=True)
+    of_class = np.bincount(test_labels, minlength=int(labels.max()) + 1)
+    parts = apportion(of_class, pairs // count, images, rng)
+    order = rng.permutation(len(test_labels))
+    order = order[np.argsort(test_labels[order], kind="stable")]
+    tester = np.full(len(test_labels), count)  # of the classes that nobody holds
+    tester[order[np.isin(test_labels[order], labels)]] = np.repeat(pairs % count, parts)
+    return _held(tester, count + 1)[:count]
 
 
 def _held(holder: np.ndarray, count: int) -> tuple[Tensor, ...]:

@@ -1,6 +1,6 @@
 """What a model takes a client's images for, among the client's own classes: Fig. 7 of the FedSS paper.
 
-    confusion(i, j) = share of the client's images of class i whose largest cosine, of its classes, is with j
+    confusion(i, j) = share of the client's images of class i whose most similar row, of its classes, is j's
 
 Beside it the mean cosine between two of the client's class rows: near 1 they have collapsed onto one.
 """
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...plotting import plotting
 from ..algorithms import METHODS
+from ..clients.objectives import weight_and_bias
 from ..clients.player import Player
 from ..config import Config
 from ..data import FederatedData
@@ -61,9 +62,10 @@ def measure(
     player.extractor.module.load_state_dict(model[0])
     held = data.clients[client]
     classes = data.labels[held].unique()
-    rows, finite = directions(model[1][classes])
+    rows, finite = directions(weight_and_bias(model[1][classes], config.similarity)[0])
     rows = torch.where(finite[:, None], rows, torch.nan)
-    found = nearest(player.extractor.embed(data.images[held]), model[1][classes])
+    embedded = player.extractor.embed(data.images[held])
+    found = nearest(embedded, model[1][classes], similarity=config.similarity)
     label, taken = torch.searchsorted(classes, data.labels[held]), found != NOTHING
     counts = torch.zeros(len(classes), len(classes), dtype=torch.float64)
     counts.index_put_((label[taken], found[taken]), torch.ones((), dtype=torch.float64), accumulate=True)

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from ...class_sets import draw_negatives
 from ...plotting import plotting
-from ...sampled_softmax import sampled_softmax_loss
 from ..algorithms import METHODS
 from ..clients.extractor import as_embeddings
+from ..clients.objectives import ClassRows
 from ..clients.player import Player
 from ..config import Config
 from ..data import FederatedData
-from ..randomness import Purpose, generator, initial_rows
+from ..randomness import Purpose, generator
 from ..reports.mean_sd import mean_sd
 from ..reports.report import write_section
 from ..reports.tables import write_csv
@@ -63,14 +63,13 @@ def measure(
     *,
     batches: int,
     draws: int,
-    model: tuple[dict[str, Tensor], Tensor] | None = None,  # (net, W (C, D)); None: as they are drawn
+    model: tuple[dict[str, Tensor], Tensor] | None = None,  # (net, W); None: as they are drawn
     on_line: Callable[[Line], None] = lambda line: None,
 ) -> list[Line]:
     """A line for each of `counts`, on `batches` clients and `draws` of negatives for each."""
     player = Player(config, data)
     if model is None:
-        ids = torch.arange(data.num_classes)
-        weight = initial_rows(config.seed, ids, config.embedding_dim, config.weight_init_scale)
+        weight = player.known_rows(torch.arange(data.num_classes))
     else:
         player.extractor.module.load_state_dict(model[0])
         weight = model[1]
@@ -121,14 +120,8 @@ class _Batch:
         request = METHODS[method].request(num_classes, self.positives, negatives, config.correction)
         embeddings = self.embeddings.detach().double().requires_grad_()
         rows = self.weight[request.class_ids].double().requires_grad_()
-        loss = sampled_softmax_loss(
-            embeddings,
-            rows,
-            torch.searchsorted(request.class_ids, self.labels),
-            request.denominator,
-            request.log_expected_count,
-            scale=config.scale,
-        )
+        objective = ClassRows(rows, request, config.scale, config.similarity)
+        loss = objective.loss(embeddings, torch.searchsorted(request.class_ids, self.labels))
         of_embeddings, of_rows = torch.autograd.grad(loss, [embeddings, rows])
         of_weight = torch.zeros(num_classes, rows.shape[1], dtype=torch.float64)
         of_weight[request.class_ids] = of_rows

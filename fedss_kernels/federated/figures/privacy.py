@@ -22,6 +22,7 @@ import torch
 
 from ...plotting import plotting
 from ..algorithms import METHODS
+from ..algorithms.parts import Part
 from ..clients.player import Player
 from ..config import STICKY, Config, ConfigError
 from ..data import FederatedData
@@ -67,8 +68,9 @@ def posterior(num_classes: int, positives: int, sticky: int, fresh: int, request
 
 
 def check(config: Config) -> None:
-    """Raises ConfigError for a method without clients, who ask for nothing."""
-    if METHODS[config.method].pooled:
+    """Raises ConfigError for a method without clients, or one whose clients ask for nothing."""
+    method = METHODS[config.method]
+    if method.pooled or method.rows is not Part.TRAINED:
         raise ConfigError("method", f"expected one whose clients ask for rows, got {config.method!r}")
 
 

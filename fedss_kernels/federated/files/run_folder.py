@@ -7,7 +7,8 @@ checkpoint-*  what a run that was stopped goes on from, and a finished one to mo
 record/       the run's own copy of the tables, from which it is resumed and reported
 summary.json  the figures at the end; it says that the run is finished
 model.pt      {"extractor": state dict, "weight": W}, for torch.load(path, weights_only=True); without W
-              where that is in a class store
+              where that is in a class store; of clients that keep their own rows these too: "clients" (n,),
+              "heads" (n, C, D), and "bodies" (n, P) where their nets are their own
 report.html, accuracy_by_round.png, accuracy_by_bytes.png
 *-changed.csv what another program made of a table
 error.txt     the traceback, where a run of `fedss compare` failed
@@ -19,7 +20,7 @@ import logging
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ from ..algorithms import METHODS
 from ..config import Config, ConfigError, read_options
 from ..data import FederatedData
 from ..disk import remove_unfinished, replacing, write_whole
-from ..ledger import OUTCOMES, Entry, Traffic, client_traffic
+from ..ledger import FLOWS, OUTCOMES, Entry, Traffic, client_traffic, is_flow
 from ..lock import Lock
+from ..measures import BY_TASK, MEASURES, Measured, Measures
 from . import checkpoint
 from .checkpoint import Checkpoint, CheckpointError
 from .fingerprint import Fingerprint
@@ -49,35 +51,21 @@ RUN_FILES = (
     "accuracy_by_bytes.png",
     "error.txt",
 )
+_BYTES = "bytes_"  # of a column of metrics.csv, before a flow
 MAY_CHANGE = ("rounds", *checkpoint.MAY_DIFFER)  # options of a run that goes on
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Accuracies:
-    """Shares in [0, 1]; None: not measured."""
-
-    top1: float | None = None
-    map_at_10: float | None = None
-    recall_at_1: float | None = None
-    recall_at_10: float | None = None
-    not_finite: int | None = None  # test images whose embedding has a number that is not finite: misses
-
-
-@dataclass(frozen=True)
-class RoundMetrics:
-    """One line of metrics.csv. Accuracies are shares in [0, 1], None in rounds without an evaluation."""
+class RoundMetrics(Measured):
+    """One line of metrics.csv: a column for each measure of the run, None in rounds without an evaluation."""
 
     round: int  # rounds done, from 1
     loss: float  # mean over the cohort's images of the clients' training loss
     client_lr: float
-    top1: float | None
-    map_at_10: float | None
-    recall_at_1: float | None
-    recall_at_10: float | None
-    # test images whose embedding is not finite, which are misses; None as of the accuracies
-    not_finite: int | None = field(default=None, kw_only=True)
-    # the round from which on the model has had numbers that are not finite, and no accuracies
+    measures: Measures  # of the run: no column
+    measured: Mapping[str, float | None]  # a column each
+    # the round from which on the model has had numbers that are not finite, and no measures
     not_finite_since: int | None = field(default=None, kw_only=True)
     attempts: int  # cohorts drawn, as one in which too few answer is followed by another
     accepted: int  # answers that counted
@@ -86,17 +74,44 @@ class RoundMetrics:
     rejected: int  # answers that were left out, as something was wrong with them
     discarded: int  # answers that nothing was wrong with, in cohorts of which too few answered
     mean_class_set: float  # mean |S_k| over the clients drawn
-    bytes_down_extractor: int
-    bytes_down_rows: int
-    bytes_up_ids: int
-    bytes_up_extractor: int
-    bytes_up_rows: int
+    traffic: Traffic  # a column bytes_FLOW for each of its flows
     bytes_so_far: int  # of this and all earlier rounds
     seconds: float  # since the run began, evaluations included
 
+    @classmethod
+    def header(cls, measures: Measures, flows: Sequence[str]) -> list[str]:
+        """The columns of a run with these."""
+        of = {each.name: [each.name] for each in fields(cls)}
+        of |= {"measures": [], "measured": [*measures.names], "traffic": [_BYTES + flow for flow in flows]}
+        return [column for columns in of.values() for column in columns]
+
     @property
-    def traffic(self) -> Traffic:
-        return Traffic(*(getattr(self, f"bytes_{field.name}") for field in fields(Traffic)))
+    def line(self) -> list[object]:
+        """Under `header`."""
+        of = {each.name: [getattr(self, each.name)] for each in fields(self)}
+        of |= {
+            "measures": [],
+            "measured": [*self.measured.values()],
+            "traffic": [*self.traffic.bytes.values()],
+        }
+        return [value for values in of.values() for value in values]
+
+    @classmethod
+    def read(cls, line: Mapping[str, str], measures: Measures) -> "RoundMetrics":
+        """Of a table's line. Raises ValueError for a column that this version does not know."""
+        own = {each.name for each in fields(cls)} - {"measures", "measured", "traffic"}
+        values, measured, moved = dict[str, Any](), dict[str, float | None](), dict[str, int]()
+        for column, text in line.items():
+            if column in own:
+                values[column] = _number(text)
+            elif column in MEASURES:
+                measured[column] = _number(text)
+            elif is_flow(flow := column.removeprefix(_BYTES)):
+                moved[flow] = int(text)
+            else:
+                version = checkpoint.versions()["fedss-kernels"]
+                raise ValueError(f"fedss-kernels {version} knows no column {column!r}")
+        return cls(measures=measures, measured=measured, traffic=Traffic(moved), **values)
 
 
 @dataclass(frozen=True)
@@ -110,31 +125,42 @@ class Facts:
     num_train_images: int
     num_test_images: int
     num_parameters: int  # of the extractor
+    measures: Measures
+    flows: tuple[str, ...]  # the columns of its ledger
     notes: list[str] = field(default_factory=list)  # of the data: what was left out
 
     @classmethod
-    def of(cls, data: FederatedData, num_parameters: int) -> "Facts":
+    def of(
+        cls, data: FederatedData, num_parameters: int, measures: Measures, flows: Sequence[str]
+    ) -> "Facts":
         images = sum(len(held) for held in data.clients)
         sizes = data.num_classes, len(data.clients), images, len(data.test_images)
-        return cls(data.name, data.task, *sizes, num_parameters, list(data.notes))
+        return cls(data.name, data.task, *sizes, num_parameters, measures, tuple(flows), list(data.notes))
 
     @property
     def text(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
+    @classmethod
+    def read(cls, text: str | bytes) -> "Facts":
+        """Of `text`; an earlier version's had neither measures nor flows, as they were always the same."""
+        values = json.loads(text)
+        listed = values.pop("measures", None)
+        measures = Measures.read(listed) if listed else BY_TASK[values["task"]]
+        flows = tuple(values.pop("flows", FLOWS["travel"]))
+        return cls(measures=measures, flows=flows, **values)
+
 
 @dataclass(frozen=True)
-class Summary:
+class Summary(Measured):
     """The figures of a run, at its end or so far. Bytes are those of all clients and rounds."""
 
     method: str
     data: str
     task: str
     seed: int
-    top1: float | None
-    map_at_10: float | None
-    recall_at_1: float | None
-    recall_at_10: float | None
+    measures: Measures  # not in summary.json
+    measured: Mapping[str, float | None]  # as in the last round that was evaluated; an entry each
     rounds: int
     cohort: int
     accepted: int
@@ -152,30 +178,37 @@ class Summary:
     traffic: Traffic
     full_traffic: Traffic  # what full_softmax moves in as many rounds
     seconds: float
-    not_finite: int | None = None  # as in the last round
     not_finite_since: int | None = None
     notes: list[str] = field(default_factory=list)  # as in Facts
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """The entries of summary.json."""
+        found = dict[str, Any]()
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if each.name == "measured":
+                found |= value
+            elif each.name != "measures":
+                found[each.name] = dict(value.bytes) if isinstance(value, Traffic) else value
+        return found
 
     @classmethod
     def of(cls, config: Config, facts: Facts, history: Sequence[RoundMetrics]) -> "Summary":
-        """Of the rounds that are done, one at least. Accuracies are those of the last evaluation."""
+        """Of the rounds that are done, one at least. Measures are those of the last evaluation."""
         counts = {outcome: sum(getattr(metrics, outcome) for metrics in history) for outcome in OUTCOMES}
         evaluated = [m for m in history if m.round % config.eval_every == 0 or m.round == config.rounds]
         last = evaluated[-1] if evaluated else history[-1]
         return cls(
             method=config.method,
             seed=config.seed,
-            **{field.name: getattr(last, field.name) for field in fields(Accuracies)},
+            measured=last.measured,
             rounds=len(history),
             cohort=config.cohort,
             **counts,
-            **dataclasses.asdict(facts),
+            **{each.name: getattr(facts, each.name) for each in fields(Facts) if each.name != "flows"},
             embedding_dim=config.embedding_dim,
             mean_class_set=float(np.mean([metrics.mean_class_set for metrics in history])),
-            traffic=sum((metrics.traffic for metrics in history), Traffic()),
+            traffic=sum((metrics.traffic for metrics in history), Traffic.none(facts.flows)),
             full_traffic=_full_traffic(config, facts, counts, len(history)),
             seconds=history[-1].seconds,
             not_finite_since=history[-1].not_finite_since,
@@ -183,13 +216,12 @@ class Summary:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Summary":
-        traffic = {name: Traffic(**values[name]) for name in ("traffic", "full_traffic")}
-        return cls(**{**values, **traffic})
-
-    @property
-    def accuracy(self) -> float | None:
-        """The measure of the task: top-1 of classification, MAP@10 of retrieval."""
-        return self.top1 if self.task == "classification" else self.map_at_10
+        """Of what an earlier version wrote, which had the measures of a task alone."""
+        measures = BY_TASK[values["task"]]
+        measured = {name: values[name] for name in measures.names if name in values}
+        traffic = {name: Traffic(values[name]) for name in ("traffic", "full_traffic")}
+        others = {name: value for name, value in values.items() if name not in measured}
+        return cls(**others | traffic, measures=measures, measured=measured)
 
 
 def _full_traffic(config: Config, facts: Facts, counts: Mapping[str, int], rounds: int) -> Traffic:
@@ -214,6 +246,7 @@ class RunFolder:
     config: Config
     fingerprint: Fingerprint
     record: Record
+    flows: Sequence[str]  # the ledger's columns
     lock: Lock  # on config.json, for as long as the run lasts
 
     @classmethod
@@ -231,11 +264,10 @@ class RunFolder:
         config.save(path / "config.json")
         lock = Lock(path / "config.json")
         record = Record.new(path, facts.text)
-        record.append("metrics.csv", [[field.name for field in fields(RoundMetrics)]])
-        kinds = [field.name for field in fields(Traffic)]
+        record.append("metrics.csv", [RoundMetrics.header(facts.measures, facts.flows)])
         head = ["round", "attempt", "client", "num_rows", "outcome", "fault"]
-        record.append("ledger.csv", [[*head, *kinds]])
-        return cls(path, config, fingerprint, record, lock)
+        record.append("ledger.csv", [[*head, *facts.flows]])
+        return cls(path, config, fingerprint, record, facts.flows, lock)
 
     @classmethod
     def resumed(
@@ -275,13 +307,13 @@ class RunFolder:
         except BaseException:
             lock.release()
             raise
-        folder = cls(path, config, fingerprint, record, lock)
+        folder = cls(path, config, fingerprint, record, facts.flows, lock)
         remove_unfinished(path)
         checkpoint.remove_older(path)
         if changed:
             folder._save(there)
             log.warning("%s: it is as the run began again", changed)
-        return folder, found, read_metrics(path)
+        return folder, found, read_metrics(path, facts.measures)
 
     def begin(self) -> None:
         """When nothing is in the way of the next round: a run that finished or failed is that no more."""
@@ -301,8 +333,8 @@ class RunFolder:
         found = Checkpoint(rounds, tensors, *self.record.synced(), self.fingerprint, store)
         checkpoint.write(self.path, self.config, found)
 
-    def add(self, metrics: RoundMetrics, entries: list[Entry]) -> None:
-        self.record.append("metrics.csv", [astuple(metrics)])
+    def add(self, metrics: RoundMetrics, entries: Sequence[Entry]) -> None:
+        self.record.append("metrics.csv", [metrics.line])
         self.add_entries(entries)
 
     def add_entries(self, entries: Sequence[Entry]) -> None:
@@ -310,18 +342,23 @@ class RunFolder:
         self.record.append(
             "ledger.csv",
             [
-                (e.round, e.attempt, e.client, e.num_rows, e.outcome, e.fault, *astuple(e.traffic))
+                (
+                    *(e.round, e.attempt, e.client, e.num_rows, e.outcome, e.fault),
+                    *(e.traffic[flow] for flow in self.flows),
+                )
                 for e in entries
             ],
         )
 
-    def finish(self, summary: Summary, extractor: nn.Module, weight: Tensor | None) -> None:
+    def finish(
+        self, summary: Summary, extractor: nn.Module, weight: Tensor | None, own: Mapping[str, Tensor]
+    ) -> None:
         """Makes model.pt and summary.json. A checkpoint of the last round stays, for a run of more rounds."""
         self.record.restore_tables()
         state = {name: value.detach().clone() for name, value in extractor.state_dict().items()}
         rows = {} if weight is None else {"weight": weight.clone()}
         with replacing(self.path / "model.pt") as file:
-            torch.save({"extractor": state, **rows}, file)
+            torch.save({"extractor": state, **rows, **own}, file)
         # The last: it says that the run is finished.
         write_whole(self.path / "summary.json", json.dumps(summary.to_dict(), indent=2) + "\n")
         if not self.config.checkpoint_every:
@@ -424,12 +461,14 @@ def read_run(path: Path) -> tuple[Config, list[RoundMetrics], Summary]:
     Raises ValueError, which says why, where no round is done, or what an earlier version left is not enough.
     """
     config, _ = read_config(path)
-    history = read_metrics(path)
+    try:
+        facts = Facts.read(read_facts(path))
+    except (OSError, ValueError, TypeError, KeyError):  # an earlier version left its figures at the end only
+        facts = None
+    history = read_metrics(path, facts.measures if facts else BY_TASK[config.task])
     if not history:
         raise ValueError(f"no round of the run in {path} is done")
-    try:
-        facts = Facts(**json.loads(read_facts(path)))
-    except (OSError, ValueError, TypeError):  # an earlier version left its figures at the end only
+    if facts is None:
         return config, history, _read_summary(path / "summary.json")
     return config, history, Summary.of(config, facts, history)
 
@@ -456,17 +495,14 @@ def read_model(path: Path) -> tuple[dict[str, Tensor], Tensor]:
     if not isinstance(found, dict) or "extractor" not in found:
         raise ValueError(f"{path / 'model.pt'} is damaged, or no run wrote it")
     if "weight" not in found:
-        raise ValueError(f"{path / 'model.pt'} has no class matrix: it is in a class store")
+        raise ValueError(f"{path / 'model.pt'} has no class matrix: it is in a class store, or there is none")
     return found["extractor"], found["weight"]
 
 
-def read_metrics(path: Path) -> list[RoundMetrics]:
+def read_metrics(path: Path, measures: Measures) -> list[RoundMetrics]:
     """Of the run in a folder. Raises ValueError where there are none, or not as a run wrote them."""
     try:
-        return [
-            RoundMetrics(**{name: _number(text) for name, text in line.items()})
-            for line in read_table(path, "metrics.csv")
-        ]
+        return [RoundMetrics.read(line, measures) for line in read_table(path, "metrics.csv")]
     except OSError as error:
         raise ValueError(f"no run in {path}: metrics.csv: {error.strerror}") from None
     except (ValueError, TypeError, AttributeError) as error:

@@ -64,9 +64,8 @@ class RunProgress:
         self.bars.start_task(self.tasks[job])
 
     def advance(self, job: int, metrics: RoundMetrics) -> None:
-        for label, value in (("MAP@10", metrics.map_at_10), ("top-1", metrics.top1)):
-            if value is not None:
-                self.accuracy[job] = f"{label} {100 * value:.1f}%"
+        if metrics.accuracy is not None:
+            self.accuracy[job] = f"{metrics.headline.label} {metrics.headline.text(metrics.accuracy)}"
         if metrics.not_finite_since is not None:  # an earlier one says nothing of what the model is now
             self.accuracy[job] = "–"
         self._remark(job, metrics)

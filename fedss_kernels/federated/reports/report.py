@@ -17,6 +17,7 @@ from ..config import Config
 from ..disk import write_whole
 from ..files.run_folder import RoundMetrics, Summary
 from ..ledger import OUTCOMES
+from ..measures import MEASURES, Measure, percent
 from ..plan import Case, case_of
 from .remarks import remarks
 from .tables import markdown
@@ -36,10 +37,6 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 LIGHT = {"paper": "#ffffff", "ink": "#1c1e21", "grid": "#d9dce1"}
 DARK = {"paper": "#1b1e24", "ink": "#e6e8ec", "grid": "#3a3f49"}
 MEGABYTE = 10**6
-TASKS = {
-    "classification": ("top-1", "unseen images whose class is named rightly"),
-    "retrieval": ("MAP@10", "how right the ten nearest images are, for classes nobody trained on"),
-}
 
 
 @dataclass(frozen=True)
@@ -143,15 +140,16 @@ def accuracy_by_round(runs: Sequence[Run], theme: dict[str, str]) -> "Figure":
 def accuracy_by_bytes(runs: Sequence[Run], theme: dict[str, str]) -> "Figure":
     """Accuracy over what was moved: everything on the left, what the classes cost on the right."""
     figure, (left, right) = _figure(runs, theme, panels=2)
-    for style, group in _lines([run for run in runs if run.summary.traffic.total]) or _lines(runs):
-        _, mean, sd = _curve(group)
-        total, classes = np.mean([_megabytes(run) for run in group], axis=0)
-        _draw(left, total, mean, sd, style)
-        _draw(right, classes, mean, sd, style)
+    lines = _lines([run for run in runs if run.summary.traffic.total]) or _lines(runs)
+    by_class = [(style, group) for style, group in lines if group[0].summary.traffic.classification]
+    for axes, place, drawn in ((left, 0, lines), (right, 1, by_class or lines)):
+        for style, group in drawn:
+            _, mean, sd = _curve(group)
+            _draw(axes, np.mean([_megabytes(run)[place] for run in group], axis=0), mean, sd, style)
     left.set_xlabel("everything moved so far (MB)")
     left.set_xlim(left=0)
     right.set_xlabel("class rows and ids moved so far (MB)")
-    if len(left.lines) > 1:  # the methods are powers of ten apart
+    if len(by_class) > 1:  # the methods are powers of ten apart
         right.set_xlabel("class rows and ids moved so far (MB, log scale)")
         right.set_xscale("log")
         right.xaxis.set_major_formatter("{x:g}")
@@ -170,7 +168,8 @@ def accuracy_by_class_set(runs: Sequence[Run], theme: dict[str, str]) -> "Figure
     for method in dict.fromkeys(case.method for case in cases):
         points = []
         for group in (runs for case, runs in cases.items() if case.method == method):
-            values = [100 * run.summary.accuracy for run in group if run.summary.accuracy is not None]
+            scale = group[0].summary.headline.scale
+            values = [scale * run.summary.accuracy for run in group if run.summary.accuracy is not None]
             sd = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
             sizes = [run.summary.mean_class_set for run in group]
             points.append((float(np.mean(sizes)), float(np.mean(values)), sd))
@@ -206,8 +205,7 @@ def _draw(axes, x: np.ndarray, mean: np.ndarray, sd: np.ndarray, style: dict[str
 
 
 def _finish(figure: "Figure", axes, runs: Sequence[Run], theme: dict[str, str]) -> "Figure":
-    measure, _ = TASKS[runs[0].summary.task]
-    axes.set_ylabel(f"{measure} on the test images (%)")
+    axes.set_ylabel(runs[0].summary.headline.axis)
     axes.set_ylim(bottom=0)
     # Above the axes, not in them: wherever the curves go, the legend hides none.
     handles, labels = axes.get_legend_handles_labels()
@@ -240,26 +238,23 @@ def _lines(runs: Sequence[Run]) -> list[tuple[dict[str, str], list[Run]]]:
     found = []
     for cases in lines.values():
         case, group = sorted(cases, key=lambda each: each[0].num_negatives or 0)[len(cases) // 2]
-        found.append((_style(case.method) | {"label": case.label}, group))
+        measure = group[0].summary.headline
+        other = "" if measure == runs[0].summary.headline else f" ({measure.label})"  # than the axis says
+        found.append((_style(case.method) | {"label": case.label + other}, group))
     return found
 
 
 def _evaluations(run: Run) -> list[RoundMetrics]:
-    classification = run.summary.task == "classification"
-    return [m for m in run.history if (m.top1 if classification else m.map_at_10) is not None]
+    return [m for m in run.history if m.accuracy is not None]
 
 
 def _curve(group: Sequence[Run]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(rounds, mean, sd) in % at every evaluation; the runs of a group share their rounds."""
-    classification = group[0].summary.task == "classification"
+    """(rounds, mean, sd) at every evaluation, as they are shown; the runs of a group share their rounds."""
     rounds = np.array([m.round for m in _evaluations(group[0])])
-    values = [[m.top1 if classification else m.map_at_10 for m in _evaluations(run)] for run in group]
-    percent = 100 * np.array(values, dtype=np.float64)
-    return (
-        rounds,
-        percent.mean(axis=0),
-        percent.std(axis=0, ddof=1) if len(group) > 1 else np.zeros(len(rounds)),
-    )
+    values = np.array([[m.accuracy for m in _evaluations(run)] for run in group], dtype=np.float64)
+    shown = group[0].summary.headline.scale * values
+    sd = shown.std(axis=0, ddof=1) if len(group) > 1 else np.zeros(len(rounds))
+    return rounds, shown.mean(axis=0), sd
 
 
 def _megabytes(run: Run) -> np.ndarray:
@@ -273,19 +268,20 @@ def _megabytes(run: Run) -> np.ndarray:
 def _save_plots(folder: Path, runs: Sequence[Run]) -> list[str]:
     """Writes the light PNG files; returns each plot's HTML, in the reader's light or dark theme."""
     pictures = []
+    subject = _subject(runs[0].summary.headline)
     plots = [
-        (accuracy_by_round, "Accuracy by rounds of training"),
-        (accuracy_by_bytes, "Accuracy by megabytes moved"),
+        (accuracy_by_round, f"{subject} by rounds of training"),
+        (accuracy_by_bytes, f"{subject} by megabytes moved"),
     ]
     if len(by_case(runs)) > len({run.summary.method for run in runs}):
-        plots.append((accuracy_by_class_set, "Accuracy by class rows on a client"))
+        plots.append((accuracy_by_class_set, f"{subject} by class rows on a client"))
     for plot, alt in plots:
         with plotting():
             light, dark = _png(plot(runs, LIGHT)), _png(plot(runs, DARK))
         (folder / f"{plot.__name__}.png").write_bytes(light)
         pictures.append(
             f'<picture><source media="(prefers-color-scheme: dark)" srcset="{_data_uri(dark)}">'
-            f'<img alt="{alt}" src="{_data_uri(light)}"></picture>'
+            f'<img alt="{escape(alt)}" src="{_data_uri(light)}"></picture>'
         )
     return pictures
 
@@ -305,9 +301,9 @@ def _data_uri(png: bytes) -> str:
 
 def _run_page(folder: Path, run: Run, plots: Sequence[str]) -> str:
     summary, method = run.summary, METHODS[run.summary.method]
-    measure, meaning = TASKS[summary.task]
+    measure = summary.headline
     figures = [
-        (percent(summary.accuracy), f"{measure}: {meaning}"),
+        (measure.text(summary.accuracy), f"{measure.label}: {measure.meaning}"),
         (f"{summary.mean_class_set:.0f} of {summary.num_classes:,}", "classes on a client, on average"),
         (percent(run.class_saving), "saved of what the classes cost to move, against FullSoftmax"),
         (percent(run.saving), "saved of everything moved, against FullSoftmax"),
@@ -320,12 +316,12 @@ def _run_page(folder: Path, run: Run, plots: Sequence[str]) -> str:
             _unfinished(run),
             _cards(figures),
             "<h2>What came out</h2>",
-            f"<figure>{plots[0]}<figcaption>{_ROUND_CAPTION}</figcaption></figure>",
-            f"<figure>{plots[1]}<figcaption>{_BYTES_CAPTION}</figcaption></figure>",
+            f"<figure>{plots[0]}<figcaption>{_by_round(measure)}</figcaption></figure>",
+            f"<figure>{plots[1]}<figcaption>{_by_bytes(measure)}</figcaption></figure>",
             "<h2>What was moved</h2>",
             _traffic_table(run),
             _methods([run.summary.method, "full_softmax"]),
-            _glossary(),
+            _glossary([run]),
             _settings(run.config),
         ],
         folder,
@@ -341,6 +337,7 @@ def _comparison_page(
     plots: Sequence[str],
 ) -> str:
     names = list(dict.fromkeys(run.summary.method for run in runs))
+    measure = runs[0].summary.headline
     band, sd = (_BAND, _SD) if len({run.summary.seed for run in runs}) > 1 else ("", "")
     return _page(
         f"{len(names)} methods on {runs[0].summary.data}",
@@ -351,11 +348,14 @@ def _comparison_page(
             "<h2>What came out</h2>",
             _table(header, table),
             f"<p>{_TABLE_NOTE}{sd}</p>",
-            f"<figure>{plots[0]}<figcaption>{_ROUND_CAPTION}{band}</figcaption></figure>",
-            f"<figure>{plots[1]}<figcaption>{_BYTES_CAPTION}</figcaption></figure>",
-            *(f"<figure>{plot}<figcaption>{_SIZES_CAPTION}</figcaption></figure>" for plot in plots[2:]),
+            f"<figure>{plots[0]}<figcaption>{_by_round(measure)}{band}</figcaption></figure>",
+            f"<figure>{plots[1]}<figcaption>{_by_bytes(measure)}</figcaption></figure>",
+            *(
+                f"<figure>{plot}<figcaption>{_by_class_set(measure)}</figcaption></figure>"
+                for plot in plots[2:]
+            ),
             _methods(names),
-            _glossary(),
+            _glossary(runs),
             _settings(runs[0].config, without=_varied(runs)),
         ],
         folder,
@@ -364,15 +364,15 @@ def _comparison_page(
 
 def _method_cards(runs: Sequence[Run]) -> str:
     """Each case's accuracy, the mean over its seeds, and what share of the classes its clients got."""
-    measure, _ = TASKS[runs[0].summary.task]
     figures = []
     for case, group in by_case(runs).items():
         summaries = [run.summary for run in group]
         accuracies = [s.accuracy for s in summaries if s.accuracy is not None]
         accuracy = float(np.mean(accuracies)) if accuracies else None
         share = float(np.mean([s.mean_class_set / s.num_classes for s in summaries]))
-        text = f"{measure} of {case.label}, with {percent(share)} of the class rows on a client"
-        figures.append((percent(accuracy), text))
+        measure = summaries[0].headline
+        text = f"{measure.label} of {case.label}, with {percent(share)} of the class rows on a client"
+        figures.append((measure.text(accuracy), text))
     return _cards(figures)
 
 
@@ -415,11 +415,10 @@ def _traffic_table(run: Run) -> str:
     """Bytes per client and round by kind, next to FullSoftmax's."""
     own, full, n = run.summary.traffic, run.summary.full_traffic, run.updates
     kinds = [
-        ("the net, down and up", own.extractor, full.extractor),
-        ("class rows, down and up", own.rows, full.rows),
-        ("ids of the classes asked for, up", own.up_ids, full.up_ids),
-        ("all", own.total, full.total),
+        (f"{kind.label}, {' and '.join(kind.directions)}", own.of(kind.name), full.of(kind.name))
+        for kind in (own + full).kinds
     ]
+    kinds.append(("all", own.total, full.total))
     rows = [
         (
             name,
@@ -443,9 +442,12 @@ def _methods(names: Sequence[str]) -> str:
     return f"<h2>The methods</h2><dl>{items}</dl>"
 
 
-def _glossary() -> str:
+def _glossary(runs: Sequence[Run]) -> str:
+    names = dict.fromkeys(name for run in runs for name in run.summary.measures.names)
+    measured = {MEASURES[name].label: MEASURES[name].words for name in names if MEASURES[name].words}
     items = "".join(
-        f"<dt>{escape(term)}</dt><dd>{escape(meaning)}</dd>" for term, meaning in GLOSSARY.items()
+        f"<dt>{escape(term)}</dt><dd>{escape(meaning)}</dd>"
+        for term, meaning in (GLOSSARY | measured | UNITS).items()
     )
     return f"<h2>Glossary</h2><dl>{items}</dl>"
 
@@ -501,9 +503,27 @@ def _page(title: str, sections: Sequence[str], folder: Path) -> str:
     )
 
 
-def percent(share: float | None) -> str:
-    """A share in [0, 1] as a percentage with one decimal; – for one that was not measured."""
-    return "–" if share is None else f"{100 * share:.1f}%".replace("-0.0%", "0.0%")
+def _subject(measure: Measure) -> str:
+    return measure.noun[:1].upper() + measure.noun[1:]
+
+
+def _by_round(measure: Measure) -> str:
+    return f"{_subject(measure)} {measure.of} as training goes on."
+
+
+def _by_bytes(measure: Measure) -> str:
+    return (
+        f"The same {measure.noun} by what had been moved until then, down and up, by all clients together: "
+        "on the left everything; on the right only what depends on the number of classes. Further left is "
+        "cheaper."
+    )
+
+
+def _by_class_set(measure: Measure) -> str:
+    return (
+        f"{_subject(measure)} at the end by how many class rows a client got. In the plots above are, of "
+        "each method, the runs with the number of negatives in the middle."
+    )
 
 
 GLOSSARY = {
@@ -515,27 +535,16 @@ GLOSSARY = {
     "negatives": "Classes drawn at random from those that a client does not hold.",
     "|S_k|": "How many class rows a client gets in a round: its positives and its negatives.",
     "round": "One exchange: some clients download, train and upload; the server averages what they send.",
-    "top-1": "The share of test images whose largest cosine, of all classes, is with their own class.",
-    "MAP@10": "Every test image looks for its ten nearest among the others; 100% if all ten are of its "
-    "class, and the more, the earlier the right ones come.",
-    "recall@1": "The share of test images whose nearest other is of their own class.",
+}
+UNITS = {
     "sd": "Standard deviation over the seeds, that is over repetitions with different random numbers.",
     "MB, kB": "A million and a thousand bytes. Numbers travel as 4 bytes, ids as 8.",
 }
 _MEASURED = "What was measured"
 _BESIDES = "<!-- what else was measured -->"
 _BESIDES_END = "<!-- the end of what else was measured -->"
-_ROUND_CAPTION = "Accuracy on the test images as training goes on."
 _SD = " ± is the standard deviation over the seeds."
 _BAND = " A line is the mean over the seeds, its band one standard deviation."
-_BYTES_CAPTION = (
-    "The same accuracy by what had been moved until then, down and up, by all clients together: on the left "
-    "everything; on the right only what depends on the number of classes. Further left is cheaper."
-)
-_SIZES_CAPTION = (
-    "Accuracy at the end by how many class rows a client got. In the plots above are, of each method, the "
-    "runs with the number of negatives in the middle."
-)
 _TABLE_NOTE = (
     "|S_k| is the mean number of class rows that a client gets. MB count everything that moved, down and up, "
     "and what of it were class rows and ids, the part that grows with the number of classes. Savings are "

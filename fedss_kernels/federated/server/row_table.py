@@ -88,10 +88,10 @@ class Replacement:
 
     stateful: ClassVar[bool] = False
 
-    def read(self, rows: Rows, class_ids: Tensor, now: int) -> Tensor:
+    def read(self, rows: Stored, class_ids: Tensor, now: int) -> Tensor:
         return rows.weight[class_ids]
 
-    def step(self, rows: Rows, class_ids: Tensor, gradient: Tensor, now: int) -> bool:
+    def step(self, rows: Stored, class_ids: Tensor, gradient: Tensor, now: int) -> bool:
         rows.weight[class_ids] = gradient
         rows.stepped[class_ids] = now + 1
         return _all_finite(gradient)

@@ -1,0 +1,117 @@
+"""What is measured of a run's model: on everybody's test images, and on each client's own."""
+
+import statistics
+
+import torch
+from torch import Tensor
+
+from .algorithms import METHODS
+from .config import Config, ConfigError
+from .data import FederatedData
+from .fine_tuning import Tuning, check_measurable, personalise
+from .fine_tuning import measures as personal_measures
+from .measures import BY_TASK, Measures
+from .metrics import retrieval, top1
+from .server.homes import Homes
+from .server.row_table import RowTable
+from .workers import Team
+
+_PERSONAL = {  # a measure of a run -> what fine_tuning calls it
+    "initial_top1": "initial",
+    "restricted_top1": "restricted",
+    "nearest_mean_top1": "nearest_mean",
+    "personal_top1": "personalised",
+}
+
+
+def measures_of(config: Config, data: FederatedData) -> Measures:
+    """Those of a run, and which is the one it is judged by."""
+    measures = BY_TASK[data.task]
+    if METHODS[config.method].personal:
+        measures = Measures(("own_top1", "not_finite"), "own_top1", ("own_top1",), ("own_top1",))
+    if not config.personalise_epochs:
+        return measures
+    shown = ("initial_top1", "restricted_top1", "personal_top1")
+    return Measures((*measures.names, *_PERSONAL), "personal_top1", shown, shown)
+
+
+def check_measured(config: Config, data: FederatedData) -> None:
+    """Raises ConfigError where what the run is judged by cannot be measured on these data."""
+    personal = METHODS[config.method].personal
+    if not (personal or config.personalise_epochs):
+        return
+    option = "method" if personal else "personalise_epochs"
+    try:
+        check_measurable(data)
+    except ValueError as error:
+        raise ConfigError(option, str(error).removeprefix("personalise: ")) from None
+    if personal and not data.test_clients and not config.personalise_epochs:
+        raise ConfigError(
+            "personalise_epochs",
+            f"expected at least 1 with {config.method} and a holdout, as those who are held out have no "
+            "model of their own before they fine-tune one, got 0",
+        )
+
+
+class Evaluation:
+    """Of the model that a run has at the moment."""
+
+    def __init__(self, config: Config, team: Team):
+        self.config, self.team, self.data = config, team, team.player.data
+
+    def shared(self, phi: Tensor, weight: RowTable, *, finite: bool, last: bool) -> dict[str, float | None]:
+        """Of one model on all test images.
+
+        In a classification task a retrieval, the dearer and the second thing, is measured in the last round
+        only; top-1 of a retrieval task, whose test classes have no rows, never. Of a model that is not finite
+        nothing is.
+        """
+        embeddings, labels = self.team.embed(phi), self.data.test_labels
+        with self.team.watch("evaluation"):
+            found = _not_finite(embeddings)
+            if not finite:
+                return found
+            if self.data.task == "classification":
+                found["top1"] = top1(embeddings, weight, labels, similarity=self.config.similarity)
+                if not last:
+                    return found
+            return found | retrieval(embeddings, labels).measured
+
+    def own(self, phi: Tensor, homes: Homes, *, finite: bool) -> dict[str, float | None]:
+        """Of each client's own model on its own test images: their mean, all clients alike."""
+        if not (finite and self.data.test_clients):
+            return {}
+        tested = [(k, rows) for k, rows in enumerate(self.data.test_clients) if len(rows)]
+        with self.team.watch("evaluation"):
+            if homes.model(0)[0] is None:
+                shared = self.team.embed(phi)
+                embedded = [shared[rows] for _, rows in tested]
+            else:
+                embedded = [self._embedded(homes, k, rows) for k, rows in tested]
+            scores = [
+                top1(x, homes.model(k)[1], self.data.test_labels[rows], similarity=self.config.similarity)
+                for x, (k, rows) in zip(embedded, tested, strict=True)
+            ]
+            return _not_finite(torch.cat(embedded)) | {"own_top1": statistics.fmean(scores)}
+
+    def _embedded(self, homes: Homes, client: int, rows: Tensor) -> Tensor:
+        extractor, (phi, _) = self.team.player.extractor, homes.model(client)
+        assert phi is not None
+        extractor.flat.copy_(phi)
+        return extractor.embed(self.data.test_images[rows])
+
+    def personal(self, phi: Tensor, weight: RowTable, homes: Homes | None) -> dict[str, float | None]:
+        """Of each client's own test images, before and after it fine-tunes the model."""
+        config, extractor = self.config, self.team.player.extractor
+        tuning = Tuning(config.personalise_part, (config.personalise_epochs,), config.personalise_rate)
+        extractor.flat.copy_(phi)
+        model, own = (extractor.module, weight[:]), None
+        if homes and not self.data.newcomers:  # who are no clients, and have none
+            own = homes.model
+        with self.team.watch("evaluation"):
+            found = personal_measures(personalise(config, self.data, model, tuning, own=own))
+        return {name: found[there] for name, there in _PERSONAL.items()}
+
+
+def _not_finite(embeddings: Tensor) -> dict[str, float | None]:
+    return {"not_finite": int((~embeddings.isfinite().all(dim=1)).sum())}

@@ -1,0 +1,268 @@
+"""What runs' models are worth to their clients, side by side: over clients, and client by client."""
+
+import itertools
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...plotting import plotting
+from ..fine_tuning import Personal, Tuning
+from ..reports.mean_sd import mean_sd
+from ..reports.report import COLOURS, MARKERS, write_section
+from ..reports.tables import write_csv
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+INTERVAL = statistics.NormalDist().inv_cdf(0.975)  # standard errors on either side of a mean
+STATISTICS: dict[str, Callable[[Sequence[float]], float | None]] = {
+    "mean": statistics.fmean,
+    "sd": lambda values: mean_sd(values)[1],
+    "min": min,
+    "10%": lambda values: float(np.quantile(values, 0.1)),
+    "max": max,
+}
+WORDS = (
+    "The share of a client's own test images that the model names rightly, over clients: their mean, "
+    "standard deviation, least, tenth percentile and most, in %. Initial: the model as it is, of all "
+    "classes. Restricted: of the client's own classes alone, without training. Nearest mean: by the means "
+    "of the embeddings of the client's training images of its classes. After E: as initial, after the "
+    "client has fine-tuned {part} for E epochs on its training images at rate {rate}, with a loss over "
+    "{rows}. Every client counts the same."
+)
+OF_DIFFERENCES = (
+    "The difference between two methods' accuracies, in points of %, client by client: of each client the "
+    "mean over the seeds that both have, then over clients its mean, the standard error of that, and the "
+    "interval of {interval:.2f} standard errors on either side, 95% by the normal distribution. What other "
+    "seeds would give is not in it."
+)
+PART_WORDS = {"head": "the class rows", "body": "the net", "full": "the net and the class rows"}
+ROWS_WORDS = {"all": "all classes", "own": "its own classes"}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One run's clients, fine-tuned in one way."""
+
+    run: str  # its folder
+    method: str  # as tables have it
+    seed: int
+    tuning: Tuning
+    people: Sequence[Personal]
+
+    def values(self, name: str) -> list[float]:
+        """One of Personal.accuracies, by client."""
+        return [each.accuracies[name] for each in self.people]
+
+
+@dataclass(frozen=True)
+class Difference:
+    first: str
+    second: str
+    seeds: int  # that both have
+    clients: int
+    of: dict[str, tuple[float, float | None]]  # (mean of first - second, its standard error), by accuracy
+
+
+def write(out: Path, found: Sequence[Measured]) -> str:
+    """personalise.csv, a line for each run and client, and two tables with their plots in the report.
+
+    The second is personalise_differences, where there are two methods; returns the tables' text.
+    """
+    _write_csv(out, found)
+    names = list(found[0].people[0].accuracies)
+    header = ["", *(name.replace("_", " ") for name in names)]
+    with plotting():
+        _plot(found).savefig(out / "personalise.png", dpi=150)
+    tuning = found[0].tuning
+    rates = " or ".join(dict.fromkeys(f"{each.tuning.rate:g}" for each in found))
+    words = WORDS.format(part=PART_WORDS[tuning.part], rows=ROWS_WORDS[tuning.rows], rate=rates)
+    for file in ("personalise_differences.md", "personalise_differences.png"):
+        (out / file).unlink(missing_ok=True)
+    (out / "section-personalise_differences.html").unlink(missing_ok=True)
+    title = "What the model is worth to a client, before and after it trains on its own images"
+    text = write_section(out, "personalise", title, words, header, _lines(found, names))
+    apart = differences(found)
+    if not apart:
+        return text
+    with plotting():
+        _plot_differences(apart, tuning.epochs).savefig(out / "personalise_differences.png", dpi=150)
+    title, words = "Methods apart, client by client", OF_DIFFERENCES.format(interval=INTERVAL)
+    return f"{text}\n" + write_section(
+        out, "personalise_differences", title, words, header, _lines_apart(apart, names)
+    )
+
+
+def _write_csv(out: Path, found: Sequence[Measured]) -> None:
+    of_run = ["run", "method", "seed", "part", "rate", "rows"]
+    of_client = ["client", "images", "classes", "tested"]
+    lines = [
+        [run.run, run.method, run.seed, run.tuning.part, run.tuning.rate, run.tuning.rows]
+        + [getattr(each, name) for name in of_client]
+        + [*each.accuracies.values()]
+        for run in found
+        for each in run.people
+    ]
+    write_csv(out / "personalise.csv", [[*of_run, *of_client, *found[0].people[0].accuracies], *lines])
+
+
+def _groups(found: Sequence[Measured]) -> dict[str, list[Measured]]:
+    """The seeds of each method, and rate where there are several, by the name of the two."""
+    several = len({each.tuning.rate for each in found}) > 1
+    groups: dict[str, list[Measured]] = {}
+    for each in found:
+        name = f"{each.method}, rate {each.tuning.rate:g}" if several else each.method
+        groups.setdefault(name, []).append(each)
+    return groups
+
+
+# ---- tables
+
+
+def _lines(found: Sequence[Measured], names: Sequence[str]) -> list[list[str]]:
+    """For each run a line of each statistic; and for a method of several seeds their means."""
+    lines = []
+    for title, runs in _groups(found).items():
+        tables = [
+            {kind: [of(run.values(name)) for name in names] for kind, of in STATISTICS.items()}
+            for run in runs
+        ]
+        titles = [f"{title}, seed {run.seed}" for run in runs] if len(runs) > 1 else [title]
+        if len(runs) > 1:
+            titles.append(f"{title}, mean of {len(runs)} seeds")
+            tables.append({kind: _means([table[kind] for table in tables]) for kind in STATISTICS})
+        lines += [
+            [f"{each}: {kind}", *map(_percent, values)]
+            for each, table in zip(titles, tables, strict=True)
+            for kind, values in table.items()
+        ]
+    return lines
+
+
+def _means(rows: Sequence[Sequence[float | None]]) -> list[float | None]:
+    return [
+        None if None in column else statistics.fmean(value for value in column if value is not None)
+        for column in zip(*rows, strict=True)
+    ]
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f}"
+
+
+def differences(found: Sequence[Measured]) -> list[Difference]:
+    """Of every two methods, at one rate, that have a seed in common."""
+    apart = []
+    for (first, some), (second, others) in itertools.combinations(_groups(found).items(), 2):
+        by_seed = {each.seed: each for each in others}
+        pairs = [(each, by_seed[each.seed]) for each in some if each.seed in by_seed]
+        if pairs and some[0].tuning.rate == others[0].tuning.rate:
+            apart.append(_difference(first, second, pairs))
+    return apart
+
+
+def _difference(first: str, second: str, pairs: Sequence[tuple[Measured, Measured]]) -> Difference:
+    runs = [run for pair in pairs for run in pair]
+    by_client = {id(run): {each.client: each.accuracies for each in run.people} for run in runs}
+    common = sorted(set.intersection(*(set(clients) for clients in by_client.values())))
+    of = {}
+    for name in runs[0].people[0].accuracies:
+        each = [
+            statistics.fmean(
+                by_client[id(a)][client][name] - by_client[id(b)][client][name] for a, b in pairs
+            )
+            for client in common
+        ]
+        mean, sd = mean_sd(each)
+        of[name] = mean, None if sd is None else sd / len(each) ** 0.5
+    return Difference(first, second, len(pairs), len(common), of)
+
+
+def _lines_apart(apart: Sequence[Difference], names: Sequence[str]) -> list[list[str]]:
+    lines = []
+    for pair in apart:
+        means, errors = zip(*(pair.of[name] for name in names), strict=True)
+        sides = [None if error is None else INTERVAL * error for error in errors]
+        rows = {
+            "mean": means,
+            "standard error": errors,
+            "95% from": [None if s is None else m - s for m, s in zip(means, sides, strict=True)],
+            "95% to": [None if s is None else m + s for m, s in zip(means, sides, strict=True)],
+        }
+        title = f"{pair.first} − {pair.second}"
+        lines += [[f"{title}: {kind}", *map(_percent, values)] for kind, values in rows.items()]
+    return lines
+
+
+# ---- plots
+
+
+def _plot(found: Sequence[Measured]) -> "Figure":
+    """Accuracy over epochs, a line for each method, the mean over clients and seeds; marks: untrained."""
+    figure, axes = _figure("accuracy on its own test images (%, mean over clients)")
+    epochs = found[0].tuning.epochs
+    for number, (title, runs) in enumerate(_groups(found).items()):
+        style = _style(number)
+
+        def mean(name: str, runs: Sequence[Measured] = runs) -> float:
+            return 100 * statistics.fmean(statistics.fmean(run.values(name)) for run in runs)
+
+        axes.plot(epochs, [mean(f"after_{done}") for done in epochs], label=title, **style)
+        for name, mark in _UNTRAINED.items():
+            axes.plot(0, mean(name), color=style["color"], **mark)
+    for name, mark in _UNTRAINED.items():
+        axes.plot([], color="grey", label=name, **mark)
+    axes.set_ylim(0, 100)
+    return _with_legend(figure)
+
+
+_MARK = {"markersize": 9, "fillstyle": "none", "linestyle": ""}
+_UNTRAINED: dict[str, dict[str, Any]] = {
+    "initial": {"marker": "o", **_MARK},
+    "restricted": {"marker": "*", **_MARK},
+}
+
+
+def _style(number: int) -> dict[str, str]:
+    """36 of them, the first six as other plots have them."""
+    marker = MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
+    return {"color": COLOURS[number % len(COLOURS)], "marker": marker}
+
+
+def _plot_differences(apart: Sequence[Difference], epochs: Sequence[int]) -> "Figure":
+    """Differences from the first method over epochs, with their intervals."""
+    figure, axes = _figure("difference (points of %, mean over clients, 95%)")
+    shown = [pair for pair in apart if pair.first == apart[0].first]
+    for number, pair in enumerate(shown):
+        means, errors = zip(*(pair.of[f"after_{done}"] for done in epochs), strict=True)
+        axes.errorbar(
+            epochs,
+            [100 * mean for mean in means],
+            [100 * INTERVAL * (error or 0.0) for error in errors],
+            **_style(number),
+            capsize=3,
+            label=f"{pair.first} − {pair.second}",
+        )
+    axes.axhline(0, color="grey", linewidth=0.8)
+    return _with_legend(figure)
+
+
+def _figure(ylabel: str) -> tuple["Figure", Any]:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set(xlabel="epochs of fine-tuning on the client's own images", ylabel=ylabel)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.4)
+    return figure, axes
+
+
+def _with_legend(figure: "Figure") -> "Figure":
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    return figure

@@ -1,0 +1,190 @@
+"""What can be measured of a model, each measure declared once, and which of them a run has.
+
+A run's evaluation gives values by name. Columns, tables, plots and reports go by the names alone, so another
+measure is a `declare` here, or wherever it is computed.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Measure:
+    name: str  # its column
+    label: str  # in tables and plots
+    meaning: str  # what it is, after the label, in a few words
+    words: str = ""  # the same for a glossary, where there is more to say
+    of: str = "on the test images"  # what it was measured on
+    share: bool = True  # in [0, 1] and shown in %, or else a number as it is
+    more_is_better: bool = True
+    compared: bool = True  # whether a comparison has its mean over the seeds
+
+    @property
+    def column(self) -> str:
+        """Above the figures of a table."""
+        return f"{self.label} (%)" if self.share else self.label
+
+    @property
+    def axis(self) -> str:
+        return f"{self.label} {self.of} (%)" if self.share else f"{self.label} {self.of}"
+
+    @property
+    def noun(self) -> str:
+        """What a plot of it is about, in a sentence."""
+        return "accuracy" if self.share and self.more_is_better else self.label
+
+    @property
+    def scale(self) -> int:
+        """What a value is multiplied by where it is shown."""
+        return 100 if self.share else 1
+
+    def figure(self, value: float) -> str:
+        """A value under `column`."""
+        if self.share:
+            return f"{100 * value:.1f}"
+        return f"{value:,}" if isinstance(value, int) else f"{value:,.{1 if abs(value) >= 100 else 4}f}"
+
+    def text(self, value: float | None) -> str:
+        """A value where nothing else says what it is; – for one that was not measured."""
+        if value is None or self.share:
+            return percent(value)
+        return self.figure(value)
+
+
+MEASURES: dict[str, Measure] = {}
+
+
+def declare(measure: Measure) -> Measure:
+    """Raises ValueError where there is another of its name."""
+    if MEASURES.setdefault(measure.name, measure) != measure:
+        raise ValueError(f"there is a measure {measure.name} already")
+    return measure
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Those of a run, by name."""
+
+    names: tuple[str, ...]  # all, in the order of metrics.csv
+    headline: str  # the one that rates are chosen by, and plots show
+    shown: tuple[str, ...]  # in the table of a comparison
+    told: tuple[str, ...]  # in a line at the end of a run
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> "Measures":
+        """Of what they are in JSON, where there are no tuples."""
+        lists = {name: tuple(values[name]) for name in ("names", "shown", "told")}
+        return cls(headline=values["headline"], **lists)
+
+
+class Measured:
+    """What has the values of a run's measures: those of a round, or of a whole run.
+
+    Each is an attribute too, as `run.top1`; None for what was not measured.
+    """
+
+    measures: Measures
+    measured: Mapping[str, float | None]
+
+    @property
+    def headline(self) -> Measure:
+        return MEASURES[self.measures.headline]
+
+    @property
+    def accuracy(self) -> float | None:
+        """The value of the headline: as a rule top-1 of a classification, MAP@10 of a retrieval."""
+        return self.measured.get(self.measures.headline)
+
+    @property
+    def told(self) -> str:
+        """In a line, for people."""
+        told = ((MEASURES[name], self.measured.get(name)) for name in self.measures.told)
+        return ", ".join(f"{measure.label} {measure.text(value)}" for measure, value in told)
+
+    def __getattr__(self, name: str) -> float | None:
+        if name not in MEASURES:
+            raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
+        return self.measured.get(name)
+
+
+def percent(share: float | None) -> str:
+    """A share in [0, 1] as a percentage with one decimal; – for one that was not measured."""
+    return "–" if share is None else f"{100 * share:.1f}%".replace("-0.0%", "0.0%")
+
+
+for _measure in (
+    Measure(
+        "top1",
+        "top-1",
+        "unseen images whose class is named rightly",
+        "The share of test images whose largest cosine, of all classes, is with their own class.",
+    ),
+    Measure(
+        "map_at_10",
+        "MAP@10",
+        "how right the ten nearest images are, for classes nobody trained on",
+        "Every test image looks for its ten nearest among the others; 100% if all ten are of its class, and "
+        "the more, the earlier the right ones come.",
+    ),
+    Measure(
+        "recall_at_1",
+        "recall@1",
+        "images whose nearest other is of their class",
+        "The share of test images whose nearest other is of their own class.",
+    ),
+    Measure(
+        "own_top1",
+        "own top-1",
+        "of a client's own test images, those whose class its own model names rightly",
+        "The share of a client's own test images whose class the client's own model names rightly, of all "
+        "classes; the mean over clients.",
+        of="on clients' own test images",
+    ),
+    Measure(
+        "initial_top1",
+        "initial top-1",
+        "of a client's own test images, those whose class is named rightly before it fine-tunes the model",
+        "The share of a client's own test images whose class the model names rightly, of all classes, before "
+        "the client has fine-tuned it; the mean over clients.",
+        of="on clients' own test images",
+    ),
+    Measure(
+        "restricted_top1",
+        "restricted top-1",
+        "the same, where it is known which classes the client has",
+        "As the initial top-1, of the client's own classes alone: what it is worth to know them, without any "
+        "training.",
+        of="on clients' own test images",
+    ),
+    Measure(
+        "nearest_mean_top1",
+        "nearest-mean top-1",
+        "the same by the means of the embeddings of the client's training images",
+        of="on clients' own test images",
+    ),
+    Measure(
+        "personal_top1",
+        "personalised top-1",
+        "of a client's own test images, those whose class is named rightly once it has fine-tuned the model",
+        "The share of a client's own test images whose class the model names rightly, of all classes, once "
+        "the client has fine-tuned it on its own training images; the mean over clients.",
+        of="on clients' own test images",
+    ),
+    Measure("recall_at_10", "recall@10", "images with one of their class in the nearest ten", compared=False),
+    Measure(
+        "not_finite",
+        "not finite",
+        "images whose embedding has a number that is not finite, which are misses",
+        share=False,
+        more_is_better=False,
+        compared=False,
+    ),
+):
+    declare(_measure)
+
+_NAMES = ("top1", "map_at_10", "recall_at_1", "recall_at_10", "not_finite")
+BY_TASK = {  # of a run whose algorithm has none of its own
+    "classification": Measures(_NAMES, "top1", _NAMES[:2], _NAMES[:3]),
+    "retrieval": Measures(_NAMES, "map_at_10", ("recall_at_1", "map_at_10"), _NAMES[1:3]),
+}

@@ -1,0 +1,259 @@
+"""Tables over clients and paired differences by hand, and the command on small runs."""
+
+import csv
+from dataclasses import replace
+from itertools import product
+from math import sqrt
+
+import pytest
+import torch
+
+from fedss_kernels.federated import Config, cli, run
+from fedss_kernels.federated.figures.personalisation import Measured, differences, write
+from fedss_kernels.federated.fine_tuning import Personal, Tuning
+from fedss_kernels.federated.plan import Plan
+from fedss_kernels.federated.reports.tables import read_markdown
+
+FEW = Tuning(epochs=(0, 1))
+
+
+def measured(method: str, seed: int, *accuracies: float, tuning: Tuning = FEW) -> Measured:
+    """Clients 0, 2, 4, ... with these after an epoch, a tenth less initially."""
+    people = [
+        Personal(2 * k, 10, 2, 5, a - 0.1, a - 0.05, a - 0.02, {0: a - 0.1, 1: a})
+        for k, a in enumerate(accuracies)
+    ]
+    return Measured(f"runs/{method}-{seed}", method, seed, tuning, people)
+
+
+def tables(text: str) -> list[dict[str, list[str]]]:
+    found = []
+    for table in text.split("\n\n"):
+        header, rows = read_markdown(table)
+        found.append({row[0]: dict(zip(header[1:], row[1:], strict=True)) for row in rows})
+    return found
+
+
+def test_the_table_has_what_lies_between_the_clients_of_a_run(tmp_path):
+    (table,) = tables(write(tmp_path, [measured("A", 0, *[k / 10 for k in range(1, 10)], 1.0, 0.5)]))
+    assert {name: line["after 1"] for name, line in table.items()} == {
+        "A: mean": "54.5",
+        "A: sd": "28.8",
+        "A: min": "10.0",
+        "A: 10%": "20.0",
+        "A: max": "100.0",
+    }
+    assert table["A: mean"]["initial"] == table["A: mean"]["after 0"] == "44.5"
+    assert (table["A: mean"]["restricted"], table["A: mean"]["nearest mean"]) == ("49.5", "52.5")
+
+
+def test_of_several_seeds_there_is_a_line_each_and_their_mean(tmp_path):
+    runs = [measured("A", 0, 0.2, 0.4), measured("A", 1, 0.5, 0.9), measured("B", 0, 0.3, 0.3)]
+    table, _ = tables(write(tmp_path, runs))
+    assert {name: line["after 1"] for name, line in table.items() if "min" in name} == {
+        "A, seed 0: min": "20.0",
+        "A, seed 1: min": "50.0",
+        "A, mean of 2 seeds: min": "35.0",
+        "B: min": "30.0",
+    }
+
+
+def test_differences_are_by_seed_and_client():
+    runs = [
+        measured("A", 0, 0.5, 0.6, 0.9),
+        measured("B", 0, 0.4, 0.7, 0.5),
+        measured("A", 1, 0.7, 0.6, 0.8),
+        measured("B", 1, 0.6, 0.5, 0.6),
+        measured("B", 2, 0.0, 0.0, 0.0),  # of a seed that A has not
+    ]
+    (found,) = differences(runs)
+    assert (found.first, found.second, found.seeds, found.clients) == ("A", "B", 2, 3)
+    each = [0.1, 0.0, 0.3]  # means over the seeds
+    mean, error = found.of["after_1"]
+    assert mean == pytest.approx(sum(each) / 3)
+    assert error == pytest.approx(sqrt(sum((d - sum(each) / 3) ** 2 for d in each) / 2 / 3))
+
+
+def test_a_client_that_one_run_lacks_is_in_no_difference():
+    lacking = measured("B", 0, 0.4, 0.7, 0.1)
+    lacking = replace(lacking, people=lacking.people[1:])
+    (found,) = differences([measured("A", 0, 0.5, 0.5, 0.5), lacking])
+    assert found.clients == 2 and found.of["after_1"][0] == pytest.approx((0.5 - 0.7 + 0.5 - 0.1) / 2)
+
+
+def test_methods_without_a_common_seed_are_not_paired_nor_other_rates():
+    assert differences([measured("A", 0, 0.5), measured("B", 1, 0.5)]) == []
+    fast = replace(FEW, rate=0.1)
+    runs = [measured(m, 0, 0.5, tuning=t) for m, t in product("AB", (FEW, fast))]
+    assert [(found.first, found.second) for found in differences(runs)] == [
+        ("A, rate 0.01", "B, rate 0.01"),
+        ("A, rate 0.1", "B, rate 0.1"),
+    ]
+    assert differences(runs)[0].of["initial"][1] is None  # of one client
+
+
+def test_the_table_of_differences(tmp_path):
+    runs = [measured("A", 0, 0.5, 0.6, 0.9), measured("B", 0, 0.5, 0.5, 0.6)]
+    _, table = tables(write(tmp_path, runs))
+    error = sqrt((0.4 / 3) ** 2 + (0.1 / 3) ** 2 + (0.5 / 3) ** 2) / sqrt(6)
+    assert {name: line["after 1"] for name, line in table.items()} == {
+        "A − B: mean": "13.3",
+        "A − B: standard error": f"{100 * error:.1f}",
+        "A − B: 95% from": f"{100 * (0.4 / 3 - 1.96 * error):.1f}",
+        "A − B: 95% to": f"{100 * (0.4 / 3 + 1.96 * error):.1f}",
+    }
+
+
+def test_the_files_and_what_an_earlier_look_left(tmp_path):
+    write(tmp_path, [measured("A", 0, 0.5, 0.6), measured("B", 0, 0.5, 0.5)])
+    with (tmp_path / "personalise.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["run"], line["client"]) for line in lines] == [
+        (f"runs/{method}-0", client) for method in "AB" for client in "02"
+    ]
+    assert (
+        lines[1]
+        | {
+            "method": "A",
+            "seed": "0",
+            "part": "head",
+            "rate": "0.01",
+            "rows": "all",
+            "images": "10",
+            "classes": "2",
+            "tested": "5",
+            "initial": "0.5",
+            "restricted": "0.5499999999999999",
+            "after_1": "0.6",
+        }
+        == lines[1]
+    )
+    report = (tmp_path / "report.html").read_text()
+    assert report.index("own images") < report.index("client by client")
+    for name in ("personalise", "personalise_differences"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    write(tmp_path, [measured("A", 0, 0.5, 0.6)])
+    assert not list(tmp_path.glob("*differences*"))
+    assert "client by client" not in (tmp_path / "report.html").read_text()
+
+
+# ---- the command
+
+SMALL = {"glyph_classes": 12, "glyph_writers": 6, "partition": "classes", "num_clients": 4, "rounds": 1}
+SMALL |= {"classes_per_client": 4, "cohort": 2, "embedding_dim": 8}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def folder(tmp_path, cache, monkeypatch):
+    monkeypatch.setenv("FEDSS_CACHE", str(cache))
+    return tmp_path
+
+
+def train(folder, name: str, **options) -> str:
+    run(Config(**SMALL | options, out=folder / name))
+    return str(folder / name)
+
+
+def read_csv(folder) -> list[dict[str, str]]:
+    with (folder / "personalise.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_command_on_runs_of_methods_and_seeds(folder, capsys):
+    runs = [
+        train(folder, f"{method}-{seed}", method=method, seed=seed)
+        for method in ("fedss", "full_softmax")
+        for seed in (0, 1)
+    ]
+    model = (folder / "fedss-0/model.pt").read_bytes()
+    capsys.readouterr()
+    out = folder / "out"
+    assert cli.main(["personalise", *runs, "--epochs=0,2", "--rate=0.01,0.1", f"--out={out}"]) == 0
+    said = capsys.readouterr()
+    texts = [(out / f"{name}.md").read_text() for name in ("personalise", "personalise_differences")]
+    assert "\n".join(texts) in said.out and f"{out / 'report.html'}" in said.out
+    assert "FedSS, rate 0.1 − FullSoftmax, rate 0.1: mean" in texts[1]
+    lines = read_csv(out)
+    assert len(lines) == 4 * 2 * 4 and {line["after_0"] == line["initial"] for line in lines} == {True}
+    assert (folder / "fedss-0/model.pt").read_bytes() == model
+    # The same whatever else is looked at, and where the report of a run is the section is added to it.
+    assert cli.main(["personalise", runs[1], "--epochs=2", "--clients=2", f"--out={runs[1]}"]) == 0
+    alone = read_csv(folder / "fedss-1")
+    mine = [line for line in lines if line["run"] == runs[1] and line["rate"] == "0.01"]
+    assert [line["after_2"] for line in alone] == [line["after_2"] for line in mine[:2]]
+    assert "own images" in (folder / "fedss-1/report.html").read_text()
+
+
+def test_a_comparison_is_all_its_runs_and_one_that_is_not_finished_is_left_out(folder, capsys):
+    out, comparison = folder / "out", folder / "all"
+    plan = Plan(Config(**SMALL), ["fedss", "pos_only"], [0, 1])
+    comparison.mkdir()
+    plan.save(comparison)
+    for config in plan.runs(comparison, {}):
+        run(config)
+    assert cli.main(["personalise", str(comparison), "--epochs=0", f"--out={out}"]) == 0
+    assert len({line["run"] for line in read_csv(out)}) == 4
+    (comparison / "pos_only-seed1/summary.json").unlink()
+    capsys.readouterr()
+    assert cli.main(["personalise", str(comparison), "--epochs=0", f"--out={out}"]) == 0
+    assert len({line["run"] for line in read_csv(out)}) == 3
+    assert "pos_only-seed1 is left out: it is not finished" in capsys.readouterr().err
+
+
+def test_heads_that_clients_keep_are_what_they_are_measured_by(folder):
+    trained = folder / "run"
+    train(folder, "run")
+    initial = []
+    for keeping in (False, True):
+        if keeping:
+            found = torch.load(trained / "model.pt", weights_only=True)
+            heads = torch.stack([found["weight"].roll(1, 0), found["weight"].flip(0)])
+            torch.save({**found, "clients": torch.tensor([3, 1]), "heads": heads}, trained / "model.pt")
+        assert cli.main(["personalise", str(trained), "--epochs=0", f"--out={folder / 'out'}"]) == 0
+        initial.append([line["initial"] for line in read_csv(folder / "out")])
+    same = [one == other for one, other in zip(*initial, strict=True)]
+    assert same[0] and same[2] and not (same[1] and same[3])
+
+
+def test_a_method_of_two_settings_is_two_methods(folder):
+    runs = [train(folder, name, scale=scale) for name, scale in (("flat", 4.0), ("steep", 16.0))]
+    assert cli.main(["personalise", *runs, "--epochs=0", f"--out={folder / 'out'}"]) == 0
+    assert {line["method"] for line in read_csv(folder / "out")} == {"FedSS, scale 4.0", "FedSS, scale 16.0"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data_seed": 1}, "is on other data than {first}: data_seed 1 and 0: expected runs on the same"),
+        ({"num_clients": 3}, "is on other data than {first}: num_clients 3 and 4: expected"),
+        ({}, "and {first} are of one method, settings and seed: expected each once"),
+    ],
+)
+def test_runs_that_cannot_be_compared_are_refused(folder, capsys, options, message):
+    first, other = train(folder, "first"), train(folder, "other", **options)
+    capsys.readouterr()
+    assert cli.main(["personalise", first, other, f"--out={folder / 'out'}"]) == 2
+    assert f"fedss personalise: {other} {message.format(first=first)}" in capsys.readouterr().err
+    assert not (folder / "out").exists()
+
+
+def test_runs_without_clients_test_images_are_refused(folder, capsys):
+    natural = train(folder, "natural", partition="natural", num_clients=0)
+    search = train(folder, "search", task="retrieval", glyph_classes=30, partition="iid")
+    trial = train(folder, "trial", partition="natural", num_clients=0, holdout=0.3)
+    out = f"--out={folder / 'out'}"
+    capsys.readouterr()
+    assert cli.main(["personalise", natural, out]) == 2
+    assert "nobody knows which test images of glyphs are whose" in capsys.readouterr().err
+    assert cli.main(["personalise", search, out]) == 2
+    assert "expected a classification, got a retrieval" in capsys.readouterr().err
+    assert cli.main(["personalise", str(folder / "nowhere"), out]) == 2
+    assert cli.main(["personalise", natural, "--part=tail", out]) == 2
+    assert not (folder / "out").exists()
+    assert cli.main(["personalise", trial, "--epochs=1", out]) == 0
+    assert len(read_csv(folder / "out")) == 2  # of 6 writers a third were held out

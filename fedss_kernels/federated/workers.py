@@ -220,10 +220,10 @@ class _Elsewhere:
         self.coming: deque[tuple[int, _Incoming]] = deque()
 
     def send(self, until: float = math.inf) -> None:
-        """Their rows to the clients that begin before so many images."""
+        """What they need, to the clients that begin before so many images."""
         while self.unsent and self.unsent[0][1] < until:
             k, _, end = self.unsent.popleft()
-            numbers = self.given_to(k).contiguous()
+            numbers = self.given_to(k).flatten()
             with self.team.communication():
                 self.coming.append((end, _Incoming(k, self.rank, self.requests[k], self.team.player)))
                 self.sending.append((_started(dist.isend(numbers, self.rank)), numbers))

@@ -4,8 +4,7 @@ Sixteen clients of 20 images each train a linear net and all of C class rows of 
 its velocity and three times a client's rows: as they came, as they are trained, and their gradient. What is
 measured is the peak of resident memory, in a process of its own, over what it had before the class rows; of
 each round by itself, as the first draws them. Part of it are 25 MB that the loss keeps between calls,
-whatever C, and what the C library keeps: with MALLOC_MMAP_THRESHOLD_=1000000 in the environment glibc gives
-back what is free.
+whatever C. Memory is given back as by the command `fedss`.
 """
 
 import argparse
@@ -19,6 +18,7 @@ from torch import nn
 from ..federated import Config
 from ..federated.clients.player import Player
 from ..federated.data import FederatedData
+from ..federated.given_back import give_back
 from ..federated.simulation import Simulation
 from .peak_memory import CLEAR, resident_peak
 from .results import decimal, mebibytes
@@ -50,6 +50,7 @@ def simulation(classes: int) -> Simulation:
 def measure(classes: int, rounds: int) -> list[int]:
     """Bytes at the peak of each round."""
     torch.set_num_threads(1)
+    give_back()
     warm = simulation(1000)
     for round in range(2):
         warm.play(round)

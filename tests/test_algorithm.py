@@ -11,7 +11,7 @@ from rich.console import Console
 from tiny_federation import tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import Stopped, measures, rounds, run
-from fedss_kernels.federated.algorithm import Played
+from fedss_kernels.federated.algorithm import Played, Trained
 from fedss_kernels.federated.algorithms import METHODS
 from fedss_kernels.federated.comparisons import jobs
 from fedss_kernels.federated.comparisons.compare import cells, compare, header
@@ -67,7 +67,7 @@ class Split:
         folder.save_checkpoint(rounds, self.stored())
 
     def trained(self):
-        return self.player.extractor.module.eval(), None
+        return Trained(self.player.extractor.module.eval())
 
 
 @pytest.fixture(autouse=True)

@@ -34,6 +34,7 @@ from .algorithms.parts import Part
 from .clients.player import Player, training_device
 from .config import Config, ConfigError
 from .data import FederatedData
+from .given_back import give_back
 from .interrupts import deaf, ending, ignore
 from .ledger import over_the_wire
 from .messages import Request, Update
@@ -448,6 +449,7 @@ def _explain(lost: WorkerLost, others: Sequence[_Worker]) -> NoReturn:
 
 def _work(folder: Path, rank: int, size: int, parent: int, failure: Connection) -> None:
     ignore()
+    give_back()
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     try:
         config, data, model = pickle.loads((folder / "given").read_bytes())

@@ -18,6 +18,7 @@ from ..config import Config, ConfigError
 from ..disk import reason, write_whole
 from ..files import checkpoint
 from ..files.run_folder import RoundMetrics, read_run
+from ..given_back import give_back
 from ..interrupts import deaf, ending, ignore
 from ..reports.remarks import remarks
 from ..reports.report import Run, attempt, write_run_report
@@ -182,6 +183,7 @@ def _child(sender: Connection, config: Config, resume: bool) -> None:
     What it gets back is that it is to stop: signals are for the parent.
     """
     ignore()
+    give_back()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     logging.getLogger("fedss_kernels").addHandler(logging.NullHandler())  # what is left out is in the ledger
     logging.getLogger(files.__name__).handlers = [_PassedUp(sender)]

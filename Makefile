@@ -72,7 +72,7 @@ sanitize-address sanitize-thread: sanitize-%: $(READY)
 fuzz: $(READY)
 	$(BIN)/python tests/fuzz_targets.py fuzz --runs $(FUZZ_RUNS)
 
-# fails if tests/fuzz/corpus runs less than 95% of the lines of a file of csrc/
+# fails if tests/fuzz/corpus runs less than 95% of the lines of a file of csrc/ that needs no GPU
 fuzz-coverage: $(READY)
 	$(BIN)/python tests/fuzz_targets.py coverage
 

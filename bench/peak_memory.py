@@ -48,12 +48,12 @@ def _measure(
     with contextlib.suppress(OSError, AttributeError):  # a C library other than glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # or the call would be given memory that was freed before
     CLEAR.write_text("5")  # the peak starts again from what is resident now
-    before = _peak()
+    before = resident_peak()
     result = call()
-    sender.send(_peak() - before)
+    sender.send(resident_peak() - before)
     del result
 
 
-def _peak() -> int:
+def resident_peak() -> int:
     lines = STATUS.read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))

@@ -117,11 +117,12 @@ void scale_columns(T* values, int64_t classes, int64_t rows, int64_t stride, con
   }
 }
 
-// Whole vectors of them.
 template <class T>
 double sum(const T* values, int64_t n) {
   Doubles total{};
-  for (int64_t i = 0; i < n; i += kDoubles) total += load_doubles(values + i);
+  int64_t i = 0;
+  for (; i + kDoubles <= n; i += kDoubles) total += load_doubles(values + i);
+  for (int lane = 0; i + lane < n; ++lane) total[lane] += double(values[i + lane]);
   return sum_of(total);
 }
 
@@ -210,7 +211,7 @@ void project(const T* row, int64_t n, double along, const T* unit, double factor
   int64_t d = 0;
 #if defined(FEDSS_FUSED)
   if constexpr (std::is_same<T, float>::value) {
-    const double share = along == 0 ? 0.0 : along * dot_in_blocks(row, unit, n);
+    const double share = along * dot_in_blocks(row, unit, n);
     if (TwoFloats::hold(share) && TwoFloats::hold(factor)) {
       const TwoFloats minus(-share), by(factor);
       for (; d + kLanes<float> <= n; d += kLanes<float>) {
@@ -222,7 +223,7 @@ void project(const T* row, int64_t n, double along, const T* unit, double factor
     }
   }
 #endif
-  if (along != 0) along *= dot(row, unit, n);
+  along *= dot(row, unit, n);
   for (; d + kDoubles <= n; d += kDoubles) {
     store_doubles(out + d, (load_doubles(row + d) - load_doubles(unit + d) * along) * factor);
   }

@@ -55,7 +55,7 @@ struct KernelsFor {
   void (*exponentiate)(const LogitTile<T>&);
   // values(j, r) *= factor_r, but 0 stays 0 where the factor is infinite (not where it is NaN).
   void (*scale_columns)(T* values, int64_t classes, int64_t rows, int64_t stride, const T* factor);
-  double (*sum)(const T* values, int64_t n);  // n: whole vectors of float64
+  double (*sum)(const T* values, int64_t n);
   // a . b, in float64
   double (*dot)(const T* a, const T* b, int64_t n);
   double (*norm)(const T* row, int64_t n);  // |row|

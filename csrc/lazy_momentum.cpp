@@ -1,20 +1,17 @@
 // Compiled with -ffp-contract=off: a fused multiply-add would skip one rounding where the instruction set has one.
 #include "lazy_momentum.hpp"
 
-#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstring>
 
 #include "check_ids.hpp"
 #include "row_access.hpp"
-#include "thread_pool.hpp"
 
 namespace fedss {
 namespace {
 
-constexpr double kSerialWork = 5e4;         // elements below which threads cost more than they give
-constexpr int64_t kTaskElements = 1 << 15;  // of the rows of one task
+constexpr Shares kShares = {5e4, 1 << 15};
 
 // What k steps without a gradient do to a row: w -= move * v, v *= decay.
 struct Coast {
@@ -30,18 +27,13 @@ struct Coast {
 // body(i, c, coast) for each row of a call, those that come a little later asked for from memory.
 template <class Body>
 void for_rows(const LazyMomentum& table, const std::vector<int64_t>& class_ids, int threads, const Body& body) {
-  const int64_t M = int64_t(class_ids.size()), D = table.weight.cols, ahead = rows_ahead<float>(D);
-  const int64_t per_task = std::max<int64_t>(1, kTaskElements / std::max<int64_t>(1, D));
-  if (double(M) * double(D) < kSerialWork) threads = 1;
-  parallel_for((M + per_task - 1) / per_task, std::max(threads, 1), [&](int64_t task, int) {
-    const int64_t last = std::min((task + 1) * per_task, M);
-    for (int64_t i = task * per_task; i < last; ++i) {
-      const int64_t c = class_ids[i], later = class_ids[std::min(i + ahead, M - 1)];
-      prefetch(at<float>(table.weight, later, 0), D);
-      prefetch(at<float>(table.velocity, later, 0), D);
-      __builtin_prefetch(static_cast<const int64_t*>(table.stepped.data) + later * table.stepped.stride);
-      body(i, c, Coast(table, table.now - table.stepped.id(c)));
-    }
+  const int64_t D = table.weight.cols;
+  for_listed_rows<float>(class_ids, D, kShares, threads, [&](int64_t i, int64_t next) {
+    const int64_t c = class_ids[i], later = class_ids[next];
+    prefetch(at<float>(table.weight, later, 0), D);
+    prefetch(at<float>(table.velocity, later, 0), D);
+    __builtin_prefetch(static_cast<const int64_t*>(table.stepped.data) + later * table.stepped.stride);
+    body(i, c, Coast(table, table.now - table.stepped.id(c)));
   });
 }
 

@@ -4,8 +4,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "tensor_view.hpp"
+#include "thread_pool.hpp"
 
 namespace fedss {
 
@@ -26,6 +28,19 @@ void with_row_type(DType dtype, const Body& body) {
     case DType::float16: return body(Float16());
     case DType::bfloat16: return body(BFloat16());
     default: return body(T());
+  }
+}
+
+// body(T(), Element()) for a matrix of `dtype`, float32 or float64, and rows of `row_dtype`: its own or 16 bits.
+template <class Body>
+void with_types(DType dtype, DType row_dtype, const Body& body) {
+  const auto with_rows_of = [&](auto number) {
+    with_row_type<decltype(number)>(row_dtype, [&](auto element) { body(number, element); });
+  };
+  if (dtype == DType::float64) {
+    with_rows_of(double());
+  } else {
+    with_rows_of(float());
   }
 }
 
@@ -56,6 +71,27 @@ const Element* at(const Matrix& m, int64_t i, int64_t j) {
 template <class Element>
 Element* at_mutable(const Matrix& m, int64_t i, int64_t j) {
   return const_cast<Element*>(at<Element>(m, i, j));
+}
+
+// How the rows of a call are shared out: elements below which threads cost more than they give, and those of one task.
+struct Shares {
+  double serial_elements;
+  int64_t task_elements;
+};
+
+// body(i, later) once for each position i of class_ids, whose row has D elements of T, and that of a row that comes a
+// little later, whose memory the body asks for.
+template <class T, class Body>
+void for_listed_rows(const std::vector<int64_t>& class_ids, int64_t D, Shares shares, int threads, const Body& body) {
+  const int64_t M = int64_t(class_ids.size()), ahead = rows_ahead<T>(D);
+  const int64_t per_task = std::max<int64_t>(1, shares.task_elements / std::max<int64_t>(1, D));
+  if (double(M) * double(D) < shares.serial_elements) threads = 1;
+  parallel_for((M + per_task - 1) / per_task, std::max(threads, 1), [&](int64_t task, int) {
+    const int64_t last = std::min((task + 1) * per_task, M);
+    for (int64_t i = task * per_task; i < last; ++i) {
+      body(i, std::min(i + ahead, M - 1));
+    }
+  });
 }
 
 }  // namespace fedss

@@ -6,13 +6,11 @@
 
 #include "check_ids.hpp"
 #include "row_access.hpp"
-#include "thread_pool.hpp"
 
 namespace fedss {
 namespace {
 
-constexpr double kSerialWork = 2e4;         // elements below which threads cost more than they give
-constexpr int64_t kTaskElements = 1 << 14;  // of the rows of one task
+constexpr Shares kShares = {2e4, 1 << 14};
 
 // The numbers of a row's n-th step, rounded to T once, and the arithmetic of one element.
 template <class T>
@@ -64,28 +62,19 @@ void update_strided(const Rule<T>& rule, const RowAdam& step, int64_t i, int64_t
   }
 }
 
-template <class T>
+template <class T, class Element>
 void update_rows(const RowAdam& step, const std::vector<int64_t>& class_ids, int threads) {
-  const int64_t M = step.rows.rows, D = step.rows.cols, ahead = rows_ahead<T>(D);
-  const int64_t per_task = std::max<int64_t>(1, kTaskElements / std::max<int64_t>(1, D));
   const bool contiguous = step.weight.col_stride == 1 && step.exp_avg.col_stride == 1 &&
                           step.exp_avg_sq.col_stride == 1 && step.rows.col_stride == 1;
   auto* const row_steps = static_cast<int64_t*>(const_cast<void*>(step.row_steps.data));
-  if (double(M) * double(D) < kSerialWork) threads = 1;
-  with_row_type<T>(step.rows.dtype, [&](auto element) {
-    using Element = decltype(element);
-    parallel_for((M + per_task - 1) / per_task, threads, [&](int64_t task, int) {
-      const int64_t last = std::min((task + 1) * per_task, M);
-      for (int64_t i = task * per_task; i < last; ++i) {
-        const int64_t c = class_ids[i], later = std::min(i + ahead, M - 1);
-        const Rule<T> rule(step, ++row_steps[c * step.row_steps.stride]);
-        if (contiguous) {
-          update_contiguous<T, Element>(rule, step, i, c, later, class_ids[later]);
-        } else {
-          update_strided<T, Element>(rule, step, i, c);
-        }
-      }
-    });
+  for_listed_rows<T>(class_ids, step.rows.cols, kShares, threads, [&](int64_t i, int64_t later) {
+    const int64_t c = class_ids[i];
+    const Rule<T> rule(step, ++row_steps[c * step.row_steps.stride]);
+    if (contiguous) {
+      update_contiguous<T, Element>(rule, step, i, c, later, class_ids[later]);
+    } else {
+      update_strided<T, Element>(rule, step, i, c);
+    }
   });
 }
 
@@ -94,12 +83,9 @@ void update_rows(const RowAdam& step, const std::vector<int64_t>& class_ids, int
 void row_adam_step(const RowAdam& step, int threads) {
   const std::vector<int64_t> class_ids = checked_ids("class_ids", step.class_ids, step.weight.rows);
   check_unique("class_ids", class_ids);
-  threads = std::max(threads, 1);
-  if (step.weight.dtype == DType::float64) {
-    update_rows<double>(step, class_ids, threads);
-  } else {
-    update_rows<float>(step, class_ids, threads);
-  }
+  with_types(step.weight.dtype, step.rows.dtype, [&](auto number, auto element) {
+    update_rows<decltype(number), decltype(element)>(step, class_ids, threads);
+  });
 }
 
 }  // namespace fedss

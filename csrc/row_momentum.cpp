@@ -5,13 +5,11 @@
 
 #include "check_ids.hpp"
 #include "row_access.hpp"
-#include "thread_pool.hpp"
 
 namespace fedss {
 namespace {
 
-constexpr double kSerialWork = 5e4;         // elements below which threads cost more than they give
-constexpr int64_t kTaskElements = 1 << 15;  // of the rows of one task
+constexpr Shares kShares = {5e4, 1 << 15};
 
 // The step's numbers, rounded to T once, and the arithmetic of one element.
 template <class T>
@@ -74,26 +72,16 @@ void update_strided(const Rule<T>& rule, const RowMomentum& step, int64_t i, int
   }
 }
 
-template <class T>
+template <class T, class Element>
 void update_rows(const RowMomentum& step, const std::vector<int64_t>& class_ids, int threads) {
   const Rule<T> rule(step);
-  const int64_t M = step.rows.rows, D = step.rows.cols, ahead = rows_ahead<T>(D);
-  const int64_t per_task = std::max<int64_t>(1, kTaskElements / std::max<int64_t>(1, D));
   const bool contiguous = step.weight.col_stride == 1 && step.rows.col_stride == 1 && step.velocity.col_stride == 1;
-  if (double(M) * double(D) < kSerialWork) threads = 1;
-  with_row_type<T>(step.rows.dtype, [&](auto element) {
-    using Element = decltype(element);
-    parallel_for((M + per_task - 1) / per_task, threads, [&](int64_t task, int) {
-      const int64_t last = std::min((task + 1) * per_task, M);
-      for (int64_t i = task * per_task; i < last; ++i) {
-        const int64_t later = std::min(i + ahead, M - 1);
-        if (contiguous) {
-          update_contiguous<T, Element>(rule, step, i, class_ids[i], later, class_ids[later]);
-        } else {
-          update_strided<T, Element>(rule, step, i, class_ids[i]);
-        }
-      }
-    });
+  for_listed_rows<T>(class_ids, step.rows.cols, kShares, threads, [&](int64_t i, int64_t later) {
+    if (contiguous) {
+      update_contiguous<T, Element>(rule, step, i, class_ids[i], later, class_ids[later]);
+    } else {
+      update_strided<T, Element>(rule, step, i, class_ids[i]);
+    }
   });
 }
 
@@ -102,12 +90,9 @@ void update_rows(const RowMomentum& step, const std::vector<int64_t>& class_ids,
 void row_momentum_step(const RowMomentum& step, int threads) {
   const std::vector<int64_t> class_ids = checked_ids("class_ids", step.class_ids, step.weight.rows);
   check_unique("class_ids", class_ids);
-  threads = std::max(threads, 1);
-  if (step.weight.dtype == DType::float64) {
-    update_rows<double>(step, class_ids, threads);
-  } else {
-    update_rows<float>(step, class_ids, threads);
-  }
+  with_types(step.weight.dtype, step.rows.dtype, [&](auto number, auto element) {
+    update_rows<decltype(number), decltype(element)>(step, class_ids, threads);
+  });
 }
 
 }  // namespace fedss

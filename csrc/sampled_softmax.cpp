@@ -725,7 +725,7 @@ class Solver {
 
   void add_grad_bias(int64_t chunk, const Tile& t, int64_t row_tile, int64_t rows) {
     for (int64_t j = t.begin; j < t.end; ++j) {
-      grad_bias_[classes_.slot(chunk + j)] += kernels_.sum(logits(row_tile, j), padded_rows_of(row_tile, rows));
+      grad_bias_[classes_.slot(chunk + j)] += kernels_.sum(logits(row_tile, j), rows_of(row_tile, rows));
     }
   }
 
@@ -782,13 +782,14 @@ class Solver {
   void store_projected(T* gradient, const T* row, double factor, double inverse, Out* out) {
     const double by = p_.scale * inverse;
     if (inverse == 0.0 || by == 0.0) return void(std::fill_n(out, D_, Out(0)));  // whatever the scale, if infinite
-    const double along = p_.cosine ? factor * factor : 0.0;
-    if constexpr (std::is_same<T, Out>::value) {
-      kernels_.project(gradient, D_, along, row, by, out);
-    } else {
-      kernels_.project(gradient, D_, along, row, by, gradient);
-      for (int64_t d = 0; d < D_; ++d) out[d] = Out(gradient[d]);
+    T* to = gradient;
+    if constexpr (std::is_same<T, Out>::value) to = out;
+    if (p_.cosine) {
+      kernels_.project(gradient, D_, factor * factor, row, by, to);
+    } else {  // without the row, which may hold infinities: 0 times them is NaN
+      kernels_.scale(gradient, D_, by, to);
     }
+    if constexpr (!std::is_same<T, Out>::value) std::copy_n(gradient, D_, out);
   }
 
   void finish_class_rows() {

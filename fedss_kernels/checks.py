@@ -4,12 +4,12 @@ import math
 import numbers
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -61,13 +61,18 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
+def single_item(value: Any) -> Any:
+    """What a tensor or an array of one element holds; else `value`."""
+    held = isinstance(value, (Tensor, np.ndarray)) and math.prod(value.shape) == 1
+    return value.item() if held else value
+
+
 def as_integer(value: Any) -> Any:
-    """Any integer, NumPy's or a 0-d tensor too, as an int; what is none comes back, for a check to refuse."""
-    if isinstance(value, Tensor) and value.dim() == 0 and value.dtype in _INTEGERS:
-        return int(value)
-    if type(value) is int or isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    """Any integer, NumPy's or of 0 dimensions too, as an int; what is none comes back, to be refused."""
+    if type(value) is int:
         return value
-    return int(value)
+    number = single_item(value) if getattr(value, "ndim", 1) == 0 else value
+    return int(number) if isinstance(number, numbers.Integral) and not isinstance(number, bool) else value
 
 
 def check_integer(name: str, value: object, least: int, most: int | None = None) -> int:
@@ -94,17 +99,17 @@ def check_ignore_index(ignore_index: Any) -> int:
 def as_number(
     name: str, value: object, least: float = -math.inf, below: float = math.inf, *, infinite: bool = False
 ) -> float:
-    """A number of Python's, numpy's or a tensor's of one element, as float: what torch's optimisers take.
+    """A number of Python's, numpy's, or of a tensor or array of one element, as float: what torch's take.
 
     Raises TypeError for something else, ValueError unless it is finite and in [least, below), or infinity
     where `infinite` lets that be. Of a tensor on a GPU it waits for the number.
     """
     if type(value) is float and -math.inf < value < below and least <= value:
         return value
-    number: Any = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    number: Any = single_item(value)
     real = isinstance(number, (int, float)) or isinstance(number, numbers.Real)
     if isinstance(number, bool) or not real:
-        shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
+        shape = f" of shape {tuple(value.shape)}" if isinstance(value, (Tensor, np.ndarray)) else ""
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}{shape}")
     if infinite and number == math.inf:
         return math.inf
@@ -120,10 +125,11 @@ def as_number(
     return number
 
 
-def check_flag(name: str, value: object) -> None:
-    """Raises TypeError unless `value` is True or False."""
-    if not isinstance(value, bool):
+def check_flag(name: str, value: object) -> bool:
+    """`value` as a bool; raises TypeError unless it is True or False, NumPy's or Python's."""
+    if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
+    return bool(value)
 
 
 def refuse_forward_mode(name: str) -> None:

@@ -121,6 +121,11 @@ def draw_batch_class_set(
         raise ValueError(f"target: expected shape (B,), got {tuple(target.shape)}")
     num_classes = check_integer("num_classes", num_classes, 1)
     num_sampled = check_integer("num_sampled", num_sampled, 0)
+    if num_classes * num_sampled > 2**62 or num_classes > 2**62:
+        raise ValueError(
+            "num_classes: expected at most 2**62, and num_classes * num_sampled too, as 64-bit integers are "
+            f"drawn, got {num_classes} and num_sampled {num_sampled}"
+        )
     ignore_index = check_ignore_index(ignore_index)
     B = target.shape[0]
     ignored = num_classes  # a rank past every class, so that ignored rows sort last
@@ -214,9 +219,10 @@ def _refuse_in_backward() -> None:
     """What runs there is run again, by torch.utils.checkpoint, and should draw what it drew before."""
     if torch._C._current_graph_task_id() != -1:
         raise RuntimeError(
-            "generator: the class set is drawn again in the backward pass, and would be another one: "
-            "torch.utils.checkpoint restores torch's default generators only. Leave the loss out of what is "
-            "checkpointed (it keeps no logits), or take generator=None"
+            "generator: expected a class set to be drawn in the forward pass, not in the backward pass, in "
+            "which torch.utils.checkpoint would draw another one: it restores torch's default generators "
+            "only. Leave the loss out of what is checkpointed (it keeps no logits) and of hooks on "
+            "gradients, or take generator=None"
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -39,8 +40,8 @@ def check_whole(weight: Tensor) -> None:
 
     FSDP2's is a DTensor then; FSDP1's a part of its flat parameter, or a view of memory that it has freed.
     """
-    strided = weight.layout == torch.strided
-    freed = strided and weight.numel() > 0 and weight.untyped_storage().size() == 0
+    has_memory = weight.layout == torch.strided and not is_functorch_wrapped_tensor(weight)
+    freed = has_memory and weight.numel() > 0 and weight.untyped_storage().size() == 0
     if hasattr(weight, "full_tensor") or freed or weight.dim() == 1:
         raise RuntimeError(
             f"weight: expected all of a (C, D) matrix, got a {type(weight).__name__} {tuple(weight.shape)}"

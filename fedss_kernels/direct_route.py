@@ -13,7 +13,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
 from .direct_triton import direct_triton_loss
-from .loss_operator import Arguments, finish, finish_gradients, run_kernel, shaped_like
+from .loss_operator import Arguments, finish, finish_gradients, refuse_batches, run_kernel, shaped_like
 
 
 def direct_loss(
@@ -136,6 +136,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         input, weight, bias, learned, *constants = ctx.saved_tensors
+        refuse_batches(grad_loss)
         options, sparse_grad, wanted, touched, dense = ctx.rest
         made, ctx.made = ctx.made, None  # handed on; a second backward makes them again
         grad_mode = torch.is_grad_enabled()

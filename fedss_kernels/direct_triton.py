@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .checks import FLOATING
 from .implementations import triton_kernels
-from .loss_operator import autocast_dtype, shaped_like
+from .loss_operator import autocast_dtype, refuse_batches, shaped_like
 
 _kernels: dict[str, ModuleType] = {}  # by type of device
 _known: dict[Hashable, Any] = {}  # -> Calls, of problems whose tensors kernels read as they are
@@ -131,6 +131,7 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss):
+        refuse_batches(grad_loss)
         *tensors, learned, kept = ctx.saved_tensors
         calls, factor, wanted, rounding = ctx.rest
         if torch.is_grad_enabled():  # create_graph: the operator refuses a second derivative

@@ -1,5 +1,6 @@
 """What operators that change rows of a matrix in place have in common: registration, checks, order of ids."""
 
+import operator
 from collections.abc import Callable
 
 import torch
@@ -99,8 +100,8 @@ def check_memory(changed: dict[str, Tensor], read: dict[str, Tensor]) -> None:
 
 def _byte_range(tensor: Tensor) -> tuple[int, int]:
     """[first, last) address; strides of a tensor are never negative."""
-    first = tensor.data_ptr()
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    first, strides = tensor.data_ptr(), tensor.stride()
+    last = sum(map(operator.mul, tensor.shape, strides)) - sum(strides)
     return first, first + (last + 1) * tensor.element_size()
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from . import _C
 from .checks import refuse_forward_mode
@@ -349,12 +350,23 @@ def _backward(ctx, grad_loss, *_):
     needed = [ctx.needs_input_grad[position] for position in positions]
     result: list[Tensor | None] = [None] * (_TENSORS + len(ctx.options))
     if grad_loss is not None:
+        refuse_batches(grad_loss)
         gradients = torch.ops.fedss_kernels.sampled_softmax_loss_backward(
             grad_loss, list(made), needed, *tensors, *ctx.options
         )
         for position, need, gradient in zip(positions, needed, gradients, strict=True):
             result[position] = gradient if need else None
     return tuple(result)
+
+
+def refuse_batches(grad_loss: Tensor) -> None:
+    """Raises RuntimeError for several upstream gradients at once: torch cannot go through them one by one."""
+    if is_legacy_batchedtensor(grad_loss):
+        raise RuntimeError(
+            "sampled_softmax_loss: expected one upstream gradient at a time, got a batch of them, as of "
+            "is_grads_batched=True or torch.autograd.functional.jacobian(..., vectorize=True); take False, "
+            'or impl="reference"'
+        )
 
 
 def _refuse_double_backward(ctx, *_):

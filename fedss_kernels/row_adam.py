@@ -216,6 +216,7 @@ class RowAdam(RowOptimizer):
     """
 
     REQUIRED = ("lr", "betas", "eps", "weight_decay")
+    TELLING = "amsgrad"  # not in a group of RAdam's or Adamax'
     FIXED = {"amsgrad": False, "maximize": False, "differentiable": False, "decoupled_weight_decay": True}
     UNUSED = {"foreach": None, "capturable": False, "fused": None}
     STATE = ("step", "exp_avg", "exp_avg_sq", "row_steps")

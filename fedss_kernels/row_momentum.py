@@ -46,8 +46,14 @@ def row_momentum_step_(
     (tensor([1.5000, 1.5000]), tensor([[ 0.0000,  0.0000],
             [-2.5000, -2.5000]]))
     """
-    numbers = lr, momentum, weight_decay, nesterov
-    return step_(weight, velocity, class_ids, rows, *numbers, impl=impl, check_ids=True)
+    numbers = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+    lr, momentum, weight_decay = (as_number(name, value) for name, value in numbers.items())
+    nesterov = check_flag("nesterov", nesterov)
+    if velocity is None and momentum != 0:
+        raise ValueError(f"velocity: expected a tensor, as momentum is {momentum}, got None")
+    return step_(
+        weight, velocity, class_ids, rows, lr, momentum, weight_decay, nesterov, impl=impl, check_ids=True
+    )
 
 
 def step_(
@@ -65,11 +71,6 @@ def step_(
 ) -> Tensor:
     """`row_momentum_step_`; without `check_ids` a GPU does what it does while a CUDA graph is captured."""
     _check(weight, velocity, class_ids, rows)
-    numbers = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-    lr, momentum, weight_decay = (as_number(name, value) for name, value in numbers.items())
-    check_flag("nesterov", nesterov)
-    if velocity is None and momentum != 0:
-        raise ValueError(f"velocity: expected a tensor, as momentum is {momentum}, got None")
     impl = choose_impl(impl, weight.device)
     torch.ops.fedss_kernels.row_momentum_step_(
         *(weight, velocity, class_ids, rows.resolve_neg()),

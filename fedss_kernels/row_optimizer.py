@@ -1,15 +1,19 @@
 """What RowSGD and RowAdam have in common: checks of options, clipping, 16-bit parameters, rows and dense."""
 
+import inspect
 import numbers
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from functools import cache
 from importlib.util import find_spec
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import FLOATING, as_integer, as_number, check_integer
+from .checks import FLOATING, as_integer, as_number, check_integer, single_item
 from .clip_grad import clip_factor, total_norm
 from .sparse_rows import has_16_bits, is_listed_once, runs_of_entries, unique_rows, widened
 from .stochastic_rounding import StochasticRounding
@@ -24,7 +28,6 @@ class Options(NamedTuple):
     rule: Rule
     max_norm: float | None
     seed: int
-    rounding_step: int
 
 
 class RowOptimizer(torch.optim.Optimizer, ABC):
@@ -35,12 +38,17 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     can serve, and any other is refused.
     """
 
-    # Options that must be there, those that have one value here, those that choose among torch's own
-    # implementations, which change nothing here; and what there is of each parameter.
+    # Options that must be there, one that no other optimiser's groups have beside these, those that have
+    # one value here, those that choose among torch's own implementations, which change nothing here; and what
+    # there is of each parameter.
     REQUIRED: ClassVar[tuple[str, ...]]
+    TELLING: ClassVar[str]
     FIXED: ClassVar[dict[str, Any]]
     UNUSED: ClassVar[dict[str, Any]]
     STATE: ClassVar[tuple[str, ...]]
+
+    # The groups' options after a step, if none can change in place, and what the check of them gave.
+    _seen: tuple[list[Any], list[Options]] = ([], [])
 
     def __init__(self, params: Iterable[Any], options: dict[str, Any]) -> None:
         defaults = {**options, "rounding_step": 0, **self.FIXED, **self.UNUSED}
@@ -104,6 +112,8 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
                         f"is this the state of another optimiser than {type(self).__name__}?"
                     )
                 self._checked_state(parameter, of_parameter)
+        if "param_groups" in vars(self):  # not as it is unpickled: it is of this class then
+            self._refuse_groups_of_others(state["param_groups"], defaults)
         super().__setstate__({**state, "defaults": defaults, "param_groups": groups})
 
     @torch.no_grad()
@@ -113,13 +123,17 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        checked = self._checked_groups(self.param_groups)
+        held, (seen, checked) = self._options(), self._seen
+        changed = not _are_same(held, seen)
+        if changed:
+            checked = self._checked_groups(self.param_groups)
         for group in self.param_groups:
             for index, parameter in enumerate(group["params"]):
-                _check_gradient(parameter, index)
+                if parameter.grad is not None and parameter.grad.is_sparse:
+                    _check_sparse_step(index, parameter, parameter.grad, self.state.get(parameter, {}))
         factor = self._clip_factor(checked)
         for stream, (group, options) in enumerate(zip(self.param_groups, checked, strict=True)):
-            rounding = StochasticRounding(options.seed, options.rounding_step, stream)
+            rounding = StochasticRounding(options.seed, as_integer(group["rounding_step"]), stream)
             dense: list[Tensor] = []
             listed: list[Tensor] = []
             for parameter in group["params"]:
@@ -131,7 +145,30 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
             for parameter in listed:
                 self._step_listed_rows(parameter, options.rule, factor, rounding)
             group["rounding_step"] += 1
+        if not changed or all(map(_stays, held)):
+            self._seen = self._options(), checked
         return loss
+
+    def _options(self) -> list[Any]:
+        """Those of all groups, in one list."""
+        return [
+            value for group in self.param_groups for name, value in group.items() if name not in _NO_OPTIONS
+        ]
+
+    def _refuse_groups_of_others(self, groups: list[dict[str, Any]], own: Iterable[str]) -> None:
+        """Options tell of another optimiser where no state does, as before its first step."""
+        known, in_torch = {*own, *_NO_OPTIONS}.union(*self.param_groups), _options_in_torch()
+        for index, group in enumerate(groups):
+            foreign = sorted(name for name in group if name not in known and name in in_torch)
+            if foreign or self.TELLING not in group:
+                found = (
+                    f"{foreign[0]} too, which {in_torch[foreign[0]]} has" if foreign else f"no {self.TELLING}"
+                )
+                kind = type(self).__name__
+                raise ValueError(
+                    f"param_groups[{index}]: expected the options of {kind}, got {found}: "
+                    f"is this the state of another optimiser than {kind}?"
+                )
 
     def _checked_groups(self, groups: list[dict[str, Any]]) -> list[Options]:
         checked = []
@@ -150,14 +187,14 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         rule, max_norm = self._checked_rule(options, where), options["max_norm"]
         if max_norm is not None:
             max_norm = as_number(f"{where}max_norm", max_norm, least=0, infinite=True)
-        seed, rounding_step = (check_integer(where + n, options[n], 0) for n in ("seed", "rounding_step"))
+        seed, _ = (check_integer(where + n, options[n], 0) for n in ("seed", "rounding_step"))
         for name, value in self.FIXED.items():
             if options[name] != value:
                 kind = type(self).__name__
                 raise ValueError(
                     f"{where}{name}: expected {value}, as {kind} has no other, got {options[name]}"
                 )
-        return Options(rule, max_norm, seed, rounding_step)
+        return Options(rule, max_norm, seed)
 
     def _clip_factor(self, checked: list[Options]) -> Tensor | None:
         max_norm = checked[0].max_norm if checked else None
@@ -216,6 +253,33 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
             whole[class_ids] = rounding(stepped, whole.dtype)[first]
 
 
+_NO_OPTIONS = ("params", "param_names")
+
+
+def _are_same(options: list[Any], others: list[Any]) -> bool:
+    """Whether these are the very same objects."""
+    return len(options) == len(others) and all(map(operator.is_, options, others))
+
+
+def _stays(value: Any) -> bool:
+    """Whether it is what it is for good; a tensor, an array or a list may hold something else later."""
+    if type(value) is tuple:
+        return all(map(_stays, value))
+    return value is None or type(value) in (float, int, bool, str)
+
+
+@cache
+def _options_in_torch() -> dict[str, str]:
+    """The options of torch's optimisers, each with the name of one that has it."""
+    kinds = [kind for kind in vars(torch.optim).values() if isinstance(kind, type)]
+    return {
+        option: kind.__name__
+        for kind in kinds
+        if issubclass(kind, torch.optim.Optimizer)
+        for option in inspect.signature(kind).parameters
+    }
+
+
 def _round_back(
     parameter: Tensor, weight: Tensor, state: State, stepped: State, rounding: StochasticRounding
 ) -> None:
@@ -238,6 +302,10 @@ def _as_pythons(value: Any) -> Any:
         return {name: _as_pythons(option) for name, option in value.items()}
     if type(value) in (list, tuple):
         return type(value)(map(_as_pythons, value))
+    if isinstance(value, np.ndarray):
+        value = single_item(value)
+    if isinstance(value, np.bool_):
+        return bool(value)
     if isinstance(value, numbers.Integral):
         return as_integer(value)
     return float(value) if isinstance(value, numbers.Real) else value
@@ -299,13 +367,27 @@ def _check_norms(norms: list[float | None]) -> None:
         )
 
 
-def _check_gradient(parameter: Tensor, index: int) -> None:
-    grad = parameter.grad
-    if grad is None or not grad.is_sparse:
-        return
+def _check_sparse_step(index: int, parameter: Tensor, grad: Tensor, state: State) -> None:
+    """Raises ValueError unless rows of `parameter` and its state can be stepped by this gradient."""
     if parameter.dim() not in (1, 2) or grad.sparse_dim() != 1 or parameter.dtype not in FLOATING:
         raise ValueError(
             f"params[{index}]: expected a sparse gradient to list whole rows of a floating (C, D) or (C,) "
             f"parameter, got {grad.sparse_dim()} sparse dimensions of {tuple(parameter.shape)} "
             f"{parameter.dtype}"
         )
+    if grad.dtype not in (parameter.dtype, torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"params[{index}]: expected a sparse gradient of {parameter.dtype}, as it is, or of 16 bits, "
+            f"got {grad.dtype}"
+        )
+    of_one_dtype = not has_16_bits(parameter)
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            continue
+        casts = of_one_dtype and value.is_floating_point() and value.dtype != parameter.dtype
+        if casts or value.shape != parameter.shape[: value.dim()]:
+            raise ValueError(
+                f"params[{index}]: {tuple(parameter.shape)} {parameter.dtype}, has another shape or dtype "
+                f"than at its first step: its {name} is {tuple(value.shape)} {value.dtype}; "
+                "load_state_dict(state_dict()) casts a state, a new optimiser fits new rows"
+            )

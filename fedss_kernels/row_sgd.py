@@ -74,6 +74,7 @@ class RowSGD(RowOptimizer):
     """
 
     REQUIRED = ("lr", "momentum", "weight_decay")
+    TELLING = "nesterov"  # not in a group of RMSprop's
     FIXED = {"dampening": 0, "maximize": False, "differentiable": False}
     UNUSED = {"foreach": None, "fused": None}
     STATE = ("momentum_buffer",)
@@ -93,10 +94,10 @@ class RowSGD(RowOptimizer):
 
     def _checked_rule(self, options: dict[str, Any], where: str) -> Rule:
         rule: Rule = {name: as_number(where + name, options[name], least=0) for name in self.REQUIRED}
-        check_flag(f"{where}nesterov", options["nesterov"])
-        if options["nesterov"] and rule["momentum"] == 0:
+        nesterov = check_flag(f"{where}nesterov", options["nesterov"])
+        if nesterov and rule["momentum"] == 0:
             raise ValueError(f"{where}nesterov: expected False without momentum, got True")
-        return rule | {"nesterov": options["nesterov"]}
+        return rule | {"nesterov": nesterov}
 
     def _checked_state(self, parameter: Tensor, state: State) -> None:
         velocity = state.get("momentum_buffer")

@@ -14,6 +14,7 @@ import numbers
 import os
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +28,7 @@ from .checks import (
     check_shape,
     check_tensor,
     refuse_meta,
+    single_item,
 )
 from .direct_route import direct_loss
 from .implementations import triton_kernels
@@ -124,7 +126,7 @@ def sampled_softmax_loss(
     _check(input, weight, target, class_ids, log_expected_count, target_log_expected_count, bias, scale)
     check_choice("similarity", similarity, ("cosine", "dot"))
     check_choice("reduction", reduction, ("mean", "sum", "none"))
-    check_flag("sparse_grad", sparse_grad)
+    sparse_grad = check_flag("sparse_grad", sparse_grad)
     backend = _backend(impl, input.device)
     check_ignore_index(ignore_index)
     if sparse_grad and backend == "reference":
@@ -159,6 +161,11 @@ def _by_operator(*arguments: Any) -> Tensor:
     operator = torch.ops.fedss_kernels.sampled_softmax_loss
     if torch.compiler.is_compiling():
         return operator(*arguments)[0]
+    if torch._C._get_tracing_state() is not None:
+        raise RuntimeError(
+            "sampled_softmax_loss: torch.jit.trace cannot record it, as it records no operator that takes a "
+            'list of flags; take torch.export.export or torch.compile, or impl="reference"'
+        )
     try:
         return operator(*arguments)[0]
     except RuntimeError as error:
@@ -238,6 +245,8 @@ def _check_constant(name: str, value: Tensor | None, shape: tuple[int, ...], mea
 
 def as_float(scale: Any) -> Any:
     """Any real number, NumPy's too, as a float; what is none comes back, for `check_scale` to refuse."""
+    if isinstance(scale, np.ndarray):
+        scale = single_item(scale)
     if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
         return scale
     try:

@@ -53,6 +53,8 @@ class SampledSoftmaxLoss(nn.Module):
         sparse_grad: the gradients of weight and bias as sparse COO tensors over the classes that take part
             (`weight.grad.coalesce()` has `.indices()` and `.values()`; see `sampled_softmax_loss`).
             Under DistributedDataParallel it needs gloo: NCCL adds up dense gradients only, as FSDP does.
+            For it `modules()` gives an nn.Embedding that holds both before this module: a loop that
+            initialises embeddings meets the class matrix too; `reset_parameters()` after it draws it anew.
         generator: source of the initial weight and the negatives; None: torch's default one. Its state is
             not in state_dict, as each process has its own: save `criterion.generator.get_state()` beside
             it, and give that to `criterion.generator.set_state` to go on with the same negatives (for None:
@@ -94,8 +96,7 @@ class SampledSoftmaxLoss(nn.Module):
         check_choice("impl", impl, IMPLS)
         check_choice("similarity", similarity, ("cosine", "dot"))
         check_choice("reduction", reduction, ("mean", "sum", "none"))
-        for name, flag in (("learn_scale", learn_scale), ("bias", bias), ("sparse_grad", sparse_grad)):
-            check_flag(name, flag)
+        learn_scale, bias = check_flag("learn_scale", learn_scale), check_flag("bias", bias)
         check_generator(generator)
         if dtype is not None:
             check_dtype("dtype", dtype, FLOATING)
@@ -104,7 +105,7 @@ class SampledSoftmaxLoss(nn.Module):
         num_classes = check_integer("num_classes", num_classes, 1)
         embedding_dim = check_integer("embedding_dim", embedding_dim, 1)
         self.num_sampled = None if num_sampled is None else check_integer("num_sampled", num_sampled, 0)
-        self.similarity, self.sparse_grad = similarity, sparse_grad
+        self.similarity, self.sparse_grad = similarity, check_flag("sparse_grad", sparse_grad)
         self.ignore_index, self.reduction, self.impl = check_ignore_index(ignore_index), reduction, impl
         self.generator: GeneratorHandle | torch.Generator | None
         self.generator = None if generator is None else GeneratorHandle(generator)
@@ -145,9 +146,13 @@ class SampledSoftmaxLoss(nn.Module):
         check_tensor("target", target, (torch.int64,))
         weight = self._whole_weight()
         if self.sparse_grad:
+            _check_takes_sparse(weight)
             check_sparse_communication(self, weight, self.bias)
         class_ids = log_expected_count = None
-        if self.training and (m := self.num_sampled) is not None and m < (C := weight.shape[0]):
+        m, C = self.num_sampled if self.training else None, weight.shape[0]
+        if m is not None and type(m) is not int:  # assigned since
+            m = check_integer("num_sampled", m, 0)
+        if m is not None and m < C:
             class_ids, log_expected_count = draw_batch_class_set(
                 target.reshape(-1), C, m, self.generator, self.ignore_index
             )
@@ -261,6 +266,20 @@ class SampledSoftmaxLoss(nn.Module):
         return (
             f"{self.num_classes}, {self.embedding_dim}, num_sampled={self.num_sampled}, scale={scale}, "
             f"similarity={self.similarity!r}, bias={self.bias is not None}, sparse_grad={self.sparse_grad}"
+        )
+
+
+# Operations of weight_norm and of casts: their backward passes in torch take dense gradients alone.
+_DENSE_ALONE = ("WeightNormInterfaceBackward", "ToCopyBackward")
+
+
+def _check_takes_sparse(weight: Tensor) -> None:
+    maker = weight.grad_fn
+    if maker is not None and maker.name().startswith(_DENSE_ALONE):
+        raise RuntimeError(
+            "sparse_grad: expected False for a weight that is computed, as by weight_norm or a cast, got one "
+            f"by {maker.name()}, whose backward pass in torch takes dense gradients only; take "
+            "sparse_grad=False, or make the weight itself the parameter"
         )
 
 

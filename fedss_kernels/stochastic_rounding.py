@@ -32,6 +32,8 @@ class StochasticRounding:
             placed = values.device_mesh, values.placements
             return type(values).from_local(share, *placed, shape=values.shape, stride=values.stride())
         up_or_down = self._bfloat16(values) if dtype == torch.bfloat16 else self._by_spacing(values, dtype)
+        if _all_in_range(values, dtype):
+            return up_or_down
         in_range = values.abs() < torch.finfo(dtype).max  # not so for NaN
         return torch.where(in_range, up_or_down, values.to(dtype))
 
@@ -59,3 +61,12 @@ class StochasticRounding:
             seed = int.from_bytes(digest, "little") >> 1
             self._generators[device] = torch.Generator(device).manual_seed(seed)
         return self._generators[device]
+
+
+def _all_in_range(values: Tensor, dtype: torch.dtype) -> bool:
+    """Whether that is known: to ask a GPU would be to wait for it. On a CPU it takes one pass."""
+    if not values.is_cpu or values.numel() == 0:
+        return False
+    largest = torch.finfo(dtype).max
+    lowest, highest = torch.aminmax(values)
+    return -largest < lowest.item() and highest.item() < largest  # not so for NaN

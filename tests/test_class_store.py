@@ -349,6 +349,12 @@ def _parsed(content: bytes) -> object:
     return {name: found.get(name) for name in ("format", "id", "num_rows", "dim")}
 
 
+def test_a_file_is_no_folder_for_a_store(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="class_store: .*file is a file, not a folder"):
+        ClassStore.new(tmp_path / "file", 4, 2)
+
+
 def test_a_store_is_not_overwritten_unasked(tmp_path):
     first = train(tmp_path / "a")
     with pytest.raises(FileExistsError, match="there is a class store in"):

@@ -1,6 +1,7 @@
 """The command line: what it generates, what it refuses in one line, and whole runs."""
 
 import dataclasses
+import errno
 import importlib.util
 import io
 import json
@@ -23,7 +24,7 @@ from fedss_kernels.federated.comparisons.compare import Comparison
 from fedss_kernels.federated.config import OWN, PRESETS
 from fedss_kernels.federated.data import DATASETS
 from fedss_kernels.federated.files.run_folder import faults, make_folder
-from fedss_kernels.federated.models import MODELS
+from fedss_kernels.federated.models import MODELS, build_model
 from fedss_kernels.federated.plan import Plan
 from fedss_kernels.federated.reports import progress
 from fedss_kernels.federated.reports.places import cells as places
@@ -164,6 +165,10 @@ def test_a_folder_that_cannot_be_written_to_is_one_line(tmp_path, capsys):
     for command in ("run", "compare"):
         line = fails(capsys, command, *SMALL, f"--out={tmp_path}/file/out")
         assert line.endswith("file/out cannot be written to: Not a directory")
+    with pytest.raises(OSError, match="file cannot be written to: it is a file"):
+        make_folder(tmp_path / "file")
+    line = fails(capsys, "run", *SMALL, f"--out={'a' * 300}")
+    assert line == f"fedss run: File name too long: {'a' * 300}"
 
 
 def test_a_link_to_nothing_is_no_folder(tmp_path):
@@ -446,6 +451,26 @@ def test_a_folder_without_a_run_is_named_as_that(argv, tmp_path, capsys):
     assert line == f"fedss {argv[0]}: no run in {tmp_path}: no config.json, no checkpoint"
 
 
+def test_a_comparison_of_which_a_run_failed_on_a_full_disk_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    lost = Comparison(
+        [], [], ["FedSS, seed 0 failed: OSError: No space left on device"], tmp_path, go_on=True
+    )
+    monkeypatch.setattr("fedss_kernels.federated.comparisons.compare.compare", lambda *a, **options: lost)
+    out = tmp_path / "out"
+    assert cli.main(["compare", *SMALL, f"--out={out}"]) == 1
+    err = capsys.readouterr().err
+    way = f"fedss compare: once the reason is gone go on with: fedss compare --resume {out}"
+    assert err.splitlines()[-1] == way
+
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device", str(out / "comparison.json"))
+
+    monkeypatch.setattr("fedss_kernels.federated.comparisons.compare.compare", full)
+    assert cli.main(["compare", *SMALL, f"--out={out}"]) == 1
+    words = f"No space left on device: {out / 'comparison.json'}; no run has begun: start again"
+    assert capsys.readouterr().err == f"fedss compare: {words}\n"
+
+
 def broken_plots(monkeypatch):
     def broken(*arguments):
         raise RuntimeError("no fonts")
@@ -605,6 +630,33 @@ def test_what_goes_on_elsewhere_asks_for_the_data_again(tmp_path, capsys, monkey
     assert cli.main(["run", "--resume=../out", "--rounds=2", "--data-dir=../photos"]) == 0
 
 
+def test_so_it_does_for_a_net_and_a_class_store(tmp_path, capsys, monkeypatch):
+    """Which were given relative to another folder; then it goes on from them as if there were no move."""
+    torch.save(build_model("conv4", 8, seed=5).state_dict(), tmp_path / "net.pt")
+    monkeypatch.chdir(tmp_path)
+    argv = [*SMALL, "--init-checkpoint=net.pt", "--class-store=store", "--lr-decay=constant", "--rounds=1"]
+    assert cli.main(["run", *argv, "--out=out"]) == 0
+    (tmp_path / "compared" / "fedss-seed0" / "checkpoint-000001").mkdir(parents=True)
+    Plan(Config.load(tmp_path / "out" / "config.json"), ["fedss"], [0]).save(tmp_path / "compared")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    capsys.readouterr()
+    again = "relative to where the run began; give {} again"
+    no_net = f"--init-checkpoint: no such file: net.pt, {again.format('--init-checkpoint')}"
+    no_store = f"--class-store: no such folder: store, {again.format('--class-store')}"
+    places = ["--resume=../out", "--rounds=2", "--init-checkpoint=../net.pt", "--class-store=../store"]
+    for command in (["run", "--resume=../out", "--rounds=2"], ["compare", "--resume=../compared"]):
+        line = fails(capsys, *command)
+        assert line == f"fedss {command[0]}: {no_net}"
+        command.append("--init-checkpoint=../net.pt")
+        assert fails(capsys, *command) == f"fedss {command[0]}: {no_store}"
+    assert cli.main(["run", *places]) == 0
+    capsys.readouterr()
+    torch.save(build_model("conv4", 8, seed=6).state_dict(), tmp_path / "net.pt")
+    line = fails(capsys, "run", *places, "--rounds=3")
+    assert "the net" in line, line
+
+
 @pytest.mark.parametrize("terminal", [False, True])
 def test_how_far_the_reading_is(terminal, monkeypatch):
     """A bar, or plain lines: none where it is quick, then one every 20 seconds."""
@@ -648,11 +700,11 @@ def test_a_run_on_image_files_some_damaged(tmp_path, capsys, monkeypatch):
     said, err = capsys.readouterr()
     assert "image_folder: decoding images: 0 of 11\n" not in said, "they are kept"
     (listing,) = (tmp_path / "cache").glob("*-damaged.txt")
-    left_out = f"left out 1 images that could not be read: class1 1, listed in {listing}"
+    left_out = f"left out 1 image that could not be read: class1 1, listed in {listing}"
     assert err == f"fedss run: image_folder: {left_out}\n"
     without = "image_folder: without what cannot be read: 3 classes, "
     (line,) = [line for line in said.splitlines() if line.startswith(without)]
-    assert "8 training and 3 test images" in line and left_out in line
+    assert "8 training and 3 test images" in line and "left out" not in said, "it is said on stderr"
     assert left_out in json.loads((tmp_path / "out" / "summary.json").read_text())["notes"]
     assert f"Of the data: {left_out}" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["skip_damaged"] is True

@@ -310,6 +310,42 @@ def test_a_report_that_is_made_again_says_why_a_run_failed(tmp_path, in_this_pro
         report_again(out)
 
 
+def test_the_table_has_the_plans_order_whichever_run_failed(tmp_path, in_this_process, monkeypatch):
+    """FedSS' first seed is lost: no reason to go to the table's end."""
+    here = jobs.run_all
+
+    def kill_first(configs, *rest):
+        errors = here(configs[1:], *rest)
+        return {0: jobs.Failure("killed")} | {job + 1: failure for job, failure in errors.items()}
+
+    config = Config(**SMALL, cache_dir=tmp_path / "cache")
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "run_all", kill_first)
+        comparison = compare(Plan(config, ["fedss", "pos_only"], [0, 1]), tmp_path / "out")
+    assert [(line.method, line.seeds) for line in comparison.table] == [("fedss", 1), ("pos_only", 2)]
+    assert comparison.go_on, "it may not be killed the next time"
+    report_again(tmp_path / "out")
+    assert (tmp_path / "out" / "table.csv").read_text().splitlines()[1].startswith("fedss,")
+    hopeless = compare(Plan(replace(config, client_lr=1e6, warmup_rounds=0), ["fedss"], [0]), tmp_path / "b")
+    assert hopeless.failed and not hopeless.go_on
+
+
+def test_what_is_to_be_said_of_a_folder_is_said_by_the_parent(tmp_path, in_this_process, monkeypatch, caplog):
+    """A table that somebody saved from a spreadsheet, before the comparison went on."""
+    config = Config(**SMALL, cache_dir=tmp_path / "cache", checkpoint_every=1, out=tmp_path / "run")
+    with pytest.raises(Stopped):
+        run(config, stop=lambda: True)
+    (config.out / "metrics.csv").write_text("round;loss\n")
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    jobs._child(SimpleNamespace(send=sender.send, poll=lambda: False), config, True)
+    caplog.clear()
+    running = {receiver: (0, None)}
+    while receiver.poll():
+        jobs._receive(receiver, running, {}, lambda job, metrics: None)
+    (said,) = [record.getMessage() for record in caplog.records if record.name == jobs.__name__]
+    assert "run/metrics.csv was changed by another program" in said
+
+
 def test_a_method_whose_trial_was_killed_waits_and_the_others_go_on(tmp_path, in_this_process, monkeypatch):
     here, played = jobs.run_all, []
 

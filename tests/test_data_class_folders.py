@@ -208,7 +208,7 @@ def test_an_image_that_is_a_link_to_nothing_is_missing_and_can_be_left_out(tmp_p
         read(folder, how=TWO)
     data = read(folder, how=TWO, skip_damaged=True)
     assert len(data.images) + len(data.test_images) == 10
-    assert "left out 1 images that could not be read: ant 1, listed in" in caplog.text
+    assert "left out 1 image that could not be read: ant 1, listed in" in caplog.text
     assert any(note in caplog.text for note in data.notes)
     (folder / "ant" / "more").symlink_to(tmp_path / "gone")  # a folder, perhaps of many images
     with pytest.raises(FileNotFoundError, match="ant/more is a link to what is not there"):

@@ -180,7 +180,7 @@ def test_where_the_cache_is(tmp_path, monkeypatch):
 
 def test_a_cache_that_cannot_be_written_costs_a_warning(tmp_path):
     (tmp_path / "file").write_text("not a folder")
-    with pytest.warns(UserWarning, match="x is not cached.*FEDSS_CACHE"):
+    with pytest.warns(UserWarning, match="x is not cached: it is a file, not a folder: .*FEDSS_CACHE"):
         assert cached_arrays("x", {}, lambda: {"v": np.array(5)}, tmp_path / "file")["v"] == 5
 
 

@@ -261,7 +261,7 @@ def test_a_run_without_damaged_images(folder, caplog):
         run(config(folder))
     found = run(config(folder, skip_damaged=True, rounds=1))
     assert found.summary.num_train_images + found.summary.num_test_images == 29
-    assert "image_folder: left out 1 images that could not be read: bee 1, listed in" in caplog.text
+    assert "image_folder: left out 1 image that could not be read: bee 1, listed in" in caplog.text
 
 
 def test_progress_is_told_from_the_start(folder):

@@ -332,11 +332,30 @@ def test_names_that_are_not_utf_8(tmp_path, caplog):
         read(lost, tmp_path)
 
 
-@pytest.mark.parametrize("place", ["file", "file/cache"])
+def test_names_with_what_ends_a_line_or_a_column(tmp_path, monkeypatch):
+    """A list says all of them; what is listed is not decoded again; a message stays one line."""
+    names = ["a\tb.jpg", "a\nb.jpg", "a\rb.jpg", r"a\nb.jpg", r"a\\tb.jpg"]
+    files = [write_image(tmp_path / "data" / name, i) for i, name in enumerate(names)]
+    for file in files:
+        file.write_bytes(b"")
+    with pytest.raises(DamagedImages) as first:
+        read(files, tmp_path)
+    assert str(first.value).splitlines() == [str(first.value)] and "\t" not in str(first.value)
+    lines = first.value.listing.read_bytes().split(b"\n")
+    assert lines.pop() == b"" and len(lines) == 5 and all(line.count(b"\t") == 1 for line in lines)
+    seen = decoded(monkeypatch)
+    with pytest.raises(DamagedImages) as second:
+        read(files, tmp_path)
+    assert seen == [] and second.value.files == first.value.files
+
+
+@pytest.mark.parametrize("place", ["file", "file/cache", "link"])
 def test_a_cache_that_cannot_be_written(files, tmp_path, place):
     (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    why = {"file": "it is a file, not a folder", "link": "it is a link to what is not there"}
     with pytest.raises(
-        OSError, match=r"tiny: cannot write to the cache in .*file.*: (File exists|Not a dir).*"
+        OSError, match=f"tiny: cannot write to the cache in .*{place}: {why.get(place, 'Not a dir')}"
     ) as caught:
         cached_images("tiny", [files], 8, tmp_path / place, "")
     assert "set cache_dir, or FEDSS_CACHE, to a folder that can be written" in str(caught.value)
@@ -358,6 +377,24 @@ def test_a_disk_that_fills_up(files, tmp_path, monkeypatch):
         OSError, match=r"tiny: cannot write .*: No space left on device; make room, or .* is kept"
     ):
         read(files, tmp_path)
+    seen = decoded(monkeypatch)
+    assert shown(read(files, tmp_path)) == [0, 1, 2, 3] and len(seen) == 2
+
+
+def test_who_stops_the_decoding_is_told_that_nothing_is_lost(files, tmp_path, monkeypatch, caplog):
+    count = iter(range(100))
+
+    def decode_two(content, size):
+        if next(count) == 2:
+            raise KeyboardInterrupt
+        return decode(content, size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "decode", decode_two)
+        with pytest.raises(KeyboardInterrupt):
+            read(files, tmp_path)
+    words = "stopped; those decoded are kept: the same command goes on"
+    assert caplog.messages == [f"tiny: decoding images: {words}"]
     seen = decoded(monkeypatch)
     assert shown(read(files, tmp_path)) == [0, 1, 2, 3] and len(seen) == 2
 

@@ -115,7 +115,7 @@ def test_without_missing_and_damaged_images(folder, caplog):
     assert sorted(shown(data.images)) == [1, 2, 4, 5, 7] and shown(data.test_images) == [10, 11, 12]
     assert each_once(data.clients, 5)
     assert "left out 2 images that could not be read: 2 1, 10 1, listed in" in caplog.text
-    assert "left out 1 images that could not be read: 1 1, listed in" in caplog.text
+    assert "left out 1 image that could not be read: 1 1, listed in" in caplog.text
     assert "classes without a training image now, left out of the test too: 10" in caplog.text
 
 

@@ -245,7 +245,7 @@ def test_a_missing_drawer(folder, caplog):
     ):
         read(folder)
     assert len(read(folder, skip_damaged=True).images) == 8 * 16 - 1
-    assert "left out 1 images that could not be read: Greek/character02 1" in caplog.text
+    assert "left out 1 image that could not be read: Greek/character02 1" in caplog.text
 
 
 def test_a_drawer_twice(folder):

@@ -119,6 +119,21 @@ def test_an_exif_block_that_cannot_be_read_does_no_harm(exif):
     assert decode(encoded(image, "JPEG", exif=exif), SIZE) == decode(encoded(image, "JPEG"), SIZE)
 
 
+def test_without_such_a_block_nobody_looks_into_one(monkeypatch):
+    """It takes a tenth of a small image's time; RGB is not copied either."""
+    looked = []
+    monkeypatch.setattr(Image.Image, "getexif", lambda image: looked.append(image) or Image.Exif())
+    monkeypatch.setattr(Image.Image, "convert", None)
+    image = photograph(SIZE, SIZE)
+    for kind in ("JPEG", "PNG"):
+        decode(encoded(image, kind), SIZE)
+    assert looked == []
+    exif = Image.Exif()
+    exif[0x0112] = 1
+    decode(encoded(image, "JPEG", exif=exif), SIZE)
+    assert looked
+
+
 # ---- more than 8 bits
 
 
@@ -138,6 +153,76 @@ def test_grey_is_scaled_by_the_bits_that_it_holds(dtype, high, kind):
     ramp = np.linspace(0, high, SIZE * SIZE).round().astype(dtype).reshape(SIZE, SIZE)
     found = pixels(encoded(Image.fromarray(ramp), kind))
     assert abs(found - 255 * ramp.astype(float) / high).max() <= 0.5 and found.max() == 255
+
+
+def _png_of_16_bits(numbers: np.ndarray, colour: int, clear: bytes = b"") -> bytes:
+    """A PNG file of (H, W, channels), which Pillow writes none of; colour: PNG's number of the kind."""
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in numbers)
+    head = struct.pack(">IIBBBBB", *numbers.shape[1::-1], 16, colour, 0, 0, 0)
+    chunks = [(b"IHDR", head), (b"tRNS", clear), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+        if data or kind != b"tRNS"
+    )
+
+
+def _tiff_of_16_bits(numbers: np.ndarray, white: int = 0) -> bytes:
+    """An uncompressed little-endian TIFF file of (H, W, 3), which says its white where that is not 0."""
+    height, width, channels = numbers.shape
+    data = numbers.astype("<u2").tobytes()
+    after = 8 + len(data)
+    tags = {256: (4, width), 257: (4, height), 258: (3, after), 259: (3, 1), 262: (3, 2), 273: (4, 8)}
+    tags |= {277: (3, channels), 278: (4, height), 279: (4, len(data))} | (
+        {281: (3, after + 6)} if white else {}
+    )
+    arrays = struct.pack("<3H", 16, 16, 16) + struct.pack("<3H", *[white] * 3)
+    entries = b"".join(
+        struct.pack("<HHII", tag, kind, 3 if tag in (258, 281) else 1, value)
+        for tag, (kind, value) in sorted(tags.items())
+    )
+    directory = struct.pack("<H", len(tags)) + entries + bytes(4)
+    return b"II*\0" + struct.pack("<I", after + len(arrays)) + data + arrays + directory
+
+
+@pytest.mark.parametrize("high", [0xFF, 0xFFF, 0xFFFF])
+@pytest.mark.parametrize("kind", ["RGB", "RGBA", "LA", "TIFF"])
+def test_so_are_colours(kind, high):
+    channels, colour = {"RGB": (3, 2), "RGBA": (4, 6), "LA": (2, 4), "TIFF": (3, 0)}[kind]
+    ramp = np.linspace(0, high, SIZE * SIZE).round().astype(np.uint16).reshape(SIZE, SIZE)
+    numbers = np.stack([ramp, ramp[::-1], ramp.T, ramp][:channels], 2)
+    if kind.endswith("A"):
+        numbers[..., -1] = 0xFFFF
+    content = _tiff_of_16_bits(numbers) if kind == "TIFF" else _png_of_16_bits(numbers, colour)
+    wanted = 255.0 * numbers[..., [0, 0, 0] if kind == "LA" else [0, 1, 2]].transpose(2, 0, 1) / high
+    assert abs(pixels(content) - wanted).max() <= (1 if high == 0xFFFF else 0.5)  # Pillow's own is cut off
+
+
+def test_alpha_has_the_colours_white_or_its_own():
+    numbers = np.full((SIZE, SIZE, 2), 0xFFF)
+    numbers[:, :4, 0], numbers[:, 4:, 1] = 0, 0  # black, and nothing, of 12 bits both
+    found = pixels(_png_of_16_bits(numbers, 4))
+    assert (found[:, :, :4] == 0).all() and (found[:, :, 4:] == 255).all()
+    numbers[:, :4, 0], numbers[..., 1] = 0xFFF, 0x8000  # 12 bits of white, seen through
+    numbers[:, 4:, 0] = 0
+    found = pixels(_png_of_16_bits(numbers, 4)).astype(int)
+    assert (found[:, :, :4] == 255).all() and abs(found[:, :, 4:] - 127).max() <= 1
+
+
+@pytest.mark.parametrize("high", [1, 16])
+def test_a_transparent_colour_of_16_bits_is_white(high):
+    """Of 12 bits or 16; one that differs in a lower byte is another."""
+    numbers = np.full((SIZE, SIZE, 3), [0, 255 * high, 0])
+    numbers[:, 4:] = numbers[:, :4] + [0, 0, 1]
+    found = pixels(_png_of_16_bits(numbers, 2, struct.pack(">3H", 0, 255 * high, 1)))
+    assert (found[:, :, 4:] == 255).all() and (found[0, :, :4] == 0).all()
+
+
+def test_the_white_that_a_file_says_goes_first():
+    numbers = np.full((SIZE, SIZE, 3), 0xFFF)
+    assert (pixels(_tiff_of_16_bits(numbers, 0xFFFF)) == 15).all()
+    numbers[:] = 0x3FFF
+    assert (pixels(_tiff_of_16_bits(numbers, 0x3FFF)) == 255).all()
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])

@@ -172,7 +172,7 @@ def test_an_answer_that_does_not_count_changes_nothing_at_home(monkeypatch):
     assert not any(torch.equal(result.homes.model(k)[1], result.weight) for k in others)
 
 
-def _refuse_the_first(self, findings):
+def _refuse_the_first(self, findings, net_norm):
     return ["norm", *(finding.fault for finding in findings[1:])]
 
 

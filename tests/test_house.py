@@ -13,6 +13,7 @@ FLOORS = (
     (
         "config_error",
         "disk",
+        "given_back",
         "interrupts",
         "ledger",
         "lock",

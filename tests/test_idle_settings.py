@@ -95,6 +95,17 @@ def test_the_command_line_says_so_before_the_training(tmp_path, capsys):
     assert short_warmup(Config(rounds=300)) == short_warmup(Config(data="sop", rounds=10)) == []
 
 
+def test_a_short_warm_up_that_was_asked_for_is_not_worth_a_word(tmp_path, capsys):
+    """On the command line, or in a file."""
+    argv = ["run", *SMALL, "--rounds=5"]
+    assert cli.main([*argv, "--warmup-rounds=0", f"--out={tmp_path / 'a'}"]) == 0
+    assert "usually" not in capsys.readouterr().out
+    assert cli.main(["run", f"--config={tmp_path / 'a' / 'config.json'}", f"--out={tmp_path / 'b'}"]) == 0
+    assert "usually" not in capsys.readouterr().out
+    assert cli.main([*argv, f"--out={tmp_path / 'c'}"]) == 0
+    assert "warmup_rounds 0, a tenth of the rounds: usually 20\n" in capsys.readouterr().out
+
+
 def test_in_python_it_is_logged(caplog):
     with caplog.at_level(logging.WARNING):
         run(tiny_config(latency_spread=0.9), data=tiny_data(), model=tiny_model())

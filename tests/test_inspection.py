@@ -113,6 +113,32 @@ def test_a_norm_is_held_against_the_median_of_the_rounds_whatever_its_size():
     assert INSPECTION.faults([], []) == []
 
 
+def test_what_hardly_moves_the_net_is_not_held_against_those_that_move_less():
+    """Up to a hundredth of the net's norm, of 10 here; and never more than --max-norm."""
+    sizes = [1e-7, 2e-7, 1e-6, 0.099, 0.101]
+    of_size = [update(rows=torch.zeros(3, 2), extractor=torch.tensor([s, 0, 0, 0, 0])) for s in sizes]
+    assert INSPECTION.faults(of_size, [ASKED] * 5, 10.0) == ["", "", "", "", "norm"]
+    assert INSPECTION.faults([*of_size[:3], update()], [ASKED] * 4, 1e9) == ["", "", "", ""]
+    large = update(extractor=torch.full((5,), 100.0))
+    assert INSPECTION.faults([*of_size[:3], large], [ASKED] * 4, 1e9) == ["", "", "", "norm"]
+    for nobodys in (math.nan, 0.0):
+        assert INSPECTION.faults(of_size, [ASKED] * 5, nobodys) == ["", "", "", "norm", "norm"]
+
+
+def test_so_it_is_in_a_run(monkeypatch):
+    """Of the net as the clients get it."""
+    seen, faults = [], Inspection.faults
+
+    def watched(inspection, updates, asked, net_norm):
+        seen.append(net_norm)
+        return faults(inspection, updates, asked, net_norm)
+
+    monkeypatch.setattr(Inspection, "faults", watched)
+    train(rounds=2)
+    first = torch.cat([p.detach().flatten() for p in tiny_model().parameters()]).norm().item()
+    assert seen[0] == pytest.approx(first) and seen[1] != seen[0]
+
+
 @settings(deadline=None)
 @given(st.floats(1e-3, 1e3), st.floats(1e-3, 1e3))
 def test_clipping_keeps_the_direction_and_bounds_the_norm(size, bound):

@@ -20,6 +20,7 @@ from fedss_kernels.federated.data.partition import divide
 from fedss_kernels.federated.loading import choices, fitted, load_data
 
 FITTED = ("cohort", "images_per_client", "classes_per_client", "model", "image_size", "crop_size")
+PACE = ("client_lr", "scale", "warmup_rounds")  # chosen for the net
 
 
 @pytest.fixture(autouse=True)
@@ -65,8 +66,9 @@ def test_what_was_chosen_is_said_in_the_line(tmp_path, capsys):
     assert cli.main([*argv, "--rounds=1", "--embedding-dim=8", f"--out={tmp_path}/out"]) == 0
     assert capsys.readouterr().out.splitlines()[0] == (
         "image_folder: 2 classes, 32 training and 8 test images, 4 clients; chosen to fit: image_size 32, "
-        "images_per_client 8, classes_per_client 2, cohort 4, crop_size 28, model conv4_rgb; num_negatives "
-        "80: all other classes, as with full_softmax; mobilenet_v3_large needs torchvision"
+        "images_per_client 8, classes_per_client 2, cohort 4, client_lr 0.05, warmup_rounds 0, crop_size 28, "
+        "model conv4_rgb, scale 10.0; num_negatives 80: all other classes, as with full_softmax; "
+        "mobilenet_v3_large needs torchvision"
     )
 
 
@@ -87,6 +89,38 @@ def test_a_retrieval_of_one_class_is_said_before_training(tmp_path, capsys, capl
         assert (words in caplog.text) == said
 
 
+def test_classes_of_one_test_image_are_counted(caplog):
+    """A retrieval can find nothing for them; a classification doesn't care."""
+    data = tiny_data("retrieval")
+    labels = torch.zeros_like(data.test_labels)
+    labels[-2:] = torch.tensor([5, 7])
+    words = "test classes of one image, for which nothing right can be found: 2 of 3; MAP@10 and recall@1 "
+    for each, said in ((replace(data, test_labels=labels), [words]), (data, []), (tiny_data(), [])):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            run(tiny_config(rounds=1, eval_every=1, task=each.task), data=each, model=tiny_model())
+        assert [line[: len(words)] for line in caplog.messages] == said
+
+
+def test_results_do_not_go_where_they_would_be_a_class(tmp_path, capsys, monkeypatch):
+    """By default too, where the data are in the current folder; beside train and test they harm nobody."""
+    folder = write_noise(tmp_path / "data", 2, 20)
+    words = "out: expected a folder outside of .*data, where its plots would be images of a class, got "
+    for out in (folder / "run", folder / "class000" / "run", tmp_path / "data" / ".." / "data" / "run"):
+        with pytest.raises(ConfigError, match=words):
+            run(config(folder, out=out))
+    monkeypatch.chdir(folder)
+    for command in ("run", "compare"):
+        assert cli.main([command, "--data=image_folder", "--data-dir=.", "--rounds=1"]) == 2
+        assert f"fedss {command}: --out: expected a folder outside of ., where" in capsys.readouterr().err
+    assert sorted(path.name for path in folder.iterdir()) == ["class000", "class001"]
+    for part in ("train", "test"):
+        write_noise(tmp_path / "split" / part, 2, 4)
+    load_data(config(tmp_path / "split", out=tmp_path / "split" / "run"))
+    with pytest.raises(ConfigError, match="outside of .*train, where"):
+        load_data(config(tmp_path / "split", out=tmp_path / "split" / "train" / "run"))
+
+
 def test_a_stopped_run_is_resumed_with_what_was_chosen(tmp_path, monkeypatch):
     folder = write_noise(tmp_path / "data", 2, 20)
     options = {"rounds": 2, "checkpoint_every": 1, "out": tmp_path / "out"}
@@ -104,7 +138,26 @@ def test_large_folders_have_the_papers_settings(monkeypatch):
     found = Found("image_folder", 1000, 30_000, 5_000, 300, how)
     chosen = fitted(Config(data="image_folder"), found)
     assert [getattr(chosen, name) for name in FITTED] == [32, 100, 20, "mobilenet_v3_large", 256, 224]
+    assert [getattr(chosen, name) for name in PACE] == [0.01, 20.0, 0]
     assert chosen.num_clients == 0 and choices(chosen, found) == []
+
+
+@pytest.mark.parametrize(
+    "given, pace",
+    [
+        ({}, (0.05, 10.0, 20)),
+        ({"model": "conv4_rgb", "image_size": 64, "rounds": 30}, (0.05, 10.0, 3)),
+        ({"client_lr": 0.2, "warmup_rounds": 0}, (0.2, 10.0, 0)),
+        ({"init_checkpoint": "net.pt"}, (0.01, 20.0, 0)),
+        ({"model": "mobilenet_v3_large"}, (0.01, 20.0, 0)),
+    ],
+)
+def test_a_small_net_that_begins_from_nothing_learns_as_those_of_the_small_sets(given, pace):
+    """The paper's rate, at which a large one is trained, hardly moves it."""
+    how = Partition("classes", images_per_client=None, classes_per_client=None).fitted(np.full(4, 20))
+    found = Found("image_folder", 4, 80, 20, how.clients_of(80), how)
+    chosen = fitted(Config(data="image_folder", **given), found)
+    assert tuple(getattr(chosen, name) for name in PACE) == pace
 
 
 @pytest.mark.parametrize(

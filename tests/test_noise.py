@@ -99,6 +99,13 @@ def test_the_noise_of_a_model_that_is_not_finite_is_no_number(linear_model, tmp_
     assert noise.write(tmp_path, lines, NUM_CLASSES).count("| nan | nan | nan% |") == 2
 
 
+@pytest.mark.parametrize(
+    "share, text", [(1.0, "100%"), (0.9951, "100%"), (12.345, "1,234%"), (0.994, "99%"), (0.00123, "0.12%")]
+)
+def test_a_share_is_said_in_percent_without_exponents(share, text, tmp_path):
+    assert f"| {text} |" in noise.write(tmp_path, [noise.Line(3, share, 0.0, 1.0, 2)], NUM_CLASSES)
+
+
 def test_a_noise_that_is_no_number_is_a_failure(monkeypatch, tmp_path, capsys):
     line = noise.Line(3, math.nan, math.nan, 1.0, 2)
     monkeypatch.setattr(noise, "measure", lambda *arguments, **options: [line])

@@ -124,6 +124,11 @@ def test_methods_look_as_in_every_other_plot_whatever_is_beside_them(tmp_path, m
         assert (bars.lines[0].get_color(), bars.lines[0].get_marker()) == lines[name]
 
 
+def test_a_difference_of_rounding_alone_is_no_negative_zero(tmp_path):
+    _, table = tables(write(tmp_path, [measured("A", 0, 0.3), measured("B", 0, 0.1 + 0.2)]))
+    assert table["A − B: mean"]["after 1"] == "0.0"
+
+
 def test_the_files_and_what_an_earlier_look_left(tmp_path):
     write(tmp_path, [measured("A", 0, 0.5, 0.6), measured("B", 0, 0.5, 0.5)])
     with (tmp_path / "personalise.csv").open(newline="") as file:

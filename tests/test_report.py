@@ -5,17 +5,21 @@ import pickle
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from tiny_federation import tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import Stopped, cli, run
 from fedss_kernels.federated.algorithms import METHODS
 from fedss_kernels.federated.comparisons.compare import cells, header, tabulate
+from fedss_kernels.federated.data.holdout import held_out
 from fedss_kernels.federated.files.run_folder import RoundMetrics
-from fedss_kernels.federated.reports import report
+from fedss_kernels.federated.measures import percent
+from fedss_kernels.federated.reports import progress, report
 from fedss_kernels.federated.reports.places import place
 from fedss_kernels.federated.reports.report import (
     DARK,
@@ -25,6 +29,7 @@ from fedss_kernels.federated.reports.report import (
     accuracy_by_class_set,
     accuracy_by_round,
     attempt,
+    course,
     write_comparison_report,
     write_run_report,
     write_section,
@@ -440,6 +445,17 @@ def test_what_is_measured_at_the_end_is_a_mark_there_and_lines_are_of_what_was_m
     assert legend.get_texts()[-1].get_text() == "hollow: personalised top-1, at the end"
 
 
+def test_the_bar_has_what_was_measured_last_while_what_counts_is_not(personalised, capsys):
+    with progress.RunProgress(["one"], 4, Console(force_terminal=False)) as bar:
+        for name, run in (("top-1", personalised[1]), ("own top-1", personalised[2])):
+            bar.advance(0, run.history[1])
+            assert bar.accuracy == [f"{name} {percent(run.history[1].measured[course(run).name])}"]
+            bar.advance(0, run.history[2])  # nothing is measured
+            assert bar.accuracy[0].startswith(f"{name} ")
+            bar.advance(0, run.history[3])
+            assert bar.accuracy == [f"personalised top-1 {percent(run.summary.personal_top1)}"]
+
+
 def test_a_comparison_of_methods_that_share_different_things_says_so(tmp_path, personalised, no_plots):
     head, table = header(tabulate(personalised)), cells(tabulate(personalised))
     write_comparison_report(tmp_path, personalised, head, table, [])
@@ -467,3 +483,24 @@ def test_a_method_looks_the_same_in_every_plot_and_no_two_do_in_one():
     assert other not in (alone, twice, again)
     assert len({tuple(look.values()) for look in styles(["fedss"] * 36)}) == 36
     assert len(styles(["fedss"] * 40)) == 40
+
+
+@pytest.mark.parametrize(
+    "method, epochs, words",
+    [
+        ("fedss", 0, "images of clients who do not train, of the same classes."),
+        (
+            "fedper",
+            1,
+            "each client who is held out trains the class rows for an epoch more on its own images",
+        ),
+        ("local_only", 0, "each client's own model is tested on others of its own images."),
+        ("local_only", 1, "at the end each client trains the class rows for an epoch more on its own images"),
+    ],
+)
+def test_who_is_tested_where_clients_are_held_out(method, epochs, words, tmp_path, no_plots):
+    config = tiny_config(method=method, rounds=2, cohort=1, holdout=0.2, personalise_epochs=epochs)
+    data = held_out(tiny_data(), 0.2, 0, alone=METHODS[method].alone)
+    found = run(replace(config, holdout=0.0), data=data, model=tiny_model())
+    write_run_report(tmp_path, Run(config, found.history, found.summary))
+    assert words in page_of(tmp_path)

@@ -432,7 +432,8 @@ def test_embeddings_of_another_dtype_are_welcome():
 
 def test_too_few_test_images_are_refused_before_the_training():
     data = tiny_data()
-    few = dataclasses.replace(data, test_images=data.test_images[:1], test_labels=data.test_labels[:1])
+    first = {"test_images": data.test_images[:1], "test_labels": data.test_labels[:1]}
+    few = dataclasses.replace(data, **first, test_clients=())
     with pytest.raises(ConfigError, match="data: expected at least 2 test images, got 1"):
         run(tiny_config(), data=few, model=tiny_model())
 

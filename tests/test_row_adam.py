@@ -477,6 +477,9 @@ BAD_STATES = [
     (lambda w: changed(adamw_state(w), row_steps=torch.full((5,), math.nan)), r"row_steps\[0\]: expected at least 0, got nan"),
     (lambda w: changed(adamw_state(w), exp_avg=torch.ones(5, 3).to_sparse()), "exp_avg: expected a dense tensor, got layout torch.sparse_coo"),
     (lambda w: nadam_state(w), "state: expected .*, got mu_product too: is this the state of another optimiser than RowAdam"),
+    (lambda w: torch.optim.RAdam([w], decoupled_weight_decay=True).state_dict(), r"param_groups\[0\]: expected the options of RowAdam, got no amsgrad: is this the state of"),
+    (lambda w: torch.optim.NAdam([w], decoupled_weight_decay=True).state_dict(), "expected the options of RowAdam, got momentum_decay too, which NAdam has"),
+    (lambda w: torch.optim.Adamax([w]).state_dict(), "expected the options of RowAdam, got no amsgrad: is this the state of"),
     (lambda w: adamw_state(nn.Parameter(torch.ones(4, 3))), r"state: expected exp_avg of shape \(5, 3\), got \(4, 3\)"),
 ]  # fmt: skip
 

@@ -268,6 +268,8 @@ BAD_STATES = [
     (lambda w: with_state(sgd_state(w), momentum_buffer=[0.0] * 6), TypeError, "momentum_buffer: expected a dense tensor, got list"),
     (lambda w: with_state(sgd_state(w), momentum_buffer=torch.ones(3, 2).to_sparse()), TypeError, "momentum_buffer: expected a dense tensor, got layout torch.sparse_coo"),
     (lambda w: rmsprop_state(w), ValueError, "state: expected momentum_buffer, got square_avg, step too: is this the state of another optimiser than RowSGD"),
+    (lambda w: torch.optim.RMSprop([w]).state_dict(), ValueError, r"param_groups\[0\]: expected the options of RowSGD, got alpha too, which RMSprop has: is this the state of"),
+    (lambda w: torch.optim.Muon([w]).state_dict(), ValueError, "expected the options of RowSGD, got adjust_lr_fn too, which Muon has: is this the state of another"),
     (lambda w: changed(sgd_state(w), lr=-1), ValueError, r"param_groups\[0\]: lr: expected a finite number of at least 0, got -1"),
     (lambda w: changed(sgd_state(w), momentum="0.9"), TypeError, r"param_groups\[0\]: momentum: expected a number, got str"),
     (lambda w: changed(sgd_state(w), nesterov=True), ValueError, "nesterov: expected False without momentum, got True"),
@@ -288,9 +290,20 @@ def test_other_states_are_refused_by_name(make, error, message):
     assert str(optimizer.state_dict()) == str(before)
 
 
+def test_options_of_ones_own_groups_are_loaded_whatever_their_names():
+    groups = [{"params": [nn.Parameter(torch.ones(1))], "alpha": 3}]  # RMSprop has one too
+    state = RowSGD(groups, lr=0.5).state_dict()
+    optimizer = RowSGD(groups, lr=0.1)
+    optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["alpha"] == 3
+
+
 @pytest.mark.parametrize(
     "number",
-    [torch.tensor(0.5), torch.tensor([0.5]), np.float32(0.5), np.float64(0.5), np.float16(0.5)],
+    [
+        *(torch.tensor(0.5), torch.tensor([0.5]), np.float32(0.5), np.float64(0.5), np.float16(0.5)),
+        np.array(0.5),
+    ],
     ids=repr,
 )
 @pytest.mark.parametrize("sparsely", [True, False])
@@ -380,6 +393,110 @@ def test_options_changed_by_hand_are_checked_before_anything_changes():
             optimizer.step()
         optimizer.param_groups[1][name] = before
     assert (weight == 1).all() and (bias == 1).all()
+
+
+def test_numbers_that_change_in_place_are_read_in_each_step():
+    for lr in (torch.tensor(0.5), np.array(0.5)):
+        weight = nn.Parameter(torch.zeros(1))
+        optimizer = RowSGD([weight], lr=0.5)
+        optimizer.param_groups[0]["lr"] = lr
+        weight.grad = torch.ones(1)
+        for number in (0.5, 0.25, -1.0):
+            lr[()] = number
+            if number < 0:
+                with pytest.raises(ValueError, match=r"param_groups\[0\]: lr: expected .* got -1"):
+                    optimizer.step()
+            else:
+                optimizer.step()
+        assert weight.item() == -0.75
+
+
+@pytest.mark.parametrize("kind", [RowSGD, RowAdam])
+def test_options_are_checked_when_they_changed(kind, monkeypatch):
+    """Once for a hundred steps, and again for each edit; a copy and a loaded one begin anew."""
+    weight = nn.Parameter(torch.zeros(3, 2))
+    optimizer = kind([weight], lr=0.5)
+    seen = []
+    check = kind._checked_rule
+    monkeypatch.setattr(kind, "_checked_rule", lambda *arguments: seen.append(1) or check(*arguments))
+    weight.grad = sparse([1], torch.ones(1, 2), 3)
+
+    def checks_of_steps(optimizer, steps):
+        seen.clear()
+        for _ in range(steps):
+            optimizer.step()
+        return len(seen)
+
+    assert checks_of_steps(optimizer, 300) == 1
+    optimizer.param_groups[0]["lr"] = 0.25
+    assert checks_of_steps(optimizer, 3) == 1
+    optimizer.param_groups[0]["rounding_step"] = -1
+    with pytest.raises(ValueError, match="rounding_step: expected at least 0, got -1"):
+        optimizer.step()
+    optimizer.param_groups[0]["rounding_step"] = 0
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert checks_of_steps(optimizer, 3) == 1
+    assert checks_of_steps(pickle.loads(pickle.dumps(optimizer)), 3) == 1
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+    assert checks_of_steps(optimizer, 3) == 2  # groups
+    del optimizer.param_groups[0]["lr"]
+    with pytest.raises(ValueError, match="expected an option lr, got none"):
+        optimizer.step()
+
+
+def test_flags_may_be_numpys():
+    """And are saved as Python's."""
+    weight = nn.Parameter(torch.zeros(1))
+    optimizer = RowSGD([weight], lr=0.5, momentum=0.5, nesterov=np.bool_(True))
+    assert optimizer.param_groups[0]["nesterov"] is True
+    optimizer.param_groups[0]["nesterov"] = np.bool_(True)
+    weight.grad = torch.ones(1)
+    optimizer.step()
+    assert weight.item() == -0.75  # 0.5 * (1 + 0.5)
+    with pytest.raises(TypeError, match="nesterov: expected True or False, got int"):
+        RowSGD([weight], lr=0.5, momentum=0.5, nesterov=1)
+
+
+CHANGED_SINCE = [
+    (lambda p: torch.cat([p, p]), r"params\[0\]: \(6, 2\) torch.float32, has another shape .* is \(3, 2\) torch.float32"),
+    (lambda p: p.double(), r"params\[0\]: \(3, 2\) torch.float64, has another .* load_state_dict\(state_dict\(\)\) casts"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, options", [(RowSGD, {"lr": 0.5, "momentum": 0.5}), (RowAdam, {"lr": 0.5})])
+@pytest.mark.parametrize("change, message", CHANGED_SINCE, ids=["larger", "double"])
+def test_parameters_that_changed_since_their_first_step(kind, options, change, message):
+    """Refused before anything changes, and what the message names goes on."""
+    weight, bias = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3))
+    optimizer = kind([weight, bias], **options)
+    for step in range(2):
+        weight.grad, bias.grad = sparse([1], torch.ones(1, 2, dtype=weight.dtype), len(weight)), torch.ones(3)
+        if step == 0:
+            optimizer.step()
+            weight.grad, weight.data = None, change(weight.data)
+    before = bias.clone()
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert torch.equal(bias, before)
+    if len(weight) == 3:
+        optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.step()
+        assert not torch.equal(bias, before)
+
+
+def test_sparse_gradients_of_another_dtype():
+    weight = nn.Parameter(torch.ones(3, 2))
+    weight.grad_dtype = None
+    optimizer = RowSGD([weight], lr=0.5, momentum=0.5)
+    weight.grad = sparse([1], torch.ones(1, 2, dtype=torch.float64), 3)
+    with pytest.raises(
+        ValueError, match=r"params\[0\]: expected a sparse gradient of torch.float32, .* torch.float64"
+    ):
+        optimizer.step()
+    assert not optimizer.state
+    weight.grad = sparse([1], torch.ones(1, 2, dtype=torch.bfloat16), 3)
+    optimizer.step()
+    assert weight[1, 0] == 0.5
 
 
 def test_groups_of_other_norms_are_refused():

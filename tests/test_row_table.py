@@ -206,3 +206,33 @@ def test_it_knows_whether_all_that_was_written_is_finite(where, optimizer, tmp_p
     assert [written(0.0, by) for by in ("step", "move")] == [not big, not big]
     for bad in (np.nan, np.inf, -np.inf):
         assert not written(bad, "step") and not written(bad, "move")
+
+
+@pytest.mark.parametrize("optimizer", [SGD(0.3, 0.9), Adagrad(0.3)])
+def test_rows_are_lent_as_they_are_read_and_without_a_copy_where_none_is_behind(optimizer):
+    made, every = table(optimizer=optimizer), torch.arange(5)
+    inner, apart = torch.tensor([1, 2, 3]), torch.tensor([1, 2, 4])
+    turned = torch.tensor([1, 3, 2, 4])
+    for step, touched in enumerate([every, every, inner, every]):
+        for ids in (every, inner, apart, turned, NOTHING):
+            assert torch.equal(made.lend(ids), made.read(ids))
+            assert made.lend(turned[2:]).untyped_storage().size() < made.rows.numbers.untyped_storage().size()
+        made.step(touched, gradient(step, touched))
+        shared = [
+            made.lend(ids).data_ptr() == made.rows.weight[ids[0]].data_ptr() for ids in (every, inner, apart)
+        ]
+        assert shared == [touched is every, True, False]
+    with pytest.raises(IndexError, match="got 5"):
+        made.lend(torch.tensor([3, 4, 5]))
+
+
+def test_new_rows_are_drawn_a_few_at_a_time_to_the_same_bits(monkeypatch):
+    at_once, drawn = table(num_rows=50), []
+    monkeypatch.setattr("fedss_kernels.federated.server.row_table.DRAWN_AT_A_TIME", 8)
+    parts, real = table(num_rows=50), at_once.initial
+    parts.initial = lambda ids: drawn.append(len(ids)) or real(ids)
+    assert torch.equal(parts[:], real(torch.arange(50))) and drawn == [8] * 6 + [2]
+    parts.step(torch.arange(50), gradient(0, torch.arange(50)))
+    monkeypatch.undo()
+    at_once.step(torch.arange(50), gradient(0, torch.arange(50)))
+    assert torch.equal(parts[:], at_once[:])

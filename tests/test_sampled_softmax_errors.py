@@ -319,6 +319,8 @@ BAD_BATCHES = [
     ({"num_sampled": -2}, ValueError, "num_sampled: expected at least 0, got -2"),
     ({"num_sampled": 2.0}, TypeError, "num_sampled: expected an integer, got float"),
     ({"num_sampled": 2**63}, ValueError, "num_sampled: expected a 64-bit integer, got 9223372036854775808"),
+    ({"num_classes": 2**63 - 1}, ValueError, r"num_classes: expected at most 2\*\*62, .* got 9223372036854775807 and num_s"),
+    ({"num_classes": 2**61, "num_sampled": 3}, ValueError, r"num_classes \* num_sampled too, as 64-bit integers are drawn"),
     ({"ignore_index": "0"}, TypeError, "ignore_index: expected a 64-bit integer, got '0'"),
     ({"generator": 0}, TypeError, "generator: expected a torch.Generator or None, got int"),
 ]  # fmt: skip

@@ -452,3 +452,44 @@ def test_denormals_are_treated_alike_by_all_threads(set_threads):
     finally:
         torch.set_flush_denormal(False)
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+class NotOrdinary(torch.Tensor):
+    """Takes the operator, not the direct route."""
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("kind", [torch.Tensor, NotOrdinary])
+def test_batches_of_upstream_gradients_are_refused_with_the_way(reduction, kind):
+    x, w, t = torch.randn(4, 8, requires_grad=True), torch.randn(10, 8), torch.tensor([3, 1, 4, 1])
+    w = w.as_subclass(kind)
+
+    def batched(impl):
+        loss = sampled_softmax_loss(x, w, t, reduction=reduction, impl=impl)
+        upstreams = torch.ones(3, *loss.shape)
+        return torch.autograd.grad(loss, x, upstreams, is_grads_batched=True)[0]
+
+    with pytest.raises(
+        RuntimeError, match="one upstream gradient at a time, got a batch .* is_grads_batched=T"
+    ):
+        batched("auto")
+    assert batched("reference").shape == (3, 4, 8)
+
+
+@pytest.mark.parametrize("num_sampled", [None, 5])
+def test_function_transforms_of_the_module(num_sampled):
+    x, t = torch.randn(4, 8), torch.tensor([3, 1, 4, 1])
+    criterion = SampledSoftmaxLoss(10, 8, num_sampled)
+
+    def loss(weight):
+        return torch.func.functional_call(criterion, {"weight": weight}, (x, t))
+
+    weight = criterion.weight.detach()
+    with pytest.raises(RuntimeError, match="no derivative under torch.func.grad .* with impl=.reference"):
+        torch.func.grad(loss)(weight)
+    criterion.impl = "reference"
+    torch.manual_seed(1)
+    found = torch.func.grad(loss)(weight)
+    torch.manual_seed(1)
+    criterion(x, t).backward()
+    torch.testing.assert_close(found, criterion.weight.grad)

@@ -5,9 +5,11 @@ import copy
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from largest_made import LargestMade
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fedss_kernels import SampledSoftmaxLoss, draw_batch_class_set, sampled_softmax_loss
@@ -360,9 +362,9 @@ def test_checkpointing_draws_the_same_negatives_or_refuses(use_reentrant):
     assert torch.equal(found, plain.weight.grad)
 
     criterion = SampledSoftmaxLoss(C, D, 5, generator=torch.Generator())
-    with pytest.raises(RuntimeError, match="generator: the class set is drawn again in the backward pass"):
+    with pytest.raises(RuntimeError, match="generator: expected a class set to be drawn in the forward pass"):
         run(criterion)
-    with pytest.raises(RuntimeError, match="generator: the class set is drawn again in the backward pass"):
+    with pytest.raises(RuntimeError, match="generator: expected a class set to be drawn in the forward pass"):
         drawn = checkpoint(
             lambda x: x.sum() * draw_batch_class_set(t, C, 5, torch.Generator())[0].sum(),
             x,
@@ -370,6 +372,77 @@ def test_checkpointing_draws_the_same_negatives_or_refuses(use_reentrant):
         )
         drawn.backward()
     run(criterion.eval())  # draws nothing
+
+
+def test_hooks_on_gradients_draw_with_the_default_generator_alone():
+    x, t = batch()
+    for generator in (None, torch.Generator()):
+        criterion = SampledSoftmaxLoss(C, D, 5, generator=generator)
+        seen = []
+        leaf = x.clone().requires_grad_()
+        leaf.register_hook(lambda grad, c=criterion, seen=seen: seen.append(c(x, t)))
+        loss = (leaf * 2).sum()
+        if generator is None:
+            loss.backward()
+            assert seen[0].isfinite()
+        else:
+            with pytest.raises(RuntimeError, match="in the forward pass, not in the backward .* of hooks on"):
+                loss.backward()
+
+
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_a_weight_that_others_make(norm):
+    """Dense gradients pass through weight_norm, sparse ones are refused with the cause and the way."""
+    x, t = batch()
+    dense = norm(SampledSoftmaxLoss(C, D, 5))
+    dense(x, t).backward()
+    assert all(p.grad.isfinite().all() for p in dense.parameters())
+    sparse = norm(SampledSoftmaxLoss(C, D, 5, sparse_grad=True))
+    with pytest.raises(
+        RuntimeError, match="sparse_grad: expected False .* weight_norm .* take sparse_grad=F"
+    ):
+        sparse(x, t)
+    sparse.eval()
+    with torch.no_grad():
+        sparse(x, t)
+    spectral = nn.utils.parametrizations.spectral_norm(SampledSoftmaxLoss(C, D, 5, sparse_grad=True))
+    spectral(x, t).backward()  # by a division, which takes them
+    assert spectral.parametrizations.weight.original.grad.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_tracing_is_refused_with_the_way():
+    x, t = batch()
+    for criterion in (SampledSoftmaxLoss(C, D, 5), SampledSoftmaxLoss(C, D).eval()):
+        with pytest.raises(
+            RuntimeError, match=r"torch.jit.trace cannot record it.* take torch.export.export"
+        ):
+            torch.jit.trace(criterion, (x, t))
+
+
+def test_a_loop_over_embeddings_meets_the_class_matrix():
+    """With sparse gradients, as torch.distributed looks for it there; what undoes it is documented."""
+    criterion = SampledSoftmaxLoss(C, D, 5, sparse_grad=True)
+    for module in criterion.modules():
+        if isinstance(module, nn.Embedding):
+            nn.init.zeros_(module.weight)
+    assert not criterion.weight.any()
+    criterion.reset_parameters()
+    assert criterion.weight.all()
+
+
+def test_sizes_assigned_later_are_checked():
+    x, t = batch()
+    criterion = SampledSoftmaxLoss(C, D, 5)
+    for bad in ("3", 2.5, True):
+        criterion.num_sampled = bad
+        with pytest.raises(TypeError, match="num_sampled: expected an integer, got"):
+            criterion(x, t)
+    criterion.num_sampled = np.int64(C)  # all of them
+    full = SampledSoftmaxLoss(C, D)
+    full.load_state_dict(criterion.state_dict())
+    assert torch.equal(criterion(x, t), full(x, t))
 
 
 # ---- draw_batch_class_set

@@ -67,8 +67,13 @@ def poisoned(similarity: str, dtype: torch.dtype = F32, few: bool = False, **siz
             p, target = problem(dtype, **sizes)
             poison(p, place, value)
             yield f"{place} {value}", p, target
+    if similarity == "dot":  # a logit of -inf, of every row
+        p, target = problem(dtype, **sizes)
+        p["input"][:, 0].abs_()
+        p["weight"][OTHER, 0] = -INF
+        yield "every product of other -inf", p, target
     if similarity == "dot" and dtype in (F32, BF16):
-        for of, sign in (("target", 1), ("target", -1), ("other", 1)):
+        for of, sign in (("target", 1), ("target", -1), ("other", 1), ("other", -1)):
             p, target = problem(dtype, **sizes)
             overflow(p, of, sign)
             yield f"overflow of {of} {sign}", p, target

@@ -53,6 +53,16 @@ def test_aggregate_is_the_weighted_average_of_the_updates(denominator, rows):
     assert gradient.extractor.tolist() == [4 / 4, 8 * 3 / 4]
 
 
+def test_a_gradient_is_float32_whatever_torchs_default_is():
+    made = server()
+    torch.set_default_dtype(torch.float64)
+    try:
+        gradient = made.aggregate(UPDATES)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert gradient.rows.dtype == torch.float32
+
+
 def test_step_is_sgd_with_momentum_and_untouched_rows_coast():
     made = server(lr=2.0)
     made.step(made.aggregate(UPDATES))

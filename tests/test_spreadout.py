@@ -80,6 +80,19 @@ def test_rows_that_are_apart_or_have_no_direction_stay():
         assert torch.equal(table[:], rows)
 
 
+@pytest.mark.parametrize("neighbours", [None, 2])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_row_that_is_not_finite_is_nobodys_neighbour(neighbours, bad):
+    """The others move as if it were not there, though it would be nearer than those that are opposite."""
+    rows = torch.tensor([[1.0, 0.1], [1.0, -0.1], [-1.0, 0.5], [0.0, 0.0]])
+    rows[3, 0] = bad
+    expected, table = table_of(rows[:3]), table_of(rows)
+    for each in (expected, table):
+        Spreadout(0.3, 1.9, neighbours, None).step(each, 1.0, np.random.default_rng(0))
+    torch.testing.assert_close(table[:][:3], expected[:], rtol=1e-6, atol=1e-7)
+    assert not torch.equal(expected[:], rows[:3]) and torch.equal(table[:][3].isfinite(), rows[3].isfinite())
+
+
 @pytest.mark.parametrize("neighbours", [None, 3])
 def test_a_length_whose_square_is_past_float32_is_no_obstacle(neighbours):
     """Row 0 pushes as hard as if it were short; its own gradient goes by 1 / length."""

@@ -1,5 +1,6 @@
 """torchvision's nets with GroupNorm: shapes, sizes, checkpoints. They are imported by nothing else."""
 
+import argparse
 import subprocess
 import sys
 
@@ -62,6 +63,26 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
         load_checkpoint(model, tmp_path / "module")
     for name in ("text", "nothing"):
         with pytest.raises(ValueError, match=f".*{name}"):
+            load_checkpoint(model, tmp_path / name)
+
+
+def test_what_is_no_checkpoint_is_named_as_what_it_is_in_a_line(tmp_path):
+    model = nn.Linear(30, 200)
+    torch.save(model.state_dict(), tmp_path / "whole")
+    (tmp_path / "cut").write_bytes((tmp_path / "whole").read_bytes()[:9000])
+    (tmp_path / "text").write_text("root:x:0:0:root\n")
+    torch.save({"options": argparse.Namespace(a=1)}, tmp_path / "options")
+    torch.save(model.state_dict(), tmp_path / "old", _use_new_zipfile_serialization=False)
+    load_checkpoint(model, tmp_path / "old")
+    expected = r": expected a file as torch.save\(net.state_dict\(\), FILE\) writes$"
+    for name, words in (
+        ("cut", f"^[^\n]*cut is damaged, or not of torch.save{expected}"),
+        ("text", f"^[^\n]*text is no file of torch.save{expected}"),
+        ("options", rf"^[^\n]*options holds more than tensors \(argparse.Namespace\){expected}"),
+        ("nothing", r"^cannot read [^\n]*nothing: No such file or directory$"),
+        (".", r"^cannot read [^\n]*: Is a directory$"),
+    ):
+        with pytest.raises(ValueError, match=words):
             load_checkpoint(model, tmp_path / name)
 
 

@@ -104,6 +104,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "model": FITTED,
         "image_size": FITTED,
         "crop_size": FITTED,
+        "client_lr": FITTED,
+        "scale": FITTED,
+        "warmup_rounds": FITTED,
     },
     "cifar10": _CIFAR | {"num_negatives": 2},
     "cifar100": _CIFAR | {"num_negatives": 20},
@@ -143,8 +146,9 @@ class Config:
 
     A run is judged by its headline: top-1, MAP@10 of a retrieval, the own top-1 of a method with a model for
     each client, or with personalise_epochs the personalised top-1. A comparison that is to choose client_lr
-    takes for each method the rate with the best headline on clients who do not train: of methods with a model
-    for each client after fine-tuning always (personalise_epochs), as such clients have none of their own.
+    takes for each method the rate with the best headline on clients who do not train. Where class rows stay
+    with the clients that is always after fine-tuning, as those who did not train have none of their own; of
+    local_only it is by these clients alone, who train each by itself.
     """
 
     data: str = option("glyphs", "the data set", choices=lambda: (*DATASETS, OWN))
@@ -284,7 +288,7 @@ class Config:
     trust_updates: bool = option(False, "count every answer, unchecked")
     max_norm: float = option(MAX_NORM, "an answer whose changes have a larger norm is left out", above=0)
     max_norm_ratio: float = option(
-        30.0, "so is one with a norm more than this many times the round's median", low=1
+        30.0, "so is one with a norm more than this many times the round's median, and 1% of the net's", low=1
     )
     clip_norm: float | None = option(
         None, "scale changes of a larger norm down to it, none: leave them", above=0
@@ -372,8 +376,8 @@ class Config:
                 if field.name == "data":  # the other defaults are by data set
                     break
         raise_together(errors)
-        if self.warmup_rounds is None:
-            usual = PRESETS[self.data]["warmup_rounds"]
+        usual = PRESETS[self.data]["warmup_rounds"]
+        if self.warmup_rounds is None and usual is not FITTED:
             object.__setattr__(self, "warmup_rounds", min(usual, self.rounds // 10))
         if self.cohort is not None and self.min_clients > self.cohort:
             raise ConfigError(

@@ -42,9 +42,8 @@ ROWS = ("all", "own")
 EPOCHS = (0, 1, 2, 3, 5, 10)
 RATE = 0.01
 MOMENTUM = 0.9
-Own = Callable[
-    [int], tuple[Tensor | None, Tensor | None]
-]  # client -> (phi (P,), rows (C, D)) or None for each
+# client -> (phi (P,), rows (C, D)), None for what it does not keep for itself
+Own = Callable[[int], tuple[Tensor | None, Tensor | None]]
 
 
 @dataclass(frozen=True)

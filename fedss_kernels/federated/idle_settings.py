@@ -82,7 +82,7 @@ RULES: tuple[Rule, ...] = (
         "there are fewer rounds, so the test is after the last",
         lambda c: c.eval_every > c.rounds,
     ),
-    (("lr_decay",), "the warm-up takes all rounds", lambda c: c.warmup_rounds >= c.rounds),
+    (("lr_decay",), "the warm-up takes all rounds", lambda c: (c.warmup_rounds or 0) >= c.rounds),
 )
 
 
@@ -103,7 +103,7 @@ def _idle(config: Config) -> list[str]:
         for name, value in ((name, getattr(config, name)) for name in names)
         if value != _default(config, name)
     ]
-    if config.warmup_rounds > config.rounds:
+    if (config.warmup_rounds or 0) > config.rounds:
         highest = config.client_lr * config.rounds / config.warmup_rounds
         lines.append(
             f"warmup_rounds {config.warmup_rounds} is more than the {config.rounds} rounds: the clients' "
@@ -115,6 +115,8 @@ def _idle(config: Config) -> list[str]:
 def short_warmup(config: Config) -> list[str]:
     """A line, where the warm-up is shorter than usual, as by default there are too few rounds for it."""
     usual = PRESETS[config.data]["warmup_rounds"]
+    if usual is FITTED:  # it is among what was chosen
+        return []
     if not config.warmup_rounds == config.rounds // 10 < usual:
         return []
     return [f"warmup_rounds {config.warmup_rounds}, a tenth of the rounds: usually {usual}"]

@@ -6,15 +6,17 @@ from typing import Any
 
 from .algorithms import METHODS
 from .clients.player import check_model
-from .config import OWN, Config, ConfigError
+from .config import OWN, PRESETS, Config, ConfigError
 from .config_error import raise_together
 from .data import RESIZED, FederatedData, Found, Partition, load
+from .data.class_folders import ClassFolders
 from .data.holdout import held_out, number_held_out
 from .data.images import OnProgress
 from .models import SIDES
 from .models.vision import unavailable
 
 COHORT = 32  # clients, or all there are where they are fewer
+WALKED = ("image_folder", "imagenet21k")  # whose classes are the folders that there are
 NET = "mobilenet_v3_large"  # the paper's; where it cannot be made a small one of our own
 
 
@@ -33,6 +35,7 @@ def load_data(
         raise ConfigError("data", f"{OWN!r} data is handed over in Python, as run(config, data=...)")
     if config.data_dir is not None and not config.data_dir.is_dir():
         raise ConfigError("data_dir", f"no such folder: {config.data_dir}")
+    _check_out(config)
     config = with_a_net(config)
     if _resized(config) and config.image_size < 1:
         raise ConfigError("image_size", f"expected at least 1, got {config.image_size}")
@@ -90,6 +93,18 @@ def _loaded(config: Config, on_found: Callable[..., None], on_progress: OnProgre
     return data
 
 
+def _check_out(config: Config) -> None:
+    """Raises ConfigError where the next walk through the data would find the results."""
+    if config.out is None or config.data_dir is None or config.data not in WALKED:
+        return
+    split = ClassFolders(config.data).split(config.data_dir) if config.data == "image_folder" else None
+    out = config.out.resolve()
+    for folder in split or (config.data_dir,):
+        if folder.resolve() in (out, *out.parents):
+            expected = f"expected a folder outside of {folder}, where its plots would be images of a class"
+            raise ConfigError("out", f"{expected}, got {config.out}")
+
+
 def _resized(config: Config) -> bool:
     return config.data in RESIZED
 
@@ -106,7 +121,16 @@ def fitted(config: Config, found: Found) -> Config:
     if found.how is not None and None in (config.images_per_client, config.classes_per_client):
         names = ("num_clients", "images_per_client", "classes_per_client")
         chosen |= {name: getattr(found.how, name) for name in names}
+    chosen |= _pace(config)
     return replace(config, **chosen) if chosen else config
+
+
+def _pace(config: Config) -> dict[str, Any]:
+    """How fast it learns: a small net that begins from nothing as on CIFAR, others as the paper's."""
+    like = PRESETS["cifar10" if config.model in SIDES and config.init_checkpoint is None else "sop"]
+    pace = {name: like[name] for name in ("client_lr", "scale")}
+    pace["warmup_rounds"] = min(like["warmup_rounds"], config.rounds // 10)
+    return {name: value for name, value in pace.items() if getattr(config, name) is None}
 
 
 def with_a_net(config: Config) -> Config:
@@ -144,10 +168,18 @@ def check_data(config: Config, data: FederatedData) -> None:
 
 
 def trivial(data: FederatedData) -> list[str]:
-    """A line where the test images measure nothing: a retrieval's that are all of one class."""
-    if data.task != "retrieval" or data.test_labels.min() < data.test_labels.max():
+    """A line where images of a retrieval's test measure nothing: all are of one class, or alone in theirs."""
+    if data.task != "retrieval":
         return []
-    return ["all test images are of one class, so every retrieval is right: MAP@10 and recall@1 mean nothing"]
+    counts = data.test_labels.unique(return_counts=True)[1]
+    if len(counts) == 1:
+        words = "all test images are of one class, so every retrieval is right"
+        return [f"{words}: MAP@10 and recall@1 mean nothing"]
+    alone = int((counts == 1).sum())
+    if not alone:
+        return []
+    of = f"test classes of one image, for which nothing right can be found: {alone:,} of {len(counts):,}"
+    return [f"{of}; MAP@10 and recall@1 count them as misses"]
 
 
 def _misfits(config: Config, found: Found) -> list[ConfigError]:

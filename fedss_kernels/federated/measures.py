@@ -77,6 +77,14 @@ class Measures:
         lists = {name: tuple(values[name]) for name in ("names", "shown", "told")}
         return cls(headline=values["headline"], **lists)
 
+    @property
+    def alike(self) -> list[Measure]:
+        """The headline, then those that can stand in its place in a plot, or where it is not measured yet."""
+        headline = MEASURES[self.headline]
+        others = (MEASURES[name] for name in self.names if MEASURES[name].compared)
+        kind = headline.share, headline.more_is_better
+        return [headline, *(m for m in others if m != headline and (m.share, m.more_is_better) == kind)]
+
 
 class Measured:
     """What has the values of a run's measures: those of a round, or of a whole run.

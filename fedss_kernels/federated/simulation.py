@@ -156,11 +156,11 @@ class Simulation:
         phi = self.server.extractor
         self.team.play(round, attempt, requests, phi, self._given, tally.take)
 
-    def _given(self, client: int, request: Request) -> Tensor:  # (Player.num_given,)
+    def _given(self, client: int, request: Request) -> Tensor:  # Player.num_given numbers
         """What a client needs for its round beside phi."""
         if self.homes:
             return self.homes.read(client)
-        return self.server.select(self._travelling(request))[1].flatten()
+        return self.server.select(self._travelling(request))[1]
 
     def _travelling(self, request: Request) -> Tensor:
         """The class rows of a request that come and go back."""

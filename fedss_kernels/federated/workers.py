@@ -34,6 +34,7 @@ from .algorithms.parts import Part
 from .clients.player import Player, training_device
 from .config import Config, ConfigError
 from .data import FederatedData
+from .given_back import give_back
 from .interrupts import deaf, ending, ignore
 from .ledger import over_the_wire
 from .messages import Request, Update
@@ -220,10 +221,10 @@ class _Elsewhere:
         self.coming: deque[tuple[int, _Incoming]] = deque()
 
     def send(self, until: float = math.inf) -> None:
-        """Their rows to the clients that begin before so many images."""
+        """What they need, to the clients that begin before so many images."""
         while self.unsent and self.unsent[0][1] < until:
             k, _, end = self.unsent.popleft()
-            numbers = self.given_to(k).contiguous()
+            numbers = self.given_to(k).flatten()
             with self.team.communication():
                 self.coming.append((end, _Incoming(k, self.rank, self.requests[k], self.team.player)))
                 self.sending.append((_started(dist.isend(numbers, self.rank)), numbers))
@@ -448,6 +449,7 @@ def _explain(lost: WorkerLost, others: Sequence[_Worker]) -> NoReturn:
 
 def _work(folder: Path, rank: int, size: int, parent: int, failure: Connection) -> None:
     ignore()
+    give_back()
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     try:
         config, data, model = pickle.loads((folder / "given").read_bytes())

@@ -142,7 +142,9 @@ def pulls_tile(
     )  # fmt: skip
     if FOLD and WIDE != ACC:
         beyond = tl.where(hits, 0.0, beyond)  # exactly: its dlogits are as large as all others' together
-    slopes = product_or_zero(dlogits, beyond)
+    # Of what takes part, a dlogit of 0 too: of a logit of -inf it makes NaN.
+    sloping = live[None, :] & (upstream != 0.0)[:, None] & (beyond != 0.0)
+    slopes = tl.where(sloping, dlogits * beyond, 0.0)
     along = product_or_zero(pulls.to(ACC), sums)
     return dlogits, pulls, along, slopes, counted, ids, read, w_inverse
 

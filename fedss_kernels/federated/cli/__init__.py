@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from .. import data
 from ..config import did_you_mean
 from ..disk import reason
+from ..given_back import give_back
 from ..interrupts import Interrupted, at_once
 from ..workers import launched
 from .command import Command
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     SIGTERM, SIGHUP.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    give_back()
     with forgiving() as streams, at_once():
         code = _main(argv)
         for stream in streams:

@@ -108,7 +108,7 @@ def _noise(arguments: argparse.Namespace) -> int:
             refuse_lost(arguments, config)
         out = arguments.out if "out" in arguments else Path("runs") / f"noise-{config.data}"
         model = read_model(arguments.run) if arguments.run else None
-        config, data = read_data(config, [config])
+        config, data = read_data(config, [config], given=arguments.given)
         counts = arguments.counts or noise.default_counts(data.num_classes)
         make_folder(out)
     torch.set_num_threads(config.threads)
@@ -199,7 +199,7 @@ def _privacy(arguments: argparse.Namespace) -> int:
         out = config.out or Path("runs") / f"privacy-{config.data}"
         config = dataclasses.replace(config, out=None)
         privacy.check(config)
-        config, data = read_data(config, [config], lambda: make_folder(out))
+        config, data = read_data(config, [config], lambda: make_folder(out), arguments.given)
     accuracy, failed = {}, []
     if arguments.train:
         with RunProgress(list(STICKY), config.rounds) as progress:

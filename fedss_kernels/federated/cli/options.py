@@ -18,6 +18,7 @@ from ..config import (
     option_type,
     read_options,
 )
+from ..disk import reason
 
 
 class Mistake(Exception):
@@ -167,10 +168,14 @@ def one_of(*choices: str) -> Callable[[str], str]:
 
 
 def config_of(arguments: argparse.Namespace, preset: Mapping[str, Any] | None = None) -> Config:
-    """Config's defaults, a preset, the --config file, the command line: the later win."""
+    """Config's defaults, a preset, the --config file, the command line: the later win.
+
+    The names of those that are not left to the defaults are `arguments.given` from then on.
+    """
     options = dict(preset or {}) | (read_options(arguments.config) if arguments.config else {})
     names = [field.name for field in dataclasses.fields(Config)]
     given = {name: value for name, value in vars(arguments).items() if name in names}
+    arguments.given = {*options, *given}
     source = arguments.config or vars(arguments).get("preset")
     config = Config.from_dict(options, source and Path(source), given)
     for name in ("data", "model"):
@@ -179,11 +184,24 @@ def config_of(arguments: argparse.Namespace, preset: Mapping[str, Any] | None = 
     return config
 
 
-def refuse_lost(arguments: argparse.Namespace, config: Config, again: str = "give --data-dir again") -> None:
-    """Raises Mistake where the data_dir of an earlier run, if none is given now, is not found here."""
-    folder = config.data_dir
-    if folder and "data_dir" not in arguments and not folder.is_absolute() and not folder.is_dir():
-        raise Mistake(f"--data-dir: no such folder: {folder}, relative to where the run began; {again}")
+# What a run reads from, besides its own folder, and what that is; kept as it was given, so maybe relative.
+PLACES = {"data_dir": "folder", "init_checkpoint": "file", "class_store": "folder"}
+
+
+def refuse_lost(
+    arguments: argparse.Namespace, config: Config, again: str = "", store: Path | None = None
+) -> None:
+    """Raises Mistake where a place of an earlier run, if none is given now, is not found here.
+
+    again: how to go on, if not by giving it again. store: where its class store is, if it is read.
+    """
+    found = {"data_dir": config.data_dir, "init_checkpoint": config.init_checkpoint, "class_store": store}
+    for name, place in found.items():
+        if place and name not in arguments and not place.is_absolute() and not place.exists():
+            raise Mistake(
+                f"{flag(name)}: no such {PLACES[name]}: {place}, relative to where the run began; "
+                f"{again or f'give {flag(name)} again'}"
+            )
 
 
 def refuse_unread(arguments: argparse.Namespace, methods: Sequence[str]) -> None:
@@ -202,4 +220,5 @@ def mistakes() -> Iterator[None]:
     except ConfigError as error:  # what is expected, but what nobody can hand over here
         raise Mistake(error.worded(flag).replace(f", {OWN}, got ", ", got ")) from None
     except (ValueError, OSError) as error:
-        raise Mistake(" ".join(str(error).split())) from None
+        words = reason(error) if isinstance(error, OSError) else str(error)
+        raise Mistake(" ".join(words.split())) from None

@@ -1,10 +1,12 @@
 """What is said on the terminal: what the data are and how far their reading is, warnings, tables."""
 
+import dataclasses
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from types import ModuleType
 
+from .. import data as of_data
 from ..config import Config
 from ..data import FederatedData, Found
 from ..idle_settings import idle, short_warmup
@@ -15,13 +17,16 @@ PIPED = 160  # columns of a table in a file or a log
 
 
 def read_data(
-    config: Config, runs: Sequence[Config], ready: Callable[[], None] | None = None
+    config: Config,
+    runs: Sequence[Config],
+    ready: Callable[[], None] | None = None,
+    given: Container[str] = (),
 ) -> tuple[Config, FederatedData]:
     """(the configuration, fitted to the data; the data). Before images are read says in a line what they are.
 
-    And what is worth a word of the settings of `runs`, if there are any. Before that `ready` is called, as
-    soon as it is known that the two fit; after the reading what the data are without images that cannot be
-    read. Raises ConfigError where the two do not fit.
+    And what is worth a word of the settings of `runs`, if there are any, `given` those that the user chose.
+    Before that `ready` is called, as soon as it is known that the two fit; after the reading what the data
+    are without images that cannot be read. Raises ConfigError where the two do not fit.
     """
     said = list[Found]()
 
@@ -30,8 +35,9 @@ def read_data(
         if ready:
             ready()
         if runs:
-            words = "; ".join([found.line, *choices(config, found)])
-            for line in (f"{config.data}: {words}", *short_warmup(config), *idle(runs)):
+            words = "; ".join([_unsaid(found, ()).line, *choices(config, found)])
+            warmup = [] if "warmup_rounds" in given else short_warmup(config)
+            for line in (f"{config.data}: {words}", *warmup, *idle(runs)):
                 print(line, flush=True)
 
     from ..reports.progress import ReadingProgress
@@ -39,12 +45,21 @@ def read_data(
     with ReadingProgress() as progress:
         data = load_data(config, say, progress)
     if runs and data.notes != said[0].notes:
-        print(f"{config.data}: without what cannot be read: {data.found.line}", flush=True)
+        left = _unsaid(data.found, said[0].notes)
+        print(f"{config.data}: without what cannot be read: {left.line}", flush=True)
     for line in trivial(data) if runs else ():
         print(f"{config.data}: {line}", flush=True)
     config = fitted(config, data.found)
     check_data(config, data)
     return config, data
+
+
+def _unsaid(found: Found, said: Sequence[str]) -> Found:
+    """Without the notes that were said, or logged as warnings."""
+    handlers = logging.getLogger(of_data.__name__).handlers
+    lines = [line for handler in handlers if isinstance(handler, _Lines) for line in handler.said]
+    notes = [n for n in found.notes if n not in said and not any(line.endswith(n) for line in lines)]
+    return dataclasses.replace(found, notes=tuple(notes))
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], least: Sequence[str] = ()) -> None:

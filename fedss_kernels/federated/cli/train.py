@@ -19,7 +19,7 @@ from ..files.run_folder import RUN_FILES, RoundMetrics, check_folder, faults, re
 from ..interrupts import Interrupted, noticed
 from ..ledger import OUTCOMES
 from ..lock import InUse
-from ..plan import LISTS, Plan, read_preset
+from ..plan import FILE, LISTS, Plan, read_preset
 from ..rounds import Stopped, run
 from ..server.class_store import check_free
 from ..server.inspection import explained
@@ -27,6 +27,7 @@ from ..simulation import TooFewClients
 from ..workers import WorkerLost, help_out, launched
 from .command import Command
 from .options import (
+    PLACES,
     Mistake,
     add_config_file,
     add_options,
@@ -81,7 +82,7 @@ def _run(arguments: argparse.Namespace) -> int:
             arguments.out = arguments.resume
         config = config_of(arguments, _options_of(arguments.resume) if resume else {})
         if resume:
-            refuse_lost(arguments, config)
+            refuse_lost(arguments, config, store=config.class_store)
         refuse_unread(arguments, [config.method])
         out = config.out or Path("runs") / f"{config.data}-{config.method}-seed{config.seed}"
         config = dataclasses.replace(config, out=out)
@@ -96,7 +97,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 if config.class_store:
                     check_free(config.class_store, run=out, overwrite=config.overwrite)
 
-        config, data = read_data(config, [] if resume else [config], ready)
+        config, data = read_data(config, [] if resume else [config], ready, arguments.given)
     played: list[RoundMetrics] = []
     say_what_is_logged("run", checkpoint, record, run_folder)
     try:
@@ -204,8 +205,7 @@ def _add_comparison_arguments(parser: argparse.ArgumentParser, without: Sequence
         help="values of --client-lr, with commas between: the best for each method and number of "
         "negatives is found first, by what a run is judged by (top-1, MAP@10 of a retrieval, with "
         "--personalise-epochs the personalised top-1), on a tenth of the training clients, who do not train "
-        "then; methods with a model for each client need --personalise-epochs for it "
-        "(default: --client-lr for all)",
+        "then; fedper and fedrep need --personalise-epochs for it (default: --client-lr for all)",
     )
     parser.add_argument(
         "--jobs",
@@ -226,7 +226,7 @@ def _refuse_others(arguments: argparse.Namespace) -> None:
         raise Mistake(f"{flag(options[0])}: a comparison is resumed with the options it began with")
 
 
-_PLACES = {"data_dir", "cache_dir"}
+_PLACES = {*PLACES, "cache_dir"}
 _COMPARED: dict[str, Any] = {
     "methods": ["fedss", "full_softmax", "pos_only", "neg_only"],
     "seeds": [0, 1, 2],
@@ -236,6 +236,7 @@ _COMPARED: dict[str, Any] = {
 
 
 def _compare(arguments: argparse.Namespace) -> int:
+    from ..comparisons import jobs
     from ..comparisons.compare import (
         COMPARISON_FILES,
         LEAST,
@@ -245,7 +246,7 @@ def _compare(arguments: argparse.Namespace) -> int:
         job_name,
         trial_name,
     )
-    from ..comparisons.jobs import JobsStopped
+    from ..comparisons.jobs import JobsStopped, folder_of
     from ..reports.progress import RunProgress
 
     resume = arguments.resume is not None
@@ -255,13 +256,16 @@ def _compare(arguments: argparse.Namespace) -> int:
             there = Plan.read(arguments.resume)
             places = {name: value for name, value in vars(arguments).items() if name in _PLACES}
             config = dataclasses.replace(there.config, out=arguments.resume, **places)
-            refuse_lost(arguments, config)
             plan = dataclasses.replace(there, config=config)
+            out = arguments.resume
+            begun = [*plan.trials(out / "rates"), *plan.runs(out, {})]
+            store = config.class_store if any(checkpoint.exists(folder_of(run)) for run in begun) else None
+            refuse_lost(arguments, config, store=store)
         else:
             preset = read_preset(arguments.preset) if arguments.preset else {}
             vars(arguments).update(arguments.own)
-            given = {name: getattr(arguments, name) for name in LISTS}
-            lists = _COMPARED | preset | {name: value for name, value in given.items() if value is not None}
+            own = {name: getattr(arguments, name) for name in LISTS}
+            lists = _COMPARED | preset | {name: value for name, value in own.items() if value is not None}
             plan = Plan(config_of(arguments, preset.get("config", {})), *(lists[name] for name in LISTS))
             refuse_unread(arguments, plan.methods)
         out = plan.config.out or Path("runs") / f"{arguments.command}-{plan.config.data}"
@@ -276,9 +280,11 @@ def _compare(arguments: argparse.Namespace) -> int:
                 if option in arguments and getattr(plan, instead):
                     print(f"{flag(option)} has no effect: {flag(instead)} are taken instead")
 
-        read_data(plan.config, [] if resume else runs, ready)
+        given = () if resume else arguments.given
+        read_data(dataclasses.replace(plan.config, out=out), [] if resume else runs, ready, given)
     command = f"fedss {arguments.command}"
     go_on = f"go on with: {command} --resume {out}"
+    say_what_is_logged(arguments.command, jobs)
     finishing = f"{command}: finishing the rounds of the runs"
     try:
         with RunProgress(names, plan.config.rounds) as progress, noticed(finishing) as stop:
@@ -299,10 +305,14 @@ def _compare(arguments: argparse.Namespace) -> int:
         print(f"{command}: stopped; {go_on}", file=sys.stderr)
         return stopped.exit_code if isinstance(stopped, Interrupted) else stop.exit_code
     except OSError as error:
-        print(f"{command}: {reason(error)}; the runs' checkpoints are saved; {go_on}", file=sys.stderr)
+        saved = f"the runs' checkpoints are saved; {go_on}"
+        way = saved if (out / FILE).exists() else "no run has begun: start again"
+        print(f"{command}: {reason(error)}; {way}", file=sys.stderr)
         return 1
     for line in (*comparison.notes, *comparison.failed):
-        print(f"fedss {arguments.command}: {line}", file=sys.stderr)
+        print(f"{command}: {line}", file=sys.stderr)
+    if comparison.go_on:
+        print(f"{command}: once the reason is gone {go_on}", file=sys.stderr)
     if comparison.table:
         print_table(header(comparison.table), cells(comparison.table), LEAST)
         print(f"the table, plots and report: {out / 'report.html'}")

@@ -77,13 +77,14 @@ class Client:
             for x, t in zip(images.split(self.batch_size), target.split(self.batch_size), strict=True):
                 total += len(t) * self._step(x, t, objective, lr, velocity)
             seen += len(order)
+        objective.rows.grad = None  # what comes now takes no more memory than a step
         trained, after = objective.rows.detach().to(CPU), model.flat.to(CPU)
         goes = [part is Part.TRAINED for part in parts.blocks]
         travels = parts.rows is Part.TRAINED
         return Update(
             client,
             request.class_ids if travels else request.class_ids[:0],
-            rows - trained if travels else rows[:0],
+            torch.sub(rows, trained, out=trained) if travels else rows[:0],
             of_blocks(phi - after, model.block_sizes, goes),
             len(held),
             total.item() / seen,

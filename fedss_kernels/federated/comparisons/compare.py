@@ -3,17 +3,21 @@
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..algorithms import METHODS
 from ..config import Config, ConfigError
+from ..data import FederatedData
+from ..data.holdout import held_out
 from ..disk import write_whole
+from ..evaluation import check_measured
 from ..files.run_folder import faults, prepare
 from ..ledger import KINDS
 from ..loading import check_data, fitted, load_data, with_a_net
 from ..measures import MEASURES, Measure, Measures, percent
-from ..plan import FILE, Case, Plan, case_of
+from ..plan import FILE, HOLDOUT, Case, Plan, case_of
 from ..reports.mean_sd import mean_sd
 from ..reports.remarks import remarks
 from ..reports.report import (
@@ -83,6 +87,7 @@ class Comparison:
     failed: list[str]  # one line for each run that failed, each method that has no rate, a report not made
     out: Path
     notes: list[str] = dataclasses.field(default_factory=list)  # what else is to be said, a line each
+    go_on: bool = False  # a run failed of what may be gone when it is resumed, as of a full disk
 
 
 def compare(
@@ -97,8 +102,8 @@ def compare(
 ) -> Comparison:
     """Runs every case with every seed, `jobs` at a time, each in its own process and folder in `out`.
 
-    With `plan.rates` each case has the best of them, found beforehand by runs with the first seed, on images
-    of a tenth of the training clients, who then do not train.
+    With `plan.rates` each case has the best of them by its headline, found beforehand by runs with the first
+    seed, on images of a tenth of the training clients, who then do not train.
 
     With `resume` the comparison in `out` that was stopped goes on: its finished runs stand, the others go on
     from their last checkpoints. Once `stop()`, asked now and then, is true the runs finish their rounds, save
@@ -118,7 +123,7 @@ def compare(
     # Once, before anything starts: mistakes surface here, and caches fill.
     plan = dataclasses.replace(plan, config=with_a_net(plan.config))  # the same when it is resumed elsewhere
     data = load_data(plan.config)
-    check_data(fitted(plan.config, data.found), data)
+    _check(plan, data)
     if resume:
         plan.check_same(out)
     else:
@@ -132,14 +137,34 @@ def compare(
         return Comparison([], [], failed, out, notes)
     found, failures = play_all(configs, jobs, lambda job, metrics: report(kept[job], metrics), resume, stop)
     failed += [f"{job_name(plan, configs[job])} failed: {of.words}" for job, of in failures.items()]
-    runs = list(found.values())
+    runs = _in_order(plan, found.values())
     for run in runs:
         notes += _notes(plan, run)
     table = tabulate(runs)
     if runs:
         write_tables(out, table)
         failed += attempt(out, _write_report, out, runs, [*notes, *failed])
-    return Comparison(table, runs, failed, out, notes)
+    go_on = not all(failure.lasting for failure in failures.values())
+    return Comparison(table, runs, failed, out, notes, go_on)
+
+
+def _in_order(plan: Plan, runs: Iterable[Run]) -> list[Run]:
+    """Cases in the plan's order, whichever run of them is the first that did not fail."""
+    cases = plan.cases
+    return sorted(runs, key=lambda run: cases.index(case_of(run.config, plan.several)))
+
+
+def _check(plan: Plan, data: FederatedData) -> None:
+    """Raises ConfigError where a case does not fit the data, or cannot be measured on them."""
+    check_data(fitted(plan.config, data.found), data)
+    tried: dict[bool, FederatedData] = {}
+    for method in plan.methods:
+        config, alone = dataclasses.replace(plan.config, method=method), METHODS[method].alone
+        check_measured(config, data)
+        if plan.rates:
+            if alone not in tried:
+                tried[alone] = held_out(data, HOLDOUT, config.data_seed, alone=alone)
+            check_measured(config, tried[alone])
 
 
 def report_again(out: Path) -> list[str]:
@@ -153,7 +178,7 @@ def report_again(out: Path) -> list[str]:
     found, failures = played(configs)
     left_out = [f"{trial_name(plan, trials[job])} has no result: {of.words}" for job, of in lost.items()]
     left_out += [f"{job_name(plan, configs[job])} is left out: {of.words}" for job, of in failures.items()]
-    runs = list(found.values())
+    runs = _in_order(plan, found.values())
     if not runs:
         raise ValueError(f"no run of the comparison in {out} is done: {'; '.join(left_out)}")
     notes = [line for run in runs for line in _notes(plan, run)]

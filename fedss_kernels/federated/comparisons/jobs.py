@@ -13,10 +13,12 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, cast
 
+from .. import files
 from ..config import Config, ConfigError
 from ..disk import reason, write_whole
 from ..files import checkpoint
 from ..files.run_folder import RoundMetrics, read_run
+from ..given_back import give_back
 from ..interrupts import deaf, ending, ignore
 from ..reports.remarks import remarks
 from ..reports.report import Run, attempt, write_run_report
@@ -24,6 +26,7 @@ from ..rounds import Stopped, run
 from ..simulation import TooFewClients
 
 _LISTEN = 0.5  # seconds after which it is asked again whether to stop
+log = logging.getLogger(__name__)
 OnRound = Callable[[int, RoundMetrics | None], None]  # (job, its metrics; None as it starts)
 
 
@@ -157,18 +160,33 @@ def _receive(
         return
     if isinstance(message, RoundMetrics):
         on_round(job, message)
+    elif isinstance(message, str):
+        log.warning("%s", message)
     else:
         errors[job] = message
 
 
+class _PassedUp(logging.Handler):
+    """What is to be said of a run's folder, for the parent to say."""
+
+    def __init__(self, sender: Connection):
+        super().__init__(logging.WARNING)
+        self.sender = sender
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.sender.send(record.getMessage())
+
+
 def _child(sender: Connection, config: Config, resume: bool) -> None:
-    """One run, if it is not done; sends its metrics, or a line about what went wrong.
+    """One run, if it is not done; sends its metrics, warnings about its folder, or what went wrong.
 
     What it gets back is that it is to stop: signals are for the parent.
     """
     ignore()
+    give_back()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     logging.getLogger("fedss_kernels").addHandler(logging.NullHandler())  # what is left out is in the ledger
+    logging.getLogger(files.__name__).handlers = [_PassedUp(sender)]
     try:
         begun = resume and checkpoint.exists(folder_of(config))
         if not (resume and (folder_of(config) / "summary.json").exists()):

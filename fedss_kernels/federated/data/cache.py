@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from ..disk import reason
+
 Arrays = dict[str, np.ndarray]
 # Files that a writer who was killed leaves behind, and after how many seconds untouched they are such.
 LEFTOVERS = {"*.tmp": 3600.0, "*.partial": 30 * 86400.0}
@@ -37,11 +39,19 @@ def key_of(parts: Iterable[bytes]) -> str:
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        what = "it is a file, not a folder" if folder.exists() else "it is a link to what is not there"
+        raise NotADirectoryError(errno.ENOTDIR, what, str(folder)) from None
+
+
 @contextlib.contextmanager
 def written_to(folder: Path, name: str) -> Iterator[None]:
     """Makes the folder; a failure of the system in here is one to write to it, and is said so."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        _make_folder(folder)
         yield
     except OSError as error:
         if error.errno is None:  # said already
@@ -80,7 +90,7 @@ def cached_arrays(name: str, key: dict, make: Callable[[], Arrays], cache_dir: P
             _write(path, text, arrays)
         except OSError as error:
             warnings.warn(
-                f"{name} is not cached: {error}; set FEDSS_CACHE to a folder that can be written",
+                f"{name} is not cached: {reason(error)}; set FEDSS_CACHE to a folder that can be written",
                 stacklevel=2,
             )
     return arrays
@@ -100,7 +110,7 @@ def _write(path: Path, key: str, arrays: Arrays) -> None:
     """Under another name first, so that no reader sees half of it, whoever else writes the same file."""
     described = json.dumps({"key": key, "names": sorted(arrays)})
     members: dict[str, Any] = {"key": np.array(described), **arrays}
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(path.parent)
     remove_leftovers(path.parent)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
     try:

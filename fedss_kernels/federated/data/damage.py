@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from .pixels import Failure
 
 NAMED = 5  # of many, that a message names
 OR_SKIP = "; or go on without them: --skip-damaged"
+ESCAPES = {b"\\": rb"\\", b"\t": rb"\t", b"\n": rb"\n", b"\r": rb"\r"}  # in a list, the backslash first
 UNREAD = "cannot be read: "  # in a list, before the reasons that may be gone the next time
 log = logging.getLogger(__name__)
 
@@ -87,8 +89,9 @@ def of_the_system(error: Exception) -> bool:
 
 
 def printable(name: str | Path) -> str:
-    r"""A file's name for a message: bytes of it that are not UTF-8 as \xff."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    r"""A file's name for a message: bytes of it that are not UTF-8 as \xff, a line's end as \n."""
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def some(names: Iterable[str]) -> str:
@@ -103,7 +106,8 @@ def say_left_out(name: str, classes: Iterable[str], where: str = "") -> tuple[st
     if not lost:
         return ()
     counts = some(f"{printable(c)} {count}" for c, count in lost.most_common())
-    note = f"left out {lost.total()} images that could not be read: {counts}{where}"
+    images = "image" if lost.total() == 1 else "images"
+    note = f"left out {lost.total():,} {images} that could not be read: {counts}{where}"
     log.warning("%s: %s", name, note)
     return (note,)
 
@@ -116,9 +120,25 @@ def write_list(path: Path, failures: Mapping[Path, Failure]) -> None:
 
 
 def _write(path: Path, reasons: Mapping[Path, str]) -> None:
-    """A line for each file, in the bytes of its name: what `cut -f 1` gives is a list of the files."""
-    lines = [os.fsencode(file) + b"\t" + reason.encode() + b"\n" for file, reason in reasons.items()]
+    r"""A line for each file, in the bytes of its name: what `cut -f 1` gives is a list of the files.
+
+    A tab, a line's end and a backslash in a name are \t, \n, \r and \\.
+    """
+    lines = [
+        _escaped(os.fsencode(file)) + b"\t" + reason.encode() + b"\n" for file, reason in reasons.items()
+    ]
     path.write_bytes(b"".join(lines))
+
+
+def _escaped(name: bytes) -> bytes:
+    for plain, escape in ESCAPES.items():
+        name = name.replace(plain, escape)
+    return name
+
+
+def _unescaped(name: bytes) -> bytes:
+    plain = {escape: plain for plain, escape in ESCAPES.items()}
+    return re.sub(rb"\\[\\tnr]", lambda found: plain[found[0]], name)
 
 
 def _try_to_list(path: Path, reasons: Mapping[Path, str]) -> str:
@@ -137,7 +157,9 @@ def read_list(path: Path) -> dict[Path, Failure]:
         lines = [line.partition(b"\t") for line in path.read_bytes().splitlines()]
     except OSError:
         return {}
-    reasons = {Path(os.fsdecode(name)): reason.decode("utf-8", "replace") for name, _, reason in lines}
+    reasons = {
+        Path(os.fsdecode(_unescaped(name))): reason.decode("utf-8", "replace") for name, _, reason in lines
+    }
     return {
         file: Failure(reason.removeprefix(UNREAD), damaged=not reason.startswith(UNREAD))
         for file, reason in reasons.items()

@@ -4,13 +4,13 @@
 | --- | --- |
 | transparency: alpha, a palette's, a colour's | what it looks like on white |
 | an EXIF orientation | turned upright |
-| grey of 16 or 32 bits, whole numbers | white is 255, 4095 or 65535, the least that none of them exceeds |
+| grey of 16 or 32 bits, whole numbers; colours of 16 | white: 255, 4095 or 65535, the least none exceeds |
 | grey as floats, below 0 or above 65535 | refused: nobody knows what is white |
 | any number of pixels, any length of text or colour profile | read |
 | a JPEG without its end marker, every pixel of which is there | read; with pixels missing, refused |
 
-What a file says of its own white (TIFF's MaxSampleValue, PGM's maxval) goes before the rule for grey, which
-looks at one file: a 16-bit image in which nothing exceeds 4095 is taken for one of 12 bits.
+What a file says of its own white (TIFF's MaxSampleValue, PGM's maxval) goes before the rule for more bits,
+which looks at one file: a 16-bit image in which nothing exceeds 4095 is taken for one of 12 bits.
 
 Run as a script this is a process that decodes, see `serve`. So it imports nothing of the package: a process
 is there in the time that Pillow and numpy take to import, and a caller's own script is not run again in it.
@@ -101,6 +101,7 @@ def _loaded(content: bytes) -> PillowImage:
     from PIL import Image
 
     image = Image.open(io.BytesIO(content))
+    layout = _layout_of_16_bits(image)
     try:
         image.load()
     except OSError:
@@ -108,6 +109,8 @@ def _loaded(content: bytes) -> PillowImage:
             raise
         image = Image.open(io.BytesIO(content + JPEG_END))
         image.load()
+    if layout:
+        _scale_colours(image, layout, content)
     return image
 
 
@@ -118,7 +121,7 @@ def _coloured(image: PillowImage) -> PillowImage:
     if image.mode[0] in "IF":
         return Image.fromarray(_of_8_bits(np.asarray(image), image)).convert("RGB")
     if not image.has_transparency_data:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     seen = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
 
@@ -128,14 +131,23 @@ def _of_8_bits(grey: np.ndarray, image: PillowImage) -> np.ndarray:
     low, high = grey.min(), grey.max()
     if grey.dtype.kind == "f" or low < 0 or high > WHITES[-1]:
         raise ValueError(f"expected 8 or 16 bits a channel, got {grey.dtype}, {low} to {high}")
-    white = _stated_white(image)
-    if not max(high, 1) <= white <= WHITES[-1]:
-        white = next(white for white in WHITES if high <= white)
-    eight = (grey / (white / 255)).round().astype(np.uint8)
+    eight = _scaled(grey, _white(image, high))
     clear = image.info.get("transparency")
     if isinstance(clear, int):
         eight[grey == clear] = 255
     return eight
+
+
+def _scaled(numbers: np.ndarray, white: int) -> np.ndarray:
+    return (numbers / (white / 255)).round().astype(np.uint8)
+
+
+def _white(image: PillowImage, high: int) -> int:
+    """What the file says, else the least white that `high`, its largest number, does not exceed."""
+    stated = _stated_white(image)
+    if max(high, 1) <= stated <= WHITES[-1]:
+        return stated
+    return next(white for white in WHITES if high <= white)
 
 
 def _stated_white(image: PillowImage) -> int:
@@ -148,8 +160,66 @@ def _stated_white(image: PillowImage) -> int:
     return stated if isinstance(stated, int) else 0
 
 
+# ---- colours of 16 bits, of which Pillow reads the upper 8
+
+_OF_16_BITS = re.compile("(LA|RGB[AX]?);16[BLN]")
+_OTHER_BYTE = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
+
+
+def _layout_of_16_bits(image: Any) -> str:
+    """Pillow's name for how such colours lie in the file that was opened; "" for another file."""
+    if image.format == "JPEG" or not image.tile:
+        return ""
+    arguments = image.tile[0][3]  # the decoder's; all parts have the same layout
+    layout = arguments[0] if isinstance(arguments, tuple | list) and arguments else arguments
+    return layout if isinstance(layout, str) and _OF_16_BITS.fullmatch(layout) else ""
+
+
+def _scale_colours(image: PillowImage, layout: str, content: bytes) -> None:
+    """In place, where white is not 65535. Alpha that exceeds the colours' white has 65535 for opaque.
+
+    And the colour that is transparent, of 16 bits too, becomes white.
+    """
+    from PIL import Image
+
+    upper = np.asarray(image)
+    alpha = layout.partition(";")[0].endswith("A")
+    colours = upper.shape[2] - alpha
+    clear = image.info.pop("transparency", None)
+    if clear is None and _white(image, 256 * int(upper[..., :colours].max()) + 255) == WHITES[-1]:
+        return
+    numbers = 256 * upper.astype(np.int32) + _lower_bytes(content, layout)
+    white = _white(image, numbers[..., :colours].max())
+    eight = upper.copy() if white == WHITES[-1] else _scaled(np.minimum(numbers, white), white)
+    if alpha and numbers[..., -1].max() > white:
+        eight[..., -1] = upper[..., -1]
+    if clear is not None:
+        eight[(numbers == clear).all(axis=-1)] = 255
+    image.paste(Image.fromarray(eight))
+
+
+def _lower_bytes(content: bytes, layout: str) -> np.ndarray:
+    """Of each number the byte that Pillow leaves out, (H, W, channels); grey is in three channels."""
+    from PIL import Image
+
+    image: Any = Image.open(io.BytesIO(content))
+    grey = layout.startswith("LA")
+    other = "RGBA" if grey else layout[:-1] + _OTHER_BYTE[layout[-1]]  # "RGBA": a pixel's bytes as they are
+    image.tile = [
+        (*tile[:3], other if isinstance(tile[3], str) else (other, *tile[3][1:])) for tile in image.tile
+    ]
+    image.load()
+    return np.asarray(image)[..., [1, 1, 1, 3]] if grey else np.asarray(image)
+
+
+TURN = 0x0112  # the tag of an orientation
+_WITH_TURN = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")  # of what Pillow finds in a file
+
+
 def _upright(colour: PillowImage, image: PillowImage) -> PillowImage:
     """`colour`, turned as the EXIF block of `image` says."""
+    if not any(name in image.info for name in _WITH_TURN) and not hasattr(image, "tag_v2"):
+        return colour  # most: a look for a block takes a tenth of a small image's time
     from PIL.Image import Transpose
 
     turns = {
@@ -162,10 +232,8 @@ def _upright(colour: PillowImage, image: PillowImage) -> PillowImage:
         8: Transpose.ROTATE_90,
     }
     try:
-        turn = turns[image.getexif()[0x0112]]
-    except (
-        Exception
-    ):  # none, or one that cannot be read, which may raise anything: the pixels are as they are
+        turn = turns[image.getexif()[TURN]]
+    except Exception:  # none, or one that cannot be read, which may raise anything: as they are
         return colour
     return colour.transpose(turn)
 

@@ -25,6 +25,7 @@ from ..clients.objectives import ClassRows
 from ..clients.player import Player
 from ..config import Config
 from ..data import FederatedData
+from ..loading import fitted
 from ..randomness import Purpose, generator
 from ..reports.mean_sd import mean_sd
 from ..reports.report import write_section
@@ -67,6 +68,7 @@ def measure(
     on_line: Callable[[Line], None] = lambda line: None,
 ) -> list[Line]:
     """A line for each of `counts`, on `batches` clients and `draws` of negatives for each."""
+    config = fitted(config, data.found)
     player = Player(config, data)
     if model is None:
         weight = player.known_rows(torch.arange(data.num_classes))
@@ -145,11 +147,16 @@ def write(out: Path, lines: Sequence[Line], num_classes: int) -> str:
     rows = []
     for line in lines:
         share = f"{100 * line.num_negatives / num_classes:.1f}%"
-        ratio = f"{100 * line.noise / line.full_norm:.2g}%" if line.full_norm else "–"
+        ratio = _percent(line.noise / line.full_norm) if line.full_norm else "–"
         rows.append([f"{line.num_negatives:,}", share, f"{line.noise:.3g}", f"{line.noise_sd:.2g}", ratio])
     with plotting():
         _plot(lines).savefig(out / "noise.png", dpi=150)
     return write_section(out, "noise", "Gradient noise by number of negatives", WORDS, header, rows)
+
+
+def _percent(share: float) -> str:
+    """Two digits of it, or all before the point."""
+    return f"{100 * share:,.0f}%" if share >= 0.995 else f"{100 * share:.2g}%"
 
 
 def _plot(lines: Sequence[Line]) -> "Figure":

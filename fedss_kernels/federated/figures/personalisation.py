@@ -154,7 +154,8 @@ def _means(rows: Sequence[Sequence[float | None]]) -> list[float | None]:
 
 
 def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.1f}"
+    text = "–" if share is None else f"{100 * share:.1f}"
+    return "0.0" if text == "-0.0" else text
 
 
 def differences(found: Sequence[Measured]) -> list[Difference]:

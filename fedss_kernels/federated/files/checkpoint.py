@@ -33,8 +33,11 @@ from ..disk import sync_folder, write_synced
 from .fingerprint import Fingerprint
 
 FORMAT = 4
-# Options that no bit of a result depends on.
-MAY_DIFFER = ("out", "data_dir", "cache_dir", "class_store", "checkpoint_every", "workers")
+# Options that no bit of a result depends on; init_checkpoint is a place, what is there the fingerprint knows.
+MAY_DIFFER = (
+    *("out", "data_dir", "cache_dir", "class_store", "init_checkpoint"),
+    *("checkpoint_every", "workers"),
+)
 _STATE, _REST = "state.safetensors", "checkpoint.json"
 log = logging.getLogger(__name__)
 

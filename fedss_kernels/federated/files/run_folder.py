@@ -400,7 +400,9 @@ def make_folder(path: Path) -> None:
             pass
     except OSError as error:
         nowhere = path.is_symlink() and not path.exists()
-        why = "a link to what is not there" if nowhere else error.strerror
+        why = (
+            "a link to what is not there" if nowhere else "it is a file" if path.is_file() else error.strerror
+        )
         raise OSError(f"the folder {path} cannot be written to: {why}") from None
 
 

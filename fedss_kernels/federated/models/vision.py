@@ -6,6 +6,9 @@ instead of 1280 dimensional embedding we output 64", GroupNorm in place of Batch
 
 import importlib
 import importlib.util
+import pickle
+import re
+import warnings
 from typing import Any
 
 import torch
@@ -83,12 +86,7 @@ def load_checkpoint(model: nn.Module, path: Any) -> nn.Module:
     Where shapes differ, as in the head of another D, the model's own stay. Raises ValueError for a file that
     holds none of the model's parameters, or anything but tensors.
     """
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from None
-    except Exception as error:  # pickle's errors, of many kinds: weights_only refuses what is no tensor
-        raise ValueError(f"{path} holds more than tensors: {error}") from None
+    found = _loaded(path)
     state = found.get("extractor", found) if isinstance(found, dict) else {}
     own = model.state_dict()
     fitting = {
@@ -100,6 +98,28 @@ def load_checkpoint(model: nn.Module, path: Any) -> nn.Module:
         raise ValueError(f"{path} holds no parameter of this model")
     model.load_state_dict(fitting, strict=False)
     return model
+
+
+def _loaded(path: Any) -> Any:
+    """The tensors that torch.save wrote. Raises ValueError, in a line, for another file."""
+    expected = "expected a file as torch.save(net.state_dict(), FILE) writes"
+    try:
+        with open(path, "rb") as file:
+            begins = file.read(4)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    if not begins.startswith((b"PK\3\4", b"\x80")):  # an archive, or as by older versions a pickle
+        raise ValueError(f"{path} is no file of torch.save: {expected}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of files that are refused here
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        more = f" ({found[1]})" if found else ""
+        raise ValueError(f"{path} holds more than tensors{more}: {expected}") from None
+    except Exception:  # what a damaged file raises may be anything
+        raise ValueError(f"{path} is damaged, or not of torch.save: {expected}") from None
 
 
 def _named_alike(state: dict[str, Any], own: dict[str, Tensor]) -> dict[str, Any]:

@@ -245,9 +245,8 @@ def course(run: Run) -> Measure:
     def times(name: str) -> int:
         return sum(m.measured.get(name) is not None for m in run.history)
 
-    headline = run.summary.headline
-    others = [name for name in run.summary.measures.names if MEASURES[name].share == headline.share]
-    return next((MEASURES[name] for name in (headline.name, *others) if times(name) > 1), headline)
+    measures = run.summary.measures.alike
+    return next((measure for measure in measures if times(measure.name) > 1), run.summary.headline)
 
 
 def by_case(runs: Sequence[Run]) -> dict[Case, list[Run]]:
@@ -456,15 +455,19 @@ def _tested(runs: Sequence[Run]) -> str:
     )
     if config.holdout:
         images = f"{s.num_test_images:,} images of clients who do not train, of the same classes"
+    who, share = "each client", f"its share of {images}"
+    if config.holdout:  # of whose clients the test images are
+        who = "each client who is held out" if not all(METHODS[name].alone for name in _names(runs)) else who
+        share = "others of its own images"
     if config.personalise_epochs:
         epochs = "an epoch" if config.personalise_epochs == 1 else f"{config.personalise_epochs:,} epochs"
         return (
-            f"at the end each client trains {PERSONALISED[config.personalise_part]} for {epochs} more on its "
-            f"own images, and what it then has is tested on its share of {images}"
+            f"at the end {who} trains {PERSONALISED[config.personalise_part]} for {epochs} more on its own "
+            f"images, and what it then has is tested on {share}"
         )
     own = {METHODS[name].personal for name in _names(runs)}
     if own == {True}:
-        return f"each client's own model is tested on its share of {images}"
+        return f"each client's own model is tested on {share}"
     beside = (
         ", or where each client has a model of its own, that on its share of these" if True in own else ""
     )

@@ -219,7 +219,9 @@ class ClassStore:
 
 
 def check_free(folder: Path, *, run: Path | None, overwrite: bool) -> None:
-    """Raises FileExistsError where a store is, but for one of the same run that may be overwritten."""
+    """Raises FileExistsError for a file, and where a store is, but the same run's if it may be replaced."""
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"class_store: {folder} is a file, not a folder")
     if not (folder / _ROWS).exists() and not (folder / _IDENTITY).exists():
         return
     if not overwrite:

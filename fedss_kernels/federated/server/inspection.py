@@ -13,6 +13,9 @@ from torch import Tensor
 
 from ..messages import Update
 
+# Of the net's norm: a shorter change does little harm, whatever the others' are. Where losses are near 0 most
+# move hardly at all, and one that still learns many times as far.
+HARMLESS = 0.01
 LARGEST_LOSS = 1e30  # that sums of many are still numbers of
 _DIVERGED = "is --client-lr, --server-lr or --scale too high, or does the net give NaN?"
 # Of each fault what it is, and what it comes from where all clients have it.
@@ -52,12 +55,15 @@ class Inspection:
     max_norm: float
     max_norm_ratio: float  # to the median norm of the round
 
-    def faults(self, updates: Sequence[Update], asked: Sequence[Tensor]) -> list[str]:
+    def faults(self, updates: Sequence[Update], asked: Sequence[Tensor], net_norm: float = 0.0) -> list[str]:
         """The first thing wrong with each update of a round; asked: the rows its client asked for, (S,).
+
+        A norm is held against the others' where it is over HARMLESS * net_norm, that of the net they change.
 
         "dtype", "shape", "ids", "examples", "loss", "not finite", "norm", or "" for nothing.
         """
-        return self.verdicts([self.look(u, ids) for u, ids in zip(updates, asked, strict=True)])
+        findings = [self.look(u, ids) for u, ids in zip(updates, asked, strict=True)]
+        return self.verdicts(findings, net_norm)
 
     def look(self, update: Update, asked: Tensor) -> Finding:
         """What is wrong with an update by itself, whatever the others are."""
@@ -69,12 +75,12 @@ class Inspection:
             return Finding("not finite")
         return Finding("norm" if size > self.max_norm else "", size)
 
-    def verdicts(self, findings: Sequence[Finding]) -> list[str]:
-        """What is wrong with each update of a round, beside the others."""
+    def verdicts(self, findings: Sequence[Finding], net_norm: float = 0.0) -> list[str]:
+        """What is wrong with each update of a round, beside the others; net_norm: as of `faults`."""
         sizes = [finding.norm for finding in findings if finding.norm is not None]
         # Of two in the middle the lower: what is right is small, and rubbish may be of any size.
         usual = median_low(sizes) if sizes else 0.0
-        bound = self.max_norm_ratio * usual if usual > 0 else math.inf
+        bound = max(self.max_norm_ratio * usual, HARMLESS * net_norm) if usual > 0 else math.inf
         return [
             "norm" if not found.fault and found.norm is not None and found.norm > bound else found.fault
             for found in findings

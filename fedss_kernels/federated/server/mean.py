@@ -53,7 +53,7 @@ class Mean:
         """One of the updates that `holders` knows of."""
         holders, places = self.holders, self.holders.places(update.class_ids)
         if self._sum is None:
-            rows = torch.zeros(len(holders.class_ids), update.rows.shape[1])
+            rows = torch.zeros(len(holders.class_ids), update.rows.shape[1], dtype=torch.float32)
             self._sum = PseudoGradient(holders.class_ids, rows, torch.zeros_like(update.extractor))
         share = torch.tensor([update.num_examples / holders.total], dtype=torch.float32)
         of_rows = share.expand(len(places))

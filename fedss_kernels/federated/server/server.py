@@ -57,8 +57,11 @@ class Server:
         self._net.restore(_part("extractor", stored))
 
     def select(self, class_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """(phi (P,), W[class_ids] (S, D)): what a client downloads. Not to be changed in place."""
-        return self.extractor, self.weight.read(class_ids)
+        """(phi (P,), W[class_ids] (S, D)): what a client downloads.
+
+        Not to be changed in place, nor used once the server has made a step.
+        """
+        return self.extractor, self.weight.lend(class_ids)
 
     def mean(self, held: Sequence[Tensor], counts: Sequence[int]) -> Mean:
         """For updates of these class rows, (S,) each, and of so many images: their average, to be added up.

@@ -6,6 +6,8 @@
 Yu, Rawat, Menon and Kumar, "Federated Learning with Only Positive Labels", ICML 2020. With very many classes
 the pairs are those of a sample of rows with their nearest classes; with every row and C - 1 neighbours it is
 the sum over all pairs. O(rows sampled * C * D) of work, blocked: memory does not grow with C * C.
+
+A row that is not finite is near to none: it moves no other, and none moves it.
 """
 
 from dataclasses import dataclass
@@ -74,7 +76,9 @@ def _nearest(table: RowTable, sampled: Tensor, count: int) -> tuple[Tensor, Tens
     units = _units(table.read(sampled))
     best, classes = units.new_empty(len(sampled), 0), sampled.new_empty(len(sampled), 0)
     for ids in torch.arange(len(table)).split(max(1, BLOCK // len(sampled))):
-        cosines = units @ _units(table.read(ids)).T
+        rows = table.read(ids)
+        cosines = units @ _units(rows).T
+        cosines[:, ~rows.isfinite().all(dim=1)] = -torch.inf
         cosines[sampled[:, None] == ids] = -torch.inf
         best = torch.cat([best, cosines], 1)
         classes = torch.cat([classes, ids.expand(len(sampled), -1)], 1)
@@ -84,16 +88,20 @@ def _nearest(table: RowTable, sampled: Tensor, count: int) -> tuple[Tensor, Tens
 
 
 def _units(rows: Tensor) -> Tensor:
-    """Rows of norm 1; a zero row has no direction and stays zero."""
+    """Rows of norm 1; one without a direction, of zeros or not finite, is zero."""
     norms = _norms(rows)
-    return torch.where(norms < ZERO_NORM, 0.0, rows / norms)
+    return torch.where(_directed(norms), rows / norms, 0.0)
+
+
+def _directed(norms: Tensor) -> Tensor:
+    return (norms >= ZERO_NORM) & norms.isfinite()
 
 
 def _through_norm(pushed: Tensor, rows: Tensor, units: Tensor) -> Tensor:
     """The gradient with respect to rows of that with respect to their directions."""
     norms = _norms(rows)
     across = pushed - (pushed * units).sum(1, keepdim=True) * units
-    return torch.where(norms < ZERO_NORM, 0.0, across / norms)
+    return torch.where(_directed(norms), across / norms, 0.0)
 
 
 def _norms(rows: Tensor) -> Tensor:

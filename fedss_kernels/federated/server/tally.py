@@ -13,6 +13,7 @@ clients are poisoned on purpose, as hardly a round would be played once.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -62,8 +63,15 @@ class Tally:
     def faults(self) -> dict[int, str]:
         """Of each client that answered what is wrong with its answer, or ""."""
         findings = list(self._findings.values())
-        verdicts = self.inspection.verdicts(findings) if self.inspection else [f.fault for f in findings]
+        verdicts = [found.fault for found in findings]
+        if self.inspection:
+            verdicts = self.inspection.verdicts(findings, self._net_norm)
         return dict(zip(self._findings, verdicts, strict=True))
+
+    @cached_property
+    def _net_norm(self) -> float:
+        """Of the net that the answers change."""
+        return self.server.extractor.norm().item()
 
     def counted(self) -> dict[int, Update]:
         """The answers that count; their numbers are added up, and may be gone."""

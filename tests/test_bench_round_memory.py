@@ -1,0 +1,14 @@
+"""bench.round_memory: a round holds one client's rows and one sum, not every client's."""
+
+import pytest
+from fedss_kernels.bench import round_memory
+from fedss_kernels.bench.peak_memory import CLEAR
+
+
+@pytest.mark.skipif(not CLEAR.exists(), reason="needs Linux, to tell a peak")
+def test_a_round_holds_far_less_than_all_updates(capsys):
+    """All would be 16 / 5 of the measure, and all rows as much again; the loss keeps 0.7."""
+    assert round_memory.main(["--classes", "30000", "--rounds", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert [line.split(" | ")[1] for line in lines] == ["1", "2"]
+    assert all(1 <= float(line.strip("| ").split(" | ")[-1]) < 3.2 for line in lines)

@@ -485,6 +485,20 @@ def test_a_method_looks_the_same_in_every_plot_and_no_two_do_in_one():
     assert len(styles(["fedss"] * 40)) == 40
 
 
+def test_methods_that_are_not_judged_alike_are_told_apart(tmp_path, runs, personalised, no_plots):
+    mixed = [runs[0], play("fedper"), play("local_only")]
+    apart = (
+        "not all judged by one measure",
+        "Of FedPer; local training it is the own top-1 on clients' own test images.",
+        "tested on 21 images that no client holds, or where each client has a model of its own, that on its",
+    )
+    for some, there in ((mixed, True), (runs, False), (mixed[1:], False)):
+        write_comparison_report(tmp_path, some, header(tabulate(some)), cells(tabulate(some)), [])
+        assert [words in page_of(tmp_path) for words in apart] == [there] * 3
+    write_comparison_report(tmp_path, personalised, ["method"], [], [])
+    assert [words in page_of(tmp_path) for words in apart[:2]] == [False, True]
+
+
 @pytest.mark.parametrize(
     "method, epochs, words",
     [

@@ -389,7 +389,7 @@ def _comparison_page(
             _method_cards(runs),
             "<h2>What came out</h2>",
             _table(header, table),
-            f"<p>{_TABLE_NOTE}{sd}</p>",
+            f"<p>{_TABLE_NOTE}{sd}{_SEVERAL_HEADLINES * _several_headlines(runs)}</p>",
             *_plots(runs, plots),
             _methods(names),
             _glossary(runs),
@@ -445,6 +445,10 @@ def _names(runs: Sequence[Run]) -> list[str]:
 
 def _several_seeds(runs: Sequence[Run]) -> bool:
     return len({run.summary.seed for run in runs}) > 1
+
+
+def _several_headlines(runs: Sequence[Run]) -> bool:
+    return len({run.summary.headline for run in runs}) > 1
 
 
 def _tested(runs: Sequence[Run]) -> str:
@@ -609,6 +613,9 @@ def _plots(runs: Sequence[Run], plots: Sequence[str]) -> list[str]:
 def _by_round(runs: Sequence[Run]) -> str:
     measure, headline = course(runs[0]), runs[0].summary.headline
     words = f"{_subject(measure)} {measure.of} as training goes on."
+    for other in dict.fromkeys(course(run) for run in runs if course(run) != measure):
+        names = _labels([run.summary.method for run in runs if course(run) == other])
+        words += f" Of {names} it is the {other.label} {other.of}."
     if measure != headline:
         words += f" The hollow marks are {headline.label} {headline.of}, which is measured at the end."
     return words + _BAND * _several_seeds(runs)
@@ -662,6 +669,10 @@ _MEASURED = "What was measured"
 _BESIDES = "<!-- what else was measured -->"
 _BESIDES_END = "<!-- the end of what else was measured -->"
 _SD = " ± is the standard deviation over the seeds."
+_SEVERAL_HEADLINES = (
+    " These methods are not all judged by one measure: where each client has a model of its own there is "
+    "none for everybody's images. With personalise_epochs all have the initial and the personalised top-1."
+)
 _BAND = " A line is the mean over the seeds, its band one standard deviation."
 _TABLE_NOTE = (
     "|S_k| is the mean number of class rows that a client has in a round, whether they are sent to it, drawn "

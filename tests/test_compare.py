@@ -25,6 +25,7 @@ from fedss_kernels.federated.comparisons.compare import (
     tabulate,
     write_tables,
 )
+from fedss_kernels.federated.data import DATASETS
 from fedss_kernels.federated.data.holdout import held_out
 from fedss_kernels.federated.plan import LISTS, PRESETS, Case, Plan, read_preset
 from fedss_kernels.federated.reports.mean_sd import mean_sd

@@ -27,6 +27,7 @@ from fedss_kernels.federated.files.run_folder import faults, make_folder
 from fedss_kernels.federated.models import MODELS, build_model
 from fedss_kernels.federated.plan import Plan
 from fedss_kernels.federated.reports import progress
+from fedss_kernels.federated.reports.places import cells as places
 from fedss_kernels.federated.server.inspection import explained
 
 
@@ -222,7 +223,15 @@ def test_methods_are_listed_with_their_papers_and_their_own_options(capsys):
     methods = algorithms.METHODS.values()
     for method in methods:
         assert f"{method.name} ({method.label}): {method.paper}\n" in out
-        assert all(flag(option) in out for option in method.options)
+        (of,) = (part for part in out.split("\n\n") if part.startswith(f"{method.name} ("))
+        listed = re.findall(r"^    (--[a-z-]+): ", of, re.MULTILINE)
+        assert sorted(listed) == sorted(map(flag, method.options)), method.name
+        net, rows, moves = re.fullmatch(
+            r".* net: (.*); class rows: (.*); what moves: (.*?)( of its own: .*)?", " ".join(of.split())
+        ).groups()[:3]
+        assert [net, rows, moves] == places(method)[1:]
+    head_epochs = "--head-epochs: passes in which a client trains its class rows alone, before"
+    assert head_epochs in out and all(len(line) <= 100 for line in out.splitlines() if line[:1] == " ")
     assert {option for method in methods for option in method.options} <= {
         field.name for field in dataclasses.fields(Config)
     }
@@ -236,6 +245,14 @@ def test_an_option_that_no_method_of_the_run_reads_is_refused(tmp_path, capsys):
     line = fails(capsys, "compare", *SMALL, "--methods=fedss,pos_only", "--spreadout-rows=3")
     assert line == "fedss compare: --spreadout-rows is for fedaws, not for fedss, pos_only"
     assert not (tmp_path / "a").exists()
+
+
+def test_a_comparisons_help_says_how_a_rate_is_chosen(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["compare", "--help"])
+    about = " ".join(capsys.readouterr().out.split()).split("--rates NUMBERS ")[1].split(" --jobs ")[0]
+    for words in ("by what a run is judged by", "top-1", "MAP@10", "personalised", "who do not train then"):
+        assert words in about, words
 
 
 def test_the_overview_lists_the_commands(capsys):

@@ -7,10 +7,12 @@ import torch
 from tiny_federation import CLASSES_HELD, DIM, NUM_CLASSES, tiny_config, tiny_data, tiny_model
 from torch.nn.functional import normalize
 
+from fedss_kernels import federated
 from fedss_kernels.federated import cli
 from fedss_kernels.federated.clients.extractor import Extractor
 from fedss_kernels.federated.clients.player import Player
 from fedss_kernels.federated.figures import confusion
+from fedss_kernels.federated.files.run_folder import read_kept, read_model
 
 
 @pytest.fixture
@@ -109,6 +111,22 @@ def test_runs_of_one_method_are_told_apart_and_of_other_data_refused(tmp_path, c
         f"fedss confusion: client 0 of {runs[3]} holds other images than that of {runs[0]}: expected runs on "
         "the same data\n"
     )
+
+
+@pytest.mark.parametrize("method", ["fedper", "local_only"])
+def test_a_client_with_a_model_of_its_own_is_judged_by_that(method, tmp_path, linear_model):
+    config, data = tiny_config(method=method, cohort=5, client_lr=1.0, out=tmp_path / "run"), tiny_data()
+    result = federated.run(config, data=data, model=tiny_model())
+    net, rows = read_model(tmp_path / "run")
+    found = confusion.measure(config, data, (net, rows), 1, read_kept(tmp_path / "run"))
+    phi, own = result.homes.model(1)
+    player = Player(config, data)
+    player.extractor.flat.copy_(
+        torch.cat([p.flatten() for p in result.extractor.parameters()]) if phi is None else phi
+    )
+    expected = confusion.measure(config, data, (player.extractor.module.state_dict(), own), 1)
+    assert torch.equal(found.shares, expected.shares) and found.cosine == expected.cosine
+    assert found.cosine != confusion.measure(config, data, (net, rows), 1).cosine
 
 
 def test_a_centralized_runs_client_has_its_own_classes(linear_model):

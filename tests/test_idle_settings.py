@@ -46,6 +46,16 @@ def test_defaults_are_not_worth_a_word(name):
             {"data": "omniglot", "glyph_classes": 9},
             "glyph_classes 9 has no effect: it is for the data glyphs",
         ),
+        ({"method": "local_only", "server_lr": 0.5}, "server_lr 0.5 has no effect: clients share nothing"),
+        (
+            {"method": "local_only", "denominator": "holders"},
+            "denominator holders has no effect: clients share nothing",
+        ),
+        (
+            {"method": "fedrep", "denominator": "holders"},
+            "denominator holders has no effect: no class row travels",
+        ),
+        ({"personalise_rate": 0.1}, "personalise_rate 0.1 has no effect: personalise_epochs is 0"),
         ({"method": "centralized", "deadline": 2.0}, "deadline 2.0 has no effect: the method has no clients"),
         (
             {"model": "own", "init_checkpoint": "a.pt"},

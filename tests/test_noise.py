@@ -86,6 +86,13 @@ def test_the_command_measures_a_finished_run_too(tmp_path, capsys, monkeypatch):
     assert [line["num_negatives"] for line in tables[0]] == ["1", "4"]
     assert tables[0][0]["full_norm"] != tables[1][0]["full_norm"]
     assert cli.main(["noise", f"--run={tmp_path / 'nowhere'}"]) == 2
+    own = ["--method=fedper", "--partition=iid", "--num-clients=4", "--rounds=1"]
+    assert cli.main(["run", *small, *own, f"--out={tmp_path / 'own'}"]) == 0
+    capsys.readouterr()
+    assert cli.main(["noise", f"--run={tmp_path / 'own'}"]) == 2
+    assert capsys.readouterr().err == (
+        "fedss noise: --run: expected a run with one model for all, got one of fedper\n"
+    )
 
 
 def test_the_noise_of_a_model_that_is_not_finite_is_no_number(linear_model, tmp_path):

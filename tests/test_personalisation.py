@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from fedss_kernels.federated import Config, cli, run
+from fedss_kernels.federated.algorithms import METHODS
+from fedss_kernels.federated.figures import personalisation
 from fedss_kernels.federated.figures.personalisation import Measured, differences, write
 from fedss_kernels.federated.fine_tuning import Personal, Tuning
 from fedss_kernels.federated.plan import Plan
+from fedss_kernels.federated.reports.styles import style
 from fedss_kernels.federated.reports.tables import read_markdown
 
 FEW = Tuning(epochs=(0, 1))
@@ -102,6 +105,23 @@ def test_the_table_of_differences(tmp_path):
         "A − B: 95% from": f"{100 * (0.4 / 3 - 1.96 * error):.1f}",
         "A − B: 95% to": f"{100 * (0.4 / 3 + 1.96 * error):.1f}",
     }
+
+
+def test_methods_look_as_in_every_other_plot_whatever_is_beside_them(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *a, **k: figures.append(figure))
+    monkeypatch.setattr(personalisation, "write_section", lambda *a: "")
+    runs = [replace(measured(name, 0, 0.5, 0.6), name=name) for name in ("fedper", "fedavg", "fedbabu")]
+    write(tmp_path, [*runs, replace(measured("fedbabu, flip", 0, 0.5, 0.6), name="fedbabu")])
+    epochs, apart = (figure.axes[0] for figure in figures)
+    lines = {line.get_label(): (line.get_color(), line.get_marker()) for line in epochs.lines}
+    for name in ("fedper", "fedavg", "fedbabu"):
+        assert lines[name] == tuple(style(name).values())
+    assert lines["fedbabu, flip"][0] == lines["fedbabu"][0]
+    assert lines["fedbabu, flip"] not in [tuple(style(name).values()) for name in METHODS]
+    for bars, name in zip(apart.containers, ("fedavg", "fedbabu", "fedbabu, flip"), strict=True):
+        assert bars.get_label() == f"fedper − {name}"
+        assert (bars.lines[0].get_color(), bars.lines[0].get_marker()) == lines[name]
 
 
 def test_a_difference_of_rounding_alone_is_no_negative_zero(tmp_path):

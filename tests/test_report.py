@@ -5,15 +5,22 @@ import pickle
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from tiny_federation import tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import Stopped, cli, run
+from fedss_kernels.federated.algorithms import METHODS
 from fedss_kernels.federated.comparisons.compare import cells, header, tabulate
+from fedss_kernels.federated.data.holdout import held_out
 from fedss_kernels.federated.files.run_folder import RoundMetrics
+from fedss_kernels.federated.measures import percent
+from fedss_kernels.federated.reports import progress, report
+from fedss_kernels.federated.reports.places import place
 from fedss_kernels.federated.reports.report import (
     DARK,
     LIGHT,
@@ -22,10 +29,12 @@ from fedss_kernels.federated.reports.report import (
     accuracy_by_class_set,
     accuracy_by_round,
     attempt,
+    course,
     write_comparison_report,
     write_run_report,
     write_section,
 )
+from fedss_kernels.federated.reports.styles import style, styles
 
 VOID = {"meta", "img", "source", "link", "br", "hr", "input"}
 
@@ -345,3 +354,153 @@ def test_a_report_that_cannot_be_made_is_a_line(tmp_path, runs, monkeypatch):
         f"the results are in {tmp_path}, but their report could not be made (RuntimeError: no fonts); to try "
         f"again: fedss report {tmp_path}"
     ]
+
+
+def page_of(folder: Path) -> str:
+    return Page((folder / "report.html").read_text(encoding="utf-8")).text
+
+
+@pytest.fixture
+def no_plots(monkeypatch):
+    """Which take most of a report's time."""
+    monkeypatch.setattr(report, "_save_plots", lambda folder, runs: ["", ""])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_report_says_what_moves_in_its_method_and_what_does_not(method, tmp_path, no_plots):
+    """In the introduction, in what was saved, in the table of methods: the same."""
+    write_run_report(tmp_path, made := play(method))
+    text, moved = page_of(tmp_path), made.summary.traffic
+    says = {
+        "download the net and some class rows": moved.of("rows") > 0,
+        "class rows that each draws from a seed": moved.of("seed") > 0,
+        "class rows of their own": method in ("fedper", "fedrep"),
+        "train models of their own": method == "local_only",
+        "all the images are in one place: in each": method == "centralized",
+        "each client's own model is tested on its share of 21 images": METHODS[method].personal,
+        "the result is tested on 21 images that no client holds": not METHODS[method].personal,
+        "0 MB what moves: nothing": moved.total == 0,
+        "Nothing moves, so there is no plot by what was moved.": moved.total == 0,
+        "none of the class rows moves": moved.total > 0 and moved.classification == 0,
+        "At 0 on the right, as no class row moves": moved.total > 0 and moved.classification == 0,
+        "saved of everything moved": moved.total > 0,
+        "The server keeps it.": moved.of("rows") > 0,
+        "Each client has its own.": METHODS[method].personal,
+    }
+    assert {words: words in text for words in says} == says
+    assert f"{made.summary.mean_class_set:.0f} of 7 {place(METHODS[method]).held}" in text
+    assert not re.search(r"\b(nan|inf)\b", text)
+
+
+def test_what_is_saved_is_by_as_many_clients_as_there_would_be(tmp_path, no_plots):
+    """phi has 148 numbers, and there are 7 rows of 4: a client of FullSoftmax moves 1408 bytes in a round."""
+    for method in ("centralized", "local_only"):
+        write_run_report(tmp_path, made := play(method))
+        assert made.updates == 4 * 3 and (made.saving, made.class_saving) == (1, 1)
+        assert re.search(r"all 0\.0 1\.4 100\.0% 0\.0", page_of(tmp_path))
+
+
+def test_few_bytes_are_not_shown_as_none(tmp_path, no_plots):
+    write_run_report(tmp_path, play("fedbabu"))
+    assert "the seed of the class rows, down 0.008 0.0 – 0.0" in page_of(tmp_path)
+
+
+def test_a_linear_head_and_numbers_of_two_bytes_are_told_as_they_are(tmp_path, no_plots):
+    write_run_report(tmp_path, play("full_softmax", similarity="dot", wire_dtype="bfloat16"))
+    text = page_of(tmp_path)
+    assert "one row of 4 numbers, and a bias," in text and "product of row and embedding" in text
+    assert "cosine" not in text.split("Settings")[0] and "points most nearly" not in text
+    assert "Numbers travel as 2 bytes" in text
+
+
+def test_settings_are_those_that_a_method_of_the_page_reads(tmp_path, no_plots):
+    write_run_report(tmp_path, play("fedrep", flip=True))
+    text = page_of(tmp_path).split("Settings")[1]
+    assert "head_epochs 1 " in text and "flip yes " in text and "skip_damaged no " in text
+    assert "num_negatives" not in text and "spreadout" not in text
+    write_run_report(tmp_path, play("fedaws"))
+    text = page_of(tmp_path).split("Settings")[1]
+    assert "spreadout_rows 1024 " in text and "head_epochs" not in text
+
+
+@pytest.fixture(scope="module")
+def personalised() -> list[Run]:
+    methods = ("full_softmax", "fedbabu", "fedper", "local_only", "centralized")
+    return [play(method, personalise_epochs=2) for method in methods]
+
+
+def test_what_is_measured_at_the_end_is_a_mark_there_and_lines_are_of_what_was_measured_before(personalised):
+    (axes,) = accuracy_by_round(personalised, LIGHT).axes
+    lines = {line.get_label(): line.get_xydata() for line in axes.lines if len(line.get_xydata()) > 1}
+    own = [f"{METHODS[name].label} (own top-1)" for name in ("fedper", "local_only")]
+    assert [*lines] == ["FullSoftmax", "FedBABU", *own, "Centralized"]
+    assert all(points[:, 0].tolist() == [2, 4] for points in lines.values())
+    assert lines["FedBABU"][-1, 1] == pytest.approx(100 * personalised[1].summary.top1)
+    marks = [line for line in axes.lines if len(line.get_xydata()) == 1]
+    assert [line.get_xydata().tolist() for line in marks] == [
+        [[4, pytest.approx(100 * run.summary.personal_top1)]] for run in personalised
+    ]
+    assert axes.get_ylabel() == "top-1 on the test images (%)"
+    (legend,) = axes.get_figure().legends
+    assert legend.get_texts()[-1].get_text() == "hollow: personalised top-1, at the end"
+
+
+def test_the_bar_has_what_was_measured_last_while_what_counts_is_not(personalised, capsys):
+    with progress.RunProgress(["one"], 4, Console(force_terminal=False)) as bar:
+        for name, run in (("top-1", personalised[1]), ("own top-1", personalised[2])):
+            bar.advance(0, run.history[1])
+            assert bar.accuracy == [f"{name} {percent(run.history[1].measured[course(run).name])}"]
+            bar.advance(0, run.history[2])  # nothing is measured
+            assert bar.accuracy[0].startswith(f"{name} ")
+            bar.advance(0, run.history[3])
+            assert bar.accuracy == [f"personalised top-1 {percent(run.summary.personal_top1)}"]
+
+
+def test_a_comparison_of_methods_that_share_different_things_says_so(tmp_path, personalised, no_plots):
+    head, table = header(tabulate(personalised)), cells(tabulate(personalised))
+    write_comparison_report(tmp_path, personalised, head, table, [])
+    text = page_of(tmp_path)
+    for words in (
+        "The methods differ in what of the model clients share",
+        "at the end each client trains the class rows for 2 epochs more on its own images",
+        "The hollow marks are personalised top-1 on clients' own test images",
+        "Not in it, as nothing moves: local training; Centralized.",
+        "Not on the right, as no class row moves: FedBABU; FedPer.",
+        "of Centralized, with all the images in one place",
+        "FedBABU averaged random, the same for all, never trained the net, and a seed for the class rows",
+        "local training each client's own each client's own nothing",
+    ):
+        assert words in text, words
+    assert "download" not in text.split("What came out")[0] and "The server keeps it" not in text
+
+
+def test_a_method_looks_the_same_in_every_plot_and_no_two_do_in_one():
+    looks = [style(method) for method in METHODS]
+    assert looks == styles([*METHODS]) and len({tuple(look.values()) for look in looks}) == len(METHODS)
+    alone, twice, other, again = styles(["fedbabu", "fedss", "made up", "fedss"])
+    assert alone == style("fedbabu") and twice == style("fedss")
+    assert again["color"] == twice["color"] and again["marker"] != twice["marker"]
+    assert other not in (alone, twice, again)
+    assert len({tuple(look.values()) for look in styles(["fedss"] * 36)}) == 36
+    assert len(styles(["fedss"] * 40)) == 40
+
+
+@pytest.mark.parametrize(
+    "method, epochs, words",
+    [
+        ("fedss", 0, "images of clients who do not train, of the same classes."),
+        (
+            "fedper",
+            1,
+            "each client who is held out trains the class rows for an epoch more on its own images",
+        ),
+        ("local_only", 0, "each client's own model is tested on others of its own images."),
+        ("local_only", 1, "at the end each client trains the class rows for an epoch more on its own images"),
+    ],
+)
+def test_who_is_tested_where_clients_are_held_out(method, epochs, words, tmp_path, no_plots):
+    config = tiny_config(method=method, rounds=2, cohort=1, holdout=0.2, personalise_epochs=epochs)
+    data = held_out(tiny_data(), 0.2, 0, alone=METHODS[method].alone)
+    found = run(replace(config, holdout=0.0), data=data, model=tiny_model())
+    write_run_report(tmp_path, Run(config, found.history, found.summary))
+    assert words in page_of(tmp_path)

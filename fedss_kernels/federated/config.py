@@ -143,6 +143,12 @@ class Config:
     Options whose default is decided by the data set (PRESETS) are filled in as the object is made, but for
     those that are FITTED: they are None until the data are found. The warm-up is by default at most a tenth
     of the rounds.
+
+    A run is judged by its headline: top-1, MAP@10 of a retrieval, the own top-1 of a method with a model for
+    each client, or with personalise_epochs the personalised top-1. A comparison that is to choose client_lr
+    takes for each method the rate with the best headline on clients who do not train. Where class rows stay
+    with the clients that is always after fine-tuning, as those who did not train have none of their own; of
+    local_only it is by these clients alone, who train each by itself.
     """
 
     data: str = option("glyphs", "the data set", choices=lambda: (*DATASETS, OWN))
@@ -187,20 +193,21 @@ class Config:
     glyph_writers: int = option(800, "writers, that is clients, of the data set glyphs", low=1, below=10**6)
 
     method: str = option("fedss", "how to train", choices=lambda: tuple(METHODS))
-    num_negatives: int = option(PRESET, "classes a client asks for besides its own", low=0)
+    num_negatives: int = option(PRESET, "classes that a client trains with besides its own", low=0)
     equal_pushes: bool = option(
         False,
         "neg_only asks for |P| - 1 more, so that an image is pushed from as many classes as with fedss",
     )
     negatives: str = option(
         "fresh",
-        "what a client asks for besides its own classes: fresh, others in every round; sticky, always the "
-        "same; mixed, half of each",
+        "what a client takes besides its own classes: fresh, others in every round; sticky, always the same; "
+        "mixed, half of each",
         choices=lambda: tuple(STICKY),
     )
     correction: str = option(
         "negatives",
-        "negatives: their logits are corrected for how rarely they are drawn; none: they are not",
+        "negatives: logits of classes that are not the client's own are corrected for how rarely they are "
+        "drawn; none: they are not",
         choices=lambda: ("negatives", "none"),
     )
     denominator: str = option(
@@ -224,7 +231,9 @@ class Config:
     cohort: int = option(PRESET, "clients drawn for each round", low=1)
     local_epochs: int = option(1, "passes of a client over its images in one round", low=1)
     head_epochs: int = option(
-        1, "of fedrep: passes before those in which a client's class rows alone are trained", low=0
+        1,
+        "of fedrep: passes in which a client trains its class rows alone, before the local_epochs of the net",
+        low=0,
     )
     batch_size: int = option(PRESET, "images in one local step of a client", low=1, below=2**31)
     client_lr: float = option(PRESET, "learning rate of the clients, at its highest", above=0)
@@ -242,8 +251,8 @@ class Config:
     )
     lr_decay: str = option(
         PRESET,
-        "the clients' rate after the warm-up; step: a tenth from half of the rounds on, a hundredth from "
-        "three quarters",
+        "the clients' rate after the warm-up: constant; linear or cosine, down to 0; step, a tenth from half "
+        "of the rounds on, a hundredth from three quarters",
         choices=lambda: ("constant", "linear", "cosine", "step"),
     )
     max_shift: int = option(
@@ -325,8 +334,8 @@ class Config:
 
     personalise_epochs: int = option(
         0,
-        "passes in which each client fine-tunes the model at the end, before it is tested on test images of "
-        "its own, 0: that is not measured",
+        "passes in which each client fine-tunes the model at the end, to be tested on test images of its "
+        "own: then the run is judged by that; 0: it is not measured",
         low=0,
     )
     personalise_part: str = option(
@@ -338,8 +347,8 @@ class Config:
 
     class_store: Path | None = option(
         None,
-        "folder for the class matrix, or for what clients keep with themselves, where it is larger than "
-        "memory, none: it is in memory",
+        "folder for the class matrix, or for the class rows and nets that clients keep with themselves (of "
+        "fedper, fedrep, local_only), where it is larger than memory, none: it is in memory",
     )
     seed: int = option(0, "the seed of everything but the data", low=0, below=2**63)
     eval_every: int = option(10, "rounds between two looks at the test images", low=1)

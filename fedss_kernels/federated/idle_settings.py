@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from .algorithms import METHODS, readers, readers_in_words
+from .algorithms.parts import Part
 from .config import FITTED, OWN, PRESETS, Config
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,24 @@ RULES: tuple[Rule, ...] = (
         ),
         "the method has no clients",
         lambda c: METHODS[c.method].pooled,
+    ),
+    (
+        (
+            *("denominator", "wire_dtype", "clip_norm", "aggregation", "trim"),
+            *("server_optimizer", "server_lr", "server_momentum"),
+        ),
+        "clients share nothing",
+        lambda c: METHODS[c.method].alone,
+    ),
+    (
+        ("denominator",),
+        "no class row travels",
+        lambda c: METHODS[c.method].rows is not Part.TRAINED and not METHODS[c.method].alone,
+    ),
+    (
+        ("personalise_part", "personalise_rate"),
+        "personalise_epochs is 0",
+        lambda c: c.personalise_epochs == 0,
     ),
     (("workers",), "the method has no clients to share", lambda c: METHODS[c.method].pooled),
     (("latency_spread",), "there is no deadline", lambda c: c.deadline is None),

@@ -77,6 +77,14 @@ class Measures:
         lists = {name: tuple(values[name]) for name in ("names", "shown", "told")}
         return cls(headline=values["headline"], **lists)
 
+    @property
+    def alike(self) -> list[Measure]:
+        """The headline, then those that can stand in its place in a plot, or where it is not measured yet."""
+        headline = MEASURES[self.headline]
+        others = (MEASURES[name] for name in self.names if MEASURES[name].compared)
+        kind = headline.share, headline.more_is_better
+        return [headline, *(m for m in others if m != headline and (m.share, m.more_is_better) == kind)]
+
 
 class Measured:
     """What has the values of a run's measures: those of a round, or of a whole run.
@@ -118,7 +126,7 @@ for _measure in (
         "top1",
         "top-1",
         "unseen images whose class is named rightly",
-        "The share of test images whose largest cosine, of all classes, is with their own class.",
+        "The share of test images that are given their own class, of all of them.",
     ),
     Measure(
         "map_at_10",
@@ -138,7 +146,7 @@ for _measure in (
         "own top-1",
         "of a client's own test images, those whose class its own model names rightly",
         "The share of a client's own test images whose class the client's own model names rightly, of all "
-        "classes; the mean over clients.",
+        "classes; the mean over clients. Of a model that all share the top-1 is on all test images.",
         of="on clients' own test images",
     ),
     Measure(
@@ -152,15 +160,17 @@ for _measure in (
     Measure(
         "restricted_top1",
         "restricted top-1",
-        "the same, where it is known which classes the client has",
+        "of a client's own test images, those whose class is named rightly, of the classes that it has",
         "As the initial top-1, of the client's own classes alone: what it is worth to know them, without any "
-        "training.",
+        "training. What the personalised top-1 has beyond this is what training adds.",
         of="on clients' own test images",
     ),
     Measure(
         "nearest_mean_top1",
         "nearest-mean top-1",
-        "the same by the means of the embeddings of the client's training images",
+        "of a client's own test images, those nearest to the mean of its training images of their class",
+        "The share of a client's own test images whose embedding is nearest to the mean embedding of the "
+        "client's training images of their class, of the client's own classes; the mean over clients.",
         of="on clients' own test images",
     ),
     Measure(

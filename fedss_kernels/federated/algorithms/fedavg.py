@@ -15,5 +15,6 @@ FEDAVG = replace(
     FULL_SOFTMAX,
     name="fedavg",
     label="FedAvg",
-    summary="Clients train the whole model, net and class rows, and the server averages what they send back.",
+    summary="Clients train the whole model, net and class rows, and the server averages what they send back: "
+    "FullSoftmax under the name that it has beside personalised methods.",
 )

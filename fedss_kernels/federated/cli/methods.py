@@ -1,11 +1,15 @@
 """`fedss methods`: what there is to train with."""
 
 import argparse
+import dataclasses
 import textwrap
 
 from ..algorithms import METHODS as _METHODS
+from ..algorithms import Method
+from ..config import Config
+from ..reports.places import place
 from .command import Command
-from .options import flag
+from .options import default_of, flag, help_of
 
 WIDTH = 100
 
@@ -17,12 +21,32 @@ def _add_methods_arguments(parser: argparse.ArgumentParser) -> None:
 def _methods(arguments: argparse.Namespace) -> int:
     for method in _METHODS.values():
         print(f"{method.name} ({method.label}): {method.paper}")
-        print(textwrap.fill(method.summary, WIDTH, initial_indent="  ", subsequent_indent="  "))
-        if method.options:
-            print(f"  options of its own: {', '.join(map(flag, method.options))}")
+        print(_indented(method.summary))
+        found = place(method)
+        print(_indented(f"net: {found.net}; class rows: {found.rows}; what moves: {found.moves}"))
+        _print_own(method)
+        print()
+    print("fedss run --help explains the options of all.")
     return 0
 
 
+def _print_own(method: Method) -> None:
+    """The options that not every method reads, each with its default."""
+    if method.options:
+        print("  of its own:")
+    for field in dataclasses.fields(Config):
+        if field.name in method.options:
+            words = help_of(field).removeprefix(f"of {method.name}: ").removeprefix(f"{method.name} ")
+            print(_indented(f"{flag(field.name)}: {words} (default: {default_of(field)})", 4, 6))
+
+
+def _indented(words: str, first: int = 2, others: int = 2) -> str:
+    return textwrap.fill(words, WIDTH, initial_indent=" " * first, subsequent_indent=" " * others)
+
+
 METHODS = Command(
-    "list the methods, each with its paper and its options", (), _add_methods_arguments, _methods
+    "list the methods, each with its paper, what moves, and its options",
+    (),
+    _add_methods_arguments,
+    _methods,
 )

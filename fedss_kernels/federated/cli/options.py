@@ -66,7 +66,7 @@ def add_options(parser: argparse.ArgumentParser, without: Sequence[str] = ()) ->
         settings: dict[str, Any] = {
             "dest": field.name,
             "default": argparse.SUPPRESS,
-            "help": f"{_help(field)} (default: {_default(field)})".replace("%", "%%"),
+            "help": f"{help_of(field)} (default: {default_of(field)})".replace("%", "%%"),
         }
         if kind is bool:
             settings["action"] = "store_true"
@@ -82,14 +82,14 @@ def flag(field_name: str) -> str:
     return "--" + field_name.replace("_", "-")
 
 
-def _help(field: dataclasses.Field) -> str:
+def help_of(field: dataclasses.Field) -> str:
     choices = field.metadata["choices"]
     if choices is None or all(choice in field.metadata["help"] for choice in choices()):
         return field.metadata["help"]
     return f"{field.metadata['help']}: {', '.join(choice for choice in choices() if choice != OWN)}"
 
 
-def _default(field: dataclasses.Field) -> str:
+def default_of(field: dataclasses.Field) -> str:
     if field.name in PRESETS[OWN]:
         return _by_data_set(
             {

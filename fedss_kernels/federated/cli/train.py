@@ -212,7 +212,9 @@ def _add_comparison_arguments(parser: argparse.ArgumentParser, without: Sequence
         type=read_rates,
         metavar="NUMBERS",
         help="values of --client-lr, with commas between: the best for each method and number of "
-        "negatives is found first, on a tenth of the training clients (default: --client-lr for all)",
+        "negatives is found first, by what a run is judged by (top-1, MAP@10 of a retrieval, with "
+        "--personalise-epochs the personalised top-1), on a tenth of the training clients, who do not train "
+        "then; fedper and fedrep need --personalise-epochs for it (default: --client-lr for all)",
     )
     parser.add_argument(
         "--jobs",

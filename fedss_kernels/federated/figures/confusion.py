@@ -19,6 +19,7 @@ from ..clients.objectives import weight_and_bias
 from ..clients.player import Player
 from ..config import Config
 from ..data import FederatedData
+from ..fine_tuning import Own
 from ..metrics import NOTHING, directions, nearest
 from ..reports.report import write_section
 from ..reports.tables import write_csv
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WORDS = (
-    "Each image of one client is given the one of the client's classes whose row points most nearly the "
-    "way its embedding does. A row of a square is a class, a column what its images were taken for: a "
+    "Each image of one client is given the one of the client's classes whose class row fits its embedding "
+    "best. A row of a square is a class, a column what its images were taken for: a "
     "bright diagonal is right. The mean cosine says how alike the client's class rows are, 1: all point "
     "the same way."
 )
@@ -54,18 +55,23 @@ def measure(
     data: FederatedData,
     model: tuple[dict[str, Tensor], Tensor],  # (the net's state, W (C, D))
     client: int,
+    own: Own | None = None,  # what clients keep of the model for themselves
 ) -> Confusion:
-    """On the images that a client trains on. Raises ValueError for a client that is none."""
+    """Of the images that a client trains on, by its own model. ValueError for a client that is none."""
     if not 0 <= client < len(data.clients):
         raise ValueError(f"client: expected one in [0, {len(data.clients)}), got {client}")
     player = Player(config, data)
     player.extractor.module.load_state_dict(model[0])
+    phi, rows = own(client) if own else (None, None)
+    weight = model[1] if rows is None else rows
+    if phi is not None:
+        player.extractor.flat.copy_(phi)
     held = data.clients[client]
     classes = data.labels[held].unique()
-    rows, finite = directions(weight_and_bias(model[1][classes], config.similarity)[0])
+    rows, finite = directions(weight_and_bias(weight[classes], config.similarity)[0])
     rows = torch.where(finite[:, None], rows, torch.nan)
     embedded = player.extractor.embed(data.images[held])
-    found = nearest(embedded, model[1][classes], similarity=config.similarity)
+    found = nearest(embedded, weight[classes], similarity=config.similarity)
     label, taken = torch.searchsorted(classes, data.labels[held]), found != NOTHING
     counts = torch.zeros(len(classes), len(classes), dtype=torch.float64)
     counts.index_put_((label[taken], found[taken]), torch.ones((), dtype=torch.float64), accumulate=True)

@@ -2,7 +2,7 @@
 
 import itertools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,9 @@ import numpy as np
 from ...plotting import plotting
 from ..fine_tuning import Personal, Tuning
 from ..reports.mean_sd import mean_sd
-from ..reports.report import COLOURS, MARKERS, write_section
+from ..reports.places import PERSONALISED
+from ..reports.report import write_section
+from ..reports.styles import styles
 from ..reports.tables import write_csv
 
 if TYPE_CHECKING:
@@ -40,7 +42,6 @@ OF_DIFFERENCES = (
     "interval of {interval:.2f} standard errors on either side, 95% by the normal distribution. What other "
     "seeds would give is not in it."
 )
-PART_WORDS = {"head": "the class rows", "body": "the net", "full": "the net and the class rows"}
 ROWS_WORDS = {"all": "all classes", "own": "its own classes"}
 
 
@@ -53,6 +54,7 @@ class Measured:
     seed: int
     tuning: Tuning
     people: Sequence[Personal]
+    name: str = ""  # the method's, by which it is drawn
 
     def values(self, name: str) -> list[float]:
         """One of Personal.accuracies, by client."""
@@ -77,10 +79,11 @@ def write(out: Path, found: Sequence[Measured]) -> str:
     names = list(found[0].people[0].accuracies)
     header = ["", *(name.replace("_", " ") for name in names)]
     with plotting():
-        _plot(found).savefig(out / "personalise.png", dpi=150)
+        looks = _looks(found)
+        _plot(found, looks).savefig(out / "personalise.png", dpi=150)
     tuning = found[0].tuning
     rates = " or ".join(dict.fromkeys(f"{each.tuning.rate:g}" for each in found))
-    words = WORDS.format(part=PART_WORDS[tuning.part], rows=ROWS_WORDS[tuning.rows], rate=rates)
+    words = WORDS.format(part=PERSONALISED[tuning.part], rows=ROWS_WORDS[tuning.rows], rate=rates)
     for file in ("personalise_differences.md", "personalise_differences.png"):
         (out / file).unlink(missing_ok=True)
     (out / "section-personalise_differences.html").unlink(missing_ok=True)
@@ -90,7 +93,7 @@ def write(out: Path, found: Sequence[Measured]) -> str:
     if not apart:
         return text
     with plotting():
-        _plot_differences(apart, tuning.epochs).savefig(out / "personalise_differences.png", dpi=150)
+        _plot_differences(apart, tuning.epochs, looks).savefig(out / "personalise_differences.png", dpi=150)
     title, words = "Methods apart, client by client", OF_DIFFERENCES.format(interval=INTERVAL)
     return f"{text}\n" + write_section(
         out, "personalise_differences", title, words, header, _lines_apart(apart, names)
@@ -202,19 +205,28 @@ def _lines_apart(apart: Sequence[Difference], names: Sequence[str]) -> list[list
 # ---- plots
 
 
-def _plot(found: Sequence[Measured]) -> "Figure":
+Looks = Mapping[str, dict[str, str]]
+
+
+def _looks(found: Sequence[Measured]) -> Looks:
+    """How each of the groups is drawn."""
+    groups = _groups(found)
+    return dict(zip(groups, styles([runs[0].name for runs in groups.values()]), strict=True))
+
+
+def _plot(found: Sequence[Measured], looks: Looks) -> "Figure":
     """Accuracy over epochs, a line for each method, the mean over clients and seeds; marks: untrained."""
     figure, axes = _figure("accuracy on its own test images (%, mean over clients)")
     epochs = found[0].tuning.epochs
-    for number, (title, runs) in enumerate(_groups(found).items()):
-        style = _style(number)
+    for title, runs in _groups(found).items():
+        look = looks[title]
 
         def mean(name: str, runs: Sequence[Measured] = runs) -> float:
             return 100 * statistics.fmean(statistics.fmean(run.values(name)) for run in runs)
 
-        axes.plot(epochs, [mean(f"after_{done}") for done in epochs], label=title, **style)
+        axes.plot(epochs, [mean(f"after_{done}") for done in epochs], label=title, **look)
         for name, mark in _UNTRAINED.items():
-            axes.plot(0, mean(name), color=style["color"], **mark)
+            axes.plot(0, mean(name), color=look["color"], **mark)
     for name, mark in _UNTRAINED.items():
         axes.plot([], color="grey", label=name, **mark)
     axes.set_ylim(0, 100)
@@ -228,23 +240,17 @@ _UNTRAINED: dict[str, dict[str, Any]] = {
 }
 
 
-def _style(number: int) -> dict[str, str]:
-    """36 of them, the first six as other plots have them."""
-    marker = MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
-    return {"color": COLOURS[number % len(COLOURS)], "marker": marker}
-
-
-def _plot_differences(apart: Sequence[Difference], epochs: Sequence[int]) -> "Figure":
+def _plot_differences(apart: Sequence[Difference], epochs: Sequence[int], looks: Looks) -> "Figure":
     """Differences from the first method over epochs, with their intervals."""
     figure, axes = _figure("difference (points of %, mean over clients, 95%)")
     shown = [pair for pair in apart if pair.first == apart[0].first]
-    for number, pair in enumerate(shown):
+    for pair in shown:
         means, errors = zip(*(pair.of[f"after_{done}"] for done in epochs), strict=True)
         axes.errorbar(
             epochs,
             [100 * mean for mean in means],
             [100 * INTERVAL * (error or 0.0) for error in errors],
-            **_style(number),
+            **looks[pair.second],
             capsize=3,
             label=f"{pair.first} − {pair.second}",
         )

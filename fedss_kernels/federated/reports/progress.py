@@ -64,8 +64,10 @@ class RunProgress:
         self.bars.start_task(self.tasks[job])
 
     def advance(self, job: int, metrics: RoundMetrics) -> None:
-        if metrics.accuracy is not None:
-            self.accuracy[job] = f"{metrics.headline.label} {metrics.headline.text(metrics.accuracy)}"
+        for measure in metrics.measures.alike:
+            if (value := metrics.measured.get(measure.name)) is not None:
+                self.accuracy[job] = f"{measure.label} {measure.text(value)}"
+                break
         if metrics.not_finite_since is not None:  # an earlier one says nothing of what the model is now
             self.accuracy[job] = "–"
         self._remark(job, metrics)

@@ -12,31 +12,27 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...plotting import plotting
-from ..algorithms import METHODS
+from ..algorithms import METHODS, readers
+from ..algorithms.parts import Part
 from ..config import Config
 from ..disk import write_whole
 from ..files.run_folder import RoundMetrics, Summary
-from ..ledger import OUTCOMES
+from ..ledger import OUTCOMES, WIRE_DTYPES
 from ..measures import MEASURES, Measure, percent
 from ..plan import Case, case_of
+from .places import HEADER, PERSONALISED, in_a_round, matrix, place
+from .places import cells as places
 from .remarks import remarks
+from .styles import style
 from .tables import markdown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-)  # Okabe and Ito's, on light and dark
-MARKERS = ("o", "s", "^", "D", "v", "P")
 LIGHT = {"paper": "#ffffff", "ink": "#1c1e21", "grid": "#d9dce1"}
 DARK = {"paper": "#1b1e24", "ink": "#e6e8ec", "grid": "#3a3f49"}
 MEGABYTE = 10**6
+_END = {"markersize": 9, "fillstyle": "none", "linestyle": ""}
 
 
 @dataclass(frozen=True)
@@ -49,8 +45,9 @@ class Run:
 
     @property
     def updates(self) -> int:
-        """Clients drawn: what a figure per client and round divides by."""
-        return max(sum(getattr(self.summary, outcome) for outcome in OUTCOMES), 1)
+        """Clients drawn, or that would be: what a figure per client and round divides by."""
+        drawn = sum(getattr(self.summary, outcome) for outcome in OUTCOMES)
+        return max(drawn, 1) * (self.summary.cohort if METHODS[self.summary.method].pooled else 1)
 
     @property
     def saving(self) -> float:
@@ -127,42 +124,45 @@ def write_sections(folder: Path) -> None:
 
 
 def accuracy_by_round(runs: Sequence[Run], theme: dict[str, str]) -> "Figure":
-    """Accuracy over rounds: a line for each method, the mean over its seeds, in a band of one sd."""
+    """Accuracy over rounds: a line for each method, the mean over its seeds, in a band of one sd.
+
+    Where what the runs are judged by is measured at their end alone, it is a hollow mark there.
+    """
     figure, (axes,) = _figure(runs, theme, panels=1)
-    for style, group in _lines(runs):
+    for look, group in _lines(runs):
         rounds, mean, sd = _curve(group)
-        _draw(axes, rounds, mean, sd, style)
+        _draw(axes, rounds, mean, sd, look)
+        _draw_end(axes, rounds[-1:], group, look)
     axes.set_xlabel("rounds of training")
-    axes.set_xlim(left=0)
-    return _finish(figure, axes, runs, theme)
+    _from_zero(axes)
+    return _finish(figure, axes, runs, theme, course(runs[0]))
 
 
 def accuracy_by_bytes(runs: Sequence[Run], theme: dict[str, str]) -> "Figure":
     """Accuracy over what was moved: everything on the left, what the classes cost on the right."""
     figure, (left, right) = _figure(runs, theme, panels=2)
     lines = _lines([run for run in runs if run.summary.traffic.total]) or _lines(runs)
-    by_class = [(style, group) for style, group in lines if group[0].summary.traffic.classification]
-    for axes, place, drawn in ((left, 0, lines), (right, 1, by_class or lines)):
-        for style, group in drawn:
+    by_class = [(look, group) for look, group in lines if group[0].summary.traffic.classification]
+    for axes, of, drawn in ((left, 0, lines), (right, 1, by_class or lines)):
+        for look, group in drawn:
             _, mean, sd = _curve(group)
-            _draw(axes, np.mean([_megabytes(run)[place] for run in group], axis=0), mean, sd, style)
+            moved = np.mean([_megabytes(run)[of] for run in group], axis=0)
+            _draw(axes, moved, mean, sd, look)
+            _draw_end(axes, moved[-1:], group, look)
     left.set_xlabel("everything moved so far (MB)")
-    left.set_xlim(left=0)
+    _from_zero(left)
     right.set_xlabel("class rows and ids moved so far (MB)")
     if len(by_class) > 1:  # the methods are powers of ten apart
         right.set_xlabel("class rows and ids moved so far (MB, log scale)")
-        right.set_xscale("log")
-        right.xaxis.set_major_formatter("{x:g}")
+        _log_axis(right)
     else:
-        right.set_xlim(left=0)
+        _from_zero(right)
     right.tick_params(labelleft=False)
-    return _finish(figure, left, runs, theme)
+    return _finish(figure, left, runs, theme, course(runs[0]))
 
 
 def accuracy_by_class_set(runs: Sequence[Run], theme: dict[str, str]) -> "Figure":
     """Accuracy at the end over |S_k|: a line for each method with negatives, a point for each without."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     figure, (axes,) = _figure(runs, theme, panels=1)
     cases = by_case(runs)
     for method in dict.fromkeys(case.method for case in cases):
@@ -174,13 +174,10 @@ def accuracy_by_class_set(runs: Sequence[Run], theme: dict[str, str]) -> "Figure
             sizes = [run.summary.mean_class_set for run in group]
             points.append((float(np.mean(sizes)), float(np.mean(values)), sd))
         x, mean, error = zip(*sorted(points), strict=True)
-        axes.errorbar(x, mean, error, label=METHODS[method].label, capsize=3, **_style(method))
-    axes.set_xscale("log")
+        axes.errorbar(x, mean, error, label=METHODS[method].label, capsize=3, **style(method))
     axes.set_xlabel("class rows on a client, |S_k| (mean, log scale)")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    return _finish(figure, axes, runs, theme)
+    _log_axis(axes)
+    return _finish(figure, axes, runs, theme, runs[0].summary.headline)
 
 
 def _figure(runs: Sequence[Run], theme: dict[str, str], panels: int) -> tuple["Figure", list]:
@@ -199,20 +196,57 @@ def _figure(runs: Sequence[Run], theme: dict[str, str], panels: int) -> tuple["F
     return figure, axes
 
 
-def _draw(axes, x: np.ndarray, mean: np.ndarray, sd: np.ndarray, style: dict[str, str]) -> None:
-    axes.plot(x, mean, linewidth=1.8, markersize=4, markevery=max(1, len(x) // 12), **style)
-    axes.fill_between(x, mean - sd, mean + sd, color=style["color"], alpha=0.18, linewidth=0)
+def _draw(axes, x: np.ndarray, mean: np.ndarray, sd: np.ndarray, look: dict[str, str]) -> None:
+    axes.plot(x, mean, linewidth=1.8, markersize=4, markevery=max(1, len(x) // 12), **look)
+    axes.fill_between(x, mean - sd, mean + sd, color=look["color"], alpha=0.18, linewidth=0)
 
 
-def _finish(figure: "Figure", axes, runs: Sequence[Run], theme: dict[str, str]) -> "Figure":
-    axes.set_ylabel(runs[0].summary.headline.axis)
+def _draw_end(axes, x: np.ndarray, group: Sequence[Run], look: dict[str, str]) -> None:
+    """What runs are judged by, where their curve shows something else."""
+    measure = group[0].summary.headline
+    values = [run.summary.accuracy for run in group if run.summary.accuracy is not None]
+    if course(group[0]) != measure and values:
+        axes.plot(x, measure.scale * np.mean(values), color=look["color"], marker=look["marker"], **_END)
+
+
+def _from_zero(axes) -> None:
+    axes.set_xlim(0, 1.03 * max(axes.dataLim.x1, 0) or 1)
+
+
+def _log_axis(axes) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _finish(figure: "Figure", axes, runs: Sequence[Run], theme: dict[str, str], measure: Measure) -> "Figure":
+    axes.set_ylabel(measure.axis)
     axes.set_ylim(bottom=0)
+    headline = runs[0].summary.headline
+    if measure != headline:
+        axes.plot([], color="grey", marker="o", label=f"hollow: {headline.label}, at the end", **_END)
     # Above the axes, not in them: wherever the curves go, the legend hides none.
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(
         handles, labels, loc="outside upper center", ncols=4, frameon=False, labelcolor=theme["ink"]
     )
     return figure
+
+
+def course(run: Run) -> Measure:
+    """What a run's curves show: its headline, or where that is measured at the end alone, what is so before.
+
+    That is the first of its measures, of the headline's kind, that is measured more than once.
+    """
+
+    def times(name: str) -> int:
+        return sum(m.measured.get(name) is not None for m in run.history)
+
+    measures = run.summary.measures.alike
+    return next((measure for measure in measures if times(measure.name) > 1), run.summary.headline)
 
 
 def by_case(runs: Sequence[Run]) -> dict[Case, list[Run]]:
@@ -224,12 +258,6 @@ def by_case(runs: Sequence[Run]) -> dict[Case, list[Run]]:
     return groups
 
 
-def _style(method: str) -> dict[str, str]:
-    """The same in every plot."""
-    place = list(METHODS).index(method)
-    return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
-
-
 def _lines(runs: Sequence[Run]) -> list[tuple[dict[str, str], list[Run]]]:
     """(style, runs) of one case of each method: of several numbers of negatives the one in the middle."""
     lines: dict[str, list[tuple[Case, list[Run]]]] = {}
@@ -238,28 +266,31 @@ def _lines(runs: Sequence[Run]) -> list[tuple[dict[str, str], list[Run]]]:
     found = []
     for cases in lines.values():
         case, group = sorted(cases, key=lambda each: each[0].num_negatives or 0)[len(cases) // 2]
-        measure = group[0].summary.headline
-        other = "" if measure == runs[0].summary.headline else f" ({measure.label})"  # than the axis says
-        found.append((_style(case.method) | {"label": case.label + other}, group))
+        measure = course(group[0])
+        other = "" if measure == course(runs[0]) else f" ({measure.label})"  # than the axis says
+        found.append((style(case.method) | {"label": case.label + other}, group))
     return found
 
 
-def _evaluations(run: Run) -> list[RoundMetrics]:
-    return [m for m in run.history if m.accuracy is not None]
+def _evaluations(run: Run) -> list[tuple[RoundMetrics, float]]:
+    """(round, what it measured of the run's `course`) where it did."""
+    name = course(run).name
+    values = [(m, m.measured.get(name)) for m in run.history]
+    return [(m, value) for m, value in values if value is not None]
 
 
 def _curve(group: Sequence[Run]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(rounds, mean, sd) at every evaluation, as they are shown; the runs of a group share their rounds."""
-    rounds = np.array([m.round for m in _evaluations(group[0])])
-    values = np.array([[m.accuracy for m in _evaluations(run)] for run in group], dtype=np.float64)
-    shown = group[0].summary.headline.scale * values
+    rounds = np.array([m.round for m, _ in _evaluations(group[0])])
+    values = np.array([[value for _, value in _evaluations(run)] for run in group], dtype=np.float64)
+    shown = course(group[0]).scale * values
     sd = shown.std(axis=0, ddof=1) if len(group) > 1 else np.zeros(len(rounds))
     return rounds, shown.mean(axis=0), sd
 
 
 def _megabytes(run: Run) -> np.ndarray:
     """(2, evaluations): all bytes, and those of class rows and ids, moved until each evaluation."""
-    done = [m.round - 1 for m in _evaluations(run)]
+    done = [m.round - 1 for m, _ in _evaluations(run)]
     total = np.cumsum([m.traffic.total for m in run.history])[done]
     classes = np.cumsum([m.traffic.classification for m in run.history])[done]
     return np.stack([total, classes]) / MEGABYTE
@@ -304,9 +335,8 @@ def _run_page(folder: Path, run: Run, plots: Sequence[str]) -> str:
     measure = summary.headline
     figures = [
         (measure.text(summary.accuracy), f"{measure.label}: {measure.meaning}"),
-        (f"{summary.mean_class_set:.0f} of {summary.num_classes:,}", "classes on a client, on average"),
-        (percent(run.class_saving), "saved of what the classes cost to move, against FullSoftmax"),
-        (percent(run.saving), "saved of everything moved, against FullSoftmax"),
+        (f"{summary.mean_class_set:.0f} of {summary.num_classes:,}", place(method).held),
+        *_savings(run),
     ]
     return _page(
         f"{method.label} on {summary.data}",
@@ -316,16 +346,29 @@ def _run_page(folder: Path, run: Run, plots: Sequence[str]) -> str:
             _unfinished(run),
             _cards(figures),
             "<h2>What came out</h2>",
-            f"<figure>{plots[0]}<figcaption>{_by_round(measure)}</figcaption></figure>",
-            f"<figure>{plots[1]}<figcaption>{_by_bytes(measure)}</figcaption></figure>",
+            *_plots([run], plots),
             "<h2>What was moved</h2>",
             _traffic_table(run),
             _methods([run.summary.method, "full_softmax"]),
             _glossary([run]),
-            _settings(run.config),
+            _settings([run]),
         ],
         folder,
     )
+
+
+def _savings(run: Run) -> list[tuple[str, str]]:
+    """Against FullSoftmax."""
+    method = METHODS[run.summary.method]
+    if not run.summary.traffic.total:
+        return [("0 MB", f"what moves: {place(method).moves}")]
+    everything = percent(run.saving), "saved of everything moved, against FullSoftmax"
+    if method.rows is not Part.TRAINED:
+        return [("none", "of the class rows moves"), everything]
+    return [
+        (percent(run.class_saving), "saved of what the classes cost to move, against FullSoftmax"),
+        everything,
+    ]
 
 
 def _comparison_page(
@@ -337,10 +380,9 @@ def _comparison_page(
     plots: Sequence[str],
 ) -> str:
     names = list(dict.fromkeys(run.summary.method for run in runs))
-    measure = runs[0].summary.headline
-    band, sd = (_BAND, _SD) if len({run.summary.seed for run in runs}) > 1 else ("", "")
+    sd = _SD if _several_seeds(runs) else ""
     return _page(
-        f"{len(names)} methods on {runs[0].summary.data}",
+        f"{len(names)} method{'s' * (len(names) > 1)} on {runs[0].summary.data}",
         [
             _what_was_run(runs),
             _remarks(failed),
@@ -348,15 +390,10 @@ def _comparison_page(
             "<h2>What came out</h2>",
             _table(header, table),
             f"<p>{_TABLE_NOTE}{sd}</p>",
-            f"<figure>{plots[0]}<figcaption>{_by_round(measure)}{band}</figcaption></figure>",
-            f"<figure>{plots[1]}<figcaption>{_by_bytes(measure)}</figcaption></figure>",
-            *(
-                f"<figure>{plot}<figcaption>{_by_class_set(measure)}</figcaption></figure>"
-                for plot in plots[2:]
-            ),
+            *_plots(runs, plots),
             _methods(names),
             _glossary(runs),
-            _settings(runs[0].config, without=_varied(runs)),
+            _settings(runs),
         ],
         folder,
     )
@@ -371,7 +408,10 @@ def _method_cards(runs: Sequence[Run]) -> str:
         accuracy = float(np.mean(accuracies)) if accuracies else None
         share = float(np.mean([s.mean_class_set / s.num_classes for s in summaries]))
         measure = summaries[0].headline
-        text = f"{measure.label} of {case.label}, with {percent(share)} of the class rows on a client"
+        where = "all the images in one place"
+        if not METHODS[case.method].pooled:
+            where = f"{percent(share)} of the class rows on a client"
+        text = f"{measure.label} of {case.label}, with {where}"
         figures.append((measure.text(accuracy), text))
     return _cards(figures)
 
@@ -381,28 +421,65 @@ def _remarks(lines: Sequence[str]) -> str:
 
 
 def _what_was_run(runs: Sequence[Run]) -> str:
-    s = runs[0].summary
+    s, names = runs[0].summary, _names(runs)
     seeds = len({run.summary.seed for run in runs})
-    tested = (
-        f"{s.num_test_images:,} images that no client holds"
-        if s.task == "classification"
-        else f"{s.num_test_images:,} images of classes that no client holds"
-    )
-    if runs[0].config.holdout and s.task == "retrieval":
-        tested = f"{s.num_test_images:,} images of clients who do not train, of the same classes"
     everyone = s.cohort >= s.num_clients
     cohort = "all clients" if everyone else f"{s.cohort} clients, drawn at random,"
+    bias = ", and a bias," if runs[0].config.similarity == "dot" else ""
     repeated = f" Every method was run {seeds} times, with different random numbers." if seeds > 1 else ""
+    round = in_a_round(names).format(rounds=f"{s.rounds:,}", cohort=cohort, size=s.cohort)
     notes = f"<p>Of the data: {escape('; '.join(s.notes))}.</p>" if s.notes else ""
     return (
-        f"<p>{s.num_clients:,} clients, such as phones, each hold a few images of a few classes, and keep "
-        f"them. Together they train one net that maps an image to {s.embedding_dim} numbers, its "
-        f"<em>embedding</em>, and one row of {s.embedding_dim} numbers for each of {s.num_classes:,} "
-        f"classes. In each of {s.rounds:,} rounds {cohort} download the net and "
-        f"some class rows, train on their own images, and upload what changed; the server averages. There "
-        f"are {s.num_train_images:,} training images; the result is tested on {tested}. The more classes, "
-        f"the more the rows cost to move: the methods differ in which rows a client gets.{repeated}</p>"
-        f"{notes}"
+        f"<p>{s.num_clients:,} clients, such as phones, each hold a few images of a few classes. A model is "
+        f"a net that maps an image to {s.embedding_dim} numbers, its <em>embedding</em>, and one row of "
+        f"{s.embedding_dim} numbers{bias} for each of {s.num_classes:,} classes. "
+        f"{round} There are {s.num_train_images:,} training images; "
+        f"{_tested(runs)}.{_rows_cost(names)}{repeated}</p>{notes}"
+    )
+
+
+def _names(runs: Sequence[Run]) -> list[str]:
+    """The methods, each once."""
+    return list(dict.fromkeys(run.summary.method for run in runs))
+
+
+def _several_seeds(runs: Sequence[Run]) -> bool:
+    return len({run.summary.seed for run in runs}) > 1
+
+
+def _tested(runs: Sequence[Run]) -> str:
+    """On what, and after what."""
+    s, config = runs[0].summary, runs[0].config
+    images = f"{s.num_test_images:,} images " + (
+        "of classes that no client holds" if s.task == "retrieval" else "that no client holds"
+    )
+    if config.holdout:
+        images = f"{s.num_test_images:,} images of clients who do not train, of the same classes"
+    who, share = "each client", f"its share of {images}"
+    if config.holdout:  # of whose clients the test images are
+        who = "each client who is held out" if not all(METHODS[name].alone for name in _names(runs)) else who
+        share = "others of its own images"
+    if config.personalise_epochs:
+        epochs = "an epoch" if config.personalise_epochs == 1 else f"{config.personalise_epochs:,} epochs"
+        return (
+            f"at the end {who} trains {PERSONALISED[config.personalise_part]} for {epochs} more on its own "
+            f"images, and what it then has is tested on {share}"
+        )
+    own = {METHODS[name].personal for name in _names(runs)}
+    if own == {True}:
+        return f"each client's own model is tested on {share}"
+    beside = (
+        ", or where each client has a model of its own, that on its share of these" if True in own else ""
+    )
+    return f"the result is tested on {images}{beside}"
+
+
+def _rows_cost(names: Sequence[str]) -> str:
+    """Why methods differ, where it is in which rows travel."""
+    if any(METHODS[name].pooled or METHODS[name].rows is not Part.TRAINED for name in names):
+        return ""
+    return (
+        " The more classes, the more the rows cost to move: the methods differ in which rows a client gets."
     )
 
 
@@ -422,56 +499,66 @@ def _traffic_table(run: Run) -> str:
     rows = [
         (
             name,
-            f"{a / n / 1e3:,.1f}",
-            f"{b / n / 1e3:,.1f}",
+            _kilobytes(a / n),
+            _kilobytes(b / n),
             percent(1 - a / b) if b else "–",
             f"{a / MEGABYTE:,.1f}",
         )
         for name, a, b in kinds
+        if a or b
     ]
     label = METHODS[run.summary.method].label
     header = ("", f"{label}, kB per client and round", "FullSoftmax, kB", "saved", f"{label}, MB in all")
     return _table(header, rows)
 
 
+def _kilobytes(count: float) -> str:
+    """With more digits where one would be all zeros."""
+    return f"{count / 1e3:,.1f}" if count >= 50 or not count else f"{count / 1e3:.3f}"
+
+
 def _methods(names: Sequence[str]) -> str:
-    items = "".join(
-        f"<dt>{escape(METHODS[name].label)}</dt><dd>{escape(METHODS[name].summary)}</dd>"
-        for name in dict.fromkeys(names)
-    )
-    return f"<h2>The methods</h2><dl>{items}</dl>"
+    methods = [METHODS[name] for name in dict.fromkeys(names)]
+    items = "".join(f"<dt>{escape(each.label)}</dt><dd>{escape(each.summary)}</dd>" for each in methods)
+    return f"<h2>The methods</h2><dl>{items}</dl>{_table(HEADER, [*map(places, methods)], words=True)}"
 
 
 def _glossary(runs: Sequence[Run]) -> str:
+    config = runs[0].config
     names = dict.fromkeys(name for run in runs for name in run.summary.measures.names)
-    measured = {MEASURES[name].label: MEASURES[name].words for name in names if MEASURES[name].words}
-    items = "".join(
-        f"<dt>{escape(term)}</dt><dd>{escape(meaning)}</dd>"
-        for term, meaning in (GLOSSARY | measured | UNITS).items()
-    )
+    terms = {
+        "class row": _ROW[config.similarity],
+        "class matrix W": matrix(_names(runs)),
+        **GLOSSARY,
+        **{MEASURES[name].label: MEASURES[name].words for name in names if MEASURES[name].words},
+        "sd": _DEVIATION,
+        "MB, kB": _BYTES.format(WIRE_DTYPES[config.wire_dtype].itemsize),
+    }
+    items = "".join(f"<dt>{escape(term)}</dt><dd>{escape(meaning)}</dd>" for term, meaning in terms.items())
     return f"<h2>Glossary</h2><dl>{items}</dl>"
 
 
-def _settings(config: Config, without: Sequence[str] = ()) -> str:
+def _settings(runs: Sequence[Run]) -> str:
+    """Those that all the runs have in common, but for what is of other methods."""
     rows = [
-        (
-            field.name,
-            "–" if (value := getattr(config, field.name)) is None else str(value),
-            field.metadata["help"],
-        )
-        for field in dataclasses.fields(config)
-        if field.metadata["saved"] and field.name not in without
+        (field.name, _value(getattr(runs[0].config, field.name)), field.metadata["help"])
+        for field in dataclasses.fields(Config)
+        if field.metadata["saved"]
+        and not _is_of_others(field.name, _names(runs))
+        and len({str(getattr(run.config, field.name)) for run in runs}) == 1
     ]
     return f"<h2>Settings</h2>{_table(('option', 'value', 'meaning'), rows, words=True)}"
 
 
-def _varied(runs: Sequence[Run]) -> list[str]:
-    """Options that the runs have different values of."""
-    return [
-        field.name
-        for field in dataclasses.fields(Config)
-        if len({str(getattr(run.config, field.name)) for run in runs}) > 1
-    ]
+def _is_of_others(option: str, names: Sequence[str]) -> bool:
+    reading = readers(option)
+    return bool(reading) and not set(reading) & set(names)
+
+
+def _value(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "–" if value is None else str(value)
 
 
 def _cards(figures: Sequence[tuple[str, str]]) -> str:
@@ -507,16 +594,44 @@ def _subject(measure: Measure) -> str:
     return measure.noun[:1].upper() + measure.noun[1:]
 
 
-def _by_round(measure: Measure) -> str:
-    return f"{_subject(measure)} {measure.of} as training goes on."
+def _plots(runs: Sequence[Run], plots: Sequence[str]) -> list[str]:
+    """The plots with what they show."""
+    captions = [_by_round(runs), _by_bytes(runs), _by_class_set(runs[0].summary.headline)]
+    if not any(run.summary.traffic.total for run in runs):
+        plots = [plots[0], *plots[2:]]
+        captions = [f"{captions[0]} Nothing moves, so there is no plot by what was moved.", captions[2]]
+    return [
+        f"<figure>{plot}<figcaption>{escape(caption, quote=False)}</figcaption></figure>"
+        for plot, caption in zip(plots, captions, strict=False)
+    ]
 
 
-def _by_bytes(measure: Measure) -> str:
-    return (
-        f"The same {measure.noun} by what had been moved until then, down and up, by all clients together: "
-        "on the left everything; on the right only what depends on the number of classes. Further left is "
-        "cheaper."
+def _by_round(runs: Sequence[Run]) -> str:
+    measure, headline = course(runs[0]), runs[0].summary.headline
+    words = f"{_subject(measure)} {measure.of} as training goes on."
+    if measure != headline:
+        words += f" The hollow marks are {headline.label} {headline.of}, which is measured at the end."
+    return words + _BAND * _several_seeds(runs)
+
+
+def _by_bytes(runs: Sequence[Run]) -> str:
+    words = (
+        f"The same {course(runs[0]).noun} by what had been moved until then, down and up, by all clients "
+        "together: on the left everything; on the right only what depends on the number of classes. Further "
+        "left is cheaper."
     )
+    still = [run.summary.method for run in runs if not run.summary.traffic.total]
+    rowless = [run.summary.method for run in runs if not run.summary.traffic.classification]
+    if still:
+        words += f" Not in it, as nothing moves: {_labels(still)}."
+    if others := [name for name in rowless if name not in still]:
+        where = "Not on the right, as" if len(rowless) < len(runs) else "At 0 on the right, as"
+        words += f" {where} no class row moves: {_labels(others)}."
+    return words
+
+
+def _labels(names: Sequence[str]) -> str:
+    return "; ".join(METHODS[name].label for name in dict.fromkeys(names))
 
 
 def _by_class_set(measure: Measure) -> str:
@@ -527,26 +642,30 @@ def _by_class_set(measure: Measure) -> str:
 
 
 GLOSSARY = {
-    "class row": "The numbers that stand for one class. An image is given the class whose row points most "
-    "nearly the way its embedding does.",
-    "class matrix W": "All the class rows, C of them. The server keeps it.",
     "extractor φ": "The net that maps an image to its embedding.",
     "positives": "The classes in a client's own data.",
     "negatives": "Classes drawn at random from those that a client does not hold.",
-    "|S_k|": "How many class rows a client gets in a round: its positives and its negatives.",
-    "round": "One exchange: some clients download, train and upload; the server averages what they send.",
+    "|S_k|": "How many class rows a client has in a round: those of its positives and its negatives, or all; "
+    "whether they are sent to it, drawn by it from a seed, or kept by it.",
+    "round": "Some clients train on their own images; what they share is sent to them before, and averaged "
+    "by the server after.",
 }
-UNITS = {
-    "sd": "Standard deviation over the seeds, that is over repetitions with different random numbers.",
-    "MB, kB": "A million and a thousand bytes. Numbers travel as 4 bytes, ids as 8.",
+_ROW = {  # by similarity
+    "cosine": "The numbers that stand for one class. An image is given the class whose row points most "
+    "nearly the way its embedding does.",
+    "dot": "The numbers that stand for one class, and its bias. An image is given the class for which the "
+    "product of row and embedding, and the bias, come to most.",
 }
+_DEVIATION = "Standard deviation over the seeds, that is over repetitions with different random numbers."
+_BYTES = "A million and a thousand bytes. Numbers travel as {} bytes, ids as 8."
 _MEASURED = "What was measured"
 _BESIDES = "<!-- what else was measured -->"
 _BESIDES_END = "<!-- the end of what else was measured -->"
 _SD = " ± is the standard deviation over the seeds."
 _BAND = " A line is the mean over the seeds, its band one standard deviation."
 _TABLE_NOTE = (
-    "|S_k| is the mean number of class rows that a client gets. MB count everything that moved, down and up, "
+    "|S_k| is the mean number of class rows that a client has in a round, whether they are sent to it, drawn "
+    "by it from a seed, or kept by it. MB count everything that moved, down and up, "
     "and what of it were class rows and ids, the part that grows with the number of classes. Savings are "
     "against FullSoftmax in as many rounds."
 )

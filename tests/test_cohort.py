@@ -190,7 +190,7 @@ def test_absences_and_answers_that_would_count_are_waited_for(monkeypatch):
     )
     monkeypatch.setattr(
         "fedss_kernels.federated.simulation.Inspection.verdicts",
-        lambda self, findings: ["", *["norm" if len(findings) < 4 else ""] * 3][: len(findings)],
+        lambda self, findings, net_norm: ["", *["norm" if len(findings) < 4 else ""] * 3][: len(findings)],
     )
     (metrics,) = train(rounds=1, min_clients=4).history
     assert metrics.attempts == 91 and metrics.rejected > HOPELESS_ANSWERS and metrics.dropped > 120
@@ -199,7 +199,7 @@ def test_absences_and_answers_that_would_count_are_waited_for(monkeypatch):
 def test_all_reasons_are_said_the_most_frequent_first(monkeypatch):
     monkeypatch.setattr(
         "fedss_kernels.federated.simulation.Inspection.verdicts",
-        lambda self, findings: ["", "", "norm", "norm"],
+        lambda self, findings, net_norm: ["", "", "norm", "norm"],
     )
     monkeypatch.setattr(
         "fedss_kernels.federated.simulation.absence",

@@ -441,9 +441,8 @@ def test_presets_are_plans_and_files_that_can_be_edited(tmp_path):
     assert {"glyphs", "omniglot"} <= set(names)
     for name in names:
         found = read_preset(name)
-        lists = {part: found[part] for part in LISTS if part in found}
-        plan = Plan(Config.from_dict(found["config"]), **lists)
-        assert plan.cases and (name not in DATASETS or plan.config.data == name)
+        plan = Plan(Config.from_dict(found["config"]), *(found[part] for part in LISTS))
+        assert plan.config.data == (name if name in DATASETS else "cifar10") and plan.cases
     own = tmp_path / "own.json"
     own.write_text(json.dumps(read_preset("glyphs") | {"seeds": [5]}))
     assert read_preset(str(own))["seeds"] == [5]

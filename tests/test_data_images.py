@@ -446,6 +446,7 @@ def test_mapped_images_travel_as_a_name(files, tmp_path):
         client_names=("one",),
         test_images=mapped[:5].clone(),
         test_labels=labels[:5],
+        test_clients=(),
     )
     sent = pickle.dumps(data)
     received = pickle.loads(sent)

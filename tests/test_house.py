@@ -87,3 +87,13 @@ def test_server_and_clients_know_the_messages_and_not_each_other():
     for path in MODULES:
         room, used = name_of(path).split(".")[0], {name.split(".")[0] for name in rooms_used(path)}
         assert room not in ("server", "clients") or not used & {"server", "clients"} - {room}, path
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_no_function_is_long(path):
+    functions = [
+        node
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef) and node.end_lineno is not None
+    ]
+    assert not [f.name for f in functions if f.end_lineno - f.lineno >= 60]

@@ -98,18 +98,7 @@ def run(
     """
     if resume and config.out is None:
         raise ConfigError("out", "expected the folder of the run to resume, got none")
-    if data is not None:
-        config = replace(config, data=config.data if data.name == config.data else OWN, task=data.task)
-    if model is not None:
-        config = replace(config, model=OWN)
-    data = data or load_data(config)
-    config = fitted(config, data.found)
-    check_data(config, data)
-    check_measured(config, data)
-    if model is not None and config.workers > 1:
-        check_sendable(model)
-    for line in (*idle_settings.idle([config]), *trivial(data)):
-        idle_settings.log.warning(line)
+    config, data = _settled(config, data, model)
     with _torch_settings(config.threads):
         player = Player(config, data, model, training_device(config))
         played_by = OTHERS.get(config.method, Simulation)
@@ -139,6 +128,25 @@ def run(
                 folder.close()
             if store:
                 store.release()
+
+
+def _settled(
+    config: Config, data: FederatedData | None, model: nn.Module | None
+) -> tuple[Config, FederatedData]:
+    """Every option as the run has it, and its data. Raises ConfigError for what does not go together."""
+    if data is not None:
+        config = replace(config, data=config.data if data.name == config.data else OWN, task=data.task)
+    if model is not None:
+        config = replace(config, model=OWN)
+    data = data or load_data(config)
+    config = fitted(config, data.found)
+    check_data(config, data)
+    check_measured(config, data)
+    if model is not None and config.workers > 1:
+        check_sendable(model)
+    for line in (*idle_settings.idle([config]), *trivial(data)):
+        idle_settings.log.warning(line)
+    return config, data
 
 
 class Stopped(Exception):

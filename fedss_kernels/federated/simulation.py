@@ -4,30 +4,26 @@ cohort -> each client's class set -> server.select -> client.update -> server.ag
 """
 
 import logging
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 
 from torch import Tensor
 
 from .algorithm import Played, TooFewClients, Trained
-from .algorithms import METHODS
 from .algorithms.parts import Part
 from .clients.player import Player
 from .config import Config, learning_rate
 from .evaluation import Evaluation, measures_of
 from .files.run_folder import Facts, RunFolder
-from .ledger import FLOWS, Entry, Traffic, client_traffic
+from .ledger import Entry
 from .messages import Request
 from .randomness import NO_CLIENT, Purpose, generator
+from .server.choices import optimizer, statistic
 from .server.class_store import ClassStore
 from .server.cohort import absence, draw_cohort
 from .server.homes import Homes
-from .server.inspection import BESIDE_OTHERS, REASONS, Inspection
+from .server.inspection import Inspection, reasons
 from .server.mean import PseudoGradient
-from .server.robust import Statistic, median, trimmed_mean
-from .server.row_table import SGD, Adagrad, Optimizer
 from .server.server import Server
 from .server.spreadout import Spreadout
 from .server.tally import Tally
@@ -38,7 +34,6 @@ ATTEMPTS = 100  # at a round, before it is given up
 # Who drops out or is late is drawn anew in each; where all answers are left out, they are so in every one. It
 # is given up after this many at least, and answers in a row of which none counted.
 HOPELESS_ATTEMPTS, HOPELESS_ANSWERS = 3, 48
-_ROWS = {Part.TRAINED: "travel", Part.KNOWN: "seed", Part.HOME: "home"}  # as the ledger calls it
 log = logging.getLogger(__name__)
 
 
@@ -56,10 +51,10 @@ class Simulation:
             data.num_classes,
             config.row_dim,
             initial_rows=player.known_rows,
-            optimizer=_server_optimizer(config),
+            optimizer=optimizer(config),
             denominator=config.denominator,
             blocks=player.extractor.block_sizes,
-            statistic=_statistic(config),
+            statistic=statistic(config),
             store=None if self.method.personal else store,
         )
         self.store, self.homes = store, None
@@ -84,7 +79,7 @@ class Simulation:
 
     @staticmethod
     def facts(config: Config, player: Player) -> Facts:
-        measures, flows = measures_of(config, player.data), FLOWS[_ROWS[player.parts.rows]]
+        measures, flows = measures_of(config, player.data), player.flows
         return Facts.of(player.data, len(player.extractor.flat), measures, flows)
 
     def play(self, round: int) -> Played:
@@ -117,7 +112,7 @@ class Simulation:
         count, size = self.config.min_clients, self.config.cohort
         answers = "1 answer" if count == 1 else f"{count} answers"
         words = f"round {round + 1}: of {cohorts} cohorts of {size} none had {answers} that counted: "
-        words += _reasons(entries)
+        words += reasons(entries)
         if self.not_finite_since is not None:
             since = f"since round {self.not_finite_since}: is --server-lr too high?"
             words += f"; the model they are sent has had numbers that are not finite {since}"
@@ -146,7 +141,7 @@ class Simulation:
             outcome = absent.get(k) or ("rejected" if faults[k] else "accepted")
             if outcome == "rejected":
                 log.warning("round %d: client %d's update was left out: %s", round + 1, k, faults[k])
-            traffic = self._traffic(request, answers=k in answered)
+            traffic = self.player.traffic(request, answers=k in answered)
             entries.append(
                 Entry(round + 1, attempt, k, len(request.class_ids), outcome, faults.get(k, ""), traffic)
             )
@@ -226,44 +221,3 @@ class Simulation:
         extractor.move([True] * len(extractor.block_sizes))
         extractor.flat.copy_(self.server.extractor)
         return Trained(extractor.module.eval().cpu(), self.server.weight, self.homes)
-
-    def _traffic(self, request: Request, answers: bool) -> Traffic:
-        """Of one client in one round."""
-        if self.method.pooled:
-            return Traffic()  # nothing leaves its place
-        return client_traffic(
-            self.player.num_travelling,
-            len(request.class_ids),
-            self.config.row_dim,
-            rows=_ROWS[self.player.parts.rows],
-            sends_ids=request.sends_ids,
-            answers=answers,
-            dtype=self.config.wire_dtype,
-        )
-
-
-def _reasons(entries: Sequence[Entry]) -> str:
-    """Why clients' answers did not make a round, each reason with how many, the most frequent first."""
-    counts = Counter(entry.fault or entry.outcome for entry in entries)
-    words = {
-        "dropped": "dropped out",
-        "late": "late, after --deadline",
-        "discarded": "nothing wrong with, but too few in their cohorts",
-    }
-    faults = BESIDE_OTHERS if counts["discarded"] else REASONS
-    words |= {fault: f"left out: {reason}" for fault, reason in faults.items()}
-    return "; ".join(f"{count:,} {words[reason]}" for reason, count in counts.most_common())
-
-
-def _statistic(config: Config) -> Statistic | None:
-    if config.aggregation == "median":
-        return median
-    return partial(trimmed_mean, trim=config.trim) if config.aggregation == "trimmed_mean" else None
-
-
-def _server_optimizer(config: Config) -> Optimizer:
-    if METHODS[config.method].pooled:
-        return SGD(1.0, 0.0)  # what comes back is the model
-    if config.server_optimizer == "adagrad":
-        return Adagrad(config.server_lr)
-    return SGD(config.server_lr, config.server_momentum)

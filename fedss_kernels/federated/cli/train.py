@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..config import (
     Config,
@@ -20,7 +20,7 @@ from ..interrupts import Interrupted, noticed
 from ..ledger import OUTCOMES
 from ..lock import InUse
 from ..plan import FILE, LISTS, Plan, read_preset
-from ..rounds import Stopped, run
+from ..rounds import Result, Stopped, run
 from ..server.class_store import check_free
 from ..server.inspection import explained
 from ..simulation import TooFewClients
@@ -42,6 +42,9 @@ from .options import (
     refuse_unread,
 )
 from .output import print_profile, print_table, read_data, say_what_is_logged
+
+if TYPE_CHECKING:
+    from ..comparisons.compare import Comparison
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,23 +72,27 @@ def _saved(out: Path) -> str:
     return f"saved up to round {checkpoint.last_round(out)}; go on with: fedss run --resume {out}"
 
 
+def _asked(arguments: argparse.Namespace) -> tuple[Config, Path]:
+    """The run that is asked for, and its folder. Raises Mistake for what cannot be."""
+    resume = arguments.resume is not None
+    if resume:
+        if "out" in arguments:
+            raise Mistake("--out: a run is resumed in its own folder, that of --resume")
+        arguments.out = arguments.resume
+    config = config_of(arguments, _options_of(arguments.resume) if resume else {})
+    if resume:
+        refuse_lost(arguments, config, store=config.class_store)
+    refuse_unread(arguments, [config.method])
+    out = config.out or Path("runs") / f"{config.data}-{config.method}-seed{config.seed}"
+    return dataclasses.replace(config, out=out), out
+
+
 def _run(arguments: argparse.Namespace) -> int:
     from ..reports.progress import RunProgress
-    from ..reports.remarks import remarks
-    from ..reports.report import Run, attempt, write_run_report
 
     resume = arguments.resume is not None
     with mistakes():
-        if resume:
-            if "out" in arguments:
-                raise Mistake("--out: a run is resumed in its own folder, that of --resume")
-            arguments.out = arguments.resume
-        config = config_of(arguments, _options_of(arguments.resume) if resume else {})
-        if resume:
-            refuse_lost(arguments, config, store=config.class_store)
-        refuse_unread(arguments, [config.method])
-        out = config.out or Path("runs") / f"{config.data}-{config.method}-seed{config.seed}"
-        config = dataclasses.replace(config, out=out)
+        config, out = _asked(arguments)
         rank, processes = launched()
         if rank > 0:
             help_out(*read_data(config, []), rank, processes)
@@ -107,13 +114,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 played.append(metrics)
                 progress.advance(0, metrics)
 
-            result = run(
-                config,
-                data=data,
-                on_round=show,
-                resume=resume,
-                stop=stop,
-            )
+            result = run(config, data=data, on_round=show, resume=resume, stop=stop)
     except ConfigError as error:
         raise Mistake(error.worded(flag)) from None
     except (CheckpointError, FileExistsError, InUse) as error:
@@ -134,6 +135,16 @@ def _run(arguments: argparse.Namespace) -> int:
     except Interrupted as interrupted:
         print(f"fedss run: stopped; {_saved(out)}", file=sys.stderr)
         return interrupted.exit_code
+    if arguments.profile:
+        print_profile(result.seconds, len(played))
+    return _finished(result, out)
+
+
+def _finished(result: Result, out: Path) -> int:
+    """Makes the report, and says what came of the run; returns the exit code."""
+    from ..reports.remarks import remarks
+    from ..reports.report import Run, attempt, write_run_report
+
     failed = attempt(out, write_run_report, out, Run(result.config, result.history, result.summary))
     s = result.summary
     outcomes = {outcome: getattr(s, outcome) for outcome in OUTCOMES}
@@ -141,8 +152,6 @@ def _run(arguments: argparse.Namespace) -> int:
         why = {"rejected": f" ({explained(faults(out))})"} if outcomes["rejected"] else {}
         counts = ", ".join(f"{n:,} {outcome}{why.get(outcome, '')}" for outcome, n in outcomes.items())
         print(f"of {sum(outcomes.values()):,} clients drawn {counts}: {out / 'ledger.csv'}")
-    if arguments.profile:
-        print_profile(result.seconds, len(played))
     print(f"{s.told}, {s.traffic.total / 1e6:,.1f} MB moved: {out if failed else out / 'report.html'}")
     for line in (*failed, *remarks(s)):
         print(f"fedss run: {line}", file=sys.stderr)
@@ -235,39 +244,37 @@ _COMPARED: dict[str, Any] = {
 }
 
 
+def _planned(arguments: argparse.Namespace) -> Plan:
+    """The comparison that is asked for. Raises Mistake for what cannot be."""
+    from ..comparisons.jobs import folder_of
+
+    if arguments.resume is None:
+        preset = read_preset(arguments.preset) if arguments.preset else {}
+        vars(arguments).update(arguments.own)
+        own = {name: getattr(arguments, name) for name in LISTS}
+        lists = _COMPARED | preset | {name: value for name, value in own.items() if value is not None}
+        plan = Plan(config_of(arguments, preset.get("config", {})), *(lists[name] for name in LISTS))
+        refuse_unread(arguments, plan.methods)
+        return plan
+    _refuse_others(arguments)
+    there, out = Plan.read(arguments.resume), arguments.resume
+    places = {name: value for name, value in vars(arguments).items() if name in _PLACES}
+    plan = dataclasses.replace(there, config=dataclasses.replace(there.config, out=out, **places))
+    begun = [*plan.trials(out / "rates"), *plan.runs(out, {})]
+    any_saved = any(checkpoint.exists(folder_of(run)) for run in begun)
+    refuse_lost(arguments, plan.config, store=plan.config.class_store if any_saved else None)
+    return plan
+
+
 def _compare(arguments: argparse.Namespace) -> int:
     from ..comparisons import jobs
-    from ..comparisons.compare import (
-        COMPARISON_FILES,
-        LEAST,
-        cells,
-        compare,
-        header,
-        job_name,
-        trial_name,
-    )
-    from ..comparisons.jobs import JobsStopped, folder_of
+    from ..comparisons.compare import COMPARISON_FILES, compare, job_name, trial_name
+    from ..comparisons.jobs import JobsStopped
     from ..reports.progress import RunProgress
 
     resume = arguments.resume is not None
     with mistakes():
-        if resume:
-            _refuse_others(arguments)
-            there = Plan.read(arguments.resume)
-            places = {name: value for name, value in vars(arguments).items() if name in _PLACES}
-            config = dataclasses.replace(there.config, out=arguments.resume, **places)
-            plan = dataclasses.replace(there, config=config)
-            out = arguments.resume
-            begun = [*plan.trials(out / "rates"), *plan.runs(out, {})]
-            store = config.class_store if any(checkpoint.exists(folder_of(run)) for run in begun) else None
-            refuse_lost(arguments, config, store=store)
-        else:
-            preset = read_preset(arguments.preset) if arguments.preset else {}
-            vars(arguments).update(arguments.own)
-            own = {name: getattr(arguments, name) for name in LISTS}
-            lists = _COMPARED | preset | {name: value for name, value in own.items() if value is not None}
-            plan = Plan(config_of(arguments, preset.get("config", {})), *(lists[name] for name in LISTS))
-            refuse_unread(arguments, plan.methods)
+        plan = _planned(arguments)
         out = plan.config.out or Path("runs") / f"{arguments.command}-{plan.config.data}"
         names = [trial_name(plan, trial) for trial in plan.trials(out)]
         runs = plan.runs(out, {})
@@ -309,13 +316,20 @@ def _compare(arguments: argparse.Namespace) -> int:
         way = saved if (out / FILE).exists() else "no run has begun: start again"
         print(f"{command}: {reason(error)}; {way}", file=sys.stderr)
         return 1
+    return _compared(comparison, command, go_on)
+
+
+def _compared(comparison: "Comparison", command: str, go_on: str) -> int:
+    """Says what came of a comparison; returns the exit code."""
+    from ..comparisons.compare import LEAST, cells, header
+
     for line in (*comparison.notes, *comparison.failed):
         print(f"{command}: {line}", file=sys.stderr)
     if comparison.go_on:
         print(f"{command}: once the reason is gone {go_on}", file=sys.stderr)
     if comparison.table:
         print_table(header(comparison.table), cells(comparison.table), LEAST)
-        print(f"the table, plots and report: {out / 'report.html'}")
+        print(f"the table, plots and report: {comparison.out / 'report.html'}")
     return 1 if comparison.failed else 0
 
 

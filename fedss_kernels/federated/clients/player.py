@@ -14,6 +14,7 @@ from ..algorithms.parts import Part, Parts
 from ..config import OWN, STICKY, Config, ConfigError, learning_rate
 from ..data import FederatedData
 from ..files.fingerprint import Fingerprint
+from ..ledger import FLOWS, Traffic, client_traffic
 from ..messages import Request, Update
 from ..models import (
     build_model,
@@ -29,6 +30,7 @@ from .poison import poisoned
 from .pooled import PooledClient
 
 EVALUATION_BATCH = 512  # test images
+_ROWS = {Part.TRAINED: "travel", Part.KNOWN: "seed", Part.HOME: "home"}  # as the ledger calls it
 
 
 class Player:
@@ -103,6 +105,25 @@ class Player:
         """Numbers that a client keeps from round to round: its rows, and its net where that stays too."""
         rows = self.data.num_classes * self.config.row_dim if self.parts.anything_at_home else 0
         return rows + (len(self.extractor.flat) if self.parts.net_at_home else 0)
+
+    @property
+    def flows(self) -> tuple[str, ...]:
+        """What moves between the server and a client, as the ledger has it."""
+        return FLOWS[_ROWS[self.parts.rows]]
+
+    def traffic(self, request: Request, *, answers: bool) -> Traffic:
+        """Of one client in one round."""
+        if self.method.pooled:
+            return Traffic()  # nothing leaves its place
+        return client_traffic(
+            self.num_travelling,
+            len(request.class_ids),
+            self.config.row_dim,
+            rows=_ROWS[self.parts.rows],
+            sends_ids=request.sends_ids,
+            answers=answers,
+            dtype=self.config.wire_dtype,
+        )
 
     @property
     def store_size(self) -> tuple[int, int]:

@@ -12,6 +12,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Container, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -116,16 +117,10 @@ def from_files(
     test: Mapping[str, list[Path]],
     *,
     task: str,
-    seed: int,
-    image_size: int,
-    cache_dir: Path | None,
-    source: str,
     skip_damaged: bool,
-    on_progress: OnProgress | None,
-    how: Partition,
-    owner: Mapping[Path, str] | None = None,  # whose a training image is, where images have authors
     notes: tuple[str, ...] = (),
     on_found: Callable[[Found], None] | None = None,  # called before any image is read, which takes long
+    **options: Any,  # of _from_whole_files
 ) -> FederatedData:
     """The data set of these files; classes are numbered in the order of `train`.
 
@@ -134,8 +129,69 @@ def from_files(
     Raises ValueError where a classification's test has a class that training lacks, or a retrieval's one that
     it has, or a file is there twice. Else as `cached_images`.
     """
+    try:
+        return _from_whole_files(name, train, test, task=task, notes=notes, on_found=on_found, **options)
+    except DamagedImages as damaged:
+        left = _left(name, train, test, task, damaged) if skip_damaged else None
+        if left is None:
+            raise
+        *parts, said = left
+        return from_files(name, *parts, task=task, skip_damaged=True, notes=(*notes, *said), **options)
+
+
+def _from_whole_files(
+    name: str,
+    train: Mapping[str, list[Path]],
+    test: Mapping[str, list[Path]],
+    *,
+    task: str,
+    seed: int,
+    image_size: int,
+    cache_dir: Path | None,
+    source: str,
+    on_progress: OnProgress | None,
+    how: Partition,
+    owner: Mapping[Path, str] | None = None,  # whose a training image is, where images have authors
+    notes: tuple[str, ...],
+    on_found: Callable[[Found], None] | None,
+) -> FederatedData:
+    """As `from_files`, of files that can all be read; else raises DamagedImages."""
+    _check_classes(name, train, test, task)
     number = {name: c for c, name in enumerate(train)}
-    common, new = [c for c in test if c in number], [c for c in test if c not in number]
+    of_test = number if task == "classification" else {c: i for i, c in enumerate(test)}
+    files = [file for of_class in train.values() for file in of_class]
+    test_files = [file for of_class in test.values() for file in of_class]
+    _check_once(name, [*files, *test_files])
+    labels, test_labels = _labels(train, number), _labels(test, of_test)
+    made_by = how if owner else how.fitted(np.bincount(labels))
+    clients, client_names = divide(labels, made_by, seed, *_authors(files, owner))
+    known = (*notes, *_lacking(len(train) - len(test), task))
+    if on_found:
+        on_found(Found(name, len(train), len(files), len(test_files), len(clients), made_by, known))
+    images, test_images = cached_images(
+        name, [files, test_files], image_size, cache_dir, source, on_progress=on_progress
+    )
+    return FederatedData(
+        name=name,
+        images=images,
+        labels=torch.from_numpy(labels),
+        clients=clients,
+        client_names=client_names,
+        test_images=test_images,
+        test_labels=torch.from_numpy(test_labels),
+        num_classes=len(train),
+        class_names=tuple(map(printable, train)),
+        task=task,
+        how=made_by,
+        notes=known,
+        test_clients=divide_test(labels, clients, test_labels, made_by, task, seed),
+    )
+
+
+def _check_classes(
+    name: str, train: Mapping[str, list[Path]], test: Mapping[str, list[Path]], task: str
+) -> None:
+    common, new = [c for c in test if c in train], [c for c in test if c not in train]
     if task == "classification" and new:
         raise ValueError(f"{name}: no training image of {new[0]!r}, a class of the test")
     if task == "retrieval" and common:
@@ -145,63 +201,34 @@ def from_files(
         )
     if len(train) < 2:
         raise ValueError(f"{name}: expected at least 2 classes to train on, got 1: {next(iter(train))}")
-    of_test = number if task == "classification" else {c: i for i, c in enumerate(test)}
-    files = [file for of_class in train.values() for file in of_class]
-    test_files = [file for of_class in test.values() for file in of_class]
-    times = Counter([*files, *test_files])
-    twice = next((file for file, count in times.items() if count > 1), None)
+
+
+def _lacking(classes: int, task: str) -> list[str]:
+    """A line, where a classification has so many classes without a test image."""
+    return [f"classes without a test image: {classes:,}"] if classes and task == "classification" else []
+
+
+def _labels(by_class: Mapping[str, list[Path]], number: Mapping[str, int]) -> np.ndarray:
+    """(N,) int64: the class of each image."""
+    sizes = [len(found) for found in by_class.values()]
+    return np.repeat(np.array([number[c] for c in by_class], dtype=np.int64), sizes)
+
+
+def _check_once(name: str, files: list[Path]) -> None:
+    twice = next((file for file, count in Counter(files).items() if count > 1), None)
     if twice is not None:
         raise ValueError(f"{name}: {twice} is listed twice, of training and test images")
-    labels = np.repeat([number[c] for c in train], [len(found) for found in train.values()])
-    test_labels = np.repeat([of_test[c] for c in test], [len(found) for found in test.values()])
-    authors = sorted({owner[file] for file in files}) if owner else None
-    place = {author: k for k, author in enumerate(authors or ())}
-    owners = np.array([place[owner[file]] for file in files]) if owner else None
-    made_by = how if owner else how.fitted(np.bincount(labels))
-    clients, client_names = divide(labels, made_by, seed, authors, owners)
-    lacking = len(train) - len(test) if task == "classification" else 0
-    known = (*notes, f"classes without a test image: {lacking:,}") if lacking else notes
-    if on_found:
-        on_found(Found(name, len(train), len(files), len(test_files), len(clients), made_by, known))
-    try:
-        images, test_images = cached_images(
-            name, [files, test_files], image_size, cache_dir, source, on_progress=on_progress
-        )
-    except DamagedImages as damaged:
-        left = _left(name, train, test, task, damaged) if skip_damaged else None
-        if left is None:
-            raise
-        train_left, test_left, said = left
-        return from_files(
-            name,
-            train_left,
-            test_left,
-            task=task,
-            seed=seed,
-            image_size=image_size,
-            cache_dir=cache_dir,
-            source=source,
-            skip_damaged=True,
-            on_progress=on_progress,
-            how=how,
-            owner=owner,
-            notes=(*notes, *said),
-        )
-    return FederatedData(
-        name=name,
-        images=images,
-        labels=torch.from_numpy(labels.astype(np.int64)),
-        clients=clients,
-        client_names=client_names,
-        test_images=test_images,
-        test_labels=torch.from_numpy(test_labels.astype(np.int64)),
-        num_classes=len(train),
-        class_names=tuple(map(printable, train)),
-        task=task,
-        how=made_by,
-        notes=known,
-        test_clients=divide_test(labels, clients, test_labels, made_by, task, seed),
-    )
+
+
+def _authors(
+    files: list[Path], owner: Mapping[Path, str] | None
+) -> tuple[list[str] | None, np.ndarray | None]:
+    """(names of the images' authors, the place among them of each image's); None where there are none."""
+    if not owner:
+        return None, None
+    authors = sorted({owner[file] for file in files})
+    place = {author: k for k, author in enumerate(authors)}
+    return authors, np.array([place[owner[file]] for file in files])
 
 
 def _left(

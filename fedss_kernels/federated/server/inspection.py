@@ -4,6 +4,7 @@ An update that fails is dropped whole, and the round goes on with the others.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median_low
@@ -11,6 +12,7 @@ from statistics import median_low
 import torch
 from torch import Tensor
 
+from ..ledger import Entry
 from ..messages import Update
 
 # Of the net's norm: a shorter change does little harm, whatever the others' are. Where losses are near 0 most
@@ -37,6 +39,19 @@ BESIDE_OTHERS = REASONS | {
 def explained(faults: Iterable[tuple[str, int]]) -> str:
     """Of (fault, how many answers have it) in a run that goes on, in words: "2 not the shapes of ..."."""
     return "; ".join(f"{count:,} {BESIDE_OTHERS.get(fault, fault)}" for fault, count in faults)
+
+
+def reasons(entries: Sequence[Entry]) -> str:
+    """Why clients' answers did not make a round, each reason with how many, the most frequent first."""
+    counts = Counter(entry.fault or entry.outcome for entry in entries)
+    words = {
+        "dropped": "dropped out",
+        "late": "late, after --deadline",
+        "discarded": "nothing wrong with, but too few in their cohorts",
+    }
+    faults = BESIDE_OTHERS if counts["discarded"] else REASONS
+    words |= {fault: f"left out: {reason}" for fault, reason in faults.items()}
+    return "; ".join(f"{count:,} {words[reason]}" for reason, count in counts.most_common())
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..algorithms import METHODS
 from ..config import STICKY
-from ..files.run_folder import make_folder, read_config, read_model
+from ..files.run_folder import make_folder, read_config, read_kept, read_model
 from ..models import MODELS
 from ..reports.remarks import remarks
 from ..rounds import run
@@ -106,6 +107,11 @@ def _noise(arguments: argparse.Namespace) -> int:
         config = config_of(arguments, read_config(arguments.run)[0].to_dict() if arguments.run else {})
         if arguments.run:
             refuse_lost(arguments, config)
+            if METHODS[config.method].personal:
+                raise Mistake(
+                    f"--run: the class rows of {config.method} stay with its clients: there is no one model "
+                    "to measure"
+                )
         out = arguments.out if "out" in arguments else Path("runs") / f"noise-{config.data}"
         model = read_model(arguments.run) if arguments.run else None
         config, data = read_data(config, [config], given=arguments.given)
@@ -145,7 +151,9 @@ def _confusion(arguments: argparse.Namespace) -> int:
             config, _ = read_config(folder)
             refuse_lost(arguments, config, "start this there")
             config, data = read_data(config, [])
-            found.append(confusion.measure(config, data, read_model(folder), arguments.client))
+            model, kept = read_model(folder), read_kept(folder)
+            own = kept(arguments.client) if kept else (None, None)
+            found.append(confusion.measure(config, data, model, arguments.client, own))
             if found[-1].held != found[0].held:
                 raise Mistake(
                     f"client {arguments.client} of {folder} holds other images than that of "

@@ -14,7 +14,7 @@ from ..algorithms import METHODS
 from ..config import Config
 from ..data import FederatedData
 from ..files.checkpoint import MAY_DIFFER
-from ..files.run_folder import make_folder, read_config, read_model
+from ..files.run_folder import make_folder, read_config, read_kept, read_model
 from ..plan import FILE, Plan
 from .command import Command
 from .measure import write_measured
@@ -32,7 +32,7 @@ from .output import read_data
 
 if TYPE_CHECKING:
     from ..figures.personalisation import Measured
-    from ..fine_tuning import Own, Tuning
+    from ..fine_tuning import Tuning
 
 # Of one method and setting are runs that differ in these alone.
 _OF_NO_METHOD = {*MAY_DIFFER, "seed", "threads", "device", "eval_every"}
@@ -127,26 +127,11 @@ def _measured(
     begun = time.perf_counter()
     with mistakes():
         people = personalise(
-            config, data, read_model(folder), tuning, clients=arguments.clients, own=_kept(folder)
+            config, data, read_model(folder), tuning, clients=arguments.clients, own=read_kept(folder)
         )
     spent = f"{len(people):,} clients in {time.perf_counter() - begun:.0f} s"
     print(f"fedss personalise: {folder}, rate {tuning.rate:g}: {spent}", file=sys.stderr)
     return Measured(str(folder), title, config.seed, tuning, people)
-
-
-def _kept(folder: Path) -> "Own | None":
-    """What the clients of a run keep of the model for themselves; None where it is nothing."""
-    found = torch.load(folder / "model.pt", weights_only=True)
-    if "clients" not in found:
-        return None
-    place = {client: i for i, client in enumerate(found["clients"].tolist())}
-    kept = [found.get(name) for name in ("bodies", "heads")]
-
-    def own(client: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        phi, rows = (None if of is None or client not in place else of[place[client]] for of in kept)
-        return phi, rows
-
-    return own
 
 
 def _runs(folders: Sequence[Path]) -> list[Path]:

@@ -54,18 +54,23 @@ def measure(
     data: FederatedData,
     model: tuple[dict[str, Tensor], Tensor],  # (the net's state, W (C, D))
     client: int,
+    own: tuple[Tensor | None, Tensor | None] = (None, None),  # (phi, rows) that it keeps instead of these
 ) -> Confusion:
     """On the images that a client trains on. Raises ValueError for a client that is none."""
     if not 0 <= client < len(data.clients):
         raise ValueError(f"client: expected one in [0, {len(data.clients)}), got {client}")
     player = Player(config, data)
     player.extractor.module.load_state_dict(model[0])
+    phi, weight = own[0], model[1] if own[1] is None else own[1]
+    if phi is not None:
+        with torch.no_grad():
+            player.extractor.flat.copy_(phi)
     held = data.clients[client]
     classes = data.labels[held].unique()
-    rows, finite = directions(weight_and_bias(model[1][classes], config.similarity)[0])
+    rows, finite = directions(weight_and_bias(weight[classes], config.similarity)[0])
     rows = torch.where(finite[:, None], rows, torch.nan)
     embedded = player.extractor.embed(data.images[held])
-    found = nearest(embedded, model[1][classes], similarity=config.similarity)
+    found = nearest(embedded, weight[classes], similarity=config.similarity)
     label, taken = torch.searchsorted(classes, data.labels[held]), found != NOTHING
     counts = torch.zeros(len(classes), len(classes), dtype=torch.float64)
     counts.index_put_((label[taken], found[taken]), torch.ones((), dtype=torch.float64), accumulate=True)

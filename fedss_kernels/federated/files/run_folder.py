@@ -19,7 +19,7 @@ import json
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -499,6 +499,24 @@ def read_model(path: Path) -> tuple[dict[str, Tensor], Tensor]:
     if "weight" not in found:
         raise ValueError(f"{path / 'model.pt'} has no class matrix: it is in a class store, or there is none")
     return found["extractor"], found["weight"]
+
+
+def read_kept(path: Path) -> Callable[[int], tuple[Tensor | None, Tensor | None]] | None:
+    """client -> (phi (P,), rows (C, D)), None for what it does not keep; None where no client keeps any.
+
+    Of a finished run of which `read_model` reads the model.
+    """
+    found = torch.load(path / "model.pt", weights_only=True)
+    if "clients" not in found:
+        return None
+    place = {client: i for i, client in enumerate(found["clients"].tolist())}
+    kept = [found.get(name) for name in ("bodies", "heads")]
+
+    def own(client: int) -> tuple[Tensor | None, Tensor | None]:
+        phi, rows = (None if of is None or client not in place else of[place[client]] for of in kept)
+        return phi, rows
+
+    return own
 
 
 def read_metrics(path: Path, measures: Measures) -> list[RoundMetrics]:

@@ -94,6 +94,42 @@ def test_the_command_shows_runs_side_by_side(tmp_path, capsys, monkeypatch):
     assert cli.main(["confusion", str(tmp_path / "nowhere"), f"--out={out}"]) == 2
 
 
+def test_a_client_with_rows_or_a_net_of_its_own_is_shown_by_these(linear_model):
+    config, data = tiny_config(), tiny_data()
+    player = Player(config, data)
+    net, phi = player.extractor.module.state_dict(), player.extractor.flat.clone()
+    first, second = torch.randn(2, NUM_CLASSES, DIM, generator=torch.Generator().manual_seed(5))
+    for kept, same in (((None, second), (net, second)), ((-phi, None), (net, -first))):
+        found = confusion.measure(config, data, (net, first), 1, lambda k, kept=kept: kept)
+        assert torch.equal(found.shares, confusion.measure(config, data, same, 1).shares)
+        assert not torch.equal(found.shares, confusion.measure(config, data, (net, first), 1).shares)
+
+
+@pytest.mark.parametrize("method", ["fedper", "local_only"])
+def test_what_clients_keep_is_looked_at_and_where_it_is_in_a_store_nothing_is(
+    method, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("FEDSS_CACHE", str(tmp_path / "cache"))
+    run = ["run", "--glyph-classes=12", "--glyph-writers=4", "--partition=classes", "--classes-per-client=3"]
+    run += ["--images-per-client=10", "--cohort=2", "--embedding-dim=8", "--rounds=2", f"--method={method}"]
+    plain, stored, out = (tmp_path / name for name in ("plain", "stored", "out"))
+    assert cli.main([*run, f"--out={plain}"]) == 0
+    model = torch.load(plain / "model.pt", weights_only=True)
+    client = model["clients"][0].item()
+    assert cli.main(["confusion", str(plain), f"--client={client}", f"--out={out}"]) == 0
+    shares = (out / "confusion.csv").read_text()
+    torch.save({**model, "heads": -model["heads"]}, plain / "model.pt")
+    assert cli.main(["confusion", str(plain), f"--client={client}", f"--out={out}"]) == 0
+    assert (out / "confusion.csv").read_text() != shares
+    assert cli.main([*run, f"--out={stored}", f"--class-store={tmp_path / 'rows'}"]) == 0
+    capsys.readouterr()
+    for command in ("confusion", "personalise"):
+        assert cli.main([command, str(stored), f"--out={out}"]) == 2
+        assert "has no class matrix: it is in a class store" in capsys.readouterr().err
+    assert cli.main(["noise", f"--run={plain}", f"--out={out}"]) == 2
+    assert f"expected a run with one model for all, got one of {method}" in capsys.readouterr().err
+
+
 def test_runs_of_one_method_are_told_apart_and_of_other_data_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("FEDSS_CACHE", str(tmp_path / "cache"))
     small = ["--glyph-classes=6", "--glyph-writers=4", "--cohort=2", "--embedding-dim=8", "--rounds=1"]

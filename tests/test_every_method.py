@@ -103,6 +103,13 @@ def test_rubbish_is_left_out(method):
 
 
 @pytest.mark.parametrize("method", FEDERATED)
+def test_rubbish_that_is_trusted_ends_no_run(method):
+    result = train(method, poison_rate=0.9, trust_updates=True, cohort=4, rounds=4)
+    assert result.summary.rejected == 0
+    assert (result.summary.not_finite_since is None) == (method == "local_only")  # which sends nothing
+
+
+@pytest.mark.parametrize("method", FEDERATED)
 def test_what_travels_as_bfloat16_is_rounded_and_nothing_else(method):
     whole, rounded = train(method), train(method, wire_dtype="bfloat16")
     same = bits(whole) == bits(rounded)

@@ -157,6 +157,19 @@ def test_one_pixel_label_or_row_of_the_data_counts(name, differs):
     assert fingerprint(Net(), data).differences(fingerprint(Net(), changed)) == [differs]
 
 
+def test_who_is_tested_on_which_image_counts_and_an_earlier_versions_lacks_it():
+    data = tiny_data()
+    first, second, *others = data.test_clients
+    swapped = dataclasses.replace(data, test_clients=(second, first, *others))
+    held_out = dataclasses.replace(data, newcomers=((data.clients[0], first),))
+    found = fingerprint(Net(), data)
+    for changed in (swapped, held_out):
+        differs = found.differences(fingerprint(Net(), changed))
+        assert differs == ["who is tested on which image"]
+    parts = {name: part for name, part in found.parts.items() if name != differs[0]}
+    assert dataclasses.replace(found, parts=parts).differences(found) == []
+
+
 def test_of_many_images_a_sample_is_read(monkeypatch):
     monkeypatch.setattr("fedss_kernels.federated.files.fingerprint.ALL_BYTES", 0)
     monkeypatch.setattr("fedss_kernels.federated.files.fingerprint.SAMPLE", 4)

@@ -240,7 +240,8 @@ def _run(
     if store:
         store.sync()
     if folder:
-        folder.finish(summary, trained.net, weight, own)
+        # without what clients keep, the rows that they began with would be taken for theirs
+        folder.finish(summary, trained.net, weight if own or not homes else None, own)
     if store and not config.checkpoint_every:
         store.forget_journals()
     seconds = algorithm.watch.seconds

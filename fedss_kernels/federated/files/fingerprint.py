@@ -1,10 +1,11 @@
 """By what a resumed run knows that its data and its net are those that it began with.
 
-Of the data: labels, clients, the number of classes, and the images, all of them where they are few, a sample
-where they are many. Of the net as it begins: names, shapes, dtypes and values of what is trained, what is
-frozen and the buffers, saved with the net or not; its modules, with what their repr says and the plain
-attributes of classes that are not torch's. What none of these shows, such as another forward of the same
-class, shows in the embeddings of two images, which may differ by rounding alone, as on another machine.
+Of the data: labels, clients and who is tested on what, the number of classes, and the images, all of them
+where they are few, a sample where they are many. Of the net as it begins: names, shapes, dtypes and values of
+what is trained, what is frozen and the buffers, saved with the net or not; its modules, with what their repr
+says and the plain attributes of classes that are not torch's. What none of these shows, such as another
+forward of the same class, shows in the embeddings of two images, which may differ by rounding alone, as on
+another machine.
 
 Whether modules are in training mode does not count, as clients put all of them in it. What shows in gradients
 alone, or in a private attribute and in training alone, is not seen.
@@ -46,7 +47,8 @@ class Fingerprint:
 
     def differences(self, other: "Fingerprint") -> list[str]:
         """Names of what is not the same."""
-        different = [name for name in self.parts if self.parts[name] != other.parts.get(name)]
+        shared = self.parts.keys() & other.parts.keys()  # an earlier version's has fewer
+        different = [name for name in self.parts if name in shared and self.parts[name] != other.parts[name]]
         if not different and not _near(self.embeddings, other.embeddings):
             return ["what the net computes"]
         return different
@@ -68,6 +70,7 @@ def _of_data(data: FederatedData) -> dict[str, str]:
         "which client holds which image": _digest(data.clients),
         "the test images": _digest(_sample(data.test_images)),
         "the test labels": _digest([data.test_labels]),
+        "who is tested on which image": _digest([*data.test_clients, "newcomers", *sum(data.newcomers, ())]),
     }
 
 

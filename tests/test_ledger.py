@@ -130,7 +130,7 @@ def test_of_a_head_that_is_known_from_the_seed_the_seed_alone_moves(method, tmp_
     assert read_run(tmp_path / "run") == (result.config, result.history, result.summary)
     write_run_report(tmp_path, Run(*read_run(tmp_path / "run")))
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "<td>the seed of the class rows, down</td><td>0.0</td><td>0.0</td><td>–</td>" in page
+    assert "<td>the seed of the class rows, down</td><td>0.008</td>" in page
 
 
 def test_faults_are_counted_the_most_frequent_first(tmp_path):

@@ -63,6 +63,7 @@ declare(Kind("extractor", "the net", ("down", "up"), by_class=False))
 declare(Kind("rows", "class rows", ("down", "up"), by_class=True))
 declare(Kind("ids", "ids of the classes asked for", ("up",), by_class=True))
 declare(Kind("seed", "the seed of the class rows", ("down",), by_class=False))
+declare(Kind("frozen", "blocks of the net that are not trained", ("down",), by_class=False))
 # Where a client has its class rows from -> what moves for it and the net.
 FLOWS = {
     "travel": ("down_extractor", "down_rows", "up_ids", "up_extractor", "up_rows"),
@@ -139,6 +140,7 @@ def client_traffic(
     embedding_dim: int,
     *,
     rows: str = "travel",
+    frozen: int = 0,
     sends_ids: bool = True,
     answers: bool = True,
     dtype: str = "float32",
@@ -151,7 +153,8 @@ def client_traffic(
     {'down_extractor': 4000, 'down_seed': 8, 'up_extractor': 4000}
 
     A client that never `answers` asks and is sent its part like any other, and sends nothing back. Of a net
-    that stays at home num_parameters is 0. Raises ValueError for other `rows`.
+    that stays at home num_parameters is 0. `frozen` numbers of the net are sent beside it and not back.
+    Raises ValueError for other `rows`.
     """
     if rows not in FLOWS:
         raise ValueError(f"rows: expected one of {', '.join(FLOWS)}, got {rows!r}")
@@ -165,4 +168,5 @@ def client_traffic(
         "up_extractor": extractor * answers,
         "up_rows": each_way * answers,
     }
-    return Traffic({flow: moved[flow] for flow in FLOWS[rows]})
+    not_trained = {"down_frozen": number_bytes * frozen} if frozen else {}
+    return Traffic({flow: moved[flow] for flow in FLOWS[rows]} | not_trained)

@@ -1,7 +1,7 @@
-"""The round loop: Algorithm 1 of the FedSS paper for any of the methods.
+"""The loop of one run, whatever its rounds are: play, evaluate, record, checkpoint; stop, and go on.
 
-data -> cohort -> each client's class set -> server.select -> client.update -> server.aggregate
-     -> server.step -> metrics, ledger -> report
+What a round is belongs to the algorithm (algorithm.py); of methods shaped as federated averaging it is
+simulation.py's.
 """
 
 import time

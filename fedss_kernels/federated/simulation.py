@@ -1,6 +1,6 @@
-"""A run as it stands: the server, the workers, and everything that is made once; one round of it at a time.
+"""The round of methods that are shaped as federated averaging, and all that their rounds share.
 
-cohort -> each client's class set -> server.select -> client.update -> server.aggregate -> server.step
+cohort -> each client's class set -> server.select -> client.update -> tally, the updates' mean -> server.step
 """
 
 import logging

@@ -97,8 +97,12 @@ class Player:
     @property
     def num_travelling(self) -> int:
         """Numbers of the net that come back."""
+        return self._num(Part.TRAINED)
+
+    def _num(self, which: Part) -> int:
+        """Of the blocks of the net that stand there."""
         sizes = zip(self.extractor.block_sizes, self.parts.blocks, strict=True)
-        return sum(size for size, part in sizes if part is Part.TRAINED)
+        return sum(size for size, part in sizes if part is which)
 
     @property
     def num_at_home(self) -> int:
@@ -109,7 +113,8 @@ class Player:
     @property
     def flows(self) -> tuple[str, ...]:
         """What moves between the server and a client, as the ledger has it."""
-        return FLOWS[_ROWS[self.parts.rows]]
+        flows = FLOWS[_ROWS[self.parts.rows]]
+        return (*flows, "down_frozen") if self._num(Part.FROZEN) else flows
 
     def traffic(self, request: Request, *, answers: bool) -> Traffic:
         """Of one client in one round."""
@@ -120,6 +125,7 @@ class Player:
             len(request.class_ids),
             self.config.row_dim,
             rows=_ROWS[self.parts.rows],
+            frozen=self._num(Part.FROZEN),
             sends_ids=request.sends_ids,
             answers=answers,
             dtype=self.config.wire_dtype,

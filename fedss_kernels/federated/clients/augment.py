@@ -21,10 +21,14 @@ class Augmentation:
     max_shift: int = 0  # moved by so many pixels at most
     flip: bool = False  # every other one from left to right
 
+    @property
+    def draws(self) -> bool:
+        return bool(self.crop_size or self.max_shift or self.flip)
+
     def __call__(
         self,
         images: Tensor,  # (n, channels, H, W) uint8
-        rng: np.random.Generator,
+        rng: np.random.Generator,  # of any state where nothing is drawn
         device: torch.device | str = "cpu",
     ) -> Tensor:  # float32 in [0, 1], on the device
         if self.crop_size:

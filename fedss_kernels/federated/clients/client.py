@@ -60,7 +60,9 @@ class Client:
             model.module.train()
         key = self.seed, round, attempt, client
         _seed_torch(int(generator(*key, Purpose.MODEL).integers(2**63)), model.device)
-        shuffle, changes = generator(*key, Purpose.BATCHES), generator(*key, Purpose.AUGMENTATION)
+        shuffle = changes = generator(*key, Purpose.BATCHES)
+        if self.augmentation.draws:
+            changes = generator(*key, Purpose.AUGMENTATION)
         objective = ClassRows(
             rows.to(model.device, copy=parts.rows.moves),
             request.to(model.device),

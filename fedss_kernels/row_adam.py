@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
@@ -90,9 +91,10 @@ def step_(
 
 def _numbers(where: str, lr: Any, betas: Any, eps: Any, weight_decay: Any) -> tuple[float, ...]:
     """(lr, beta1, beta2, eps, weight_decay)"""
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+    pair = betas.tolist() if isinstance(betas, (Tensor, np.ndarray)) else betas
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise TypeError(f"{where}betas: expected two numbers, got {betas!r}")
-    beta1, beta2 = (as_number(f"{where}betas[{i}]", beta, least=0, below=1) for i, beta in enumerate(betas))
+    beta1, beta2 = (as_number(f"{where}betas[{i}]", beta, least=0, below=1) for i, beta in enumerate(pair))
     lr, eps, weight_decay = (
         as_number(where + name, value, least=0)
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay))
@@ -260,7 +262,8 @@ class RowAdam(RowOptimizer):
         if "row_steps" in state:
             shapes["row_steps"] = tuple(parameter.shape[:1])
         for name, shape in shapes.items():
-            found = tuple(torch.as_tensor(state[name]).shape) if name in state else "none"
+            held = state.get(name)
+            found = "none" if held is None else tuple(torch.as_tensor(held).shape)
             if found != shape:
                 raise ValueError(f"state: expected {name} of shape {shape}, got {found}")
         for name in ("exp_avg", "exp_avg_sq"):

@@ -303,7 +303,7 @@ def _as_pythons(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(map(_as_pythons, value))
     if isinstance(value, np.ndarray):
-        value = single_item(value)
+        value = single_item(value) if value.size == 1 else value.tolist()
     if isinstance(value, np.bool_):
         return bool(value)
     if isinstance(value, numbers.Integral):

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard, regist
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
-from fedss_kernels import RowSGD, SampledSoftmaxLoss, sampled_softmax_loss
+from fedss_kernels import RowSGD, SampledSoftmaxLoss, clip_grad_norm_, sampled_softmax_loss
 
 WORLD, C, D = 2, 50, 8
 SPARSE = ("criterion.weight", "criterion.bias")
@@ -101,6 +101,22 @@ def zero_redundancy_optimizer_equals_the_optimizer(rank):
         assert torch.equal(a, b)
 
 
+def zero_redundancy_optimizer_clips_by_the_norm_of_the_model(rank):
+    """By clip_grad_norm_, as its processes' optimisers see a part of the model each."""
+    nets = []
+    for kind in (RowSGD, ZeroRedundancyOptimizer):
+        model = DistributedDataParallel(Classifier(rank, sparse_grad=True))
+        options = {"optimizer_class": RowSGD} if kind is ZeroRedundancyOptimizer else {"max_norm": 0.5}
+        optimizer = kind(model.parameters(), lr=0.1, **options)
+        model(*batch(4, rank)).backward()
+        if kind is ZeroRedundancyOptimizer:
+            assert clip_grad_norm_(model.parameters(), 0.5) > 0.5
+        optimizer.step()
+        nets.append(model)
+    for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def nccl_is_refused_with_sparse_gradients_only(rank):
     found, dist.get_backend_config = dist.get_backend_config, lambda group: "cpu:nccl,cuda:nccl"
     try:
@@ -185,6 +201,7 @@ CHECKS = [
     ddp_averages_sparse_gradients_of_a_bias_beside_a_learned_scale,
     ddp_of_the_criterion_alone,
     zero_redundancy_optimizer_equals_the_optimizer,
+    zero_redundancy_optimizer_clips_by_the_norm_of_the_model,
     nccl_is_refused_with_sparse_gradients_only,
     fully_shard_trains_as_one_process_does,
     fully_shard_refuses_sparse_gradients,

@@ -9,6 +9,7 @@ from fractions import Fraction
 from unittest import mock
 
 import fedss_kernels.reference.row_adam
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -476,6 +477,8 @@ BAD_STATES = [
     (lambda w: changed(adamw_state(w), row_steps=torch.tensor([0, 1, 2, -3, 4])), r"row_steps\[3\]: expected at least 0, got -3"),
     (lambda w: changed(adamw_state(w), row_steps=torch.full((5,), math.nan)), r"row_steps\[0\]: expected at least 0, got nan"),
     (lambda w: changed(adamw_state(w), exp_avg=torch.ones(5, 3).to_sparse()), "exp_avg: expected a dense tensor, got layout torch.sparse_coo"),
+    (lambda w: changed(adamw_state(w), exp_avg_sq=None), r"state: expected exp_avg_sq of shape \(5, 3\), got none"),
+    (lambda w: changed(adamw_state(w), row_steps=None), r"state: expected row_steps of shape \(5,\), got none"),
     (lambda w: nadam_state(w), "state: expected .*, got mu_product too: is this the state of another optimiser than RowAdam"),
     (lambda w: torch.optim.RAdam([w], decoupled_weight_decay=True).state_dict(), r"param_groups\[0\]: expected the options of RowAdam, got no amsgrad: is this the state of"),
     (lambda w: torch.optim.NAdam([w], decoupled_weight_decay=True).state_dict(), "expected the options of RowAdam, got momentum_decay too, which NAdam has"),
@@ -498,6 +501,8 @@ def test_other_states_are_refused_by_name(make, message):
 
 BAD_OPTIONS = [
     ({"lr": -0.1}, ValueError, "lr: .* at least 0, got -0.1"),
+    ({"betas": torch.tensor([0.9, 0.99, 0.999])}, TypeError, r"betas: expected two numbers, got tensor"),
+    ({"betas": np.array(0.9)}, TypeError, r"betas: expected two numbers, got array\(0.9\)"),
     ({"betas": (0.9,)}, TypeError, r"betas: expected two numbers, got \(0.9,\)"),
     ({"betas": (0.9, 1 - Fraction(1, 10**30))}, ValueError, r"betas\[1\]: .* below 1, got 9+/10+"),
     ({"betas": (-0.1, 0.9)}, ValueError, r"betas\[0\]: .* at least 0 and below 1, got -0.1"),
@@ -518,6 +523,18 @@ def test_bad_options(options, error, message):
     with pytest.raises(error, match=rf"param_groups\[0\]: {message}"):
         optimizer.step()
     assert not weight.any() and not optimizer.state
+
+
+@pytest.mark.parametrize("make", [torch.tensor, np.array], ids=["tensor", "array"])
+def test_two_numbers_may_lie_in_a_tensor_or_an_array(make):
+    weights = [nn.Parameter(torch.ones(3, 2)) for _ in range(2)]
+    ours = RowAdam(weights[:1], lr=0.1, betas=make([0.5, 0.75]))
+    theirs = torch.optim.AdamW(weights[1:], lr=0.1, betas=(0.5, 0.75))
+    for _ in range(2):
+        for weight, optimizer in zip(weights, (ours, theirs), strict=True):
+            weight.grad = torch.ones(3, 2)
+            optimizer.step()
+    assert torch.equal(*weights)
 
 
 @pytest.mark.gpu

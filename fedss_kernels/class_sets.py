@@ -38,7 +38,7 @@ def draw_negatives(
 
     Draws ranks among the C - |P| classes that are not held; the r-th of these is r + #{i : P_i - i <= r}, P
     ascending, as P_i - i of them lie below P_i. Raises ValueError if a positive is repeated or outside [0,
-    C).
+    C), RuntimeError in the backward pass, as `draw_batch_class_set` does.
 
     >>> draw_negatives(5, torch.tensor([1, 3]), 10, np.random.default_rng(0))
     tensor([0, 2, 4])
@@ -47,6 +47,7 @@ def draw_negatives(
     num_negatives = check_integer("num_negatives", num_negatives, 0)
     if not isinstance(rng, np.random.Generator):
         raise TypeError(f"rng: expected a numpy.random.Generator, got {type(rng).__name__}")
+    _refuse_in_backward("rng", "draw before")
     held = _sorted_positives(num_classes, positives)
     others = num_classes - len(held)
     m = min(num_negatives, others)
@@ -65,8 +66,8 @@ def draw_class_set(
     """The class set of one client in one round: its positives and min(m, C - |P|) fresh negatives.
 
     `correction="negatives"` subtracts log(|N| / (C - |P|)) from each negative's logit; `"none"` is the
-    reading in which one constant stands on every member, the target included, and cancels. Raises ValueError
-    as `draw_negatives` does.
+    reading in which one constant stands on every member, the target included, and cancels. Raises as
+    `draw_negatives` does.
     """
     check_correction(correction)
     num_classes = check_integer("num_classes", num_classes, 0)
@@ -142,7 +143,7 @@ def draw_batch_class_set(
     else:
         check_generator(generator)
         if generator is not None:
-            _refuse_in_backward()
+            _refuse_in_backward("generator", "take generator=None")
         uniform = torch.randint(2**62, (num_sampled,), device=target.device, generator=generator)
     stratum = torch.arange(num_sampled, device=target.device)
     rank = (stratum * others + uniform % others.clamp(min=1)) // max(num_sampled, 1)
@@ -210,19 +211,19 @@ _library.define(
 
 def _random_integers(draws: Tensor, like: Tensor, size: int, generator: int) -> Tensor:
     """(size,) uniform in [0, 2^62), on like's device, from the generator of that number."""
-    _refuse_in_backward()
+    _refuse_in_backward("generator", "take generator=None")
     draws += 1
     return torch.randint(2**62, (size,), device=like.device, generator=_generators[generator])
 
 
-def _refuse_in_backward() -> None:
+def _refuse_in_backward(name: str, instead: str) -> None:
     """What runs there is run again, by torch.utils.checkpoint, and should draw what it drew before."""
     if torch._C._current_graph_task_id() != -1:
         raise RuntimeError(
-            "generator: expected a class set to be drawn in the forward pass, not in the backward pass, in "
+            f"{name}: expected a class set to be drawn in the forward pass, not in the backward pass, in "
             "which torch.utils.checkpoint would draw another one: it restores torch's default generators "
             "only. Leave the loss out of what is checkpointed (it keeps no logits) and of hooks on "
-            "gradients, or take generator=None"
+            f"gradients, or {instead}"
         )
 
 

@@ -125,6 +125,8 @@ def _values(grad: Tensor) -> Tensor:
 
 
 def _gradients(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    if not isinstance(parameters, Iterable):  # a tensor is
+        raise TypeError(f"parameters: expected a tensor or several, got {type(parameters).__name__}")
     given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     for index, parameter in enumerate(given):
         if not isinstance(parameter, Tensor):

@@ -322,7 +322,10 @@ def _matrix(values: Tensor) -> Tensor:
 
 
 def _scaled(values: Tensor, factor: Tensor | None) -> Tensor:
-    return values if factor is None else values * factor.to(values.device)
+    if factor is None:
+        return values
+    # a factor of float64 makes float64 of one of no dimensions
+    return (values * factor.to(values.device)).to(values.dtype)
 
 
 def _has_kernel(weight: Tensor) -> bool:

@@ -8,8 +8,9 @@ import torch
 from fedss_kernels.reference import class_set as reference_class_set
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
-from fedss_kernels import draw_class_set, draw_negatives
+from fedss_kernels import draw_class_set, draw_negatives, sampled_softmax_loss
 
 # (C, P): a number of classes and some of them
 SIZES = st.integers(1, 60).flatmap(lambda C: st.tuples(st.just(C), st.sets(st.integers(0, C - 1))))
@@ -107,3 +108,20 @@ def test_wrong_types(arguments, message):
         draw_class_set(*arguments, rng())
     with pytest.raises(TypeError, match="rng: expected a numpy.random.Generator, got int"):
         draw_class_set(5, torch.tensor([1]), 2, 0)
+
+
+def test_what_is_run_again_in_the_backward_pass_draws_nothing_else():
+    """torch.utils.checkpoint does not restore NumPy's generators: gradients would be those of another set."""
+    rng, P = np.random.default_rng(0), torch.tensor([1, 2, 3])
+    embeddings, weight = torch.randn(3, 4, requires_grad=True), torch.randn(50, 4, requires_grad=True)
+
+    def loss(embeddings):
+        drawn = draw_class_set(50, P, 5, rng)
+        return sampled_softmax_loss(embeddings, weight, P, drawn.class_ids, drawn.log_expected_count)
+
+    checkpointed = checkpoint(loss, embeddings, use_reentrant=False)
+    with pytest.raises(
+        RuntimeError, match="rng: expected a class set to be drawn in the forward pass.*or draw"
+    ):
+        checkpointed.backward()
+    loss(embeddings).backward()

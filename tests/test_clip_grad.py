@@ -184,6 +184,8 @@ BAD = [
 def test_what_is_no_tensor_is_named(function):
     with pytest.raises(TypeError, match=r"parameters\[0\]: expected a tensor, got tuple"):
         function(torch.nn.Linear(2, 2).named_parameters(), 1.0)
+    with pytest.raises(TypeError, match="parameters: expected a tensor or several, got Linear"):
+        function(torch.nn.Linear(2, 2), 1.0)
 
 
 @pytest.mark.parametrize("function, arguments, error, message", BAD, ids=[message for *_, message in BAD])

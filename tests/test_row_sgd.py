@@ -512,6 +512,26 @@ def test_groups_of_other_norms_are_refused():
         RowSGD([nn.Parameter(torch.ones(2))], lr=0.1).add_param_group(groups[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind, options", [(RowSGD, {"momentum": 0.5}), (RowAdam, {})], ids=str)
+def test_max_norm_of_numbers_without_dimensions_beside_a_float64(kind, options, dtype):
+    """A factor of float64 makes float64 of such a gradient, and of no other."""
+    lone, matrix, row, other = (
+        nn.Parameter(torch.ones(shape, dtype=of))
+        for shape, of in (((), dtype), ((1, 1), torch.float64), ((1,), dtype), ((1, 1), torch.float64))
+    )
+    for number, beside in ((lone, matrix), (row, other)):
+        optimizer = kind([number, beside], lr=0.5, max_norm=1.0, **options)
+        for _ in range(2):
+            for parameter in (number, beside):
+                parameter.grad = torch.full_like(parameter, 2.0)
+            optimizer.step()
+        held = optimizer.state[number].values()
+        assert all(state.dtype in (dtype, torch.float32) for state in held)
+    torch.testing.assert_close(lone, row.squeeze())
+    assert torch.equal(matrix, other)
+
+
 @pytest.mark.parametrize("kind", [RowSGD, RowAdam])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_max_norm_is_clip_grad_norm_that_leaves_the_gradients(kind, dtype):

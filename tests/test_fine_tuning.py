@@ -1,6 +1,7 @@
 """A client's accuracies by hand, and what fine-tuning moves and leaves alone."""
 
 import copy
+import dataclasses
 from dataclasses import replace
 from itertools import pairwise
 
@@ -264,10 +265,14 @@ def test_some_clients_are_the_first():
 # ---- what cannot be
 
 
+def nobodys():
+    return dataclasses.replace(tiny_data(), test_clients=())
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (tiny_data, "personalise: nobody knows which test images of tiny are whose: .*partition .*holdout"),
+        (nobodys, "personalise: nobody knows which test images of tiny are whose: .*partition .*holdout"),
         (lambda: data_of_clients("retrieval"), "personalise: expected a classification, got a retrieval"),
     ],
 )

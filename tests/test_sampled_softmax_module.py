@@ -494,3 +494,12 @@ def test_denominator_is_the_full_one_on_average():
         ids, counts = draw_batch_class_set(target, C, 10, g)
         total += (exp_logits[ids] * torch.exp(-counts)).sum().item() / 4000
     assert total == pytest.approx(exp_logits.sum().item(), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("scale", "dtype"), [(70_000.0, torch.float16), (1e300, torch.float32), (1e300, None)]
+)
+def test_a_scale_that_its_dtype_does_not_hold_is_refused_where_it_is_learned(scale, dtype):
+    with pytest.raises(ValueError, match=r"scale: expected a number that torch\.float\d\d holds"):
+        SampledSoftmaxLoss(10, 4, 3, scale=scale, learn_scale=True, dtype=dtype)
+    assert SampledSoftmaxLoss(10, 4, 3, scale=20.0, learn_scale=True, dtype=torch.float16).scale.item() == 20

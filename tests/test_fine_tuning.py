@@ -1,7 +1,6 @@
 """A client's accuracies by hand, and what fine-tuning moves and leaves alone."""
 
 import copy
-import dataclasses
 from dataclasses import replace
 from itertools import pairwise
 
@@ -266,7 +265,7 @@ def test_some_clients_are_the_first():
 
 
 def nobodys():
-    return dataclasses.replace(tiny_data(), test_clients=())
+    return replace(tiny_data(), test_clients=())
 
 
 @pytest.mark.parametrize(

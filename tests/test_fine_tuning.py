@@ -267,7 +267,10 @@ def test_some_clients_are_the_first():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (tiny_data, "personalise: nobody knows which test images of tiny are whose: .*partition .*holdout"),
+        (
+            lambda: replace(tiny_data(), test_clients=()),
+            "personalise: nobody knows which test images of tiny are whose: .*partition .*holdout",
+        ),
         (lambda: data_of_clients("retrieval"), "personalise: expected a classification, got a retrieval"),
     ],
 )

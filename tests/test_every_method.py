@@ -17,6 +17,7 @@ from fedss_kernels.federated.clients.player import Player
 from fedss_kernels.federated.files.run_folder import RoundMetrics
 from fedss_kernels.federated.fine_tuning import Tuning, measures, personalise
 from fedss_kernels.federated.randomness import Purpose, generator
+from fedss_kernels.federated.reports.remarks import remarks
 from fedss_kernels.federated.server.cohort import draw_cohort
 
 FEDERATED = [name for name, method in METHODS.items() if not method.pooled]
@@ -270,6 +271,16 @@ def test_a_run_measures_what_its_model_is_worth_to_each_client(method, tmp_path)
         assert result.summary.initial_top1 == pytest.approx(result.summary.own_top1)
     last = files(tmp_path)["metrics.csv"][-1]
     assert float(last["restricted_top1"]) == result.summary.restricted_top1
+
+
+def test_fine_tuning_that_runs_away_is_said():
+    options = {"method": "fedavg", "personalise_epochs": 1, "personalise_part": "full"}
+    for rate in (0.01, 1e38):
+        result = train(personalise_rate=rate, client_lr=0.01, similarity="dot", **options)
+        lost = result.summary.personal_not_finite
+        assert (lost > 0) == (rate == 1e38)
+        said = [line for line in remarks(result.summary) if f"not finite for {lost} clients" in line]
+        assert bool(said) == bool(lost) and all("--personalise-rate too high?" in line for line in said)
 
 
 def test_where_it_cannot_be_measured_the_run_is_refused():

@@ -9,7 +9,7 @@ import torch
 from tiny_federation import NUM_PARAMETERS, tiny_config, tiny_data, tiny_model
 from torch.nn.functional import cross_entropy, normalize
 
-from fedss_kernels.federated import ConfigError, Result, Stopped, run
+from fedss_kernels.federated import ConfigError, Result, Stopped, cli, run
 from fedss_kernels.federated.algorithms import METHODS
 from fedss_kernels.federated.algorithms.parts import Part
 from fedss_kernels.federated.clients.client import Client
@@ -271,6 +271,32 @@ def test_a_run_measures_what_its_model_is_worth_to_each_client(method, tmp_path)
         assert result.summary.initial_top1 == pytest.approx(result.summary.own_top1)
     last = files(tmp_path)["metrics.csv"][-1]
     assert float(last["restricted_top1"]) == result.summary.restricted_top1
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ([], "--method: nobody knows which test images of glyphs are whose"),
+        (
+            ["--partition=iid", "--num-clients=4", "--rates=0.1,0.2"],
+            "--personalise-epochs: expected at least 1 with fedper and a holdout",
+        ),
+    ],
+)
+def test_a_comparison_in_which_a_method_cannot_be_measured_is_refused_in_a_line(
+    options, words, tmp_path, capsys
+):
+    small = [
+        "--glyph-classes=12",
+        "--glyph-writers=4",
+        "--cohort=2",
+        f"--cache-dir={tmp_path / 'cache'}",
+        *options,
+    ]
+    out = tmp_path / "out"
+    assert cli.main(["compare", "--methods=fedavg,fedper", *small, f"--out={out}"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].startswith(f"fedss compare: {words}") and not list(out.glob("*"))
 
 
 def test_fine_tuning_that_runs_away_is_said():

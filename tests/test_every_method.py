@@ -9,7 +9,7 @@ import torch
 from tiny_federation import NUM_PARAMETERS, tiny_config, tiny_data, tiny_model
 from torch.nn.functional import cross_entropy, normalize
 
-from fedss_kernels.federated import ConfigError, Result, Stopped, run
+from fedss_kernels.federated import ConfigError, Result, Stopped, cli, run
 from fedss_kernels.federated.algorithms import METHODS
 from fedss_kernels.federated.algorithms.parts import Part
 from fedss_kernels.federated.clients.client import Client
@@ -17,6 +17,7 @@ from fedss_kernels.federated.clients.player import Player
 from fedss_kernels.federated.files.run_folder import RoundMetrics
 from fedss_kernels.federated.fine_tuning import Tuning, measures, personalise
 from fedss_kernels.federated.randomness import Purpose, generator
+from fedss_kernels.federated.reports.remarks import remarks
 from fedss_kernels.federated.server.cohort import draw_cohort
 
 FEDERATED = [name for name, method in METHODS.items() if not method.pooled]
@@ -270,6 +271,42 @@ def test_a_run_measures_what_its_model_is_worth_to_each_client(method, tmp_path)
         assert result.summary.initial_top1 == pytest.approx(result.summary.own_top1)
     last = files(tmp_path)["metrics.csv"][-1]
     assert float(last["restricted_top1"]) == result.summary.restricted_top1
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ([], "--method: nobody knows which test images of glyphs are whose"),
+        (
+            ["--partition=iid", "--num-clients=4", "--rates=0.1,0.2"],
+            "--personalise-epochs: expected at least 1 with fedper and a holdout",
+        ),
+    ],
+)
+def test_a_comparison_in_which_a_method_cannot_be_measured_is_refused_in_a_line(
+    options, words, tmp_path, capsys
+):
+    small = [
+        "--glyph-classes=12",
+        "--glyph-writers=4",
+        "--cohort=2",
+        f"--cache-dir={tmp_path / 'cache'}",
+        *options,
+    ]
+    out = tmp_path / "out"
+    assert cli.main(["compare", "--methods=fedavg,fedper", *small, f"--out={out}"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].startswith(f"fedss compare: {words}") and not list(out.glob("*"))
+
+
+def test_fine_tuning_that_runs_away_is_said():
+    options = {"method": "fedavg", "personalise_epochs": 1, "personalise_part": "full"}
+    for rate in (0.01, 1e38):
+        result = train(personalise_rate=rate, client_lr=0.01, similarity="dot", **options)
+        lost = result.summary.personal_not_finite
+        assert (lost > 0) == (rate == 1e38)
+        said = [line for line in remarks(result.summary) if f"not finite for {lost} clients" in line]
+        assert bool(said) == bool(lost) and all("--personalise-rate too high?" in line for line in said)
 
 
 def test_where_it_cannot_be_measured_the_run_is_refused():

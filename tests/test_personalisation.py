@@ -1,12 +1,14 @@
 """Tables over clients and paired differences by hand, and the command on small runs."""
 
 import csv
+import shutil
 from dataclasses import replace
 from itertools import product
 from math import sqrt
 
 import pytest
 import torch
+from PIL import Image
 
 from fedss_kernels.federated import Config, cli, run
 from fedss_kernels.federated.algorithms import METHODS
@@ -243,6 +245,35 @@ def test_heads_that_clients_keep_are_what_they_are_measured_by(folder):
         initial.append([line["initial"] for line in read_csv(folder / "out")])
     same = [one == other for one, other in zip(*initial, strict=True)]
     assert same[0] and same[2] and not (same[1] and same[3])
+
+
+def test_a_model_is_not_measured_on_data_that_changed_since(folder, capsys):
+    """As where somebody renamed the folders of two classes."""
+    images = folder / "images"
+    for name, value in {"a": 40, "b": 120, "c": 200}.items():
+        (images / name).mkdir(parents=True)
+        for i in range(8):
+            Image.new("L", (28, 28), value + i).save(images / name / f"{i}.png")
+    options = {
+        "data": "image_folder",
+        "data_dir": images,
+        "image_size": 28,
+        "crop_size": 0,
+        "model": "conv4_rgb",
+    }
+    options |= {"num_clients": 2, "classes_per_client": 2, "cache_dir": folder / "made"}
+    trained = train(folder, "run", **options)
+    commands = (["personalise", trained], ["confusion", trained], ["noise", f"--run={trained}", "--counts=1"])
+    for command in commands:
+        assert cli.main([*command, f"--out={folder / 'out'}"]) == 0
+    (images / "a").rename(images / "d")
+    shutil.rmtree(folder / "made")
+    capsys.readouterr()
+    for command in commands:
+        assert cli.main([*command, f"--out={folder / 'out'}"]) == 2
+        assert (
+            f"the data are not those that {trained} was trained on: the training" in capsys.readouterr().err
+        )
 
 
 def test_a_method_of_two_settings_is_two_methods(folder):

@@ -32,7 +32,8 @@ def measures_of(config: Config, data: FederatedData) -> Measures:
     if not config.personalise_epochs:
         return measures
     shown = ("initial_top1", "restricted_top1", "personal_top1")
-    return Measures((*measures.names, *_PERSONAL), "personal_top1", shown, shown)
+    names = (*measures.names, *_PERSONAL, "personal_not_finite")
+    return Measures(names, "personal_top1", shown, shown)
 
 
 def check_measured(config: Config, data: FederatedData) -> None:
@@ -109,8 +110,10 @@ class Evaluation:
         if homes and not self.data.newcomers:  # who are no clients, and have none
             own = homes.model
         with self.team.watch("evaluation"):
-            found = personal_measures(personalise(config, self.data, model, tuning, own=own))
-        return {name: found[there] for name, there in _PERSONAL.items()}
+            people = personalise(config, self.data, model, tuning, own=own)
+        found = personal_measures(people)
+        lost = {"personal_not_finite": sum(person.not_finite for person in people)}
+        return {**{name: found[there] for name, there in _PERSONAL.items()}, **lost}
 
 
 def _not_finite(embeddings: Tensor) -> dict[str, float | None]:

@@ -46,7 +46,8 @@ RULES: tuple[Rule, ...] = (
     ),
     (
         (
-            *("denominator", "wire_dtype", "clip_norm", "aggregation", "trim"),
+            *("denominator", "wire_dtype", "max_norm", "max_norm_ratio", "clip_norm", "aggregation", "trim"),
+            "poison_rate",
             *("server_optimizer", "server_lr", "server_momentum"),
         ),
         "clients share nothing",

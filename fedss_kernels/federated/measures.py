@@ -181,6 +181,15 @@ for _measure in (
         "the client has fine-tuned it on its own training images; the mean over clients.",
         of="on clients' own test images",
     ),
+    Measure(
+        "personal_not_finite",
+        "fine-tuned models not finite",
+        "clients whose model has numbers that are not finite once it is fine-tuned; nothing is right then",
+        of="of clients",
+        share=False,
+        more_is_better=False,
+        compared=False,
+    ),
     Measure("recall_at_10", "recall@10", "images with one of their class in the nearest ten", compared=False),
     Measure(
         "not_finite",

@@ -13,7 +13,7 @@ import torch
 
 from ..algorithms import METHODS
 from ..config import STICKY
-from ..files.run_folder import make_folder, read_config, read_kept, read_model
+from ..files.run_folder import check_trained_on, make_folder, read_config, read_kept, read_model
 from ..models import MODELS
 from ..reports.remarks import remarks
 from ..rounds import run
@@ -112,6 +112,8 @@ def _noise(arguments: argparse.Namespace) -> int:
         out = arguments.out if "out" in arguments else Path("runs") / f"noise-{config.data}"
         model = read_model(arguments.run) if arguments.run else None
         config, data = read_data(config, [config], given=arguments.given)
+        if arguments.run:
+            check_trained_on(arguments.run, data)
         counts = arguments.counts or noise.default_counts(data.num_classes)
         make_folder(out)
     torch.set_num_threads(config.threads)
@@ -149,6 +151,7 @@ def _confusion(arguments: argparse.Namespace) -> int:
             refuse_lost(arguments, config, "start this there")
             config, data = read_data(config, [])
             model, own = read_model(folder), read_kept(folder)
+            check_trained_on(folder, data)
             found.append(confusion.measure(config, data, model, arguments.client, own))
             if found[-1].held != found[0].held:
                 raise Mistake(

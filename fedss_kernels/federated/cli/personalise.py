@@ -14,7 +14,7 @@ from ..algorithms import METHODS
 from ..config import Config
 from ..data import FederatedData
 from ..files.checkpoint import MAY_DIFFER
-from ..files.run_folder import make_folder, read_config, read_kept, read_model
+from ..files.run_folder import check_trained_on, make_folder, read_config, read_kept, read_model
 from ..plan import FILE, Plan
 from .command import Command
 from .measure import write_measured
@@ -94,6 +94,7 @@ def _personalise(arguments: argparse.Namespace) -> int:
         check_measurable(data)
         for folder in configs:  # before the first takes its time
             read_model(folder)
+            check_trained_on(folder, data)
         epochs = tuple(EPOCHS if arguments.epochs is None else arguments.epochs)
         tunings = [Tuning(arguments.part, epochs, rate, arguments.rows) for rate in arguments.rate or [RATE]]
         make_folder(arguments.out)

@@ -308,6 +308,8 @@ def _compare(arguments: argparse.Namespace) -> int:
                 resume=resume,
                 stop=stop,
             )
+    except ConfigError as error:  # found with the data, before anything begins
+        raise Mistake(error.worded(flag)) from None
     except (JobsStopped, Interrupted) as stopped:
         print(f"{command}: stopped; {go_on}", file=sys.stderr)
         return stopped.exit_code if isinstance(stopped, Interrupted) else stop.exit_code

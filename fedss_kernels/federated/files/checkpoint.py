@@ -132,6 +132,11 @@ def read_config(folder: Path) -> Config:
     return Config.from_dict(rest["config"], path / _REST)
 
 
+def read_fingerprint(folder: Path) -> Fingerprint:
+    """That of the last one in a run's folder. Raises CheckpointError where it cannot be read."""
+    return Fingerprint(**_sealed(folder)[1]["fingerprint"])
+
+
 def _sealed(folder: Path) -> tuple[Path, dict[str, Any]]:
     """(where the last one is, what is in its checkpoint.json)"""
     found = _all(folder)

@@ -53,6 +53,10 @@ class Fingerprint:
             return ["what the net computes"]
         return different
 
+    def other_data(self, data: FederatedData) -> list[str]:
+        """Names of what of the data is not the same in these."""
+        return [name for name, part in _of_data(data).items() if self.parts.get(name, part) != part]
+
 
 def _near(first: Sequence[float], second: Sequence[float]) -> bool:
     bound = TOLERANCE * max(map(abs, first), default=0.0)

@@ -501,6 +501,19 @@ def read_model(path: Path) -> tuple[dict[str, Tensor], Tensor]:
     return found["extractor"], found["weight"]
 
 
+def check_trained_on(path: Path, data: FederatedData) -> None:
+    """Raises ValueError where the checkpoint of a finished run shows that these are not its data any more.
+
+    Where there is none that can be read, as with checkpoint_every 0, it is not known.
+    """
+    try:
+        found = checkpoint.read_fingerprint(path)
+    except CheckpointError:
+        return
+    if different := found.other_data(data):
+        raise ValueError(f"the data are not those that {path} was trained on: {', '.join(different)} differ")
+
+
 def read_kept(path: Path) -> Callable[[int], tuple[Tensor | None, Tensor | None]] | None:
     """What clients of a finished run keep of the model for themselves; None where it is nothing.
 

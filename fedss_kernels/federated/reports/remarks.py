@@ -16,4 +16,9 @@ def remarks(run: RoundMetrics | Summary) -> list[str]:
             f"test images whose embedding is not finite: {run.not_finite:,}; they are misses (does the net "
             "divide by 0 for some, as for an image of one colour?)"
         )
+    if run.personal_not_finite:
+        found.append(
+            f"fine-tuning left numbers that are not finite for {run.personal_not_finite:,} clients, for whom "
+            "nothing is right then: is --personalise-rate too high?"
+        )
     return found

@@ -5,7 +5,6 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from .algorithms import METHODS, readers, readers_in_words
-from .algorithms.parts import Part
 from .config import FITTED, OWN, PRESETS, Config
 
 log = logging.getLogger(__name__)
@@ -44,20 +43,6 @@ RULES: tuple[Rule, ...] = (
         "the method has no clients",
         lambda c: METHODS[c.method].pooled,
     ),
-    (
-        (
-            *("wire_dtype", "max_norm", "max_norm_ratio", "clip_norm", "aggregation", "trim", "poison_rate"),
-            *("server_optimizer", "server_lr", "server_momentum"),
-        ),
-        "clients send nothing",
-        lambda c: METHODS[c.method].parts(1).net_at_home,
-    ),
-    (
-        ("denominator",),
-        "the clients' class rows are not averaged",
-        lambda c: METHODS[c.method].parts(1).rows is not Part.TRAINED,
-    ),
-    (("personalise_part", "personalise_rate"), "personalise_epochs is 0", lambda c: not c.personalise_epochs),
     (("workers",), "the method has no clients to share", lambda c: METHODS[c.method].pooled),
     (("latency_spread",), "there is no deadline", lambda c: c.deadline is None),
     (("max_norm", "max_norm_ratio"), "trust_updates is set", lambda c: c.trust_updates),

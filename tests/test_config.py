@@ -90,6 +90,14 @@ def test_the_bounds_themselves_are_allowed():
         assert Config(method=method).method == method
 
 
+@pytest.mark.parametrize(
+    "option", ["client_lr", "server_lr", "scale", "weight_init_scale", "personalise_rate"]
+)
+def test_what_float32_does_not_hold_is_refused(option):
+    with pytest.raises(ConfigError, match=f"{option}: expected a finite number .*less than 3e.38, got 1e.39"):
+        Config(**{option: 1e39})
+
+
 def test_numpys_numbers_are_numbers():
     config = Config(client_lr=np.float64(0.1), rounds=np.int64(7), scale=np.float32(8), server_lr=np.int32(1))
     assert (config.client_lr, config.rounds, config.scale, config.server_lr) == (0.1, 7, 8.0, 1.0)

@@ -57,12 +57,6 @@ def test_defaults_are_not_worth_a_word(name):
         ),
         ({"personalise_rate": 0.1}, "personalise_rate 0.1 has no effect: personalise_epochs is 0"),
         ({"method": "centralized", "deadline": 2.0}, "deadline 2.0 has no effect: the method has no clients"),
-        ({"method": "local_only", "server_lr": 0.5}, "server_lr 0.5 has no effect: clients send nothing"),
-        (
-            {"method": "fedper", "denominator": "holders"},
-            "denominator holders has no effect: the clients' class rows are not averaged",
-        ),
-        ({"personalise_part": "full"}, "personalise_part full has no effect: personalise_epochs is 0"),
         (
             {"model": "own", "init_checkpoint": "a.pt"},
             "init_checkpoint a.pt has no effect: the net is",

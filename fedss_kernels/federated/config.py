@@ -27,6 +27,7 @@ from .ledger import WIRE_DTYPES
 from .models import MODELS
 
 MAX_NORM = 1000.0
+LARGEST = 3e38  # that float32 holds, about
 STICKY = {"fresh": 0.0, "sticky": 1.0, "mixed": 0.5}  # the share of its negatives that a client keeps
 OWN = "own"  # the data set or model that a caller hands to run() as an object
 
@@ -236,7 +237,7 @@ class Config:
         low=0,
     )
     batch_size: int = option(PRESET, "images in one local step of a client", low=1, below=2**31)
-    client_lr: float = option(PRESET, "learning rate of the clients, at its highest", above=0)
+    client_lr: float = option(PRESET, "learning rate of the clients, at its highest", above=0, below=LARGEST)
     client_momentum: float = option(
         0.0,
         "momentum of a client's steps, over the net and its class rows; it starts from 0 in every round",
@@ -308,7 +309,7 @@ class Config:
         "how the server steps along the clients' average: sgd, with server_momentum, or adagrad",
         choices=lambda: ("sgd", "adagrad"),
     )
-    server_lr: float = option(1.0, "learning rate of the server", above=0)
+    server_lr: float = option(1.0, "learning rate of the server", above=0, below=LARGEST)
     server_momentum: float = option(0.9, "momentum of the server's sgd", low=0, below=1)
 
     model: str = option(PRESET, "the net that maps an image to an embedding", choices=lambda: (*MODELS, OWN))
@@ -323,13 +324,17 @@ class Config:
         choices=lambda: ("cosine", "dot"),
     )
     scale: float = option(
-        PRESET, "the loss multiplies similarities by this; by default 1 with the similarity dot", above=0
+        PRESET,
+        "the loss multiplies similarities by this; by default 1 with the similarity dot",
+        above=0,
+        below=LARGEST,
     )
     weight_init_scale: float = option(
         PRESET,
         "standard deviation of the class matrix at the start; by default that of a linear layer, "
         "1 / sqrt(3 D), with the similarity dot",
         above=0,
+        below=LARGEST,
     )
 
     personalise_epochs: int = option(
@@ -343,7 +348,7 @@ class Config:
         "what it fine-tunes: head, the class rows; body, the net; full, both",
         choices=lambda: ("head", "body", "full"),
     )
-    personalise_rate: float = option(0.01, "learning rate of that fine-tuning", above=0)
+    personalise_rate: float = option(0.01, "learning rate of that fine-tuning", above=0, below=LARGEST)
 
     class_store: Path | None = option(
         None,

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from .algorithms import METHODS, readers, readers_in_words
+from .algorithms.parts import Part
 from .config import FITTED, OWN, PRESETS, Config
 
 log = logging.getLogger(__name__)

@@ -237,7 +237,7 @@ class Config:
         low=0,
     )
     batch_size: int = option(PRESET, "images in one local step of a client", low=1, below=2**31)
-    client_lr: float = option(PRESET, "learning rate of the clients, at its highest", above=0, below=LARGEST)
+    client_lr: float = option(PRESET, "learning rate of the clients, at its highest", above=0)
     client_momentum: float = option(
         0.0,
         "momentum of a client's steps, over the net and its class rows; it starts from 0 in every round",
@@ -309,7 +309,7 @@ class Config:
         "how the server steps along the clients' average: sgd, with server_momentum, or adagrad",
         choices=lambda: ("sgd", "adagrad"),
     )
-    server_lr: float = option(1.0, "learning rate of the server", above=0, below=LARGEST)
+    server_lr: float = option(1.0, "learning rate of the server", above=0)
     server_momentum: float = option(0.9, "momentum of the server's sgd", low=0, below=1)
 
     model: str = option(PRESET, "the net that maps an image to an embedding", choices=lambda: (*MODELS, OWN))
@@ -327,14 +327,12 @@ class Config:
         PRESET,
         "the loss multiplies similarities by this; by default 1 with the similarity dot",
         above=0,
-        below=LARGEST,
     )
     weight_init_scale: float = option(
         PRESET,
         "standard deviation of the class matrix at the start; by default that of a linear layer, "
         "1 / sqrt(3 D), with the similarity dot",
         above=0,
-        below=LARGEST,
     )
 
     personalise_epochs: int = option(
@@ -348,7 +346,7 @@ class Config:
         "what it fine-tunes: head, the class rows; body, the net; full, both",
         choices=lambda: ("head", "body", "full"),
     )
-    personalise_rate: float = option(0.01, "learning rate of that fine-tuning", above=0, below=LARGEST)
+    personalise_rate: float = option(0.01, "learning rate of that fine-tuning", above=0)
 
     class_store: Path | None = option(
         None,
@@ -521,9 +519,11 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
         return Path(value)
     if kind is float and type(value) is int and abs(value) < 2**63:
         value = float(value)
-    finite = not isinstance(value, float) or math.isfinite(value)
+    finite = not isinstance(value, float) or abs(value) < LARGEST
     if type(value) is not kind or not finite or not _in_bounds(field, value):
-        raise ConfigError(field.name, f"expected {expectation(field)}, got {value!r}{_nearest(field, value)}")
+        held = "; float32 holds 3e38" if isinstance(value, float) and LARGEST <= abs(value) < math.inf else ""
+        nearest = _nearest(field, value)
+        raise ConfigError(field.name, f"expected {expectation(field)}, got {value!r}{nearest}{held}")
     return value
 
 

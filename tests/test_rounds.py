@@ -589,8 +589,8 @@ def test_a_server_that_overflows_is_not_taken_for_the_clients_fault():
     with pytest.raises(
         TooFewClients, match="round 2: .*; the model .* since round 1: is --server-lr too high"
     ):
-        train(server_lr=1e45)
-    summary = train(server_lr=1e45, rounds=1).summary
+        train(server_lr=2.9e38, client_lr=20.0)
+    summary = train(server_lr=2.9e38, client_lr=20.0, rounds=1).summary
     assert summary.not_finite_since == 1 and summary.accuracy is None
 
 

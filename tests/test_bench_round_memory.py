@@ -5,7 +5,10 @@ from fedss_kernels.bench import round_memory
 from fedss_kernels.bench.peak_memory import CLEAR
 
 
-@pytest.mark.skipif(not CLEAR.exists(), reason="needs Linux, to tell a peak")
+@pytest.mark.skipif(
+    not CLEAR.exists(),
+    reason="a process resets its peak of memory by Linux' /proc/self/clear_refs, which is not there",
+)
 def test_a_round_holds_far_less_than_all_updates(capsys):
     """All would be 16 / 5 of the measure, and all rows as much again; the loss keeps 0.7."""
     assert round_memory.main(["--classes", "30000", "--rounds", "2"]) == 0

@@ -70,8 +70,10 @@ def test_many_blocks_are_one_to_the_bit_where_all_are_trained(optimizer, monkeyp
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_what_is_stored_goes_on_to_the_same_bits(optimizer):
     def server() -> Server:
-        draw = lambda ids: torch.zeros(len(ids), 1)  # noqa: E731
-        return Server(first(), 2, 1, initial_rows=draw, optimizer=optimizer, blocks=BLOCKS)
+        return Server(first(), 2, 1, initial_rows=zeros, optimizer=optimizer, blocks=BLOCKS)
+
+    def zeros(class_ids: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(class_ids), 1)
 
     net, trained = server(), [True, False, True]
     for gradient in gradients(3):

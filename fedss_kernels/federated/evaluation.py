@@ -83,21 +83,21 @@ class Evaluation:
         if not (finite and self.data.test_clients):
             return {}
         tested = [(k, rows) for k, rows in enumerate(self.data.test_clients) if len(rows)]
+        at_home = self.team.player.parts.net_at_home
+        shared = None if at_home else self.team.embed(phi)
+        embedded, scores = list[Tensor](), list[float]()
         with self.team.watch("evaluation"):
-            if homes.model(0)[0] is None:
-                shared = self.team.embed(phi)
-                embedded = [shared[rows] for _, rows in tested]
-            else:
-                embedded = [self._embedded(homes, k, rows) for k, rows in tested]
-            scores = [
-                top1(x, homes.model(k)[1], self.data.test_labels[rows], similarity=self.config.similarity)
-                for x, (k, rows) in zip(embedded, tested, strict=True)
-            ]
+            for k, rows in tested:
+                own_phi, weight = homes.model(k)
+                embedded.append(self._embedded(own_phi, rows) if shared is None else shared[rows])
+                labels = self.data.test_labels[rows]
+                scores.append(top1(embedded[-1], weight, labels, similarity=self.config.similarity))
             return _not_finite(torch.cat(embedded)) | {"own_top1": statistics.fmean(scores)}
 
-    def _embedded(self, homes: Homes, client: int, rows: Tensor) -> Tensor:
-        extractor, (phi, _) = self.team.player.extractor, homes.model(client)
+    def _embedded(self, phi: Tensor | None, rows: Tensor) -> Tensor:
+        """Test images by a client's own net."""
         assert phi is not None
+        extractor = self.team.player.extractor
         extractor.flat.copy_(phi)
         return extractor.embed(self.data.test_images[rows])
 
@@ -106,9 +106,7 @@ class Evaluation:
         config, extractor = self.config, self.team.player.extractor
         tuning = Tuning(config.personalise_part, (config.personalise_epochs,), config.personalise_rate)
         extractor.flat.copy_(phi)
-        model, own = (extractor.module, weight[:]), None
-        if homes and not self.data.newcomers:  # who are no clients, and have none
-            own = homes.model
+        model, own = (extractor.module, weight[:]), homes.model if homes else None
         with self.team.watch("evaluation"):
             people = personalise(config, self.data, model, tuning, own=own)
         found = personal_measures(people)

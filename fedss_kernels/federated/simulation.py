@@ -94,7 +94,7 @@ class Simulation:
             if len(updates) >= (1 if self.method.pooled else config.min_clients):
                 gradient = self._gradient(round, attempt, tally)
                 with self.watch("aggregation"):
-                    self.server.step(gradient, self._trained)
+                    self.server.step(gradient, self.player.parts.trained)
                     if self.homes:
                         self.homes.keep(updates)
                     if self.method.spreads:
@@ -184,11 +184,6 @@ class Simulation:
         gradient = again.gradient()
         assert gradient is not None  # as they send what they sent
         return gradient
-
-    @property
-    def _trained(self) -> list[bool]:
-        """Of each block of the net whether a round steps it."""
-        return [part is Part.TRAINED for part in self.player.parts.blocks]
 
     def evaluate(self, *, last: bool) -> dict[str, float | None]:
         phi, weight, finite = self.server.extractor, self.server.weight, self.not_finite_since is None

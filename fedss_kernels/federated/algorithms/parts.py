@@ -39,6 +39,11 @@ class Parts:
         return self.rows is Part.HOME
 
     @property
+    def trained(self) -> list[bool]:
+        """Of each block whether it is trained and goes back."""
+        return [part is Part.TRAINED for part in self.blocks]
+
+    @property
     def net_at_home(self) -> bool:
         return Part.HOME in self.blocks
 

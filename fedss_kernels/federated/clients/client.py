@@ -81,13 +81,12 @@ class Client:
             seen += len(order)
         objective.rows.grad = None  # what comes now takes no more memory than a step
         trained, after = objective.rows.detach().to(CPU), model.flat.to(CPU)
-        goes = [part is Part.TRAINED for part in parts.blocks]
         travels = parts.rows is Part.TRAINED
         return Update(
             client,
             request.class_ids if travels else request.class_ids[:0],
             torch.sub(rows, trained, out=trained) if travels else rows[:0],
-            of_blocks(phi - after, model.block_sizes, goes),
+            of_blocks(phi - after, model.block_sizes, parts.trained),
             len(held),
             total.item() / seen,
             _kept(parts, trained, after),

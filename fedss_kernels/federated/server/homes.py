@@ -12,6 +12,7 @@ from torch import Tensor
 from ..messages import Update
 from .class_store import ClassStore
 from .row_table import Replacement, RowTable
+from .stored import named, part
 
 
 class Homes:
@@ -56,8 +57,7 @@ class Homes:
 
     def stored(self) -> dict[str, Tensor]:
         """For `restore`, by names that say whose it is."""
-        return {f"homes.{name}": numbers for name, numbers in self.table.stored().items()}
+        return named("homes", self.table.stored())
 
     def restore(self, stored: Mapping[str, Tensor], rounds: int) -> None:
-        own = {name.removeprefix("homes."): t for name, t in stored.items() if name.startswith("homes.")}
-        self.table.restore(own, rounds)
+        self.table.restore(part("homes", stored), rounds)

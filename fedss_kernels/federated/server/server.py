@@ -16,6 +16,7 @@ from .mean import Holders, Mean, PseudoGradient
 from .net import Net
 from .robust import Statistic, by_row
 from .row_table import Optimizer, RowTable
+from .stored import named, part
 
 
 class Server:
@@ -48,13 +49,12 @@ class Server:
 
     def stored(self) -> dict[str, Tensor]:
         """All that the next round depends on but the number of rounds done, for `restore`."""
-        parts = {"weight": self.weight.stored(), "extractor": self._net.stored()}
-        return {f"{of}.{name}": t for of, part in parts.items() for name, t in part.items()}
+        return named("weight", self.weight.stored()) | named("extractor", self._net.stored())
 
     def restore(self, stored: Mapping[str, Tensor], rounds: int) -> None:
         """In a new server: the state of another after so many rounds."""
-        self.weight.restore(_part("weight", stored), rounds)
-        self._net.restore(_part("extractor", stored))
+        self.weight.restore(part("weight", stored), rounds)
+        self._net.restore(part("extractor", stored))
 
     def select(self, class_ids: Tensor) -> tuple[Tensor, Tensor]:
         """(phi (P,), W[class_ids] (S, D)): what a client downloads.
@@ -104,7 +104,3 @@ class Server:
         """
         self.weight.step(gradient.class_ids, gradient.rows)
         self._net.step(gradient.extractor, trained)
-
-
-def _part(of: str, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(f"{of}."): t for name, t in stored.items() if name.startswith(f"{of}.")}

@@ -9,13 +9,12 @@ from typing import NamedTuple
 
 import torch
 
+from .chunks import Chunks, chunks_of
+
 SMALL_BATCH = 128  # rows that one tile holds
 SMALL_ENTRIES = 4096  # of the compact gradient, S + B, that every program may look through
 SMALL_PARTIALS = 2**22  # elements of the tiles' parts of the gradient of input
-# elements of a chunk of pulls, unless the problem has room for more; by bytes of an operand
-FEWEST_PULLS = {2: 2**24, 4: 2**24, 8: 2**21}
 COLUMNS_OF_GROUP = 128  # at least
-MOST_TILES = 2**15  # of classes in a chunk: a grid's second axis has 65,535 programs
 MOST_RESULT_TILES = 64  # at a time, of the tiles' parts of a gradient
 MOST_RESULT_PARTS = 256
 
@@ -39,13 +38,9 @@ class Tiling:
 
     forward: Blocks
     tiles: Blocks  # of the backward pass' logits
-    grad_rows: Blocks  # of the large backward pass' products: the gradient of class rows
-    grad_input: Blocks  # and that of input
-    looks_ahead: bool
     result_columns: int  # of the last kernel of the backward pass
     result_tiles: int  # of classes at a time in it
     result_parts: int  # of the sums along a row of input at a time in it
-    large_columns: int  # of the same, after the large backward pass
     result_entries: int  # of the compact gradient at a time in it; their ids, 16 times as many
     result_warps: int
     merged_rows: int  # of the forward pass' last
@@ -57,21 +52,9 @@ class Tiling:
 class Configuration:
     """What one call uses."""
 
-    small: bool  # the backward pass in two launches: each program a tile of classes, a group of columns
     tiling: Tiling
-    chunk: int  # classes at a time in the large backward pass, a multiple of tiling.tiles.classes
     splits: int  # of the class set in the forward pass
     column_groups: int  # in the small backward pass; each computes the tile's logits
-
-
-class Large(NamedTuple):
-    """Tiles of the kernels for large problems."""
-
-    forward: Blocks
-    tiles: Blocks
-    grad_rows: Blocks
-    grad_input: Blocks
-    looks_ahead: bool = False  # the gradients' products, for ignored rows and for classes left out
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +63,6 @@ class Table:
 
     few: dict[int, Blocks]  # of logits, for up to so many rows
     many: dict[int, Blocks]  # for up to SMALL_BATCH
-    large: dict[int, Large]  # for more
     result_columns: int
     result_entries: int
     result_warps: int
@@ -90,10 +72,6 @@ class Table:
     matrices: dict[int, dict[str, int]]  # options of those that multiply
     small_forward: dict[int, Blocks] = field(default_factory=dict)  # where it differs from both
     programs: int = 264  # of 8 warps, which keep a large device busy
-    # in place of `large` where less is asked for: by `room` too, see `configure`
-    roomy: dict[tuple[int, str], Large] = field(default_factory=dict)
-    # in place of both for problems of too few of their tiles to keep the device busy
-    modest: dict[int, Large] = field(default_factory=dict)
     precise_work: float = 2**16  # B * S * D of float32 problems that float64 takes no longer for
 
 
@@ -102,26 +80,6 @@ NVIDIA = Table(
     few={2: Blocks(32, 32, 32, 4, 2), 4: Blocks(32, 16, 16, 4, 2), 8: Blocks(128, 16, 16, 8, 2)},
     # one stage: products in matrix instructions that run by themselves, and norms on the way: see forward.py
     many={2: Blocks(128, 16, 32, 8, 1), 4: Blocks(128, 16, 16, 8, 1), 8: Blocks(128, 16, 16, 8, 2)},
-    large={
-        2: Large(
-            forward=Blocks(64, 64, 32, 8, 3),
-            tiles=Blocks(64, 64, 32, 8, 3),
-            grad_rows=Blocks(64, 64, 64, 8, 3),
-            grad_input=Blocks(64, 64, 64, 8, 3),
-        ),
-        4: Large(
-            forward=Blocks(64, 32, 16, 8, 3),
-            tiles=Blocks(64, 32, 16, 8, 3),
-            grad_rows=Blocks(32, 32, 32, 8, 3),
-            grad_input=Blocks(32, 32, 32, 8, 3),
-        ),
-        8: Large(
-            forward=Blocks(32, 32, 16, 4, 2),
-            tiles=Blocks(32, 32, 16, 4, 2),
-            grad_rows=Blocks(16, 16, 16, 4, 2),
-            grad_input=Blocks(16, 16, 16, 4, 2),
-        ),
-    },
     result_columns=64,
     result_entries=64,
     result_warps=4,
@@ -133,72 +91,10 @@ NVIDIA = Table(
 # Measured on an H100. Its matrix instructions multiply 64 rows or more by up to 256 columns, of operands in
 # shared memory. It multiplies float64 as fast as float32, whose products would be added as two parts; the
 # compiler's pipelines of float64 take twice as long as none.
-_FLOAT64 = Large(
-    forward=Blocks(64, 64, 16, 8, 1, prefetch=True),
-    tiles=Blocks(32, 32, 16, 4, 1, prefetch=True),
-    grad_rows=Blocks(32, 64, 32, 4, 1, prefetch=True),
-    grad_input=Blocks(32, 64, 32, 4, 1, prefetch=True),
-)
 HOPPER = replace(
     NVIDIA,
     few=NVIDIA.few | {8: Blocks(32, 16, 64, 4, 1, prefetch=True)},
     small_forward={8: Blocks(16, 16, 64, 4, 1, prefetch=True)},
-    large=NVIDIA.large | {8: _FLOAT64},
-    modest={
-        2: Large(
-            forward=Blocks(64, 32, 64, 4, 3),
-            tiles=Blocks(64, 16, 64, 4, 3),
-            grad_rows=Blocks(128, 32, 64, 4, 2),
-            grad_input=Blocks(64, 64, 64, 4, 3),
-            looks_ahead=True,
-        ),
-        8: _FLOAT64._replace(
-            forward=Blocks(64, 32, 32, 8, 1, prefetch=True),
-            grad_rows=Blocks(64, 16, 32, 4, 1, prefetch=True),
-            grad_input=Blocks(16, 64, 16, 4, 1, prefetch=True),
-        ),
-    },
-    roomy={
-        (2, "float16"): Large(
-            forward=Blocks(128, 64, 64, 8, 3),
-            tiles=Blocks(128, 64, 64, 8, 3),
-            grad_rows=Blocks(64, 128, 64, 8, 3),
-            grad_input=Blocks(128, 64, 128, 8, 3),
-            looks_ahead=True,
-        ),
-        (2, "vectors"): Large(
-            forward=Blocks(128, 64, 64, 8, 3),
-            tiles=Blocks(128, 64, 64, 8, 3),
-            grad_rows=Blocks(64, 128, 128, 8, 3),
-            grad_input=Blocks(128, 64, 128, 8, 3),
-            looks_ahead=True,
-        ),
-        (2, "cosine"): Large(
-            forward=Blocks(128, 64, 64, 4, 3),
-            tiles=Blocks(128, 64, 64, 4, 3),
-            grad_rows=Blocks(128, 128, 128, 8, 3),
-            grad_input=Blocks(128, 128, 128, 8, 3),
-            looks_ahead=True,
-        ),
-        (2, "dot"): Large(
-            forward=Blocks(128, 256, 64, 8, 4),
-            tiles=Blocks(128, 128, 64, 8, 3),
-            grad_rows=Blocks(64, 128, 256, 8, 3),
-            grad_input=Blocks(128, 64, 256, 8, 3),
-            looks_ahead=True,
-        ),
-        (2, "linear"): Large(
-            forward=Blocks(128, 256, 64, 8, 4),
-            tiles=Blocks(128, 256, 64, 8, 3),
-            grad_rows=Blocks(64, 128, 256, 8, 3),
-            grad_input=Blocks(128, 64, 256, 8, 3),
-            looks_ahead=True,
-        ),
-    }
-    | {
-        (8, room): _FLOAT64._replace(tiles=Blocks(64, 64, 16, 4, 1, prefetch=True))
-        for room in ("dot", "linear")
-    },
     precise_work=math.inf,
     programs=132,  # one on each multiprocessor, whose registers hold one: never a second round, half empty
 )
@@ -209,16 +105,6 @@ _SMALL = {"matrix_instr_nonkdim": 16}
 AMD = Table(
     few=NVIDIA.few | {2: Blocks(32, 16, 32, 8, 2), 4: Blocks(32, 16, 16, 8, 1), 8: Blocks(16, 16, 16, 4, 1)},
     many=NVIDIA.many | {8: Blocks(128, 16, 16, 8, 1)},
-    large={
-        2: Large(
-            forward=Blocks(128, 64, 32, 16, 3),
-            tiles=Blocks(64, 64, 32, 16, 3),
-            grad_rows=Blocks(64, 32, 64, 8, 3),
-            grad_input=Blocks(64, 32, 64, 8, 3),
-        ),
-        4: NVIDIA.large[4],
-        8: NVIDIA.large[8]._replace(forward=Blocks(32, 16, 16, 4, 1)),
-    },
     result_columns=64,
     result_entries=32,
     small_forward={8: Blocks(16, 16, 16, 4, 1)},
@@ -253,75 +139,55 @@ def _table_of(kind: str, index: int | None) -> Table:
 
 
 def configure(
-    table: Table, B: int, S: int, D: int, operand_bytes: int, room: str, problem_bytes: int
-) -> Configuration:
-    """The configuration for B rows, S entries and D columns.
+    table: Table, B: int, S: int, D: int, operand_bytes: int, problem_bytes: int
+) -> Configuration | Chunks:
+    """How B rows, S entries and D columns are gone about: a small problem in tiles, a large one in chunks.
 
-    operand_bytes: 2, 4 or 8, of the dtype of products. problem_bytes: of the inputs and gradients, which a
-    chunk of pulls must stay far below. room: what leaves registers for larger tiles, "float16" or, of another
-    dtype, "vectors" where rows are read in long words; "cosine" or "dot" if besides there is no bias, no
-    learned scale and all rows are in one dtype, that of products unless these are float64; "linear" for dot
-    products with every class and nothing else; or "".
+    operand_bytes: 2, 4 or 8, of the dtype of products. problem_bytes: of the inputs and gradients.
     """
     if _override is not None:
         return _override(B, S, D)
-    return _looked_up(table, B, S, D, operand_bytes, room, problem_bytes)
+    small = _looked_up(table, B, S, D, operand_bytes)
+    return small or chunks_of(B, S, D, operand_bytes, problem_bytes)
 
 
 @functools.lru_cache(maxsize=4096)  # it is asked twice for each step of a client
-def _looked_up(
-    table: Table, B: int, S: int, D: int, operand_bytes: int, room: str, problem_bytes: int
-) -> Configuration:
+def _looked_up(table: Table, B: int, S: int, D: int, operand_bytes: int) -> Configuration | None:
+    """None for what is not small."""
     few = B <= table.few[operand_bytes].rows
     tile = (table.few if few else table.many)[operand_bytes]
     class_tiles = -(-S // tile.classes)
-    small = B <= SMALL_BATCH and S + B <= SMALL_ENTRIES and class_tiles * B * D <= SMALL_PARTIALS
+    if B > SMALL_BATCH or S + B > SMALL_ENTRIES or class_tiles * B * D > SMALL_PARTIALS:
+        return None
     forward = table.small_forward.get(operand_bytes, tile)
-    large = table.roomy.get((operand_bytes, room), table.large[operand_bytes])
-    if -(-B // large.forward.rows) * -(-S // large.forward.classes) < table.programs:
-        large = table.modest.get(operand_bytes, large)
-    grad_rows, grad_input = large.grad_rows, large.grad_input
-    if not small and not few:
-        forward, tile = large.forward, large.tiles
     if D % 16 != 0:  # rows are read an element at a time, with a pointer to each
         forward, tile = (
             replace(b, rows=min(b.rows, tile.rows), columns=16, stages=min(b.stages, 2))
             for b in (forward, tile)
         )
-        grad_rows, grad_input = (replace(b, stages=min(b.stages, 2)) for b in (grad_rows, grad_input))
     elif forward.prefetch:  # at least two tiles along the columns: one comes while the other is multiplied
         forward = replace(forward, columns=max(min(forward.columns, _power_of_two(D) // 2), 16))
     row_tiles, class_tiles = -(-B // forward.rows), -(-S // forward.classes)
     programs = table.programs * 8 // forward.warps
     splits = max(1, min(programs // max(row_tiles, 1), class_tiles, 256))
-    # At most 3% of the problem's memory, and 5% with the sums for the gradient of input beside it.
-    sums = B * D * (4 if operand_bytes == 2 else 8)
-    room_for_pulls = min(problem_bytes * 3 // 100, problem_bytes * 5 // 100 - sums)
-    pulls = max(FEWEST_PULLS[operand_bytes], room_for_pulls // operand_bytes)
-    half = -(-S // (2 * tile.classes))  # of the class tiles: never a matrix of B x S
-    chunk = min(max(min(pulls // max(B, 1) // tile.classes, half), 1), MOST_TILES) * tile.classes
     group = max(tile.columns, COLUMNS_OF_GROUP)
     idle = table.programs * 8 // tile.warps // (-(-S // tile.classes) + 1)
     column_groups = max(1, min(idle, -(-D // group)))
-    parts = -(-S // tile.classes) * column_groups if small else -(-D // grad_input.columns)
+    parts = -(-S // tile.classes) * column_groups
     merged_splits = _power_of_two(splits)
     tiling = Tiling(
         forward,
         tile,
-        grad_rows,
-        grad_input,
-        large.looks_ahead,
         table.result_columns,
         min(max(_power_of_two(-(-S // tile.classes)), 16), MOST_RESULT_TILES),
         min(max(_power_of_two(parts), 16), MOST_RESULT_PARTS),
-        min(max(_power_of_two(D), table.result_columns), 8 * table.result_columns),
         table.result_entries,
         table.result_warps,
         merged_rows=max(min(_power_of_two(B), 128, 4096 // merged_splits), 16),
         merged_splits=merged_splits,
         merge_warps=table.merge_warps,
     )
-    return Configuration(small, tiling, chunk, splits, column_groups)
+    return Configuration(tiling, splits, column_groups)
 
 
 def _power_of_two(n: int) -> int:
@@ -329,11 +195,11 @@ def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-_override: Callable[[int, int, int], Configuration] | None = None
+_override: Callable[[int, int, int], Configuration | Chunks] | None = None
 
 
 @contextmanager
-def forced(choose: Callable[[int, int, int], Configuration]) -> Iterator[None]:
+def forced(choose: Callable[[int, int, int], Configuration | Chunks]) -> Iterator[None]:
     """Every call inside uses choose(B, S, D) in place of the table: for tests, and to search better ones."""
     global _override
     before, _override = _override, choose

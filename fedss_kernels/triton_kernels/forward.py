@@ -44,38 +44,6 @@ from .tiles import (
 KEPT = 6
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
-def inverse_norms(
-    input,
-    weight,
-    class_ids,
-    inverses,  # (B + S,)
-    B,
-    C,
-    S,
-    D,
-    input_row,
-    input_column,
-    weight_row,
-    weight_column,
-    OPERAND: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """1 / |input_i| and then 1 / |weight_j|, of a tile of rows each program; those that do not exist: 0."""
-    nth = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
-    ids, _, exists, _ = load_classes(class_ids, None, tl.maximum(nth - B, 0), S, C, ACC)
-    of_class = exists & (nth >= B) & (nth < B + S)
-    squares = tl.zeros((BLOCK_S,), ACC)
-    for start in range(0, D, BLOCK_D):
-        columns = start + tl.arange(0, BLOCK_D)
-        x = load_rows(input, nth, nth < B, columns, D, input_row, input_column, OPERAND)
-        w = load_rows(weight, ids, of_class, columns, D, weight_row, weight_column, OPERAND)
-        squares = add_squares(add_squares(squares, x, False), w, False)
-    tl.store(inverses + nth, inverse_norm(squares), mask=nth < S + B)
-
-
 @triton.jit
 def dots_with_targets(
     input, weight, rows, counted, targets, known, D, input_row, input_column, weight_row, weight_column,

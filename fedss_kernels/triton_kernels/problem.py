@@ -127,20 +127,6 @@ class Problem(NamedTuple):
         (input_row, input_column), (weight_row, weight_column) = input.stride(), weight.stride()
         return input, weight, (input_row, input_column, weight_row, weight_column)
 
-    @property
-    def room(self) -> str:
-        """See `configure`."""
-        operand = self.traits.operand
-        if self.input.shape[1] % 16 != 0 or self.input.stride(1) != 1 or self.weight.stride(1) != 1:
-            return ""
-        if operand == torch.float16:
-            return "float16"
-        alike = self.input.dtype == self.weight.dtype and operand in (self.input.dtype, torch.float64)
-        if self.bias is not None or self.learned is not None or not alike:
-            return "vectors"
-        whole = self.traits.fold and self.log_expected_count is None
-        return "cosine" if self.traits.cosine else "linear" if whole else "dot"
-
 
 def _exact() -> bool:
     """Whether float32 products keep all their digits: unless torch is told otherwise."""

@@ -24,21 +24,11 @@ ENTRIES = 1024  # of one program that lists classes
 class Kernels(NamedTuple):
     """Each kernel with the constants and options of a configuration."""
 
-    inverse_norms: Variant
     partial_terms: Variant
     merge_splits: Variant
-    merge_rows: Variant  # the same, where what it finds is reduced by the next
-    reduce_losses: Variant
     small_tiles: Variant
     small_results: Variant
     sparse_ids: Variant
-    class_sources: Variant
-    target_sources: Variant
-    pull_chunk: Variant
-    chunk_grad_rows: Variant
-    chunk_grad_input: Variant
-    target_rows: Variant
-    large_results: Variant
 
 
 @functools.lru_cache(maxsize=1024)
@@ -77,49 +67,15 @@ def kernels_of(traits: Traits, t: Tiling, table: Table) -> Kernels:
 
     return Kernels(
         Variant(
-            forward.inverse_norms,
-            **{"OPERAND": operand, "ACC": acc, "BLOCK_S": 16, "BLOCK_D": 64, "num_warps": 4},
-            **registers,
-        ),
-        Variant(
             forward.partial_terms,
             **{"COSINE": cosine, **products, **multiplying(t.forward), **registers},
             BLOCK_PAIRED=max(32 * t.forward.warps * table.paired // t.forward.rows, 16),
         ),
         merging(traits.reduction),
-        merging("none"),
-        Variant(forward.reduce_losses, REDUCTION=traits.reduction, BLOCK_B=1024, num_warps=4, **registers),
         Variant(
             backward.small_tiles,
             **{**gradients, **products, **multiplying(t.tiles), **registers},
         ),
         results(t.result_columns, t.result_tiles),
         Variant(backward.sparse_ids, BLOCK_S=ENTRIES, num_warps=4, **registers),
-        Variant(backward.class_sources, ACC=wide, BLOCK_S=ENTRIES, num_warps=4, **registers),
-        Variant(backward.target_sources, BLOCK_B=ENTRIES, num_warps=4, **registers),
-        Variant(
-            backward.pull_chunk,
-            **{**gradients, **products, **multiplying(t.tiles), **registers},
-        ),
-        Variant(
-            backward.chunk_grad_rows,
-            **{"LOOKS_AHEAD": t.looks_ahead, "COSINE": cosine},
-            **{**products, **multiplying(t.grad_rows), **registers},
-        ),
-        Variant(  # the tiles of dot products leave no registers to look ahead
-            backward.chunk_grad_input,
-            **{
-                "LOOKS_AHEAD": t.looks_ahead and fold and cosine,
-                **products,
-                **multiplying(t.grad_input),
-                **registers,
-            },
-        ),
-        Variant(
-            backward.target_rows,
-            **{"COSINE": cosine, "PER_ROW": gradients["PER_ROW"], "OPERAND": operand, "ACC": wide},
-            **{"BLOCK_B": 16, "BLOCK_D": t.result_columns, "num_warps": t.result_warps},
-            **registers,
-        ),
-        results(t.large_columns, 1),
     )

@@ -120,11 +120,11 @@ class _Loss(torch.autograd.Function):
         kernels, calls, tensors, factor, sparse_grad, rounding = rest
         needed = ctx.needs_input_grad[:4]
         if True not in needed:
-            return calls.loss(tensors, factor)[0]
+            return calls.loss(tensors, factor, None)[0]
         wanted = kernels.Wanted(needed, sparse_grad, None if learned is None else learned.dtype)
         prepared = calls.prepare(tensors, wanted)
-        loss, kept = calls.loss(tensors, factor, prepared)
-        ctx.save_for_backward(*tensors, learned, kept)
+        loss, made = calls.loss(tensors, factor, wanted, prepared)
+        ctx.save_for_backward(*tensors, learned, *made)
         ctx.rest = calls, factor, wanted, rounding
         ctx.prepared = prepared
         return loss
@@ -132,22 +132,24 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         refuse_batches(grad_loss)
-        *tensors, learned, kept = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        tensors, learned, made = saved[:8], saved[8], saved[9:]
         calls, factor, wanted, rounding = ctx.rest
         if torch.is_grad_enabled():  # create_graph: the operator refuses a second derivative
             traits, needed = calls.traits, wanted.needed
             scale = torch.tensor(factor, dtype=torch.float64) if learned is None else learned
             similarity = "cosine" if traits.cosine else "dot"
             options = (similarity, calls.ignore_index, traits.reduction, wanted.sparse, "triton")
+            there = [made[0].new_empty(0) if each is None else each for each in made]
             found = torch.ops.fedss_kernels.sampled_softmax_loss_backward(
-                *(grad_loss, [kept] * 5, list(needed), *tensors[:7], scale, *options, [False] * 4, rounding)
+                *(grad_loss, there, list(needed), *tensors[:7], scale, *options, [False] * 4, rounding)
             )
             found = [gradient if need else None for need, gradient in zip(needed, found, strict=True)]
         elif (prepared := ctx.prepared) is not None:
             ctx.prepared = None  # handed on; a second backward pass allocates its own
-            found = calls.finish(tensors, factor, kept, grad_loss, prepared)
+            found = calls.finish(tensors, factor, made, grad_loss, prepared)
         else:
-            found = calls.gradients(tensors, factor, kept, grad_loss, wanted)
+            found = calls.gradients(tensors, factor, made, grad_loss, wanted)
         return *shaped_like(learned, found), None
 
 

@@ -2,8 +2,8 @@
 
 On the CPU, for "mean" and "sum", the kernel makes the gradients in the same pass as the loss, in float32 and
 for the touched rows of `weight` only; the backward operator scales and rounds them. For "none" it runs the
-kernel again, with each row's upstream gradient. The GPU kernels keep some numbers of each row instead, and
-compute tiles of logits again.
+kernel again, with each row's upstream gradient. The GPU kernels keep some numbers of each row, and begin
+gradients with the loss where that saves a matrix product; else they compute logits again.
 """
 
 import math
@@ -25,16 +25,19 @@ _ARGUMENTS = (
     "str reduction, bool sparse_grad, str impl, bool[4] wanted, ScalarType? rounding"
 )
 # wanted: make the gradients of (input, weight, bias, scale) in the forward pass; rounding: autocast's dtype.
-# The results after the loss are for the backward operator. impl="cpp": Gradients; "triton": what its kernels
-# keep, and nothing.
+# The results after the loss are for the backward operator. impl="cpp": Gradients, and nothing; "triton": what
+# its kernels keep of each row, and sums for gradients where they are begun with the loss.
 _library.define(
     f"sampled_softmax_loss({_ARGUMENTS}) -> "
-    "(Tensor loss, Tensor made_0, Tensor made_1, Tensor made_2, Tensor made_3, Tensor made_4)"
+    "(Tensor loss, Tensor made_0, Tensor made_1, Tensor made_2, Tensor made_3, Tensor made_4, Tensor made_5)"
 )
 _library.define(
     f"sampled_softmax_loss_backward(Tensor grad_loss, Tensor[] made, bool[4] needed, {_ARGUMENTS}) -> "
     "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_scale)"
 )
+
+
+_MADE = 6  # results of the operator after the loss
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -107,9 +110,10 @@ def _empty_results(
     )
 
 
-def _operator_results(p: Arguments, gradients: Gradients) -> tuple[Tensor, ...]:
+def _operator_results(p: Arguments, made: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     """The operator's: tensors without elements for what is not made."""
-    return tuple(_nothing(p.input) if gradient is None else gradient for gradient in gradients)
+    given = (*made, *[None] * (_MADE - len(made)))
+    return tuple(_nothing(p.input) if result is None else result for result in given)
 
 
 _ROUNDINGS = {None: "none", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -165,8 +169,8 @@ def _loss(*arguments):
     p = Arguments(*arguments)
     refuse_forward_mode("sampled_softmax_loss")
     if p.impl == "triton":
-        loss, kept = loss_by_triton(p)
-        return loss, kept, *(_nothing(kept) for _ in range(4))
+        loss, made = loss_by_triton(p)
+        return loss, *_operator_results(p, made)
     loss, gradients, _ = _run(p, p.wanted)
     return loss, *_operator_results(p, gradients)
 
@@ -178,27 +182,32 @@ def _triton():
     return sampled_softmax
 
 
-def loss_by_triton(p: Arguments) -> tuple[Tensor, Tensor]:
-    """(loss, what the kernels keep for the gradients)"""
+def loss_by_triton(p: Arguments) -> tuple[Tensor, Sequence[Tensor | None]]:
+    """(loss, what the gradients are made of)"""
     kernels = _triton()
-    return kernels.loss(kernels.Problem.of(*p[:11], p.rounding))
+    wanted = kernels.Wanted(tuple(p.wanted), p.sparse_grad, p.scale.dtype)
+    return kernels.loss(kernels.Problem.of(*p[:11], p.rounding), wanted)
 
 
 def gradients_by_triton(
-    p: Arguments, kept: Tensor, grad_loss: Tensor, needed: Sequence[bool]
+    p: Arguments, made: Sequence[Tensor], grad_loss: Tensor, needed: Sequence[bool]
 ) -> Sequence[Tensor | None]:
     """Of input, weight, bias and scale."""
     kernels = _triton()
     problem = kernels.Problem.of(*p[:11], p.rounding)
-    return kernels.gradients(problem, kept, grad_loss, needed, p.sparse_grad, p.scale.dtype)
+    kept, *sums = made
+    there = (kept, *(None if each.numel() == 0 else each for each in sums))
+    return kernels.gradients(
+        problem, there, grad_loss, kernels.Wanted(tuple(needed), p.sparse_grad, p.scale.dtype)
+    )
 
 
 @torch.library.register_fake("fedss_kernels::sampled_softmax_loss", lib=_library)
 def _loss_fake(*arguments):
     p = Arguments(*arguments)
     if p.impl == "triton":
-        loss, kept = _triton().empty_results(p.input, p.reduction)
-        return loss, kept, *(_nothing(kept) for _ in range(4))
+        loss, made = _triton().empty_loss(*p[:4], p.reduction, p.rounding, p.wanted)
+        return loss, *_operator_results(p, made)
     # Python's min would compile for batches on one side of it only.
     results = _empty_results(p.input, p.weight, p.class_ids, p.reduction, p.wanted, least=torch.sym_min)
     loss, gradients = results
@@ -210,9 +219,9 @@ def _gradients(grad_loss: Tensor, made: list[Tensor], needed: list[bool], *argum
     refuse_forward_mode("sampled_softmax_loss")
     results: Sequence[Tensor | None]
     if p.impl == "triton":
-        results = gradients_by_triton(p, made[0], grad_loss, needed)
+        results = gradients_by_triton(p, made, grad_loss, needed)
     else:
-        results = finish_gradients(p, Gradients(*made), None, grad_loss, needed)
+        results = finish_gradients(p, Gradients(*made[:5]), None, grad_loss, needed)
     return tuple(_nothing(p.input) if result is None else result for result in results)
 
 

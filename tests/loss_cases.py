@@ -9,6 +9,7 @@ from tolerance import eager_loss, excess, with_features_reversed
 from torch import Tensor
 
 from fedss_kernels import sampled_softmax_loss
+from fedss_kernels.triton_kernels.chunks import Chunks
 from fedss_kernels.triton_kernels.configurations import Blocks, Configuration, Tiling
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -26,28 +27,30 @@ gpu_only = pytest.mark.parametrize("sampled_softmax_loss", GPU_IMPLEMENTATIONS, 
 cpp_only = pytest.mark.parametrize("sampled_softmax_loss", ["cpp"], indirect=True)
 
 
-def blocks_of_16(small: bool, B: int, S: int, D: int) -> Configuration:
-    """Every block edge is crossed by sizes past 16, and several chunks are needed by S past 32."""
+def blocks_of_16(small: bool, B: int, S: int, D: int) -> Configuration | Chunks:
+    """Every block edge is crossed by sizes past 16.
+
+    Of large problems those of an even number of entries go by blocks of rows with all classes, the others by
+    blocks of both.
+    """
+    if not small:
+        return Chunks(16, S if S % 2 == 0 else 32, 16, 16, 32)
     block = Blocks(rows=16, classes=16, columns=16, warps=4, stages=2, prefetch=S % 2 == 0)
     all_rows = replace(block, rows=max(16, 1 << (B - 1).bit_length()))
     splits = max(1, min(3, -(-S // 16)))
     tiling = Tiling(
         forward=block,
-        tiles=all_rows if small else block,
-        grad_rows=block,
-        grad_input=block,
-        looks_ahead=D % 2 == 0,
+        tiles=all_rows,
         result_columns=32,
         result_tiles=16,
         result_parts=16,
-        large_columns=32,
         result_entries=16,
         result_warps=4,
         merged_rows=16,
         merged_splits=4,
         merge_warps=4,
     )
-    return Configuration(small, tiling, chunk=32, splits=splits, column_groups=1 + (D > 32))
+    return Configuration(tiling, splits=splits, column_groups=1 + (D > 32))
 
 
 @dataclass(frozen=True)

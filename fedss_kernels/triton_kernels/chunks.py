@@ -1,10 +1,9 @@
 """How a large problem is cut: into blocks of rows, of classes, or both, of which one is in memory at a time."""
 
-import math
 from typing import NamedTuple
 
 BUDGET = 64 * 2**20  # bytes of a chunk's logits and pulls, or ...
-SHARE = 0.03  # ... this part of the bytes of inputs and gradients, where that is more
+SHARE = 3  # ... so many percent of the bytes of inputs and gradients, where that is more
 MOST_ROWS = 8192  # of a chunk that does not hold all classes
 
 
@@ -26,8 +25,8 @@ class Chunks(NamedTuple):
         return [(first, min(self.classes, S - first)) for first in range(0, S, self.classes)]
 
 
-def chunks_of(B: int, S: int, D: int, operand_bytes: int, problem_bytes: int) -> Chunks:
-    """Chunks of all classes, or of all rows.
+def has_all_classes(B: int, S: int, D: int, operand_bytes: int, problem_bytes: int) -> bool:
+    """Whether chunks have all classes: else they have all rows, or many.
 
     A chunk of all classes has the whole denominator of its rows: with the loss come the gradients, by three
     products. But each block of rows adds S rows of D numbers to the sums of the class rows' gradient, read
@@ -38,22 +37,33 @@ def chunks_of(B: int, S: int, D: int, operand_bytes: int, problem_bytes: int) ->
 
     At 200 operations in the time of a byte (A100 125, H100 209, H200 146, B200 225) blocks of at least
     D * (8 + 2 * operand_bytes) / (D / 100 + 8) rows are the cheaper way: 470 for D = 512 in 16 bits, 1,000
-    for D = 4096. A single block has nothing to add up.
+    for D = 4096. A single block has nothing to add up. (In integers, for the compiler's symbols.)
     """
-    accumulator = max(operand_bytes, 4)
-    elements = int(max(BUDGET, SHARE * problem_bytes)) // (accumulator + operand_bytes)
-    rows = even(B, max(elements // max(S, 1), 1))
-    if rows >= B or rows >= D * (8 + 2 * operand_bytes) / (D / 100 + 8):
-        classes = S
+    rows = _elements(operand_bytes, problem_bytes) // max(S, 1)
+    if B <= rows:
+        return True
+    return rows > 0 and (B // -(-B // rows)) * (D + 800) >= 100 * D * (8 + 2 * operand_bytes)
+
+
+def chunks_of(B: int, S: int, D: int, operand_bytes: int, problem_bytes: int) -> Chunks:
+    """For B rows, S entries and D columns; problem_bytes: of inputs and gradients."""
+    elements = _elements(operand_bytes, problem_bytes)
+    if has_all_classes(B, S, D, operand_bytes, problem_bytes):
+        rows, classes = _even(B, elements // max(S, 1)), S
     else:
-        rows = even(B, MOST_ROWS)
-        classes = even(S, max(elements // rows, 1), 128)
-    return Chunks(rows, max(classes, 1), 16, 256, 512)
+        rows = _even(B, MOST_ROWS)
+        classes = _even(S, max(elements // rows, 1))
+    return Chunks(rows, max(classes, 1), block_rows=16, block_classes=256, block_columns=512)
 
 
-def even(n: int, most: int, multiple: int = 16) -> int:
-    """The size of blocks of at most `most`, all about as large, a multiple of 16 where there are several."""
-    blocks = math.ceil(n / most)
-    if blocks <= 1:
+def _elements(operand_bytes: int, problem_bytes: int) -> int:
+    """Of a chunk: a logit and a pull each."""
+    return max(BUDGET, problem_bytes * SHARE // 100) // (max(operand_bytes, 4) + operand_bytes)
+
+
+def _even(n: int, most: int, multiple: int = 16) -> int:
+    """The size of blocks of at most `most`, all about as large; a multiple of 16, if that is not too small."""
+    if n <= most:
         return max(n, 1)
-    return max(min(math.ceil(n / blocks / multiple) * multiple, most // multiple * multiple), 1)
+    size = -(-n // -(-n // most))
+    return min(-(-size // multiple) * multiple, max(most // multiple * multiple, size))

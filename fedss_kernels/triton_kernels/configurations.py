@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from .chunks import Chunks, chunks_of
+from .chunks import Chunks, chunks_of, has_all_classes
 
 SMALL_BATCH = 128  # rows that one tile holds
 SMALL_ENTRIES = 4096  # of the compact gradient, S + B, that every program may look through
@@ -139,26 +139,37 @@ def _table_of(kind: str, index: int | None) -> Table:
 
 
 def configure(
-    table: Table, B: int, S: int, D: int, operand_bytes: int, problem_bytes: int
+    table: Table, B: int, S: int, D: int, operand: torch.dtype, rows: torch.dtype, problem_bytes: int
 ) -> Configuration | Chunks:
     """How B rows, S entries and D columns are gone about: a small problem in tiles, a large one in chunks.
 
-    operand_bytes: 2, 4 or 8, of the dtype of products. problem_bytes: of the inputs and gradients.
+    operand: the dtype of products; rows: the same, but for what the scale asks for. problem_bytes: of the
+    inputs and gradients.
     """
     if _override is not None:
         return _override(B, S, D)
-    small = _looked_up(table, B, S, D, operand_bytes)
-    return small or chunks_of(B, S, D, operand_bytes, problem_bytes)
+    if is_small(B, S, D):
+        return _looked_up(table, B, S, D, operand.itemsize)
+    return chunks_of(B, S, D, rows.itemsize, problem_bytes)
+
+
+def is_small(B: int, S: int, D: int) -> bool:
+    """Whether one tile holds all rows, and few enough programs look through what they find."""
+    return B <= SMALL_BATCH and S + B <= SMALL_ENTRIES and S * B * D <= SMALL_PARTIALS * 16
+
+
+def in_one_chunk(B: int, S: int, D: int, rows: torch.dtype, problem_bytes: int) -> bool:
+    """Whether the problem is large, and chunks have all classes; of the compiler's symbols too."""
+    if _override is not None:
+        way = _override(B, S, D)
+        return isinstance(way, Chunks) and way.classes >= S
+    return not is_small(B, S, D) and has_all_classes(B, S, D, rows.itemsize, problem_bytes)
 
 
 @functools.lru_cache(maxsize=4096)  # it is asked twice for each step of a client
-def _looked_up(table: Table, B: int, S: int, D: int, operand_bytes: int) -> Configuration | None:
-    """None for what is not small."""
+def _looked_up(table: Table, B: int, S: int, D: int, operand_bytes: int) -> Configuration:
     few = B <= table.few[operand_bytes].rows
     tile = (table.few if few else table.many)[operand_bytes]
-    class_tiles = -(-S // tile.classes)
-    if B > SMALL_BATCH or S + B > SMALL_ENTRIES or class_tiles * B * D > SMALL_PARTIALS:
-        return None
     forward = table.small_forward.get(operand_bytes, tile)
     if D % 16 != 0:  # rows are read an element at a time, with a pointer to each
         forward, tile = (

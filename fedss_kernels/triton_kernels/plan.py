@@ -1,13 +1,15 @@
-"""What one pass over a problem launches, laid out once and launched again for every problem like it.
+"""What one pass over a problem does, laid out once and done again for every problem like it.
 
 The first run goes through Triton, which compiles. The next ones call the GPU's driver with the parameters of
 the first, only addresses and the scale's factor written anew: a microsecond or so for each launch besides the
 driver's own time, where Triton takes ten to a hundred. What Triton does beyond a plain launch (clusters,
 memory of its own) sends a plan through Triton every time; so do kernels that are interpreted, and AMD's.
+Between launches there are matrix products, which are torch's.
 """
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +27,17 @@ class Given(NamedTuple):
 
     place: int
 
+    def rows(self, first: int, count: int) -> "Rows":
+        return Rows(self, first, count)
+
+
+class Rows(NamedTuple):
+    """Some rows of a tensor that every run is given: for products."""
+
+    of: Given
+    first: int
+    count: int
+
 
 class Scratch(NamedTuple):
     """A contiguous tensor for the time of one run, uninitialised."""
@@ -33,87 +46,204 @@ class Scratch(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def rows(self, first: int, count: int) -> "Scratch":
+        row = math.prod(self.shape[1:]) * self.dtype.itemsize
+        return Scratch(self.offset + first * row, (count, *self.shape[1:]), self.dtype)
+
 
 class Factor:
     """A float64 that every run is given."""
 
 
 FACTOR = Factor()
-Argument = Given | Scratch | Factor | int | None
+Matrix = Given | Rows | Scratch
+Argument = Given | Scratch | Factor | int | None | tuple["Argument", ...]
+
+
+class Launch(NamedTuple):
+    variant: Variant
+    grid: tuple[int, ...]
+    arguments: tuple[Argument, ...]
+
+
+class Product(NamedTuple):
+    """out = a @ b, or out += a @ b; float32 sums of what has 16 bits."""
+
+    out: Matrix
+    a: Matrix
+    b: Matrix
+    transposed: tuple[bool, bool]  # a and b
+    adds: bool
+
+    def run(self, out: Tensor, a: Tensor, b: Tensor) -> None:
+        a, b = (m.T if turned else m for m, turned in zip((a, b), self.transposed, strict=True))
+        if a.dtype != out.dtype and not a.is_cuda:  # torch multiplies so on GPUs only
+            a, b = a.to(out.dtype), b.to(out.dtype)
+        if a.dtype != out.dtype:
+            if self.adds:
+                torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+            else:
+                torch.mm(a, b, out_dtype=out.dtype, out=out)
+        elif self.adds:
+            torch.addmm(out, a, b, out=out)
+        else:
+            torch.mm(a, b, out=out)
+
+
+class Largest(NamedTuple):
+    """out = the largest magnitude"""
+
+    out: Matrix
+    of: Matrix
+
+    def run(self, out: Tensor, of: Tensor) -> None:
+        torch.linalg.vector_norm(of, torch.inf, out=out.view(()))
+
+
+class Zero(NamedTuple):
+    out: Matrix
+
+    def run(self, out: Tensor) -> None:
+        out.zero_()
+
+
+Step = Launch | Product | Largest | Zero
 
 
 class Plan:
     def __init__(self, device: torch.device):
         self.device = device
         self.bytes = 0  # of the memory that a run needs
-        self.launches: list[tuple[Variant, tuple[int, ...], tuple[Argument, ...]]] = []
-        self.again: Any = None  # what makes the launches without Triton; False: nothing can
+        self.steps: list[Step] = []
+        self.again: Any = None  # the steps, launches without Triton; False: nothing can
         self.compiled: list[Any] = []  # kept, as what is no longer referred to is unloaded
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Scratch:
         found = Scratch(self.bytes, shape, dtype)
-        self.bytes += -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+        self.bytes += -(-found.nbytes // _ALIGNMENT) * _ALIGNMENT
         return found
 
     def launch(self, variant: Variant, grid: tuple[int, ...], *arguments: Argument) -> None:
-        self.launches.append((variant, grid, arguments))
+        if math.prod(grid) > 0:
+            self.steps.append(Launch(variant, grid, arguments))
+
+    def product(
+        self,
+        out: Matrix,
+        a: Matrix,
+        b: Matrix,
+        transposed: tuple[bool, bool] = (False, False),
+        adds: bool = False,
+    ) -> None:
+        self.steps.append(Product(out, a, b, transposed, adds))
+
+    def largest(self, out: Matrix, of: Matrix) -> None:
+        self.steps.append(Largest(out, of))
+
+    def zero(self, out: Matrix) -> None:
+        self.steps.append(Zero(out))
+
+    @property
+    def launches(self) -> list[Launch]:
+        return [step for step in self.steps if isinstance(step, Launch)]
+
+    @property
+    def products(self) -> list[Product]:
+        return [step for step in self.steps if isinstance(step, Product)]
 
     def run(self, given: Sequence[Tensor | None], factor: float, memory: Tensor | None = None) -> None:
         """On the current stream. memory: `self.bytes` of it or more, where they are there already."""
+        if memory is None:
+            memory = self.memory()
         if not self.again:
             with device_of(given[0]):
-                self._run_by_triton(given, factor)
+                self._run_by_triton(given, factor, memory)
         elif torch._C._cuda_getDevice() != self.device.index:
             with torch.cuda.device(self.device):
                 self.run(given, factor, memory)
         else:
-            if memory is None:
-                memory = self.memory()
             stream = torch._C._cuda_getCurrentRawStream(self.device.index)
-            self.again.run(stream, factor, *given, memory)
+            for step in self.again:
+                if isinstance(step, _C.GpuLaunches):
+                    step.run(stream, factor, *given, memory)
+                else:
+                    step.run(*(_actual(matrix, given, memory) for matrix in _matrices(step)))
 
     def memory(self, at_least: int = 0) -> Tensor:
         return torch.empty(max(self.bytes, at_least), dtype=torch.uint8, device=self.device)
 
-    def _run_by_triton(self, given: Sequence[Tensor | None], factor: float) -> None:
-        scratch: dict[Scratch, Tensor] = {}
-
-        def actual(argument: Argument) -> Any:
-            if isinstance(argument, Given):
-                return given[argument.place]
-            if isinstance(argument, Scratch):
-                if argument not in scratch:
-                    scratch[argument] = torch.empty(argument.shape, dtype=argument.dtype, device=self.device)
-                return scratch[argument]
-            return factor if argument is FACTOR else argument
-
-        found = [
-            variant(grid, *(actual(argument) for argument in arguments))
-            for variant, grid, arguments in self.launches
-        ]
+    def _run_by_triton(self, given: Sequence[Tensor | None], factor: float, memory: Tensor) -> None:
+        found = []
+        for step in self.steps:
+            if isinstance(step, Launch):
+                actual = (_actual(argument, given, memory, factor) for argument in step.arguments)
+                found.append(step.variant(step.grid, *actual))
+            else:
+                step.run(*(_actual(matrix, given, memory) for matrix in _matrices(step)))
         if self.again is None and self.device.type == "cuda" and None not in found:
             self.again = self._without_triton(found, len(given))
             self.compiled = found
 
-    def _without_triton(self, found: list[Any], memory: int) -> Any:
+    def _without_triton(self, compiled: list[Any], memory: int) -> Any:
         """memory: the place of the plan's own among a run's."""
+        again: list[Any] = []
+        left = iter(compiled)
         try:
-            again = _C.GpuLaunches()
-            for (variant, grid, arguments), compiled in zip(self.launches, found, strict=True):
-                if not _plain(compiled.metadata):
-                    return False
-                parameters = [
-                    _parameter(kind, argument, memory)
-                    for kind, argument in zip(_kinds(variant, compiled), arguments, strict=False)
-                    if kind != "constexpr"
-                ]
-                threads = 32 * compiled.metadata.num_warps
-                shared = compiled.metadata.shared
-                x, y, z = (*grid, 1, 1)[:3]
-                again.add(compiled.function, (x, y, z), threads, shared, parameters)
+            for launched, steps in itertools.groupby(self.steps, lambda step: isinstance(step, Launch)):
+                if not launched:
+                    again += steps
+                    continue
+                together = _C.GpuLaunches()
+                for step in steps:
+                    assert isinstance(step, Launch)
+                    if not _add(together, step, next(left), memory):
+                        return False
+                again.append(together)
         except (RuntimeError, ValueError):  # an old driver; another layout than is known
             return False
         return again
+
+
+def _matrices(step: Product | Largest | Zero) -> tuple[Matrix, ...]:
+    if isinstance(step, Product):
+        return step.out, step.a, step.b
+    return (step.out, step.of) if isinstance(step, Largest) else (step.out,)
+
+
+def _actual(argument: Any, given: Sequence[Tensor | None], memory: Tensor, factor: float = 0.0) -> Any:
+    if isinstance(argument, Given):
+        return given[argument.place]
+    if isinstance(argument, Rows):
+        matrix = given[argument.of.place]
+        assert matrix is not None
+        return matrix[argument.first : argument.first + argument.count]
+    if isinstance(argument, Scratch):
+        part = memory[argument.offset : argument.offset + argument.nbytes]
+        return part.view(argument.dtype).view(argument.shape)
+    if isinstance(argument, tuple):
+        actual = [_actual(each, given, memory, factor) for each in argument]
+        return type(argument)(*actual) if hasattr(argument, "_fields") else tuple(actual)
+    return factor if argument is FACTOR else argument
+
+
+def _add(together: Any, step: Launch, compiled: Any, memory: int) -> bool:
+    """Whether the launch can be made without Triton, and is added."""
+    if not _plain(compiled.metadata):
+        return False
+    kinds = [compiled.src.signature[name] for name in step.variant.kernel.arg_names]
+    parameters = [
+        _parameter(kind, argument, memory)
+        for kind, argument in _flattened(tuple(kinds), step.arguments)
+        if kind != "constexpr"
+    ]
+    threads = 32 * compiled.metadata.num_warps
+    x, y, z = (*step.grid, 1, 1)[:3]
+    together.add(compiled.function, (x, y, z), threads, compiled.metadata.shared, parameters)
+    return True
 
 
 def _plain(metadata: Any) -> bool:
@@ -123,9 +253,13 @@ def _plain(metadata: Any) -> bool:
     return torch.version.hip is None and plain
 
 
-def _kinds(variant: Variant, compiled: Any) -> list[str]:
-    """Types of the kernel's arguments, in order; "constexpr" of what it was compiled for."""
-    return [compiled.src.signature[name] for name in variant.kernel.arg_names]
+def _flattened(kinds: tuple[Any, ...], arguments: tuple[Any, ...]) -> Iterator[tuple[str, Argument]]:
+    """(type, argument) of each parameter, those of tuples in their order; "constexpr": compiled in."""
+    for kind, argument in zip(kinds, arguments, strict=False):  # the kernel's constants come last
+        if isinstance(kind, tuple):
+            yield from _flattened(kind, argument)
+        else:
+            yield kind, argument
 
 
 def _parameter(kind: str, argument: Argument, memory: int) -> tuple[int, int, int]:

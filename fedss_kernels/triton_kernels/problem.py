@@ -19,7 +19,7 @@ class Traits(NamedTuple):
     cosine: bool
     reduction: str
     fold: bool  # every class is in the set
-    rounding: torch.dtype | None = None  # of rows before float64 products: see `operand_of`
+    rows: torch.dtype  # the same, but for what the scale asks for: what rows are rounded to
 
     @property
     def accumulator(self) -> torch.dtype:
@@ -65,9 +65,7 @@ class Problem(NamedTuple):
         else:
             learned, factor = scale, 1.0
         alike = input.dtype == weight.dtype
-        operand = input.dtype if alike else torch.promote_types(input.dtype, weight.dtype)
-        if rounding is not None and operand != torch.float64:
-            operand = rounding
+        rows = operand = dtype_of_products(input, weight, rounding)
         exact = operand == torch.float32 and _exact()
         if abs(factor) > LARGEST_FACTOR[similarity]:
             operand = torch.float64
@@ -95,7 +93,7 @@ class Problem(NamedTuple):
                 similarity == "cosine",
                 reduction,
                 class_ids is None,
-                rounding if operand == torch.float64 else None,
+                rows,
             ),
         )
 
@@ -133,11 +131,23 @@ def _exact() -> bool:
     return torch.get_float32_matmul_precision() == "highest"
 
 
+def dtype_of_products(input: Tensor, weight: Tensor, rounding: torch.dtype | None) -> torch.dtype:
+    """rounding: autocast's"""
+    alike = input.dtype == weight.dtype
+    dtype = input.dtype if alike else torch.promote_types(input.dtype, weight.dtype)
+    return dtype if rounding is None or dtype == torch.float64 else rounding
+
+
+def bytes_of(input: Tensor, weight: Tensor) -> int:
+    """Of inputs and gradients."""
+    return 2 * (input.numel() * input.dtype.itemsize + weight.numel() * weight.dtype.itemsize)
+
+
 def operand_of(tensor: Tensor, traits: Traits) -> Tensor:
     """A matrix as kernels read it; beside float64, or for a scale that needs it, perhaps a copy."""
     if traits.operand != torch.float64 or tensor.dtype == torch.float64:
         return tensor
-    return widened(tensor if traits.rounding is None else tensor.to(traits.rounding))
+    return widened(tensor if traits.rows == torch.float64 else tensor.to(traits.rows))
 
 
 def widened(tensor: Tensor) -> Tensor:

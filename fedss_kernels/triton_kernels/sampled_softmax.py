@@ -1,15 +1,14 @@
 """The loss on GPUs: small problems in two launches each way (small.py), others in chunks (chunked.py)."""
 
 from collections.abc import Hashable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .calls import Gradients, Wanted
-from .chunked import ChunkedCalls
-from .configurations import Configuration, configure, in_force, table_of
-from .problem import LARGEST_FACTOR, Problem
+from .calls import Gradients, Wanted, empty_results
+from .chunked import ChunkedCalls, begun_with_loss, empty_sums
+from .configurations import Configuration, configure, in_force, in_one_chunk, table_of
+from .problem import LARGEST_FACTOR, Problem, bytes_of, dtype_of_products
 from .small import SmallCalls
 
 Calls = SmallCalls | ChunkedCalls
@@ -48,8 +47,26 @@ def calls_like(p: Problem) -> Calls:
     return found
 
 
+def empty_loss(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    class_ids: Tensor | None,
+    reduction: str,
+    rounding: torch.dtype | None,
+    needed: Sequence[bool],
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """As `loss`, uninitialised; of tensors without values."""
+    losses, kept = empty_results(input, reduction)
+    (B, D), C = input.shape, weight.shape[0]
+    S = C if class_ids is None else class_ids.shape[0]
+    rows = dtype_of_products(input, weight, rounding)
+    whole = in_one_chunk(B, S, D, rows, bytes_of(input, weight))
+    return losses, (kept, *empty_sums(input, S, rows, begun_with_loss(whole, reduction, (B, C, S), needed)))
+
+
 def _calls_for(p: Problem) -> Calls:
     B, _, S, D = p.sizes
-    bytes_of_inputs = p.input.numel() * p.input.itemsize + p.weight.numel() * p.weight.itemsize
-    way: Any = configure(table_of(p.input.device), B, S, D, p.traits.operand.itemsize, 2 * bytes_of_inputs)
+    traits, problem_bytes = p.traits, bytes_of(p.input, p.weight)
+    way = configure(table_of(p.input.device), B, S, D, traits.operand, traits.rows, problem_bytes)
     return SmallCalls(p, way) if isinstance(way, Configuration) else ChunkedCalls(p, way)

@@ -11,7 +11,7 @@ from .configurations import Blocks, Table, Tiling
 from .launch import Variant
 from .problem import Traits
 
-_TYPES = {
+TYPES = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
     torch.float32: tl.float32,
@@ -33,8 +33,8 @@ class Kernels(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def kernels_of(traits: Traits, t: Tiling, table: Table) -> Kernels:
-    acc, wide = _TYPES[traits.accumulator], _TYPES[traits.wide]
-    operand, cosine, fold = _TYPES[traits.operand], traits.cosine, traits.fold
+    acc, wide = TYPES[traits.accumulator], TYPES[traits.wide]
+    operand, cosine, fold = TYPES[traits.operand], traits.cosine, traits.fold
     registers = {**table.all_registers, "enable_fp_fusion": True}
     exact = traits.operand != torch.float32 or traits.wide == torch.float64
     products = {"OPERAND": operand, "ACC": acc, "WIDE": wide, "PRECISION": "ieee" if exact else "tf32"}

@@ -34,7 +34,7 @@ def blocks_of_16(small: bool, B: int, S: int, D: int) -> Configuration | Chunks:
     blocks of both.
     """
     if not small:
-        return Chunks(16, S if S % 2 == 0 else 32, 16, 16, 32)
+        return Chunks(16, max(S, 1) if S % 2 == 0 else 32, 16, 16, 32)
     block = Blocks(rows=16, classes=16, columns=16, warps=4, stages=2, prefetch=S % 2 == 0)
     all_rows = replace(block, rows=max(16, 1 << (B - 1).bit_length()))
     splits = max(1, min(3, -(-S // 16)))

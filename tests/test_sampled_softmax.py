@@ -186,7 +186,7 @@ def test_a_class_that_starts_late_in_a_long_set(sampled_softmax_loss):
     expected = torch.autograd.grad(reference_loss(*tensors, t, ids), tensors)
     found = torch.autograd.grad(sampled_softmax_loss(x, w, t, ids), (x, w))
     for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)
 
 
 def test_a_left_out_class_that_is_the_target_of_a_late_row(sampled_softmax_loss):
@@ -255,9 +255,10 @@ def test_ignored_rows_do_not_count(sampled_softmax_loss):
     counted = t != 9
     loss = sampled_softmax_loss(x, w, t, ignore_index=9)  # also a class: it wins
     expected = sampled_softmax_loss(x[counted], w, t[counted])
-    assert torch.equal(loss, expected)
+    assert_same(loss, expected, sampled_softmax_loss)
     gradient, expected_gradient = gradients(loss, x)[0], gradients(expected, x)[0]
-    assert torch.equal(gradient, expected_gradient) and not gradient[~counted].any()
+    assert_same(gradient, expected_gradient, sampled_softmax_loss)
+    assert not gradient[~counted].any()
 
 
 def test_zero_rows_have_cosine_zero_and_pass_no_gradient(sampled_softmax_loss):
@@ -353,7 +354,10 @@ def test_pulls_of_nearly_parallel_class_rows_keep_their_differences(B, dtype, sa
     (found,) = gradients(sampled_softmax_loss(x, w, **options), x)
     exact = x.detach().double().requires_grad_()
     (truth,) = gradients(reference_loss(exact, w.double(), **options), exact)
-    allowed = FLOOR[dtype] * (1 if dtype == F16 else 4)  # bfloat16 has three bits fewer to pull with
+    # bfloat16 has three bits fewer to pull with; on GPUs, in chunks, float16 pulls have 16 bits too
+    allowed = FLOOR[dtype] * (
+        1 if dtype == F16 and sampled_softmax_loss is fedss_kernels.sampled_softmax_loss else 4
+    )
     assert (found.double() - truth).abs().max() <= allowed * truth.abs().max()
 
 
@@ -566,7 +570,7 @@ def test_leading_dimensions_are_flattened(sampled_softmax_loss):
         x.view(2, 3, -1), w, t.view(2, 3), target_log_expected_count=counts, reduction="none"
     )
     assert shaped.shape == (2, 3) and torch.equal(shaped.flatten(), flat)
-    assert torch.equal(sampled_softmax_loss(x[0], w, t[0], reduction="none"), flat[0])
+    assert_same(sampled_softmax_loss(x[0], w, t[0], reduction="none"), flat[0], sampled_softmax_loss)
 
 
 @pytest.mark.parametrize("class_ids", [None, torch.tensor([7, 2, 2, 11])])

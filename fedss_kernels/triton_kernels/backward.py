@@ -37,7 +37,6 @@ from .tiles import (
     load_targets,
     logit_unit,
     logits_of,
-    one_part,
     product_or_zero,
     rounded,
     same,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import forward
-from .plan import Given, Plan, Scratch
+from .plan import Given
 from .problem import Problem, operand_of
 from .scatter_add import scatter_add
 

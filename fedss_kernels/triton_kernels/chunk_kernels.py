@@ -175,8 +175,11 @@ def chunk_logits(
     dots, vectors, kept, inverses, sizes, chunk, rows, entries, scale, unit,
     COSINE: tl.constexpr, NARROW: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """(logits in units, dot products (R, J), which rows count (R,), hits (R, J), which are live (J,),
-    1 / |input_i| (R,), 1 / |weight_j| (J,)) of some rows and entries; -inf of entries that are left out."""
+    """Of some rows and entries: (logits in units, dot products, rows that count, hits, live entries, inverses).
+
+    (R, J) of pairs, (R,) of rows, (J,) of entries; the inverses are those of rows' norms, then of entries'.
+    Logits are -inf of entries that are left out.
+    """
     B, C = sizes.B, sizes.C
     row_there = rows < chunk.row + chunk.rows
     entry_there = entries < chunk.entry + chunk.entries

@@ -183,7 +183,7 @@ class ChunkedPlan(Plan):
 
     def for_gradients(self, to: Outputs, begun: Sums | None) -> "ChunkedPlan":
         """begun: what was made with the loss."""
-        calls, (B, C, S, D) = self.calls, self.calls.sizes
+        calls, (B, C, S, _) = self.calls, self.calls.sizes
         if B > 0:
             sums = begun or self._own_sums(to)
             if begun is None:
@@ -245,7 +245,7 @@ class ChunkedPlan(Plan):
 
     def _over_chunks(self, losses: Any, sums: Sums, to: Outputs | None = None) -> None:
         """losses: (B,), of each row; None: they are known. to: gradients of class rows are finished too."""
-        calls, k, accumulator = self.calls, self.kernels, self.traits.accumulator
+        calls, accumulator = self.calls, self.traits.accumulator
         chunks, D = calls.chunks, calls.sizes[3]
         pulled = any(found is not None for found in sums[:4])
         if pulled and calls.ranged:
@@ -291,7 +291,10 @@ class ChunkedPlan(Plan):
     ) -> None:  # fmt: skip
         """nth: of the blocks of classes"""
         calls, k, chunks = self.calls, self.kernels, self.calls.chunks
-        row_tiles, class_tiles = cdiv(chunk.rows, chunks.block_rows), cdiv(chunk.entries, chunks.block_classes)
+        row_tiles, class_tiles = (
+            cdiv(chunk.rows, chunks.block_rows),
+            cdiv(chunk.entries, chunks.block_classes),
+        )
         self.launch(
             k.chunk_pulls,
             (row_tiles, class_tiles),

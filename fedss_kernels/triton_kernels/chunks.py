@@ -1,4 +1,4 @@
-"""How a large problem is cut: into blocks of rows, of classes, or both, of which one is in memory at a time."""
+"""How a large problem is cut: into blocks of rows, of classes, or both. One chunk is in memory at a time."""
 
 from typing import NamedTuple
 
@@ -62,7 +62,7 @@ def _elements(operand_bytes: int, problem_bytes: int) -> int:
 
 
 def _even(n: int, most: int, multiple: int = 16) -> int:
-    """The size of blocks of at most `most`, all about as large; a multiple of 16, if that is not too small."""
+    """The size of blocks of at most `most`, all about as large; a multiple of 16 where `most` allows."""
     if n <= most:
         return max(n, 1)
     size = -(-n // -(-n // most))

@@ -18,7 +18,6 @@ import triton.language as tl
 
 from .tiles import (
     UNSPECIALIZED,
-    add_squares,
     dots_and_inverses,
     exponentials,
     in_range,
@@ -26,7 +25,6 @@ from .tiles import (
     load_bias,
     load_classes,
     load_elements,
-    load_rows,
     load_scale,
     load_targets,
     logit_unit,

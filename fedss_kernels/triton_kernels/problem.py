@@ -19,7 +19,8 @@ class Traits(NamedTuple):
     cosine: bool
     reduction: str
     fold: bool  # every class is in the set
-    rows: torch.dtype  # the same, but for what the scale asks for: what rows are rounded to
+    rows: torch.dtype  # what `operand` is but for the scale
+    rounding: torch.dtype | None  # autocast's, of all rows but float64's
 
     @property
     def accumulator(self) -> torch.dtype:
@@ -94,6 +95,7 @@ class Problem(NamedTuple):
                 reduction,
                 class_ids is None,
                 rows,
+                rounding,
             ),
         )
 
@@ -147,7 +149,7 @@ def operand_of(tensor: Tensor, traits: Traits) -> Tensor:
     """A matrix as kernels read it; beside float64, or for a scale that needs it, perhaps a copy."""
     if traits.operand != torch.float64 or tensor.dtype == torch.float64:
         return tensor
-    return widened(tensor if traits.rows == torch.float64 else tensor.to(traits.rows))
+    return widened(tensor if traits.rounding is None else tensor.to(traits.rounding))
 
 
 def widened(tensor: Tensor) -> Tensor:

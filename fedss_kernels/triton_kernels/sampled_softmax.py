@@ -5,8 +5,10 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
+from . import tuning
 from .calls import Gradients, Wanted, empty_results
 from .chunked import ChunkedCalls, begun_with_loss, empty_sums
+from .chunks import chunks_of
 from .configurations import Configuration, configure, in_force, in_one_chunk, table_of
 from .problem import LARGEST_FACTOR, Problem, bytes_of, dtype_of_products
 from .small import SmallCalls
@@ -18,8 +20,13 @@ _MOST_CALLS = 4096
 
 
 def loss(p: Problem, wanted: Wanted | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """(loss () or (B,), what the gradients are made of); wanted: gradients that may be begun with it."""
-    return calls_like(p).loss(p.tensors, p.factor, wanted)
+    """(loss () or (B,), what the gradients are made of); wanted: gradients that may be begun with it.
+
+    They are where `empty_loss` says so, which does not know the scale, nor what was timed.
+    """
+    B, _, S, D = p.sizes
+    whole = in_one_chunk(B, S, D, p.traits.rows, bytes_of(p.input, p.weight))
+    return calls_like(p).loss(p.tensors, p.factor, wanted if whole else None)
 
 
 def gradients(p: Problem, made: Sequence[Tensor], grad_loss: Tensor, wanted: Wanted) -> Gradients:
@@ -69,4 +76,9 @@ def _calls_for(p: Problem) -> Calls:
     B, _, S, D = p.sizes
     traits, problem_bytes = p.traits, bytes_of(p.input, p.weight)
     way = configure(table_of(p.input.device), B, S, D, traits.operand, traits.rows, problem_bytes)
-    return SmallCalls(p, way) if isinstance(way, Configuration) else ChunkedCalls(p, way)
+    if not isinstance(way, Configuration):
+        return ChunkedCalls(p, way)
+    small = SmallCalls(p, way)
+    if not tuning.wanted(p.input.device):
+        return small
+    return tuning.faster(p, [small, ChunkedCalls(p, chunks_of(B, S, D, traits.rows.itemsize, problem_bytes))])

@@ -1,7 +1,6 @@
-"""The loss of a small problem, a client's say: two launches each way. Equations: forward.py and backward.py."""
+"""The loss of a small problem, a client's say: two launches each way."""
 
 from collections.abc import Hashable
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -105,9 +104,7 @@ class SmallCalls(Calls):
         if found is None:
             return None
         plan, bytes_of_both = found
-        return Prepared(
-            wanted, plan, self.outputs(tensors, wanted, spreads=True), plan.memory(bytes_of_both)
-        )
+        return Prepared(wanted, plan, self.outputs(tensors, wanted, spreads=True), plan.memory(bytes_of_both))
 
     def _may_prepare(self, plan: Plan, wanted: Wanted, upstream: torch.dtype) -> None:
         B, C, S, D = self.sizes

@@ -1,25 +1,24 @@
-"""FEDSS_AUTOTUNE=1: for each new problem size, configurations near the table's are timed, the fastest kept.
+"""FEDSS_AUTOTUNE=1: a small problem is timed in two launches and in chunks, once for each signature.
 
-It compiles some thirty variants of a kernel, which takes about a minute, once for each size and process. The
-fastest may differ from one run to the next, and with it the last bits of results.
+It takes some seconds each. The faster way may differ from one run to the next, and with it the last bits of
+results.
 """
 
-import itertools
 import os
-from collections.abc import Callable, Hashable, Iterator
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import triton
 
-from .configurations import MOST_TILES, Blocks, Configuration
+from .calls import Wanted
+from .problem import Problem
 
-_fastest: dict[Hashable, Configuration] = {}
+Way = TypeVar("Way")
 
 
 def wanted(device: torch.device) -> bool:
-    """Whether to search: never while a graph is captured, and never where kernels are interpreted."""
+    """Whether to time: never while a graph is captured, and never where kernels are interpreted."""
     return (
         os.environ.get("FEDSS_AUTOTUNE") == "1"
         and device.type == "cuda"
@@ -27,42 +26,22 @@ def wanted(device: torch.device) -> bool:
     )
 
 
-def fastest(
-    key: Hashable, table: Configuration, stage: str, run: Callable[[Configuration], object]
-) -> Configuration:
-    """The configuration with which `run` is fastest; the table's among them. `stage`: forward or backward."""
-    if key not in _fastest:
-        timed = [(_milliseconds(run, c), order, c) for order, c in enumerate(candidates(table, stage))]
-        _fastest[key] = min(timed)[2]
-    return _fastest[key]
+def faster(p: Problem, ways: Sequence[Way]) -> Way:
+    """The calls, of a problem like this one, that are faster: loss and gradients together."""
+    timed = [(_milliseconds(_step(p, calls)), nth) for nth, calls in enumerate(ways)]
+    return ways[min(timed)[1]]
 
 
-def candidates(table: Configuration, stage: str) -> Iterator[Configuration]:
-    """The table's configuration, then its neighbours in tiles of classes, warps and stages."""
-    yield table
-    for halvings, warps, stages in itertools.product((-1, 0, 1), (2, 4, 8), (1, 2, 3, 4)):
-        near = partial(_near, halvings=halvings, warps=warps, stages=stages)
-        tiling = table.tiling
-        if stage == "forward":
-            yield replace(table, tiling=replace(tiling, forward=near(tiling.forward)))
-        else:
-            tiles = near(tiling.tiles)
-            grad_rows, grad_input = near(tiling.grad_rows), near(tiling.grad_input)
-            tiling = replace(tiling, tiles=tiles, grad_rows=grad_rows, grad_input=grad_input)
-            chunk = min(-(-table.chunk // tiles.classes), MOST_TILES) * tiles.classes
-            yield replace(table, tiling=tiling, chunk=chunk)
+def _step(p: Problem, calls: Any) -> Callable[[], None]:
+    needed = (True, True, p.bias is not None, False)
+    all_of_them = Wanted(needed, sparse=p.class_ids is not None, scale_dtype=None)
+
+    def step() -> None:
+        loss, made = calls.loss(p.tensors, p.factor, all_of_them)
+        calls.gradients(p.tensors, p.factor, made, torch.ones_like(loss), all_of_them)
+
+    return step
 
 
-def _near(blocks: Blocks, halvings: int, warps: int, stages: int) -> Blocks:
-    classes = int(min(max(blocks.classes / 2**halvings, 16), 256))
-    if blocks.stages == 1:  # not for speed: see forward.py
-        stages = 1
-    return replace(blocks, classes=classes, warps=warps, stages=stages)
-
-
-def _milliseconds(run: Callable[[Configuration], object], configuration: Configuration) -> float:
-    """Median time; infinite where the device has too little shared memory or too few registers."""
-    try:
-        return triton.testing.do_bench(lambda: run(configuration), warmup=5, rep=20, return_mode="median")
-    except triton.runtime.errors.OutOfResources:
-        return float("inf")
+def _milliseconds(step: Callable[[], None]) -> float:
+    return triton.testing.do_bench(step, warmup=10, rep=50, return_mode="median")

@@ -71,6 +71,8 @@ def direct_triton_loss(
                 _known.clear()
             _known[key] = calls
         tensors = problem.tensors
+    if not torch.is_grad_enabled():  # needs_input_grad does not know
+        return calls.loss(tensors, factor, None)[0]
     return _apply(input, weight, bias, learned, (kernels, calls, tensors, factor, sparse_grad, rounding))
 
 

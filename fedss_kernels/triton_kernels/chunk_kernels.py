@@ -175,7 +175,7 @@ def chunk_logits(
     dots, vectors, kept, inverses, sizes, chunk, rows, entries, scale, unit,
     COSINE: tl.constexpr, NARROW: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Of some rows and entries: (logits in units, dot products, rows that count, hits, live entries, inverses).
+    """(logits in units, dot products, which rows count, hits, which entries are live, 1 / norms of both).
 
     (R, J) of pairs, (R,) of rows, (J,) of entries; the inverses are those of rows' norms, then of entries'.
     Logits are -inf of entries that are left out.

@@ -50,7 +50,7 @@ class ClassRows(NamedTuple):
 
     matrix: Matrix
     argument: Any  # the same, or the matrix that it is part of, ...
-    strides: tuple[int, int]
+    strides: tuple[int, ...]
     first: int  # ... from this row on
 
 
@@ -330,6 +330,7 @@ class ChunkedPlan(Plan):
     def _class_rows(self, entry: int, entries: int) -> ClassRows:
         calls, D = self.calls, self.calls.sizes[3]
         if self.rows is None:
+            assert calls.weight is not None
             return ClassRows(calls.weight.rows(entry, entries), calls.weight, calls.strides[1], entry)
         rows = self.rows.rows(0, entries)
         if self.sources is None:

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-BUDGET = 64 * 2**20  # bytes of a chunk's logits and pulls, or ...
+BUDGET = 64 * 2**20  # bytes of a chunk's logits and pulls (of some classes: and of their rows), or ...
 SHARE = 3  # ... so many percent of the bytes of inputs and gradients, where that is more
 MOST_ROWS = 8192  # of a chunk that does not hold all classes
 
@@ -52,7 +52,8 @@ def chunks_of(B: int, S: int, D: int, operand_bytes: int, problem_bytes: int) ->
         rows, classes = _even(B, elements // max(S, 1)), S
     else:
         rows = _even(B, MOST_ROWS)
-        classes = _even(S, max(elements // rows, 1))
+        # beside logits and pulls a class has a row as products read it, and the float32 sums of its gradient
+        classes = _even(S, max(elements // (rows + D), 1))
     return Chunks(rows, max(classes, 1), block_rows=16, block_classes=256, block_columns=512)
 
 

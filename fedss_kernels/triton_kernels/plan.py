@@ -36,7 +36,7 @@ class Rows(NamedTuple):
 
     of: Given
     first: int
-    count: int
+    rows: int
 
 
 class Scratch(NamedTuple):
@@ -220,7 +220,7 @@ def _actual(argument: Any, given: Sequence[Tensor | None], memory: Tensor, facto
     if isinstance(argument, Rows):
         matrix = given[argument.of.place]
         assert matrix is not None
-        return matrix[argument.first : argument.first + argument.count]
+        return matrix[argument.first : argument.first + argument.rows]
     if isinstance(argument, Scratch):
         part = memory[argument.offset : argument.offset + argument.nbytes]
         return part.view(argument.dtype).view(argument.shape)

@@ -13,13 +13,11 @@ from .configurations import Configuration, configure, in_force, in_one_chunk, ta
 from .problem import LARGEST_FACTOR, Problem, bytes_of, dtype_of_products
 from .small import SmallCalls
 
-Calls = SmallCalls | ChunkedCalls
-
-_calls: dict[Hashable, Calls] = {}
+_calls: dict[Hashable, SmallCalls | ChunkedCalls] = {}
 _MOST_CALLS = 4096
 
 
-def loss(p: Problem, wanted: Wanted | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
+def loss(p: Problem, wanted: Wanted | None = None) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """(loss () or (B,), what the gradients are made of); wanted: gradients that may be begun with it.
 
     They are where `empty_loss` says so, which does not know the scale, nor what was timed.
@@ -29,7 +27,7 @@ def loss(p: Problem, wanted: Wanted | None = None) -> tuple[Tensor, tuple[Tensor
     return calls_like(p).loss(p.tensors, p.factor, wanted if whole else None)
 
 
-def gradients(p: Problem, made: Sequence[Tensor], grad_loss: Tensor, wanted: Wanted) -> Gradients:
+def gradients(p: Problem, made: Sequence[Tensor | None], grad_loss: Tensor, wanted: Wanted) -> Gradients:
     return calls_like(p).gradients(p.tensors, p.factor, tuple(made), grad_loss, wanted)
 
 
@@ -44,7 +42,7 @@ def circumstances(input: Tensor, weight: Tensor, similarity: str, factor: float)
     )
 
 
-def calls_like(p: Problem) -> Calls:
+def calls_like(p: Problem) -> SmallCalls | ChunkedCalls:
     signature = p.signature
     found = _calls.get(signature)
     if found is None:
@@ -72,7 +70,7 @@ def empty_loss(
     return losses, (kept, *empty_sums(input, S, rows, begun_with_loss(whole, reduction, (B, C, S), needed)))
 
 
-def _calls_for(p: Problem) -> Calls:
+def _calls_for(p: Problem) -> SmallCalls | ChunkedCalls:
     B, _, S, D = p.sizes
     traits, problem_bytes = p.traits, bytes_of(p.input, p.weight)
     way = configure(table_of(p.input.device), B, S, D, traits.operand, traits.rows, problem_bytes)
@@ -81,4 +79,5 @@ def _calls_for(p: Problem) -> Calls:
     small = SmallCalls(p, way)
     if not tuning.wanted(p.input.device):
         return small
-    return tuning.faster(p, [small, ChunkedCalls(p, chunks_of(B, S, D, traits.rows.itemsize, problem_bytes))])
+    chunked = ChunkedCalls(p, chunks_of(B, S, D, traits.rows.itemsize, problem_bytes))
+    return small if tuning.first_is_faster(p, small, chunked) else chunked

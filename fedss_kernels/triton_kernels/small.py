@@ -38,7 +38,7 @@ class SmallCalls(Calls):
 
     def loss(
         self, tensors: Tensors, factor: float, wanted: Wanted | None, prepared: "Prepared | None" = None
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """prepared: its memory waits for the backward pass, and may be used until then."""
         losses, kept = self.empty_results(tensors[0])
         if "loss" not in self.plans:
@@ -75,7 +75,7 @@ class SmallCalls(Calls):
         self,
         tensors: Tensors,
         factor: float,
-        made: tuple[Tensor, ...],
+        made: tuple[Tensor | None, ...],
         grad_loss: Tensor,
         wanted: Wanted,
     ) -> Gradients:
@@ -119,7 +119,7 @@ class SmallCalls(Calls):
         self,
         tensors: Tensors,
         factor: float,
-        made: tuple[Tensor, ...],
+        made: tuple[Tensor | None, ...],
         grad_loss: Tensor,
         prepared: Prepared,
     ) -> Gradients:

@@ -5,16 +5,14 @@ results.
 """
 
 import os
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
 
-from .calls import Wanted
+from .calls import Calls, Wanted
 from .problem import Problem
-
-Way = TypeVar("Way")
 
 
 def wanted(device: torch.device) -> bool:
@@ -26,10 +24,9 @@ def wanted(device: torch.device) -> bool:
     )
 
 
-def faster(p: Problem, ways: Sequence[Way]) -> Way:
-    """The calls, of a problem like this one, that are faster: loss and gradients together."""
-    timed = [(_milliseconds(_step(p, calls)), nth) for nth, calls in enumerate(ways)]
-    return ways[min(timed)[1]]
+def first_is_faster(p: Problem, first: Calls, second: Calls) -> bool:
+    """Whether the loss of such a problem and its gradients take less time by the one than by the other."""
+    return _milliseconds(_step(p, first)) <= _milliseconds(_step(p, second))
 
 
 def _step(p: Problem, calls: Any) -> Callable[[], None]:

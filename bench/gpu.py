@@ -121,8 +121,9 @@ class Budget:
 
     def __str__(self) -> str:
         return (
-            f"{self.cases} cases, {self.contenders} contenders, {self.timings} measurements in {TURNS} turns: "
-            f"{self.timed:.0f} s; allowed for compilers, first calls and checks: {self.allowed:.0f} s; "
+            f"{self.cases} cases, {self.contenders} contenders, "
+            f"{self.timings} measurements in {TURNS} turns: {self.timed:.0f} s; "
+            f"allowed for compilers, first calls and checks: {self.allowed:.0f} s; "
             f"in all {(self.timed + self.allowed) / 60:.1f} minutes"
         )
 

@@ -57,10 +57,10 @@ NOTES = (
     "and one-hot differ by less than the dtype's epsilon / 32 (2^-12 in bfloat16) adds nothing to gradients; "
     "these are added up in the dtype, in no fixed order. The head alone goes backward in float32, and has "
     'impl="cce_exact": no tile skipped, float32 sums.',
-    "QuACK keeps the exponentials of 4,096 rows at a time in memory; memeff multiplies float32 as tf32.",
-    "as called: medians between events around a call, the host's share included; forward is that of "
-    "training. as a graph: replays of a CUDA graph, the device's share alone. Caches are warm in both, and "
-    "contenders take turns.",
+    "QuACK keeps logits, or their exponentials, of 4,096 rows in memory; memeff multiplies float32 as tf32.",
+    "as called: medians between events around a call, the host's share included. as a graph: replays of a "
+    "CUDA graph, the device's share alone. Caches are warm in both, and contenders take turns. forward is "
+    "that of training, in which some make the gradients too, as ours may of a large problem.",
     "of mm rate: 2·B·S·D operations forward, 6·B·S·D with backward, over the time, against a large torch.mm "
     "(float32 without tf32); of copies: input and rows read in each direction and gradients written, against "
     "a large copy.",

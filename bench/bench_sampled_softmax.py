@@ -99,6 +99,13 @@ def linear_problem(shape: Shape, dtype: torch.dtype, device: str = "cpu", impl: 
     return p._replace(input=input, counts=None, scale=1.0, similarity="dot")
 
 
+def in_batch_problem(shape: Shape, dtype: torch.dtype, device: str = "cpu", impl: str = "auto") -> Problem:
+    """Contrastive pairs: row i of `rows` is the class of row i of `input`, no correction. S = C >= B."""
+    p = problem(shape, dtype, device, impl)
+    own = torch.arange(shape.B, device=device)
+    return p._replace(target=own, target_class=own, counts=torch.zeros(shape.S, device=device))
+
+
 Results = tuple[Tensor, ...]  # (loss, gradient to the input, gradient to the matrix)
 
 # ---- the contenders ----------------------------------------------------------------------------------------

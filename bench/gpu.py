@@ -1,9 +1,17 @@
 """The loss on a GPU beside what one would use instead: `python -m fedss_kernels.bench.gpu`.
 
 First ours is checked against float64 at every shape; a wrong result stops the run. Then the contenders are
-timed in turns as they are called, between events around the call, and at small shapes again as replays of a
-CUDA graph; what one raises is reported, and the run goes on. Without a GPU the kernels are interpreted, on
-tiny shapes: that shows that every part runs, and the times mean nothing.
+timed in turns as they are called, between events around the call, and but for the largest again as replays
+of a CUDA graph; what one raises is reported, and the run goes on. It prints what time it plans to take, and
+begins no contender after --minutes. Without a GPU the kernels are interpreted, on tiny shapes: that shows
+that every part runs, and the times mean nothing.
+
+On a machine with a GPU, all there is to say of it in 15 minutes, from the repository's root:
+
+    python -m fedss_kernels.bench.gpu --tests tests --out runs/bench-gpu
+
+first runs the tests that need a GPU, for 6 minutes at most, then this for 8. DIR then has the tests' output,
+tests.txt, and the tables as .csv and .md with the GPU's name, a plot and the device's limits beside them.
 """
 
 import argparse
@@ -16,147 +24,45 @@ import json
 import math
 import os
 import re
+import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from . import bench_sampled_softmax as loss_bench
 from .bench_sampled_softmax import (
     LOSS_TOLERANCE,
     OURS,
-    Contender,
     Problem,
     Results,
     Shape,
-    contender,
     dtype_name,
-    first_product,
     gradients,
-    last_products,
     on_rows,
 )
-from .device import (
-    CUDA,
-    DEVICE,
-    GRAPH_CALLS,
-    TURNS,
-    Device,
-    Stage,
-    Stopwatch,
-    graph_of,
-    measure_device,
-    peak_bytes,
+from .device import CUDA, GRAPH_CALLS, TURNS, Stopwatch, graph_of, measure_device, peak_bytes
+from .gpu_cases import (
+    CASES,
+    CONTENDERS,
+    INTERPRETED_CASES,
+    LIBRARIES,
+    QUICK_CASES,
+    Case,
+    contenders,
+    stages,
+    why_not,
 )
+from .gpu_table import NO_DEVICE, panels, table, title
 from .measure import Timing
-from .plot import Panel
 from .report import Plan, Report
-from .results import (
-    Figures,
-    Group,
-    Mismatch,
-    Row,
-    Table,
-    decimal,
-    mebibytes,
-    milliseconds,
-    numbers,
-    quotient,
-    share,
-)
+from .results import Mismatch, Row, milliseconds
 
-IMPL = "auto" if CUDA else "triton"  # as users call it; on a CPU that would be the C++ kernel
-MEANINGLESS = "kernels interpreted on a CPU, whose times mean nothing"
-
-
-class Case(NamedTuple):
-    shape: Shape
-    dtype: torch.dtype = torch.float32
-    linear: bool = False  # dot products with all rows and no correction: the other libraries' loss
-
-    def __str__(self) -> str:
-        return f"{numbers(self.shape)}, {dtype_name(self.dtype)}"
-
-    @property
-    def small(self) -> bool:
-        """Whether a call's own time counts, so that it is timed as a CUDA graph too."""
-        return self.shape.B * self.shape.S <= 2**18
-
-    def problem(self) -> Problem:
-        make = loss_bench.linear_problem if self.linear else loss_bench.problem
-        return make(self.shape, self.dtype, DEVICE, IMPL)
-
-
-# Federated clients; larger batches, gathering from up to ten million classes; a language model's last layer.
-CASES = [
-    Case(Shape(32, 100, 64, 11_318)),
-    Case(Shape(32, 170, 64, 2_028)),
-    Case(Shape(32, 410, 64, 21_000)),
-    Case(Shape(32, 820, 64, 1_000_000)),
-    Case(Shape(32, 170, 1280, 2_028)),
-    Case(Shape(32, 820, 1280, 21_000)),
-    Case(Shape(256, 1024, 128, 1_000_000)),
-    Case(Shape(256, 1024, 128, 1_000_000), torch.bfloat16),
-    Case(Shape(1024, 8192, 64, 10_000_000)),
-    Case(Shape(4096, 8192, 512, 1_000_000), torch.bfloat16),
-    Case(Shape(4096, 128_256, 4096, 128_256), torch.bfloat16, linear=True),
-]
-QUICK_CASES = [CASES[0], CASES[9]]
-INTERPRETED_CASES = [Case(Shape(3, 5, 16, 9)), Case(Shape(3, 7, 16, 7), linear=True)]
-
-# ---- the contenders ----------------------------------------------------------------------------------------
-
-
-def liger(p: Problem) -> Tensor:
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-
-    return liger_fused_linear_cross_entropy(p.input, p.rows, p.target)
-
-
-def cce(p: Problem) -> Tensor:
-    from cut_cross_entropy import linear_cross_entropy
-
-    return linear_cross_entropy(p.input, p.rows, p.target)
-
-
-ON_ROWS = {
-    **{"eager": "eager", "compile": "compile", "lce": "LCE", "lce_chunked": "LCE\nchunks"},
-    **{"liger": "Liger", "cce": "CCE", "mm": "mm"},
-}
-GATHERING = {"eager_gather": "eager", "eager_gather_sparse": "eager\nsparse"}
-LIBRARIES = {"liger": contender(liger, "rows"), "cce": contender(cce, "rows")}  # of the linear loss alone
-CONTENDERS = {
-    name: LIBRARIES.get(name) or loss_bench.CONTENDERS[name]
-    for name in ("ours", *ON_ROWS, "ours_gather", *GATHERING)
-}
-
-
-def contenders(case: Case) -> dict[str, Contender]:
-    """Those that can express the case."""
-    return {
-        name: c
-        for name, c in CONTENDERS.items()
-        if (c.over == "rows" if case.linear else name not in LIBRARIES)
-    }
-
-
-def why_not(name: str, shape: Shape) -> str:
-    if name == "compile":
-        return "" if CUDA else "nothing is compiled where kernels are interpreted"
-    return CONTENDERS[name].why_not(shape)
-
-
-def stages(c: Contender, p: Problem) -> tuple[Stage, Stage]:
-    """Forward and backward."""
-    if c.loss is None:
-        return lambda _: first_product(p), lambda _: last_products(p)
-    loss, leaves = c.loss, (p.input, getattr(p, c.over))
-    return lambda _: loss(p), lambda value: torch.autograd.grad(value, leaves)
-
+TEST_MINUTES = 6
 
 # ---- the checks --------------------------------------------------------------------------------------------
 
@@ -192,12 +98,45 @@ def check_rival(name: str, p: Problem, right: Results) -> None:
             raise Mismatch(f"its gradient to {of} is off by {error:.1%}")
 
 
+# ---- the time it takes -------------------------------------------------------------------------------------
+
+# Seconds allowed for a contender's first calls at a case, most of them a compiler's, and for a case's checks
+# and graphs. Allowances, generous ones, not measurements.
+FIRST_CALLS = {"compile": 8.0, "ours": 5.0, "ours_gather": 3.0, **dict.fromkeys(LIBRARIES, 25.0)}
+OTHER_FIRST_CALLS, CASE_SECONDS = 0.5, 4.0
+LAST_SECONDS = 20  # of the minutes given, for the turns of what has begun, the tables and the plot
+
+
+class Budget:
+    """What a run at these cases takes."""
+
+    def __init__(self, cases: Sequence[Case], seconds: float):
+        """seconds: for each timing."""
+        running = [(case, name) for case in cases for name in contenders(case) if not why_not(name, case)]
+        self.cases, self.contenders = len(cases), len(running)
+        self.timings = sum(len(TIMED) if CUDA and case.graphed else len(CALLED) for case, _ in running)
+        self.timed = self.timings * seconds
+        allowed = (FIRST_CALLS.get(name, OTHER_FIRST_CALLS) for _, name in running)
+        self.allowed = len(cases) * CASE_SECONDS + sum(allowed)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.cases} cases, {self.contenders} contenders, "
+            f"{self.timings} measurements in {TURNS} turns: {self.timed:.0f} s; "
+            f"allowed for compilers, first calls and checks: {self.allowed:.0f} s; "
+            f"in all {(self.timed + self.allowed) / 60:.1f} minutes"
+        )
+
+
 # ---- measuring ---------------------------------------------------------------------------------------------
 
 
-def measure(plan: Plan) -> Iterator[Row]:
-    """Every case is checked before the first one is timed."""
-    cases = (QUICK_CASES if plan.quick else CASES) if CUDA else INTERPRETED_CASES
+def measure(plan: Plan, ends: float = math.inf) -> Iterator[Row]:
+    """Every case is checked before the first one is timed.
+
+    ends: of the time for it, by time.monotonic(): no contender begins later.
+    """
+    cases = cases_of(plan)
     for number, case in enumerate(cases, 1):
         plan.progress(f"check {number}/{len(cases)}: {case}")
         check(case)
@@ -205,14 +144,18 @@ def measure(plan: Plan) -> Iterator[Row]:
         plan.progress(f"timing {number}/{len(cases)}: {case}")
         if CUDA:
             torch.compiler.reset()  # compiled code is one shape's; there is a limit to how many are kept
-        for row in measure_case(case, plan.seconds):
+        for row in measure_case(case, plan.seconds, ends):
             median = None if row.timing is None else row.timing.median_s
             if row.operation.endswith("forward_backward"):  # should the run be cut short, these are left
                 plan.progress(f"  {row.operation} {row.contender}: {milliseconds(median)} ms {row.note}")
             yield row
 
 
-def measure_case(case: Case, seconds: float) -> Iterator[Row]:
+def cases_of(plan: Plan) -> list[Case]:
+    return (QUICK_CASES if plan.quick else CASES) if CUDA else INTERPRETED_CASES
+
+
+def measure_case(case: Case, seconds: float, ends: float = math.inf) -> Iterator[Row]:
     """Every contender's rows, or a row that says why there are none."""
 
     def prepare() -> tuple[Problem, Results]:
@@ -220,10 +163,13 @@ def measure_case(case: Case, seconds: float) -> Iterator[Row]:
         loss, *others = gradients(loss_bench.ours, p, "rows")
         return p, (loss.detach(), *others)
 
-    prepared, failure = attempt(prepare)
+    def late() -> str:
+        return "the minutes given were over" if time.monotonic() > ends else ""
+
+    prepared, failure = (None, late()) if late() else attempt(prepare)
     entered: dict[str, tuple[Entrant | None, str]] = {}
     for name in contenders(case):
-        note = failure or why_not(name, case.shape)
+        note = failure or why_not(name, case) or late()
         enter = functools.partial(Entrant, case, name, prepared, seconds)
         entered[name] = (None, note) if note else attempt(enter)
     running = [entrant for entrant, _ in entered.values() if entrant is not None]
@@ -239,7 +185,8 @@ def measure_case(case: Case, seconds: float) -> Iterator[Row]:
 # What is timed together: operations that are the stages of one call.
 BOTH, STAGES = ("forward_backward",), ("forward", "backward")
 GRAPH_OF_BOTH, GRAPH_OF_FORWARD = ("graph_forward_backward",), ("graph_forward",)
-TIMED = (BOTH, STAGES, GRAPH_OF_BOTH, GRAPH_OF_FORWARD)
+CALLED = (BOTH, STAGES)
+TIMED = (*CALLED, GRAPH_OF_BOTH, GRAPH_OF_FORWARD)
 
 
 class Entrant:
@@ -261,7 +208,7 @@ class Entrant:
         }
         self.notes: dict[tuple[str, ...], str] = {}  # why there are no times
         self.peak = peak_bytes(step)
-        if CUDA and case.small:
+        if CUDA and case.graphed:
             self._add_graphs(p, seconds)
 
     def _add_graphs(self, p: Problem, seconds: float) -> None:
@@ -316,115 +263,42 @@ def _row(
     return Row(case.shape, operation, dtype_name(case.dtype), name, timing, peak, note)
 
 
-# ---- the report --------------------------------------------------------------------------------------------
-
-# What is timed: its title, and its part of what forward and backward are: three products and three passes.
-OPERATIONS = {
-    "forward_backward": ("with backward, as called", 3),
-    "graph_forward_backward": ("with backward, as a graph", 3),
-    "forward": ("forward, as called", 1),
-    "graph_forward": ("forward, as a graph", 1),
-    "backward": ("backward, as called", 2),
-}
-HEADER = (
-    *("B, S, D", "rows\nms", "of mm\nrate", "of\ncopies", *ON_ROWS.values()),
-    *("C", "gather\nms", *GATHERING.values()),
-    *("ours\nMiB", "gather\nMiB", "eager\nMiB", "of inputs\n+ grads"),
-)
-NOTES = (
-    "rows: on the (S, D) rows, already gathered; gather: from all C rows, with a sparse gradient. C = S: "
-    "a linear layer's cross-entropy, dot products without a correction; else FedSS' corrected cosines.",
-    "The columns after each are the times of others divided by it: eager PyTorch, torch.compile of that, "
-    "F.linear_cross_entropy (at FedSS' loss on normalised inputs), the same in chunks, Liger and Cut "
-    "Cross-Entropy (the linear loss alone), the bare torch.mm of the same sizes (one forward, two backward); "
-    "eager PyTorch that gathers, with a dense and a sparse gradient.",
-    "as called: medians between events around a call, the host's share included; forward is that of "
-    "training. as a graph: replays of a CUDA graph, the device's share alone. Caches are warm in both, and "
-    "contenders take turns.",
-    "of mm rate: 2·B·S·D operations forward, 6·B·S·D with backward, over the time, against a large torch.mm "
-    "(float32 without tf32); of copies: input and rows read in each direction and gradients written, against "
-    "a large copy.",
-    "MiB: peak memory that a call with backward adds to its inputs, gradients among it. of inputs + grads: "
-    "what inputs and ours take together at its peak, of inputs and gradients alone.",
-)
-NO_DEVICE = f"No GPU here: {MEANINGLESS}. They show that every part of this runs, no more."
+# ---- the command -------------------------------------------------------------------------------------------
 
 
-def table(rows: Sequence[Row], device: Device) -> Table:
-    figures = Figures(rows)
-    groups = []
-    for dtype, operation in itertools.product(dict.fromkeys(row.dtype for row in rows), OPERATIONS):
-        lines = [
-            _line(figures, device, shape, operation, dtype) for shape in figures.shapes(operation, dtype)
-        ]
-        if lines:
-            groups.append(Group(f"{dtype}, {OPERATIONS[operation][0]}", lines))
-    notes = [*NOTES, *figures.remarks()]
-    return Table(_title(), HEADER, groups, notes if CUDA else [NO_DEVICE, *notes])
-
-
-def _title() -> str:
-    return "Sampled-softmax loss on a GPU" if CUDA else f"Sampled-softmax loss, {MEANINGLESS}"
-
-
-def _line(figures: Figures, device: Device, shape: tuple[int, ...], operation: str, dtype: str) -> list[str]:
-    B, S, D, C = shape
-    parts, elements, size = OPERATIONS[operation][1], (B + S) * D, getattr(torch, dtype).itemsize
-
-    def seconds(name: str) -> float | None:
-        return figures.seconds(shape, operation, dtype, name)
-
-    own, gather = seconds("ours"), seconds("ours_gather")
-    peaks = {name: figures.peak_bytes(shape, operation, dtype, name) for name in CONTENDERS}
-    added, inputs = peaks["ours"], size * elements + 8 * B + 4 * S  # targets and corrections among them
-    return [
-        numbers((B, S, D)),
-        milliseconds(own),
-        share(quotient(2 * parts * B * S * D, own), device.mm_flops[dtype]),
-        share(quotient(parts * size * elements, own), device.copy_bytes),
-        *(decimal(quotient(seconds(name), own)) for name in ON_ROWS),
-        numbers((C,)) if C < 10**6 else f"{C / 1e6:g}M",
-        milliseconds(gather),
-        *(decimal(quotient(seconds(name), gather)) for name in GATHERING),
-        *(mebibytes(peaks[name]) for name in ("ours", "ours_gather", "eager")),
-        share(None if added is None else inputs + added, inputs + size * elements),
-    ]
-
-
-def panels(rows: Sequence[Row]) -> list[Panel]:
-    """For the plot: forward and backward on rows, as called and as graphs, and gathering, as called."""
-    found = []
-    for dtype, operation in itertools.product(dict.fromkeys(row.dtype for row in rows), list(OPERATIONS)[:2]):
-        of = [row for row in rows if (row.operation, row.dtype) == (operation, dtype)]
-        title = f"{dtype}, {OPERATIONS[operation][0]}"
-        found.append(Panel(f"rows: {title}", of, "ours", ON_ROWS))
-        gathering = [row for row in of if row.contender in ("ours_gather", *GATHERING)]
-        if operation == "forward_backward":
-            found.append(Panel(f"gather: {title}", gathering, "ours_gather", GATHERING))
-    return [panel for panel in found if panel.rows]
+def run_tests(tests: Path, out: Path) -> tuple[bool, str]:
+    """(whether `pytest -m gpu` of `tests` passed, what it said in the end). Its output goes to `out`."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--durations=10", str(tests)]
+    with out.open("w", encoding="utf-8") as file:
+        try:
+            code = subprocess.run(command, stdout=file, stderr=file, timeout=60 * TEST_MINUTES).returncode
+        except subprocess.TimeoutExpired:
+            return False, f"stopped after {TEST_MINUTES} minutes"
+    lines = out.read_text(encoding="utf-8").split("\n")
+    return code == 0, next((line.strip("= ") for line in reversed(lines) if line), "no output")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fedss_kernels.bench.gpu", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="two shapes instead of all")
-    parser.add_argument("--seconds", type=float, default=0.2, help="for each timing (default 0.2)")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench-gpu"), metavar="DIR")
-    given = parser.parse_args(arguments)
-    if not given.seconds > 0:
-        parser.error(f"--seconds: expected more than 0, got {given.seconds:g}")
+    given = _parse(arguments)
     if not CUDA:
         os.environ["TRITON_INTERPRET"] = "1"  # before the kernels import triton
         warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")  # infinities on purpose
-
-    def progress(line: str) -> None:
-        print(f"bench.gpu: {line}", file=sys.stderr, flush=True)
-
+    given.out.mkdir(parents=True, exist_ok=True)
+    passed, remarks = True, []
+    if given.tests is not None:
+        progress(f"pytest -m gpu, at most {TEST_MINUTES} minutes")
+        passed, said = run_tests(given.tests, given.out / "tests.txt")
+        remarks.append(f"pytest -m gpu: {said}")
+        progress(remarks[0])
+    begun = time.monotonic()
     plan = Plan(quick=given.quick, seconds=given.seconds, progress=progress)
+    progress(f"{Budget(cases_of(plan), plan.seconds)}, of {given.minutes:g}")
     progress("the device's own limits" if CUDA else NO_DEVICE)
     device = measure_device(plan.seconds)
     name = re.sub(r"[^a-z0-9]+", "-", device.model.lower()).strip("-")
-    report = Report(name, _title(), Shape._fields, list(CONTENDERS), measure, table, panels)
-    given.out.mkdir(parents=True, exist_ok=True)
+    timed = functools.partial(measure, ends=begun + 60 * given.minutes - LAST_SECONDS)
+    shown = functools.partial(table, remarks=remarks)
+    report = Report(name, title(), Shape._fields, list(CONTENDERS), timed, shown, panels)
     try:
         report.produce(plan, device, given.out)
     except Mismatch as wrong:
@@ -432,7 +306,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     (given.out / f"{name}.json").write_text(json.dumps(dataclasses.asdict(device), indent=2) + "\n")
     print(f"{given.out / name}.csv, .md, .png, .json")
-    return 0
+    progress(f"{(time.monotonic() - begun) / 60:.1f} minutes")
+    return 0 if passed else 1
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m fedss_kernels.bench.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--quick", action="store_true", help="two shapes instead of all")
+    parser.add_argument("--seconds", type=float, default=0.1, help="for each timing (default 0.1)")
+    parser.add_argument(
+        "--minutes", type=float, default=8.0, help="after which nothing more begins (default 8)"
+    )
+    parser.add_argument("--tests", type=Path, metavar="DIR", help="first run the tests there that need a GPU")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench-gpu"), metavar="DIR")
+    given = parser.parse_args(arguments)
+    for name in ("seconds", "minutes"):
+        if not getattr(given, name) > 0:
+            parser.error(f"--{name}: expected more than 0, got {getattr(given, name):g}")
+    if given.tests is not None and not given.tests.is_dir():
+        parser.error(f"--tests: expected a folder of tests, found none at {given.tests}")
+    return given
+
+
+def progress(line: str) -> None:
+    print(f"bench.gpu: {line}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -2,34 +2,35 @@
 
 A chunk is some rows and some entries of the class set; its dot products lie in memory, (rows, entries).
 
-    prepare_rows      rows that products read: gathered, rounded, zeros where nothing counts; 1 / their norms
-    target_terms      each row's dot product with its target's row
+    prepare_rows      input as products read it, and what there is one of for each row
+    prepare_classes   rows of the class set as products read them, and the inverses of their norms
     chunk_terms       softmax terms of parts of the chunk's entries
     merge_terms       those of all parts, and the target's: the losses
-    chunk_pulls       from dot products to pulls, and sums of what bias and scale take
-    add_parts         such sums, added up
-    finish_class_rows, finish_inputs, finish_targets      gradients, of the products' sums
+    chunk_pulls       from dot products to pulls, and parts of the sums that bias and scale take
+    add_parts         such parts, added up
+    finish_classes, finish_rows, finish_vector, finish_scale      gradients, of the products' sums
 
 Each number of a sum has one owner and one order: no atomics.
 """
-
-from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from .backward import (
+    listed_ids,
     load_upstream,
-    product_or_zero,
     pulled_along,
     share_along,
     store_rows,
-    store_target_rows,
     target_pulls,
     without_share,
 )
-from .forward import dots_with_targets
+from .forward import store_losses_terms, target_logits
 from .tiles import (
+    UNSPECIALIZED,
+    Matrix,
+    Sizes,
+    in_range,
     inverse_norm,
     load_bias,
     load_classes,
@@ -38,221 +39,212 @@ from .tiles import (
     load_scale,
     load_targets,
     logit_unit,
+    product_or_zero,
     rounded,
     same,
     target_cosines,
     wide,
 )
 
-
-class Vectors(NamedTuple):
-    """Contiguous; None: not given."""
-
-    target: Any  # (B,)
-    class_ids: Any  # (S,)
-    counts: Any  # (S,)
-    target_counts: Any  # (B,)
-    bias: Any  # (C,)
-    learned: Any  # (), a factor of the scale
-
-
-class Sizes(NamedTuple):
-    B: Any
-    C: Any
-    S: Any
-    ignore_index: Any
-
-
-class Chunk(NamedTuple):
-    """Rows from `row` on, entries from `entry` on."""
-
-    row: Any
-    rows: Any
-    entry: Any
-    entries: Any
-
-
-NOT_SPECIALIZED = ["vectors", "sizes", "chunk", "first", "count", "stride", "parts", "splits", "split"]
+# A chunk has `rows` from `row` on and `entries` from `entry` on; a list has `count` from `first` on.
+NOT_SPECIALIZED = [*UNSPECIALIZED, "row", "rows", "entry", "entries", "first", "count", "parts", "split"]
 
 
 # ---- rows that products read -------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
-def row_sources(vectors, sizes, grad_loss, sources, PER_ROW: tl.constexpr, BLOCK: tl.constexpr):
-    """(B,) the row itself; -1 where it is ignored, or its upstream gradient is 0: whatever it holds."""
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    _, counted, _ = load_targets(vectors.target, rows, sizes.B, sizes.C, sizes.ignore_index)
-    if PER_ROW:
-        counted &= tl.load(grad_loss + rows, mask=rows < sizes.B, other=0.0) != 0.0
-    tl.store(sources + rows, tl.where(counted, rows, -1).to(tl.int64), mask=rows < sizes.B)
-
-
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
-def class_sources(vectors, sizes, sources, ACC: tl.constexpr, BLOCK: tl.constexpr):
-    """(S,) the row of `weight` that each entry of the class set stands for; -1 where it is left out."""
-    entries = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    ids, _, live, _ = load_classes(vectors.class_ids, vectors.counts, entries, sizes.S, sizes.C, ACC)
-    tl.store(sources + entries, tl.where(live, ids, -1), mask=entries < sizes.S)
-
-
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
-def target_sources(vectors, sizes, sources, BLOCK: tl.constexpr):
-    """With every class in the set: targets take part whether or not they are in the denominator."""
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    targets, _, known = load_targets(vectors.target, rows, sizes.B, sizes.C, sizes.ignore_index)
-    tl.store(sources + targets, targets, mask=known)
-
-
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def prepare_rows(
-    matrix,
-    D,
-    row_stride,
-    column_stride,
-    sources,  # the row of `matrix` of each; -1: zeros. None: row n is the n-th
-    copies,  # (count, D); None: not wanted
-    inverses,  # 1 / norms of all; None: not wanted
+    input,
+    weight,
+    vectors,
+    grad_loss,  # (B,), of each row; None: not given
+    copies,  # (B, D)
+    kept,  # None: not wanted
+    B,
+    C,
+    ignore_index,
+    COSINE: tl.constexpr,
+    OPERAND: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Input, zeros where a row is ignored or its upstream gradient is 0: whatever it holds.
+
+    Into `kept`: the dot product with the target's row, 1 / |input_i|, 1 / |weight_t|.
+    """
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    targets, counted, known = load_targets(vectors.target, rows, B, C, ignore_index)
+    if grad_loss is not None:
+        counted &= tl.load(grad_loss + rows, mask=rows < B, other=0.0) != 0.0
+    products = tl.zeros((BLOCK,), ACC)
+    squares = tl.zeros((BLOCK,), ACC)
+    target_squares = tl.zeros((BLOCK,), ACC)
+    for start in range(0, input.D, BLOCK_D):
+        columns = start + tl.arange(0, BLOCK_D)
+        x = load_rows(input, rows, counted, columns, OPERAND)
+        store_rows(copies, rows, rows < B, columns, input.D, x)
+        if kept is not None:
+            x = x.to(ACC)
+            w = load_rows(weight, targets, known, columns, OPERAND).to(ACC)
+            products += tl.sum(x * w, 1)
+            squares += tl.sum(x * x, 1)
+            target_squares += tl.sum(w * w, 1)
+    if kept is not None:
+        at = kept + wide(B) * 3 + rows
+        if COSINE:
+            tl.store(at, products, mask=rows < B)
+            tl.store(at + B, inverse_norm(squares), mask=rows < B)
+            tl.store(at + 2 * B, inverse_norm(target_squares), mask=rows < B)
+        else:
+            tl.store(at, in_range(products, input), mask=rows < B)
+            one = tl.full((BLOCK,), 1.0, ACC)
+            tl.store(at + B, one, mask=rows < B)
+            tl.store(at + 2 * B, one, mask=rows < B)
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def mark_targets(vectors, marks, B, C, ignore_index, BLOCK: tl.constexpr):
+    """marks[target] = 1, of classes that take part though they may be left out of denominators."""
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    targets, _, known = load_targets(vectors.target, rows, B, C, ignore_index)
+    tl.store(marks + targets, tl.full((BLOCK,), 1, tl.int8), mask=known)
+
+
+@triton.jit
+def class_rows(vectors, marks, entries, S, C, ACC: tl.constexpr):
+    """(the row of `weight` of each entry, which take part); others are not read, whatever they hold."""
+    ids, _, live, _ = load_classes(vectors.class_ids, vectors.counts, entries, S, C, ACC)
+    if marks is not None:
+        live |= tl.load(marks + entries, mask=entries < S, other=0) != 0
+    return ids, live
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def prepare_classes(
+    weight,
+    vectors,
+    marks,  # (S,), see `mark_targets`; None: only what is in denominators takes part
+    copies,  # (count, D) rows of entries from `first` on; None: not wanted
+    inverses,  # (S,) 1 / their norms; None: not wanted
     first,
     count,
+    C,
     OPERAND: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     nth = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    there = nth < count
-    rows = (first + nth).to(tl.int64)
-    if sources is not None:
-        rows = tl.load(sources + rows, mask=there, other=-1)
+    ids, read = class_rows(vectors, marks, first + nth, first + count, C, ACC)
     squares = tl.zeros((BLOCK,), ACC)
-    for start in range(0, D, BLOCK_D):
+    for start in range(0, weight.D, BLOCK_D):
         columns = start + tl.arange(0, BLOCK_D)
-        x = load_rows(matrix, rows, there & (rows >= 0), columns, D, row_stride, column_stride, OPERAND)
+        w = load_rows(weight, ids, read, columns, OPERAND)
         if copies is not None:
-            store_rows(copies, nth, there, columns, D, x)
-        squares += tl.sum(x.to(ACC) * x.to(ACC), 1)
+            store_rows(copies, nth, nth < count, columns, weight.D, w)
+        squares += tl.sum(w.to(ACC) * w.to(ACC), 1)
     if inverses is not None:
-        tl.store(inverses + first + nth, inverse_norm(squares), mask=there)
+        tl.store(inverses + first + nth, inverse_norm(squares), mask=nth < count)
 
 
 # ---- the loss ----------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
-def target_terms(
-    input,
-    weight,
-    D,
-    input_row,
-    input_column,
-    weight_row,
-    weight_column,
-    vectors,
-    kept,
-    sizes,
-    COSINE: tl.constexpr,
-    OPERAND: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Into `kept`: dot products with the targets' rows, 1 / |input_i|, 1 / |weight_t|."""
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    targets, counted, known = load_targets(vectors.target, rows, sizes.B, sizes.C, sizes.ignore_index)
-    product, x_inverse, w_inverse = dots_with_targets(
-        input, weight, rows, counted, targets, known, D,
-        input_row, input_column, weight_row, weight_column, COSINE, OPERAND, ACC, BLOCK_D,
-    )  # fmt: skip
-    at = kept + wide(sizes.B) * 3 + rows
-    tl.store(at, product, mask=rows < sizes.B)
-    tl.store(at + sizes.B, x_inverse, mask=rows < sizes.B)
-    tl.store(at + 2 * sizes.B, w_inverse, mask=rows < sizes.B)
-
-
 @triton.jit
 def chunk_logits(
-    dots, vectors, kept, inverses, sizes, chunk, rows, entries, scale, unit,
-    COSINE: tl.constexpr, NARROW: tl.constexpr, ACC: tl.constexpr,
+    dots, vectors, kept, inverses, rows, entries, last_row, last_entry, at, B, C, ignore_index, scale, unit,
+    COSINE: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     """(logits in units, dot products, which rows count, hits, which entries are live, 1 / norms of both).
 
-    (R, J) of pairs, (R,) of rows, (J,) of entries; the inverses are those of rows' norms, then of entries'.
-    Logits are -inf of entries that are left out.
+    (R, J) of pairs, (R,) of rows, (J,) of entries. Logits are -inf of entries that are left out.
     """
-    B, C = sizes.B, sizes.C
-    row_there = rows < chunk.row + chunk.rows
-    entry_there = entries < chunk.entry + chunk.entries
-    at = (rows - chunk.row).to(tl.int64)[:, None] * chunk.entries + (entries - chunk.entry)[None, :]
+    ACC: tl.constexpr = dots.dtype.element_ty
+    row_there, entry_there = rows < last_row, entries < last_entry
     found = tl.load(dots + at, mask=row_there[:, None] & entry_there[None, :], other=0.0)
     if NARROW:  # products of float32 rows in float64: infinite where float32 ends
         found = tl.where(tl.abs(found) > (2 - 2**-23) * 2.0**127, found * float("inf"), found)
-    targets, counted, known = load_targets(vectors.target, rows, B, C, sizes.ignore_index)
+    targets, counted, known = load_targets(vectors.target, rows, B, C, ignore_index)
     counted &= row_there
-    end = chunk.entry + chunk.entries
-    ids, corrections, live, wrong = load_classes(vectors.class_ids, vectors.counts, entries, end, C, ACC)
+    ids, corrections, live, wrong = load_classes(
+        vectors.class_ids, vectors.counts, entries, last_entry, C, ACC
+    )
     x_inverse = tl.zeros(rows.shape, ACC) + 1.0
     w_inverse = tl.zeros(entries.shape, ACC) + 1.0
     if COSINE:
         x_inverse = tl.load(kept + 4 * wide(B) + rows, mask=counted, other=0.0).to(ACC)
         w_inverse = tl.load(inverses + entries, mask=entry_there, other=0.0)
-    offsets = tl.where(live, load_bias(vectors.bias, ids, live, ACC) - corrections, 0.0)
-    offsets = tl.where(live, offsets / unit, tl.where(wrong, float("nan"), float("-inf")))
+    offsets = (load_bias(vectors.bias, ids, live, ACC) - corrections) / unit
+    offsets = tl.where(live, offsets, tl.where(wrong, float("nan"), float("-inf")))
     logits = (found * w_inverse[None, :]) * ((scale / unit) * x_inverse)[:, None] + offsets[None, :]
-    hits = same(ids, targets, C) & known[:, None]
-    return logits, found, counted, hits, live, x_inverse, w_inverse
+    return logits, found, counted, same(ids, targets, C) & known[:, None], live, x_inverse, w_inverse
+
+
+@triton.jit
+def places(rows, entries, row, entry, width):
+    """(R, J) where pairs are in a chunk."""
+    return (rows - row).to(tl.int64)[:, None] * width + (entries - entry)[None, :]
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def chunk_terms(
-    dots,  # (chunk.rows, chunk.entries)
+    dots,  # (rows, entries)
     vectors,
     kept,
     inverses,  # (S,) 1 / |weight_j|
     partials,  # (2, splits, B): the largest o, in units, and sum exp(o - largest) of each split
-    sizes,
-    chunk,
+    B,
+    C,
+    ignore_index,
+    row,
+    rows,
+    entry,
+    entries,
     split,  # the chunk's first
     splits,  # of all chunks
     factor: tl.float64,
     COSINE: tl.constexpr,
     NARROW: tl.constexpr,
-    ACC: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
     """Program (b, s): a tile of rows and every so manyth tile of entries, from the s-th on."""
-    rows = chunk.row + tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    ACC: tl.constexpr = dots.dtype.element_ty
+    nth = row + tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     scale = load_scale(factor, vectors.learned, ACC)
     unit = logit_unit(scale, COSINE)
     largest = tl.full((BLOCK_B,), float("-inf"), ACC)
     total = tl.zeros((BLOCK_B,), ACC)
-    step = tl.num_programs(1) * BLOCK_S
-    for start in range(tl.program_id(1) * BLOCK_S, chunk.entries, step):
-        entries = chunk.entry + start + tl.arange(0, BLOCK_S)
+    for start in range(tl.program_id(1) * BLOCK_S, entries, tl.num_programs(1) * BLOCK_S):
+        among = entry + start + tl.arange(0, BLOCK_S)
         logits, _, _, hits, _, _, _ = chunk_logits(
-            dots, vectors, kept, inverses, sizes, chunk, rows, entries, scale, unit, COSINE, NARROW, ACC
-        )
+            dots, vectors, kept, inverses, nth, among, row + rows, entry + entries,
+            places(nth, among, row, entry, entries), B, C, ignore_index, scale, unit, COSINE, NARROW,
+        )  # fmt: skip
         logits = tl.where(hits, float("-inf"), logits)
         larger = tl.maximum(largest, tl.max(logits, 1))
         shift = tl.where(larger == float("-inf"), 0.0, larger)
         total = total * tl.exp((largest - shift) * unit)
         total += tl.sum(tl.exp((logits - shift[:, None]) * unit), 1)
         largest = larger
-    at = partials + (split + tl.program_id(1)).to(tl.int64) * sizes.B + rows
-    there = rows < chunk.row + chunk.rows
-    tl.store(at, largest, mask=there)
-    tl.store(at + wide(splits) * sizes.B, total, mask=there)
+    at = partials + (split + tl.program_id(1)).to(tl.int64) * B + nth
+    tl.store(at, largest, mask=nth < row + rows)
+    tl.store(at + wide(splits) * B, total, mask=nth < row + rows)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def merge_terms(
     vectors,
     partials,  # (2, splits, B)
-    kept,  # (KEPT, B), then 1
+    kept,  # (KEPT, B)
     losses,  # (B,)
-    sizes,
-    chunk,
+    B,
+    C,
+    ignore_index,
+    row,
+    rows,
     splits,
     factor: tl.float64,
     COSINE: tl.constexpr,
@@ -260,53 +252,36 @@ def merge_terms(
     BLOCK: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
 ):
-    """The rows of the chunk, a tile each program."""
-    B = sizes.B
-    rows = chunk.row + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    there = rows < chunk.row + chunk.rows
+    """Of rows from `row` on."""
+    nth = row + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     scale = load_scale(factor, vectors.learned, tl.float64)
     unit = logit_unit(scale.to(ACC), COSINE).to(tl.float64)
-    targets, counted, known = load_targets(vectors.target, rows, B, sizes.C, sizes.ignore_index)
-    own = (scale / unit) * target_cosines(kept, rows, known, B, tl.float64)
-    own += load_bias(vectors.bias, targets, known, tl.float64) / unit
-    if vectors.target_counts is not None:
-        correction = tl.load(vectors.target_counts + rows, mask=known, other=0.0).to(tl.float64)
-        own -= tl.where(tl.abs(correction) < float("inf"), correction / unit, float("nan"))
-    own = tl.where(known, own.to(ACC).to(tl.float64), float("nan"))  # as others': what is equal stays so
-
+    targets, counted, known = load_targets(vectors.target, nth, row + rows, C, ignore_index)
+    own = target_logits(vectors.target_counts, vectors.bias, kept, nth, targets, known, B, scale, unit)
+    own = own.to(ACC).to(tl.float64)  # as the others: what is equal stays so
     largest_other = tl.full((BLOCK,), float("-inf"), tl.float64)
     others = tl.zeros((BLOCK,), tl.float64)
     largest = own
     for start in range(0, splits, BLOCK_SPLITS):
         split = start + tl.arange(0, BLOCK_SPLITS)
-        at = partials + split.to(tl.int64)[:, None] * B + rows[None, :]
-        among = (split < splits)[:, None] & (counted & there)[None, :]
-        largest_of = tl.load(at, mask=among, other=float("-inf")).to(tl.float64)
-        total_of = tl.load(at + wide(splits) * B, mask=among, other=0.0).to(tl.float64)
+        at = partials + split.to(tl.int64)[:, None] * B + nth[None, :]
+        there = (split < splits)[:, None] & counted[None, :]
+        largest_of = tl.load(at, mask=there, other=float("-inf")).to(tl.float64)
+        total_of = tl.load(at + wide(splits) * B, mask=there, other=0.0).to(tl.float64)
         largest_other = tl.maximum(largest_other, tl.max(largest_of, 0))
         larger = tl.maximum(largest, largest_other)
         terms = tl.where(total_of == 0.0, 0.0, total_of * tl.exp((largest_of - larger[None, :]) * unit))
         others = tl.where(others == 0.0, 0.0, others * tl.exp((largest - larger) * unit)) + tl.sum(terms, 0)
         largest = larger
-    others += largest - largest  # NaN where it is infinite, and all that is made of it
-    # loss = log(sum of terms) - own; where the target leads, log(1 + others) without the 1's rounding.
-    target_leads = own >= largest_other
-    lead = tl.where(target_leads, 1.0, tl.exp((own - largest) * unit))
-    total = others + lead
-    log = tl.log(total)
-    log_of_lead = tl.where(total == 1.0, others, log * (others / (total - 1.0)))
-    found = tl.where(target_leads, log_of_lead, (largest - own) * unit + log)
-    tl.store(losses + rows, tl.where(counted, found, 0.0), mask=there)
-    tl.store(kept + rows, tl.where(counted, largest, 0.0), mask=there)
-    tl.store(kept + wide(B) + rows, tl.where(counted, 1.0 / total, 0.0), mask=there)
-    tl.store(kept + wide(B) * 2 + rows, tl.where(counted, -(others / total), 0.0), mask=there)
-    tl.store(kept + wide(B) * 6, tl.full((), 1.0, tl.float64))
+    there = nth < row + rows
+    found = store_losses_terms(kept, nth, counted, there, own, largest_other, largest, others, unit, B)
+    tl.store(losses + nth, found, mask=there)
 
 
 # ---- pulls -------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@triton.jit
 def pull_range(learned, largest, upstream, found, factor: tl.float64, COSINE: tl.constexpr):
     """A power of two that brings pulls to just below float16's largest number.
 
@@ -314,7 +289,7 @@ def pull_range(learned, largest, upstream, found, factor: tl.float64, COSINE: tl
     """
     bound = tl.abs(load_scale(factor, learned, tl.float32))
     if COSINE:
-        bound *= tl.load(largest) * tl.load(largest + 1)
+        bound *= (tl.load(largest) * tl.load(largest + 1)).to(tl.float32)
     if upstream is not None:
         bound *= tl.load(upstream).to(tl.float32)
     exponent = ((bound.to(tl.uint32, bitcast=True) >> 23) & 0xFF).to(tl.int32)
@@ -325,49 +300,51 @@ def pull_range(learned, largest, upstream, found, factor: tl.float64, COSINE: tl
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def chunk_pulls(
-    dots,  # (chunk.rows, chunk.entries)
+    dots,  # (rows, entries)
     vectors,
-    grad_loss,
+    grad_loss,  # (B,), of each row; None: pulls are made for an upstream gradient of 1
     kept,
     inverses,
     range_of_pulls,  # (), see `pull_range`; None: 1
-    pulls,  # (chunk.rows, chunk.entries)
-    bias_parts,  # (tiles of rows, chunk.entries); None: not wanted
-    scale_parts,  # (tiles of entries, chunk.rows); None: not wanted
-    sizes,
-    chunk,
+    pulls,  # (rows, entries)
+    bias_parts,  # (tiles of rows, entries); None: not wanted
+    scale_parts,  # (tiles of entries, rows); None: not wanted
+    B,
+    C,
+    ignore_index,
+    row,
+    rows,
+    entry,
+    entries,
     factor: tl.float64,
-    FOLD: tl.constexpr,  # every class is in the set: a target is a column of the tile like any other
     COSINE: tl.constexpr,
     NARROW: tl.constexpr,
-    PER_ROW: tl.constexpr,  # else made for an upstream gradient of 1
-    ACC: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Program (b, t): pulls of a tile of rows and a tile of the chunk's entries, and their sums."""
-    B = sizes.B
-    rows = chunk.row + tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
-    entries = chunk.entry + tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
-    row_there, entry_there = rows < chunk.row + chunk.rows, entries < chunk.entry + chunk.entries
+    """Program (b, t): pulls of a tile of rows and a tile of entries, and their sums."""
+    ACC: tl.constexpr = dots.dtype.element_ty
+    nth = row + tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    among = entry + tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
+    at = places(nth, among, row, entry, entries)
     scale = load_scale(factor, vectors.learned, ACC)
     unit = logit_unit(scale, COSINE)
     logits, found, counted, hits, live, x_inverse, w_inverse = chunk_logits(
-        dots, vectors, kept, inverses, sizes, chunk, rows, entries, scale, unit, COSINE, NARROW, ACC
-    )
+        dots, vectors, kept, inverses, nth, among, row + rows, entry + entries, at, B, C, ignore_index,
+        scale, unit, COSINE, NARROW,
+    )  # fmt: skip
     upstream = tl.where(counted, 1.0, 0.0).to(ACC)
-    if PER_ROW:
-        upstream = load_upstream(grad_loss, kept, rows, counted, B, ACC, True)
-    largest = tl.load(kept + rows, mask=counted, other=0.0).to(ACC)
+    if grad_loss is not None:
+        upstream = load_upstream(grad_loss, kept, nth, counted, B, ACC, True)
+    largest = tl.load(kept + nth, mask=counted, other=0.0).to(ACC)
     largest = tl.where(largest == float("-inf"), 0.0, largest)  # -inf less it is to stay
-    inverse_total = tl.load(kept + wide(B) + rows, mask=counted, other=0.0).to(ACC)
+    inverse_total = tl.load(kept + wide(B) + nth, mask=counted, other=0.0).to(ACC)
     # Of nearly equal logits that are rounded otherwise than in the merging, one can be above the largest.
     probs = tl.exp(tl.minimum(logits - largest[:, None], 0.0) * unit) * inverse_total[:, None]
-    own = tl.zeros(rows.shape, ACC)
-    if FOLD:
-        own = tl.load(kept + 2 * wide(B) + rows, mask=counted, other=0.0).to(ACC)
+    own = tl.zeros(nth.shape, ACC)
+    if vectors.class_ids is None:  # a target is a column like any other
+        own = tl.load(kept + 2 * wide(B) + nth, mask=counted, other=0.0).to(ACC)
     probs = tl.where(hits, own[:, None], probs)
-    dlogits = product_or_zero(probs, upstream[:, None])
     factors = product_or_zero(scale * x_inverse, upstream)
     if range_of_pulls is not None:
         factors *= tl.load(range_of_pulls)
@@ -375,30 +352,29 @@ def chunk_pulls(
     made = product_or_zero(probs, factors[:, None])
     if COSINE:
         made = product_or_zero(w_inverse[None, :], made)
-    at = (rows - chunk.row).to(tl.int64)[:, None] * chunk.entries + (entries - chunk.entry)[None, :]
-    tl.store(
-        pulls + at, rounded(made, pulls.dtype.element_ty), mask=row_there[:, None] & entry_there[None, :]
-    )
+    row_there, entry_there = nth < row + rows, among < entry + entries
+    there = row_there[:, None] & entry_there[None, :]
+    tl.store(pulls + at, rounded(made, pulls.dtype.element_ty), mask=there)
+    dlogits = product_or_zero(probs, upstream[:, None])
     if bias_parts is not None:
-        at_entries = tl.program_id(0).to(tl.int64) * chunk.entries + (entries - chunk.entry)
+        at_entries = tl.program_id(0).to(tl.int64) * entries + (among - entry)
         tl.store(bias_parts + at_entries, tl.sum(dlogits, 0), mask=entry_there)
     if scale_parts is not None:
         beyond = found * w_inverse[None, :] * x_inverse[:, None]
-        beyond -= target_cosines(kept, rows, counted, B, ACC)[:, None]
+        beyond -= target_cosines(kept, nth, counted, B, ACC)[:, None]
         # Of what takes part, a dlogit of 0 too: of a logit of -inf it makes NaN.
         sloping = live[None, :] & (upstream != 0.0)[:, None] & (beyond != 0.0)
-        slopes = tl.where(sloping, dlogits * beyond, 0.0)
-        at_rows = tl.program_id(1).to(tl.int64) * chunk.rows + (rows - chunk.row)
-        tl.store(scale_parts + at_rows, tl.sum(slopes, 1), mask=row_there)
+        slopes = tl.sum(tl.where(sloping, dlogits * beyond, 0.0), 1)
+        tl.store(scale_parts + tl.program_id(1).to(tl.int64) * rows + (nth - row), slopes, mask=row_there)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
-def add_parts(parts_of, sums, parts, stride, first, count, ADDS: tl.constexpr, BLOCK: tl.constexpr):
-    """sums[first + n] = sum over parts of parts_of[part, n], in order; ADDS: += ."""
+def add_parts(found, sums, parts, first, count, ADDS: tl.constexpr, BLOCK: tl.constexpr):
+    """sums[first + n] = sum over parts of found[part, n], in order; ADDS: += ."""
     nth = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), sums.dtype.element_ty)
     for part in range(0, parts):
-        total += tl.load(parts_of + wide(part) * stride + nth, mask=nth < count, other=0.0)
+        total += tl.load(found + wide(part) * count + nth, mask=nth < count, other=0.0)
     if ADDS:
         total += tl.load(sums + first + nth, mask=nth < count, other=0.0)
     tl.store(sums + first + nth, total, mask=nth < count)
@@ -419,64 +395,66 @@ def load_factor(grad_loss, kept, range_of_pulls, B, ACC: tl.constexpr, PER_ROW: 
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
-def finish_class_rows(
-    sums,  # (count, D) pulls^T @ input
-    matrix,  # what these entries' rows are: (count, D), or all of `weight`
-    D,
-    row_stride,
-    column_stride,
-    from_matrix,  # its first row
-    inverses,
+def finish_classes(
+    sums,  # (count, D) pulls^T @ input, of entries from `first` on
+    weight,
+    vectors,
+    marks,
     grad_loss,
     kept,
     range_of_pulls,
     grad_rows,  # of all entries
-    sizes,
+    B,
+    C,
     first,
     count,
     COSINE: tl.constexpr,
     PER_ROW: tl.constexpr,
-    ACC: tl.constexpr,
+    OPERAND: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The gradients of the rows of entries from `first` on, a few each program."""
-    nth = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    there = nth < count
-    factor = load_factor(grad_loss, kept, range_of_pulls, sizes.B, ACC, PER_ROW)
-    share = tl.zeros((BLOCK,), ACC)
+    """The gradients of class rows: what is at right angles to them, of cosines."""
+    ACC: tl.constexpr = sums.dtype.element_ty
+    nth = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ids, read = class_rows(vectors, marks, first + nth, first + count, C, ACC)
+    factor = load_factor(grad_loss, kept, range_of_pulls, B, ACC, PER_ROW)
+    of_sums = Matrix(sums, weight.D, weight.D, 1)
+    along = tl.zeros((BLOCK,), ACC)
+    squares = tl.zeros((BLOCK,), ACC)
     if COSINE:
-        for start in range(0, D, BLOCK_D):
+        for start in range(0, weight.D, BLOCK_D):
             columns = start + tl.arange(0, BLOCK_D)
-            values = load_elements(sums, nth, there, columns, D, D, 1)
-            w = load_elements(matrix, from_matrix + nth, there, columns, D, row_stride, column_stride)
-            share += tl.sum(product_or_zero(values, w.to(ACC)), 1)
-        share = share_along(share, tl.load(inverses + first + nth, mask=there, other=0.0))
-    for start in range(0, D, BLOCK_D):
+            w = load_rows(weight, ids, read, columns, OPERAND).to(ACC)
+            squares += tl.sum(w * w, 1)
+            along += tl.sum(product_or_zero(load_elements(of_sums, nth, nth < count, columns), w), 1)
+    share = share_along(along, inverse_norm(squares))
+    for start in range(0, weight.D, BLOCK_D):
         columns = start + tl.arange(0, BLOCK_D)
-        values = load_elements(sums, nth, there, columns, D, D, 1)
+        values = load_elements(of_sums, nth, nth < count, columns)
         if COSINE:
-            w = load_elements(matrix, from_matrix + nth, there, columns, D, row_stride, column_stride)
-            values = without_share(values, share, w)
-        store_rows(grad_rows, first + nth, there, columns, D, product_or_zero(values, factor[:, None]))
+            values = without_share(values, share, load_rows(weight, ids, read, columns, OPERAND))
+        values = product_or_zero(values, factor[:, None])
+        store_rows(grad_rows, first + nth, nth < count, columns, weight.D, values)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
-def finish_inputs(
-    sums,  # (B, D) pulls @ rows
-    copies,  # (B, D) of input, as products read it
+def finish_rows(
+    sums,  # (B, D) pulls @ rows of the class set
+    input,
     weight,
-    D,
-    weight_row,
-    weight_column,
     vectors,
     grad_loss,
     kept,
     range_of_pulls,
-    grad_input,  # (B, D)
-    sizes,
+    grad_input,  # (B, D); None: not wanted
+    grad_rows,  # (S + B, D): of targets, S on; None: not wanted, or targets are among all classes
+    grad_bias,  # (S + B,), likewise
+    B,
+    C,
+    S,
+    ignore_index,
     factor: tl.float64,
-    FOLD: tl.constexpr,
     COSINE: tl.constexpr,
     PER_ROW: tl.constexpr,
     OPERAND: tl.constexpr,
@@ -484,94 +462,71 @@ def finish_inputs(
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The gradients of rows of input, a few each program; with what a target adds that is not in the set."""
-    B = sizes.B
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    """The gradients of rows of input; and what each adds to that of its target's row, entry S + i."""
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     of_sums = load_factor(grad_loss, kept, range_of_pulls, B, ACC, PER_ROW)
-    targets, counted, known, _, pulls, _, x_inverse, _ = target_pulls(
-        vectors.target, grad_loss, kept, row, B, sizes.C, sizes.ignore_index,
+    targets, counted, known, dlogits, pulls, dot, x_inverse, w_inverse = target_pulls(
+        vectors.target, grad_loss, kept, rows, B, C, ignore_index,
         load_scale(factor, vectors.learned, ACC), ACC, PER_ROW,
     )  # fmt: skip
+    if grad_bias is not None:
+        tl.store(grad_bias + S + rows, dlogits, mask=rows < B)
     share = tl.zeros((BLOCK,), ACC)
-    for finishing in tl.static_range(2):
-        for start in range(0, D, BLOCK_D):
+    target_share = share_along(product_or_zero(pulls, dot), w_inverse)
+    for finishing in tl.static_range(0 if COSINE else 1, 2):
+        for start in range(0, input.D, BLOCK_D):
             columns = start + tl.arange(0, BLOCK_D)
-            values = load_elements(sums, row, counted, columns, D, D, 1)
-            values = product_or_zero(values, of_sums[:, None])
-            if not FOLD:
-                w = load_rows(weight, targets, known, columns, D, weight_row, weight_column, OPERAND)
-                values += pulled_along(w.to(ACC), pulls)
-            x = load_elements(copies, row, counted, columns, D, D, 1)
+            x = load_rows(input, rows, counted, columns, OPERAND).to(ACC)
+            values = tl.zeros(x.shape, ACC)
+            if sums is not None:
+                values = load_elements(Matrix(sums, input.D, input.D, 1), rows, counted, columns)
+                values = product_or_zero(values, of_sums[:, None])
+            if vectors.class_ids is not None:
+                w = load_rows(weight, targets, known, columns, OPERAND).to(ACC)
+                values += pulled_along(w, pulls)
+                if finishing == 1:
+                    if grad_rows is not None:
+                        of_target = pulled_along(x, pulls)
+                        if COSINE:
+                            of_target = without_share(of_target, target_share, w)
+                        store_rows(grad_rows, S + rows, rows < B, columns, input.D, of_target)
             if finishing == 0:
-                share += tl.sum(product_or_zero(values, x.to(ACC)), 1)
-            else:
+                share += tl.sum(product_or_zero(values, x), 1)
+            elif grad_input is not None:
                 if COSINE:
-                    values = without_share(values, share, x)
+                    values = without_share(values, share_along(share, x_inverse), x)
                 values = tl.where(counted[:, None], values, 0.0)
-                store_rows(grad_input, row, row < B, columns, D, values)
-        share = share_along(share, x_inverse)
+                store_rows(grad_input, rows, rows < B, columns, input.D, values)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
-def finish_targets(
-    input,
-    weight,
-    D,
-    input_row,
-    input_column,
-    weight_row,
-    weight_column,
-    vectors,
-    grad_loss,
-    kept,
-    grad_rows,  # (S + B, D); None: not wanted
-    grad_bias,  # (S + B,); None: not wanted
-    sizes,
-    factor: tl.float64,
-    COSINE: tl.constexpr,
-    PER_ROW: tl.constexpr,
-    OPERAND: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Program (b, d): columns d of what rows add to their targets' rows, entries S + i."""
-    store_target_rows(
-        input, weight, vectors.target, grad_loss, kept, grad_rows, grad_bias,
-        tl.program_id(0) * BLOCK + tl.arange(0, BLOCK),
-        tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D),
-        sizes.B, sizes.C, sizes.S, D, sizes.ignore_index, input_row, input_column, weight_row, weight_column,
-        load_scale(factor, vectors.learned, ACC), COSINE, PER_ROW, OPERAND, ACC,
-    )  # fmt: skip
+def finish_vector(sums, grad_loss, kept, found, B, count, PER_ROW: tl.constexpr, BLOCK: tl.constexpr):
+    """The gradient of the entries' bias."""
+    nth = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    factor = load_factor(grad_loss, kept, None, B, sums.dtype.element_ty, PER_ROW)
+    values = product_or_zero(tl.load(sums + nth, mask=nth < count, other=0.0), factor)
+    tl.store(found + nth, rounded(values, found.dtype.element_ty), mask=nth < count)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
-def finish_sums(
-    sums,  # (count,) of bias, or (B,) of slopes
-    grad_loss,
-    kept,
-    found,  # (count,) or ()
-    sizes,
-    count,
-    TOTAL: tl.constexpr,  # the sum of all
-    PER_ROW: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Gradients of bias entries, or with TOTAL that of the scale: NaN beside a loss that is."""
-    factor = load_factor(grad_loss, kept, None, sizes.B, ACC, PER_ROW)
-    if TOTAL:
-        total = tl.zeros((BLOCK,), tl.float64)
-        for start in range(0, count, BLOCK):
-            rows = start + tl.arange(0, BLOCK)
-            own = tl.load(kept + 2 * wide(sizes.B) + rows, mask=rows < count, other=0.0)
-            upstream = load_upstream(grad_loss, kept, rows, rows < count, sizes.B, tl.float64, PER_ROW)
-            total += product_or_zero(own - own, upstream)
-            values = tl.load(sums + rows, mask=rows < count, other=0.0)
-            total += product_or_zero(values, factor).to(tl.float64)
-        tl.store(found, rounded(tl.sum(total, 0), found.dtype.element_ty))
-    else:
-        nth = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        values = tl.load(sums + nth, mask=nth < count, other=0.0)
-        values = product_or_zero(values, factor)
-        tl.store(found + nth, rounded(values, found.dtype.element_ty), mask=nth < count)
+def finish_scale(sums, grad_loss, kept, found, B, PER_ROW: tl.constexpr, BLOCK: tl.constexpr):
+    """The scale's gradient, one program: the sum of the rows' slopes; NaN beside a loss that is."""
+    factor = load_factor(grad_loss, kept, None, B, tl.float64, PER_ROW)
+    total = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, B, BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        own = tl.load(kept + 2 * wide(B) + rows, mask=rows < B, other=0.0)
+        upstream = load_upstream(grad_loss, kept, rows, rows < B, B, tl.float64, PER_ROW)
+        total += product_or_zero(own - own, upstream)
+        slopes = tl.load(sums + rows, mask=rows < B, other=0.0).to(tl.float64)
+        total += product_or_zero(slopes, factor)
+    one = tl.zeros((1,), tl.int64)
+    tl.store(found + one, rounded(tl.sum(total, 0) + tl.zeros((1,), tl.float64), found.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def sparse_ids(vectors, found, B, C, S, ignore_index, BLOCK: tl.constexpr):
+    """The class of each row of the compact gradient, see `listed_ids`."""
+    entries = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ids = listed_ids(vectors, Sizes(B, C, S, ignore_index), entries, BLOCK)
+    tl.store(found + entries, ids, mask=entries < S + B)

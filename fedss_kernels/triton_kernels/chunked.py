@@ -23,16 +23,27 @@ from torch import Tensor
 from triton import cdiv
 
 from .calls import KEPT, LOSS, OUTPUTS, Calls, Gradients, Outputs, Tensors, Wanted
-from .chunk_kernels import Chunk, Sizes, Vectors
 from .chunk_variants import ENTRIES, variants_of
 from .chunks import Chunks
 from .configurations import table_of
-from .plan import FACTOR, Given, Matrix, Plan, Scratch
+from .launch import Variant
+from .plan import FACTOR, Given, Plan, Rows, Scratch
 from .problem import Problem
+from .tiles import Matrix, Vectors
 
 SUMS = OUTPUTS + len(Outputs._fields)  # places of them, after those of the outputs
 PROGRAMS = 1024  # of the kernel that makes terms, about: they keep a large device busy
+MOST_PARTS = 256  # of the class set, which are merged
 NO_SUMS = (False,) * 4
+
+
+class Chunk(NamedTuple):
+    """Rows from `row` on, entries of the class set from `entry` on."""
+
+    row: int
+    rows: int
+    entry: int
+    entries: int
 
 
 class Sums(NamedTuple):
@@ -45,15 +56,6 @@ class Sums(NamedTuple):
     range_of_pulls: Any  # (), a factor of the first two: for float16
 
 
-class ClassRows(NamedTuple):
-    """The rows of a block of classes, as products read them."""
-
-    matrix: Matrix
-    argument: Any  # the same, or the matrix that it is part of, ...
-    strides: tuple[int, ...]
-    first: int  # ... from this row on
-
-
 class ChunkedCalls(Calls):
     def __init__(self, p: Problem, chunks: Chunks):
         super().__init__(p)
@@ -61,10 +63,14 @@ class ChunkedCalls(Calls):
         self.chunks, self.blocks, self.sets = chunks, chunks.blocks(B), chunks.sets(S)
         self.per_row = p.traits.reduction == "none"
         self.ranged = p.traits.rows == torch.float16
-        self.gathers = self.class_ids is not None or self.counts is not None
-        self.copies = self.gathers or p.operands[1].dtype != p.traits.operand
-        self.strides = [matrix.stride() for matrix in p.operands[:2]]
-        self.numbers = Sizes(B, C, S, p.ignore_index)
+        operands = p.operands[:2]
+        self.copies = (
+            self.class_ids is not None or self.counts is not None or operands[1].dtype != p.traits.operand
+        )
+        self.matrices = [
+            Matrix(given, p.sizes[3], *operand.stride())
+            for given, operand in zip((self.input, self.weight), operands, strict=True)
+        ]
         self.vectors = Vectors(
             self.target, self.class_ids, self.counts, self.target_counts, self.bias, self.learned
         )
@@ -84,7 +90,7 @@ class ChunkedCalls(Calls):
         begun = begun_with_loss(len(self.sets) == 1, self.traits.reduction, self.sizes[:3], needed)
         sums = empty_sums(tensors[0], self.sizes[2], self.traits.rows, begun)
         if begun not in self.plans:
-            self.plans[begun] = ChunkedPlan(self, per_row=False).for_loss(self._given_sums(begun))
+            self.plans[begun] = ChunkedPlan(self).for_loss(self._given_sums(begun))
         outputs = (None,) * len(Outputs._fields)
         self.plans[begun].run((*self.operands(tensors), kept, losses, *outputs, *sums), factor)
         return losses, (kept, *sums)
@@ -104,7 +110,7 @@ class ChunkedCalls(Calls):
         outputs, upstream = self.outputs(tensors, wanted, spreads=False), grad_loss.contiguous()
         stage = (begun, wanted, upstream.dtype)
         if stage not in self.plans:
-            plan = ChunkedPlan(self, per_row=self.per_row)
+            plan = ChunkedPlan(self)
             given = self._given_sums(begun) if any(begun) else None
             self.plans[stage] = plan.for_gradients(self.places(wanted, spreads=False), given)
         self.plans[stage].run((*self.operands(tensors), kept, upstream, *outputs, *sums), factor)
@@ -140,25 +146,12 @@ def empty_sums(input: Tensor, S: int, rows: torch.dtype, begun: tuple[bool, ...]
 
 
 class ChunkedPlan(Plan):
-    def __init__(self, calls: ChunkedCalls, per_row: bool):
-        """per_row: each row's upstream gradient is given."""
+    def __init__(self, calls: ChunkedCalls):
         super().__init__(calls.device)
         self.calls, self.kernels, self.traits = calls, calls.kernels, calls.traits
-        self.per_row = per_row
-        self.upstream = Given(LOSS) if per_row else None
-        self.of_all = calls.vectors, calls.numbers
-        B, _, S, D = calls.sizes
-        self.sources = self._sources_of_classes()
-        self.x = self.empty(B, D, dtype=self.traits.operand)
-        self.x_inverses, self.inverses = (
-            self.empty(n, dtype=self.traits.accumulator) if wanted else None
-            for n, wanted in ((B, calls.cosine and calls.ranged), (S, calls.cosine))
-        )
-        self.rows = self.empty(calls.chunks.classes, D, dtype=self.traits.operand) if calls.copies else None
-        of_rows = self.empty(B, dtype=torch.int64)
-        self._by_entries(self.kernels.row_sources[per_row], B, *self.of_all, self.upstream, of_rows)
-        self._prepare(calls.input, calls.strides[0], of_rows, self.x, self.x_inverses, 0, B)
-        self._prepare(calls.weight, calls.strides[1], self.sources, None, self.inverses, 0, S)
+        self.marks = self._marks()
+        self.x: Any = None
+        self.inverses: Any = None
 
     # ---- the loss ----
 
@@ -167,13 +160,7 @@ class ChunkedPlan(Plan):
         calls, B = self.calls, self.calls.sizes[0]
         reduced = not calls.per_row
         losses = self.empty(B, dtype=torch.float64) if reduced else Given(LOSS)
-        self.launch(
-            self.kernels.target_terms,
-            (cdiv(B, 16),),
-            *(calls.input, calls.weight, calls.sizes[3], *calls.strides[0], *calls.strides[1]),
-            *(calls.vectors, Given(KEPT), calls.numbers),
-        )
-        self._over_chunks(losses, sums)
+        self._over_chunks(losses, sums, None)
         if reduced:
             of_rows = (calls.target, losses, Given(KEPT), Given(LOSS))
             self.launch(self.kernels.reduce_losses, (1,), *of_rows, B, calls.ignore_index)
@@ -183,17 +170,16 @@ class ChunkedPlan(Plan):
 
     def for_gradients(self, to: Outputs, begun: Sums | None) -> "ChunkedPlan":
         """begun: what was made with the loss."""
-        calls, (B, C, S, _) = self.calls, self.calls.sizes
+        calls, k, (B, C, S, _) = self.calls, self.kernels, self.calls.sizes
         if B > 0:
             sums = begun or self._own_sums(to)
             if begun is None:
                 self._over_chunks(None, sums, to)
             elif to.rows is not None:
-                self._finish_class_rows(sums, to, 0, S, self._class_rows(0, S))
+                self._finish_classes(sums, to, 0, S)
             self._finish(sums, to)
         if to.ids is not None:
-            listed = (calls.class_ids, calls.counts, calls.target, to.ids, B, C, S, calls.ignore_index)
-            self.launch(self.kernels.sparse_ids, (cdiv(S + B, ENTRIES),), *listed)
+            self._by_entries(k.sparse_ids, S + B, calls.vectors, to.ids, B, C, S, calls.ignore_index)
         return self
 
     def _own_sums(self, to: Outputs) -> Sums:
@@ -207,172 +193,173 @@ class ChunkedPlan(Plan):
             )
         )
 
-    def _finish_class_rows(self, sums: Sums, to: Outputs, entry: int, entries: int, rows: ClassRows) -> None:
-        k = self.kernels
-        self.launch(
-            k.finish_class_rows[self.per_row],
-            (cdiv(entries, k.rows_at_once),),
-            *(sums.rows, rows.argument, self.calls.sizes[3], *rows.strides, rows.first, self.inverses),
-            *(Given(LOSS), Given(KEPT), sums.range_of_pulls, to.rows, self.calls.numbers, entry, entries),
+    def _finish_classes(self, sums: Sums, to: Outputs, first: int, count: int) -> None:
+        calls, (B, C, _, _) = self.calls, self.calls.sizes
+        self._by_rows(
+            self.kernels.finish_classes,
+            count,
+            *(sums.rows, calls.matrices[1], calls.vectors, self.marks, Given(LOSS), Given(KEPT)),
+            *(sums.range_of_pulls, to.rows, B, C, first, count),
         )
 
     def _finish(self, sums: Sums, to: Outputs) -> None:
         """What is finished once for all chunks."""
-        calls, k, (B, _, S, D) = self.calls, self.kernels, self.calls.sizes
-        of_rows = (calls.vectors, Given(LOSS), Given(KEPT))
-        if to.input is not None:
-            self.launch(
-                k.finish_inputs[self.per_row],
-                (cdiv(B, k.rows_at_once),),
-                *(sums.input, self.x, calls.weight, D, *calls.strides[1], *of_rows, sums.range_of_pulls),
-                *(to.input, calls.numbers, FACTOR),
-            )
-        if not calls.fold and (to.rows is not None or to.row_bias is not None):
-            self.launch(
-                k.finish_targets,
-                (cdiv(B, 16), cdiv(max(D, 1), k.target_columns)),
-                *(calls.input, calls.weight, D, *calls.strides[0], *calls.strides[1], *of_rows),
-                *(to.rows, to.row_bias, calls.numbers, FACTOR),
+        calls, k, (B, C, S, _) = self.calls, self.kernels, self.calls.sizes
+        given = (Given(LOSS), Given(KEPT))
+        of_targets = (None, None) if calls.fold else (to.rows, to.row_bias)
+        if to.input is not None or of_targets != (None, None):
+            self._by_rows(
+                k.finish_rows,
+                B,
+                *(sums.input, *calls.matrices, calls.vectors, *given, sums.range_of_pulls),
+                *(to.input, *of_targets, B, C, S, calls.ignore_index, FACTOR),
             )
         if to.row_bias is not None:
-            of_bias = (sums.bias, Given(LOSS), Given(KEPT), to.row_bias, calls.numbers, S)
-            self._by_entries(k.finish_bias[self.per_row], S, *of_bias)
+            self._by_entries(k.finish_vector, S, sums.bias, *given, to.row_bias, B, S)
         if to.scale is not None:
-            of_scale = (sums.scale, Given(LOSS), Given(KEPT), to.scale, calls.numbers, B)
-            self.launch(k.finish_scale[self.per_row], (1,), *of_scale)
+            self.launch(k.finish_scale, (1,), sums.scale, *given, to.scale, B)
 
     # ---- chunks ----
 
-    def _over_chunks(self, losses: Any, sums: Sums, to: Outputs | None = None) -> None:
+    def _over_chunks(self, losses: Any, sums: Sums, to: Outputs | None) -> None:
         """losses: (B,), of each row; None: they are known. to: gradients of class rows are finished too."""
         calls, accumulator = self.calls, self.traits.accumulator
-        chunks, D = calls.chunks, calls.sizes[3]
+        chunks, (_, _, S, D) = calls.chunks, calls.sizes
         pulled = any(found is not None for found in sums[:4])
-        if pulled and calls.ranged:
-            self._find_range(sums)
-        elements = chunks.rows * chunks.classes
-        dots = self.empty(elements, dtype=accumulator)
-        pulls = self.empty(elements, dtype=self.traits.operand) if pulled else None
-        bias_parts = scale_parts = None
-        if sums.bias is not None:
-            tiles = cdiv(chunks.rows, chunks.block_rows)
-            bias_parts = self.empty(tiles * chunks.classes, dtype=accumulator)
-        if sums.scale is not None:
-            tiles = cdiv(chunks.classes, chunks.block_classes)
-            scale_parts = self.empty(tiles * chunks.rows, dtype=accumulator)
+        self._prepare_rows(losses is not None)
+        self.inverses = self.empty(S, dtype=accumulator) if calls.cosine else None
+        at_once = len(calls.sets) == 1 and calls.copies
+        if not at_once and calls.cosine:
+            self._prepare_classes(None, self.inverses, 0, S)
+        copies = self.empty(chunks.classes, D, dtype=self.traits.operand) if calls.copies else None
+        dots = self.empty(chunks.rows * chunks.classes, dtype=accumulator)
+        pulls = _Pulls(self, sums, to) if pulled else None
         terms = None if losses is None else _Terms(self, losses)
         for nth, (entry, entries) in enumerate(calls.sets):
-            rows = self._class_rows(entry, entries)
+            rows: Any = Rows(calls.matrices[1].at, entry, entries)
+            if copies is not None:
+                rows = copies.rows(0, entries)
+                self._prepare_classes(rows, self.inverses if at_once else None, entry, entries)
+            if pulls is not None and nth == 0:
+                pulls.find_range()
             for row, count in calls.blocks:
                 chunk = Chunk(row, count, entry, entries)
                 found = dots._replace(shape=(count, entries))
-                self.product(found, self.x.rows(row, count), rows.matrix, (False, True))
+                self.product(found, self.x.rows(row, count), rows, (False, True))
                 if terms is not None:
                     terms.make(found, chunk, nth)
-                if pulls is None:
-                    continue
-                made = pulls._replace(shape=(count, entries))
-                self._pull(found, made, bias_parts, scale_parts, sums, chunk, nth)
-                if sums.rows is not None:
-                    out = sums.rows if to is None else sums.rows._replace(shape=(entries, D))
-                    self.product(out, made, self.x.rows(row, count), (True, False), adds=row > 0)
-                if sums.input is not None:
-                    self.product(sums.input.rows(row, count), made, rows.matrix, adds=nth > 0)
+                if pulls is not None:
+                    pulls.make(found, rows, chunk, nth)
             if to is not None and to.rows is not None:
-                self._finish_class_rows(sums, to, entry, entries, rows)
+                self._finish_classes(sums, to, entry, entries)
         if terms is not None:
             terms.finish()
         if not calls.sets:
-            self._nothing_pulled(sums)
+            for found in (sums.input, sums.scale):
+                if found is not None:
+                    self.zero(found)
 
-    def _pull(
-        self, dots: Scratch, pulls: Scratch, bias_parts: Any, scale_parts: Any, sums: Sums, chunk: Chunk,
-        nth: int,
-    ) -> None:  # fmt: skip
-        """nth: of the blocks of classes"""
-        calls, k, chunks = self.calls, self.kernels, self.calls.chunks
+    def _marks(self) -> Scratch | None:
+        """(S,) where classes take part as targets, which may be left out of denominators."""
+        calls, (B, C, S, _) = self.calls, self.calls.sizes
+        if not calls.fold or calls.counts is None:
+            return None
+        marks = self.empty(S, dtype=torch.int8)
+        self.zero(marks)
+        self._by_entries(self.kernels.mark_targets, B, calls.vectors, marks, B, C, calls.ignore_index)
+        return marks
+
+    def _prepare_rows(self, kept: bool) -> None:
+        calls, (B, C, _, D) = self.calls, self.calls.sizes
+        self.x = self.empty(B, D, dtype=self.traits.operand)
+        upstream = Given(LOSS) if calls.per_row and not kept else None
+        self._by_rows(
+            self.kernels.prepare_rows,
+            B,
+            *(*calls.matrices, calls.vectors, upstream, self.x, Given(KEPT) if kept else None),
+            *(B, C, calls.ignore_index),
+        )
+
+    def _prepare_classes(self, copies: Any, inverses: Any, first: int, count: int) -> None:
+        calls, C = self.calls, self.calls.sizes[1]
+        given = (calls.matrices[1], calls.vectors, self.marks)
+        self._by_rows(self.kernels.prepare_classes, count, *given, copies, inverses, first, count, C)
+
+    def _by_entries(self, variant: Variant, count: int, *arguments: Any) -> None:
+        self.launch(variant, (cdiv(count, ENTRIES),), *arguments)
+
+    def _by_rows(self, variant: Variant, count: int, *arguments: Any) -> None:
+        self.launch(variant, (cdiv(count, self.kernels.rows_at_once),), *arguments)
+
+
+class _Pulls:
+    """Pulls, and what is multiplied with them."""
+
+    def __init__(self, plan: ChunkedPlan, sums: Sums, to: Outputs | None):
+        """to: the sums of class rows' gradients are those of one chunk."""
+        chunks, dtype = plan.calls.chunks, plan.traits.accumulator
+        self.plan, self.sums, self.to = plan, sums, to
+        self.upstream = Given(LOSS) if plan.calls.per_row else None
+        self.pulls = plan.empty(chunks.rows * chunks.classes, dtype=plan.traits.operand)
+        self.bias_parts = self.scale_parts = None
+        if sums.bias is not None:
+            self.bias_parts = plan.empty(cdiv(chunks.rows, chunks.block_rows) * chunks.classes, dtype=dtype)
+        if sums.scale is not None:
+            tiles = cdiv(chunks.classes, chunks.block_classes)
+            self.scale_parts = plan.empty(tiles * chunks.rows, dtype=dtype)
+
+    def find_range(self) -> None:
+        plan, calls, B = self.plan, self.plan.calls, self.plan.calls.sizes[0]
+        if not calls.ranged:
+            return
+        largest = upstream = None
+        if calls.cosine:
+            largest = plan.empty(2, dtype=torch.float64)
+            for nth, inverses in enumerate((Given(KEPT).rows(4 * B, B), plan.inverses)):
+                plan.largest(largest.rows(nth, 1), inverses)
+        if self.upstream is not None:
+            upstream = plan.empty(1, dtype=plan.traits.accumulator)
+            plan.largest(upstream, self.upstream)
+        found = (calls.learned, largest, upstream, self.sums.range_of_pulls, FACTOR)
+        plan.launch(plan.kernels.pull_range, (1,), *found)
+
+    def make(self, dots: Scratch, rows: Any, chunk: Chunk, nth: int) -> None:
+        """rows: of the chunk's classes; nth: of the blocks of classes."""
+        plan, calls, sums = self.plan, self.plan.calls, self.sums
+        chunks, (B, C, _, D) = calls.chunks, calls.sizes
         row_tiles, class_tiles = (
             cdiv(chunk.rows, chunks.block_rows),
             cdiv(chunk.entries, chunks.block_classes),
         )
-        self.launch(
-            k.chunk_pulls,
+        pulls = self.pulls._replace(shape=(chunk.rows, chunk.entries))
+        plan.launch(
+            plan.kernels.chunk_pulls,
             (row_tiles, class_tiles),
-            *(dots, calls.vectors, self.upstream, Given(KEPT), self.inverses, sums.range_of_pulls),
-            *(pulls, bias_parts, scale_parts, calls.numbers, chunk, FACTOR),
+            *(dots, calls.vectors, self.upstream, Given(KEPT), plan.inverses, sums.range_of_pulls, pulls),
+            *(self.bias_parts, self.scale_parts, B, C, calls.ignore_index, *chunk, FACTOR),
         )
-        if bias_parts is not None:
-            of_parts = (bias_parts, sums.bias, row_tiles, chunk.entries, chunk.entry, chunk.entries)
-            self._by_entries(k.add_parts[chunk.row > 0], chunk.entries, *of_parts)
-        if scale_parts is not None:
-            of_parts = (scale_parts, sums.scale, class_tiles, chunk.rows, chunk.row, chunk.rows)
-            self._by_entries(k.add_parts[nth > 0], chunk.rows, *of_parts)
+        self._add(self.bias_parts, sums.bias, row_tiles, chunk.entry, chunk.entries, chunk.row > 0)
+        self._add(self.scale_parts, sums.scale, class_tiles, chunk.row, chunk.rows, nth > 0)
+        x = plan.x.rows(chunk.row, chunk.rows)
+        if sums.rows is not None:
+            out = sums.rows if self.to is None else sums.rows._replace(shape=(chunk.entries, D))
+            plan.product(out, pulls, x, (True, False), adds=chunk.row > 0)
+        if sums.input is not None:
+            plan.product(sums.input.rows(chunk.row, chunk.rows), pulls, rows, adds=nth > 0)
 
-    def _find_range(self, sums: Sums) -> None:
-        largest = self.empty(2, dtype=self.traits.accumulator)
-        for nth, inverses in enumerate((self.x_inverses, self.inverses)):
-            if inverses is not None:
-                self.largest(largest.rows(nth, 1), inverses)
-        upstream = None
-        if self.per_row:
-            upstream = self.empty(1, dtype=self.traits.accumulator)
-            self.largest(upstream, Given(LOSS))
-        found = (self.calls.learned, largest, upstream, sums.range_of_pulls, FACTOR)
-        self.launch(self.kernels.pull_range, (1,), *found)
-
-    def _nothing_pulled(self, sums: Sums) -> None:
-        for found in (sums.input, sums.scale):
-            if found is not None:
-                self.zero(found)
-
-    # ---- rows ----
-
-    def _class_rows(self, entry: int, entries: int) -> ClassRows:
-        calls, D = self.calls, self.calls.sizes[3]
-        if self.rows is None:
-            assert calls.weight is not None
-            return ClassRows(calls.weight.rows(entry, entries), calls.weight, calls.strides[1], entry)
-        rows = self.rows.rows(0, entries)
-        if self.sources is None:
-            self._prepare(calls.weight, calls.strides[1], None, rows, None, entry, entries)
-        else:
-            sources = self.sources.rows(entry, entries)
-            self._prepare(calls.weight, calls.strides[1], sources, rows, None, 0, entries)
-        return ClassRows(rows, rows, (D, 1), 0)
-
-    def _sources_of_classes(self) -> Scratch | None:
-        """(S,) the row of `weight` of each entry, -1 for those left out; None: row j is entry j's."""
-        B, _, S, _ = self.calls.sizes
-        if not self.calls.gathers:
-            return None
-        sources = self.empty(S, dtype=torch.int64)
-        self._by_entries(self.kernels.class_sources, S, *self.of_all, sources)
-        if self.calls.fold:
-            self._by_entries(self.kernels.target_sources, B, *self.of_all, sources)
-        return sources
-
-    def _prepare(
-        self, matrix: Any, strides: Any, sources: Any, copies: Any, inverses: Any, first: int, count: int
-    ) -> None:
-        if copies is not None or inverses is not None:
-            self.launch(
-                self.kernels.prepare_rows,
-                (cdiv(count, self.kernels.rows_at_once),),
-                *(matrix, self.calls.sizes[3], *strides, sources, copies, inverses, first, count),
-            )
-
-    def _by_entries(self, variant: Any, count: int, *arguments: Any) -> None:
-        self.launch(variant, (cdiv(count, ENTRIES),), *arguments)
+    def _add(self, found: Any, sums: Any, parts: int, first: int, count: int, adds: bool) -> None:
+        if found is not None:
+            plan = self.plan
+            plan._by_entries(plan.kernels.add_parts[adds], count, found, sums, parts, first, count)
 
 
 class _Terms:
     """The softmax' terms, in parts of the class set; merged where a chunk has all classes, or in the end."""
 
     def __init__(self, plan: ChunkedPlan, losses: Any):
-        calls, k = plan.calls, plan.kernels
-        chunks = calls.chunks
+        calls, chunks = plan.calls, plan.calls.chunks
         row_tiles = cdiv(chunks.rows, chunks.block_rows)
-        most = max(k.most_parts // max(len(calls.sets), 1), 1)
+        most = max(MOST_PARTS // max(len(calls.sets), 1), 1)
         self.parts = max(min(cdiv(PROGRAMS, row_tiles), cdiv(chunks.classes, chunks.block_classes), most), 1)
         self.splits = self.parts * len(calls.sets)
         self.plan, self.losses = plan, losses
@@ -383,8 +370,8 @@ class _Terms:
         plan.launch(
             plan.kernels.chunk_terms,
             (cdiv(chunk.rows, calls.chunks.block_rows), self.parts),
-            *(dots, calls.vectors, Given(KEPT), plan.inverses, self.partials, calls.numbers, chunk),
-            *(nth * self.parts, self.splits, FACTOR),
+            *(dots, calls.vectors, Given(KEPT), plan.inverses, self.partials),
+            *(*calls.sizes[:2], calls.ignore_index, *chunk, nth * self.parts, self.splits, FACTOR),
         )
         if len(calls.sets) == 1:
             self._merge(chunk)
@@ -399,6 +386,6 @@ class _Terms:
         self.plan.launch(
             self.plan.kernels.merge_terms,
             (cdiv(chunk.rows, 16),),
-            *(calls.vectors, self.partials, Given(KEPT), self.losses, calls.numbers, chunk),
-            *(self.splits, FACTOR),
+            *(calls.vectors, self.partials, Given(KEPT), self.losses, *calls.sizes[:2], calls.ignore_index),
+            *(chunk.row, chunk.rows, self.splits, FACTOR),
         )

@@ -101,7 +101,7 @@ class Largest(NamedTuple):
     of: Matrix
 
     def run(self, out: Tensor, of: Tensor) -> None:
-        torch.linalg.vector_norm(of, torch.inf, out=out.view(()))
+        torch.linalg.vector_norm(of, torch.inf, dtype=out.dtype, out=out.view(()))
 
 
 class Zero(NamedTuple):
@@ -168,10 +168,10 @@ class Plan:
         else:
             stream = torch._C._cuda_getCurrentRawStream(self.device.index)
             for step in self.again:
-                if isinstance(step, _C.GpuLaunches):
-                    step.run(stream, factor, *given, memory)
-                else:
+                if isinstance(step, Product | Largest | Zero):
                     step.run(*(_actual(matrix, given, memory) for matrix in _matrices(step)))
+                else:
+                    step.run(stream, factor, *given, memory)
 
     def memory(self, at_least: int = 0) -> Tensor:
         return torch.empty(max(self.bytes, at_least), dtype=torch.uint8, device=self.device)

@@ -106,6 +106,11 @@ def test_numpys_numbers_are_saved_as_pythons(tmp_path):
         (["fedss"], [1, 1], "seeds: expected at least one, each once, got 1, 1"),
         (["fedss"], [[1]], r"seeds: expected numbers, got \[1\]"),
         ([1], [0], "methods: expected some of .*, got 1"),
+        (
+            ["fedss", "fedsss", "none"],
+            [1, 1, 2],
+            "methods: .* got 'fedsss'.*; methods: .* got 'none'; seeds: .* once, got 1, 1, 2",
+        ),
     ],
 )
 def test_a_plan_that_cannot_be_is_refused(methods, seeds, message):

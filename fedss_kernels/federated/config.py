@@ -11,7 +11,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -382,21 +382,22 @@ class Config:
         usual = PRESETS[self.data]["warmup_rounds"]
         if self.warmup_rounds is None and usual is not FITTED:
             object.__setattr__(self, "warmup_rounds", min(usual, self.rounds // 10))
+        raise_together(self._clashes())
+
+    def _clashes(self) -> Iterator[ConfigError]:
+        """Options that cannot be beside others."""
+        method = METHODS[self.method]
         if self.cohort is not None and self.min_clients > self.cohort:
-            raise ConfigError(
+            yield ConfigError(
                 "min_clients", f"expected at most {self.cohort}, the cohort, got {self.min_clients}"
             )
-        self._check_method()
-
-    def _check_method(self) -> None:
-        method = METHODS[self.method]
         if method.spreads and self.similarity != "cosine":
-            raise ConfigError(
+            yield ConfigError(
                 "similarity",
                 f"expected cosine with {self.method}, whose server turns rows apart, got {self.similarity!r}",
             )
         if method.rows is Part.KNOWN and self.class_store is not None:
-            raise ConfigError(
+            yield ConfigError(
                 "class_store",
                 f"expected none with {self.method}, whose class rows are drawn where they are needed, "
                 f"got {self.class_store}",

@@ -138,6 +138,22 @@ def own_cache(tmp_path_factory, monkeypatch):
             ["compare", "--method", "fedss"],
             "fedss compare: no such option --method (did you mean --methods?)",
         ),
+        (
+            ["run", "--roundz=3", "--cohort", "two", "--quiet", "1", "more", "--scale="],
+            "fedss run: --cohort: expected an integer of at least 1, got 'two'; --scale: expected a finite "
+            "number greater than 0, got ''; no such option --roundz (did you mean --rounds?); no such option "
+            "--quiet; unexpected argument 'more'",
+        ),
+        (
+            ["compare", "--resume", "runs/a", "--rounds", "7", "--seeds=1"],
+            "fedss compare: --rounds: a comparison is resumed with the options it began with; --seeds: a "
+            "comparison is resumed with the options it began with",
+        ),
+        (
+            ["run", "--method=fedss", "--spreadout-rows=3", "--head-epochs=2"],
+            "fedss run: --spreadout-rows is for fedaws, not for fedss; --head-epochs is for fedrep, not for "
+            "fedss",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(argv, line, capsys):
@@ -245,6 +261,13 @@ def test_an_option_that_no_method_of_the_run_reads_is_refused(tmp_path, capsys):
     line = fails(capsys, "compare", *SMALL, "--methods=fedss,pos_only", "--spreadout-rows=3")
     assert line == "fedss compare: --spreadout-rows is for fedaws, not for fedss, pos_only"
     assert not (tmp_path / "a").exists()
+
+
+def test_options_of_other_data_than_the_runs_are_refused_together(tmp_path, capsys):
+    Config().save(tmp_path / "config.json")
+    line = fails(capsys, "noise", f"--run={tmp_path}", "--task=retrieval", "--data=sop")
+    why = "the model of --run is measured on its own data"
+    assert line == f"fedss noise: --data: {why}; --task: {why}"
 
 
 def test_a_comparisons_help_says_how_a_rate_is_chosen(capsys):
@@ -647,7 +670,7 @@ def test_so_it_does_for_a_net_and_a_class_store(tmp_path, capsys, monkeypatch):
     places = ["--resume=../out", "--rounds=2", "--init-checkpoint=../net.pt", "--class-store=../store"]
     for command in (["run", "--resume=../out", "--rounds=2"], ["compare", "--resume=../compared"]):
         line = fails(capsys, *command)
-        assert line == f"fedss {command[0]}: {no_net}"
+        assert line == f"fedss {command[0]}: {no_net}; {no_store}"
         command.append("--init-checkpoint=../net.pt")
         assert fails(capsys, *command) == f"fedss {command[0]}: {no_store}"
     assert cli.main(["run", *places]) == 0

@@ -38,6 +38,7 @@ from .options import (
     read_numbers,
     read_rates,
     reader,
+    refuse,
     refuse_lost,
     refuse_unread,
 )
@@ -231,8 +232,7 @@ def _refuse_others(arguments: argparse.Namespace) -> None:
     given = vars(arguments)
     options = [field.name for field in dataclasses.fields(Config) if field.name in given.keys() - _PLACES]
     options += [name for name in ("preset", "config", *LISTS) if given.get(name) is not None]
-    if options:
-        raise Mistake(f"{flag(options[0])}: a comparison is resumed with the options it began with")
+    refuse(f"{flag(option)}: a comparison is resumed with the options it began with" for option in options)
 
 
 _PLACES = {*PLACES, "cache_dir"}

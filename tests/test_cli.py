@@ -20,10 +20,12 @@ from rich.console import Console
 from fedss_kernels import federated
 from fedss_kernels.federated import Config, algorithms, cli
 from fedss_kernels.federated.cli.options import GROUPS, flag
+from fedss_kernels.federated.cli.output import show_tuned
 from fedss_kernels.federated.comparisons.compare import Comparison
 from fedss_kernels.federated.config import OWN, PRESETS
 from fedss_kernels.federated.data import DATASETS
 from fedss_kernels.federated.files.run_folder import faults, make_folder
+from fedss_kernels.federated.fine_tuning import FineTuner
 from fedss_kernels.federated.models import MODELS, build_model
 from fedss_kernels.federated.plan import Plan
 from fedss_kernels.federated.reports import progress
@@ -731,3 +733,66 @@ def test_a_run_on_image_files_some_damaged(tmp_path, capsys, monkeypatch):
     assert left_out in json.loads((tmp_path / "out" / "summary.json").read_text())["notes"]
     assert f"Of the data: {left_out}" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["skip_damaged"] is True
+
+
+# ---- while clients fine-tune
+
+
+TUNED = [*SMALL, "--partition=classes", "--num-clients=3", "--classes-per-client=4", "--rounds=2"]
+
+
+@pytest.fixture
+def slow_tuning(monkeypatch):
+    """Every client takes 15 seconds, by the clock that lines are said by."""
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    measure = FineTuner.measure
+
+    def slowly(tuner, client):
+        now[0] += 15.0
+        return measure(tuner, client)
+
+    monkeypatch.setattr(FineTuner, "measure", slowly)
+
+
+def test_how_many_clients_have_fine_tuned_after_the_last_round(tmp_path, capsys, slow_tuning):
+    assert cli.main(["run", *TUNED, "--personalise-epochs=1", f"--out={tmp_path / 'out'}"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("fedss:")]
+    assert lines[0] == "fedss: fine-tuning clients: 2 of 3"
+    assert lines[1].startswith("fedss: round 2/2, loss ") and len(lines) == 2
+
+
+def test_a_quick_fine_tuning_has_no_line_of_its_own(tmp_path, capsys):
+    assert cli.main(["run", *TUNED, "--personalise-epochs=1", f"--out={tmp_path / 'out'}"]) == 0
+    assert "fine-tuning clients" not in capsys.readouterr().out
+    assert cli.main(["personalise", str(tmp_path / "out"), f"--out={tmp_path / 'more'}"]) == 0
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_bar_of_a_run_says_how_many_clients_have_fine_tuned():
+    out = io.StringIO()
+    with progress.RunProgress(["fedss"], 4, Console(file=out, force_terminal=True, width=120)) as bars:
+        show_tuned(bars, 0, 2, 3)
+        bars.bars.refresh()
+    assert "fine-tuning clients: 2 of 3" in out.getvalue()
+
+
+def test_how_many_clients_have_fine_tuned_each_run_of_personalise(tmp_path, capsys, slow_tuning):
+    trained = tmp_path / "out"
+    assert cli.main(["run", *TUNED, f"--out={trained}"]) == 0
+    capsys.readouterr()
+    assert cli.main(["personalise", str(trained), "--rate=0.1,0.2", f"--out={tmp_path / 'more'}"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    of = [f"{trained}, rate {rate}" for rate in (0.1, 0.2)]
+    assert [line for line in lines if "fine-tun" in line] == [
+        f"fedss personalise: {run}: fine-tuning clients: 2 of 3" for run in of
+    ]
+
+
+def test_how_many_clients_have_fine_tuned_in_a_comparison(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0)
+    argv = ["compare", *TUNED, "--personalise-epochs=1", "--methods=fedss,fedper", "--seeds=0", "--jobs=1"]
+    assert cli.main([*argv, f"--out={tmp_path / 'out'}"]) == 0
+    said = capsys.readouterr().out
+    for method in ("FedSS", "FedPer"):
+        assert f"{method}, seed 0: fine-tuning clients: 2 of 3" in said

@@ -256,6 +256,14 @@ def test_newcomers_of_a_trial_are_measured_instead():
     assert kept == found, "what clients keep is no newcomer's"
 
 
+def test_how_many_have_fine_tuned_is_told_before_each():
+    told = []
+    personalise(
+        tiny_config(), data_of_clients(), model(), FEW, clients=3, on_tuned=lambda *of: told.append(of)
+    )
+    assert told == [(0, 3), (1, 3), (2, 3)]
+
+
 def test_some_clients_are_the_first():
     found = personalise(tiny_config(), data_of_clients(), model(), FEW, clients=2)
     assert found == personalise(tiny_config(), data_of_clients(), model(), FEW)[:2]

@@ -5,6 +5,7 @@ import statistics
 import torch
 from torch import Tensor
 
+from .algorithm import OnTuned
 from .algorithms import METHODS
 from .config import Config, ConfigError
 from .data import FederatedData
@@ -101,14 +102,16 @@ class Evaluation:
         extractor.flat.copy_(phi)
         return extractor.embed(self.data.test_images[rows])
 
-    def personal(self, phi: Tensor, weight: RowTable, homes: Homes | None) -> dict[str, float | None]:
+    def personal(
+        self, phi: Tensor, weight: RowTable, homes: Homes | None, on_tuned: OnTuned
+    ) -> dict[str, float | None]:
         """Of each client's own test images, before and after it fine-tunes the model."""
         config, extractor = self.config, self.team.player.extractor
         tuning = Tuning(config.personalise_part, (config.personalise_epochs,), config.personalise_rate)
         extractor.flat.copy_(phi)
         model, own = (extractor.module, weight[:]), homes.model if homes else None
         with self.team.watch("evaluation"):
-            people = personalise(config, self.data, model, tuning, own=own)
+            people = personalise(config, self.data, model, tuning, own=own, on_tuned=on_tuned)
         found = personal_measures(people)
         lost = {"personal_not_finite": sum(person.not_finite for person in people)}
         return {**{name: found[there] for name, there in _PERSONAL.items()}, **lost}

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .algorithm import OnTuned
 from .clients.extractor import as_embeddings
 from .clients.objectives import ClassRows
 from .clients.player import Player
@@ -95,14 +96,19 @@ def personalise(
     *,
     clients: int | None = None,  # of these the first; None: all
     own: Own | None = None,  # what clients keep of the model for themselves
+    on_tuned: OnTuned = lambda done, total: None,
 ) -> list[Personal]:
     """Of each client with test images, or of a trial's newcomers. Of `config` its seed, net, batches, scale.
 
     Raises ValueError where no client has test images of its own, or the model does not fit or is not finite.
     """
     tuner = FineTuner(config, data, model, tuning, own)
-    tested = [client for client, (_, test) in enumerate(tuner.people) if len(test)]
-    return [tuner.measure(client) for client in tested[:clients]]
+    tested = [client for client, (_, test) in enumerate(tuner.people) if len(test)][:clients]
+    found = list[Personal]()
+    for client in tested:
+        on_tuned(len(found), len(tested))
+        found.append(tuner.measure(client))
+    return found
 
 
 def measures(found: Sequence[Personal]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -153,17 +154,27 @@ def _measured(
     tuning: "Tuning",
     title: str,
 ) -> "Measured":
+    from rich.console import Console
+
     from ..figures.personalisation import Measured
     from ..fine_tuning import personalise
+    from ..reports.progress import ReadingProgress
 
     torch.set_num_threads(config.threads)
-    begun = time.perf_counter()
-    with mistakes():
+    begun, name = time.perf_counter(), f"fedss personalise: {folder}, rate {tuning.rate:g}"
+    with mistakes(), ReadingProgress(Console(stderr=True)) as progress:
+        what = f"{name}: fine-tuning clients"
+        progress.said[what] = time.monotonic()  # as of rounds the first line comes after a while
         people = personalise(
-            config, data, read_model(folder), tuning, clients=arguments.clients, own=read_kept(folder)
+            config,
+            data,
+            read_model(folder),
+            tuning,
+            clients=arguments.clients,
+            own=read_kept(folder),
+            on_tuned=functools.partial(progress, what),
         )
-    spent = f"{len(people):,} clients in {time.perf_counter() - begun:.0f} s"
-    print(f"fedss personalise: {folder}, rate {tuning.rate:g}: {spent}", file=sys.stderr)
+    print(f"{name}: {len(people):,} clients in {time.perf_counter() - begun:.0f} s", file=sys.stderr)
     return Measured(str(folder), title, config.seed, tuning, people, config.method)
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -42,7 +43,7 @@ from .options import (
     refuse_lost,
     refuse_unread,
 )
-from .output import print_profile, print_table, read_data, say_what_is_logged
+from .output import print_profile, print_table, read_data, say_what_is_logged, show_tuned
 
 if TYPE_CHECKING:
     from ..comparisons.compare import Comparison
@@ -115,7 +116,14 @@ def _run(arguments: argparse.Namespace) -> int:
                 played.append(metrics)
                 progress.advance(0, metrics)
 
-            result = run(config, data=data, on_round=show, resume=resume, stop=stop)
+            result = run(
+                config,
+                data=data,
+                on_round=show,
+                on_tuned=functools.partial(show_tuned, progress, 0),
+                resume=resume,
+                stop=stop,
+            )
     except ConfigError as error:
         raise Mistake(error.worded(flag)) from None
     except (CheckpointError, FileExistsError, InUse) as error:
@@ -305,6 +313,7 @@ def _compare(arguments: argparse.Namespace) -> int:
                 jobs=arguments.jobs,
                 on_trial=show(0),
                 on_round=show(len(plan.trials(out))),
+                on_tuned=functools.partial(show_tuned, progress),
                 resume=resume,
                 stop=stop,
             )

@@ -140,6 +140,14 @@ def test_the_warm_up_is_by_default_at_most_a_tenth_of_the_rounds(rounds, warmup)
     assert highest == Config().client_lr
 
 
+@pytest.mark.parametrize("decay", ["constant", "linear", "cosine", "step"])
+@pytest.mark.parametrize("rounds", [1, 2, 3, 4, 5, 20])
+def test_the_first_round_is_at_the_full_rate_however_few_there_are(rounds, decay):
+    config = Config(rounds=rounds, lr_decay=decay, warmup_rounds=0, client_lr=0.2)
+    rates = [learning_rate(config, round) for round in range(rounds)]
+    assert rates[0] == 0.2 and rates == sorted(rates, reverse=True) and rates[-1] > 0
+
+
 def test_it_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().rounds = 3

@@ -464,13 +464,14 @@ def learning_rate(config: Config, round: int) -> float:
     """The clients' rate in a round, from 0: a linear rise to client_lr over warmup_rounds, then the decay.
 
     A linear or cosine decay would reach 0 in the round after the last. A decay by steps counts all rounds R,
-    those of the warm-up too: after that, 1/10 from round floor(R / 2) on, 1/100 from floor(3 R / 4).
+    those of the warm-up too: after that, 1/10 from round floor(R / 2) on, 1/100 from floor(3 R / 4), neither
+    in the first round, 0.
     """
     warmup = config.warmup_rounds
     if round < warmup:
         return config.client_lr * (round + 1) / warmup
     done = (round - warmup) / max(1, config.rounds - warmup)
-    steps = (round >= config.rounds // 2) + (round >= 3 * config.rounds // 4)
+    steps = sum(round >= max(1, quarters * config.rounds // 4) for quarters in (2, 3))
     decay = {
         "constant": 1.0,
         "linear": 1 - done,

@@ -735,6 +735,19 @@ def test_a_run_on_image_files_some_damaged(tmp_path, capsys, monkeypatch):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["skip_damaged"] is True
 
 
+def test_a_comparison_says_which_of_its_methods_have_no_class_store(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        "fedss_kernels.federated.comparisons.compare.compare",
+        lambda plan, out, **options: Comparison([], [], [], out),
+    )
+    argv = ["compare", *SMALL, f"--class-store={tmp_path / 'rows'}", f"--out={tmp_path / 'out'}"]
+    assert cli.main([*argv, "--methods=fedss,fedbabu"]) == 0
+    line = "class_store is not for fedbabu, whose class rows are drawn where they are needed"
+    assert line in capsys.readouterr().out.splitlines()
+    assert cli.main([*argv, "--methods=fedss"]) == 0
+    assert "class_store" not in capsys.readouterr().out
+
+
 # ---- while clients fine-tune
 
 

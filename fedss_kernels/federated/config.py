@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from .algorithms import METHODS
-from .algorithms.parts import Part
 from .config_error import ConfigError, raise_together
 from .data import DATASETS, PARTITIONS, TASKS
 from .disk import write_whole
@@ -396,12 +395,8 @@ class Config:
                 "similarity",
                 f"expected cosine with {self.method}, whose server turns rows apart, got {self.similarity!r}",
             )
-        if method.rows is Part.KNOWN and self.class_store is not None:
-            yield ConfigError(
-                "class_store",
-                f"expected none with {self.method}, whose class rows are drawn where they are needed, "
-                f"got {self.class_store}",
-            )
+        if not method.stores and self.class_store is not None:
+            yield no_store([self.method], self.class_store)
 
     @property
     def row_dim(self) -> int:
@@ -458,6 +453,15 @@ class Config:
     @classmethod
     def load(cls, path: Path) -> "Config":
         return cls.from_dict(read_options(path), path)
+
+
+def no_store(methods: Sequence[str], got: Path) -> ConfigError:
+    return ConfigError("class_store", f"expected none with {storeless(methods)}, got {got}")
+
+
+def storeless(methods: Sequence[str]) -> str:
+    """Of methods without a class store: why there is none."""
+    return f"{', '.join(methods)}, whose class rows are drawn where they are needed"
 
 
 def learning_rate(config: Config, round: int) -> float:

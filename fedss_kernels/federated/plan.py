@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .algorithms import METHODS
-from .config import Config, ConfigError, did_you_mean, read_options
+from .config import Config, ConfigError, did_you_mean, no_store, read_options
 from .config_error import raise_together
 from .disk import write_whole
 from .files.checkpoint import CheckpointError, differences
@@ -41,9 +41,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Plan:
-    """Raises ConfigError for names or numbers that cannot be."""
+    """Raises ConfigError for names or numbers that cannot be, or a class store that no method has."""
 
-    config: Config  # everything but method, seed and out
+    config: Config  # everything but method, seed and out; its class store is for methods that have one
     methods: Sequence[str]
     seeds: Sequence[int]
     counts: Sequence[int] = ()  # numbers of negatives; none: the configuration's
@@ -54,6 +54,9 @@ class Plan:
             plain = [v.item() if isinstance(v, np.generic) else v for v in getattr(self, option)]
             object.__setattr__(self, option, plain)  # as they are saved
         raise_together(self._misfits())
+        store = self.config.class_store
+        if store and len(self.storeless) == len(self.methods):
+            raise no_store(self.methods, store)
 
     def _misfits(self) -> Iterator[ConfigError]:
         for option in LISTS:
@@ -73,6 +76,11 @@ class Plan:
     def several(self) -> bool:
         """Whether there are several numbers of negatives: then cases are named by theirs."""
         return len(self.counts) > 1
+
+    @property
+    def storeless(self) -> list[str]:
+        """The methods that have no class store, where others have one."""
+        return [name for name in self.methods if self.config.class_store and not METHODS[name].stores]
 
     @property
     def cases(self) -> list[Case]:
@@ -140,7 +148,7 @@ class Plan:
             method=case.method,
             seed=seed,
             out=out,
-            class_store=store and store / out.name,
+            class_store=store / out.name if store and METHODS[case.method].stores else None,
             **options,
         )
 

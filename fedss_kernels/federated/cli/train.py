@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import (
     Config,
     ConfigError,
+    storeless,
 )
 from ..disk import reason
 from ..files import checkpoint, record, run_folder
@@ -294,6 +295,8 @@ def _compare(arguments: argparse.Namespace) -> int:
             for option, instead in (("client_lr", "rates"), ("num_negatives", "counts")):
                 if option in arguments and getattr(plan, instead):
                     print(f"{flag(option)} has no effect: {flag(instead)} are taken instead")
+            if plan.storeless:
+                print(f"class_store is not for {storeless(plan.storeless)}")
 
         given = () if resume else arguments.given
         read_data(dataclasses.replace(plan.config, out=out), [] if resume else runs, ready, given)

@@ -280,6 +280,15 @@ def nobodys():
     ("data", "message"),
     [
         (nobodys, "personalise: nobody knows which test images of tiny are whose: .*partition .*holdout"),
+        (nobodys, "whose: .*, or of data of one's own some in test_clients, got none$"),
+        (
+            lambda: replace(tiny_data(), test_clients=[[]] * 5),
+            r"personalise: test_clients: expected test images of some of the 5 clients, got none",
+        ),
+        (
+            lambda: replace(data_of_clients(), newcomers=[([0, 1], []), ([2], [])]),
+            r"personalise: newcomers: expected test images of some of the 2 newcomers, got none",
+        ),
         (lambda: data_of_clients("retrieval"), "personalise: expected a classification, got a retrieval"),
     ],
 )

@@ -47,7 +47,7 @@ def check_measured(config: Config, data: FederatedData) -> None:
         check_measurable(data)
     except ValueError as error:
         raise ConfigError(option, str(error).removeprefix("personalise: ")) from None
-    if personal and not data.test_clients and not config.personalise_epochs:
+    if personal and not any(map(len, data.test_clients)) and not config.personalise_epochs:
         raise ConfigError(
             "personalise_epochs",
             f"expected at least 1 with {config.method} and a holdout, as those who are held out have no "
@@ -81,9 +81,9 @@ class Evaluation:
 
     def own(self, phi: Tensor, homes: Homes, *, finite: bool) -> dict[str, float | None]:
         """Of each client's own model on its own test images: their mean, all clients alike."""
-        if not (finite and self.data.test_clients):
-            return {}
         tested = [(k, rows) for k, rows in enumerate(self.data.test_clients) if len(rows)]
+        if not (finite and tested):
+            return {}
         at_home = self.team.player.parts.net_at_home
         shared = None if at_home else self.team.embed(phi)
         embedded, scores = list[Tensor](), list[float]()

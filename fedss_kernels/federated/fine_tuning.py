@@ -129,11 +129,20 @@ def check_measurable(data: FederatedData) -> None:
     """Raises ValueError where no client has test images of its own."""
     if data.task != "classification":
         raise ValueError(f"personalise: expected a classification, got a {data.task}")
-    if not any(map(len, data.test_clients)) and not any(len(test) for _, test in data.newcomers):
+    name = "newcomers" if data.newcomers else "test_clients"
+    tested = [test for _, test in data.newcomers] or data.test_clients
+    if any(map(len, tested)):
+        return
+    if tested:
+        people = name.removeprefix("test_")
         raise ValueError(
-            f"personalise: nobody knows which test images of {data.name} are whose: in the natural partition "
-            "they are of other people. Expected another partition, or with a holdout clients who do not train"
+            f"personalise: {name}: expected test images of some of the {len(tested)} {people}, got none"
         )
+    raise ValueError(
+        f"personalise: nobody knows which test images of {data.name} are whose: in the natural partition "
+        "they are of other people. Expected another partition, or with a holdout clients who do not train, "
+        "or of data of one's own some in test_clients, got none"
+    )
 
 
 class FineTuner:

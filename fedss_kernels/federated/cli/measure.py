@@ -34,7 +34,7 @@ from .options import (
     refuse,
     refuse_lost,
 )
-from .output import print_markdown, read_data
+from .output import print_markdown, read_data, show_tuned
 
 if TYPE_CHECKING:
     from ..figures.confusion import Confusion
@@ -225,6 +225,7 @@ def _privacy(arguments: argparse.Namespace) -> int:
                             dataclasses.replace(config, negatives=negatives, class_store=store),
                             data=data,
                             on_round=functools.partial(progress.advance, job),
+                            on_tuned=functools.partial(show_tuned, progress, job),
                         )
                 except (TooFewClients, WorkerLost) as error:  # the others' are measured all the same
                     failed.append(f"training with {negatives} negatives failed: {error}")

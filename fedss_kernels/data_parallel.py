@@ -69,11 +69,15 @@ _INSTEAD = (
     "_set_params_and_buffers_to_ignore_for_model, fully_shard's ignored_params) and add up its rows yourself"
 )
 
+# Of torch's communication hooks those whose compression fails, or hangs, at a sparse gradient.
+_OF_DENSE = ("fp16_compress", "quantization", "powerSGD", "batched_powerSGD")
+
 
 def check_sparse_communication(criterion: nn.Module, *parameters: Tensor | None) -> None:
     """Raises RuntimeError where a criterion's sparse gradients, of `parameters`, would have to be dense ones.
 
-    That is so for FSDP, and for DistributedDataParallel over NCCL.
+    That is so for FSDP, for replicate, and for DistributedDataParallel over NCCL or with a hook that
+    compresses.
     """
     if not torch.is_grad_enabled():
         return
@@ -94,16 +98,27 @@ def _check_sparse_communication(criterion: nn.Module, parameter: Tensor) -> None
             f"sparse_grad: expected False under fully_shard, which adds up dense gradients only; {_INSTEAD}"
         )
     ddp = DistributedDataParallel._active_ddp_module
-    if (
-        ddp is not None
-        and _backend(ddp.process_group, parameter.device) == "nccl"
-        and _manages(ddp, parameter)
-    ):
-        raise RuntimeError(
-            "sparse_grad: expected False under DistributedDataParallel over NCCL, which adds up dense "
-            'gradients only; give it process_group=torch.distributed.new_group(backend="gloo"), '
-            f"{_INSTEAD}"
+    if ddp is not None and (why := _why_dense(ddp, parameter)) and _manages(ddp, parameter):
+        raise RuntimeError(f"sparse_grad: expected False under {why}, {_INSTEAD}")
+
+
+def _why_dense(ddp: DistributedDataParallel, parameter: Tensor) -> str:
+    """What of it adds up dense gradients only, and what to take for that; "" where it is nothing."""
+    if _backend(ddp.process_group, parameter.device) == "nccl":
+        return (
+            "DistributedDataParallel over NCCL, which adds up dense gradients only; give it "
+            'process_group=torch.distributed.new_group(backend="gloo")'
         )
+    if isinstance(ddp.module, nn.ParameterList):  # replicate's: modules that are sparse embeddings are lost
+        return (
+            "replicate, which takes every gradient for dense; take DistributedDataParallel, give replicate "
+            "the criterion among its ignored_modules"
+        )
+    names = [getattr(hook, "__name__", "") for hook, _ in ddp._comm_hooks]
+    name = next((name for name in names if name.startswith(_OF_DENSE)), "")
+    if name and dist.get_world_size(ddp.process_group) > 1:
+        return f"DistributedDataParallel with {name}, which compresses dense gradients only; leave it out"
+    return ""
 
 
 def _backend(group: Any, device: torch.device) -> str | None:

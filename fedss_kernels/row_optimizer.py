@@ -53,6 +53,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     def __init__(self, params: Iterable[Any], options: dict[str, Any]) -> None:
         defaults = {**options, "rounding_step": 0, **self.FIXED, **self.UNUSED}
         self._checked(defaults)
+        _check_params(params)
         super().__init__(params, _as_pythons(defaults))
 
     @abstractmethod
@@ -89,6 +90,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters with options of their own; raises as the constructor does."""
         if isinstance(param_group, dict):
+            _check_group(param_group)
             held = [self._checked(group).max_norm for group in self.param_groups]
             _check_norms([*held, self._checked(self.defaults | param_group).max_norm])
             param_group = {name: v if name == "params" else _as_pythons(v) for name, v in param_group.items()}
@@ -360,6 +362,27 @@ def check_dense(name: str, value: object) -> None:
     if not isinstance(value, Tensor) or value.layout != torch.strided:
         found = f"layout {value.layout}" if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{name}: expected a dense tensor, got {found}")
+
+
+def _check_params(params: Any) -> None:
+    """Raises TypeError for what is neither parameters nor a list of groups of them."""
+    if not isinstance(params, dict) and _iterates(params):
+        return
+    instead = ": take its .parameters()" if isinstance(params, torch.nn.Module) else ""
+    raise TypeError(f"params: expected parameters or a list of groups, got {type(params).__name__}{instead}")
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    """Raises ValueError or TypeError for one that does not say which parameters it is of."""
+    expected = 'params: expected the parameters of a group in its "params"'
+    if "params" not in group:
+        raise ValueError(f"{expected}, got one of {', '.join(map(str, group)) or 'nothing'} alone")
+    if not _iterates(group["params"]):
+        raise TypeError(f"{expected}, got {type(group['params']).__name__}")
+
+
+def _iterates(params: Any) -> bool:
+    return isinstance(params, Iterable) or hasattr(params, "__getitem__")
 
 
 def _check_norms(norms: list[float | None]) -> None:

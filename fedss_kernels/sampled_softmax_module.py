@@ -52,7 +52,8 @@ class SampledSoftmaxLoss(nn.Module):
         bias: one learned number for each class, initially zero.
         sparse_grad: the gradients of weight and bias as sparse COO tensors over the classes that take part
             (`weight.grad.coalesce()` has `.indices()` and `.values()`; see `sampled_softmax_loss`).
-            Under DistributedDataParallel it needs gloo: NCCL adds up dense gradients only, as FSDP does.
+            Under DistributedDataParallel it needs gloo, and none of torch's hooks that compress: NCCL adds
+            up dense gradients only, as FSDP and replicate do.
             For it `modules()` gives an nn.Embedding that holds both before this module: a loop that
             initialises embeddings meets the class matrix too; `reset_parameters()` after it draws it anew.
         generator: source of the initial weight and the negatives; None: torch's default one. Its state is

@@ -36,7 +36,10 @@ def sampled_softmax_loss(
     tensor(0.3133)
     """
     dtype = dtype or input.dtype
-    x, w, t = input.reshape(target.numel(), input.shape[-1]), weight, target.reshape(-1)
+    x, t = input.reshape(target.numel(), input.shape[-1]), target.reshape(-1)
+    # Before rows are taken of them, so that gradients are added up in `dtype` and rounded once.
+    w = weight.to(torch.promote_types(weight.dtype, dtype))
+    scale = scale.to(dtype) if isinstance(scale, Tensor) else scale
     B, C = len(t), len(weight)
     ids = torch.arange(C, device=x.device) if class_ids is None else class_ids
     b = x.new_zeros(C, dtype=dtype) if bias is None else bias.to(dtype)

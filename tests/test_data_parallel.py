@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed._composable.replicate import replicate
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook, quantization_hooks
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard, register_fsdp_forward_method
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
@@ -194,6 +196,43 @@ def flat_shards_are_refused_in_words(rank):
             assert criterion.topk(x, 3).indices.shape == (4, 3)
 
 
+def replicate_is_refused_with_sparse_gradients_only(rank):
+    model = replicate(Classifier(rank, sparse_grad=True))
+    refused("sparse_grad: expected False under replicate.* DistributedData", lambda: model(*batch(4, 0)))
+    with torch.no_grad():
+        model(*batch(4, 0))
+    replicate(Classifier(rank))(*batch(4, 0)).backward()
+    model = Classifier(rank, sparse_grad=True)
+    replicate(model, ignored_modules=[model.criterion])(*batch(4, rank)).backward()
+    assert model.criterion.weight.grad.is_sparse
+
+
+def hooks_that_compress_are_refused_with_sparse_gradients_only(rank):
+    hooks = (
+        default_hooks.fp16_compress_hook,
+        default_hooks.fp16_compress_wrapper(default_hooks.allreduce_hook),
+        quantization_hooks.quantization_pertensor_hook,
+        powerSGD_hook.powerSGD_hook,
+        powerSGD_hook.batched_powerSGD_hook,
+    )
+    for hook in hooks:
+        model = DistributedDataParallel(Classifier(rank, sparse_grad=True))
+        model.register_comm_hook(None, hook)
+        refused(
+            f"sparse_grad: expected False under DistributedDataParallel with {hook.__name__}, which .*; l",
+            lambda model=model: model(*batch(4, 0)),
+        )
+        model.module.criterion.weight.requires_grad_(False)
+        model(*batch(4, 0))
+    model = DistributedDataParallel(Classifier(rank))
+    model.register_comm_hook(None, default_hooks.fp16_compress_hook)
+    model(*batch(4, rank)).backward()
+    model = DistributedDataParallel(Classifier(rank, sparse_grad=True))
+    model.register_comm_hook(None, default_hooks.allreduce_hook)
+    model(*batch(4, rank)).backward()
+    assert model.module.criterion.weight.grad.is_sparse
+
+
 # ---- the processes -----------------------------------------------------------------------------------------
 
 CHECKS = [
@@ -203,6 +242,8 @@ CHECKS = [
     zero_redundancy_optimizer_equals_the_optimizer,
     zero_redundancy_optimizer_clips_by_the_norm_of_the_model,
     nccl_is_refused_with_sparse_gradients_only,
+    replicate_is_refused_with_sparse_gradients_only,
+    hooks_that_compress_are_refused_with_sparse_gradients_only,
     fully_shard_trains_as_one_process_does,
     fully_shard_refuses_sparse_gradients,
     topk_of_shards_says_how_to_see_all_of_it,

@@ -500,6 +500,35 @@ def test_sparse_gradients_of_another_dtype():
     assert weight[1, 0] == 0.5
 
 
+@pytest.mark.parametrize("kind", [RowSGD, RowAdam])
+@pytest.mark.parametrize(
+    "params, message",
+    [
+        (
+            [{"lr": 0.1, "seed": 3}],
+            "params: expected the parameters of a group .*, got one of lr, seed alone",
+        ),
+        ([{}], "params: expected the parameters of a group .*, got one of nothing"),
+        ([{"params": None}], "params: expected the parameters of a group .*, got NoneType"),
+        ({"params": [nn.Parameter(torch.zeros(2))]}, "params: expected parameters or .*groups, got dict"),
+        (None, "params: expected parameters or a list of groups, got NoneType"),
+        (nn.Linear(2, 2), r"params: expected parameters or a list of groups, got Linear: .*\.parameters\(\)"),
+    ],
+)
+def test_groups_without_parameters_are_refused_in_words(kind, params, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        kind(params, lr=0.1)
+    weight = nn.Parameter(torch.zeros(3, 2))
+    optimizer = kind([weight], lr=0.1)
+    if isinstance(params, list):
+        with pytest.raises((TypeError, ValueError), match=message):
+            optimizer.add_param_group(params[0])
+        with pytest.raises((TypeError, ValueError), match=message):
+            kind([{"params": [weight]}, *params], lr=0.1)
+    assert [group["params"] for group in optimizer.param_groups] == [[weight]]
+    assert kind(nn.ParameterList([weight]), lr=0.1).param_groups[0]["params"] == [weight]
+
+
 def test_groups_of_other_norms_are_refused():
     groups = [{"params": [nn.Parameter(torch.ones(2))], "max_norm": norm} for norm in (1.0, 2.0)]
     with pytest.raises(

@@ -392,6 +392,28 @@ def test_a_sparse_gradient_of_16_bits_is_rounded_once(dtype, B, sampled_softmax_
     assert (dense - truth).abs().max() <= FLOOR[dtype] * truth.abs().max()
 
 
+@pytest.mark.parametrize("impl", ["cpp", "reference"])
+@pytest.mark.parametrize("dtype", [F16, BF16])
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_gradients_of_16_bits_that_many_rows_add_to_are_rounded_once(similarity, dtype, impl):
+    """Of a class row, a bias and a scale: 4,096 rows pull at three classes."""
+    g = torch.Generator().manual_seed(0)
+    shapes = {"x": (4096, 8), "w": (3, 8), "bias": (3,), "scale": ()}
+    given = {
+        name: torch.randn(shape, generator=g).to(dtype).requires_grad_() for name, shape in shapes.items()
+    }
+    exact = {name: value.detach().double().requires_grad_() for name, value in given.items()}
+    target = torch.zeros(4096, dtype=torch.int64)
+    options = {"similarity": similarity, "reduction": "sum"}
+
+    def pulls(loss, x, w, bias, scale, **more):
+        return gradients(loss(x, w, target, bias=bias, scale=scale, **options, **more), x, w, bias, scale)
+
+    found = pulls(sampled_softmax_loss, **given, impl=impl)
+    for pull, truth in zip(found, pulls(reference_loss, **exact), strict=True):
+        assert (pull.double() - truth).abs().max() <= FLOOR[dtype] * truth.abs().max()
+
+
 @pytest.mark.parametrize("length", [1e-11, 1e150])
 def test_float64_rows_of_many_lengths(length, sampled_softmax_loss):
     x, w, t = problem(dtype=F64)

@@ -47,20 +47,24 @@ DEVICES = {
 }
 
 
+Name = str | tuple[str, int]
+
+
 @dataclass(frozen=True)
 class Launch:
     """A kernel, specialized for the arguments that it is launched with.
 
-    Every parameter is either in `signature` ("*bf16", "i64", "fp64" ...) or in `constants`: the constexprs,
-    and the arguments that are None or the integer 1, which Triton makes constants of. Kernels, and functions
+    Every parameter is either in `signature` ("*bf16", "i64", "fp64" ..., or a tuple of such) or in
+    `constants`: the constexprs, and the arguments that are None or the integer 1, of which Triton makes
+    constants. What is in a tuple goes by the parameter's name and its place there. Kernels, and functions
     given as constants, must be importable by their names.
     """
 
     kernel: Any  # what triton.jit made
-    signature: Mapping[str, str]
-    constants: Mapping[str, Any] = field(default_factory=dict)
-    aligned: Sequence[str] = ()  # pointers and integers that are multiples of 16
-    near: Sequence[str] = ()  # pointers to less than 2 GiB, which AMD addresses in 32 bits
+    signature: Mapping[str, Any]
+    constants: Mapping[Name, Any] = field(default_factory=dict)
+    aligned: Sequence[Name] = ()  # pointers and integers that are multiples of 16
+    near: Sequence[Name] = ()  # pointers to less than 2 GiB, which AMD addresses in 32 bits
     options: Mapping[str, Any] = field(default_factory=dict)  # num_warps, num_stages ...
 
     @property
@@ -123,21 +127,29 @@ def specialized(kernel: Any, bound: inspect.BoundArguments, options: dict[str, A
     )  # of an interpreted kernel, of a compiled
     plain = options_of_jit.get("do_not_specialize") or ()
     signature, constants, aligned, near = {}, {}, [], []
-    for name, value in bound.arguments.items():
-        annotation = bound.signature.parameters[name].annotation
-        is_one = type(value) is int and value == 1 and name not in plain
+
+    def kind(name: Name, value: Any, annotation: Any, specializes: bool) -> str:
+        is_one = type(value) is int and value == 1 and specializes
         if annotation is tl.constexpr or value is None or is_one:
             constants[name] = value
-        elif isinstance(annotation, tl.dtype):
-            signature[name] = annotation.name
-        elif isinstance(value, torch.Tensor):
-            signature[name] = f"*{_TYPES[value.dtype]}"
-            aligned += [name] * (value.data_ptr() % 16 == 0 and name not in plain)
-            near += [name] * (value.untyped_storage().nbytes() < 2**31 and name not in plain)
+            return "constexpr"
+        if isinstance(annotation, tl.dtype):
+            return annotation.name
+        if isinstance(value, torch.Tensor):
+            aligned.extend([name] * (value.data_ptr() % 16 == 0 and specializes))
+            near.extend([name] * (value.untyped_storage().nbytes() < 2**31 and specializes))
+            return f"*{_TYPES[value.dtype]}"
+        assert type(value) is int, (name, value)
+        aligned.extend([name] * (value % 16 == 0 and specializes))
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+    for name, value in bound.arguments.items():
+        if isinstance(value, tuple):  # what is in it is specialized for, whatever the kernel says
+            kinds = (kind((name, at), each, None, True) for at, each in enumerate(value))
+            signature[name] = type(value)(*kinds) if hasattr(value, "_fields") else tuple(kinds)
         else:
-            assert type(value) is int, (name, value)
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            aligned += [name] * (value % 16 == 0 and name not in plain)
+            found = kind(name, value, bound.signature.parameters[name].annotation, name not in plain)
+            signature |= {} if found == "constexpr" else {name: found}
     return Launch(kernel, signature, constants, tuple(aligned), tuple(near), options)
 
 
@@ -249,20 +261,24 @@ def _source(launch: Launch, near_matters: bool) -> Any:
     from triton.compiler import ASTSource
 
     names = launch.kernel.arg_names
-    missing = set(names) ^ {*launch.signature, *launch.constants}
+    missing = set(names) ^ {*launch.signature, *(name for name in launch.constants if isinstance(name, str))}
     if missing:
         raise TypeError(f"{launch.name}: parameters without a type or unknown: {sorted(missing)}")
-    # the keys must be tuples: Triton ignores any other, without a word
-    attributes: dict[tuple[int], list] = {
-        (names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned
+
+    def place(name: Name) -> tuple[int, ...]:
+        """A key must be a tuple: Triton ignores any other, without a word."""
+        return (names.index(name),) if isinstance(name, str) else (names.index(name[0]), name[1])
+
+    attributes: dict[tuple[int, ...], list] = {
+        place(name): [["tt.divisibility", 16]] for name in launch.aligned
     }
     if near_matters:
         for name in launch.near:
-            attributes.setdefault((names.index(name),), []).append(["tt.pointer_range", 32])
+            attributes.setdefault(place(name), []).append(["tt.pointer_range", 32])
     return ASTSource(
         launch.kernel,
         signature={name: launch.signature.get(name, "constexpr") for name in names},
-        constexprs={(names.index(name),): value for name, value in launch.constants.items()},
+        constexprs={place(name): value for name, value in launch.constants.items()},
         attrs=attributes,
     )
 

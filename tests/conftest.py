@@ -6,7 +6,6 @@ import subprocess
 import sys
 import textwrap
 import warnings
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,8 +14,7 @@ import torch
 from loss_cases import GPU_IMPLEMENTATIONS, blocks_of_16
 
 import fedss_kernels
-from fedss_kernels.triton_kernels import configurations
-from fedss_kernels.triton_kernels.configurations import forced, table_of
+from fedss_kernels.triton_kernels.configurations import forced
 
 
 def _interpret_faster() -> None:
@@ -109,9 +107,6 @@ def sampled_softmax_loss(request):
     if request.param == "gpu":
         yield _on_the_gpu
     else:
-        # in float32 what is float32: that small problems are computed in float64 is tested by itself
-        table = replace(table_of(torch.device(TRITON_DEVICE)), precise_work=0)
-        request.getfixturevalue("monkeypatch").setattr(configurations, "TABLE", table)
         with forced(partial(blocks_of_16, request.param == "triton in two launches")):
             yield partial(fedss_kernels.sampled_softmax_loss, impl="triton")
 

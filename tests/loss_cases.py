@@ -1,6 +1,6 @@
 """Random problems for the loss, and the comparison of a kernel with the truth on one of them."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedss_kernels import sampled_softmax_loss
 from fedss_kernels.triton_kernels.chunks import Chunks
-from fedss_kernels.triton_kernels.configurations import Blocks, Configuration, Tiling
+from fedss_kernels.triton_kernels.configurations import Blocks, Configuration
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
@@ -18,7 +18,7 @@ F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float6
 GPU_IMPLEMENTATIONS = [
     "triton in two launches",
     "triton in chunks",
-]  # both ways of the backward pass, interpreted
+]  # both ways, interpreted
 if torch.cuda.is_available():
     GPU_IMPLEMENTATIONS = [pytest.param("gpu", marks=pytest.mark.gpu)]
 
@@ -28,29 +28,25 @@ cpp_only = pytest.mark.parametrize("sampled_softmax_loss", ["cpp"], indirect=Tru
 
 
 def blocks_of_16(small: bool, B: int, S: int, D: int) -> Configuration | Chunks:
-    """Every block edge is crossed by sizes past 16.
+    """Every edge of a block of classes or columns is crossed by sizes past 16.
 
     Of large problems those of an even number of entries go by blocks of rows with all classes, the others by
     blocks of both.
     """
     if not small:
         return Chunks(16, max(S, 1) if S % 2 == 0 else 32, 16, 16, 32)
-    block = Blocks(rows=16, classes=16, columns=16, warps=4, stages=2, prefetch=S % 2 == 0)
-    all_rows = replace(block, rows=max(16, 1 << (B - 1).bit_length()))
-    splits = max(1, min(3, -(-S // 16)))
-    tiling = Tiling(
-        forward=block,
-        tiles=all_rows,
-        result_columns=32,
-        result_tiles=16,
-        result_parts=16,
-        result_entries=16,
-        result_warps=4,
+    return Configuration(
+        Blocks(rows=max(16, 1 << (B - 1).bit_length()), classes=16, columns=16, warps=4, stages=2),
+        splits=max(1, min(3, -(-S // 16))),
+        column_groups=1 + (D > 32),
         merged_rows=16,
         merged_splits=4,
         merge_warps=4,
+        result_columns=32,
+        result_tiles=16,
+        result_entries=16,
+        result_warps=4,
     )
-    return Configuration(tiling, splits=splits, column_groups=1 + (D > 32))
 
 
 @dataclass(frozen=True)

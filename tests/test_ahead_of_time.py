@@ -21,9 +21,10 @@ from fedss_kernels.triton_kernels import (
     sampled_softmax,
     scatter_add,
 )
+from fedss_kernels.triton_kernels.calls import Wanted
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
-MULTIPLYING = {"partial_terms", "small_tiles", "pull_chunk", "chunk_grad_rows", "chunk_grad_input"}
+MULTIPLYING = {"partial_terms", "small_tiles"}
 UNITS = {
     "sm_80": ("mma.sync.",),
     "sm_90": ("wgmma.mma_async.", "mma.sync."),
@@ -57,9 +58,9 @@ def call(
             *((empty(S or C, dtype=offsets), empty(B, dtype=offsets)) if counts else (None, None)),
             *(empty(C, dtype=w.dtype) if bias else None, scale, similarity, -100, reduction, rounding),
         )
-        loss, kept = sampled_softmax.loss(problem)
-        needed = [True, True, bias, learned]
-        sampled_softmax.gradients(problem, kept, torch.empty_like(loss), needed, sparse, scale.dtype)
+        wanted = Wanted((True, True, bias, learned), sparse, scale.dtype)
+        loss, made = sampled_softmax.loss(problem, wanted)
+        sampled_softmax.gradients(problem, made, torch.empty_like(loss), wanted)
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -72,67 +73,46 @@ DTYPES = [
     {"dtype": F32, "precision": "high"},
     {"dtype": F64},
 ]
-# small and large for few rows, small for more, large for many: the branches of `configure`
-SIZES = [{"B": 32}, {"B": 32, "S": 100_000, "C": 200_000}, {"B": 128}, {"B": 4096, "S": 8192, "C": 50_000}]
-MODEST = {"B": 256, "S": 512}  # for many rows, but few tiles
+SIZES = [{"B": 32}, {"B": 128}]  # for few rows, and for more
+# Of problems that are not small, in chunks. None is recorded as yet.
+CHUNKED: list[dict] = []
 # the branches of the kernels that neither size nor dtype takes
 BRANCHES = [
-    {"S": None, "C": 3000, "similarity": "dot", "reduction": "none", "bias": False, "counts": False},
+    {"S": None, "C": 1000, "similarity": "dot", "reduction": "none", "bias": False, "counts": False},
     {"learned": False, "sparse": True, "reduction": "sum"},
     {"transposed": True},
 ]
-# for each of `room`, where less is asked for and tiles are larger
-_PLAIN = {"bias": False, "learned": False}
-ROOMS = [_PLAIN, _PLAIN | {"similarity": "dot"}, _PLAIN | {"similarity": "dot", "S": None, "counts": False}]
-
-
-# The device's own, and that of all others of its maker that none is made for.
-TABLES = {
-    "sm_80": [configurations.FULL_FLOAT64, configurations.NVIDIA],
-    "sm_90": [configurations.HOPPER],
-    "sm_100": [configurations.FULL_FLOAT64, configurations.NVIDIA],
-    "gfx942": [configurations.AMD],
-}
-
-
-def with_table(table: configurations.Table):
-    return mock.patch.object(configurations, "TABLE", table)
+# the device's own, by its maker
+TABLES = {name: configurations.AMD if name.startswith("gfx") else configurations.NVIDIA for name in DEVICES}
 
 
 def launched(device: str, calls) -> list[Launch]:
-    """Each launch of these calls once, by every table of the device."""
-    with recorded(forward.partial_terms) as launches:
-        for table in TABLES[device]:
-            with with_table(table):
-                for options in calls:
-                    call(**options)
+    """Each launch of these calls once."""
+    with (
+        recorded(forward.partial_terms) as launches,
+        mock.patch.object(configurations, "TABLE", TABLES[device]),
+    ):
+        for options in calls:
+            call(**options)
     return launches
 
 
 def some(device: str) -> list[Launch]:
-    return launched(device, [SIZES[0], SIZES[-1], SIZES[-1] | ROOMS[0]])
+    return launched(device, [*SIZES, *CHUNKED[:1]])
 
 
 def shipped(device: str) -> list[Launch]:
     """Each entry of the table, for each dtype, and each branch; D = 500: rows that no vector loads fit."""
     table = [dtype | size | {"D": D} for dtype in DTYPES for size in SIZES for D in (512, 500)]
-    branches = [size | branch for branch in BRANCHES for size in (SIZES[0], SIZES[-1])]
-    branches += [
-        size | room | {"dtype": dtype}
-        for size in (SIZES[-1], MODEST)
-        for room in ROOMS
-        for dtype in (BF16, F16, F32, F64)
-    ]
-    precise = [
-        {"dtype": F32, "S": 20, "D": D} for D in (64, 65)
-    ]  # float32 in float64, and no more so past that
+    branches = [size | branch for branch in BRANCHES for size in SIZES]
     huge = [{"dtype": F16, "learned": False, "scale": 1e30, "S": 20}]  # 16 bits in float64
-    precise += [{"dtype": F32, "S": 20, "offsets": dtype} for dtype in (BF16, F16)]
-    return launched(device, [*table, *branches, *precise, *huge, {"B": 1, "S": 1, "C": 1, "D": 1}])
+    offsets = [{"dtype": F32, "S": 20, "offsets": dtype} for dtype in (BF16, F16)]
+    one = {"B": 1, "S": 1, "C": 1, "D": 1}
+    return launched(device, [*table, *branches, *huge, *offsets, one, *CHUNKED])
 
 
 def _entry(launch: Launch) -> tuple:
-    chosen = {name: v for name, v in launch.constants.items() if name.startswith("BLOCK")}
+    chosen = {name: v for name, v in launch.constants.items() if str(name).startswith("BLOCK")}
     dtypes = (launch.constants.get(name) for name in ("OPERAND", "PRECISION", "ACC"))
     return launch.name, *chosen.items(), *map(str, dtypes), *launch.options.items()
 
@@ -140,7 +120,7 @@ def _entry(launch: Launch) -> tuple:
 def unfused(device: str) -> list[Launch]:
     """Of the aggregator and the optimiser."""
     made = []
-    with with_table(TABLES[device][0]):
+    with mock.patch.object(configurations, "TABLE", TABLES[device]):
         specimens = [*scatter_add.specimens(), *row_adam.specimens(), *row_momentum.specimens()]
     for kernel, types, constants, options in specimens:
         types = {name: kind for name, kind in types.items() if kind != "constexpr"}
@@ -181,13 +161,6 @@ def control(kernel, block: int, **options) -> Launch:
     return Launch(kernel, pointers, {"BLOCK": block}, aligned=("x", "y"), options=options | {"num_warps": 1})
 
 
-def scalar_spills_allowed(launch: Launch) -> int:
-    """AMD's, into lanes of vector registers and never to memory: a few where a tile has up to 128 rows."""
-    if launch.name != "small_tiles" or launch.constants["BLOCK_B"] < configurations.SMALL_BATCH:
-        return 0
-    return 14
-
-
 def divides_by_fusing(launch: Launch, device: str) -> bool:
     """AMD's instructions of a quotient or root that is rounded to nearest are fused multiply-adds."""
     return device.startswith("gfx") and launch.name == "row_adam_kernel"
@@ -197,7 +170,7 @@ def complaints(launch: Launch, device: str, found: Resources) -> list[str]:
     wrong = []
     if found.spills or found.scratch:
         wrong.append(f"{found.spills} spills, {found.scratch} bytes of scratch, {found.registers} registers")
-    if found.scalar_spills > scalar_spills_allowed(launch):
+    if found.scalar_spills:
         wrong.append(f"{found.scalar_spills} scalar registers spilled")
     if found.shared > DEVICES[device].shared_limit:
         wrong.append(f"{found.shared} bytes of shared memory")
@@ -254,7 +227,7 @@ def test_what_is_wrong_is_seen():
     beside = replace(beside, options={"num_warps": 8, "num_stages": 3})
     *found, masked, raced = compile_all([*requests, (masks, "gfx942"), (beside, "sm_90")])
     assert raced.overtakes and not any(each.overtakes for each in found)
-    assert masked.scalar_spills > scalar_spills_allowed(masks) and complaints(masks, "gfx942", masked)
+    assert masked.scalar_spills and complaints(masks, "gfx942", masked)
     for at, device in enumerate(DEVICES):
         spilled, fused, apart = found[3 * at : 3 * at + 3]
         assert spilled.spills > 0 and spilled.scratch > 0

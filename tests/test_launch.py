@@ -9,7 +9,7 @@ from fedss_kernels.triton_kernels import launch
 
 
 class Kernel:
-    """As triton.jit makes them: (matrix, vector, D, B, factor, BLOCK), vector and B not specialized for."""
+    """As triton.jit makes them, with parameters NAMES; vector and B are not specialized for."""
 
     def __init__(self):
         self.params = [SimpleNamespace(do_not_specialize=name in "vector B") for name in NAMES]
@@ -23,7 +23,7 @@ class Kernel:
         return look_up
 
 
-NAMES = ("matrix", "vector", "D", "B", "factor", "BLOCK")
+NAMES = ("matrix", "vector", "pair", "D", "B", "factor", "BLOCK")
 MEMORY = torch.zeros(64)
 
 
@@ -34,8 +34,8 @@ def kernel(monkeypatch):
     return Kernel()
 
 
-def arguments(matrix=MEMORY, vector=MEMORY, D=64, B=5):
-    return matrix, vector, D, B, 0.5
+def arguments(matrix=MEMORY, vector=MEMORY, pair=(MEMORY, 7), D=64, B=5):
+    return matrix, vector, pair, D, B, 0.5
 
 
 def test_what_is_compiled_is_launched_with_addresses(kernel):
@@ -49,7 +49,11 @@ def test_what_is_compiled_is_launched_with_addresses(kernel):
     variant((3,), *arguments(B=7))
     variant((4, 2), *arguments(vector=None))
     address = MEMORY.data_ptr()
-    assert kernel.launched == [(address, address, 64, 7, 0.5, None), (address, None, 64, 5, 0.5, None)]
+    pair = address, 7
+    assert kernel.launched == [
+        (address, address, pair, 64, 7, 0.5, None),
+        (address, None, pair, 64, 5, 0.5, None),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -60,6 +64,12 @@ def test_what_is_compiled_is_launched_with_addresses(kernel):
         {"matrix": None},
         {"vector": MEMORY.bfloat16()},
         {"vector": None},
+        {"pair": (MEMORY.double(), 7)},
+        {"pair": (MEMORY[1:], 7)},
+        {"pair": (None, 7)},
+        {"pair": (MEMORY, 1)},
+        {"pair": (MEMORY, 16)},
+        {"pair": (MEMORY, 2**31)},
         {"D": 65},
         {"D": 1},
         {"D": 2**31},
@@ -74,7 +84,15 @@ def test_what_is_specialized_otherwise_is_looked_up(other, kernel):
 
 
 @pytest.mark.parametrize(
-    "other", [{"matrix": MEMORY[4:]}, {"vector": MEMORY[1:]}, {"D": 128}, {"B": 1}, {"B": 16}]
+    "other",
+    [
+        {"matrix": MEMORY[4:]},
+        {"vector": MEMORY[1:]},
+        {"pair": (MEMORY[4:], 9)},
+        {"D": 128},
+        {"B": 1},
+        {"B": 16},
+    ],
 )
 def test_what_is_not_is_the_same(other, kernel):
     variant = launch.Variant(kernel, BLOCK=16)

@@ -12,26 +12,23 @@ For the dot product inverses are 1, and the second terms, which take out what li
 there. They are made of what was rounded: share_j of the pulls as they were multiplied, share_i of the sum as
 it came out. So all that a pull adds is at right angles to the row, and what the sum lost along it goes too.
 
-A small problem takes two launches: `small_tiles`, a tile of classes for each program with all the rows (of
-long ones a group of columns, each with the tile's logits), then `small_results`, which adds up what the
-programs found. A large one goes over the classes in chunks: `pull_chunk` stores a chunk of pulls,
-`chunk_grad_rows` and `chunk_grad_input` are products with it, of rows that `class_sources` and
-`target_sources` have listed, and `small_results` ends it too. No atomics: each sum has one owner and one
-order.
+Two launches: `small_tiles`, a tile of classes for each program with all the rows (of long ones a group of
+columns, each with the tile's logits), then `small_results`, which adds up what the programs found. No
+atomics: each sum has one owner and one order.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from .tiles import (
     UNSPECIALIZED,
-    add_block,
+    Sizes,
+    Vectors,
     add_product,
-    along_inputs,
-    dots_and_inverses,
-    exponentials,
+    dots,
     load_classes,
-    load_elements,
     load_rows,
     load_scale,
     load_targets,
@@ -41,10 +38,28 @@ from .tiles import (
     rounded,
     same,
     target_cosines,
-    two_parts,
-    unit_of_low_parts,
     wide,
 )
+
+
+class Parts(NamedTuple):
+    """What `small_tiles` finds for `small_results`; None: not wanted."""
+
+    rows: Any  # (S + B, D), of the class set's entries and of the targets; (C, D) where all are in the set
+    bias: Any  # (S + B,), or (C,)
+    input: Any  # (tiles of classes, B, D)
+    along: Any  # (tiles of classes, groups of columns, B), that times input; None without cosines too
+    scale: Any  # (tiles of classes, B)
+
+
+class Results(NamedTuple):
+    """Of `small_results`; None: not wanted."""
+
+    input: Any  # (B, D)
+    weight: Any  # (C, D) zeros
+    bias: Any  # (C,) zeros
+    scale: Any  # ()
+    ids: Any  # (S + B,) classes of a sparse gradient's rows, see `listed_ids`
 
 
 @triton.jit
@@ -58,123 +73,65 @@ def load_upstream(grad_loss, kept, rows, counted, B, ACC: tl.constexpr, PER_ROW:
 
 
 @triton.jit
-def cosines_beyond_target(
-    dots, low, x_inverse, w_inverse, scale, kept, rows, known, B,
-    COSINE: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """cosine(i, j) - cosine(i, t) (R, J), or that of dot products, with the digits of small differences."""
-    if WIDE != ACC:
-        at = kept + 3 * wide(B) + rows
-        own = tl.load(at, mask=known, other=0.0) * tl.load(at + 2 * wide(B), mask=known, other=0.0)
-        own_high, own_low = two_parts(own)
-        high, low = along_inputs(dots, low, w_inverse, COSINE)
-        factor = x_inverse.to(ACC)
-        largest = tl.load(kept + rows, mask=known, other=0.0).to(ACC)
-        low_unit = unit_of_low_parts(largest, logit_unit(scale.to(ACC), COSINE))
-        factor_low = tl.where(low_unit == 0.0, 0.0, factor)
-        return (high - own_high[:, None]) * factor[:, None] + (low - own_low[:, None]) * factor_low[:, None]
-    else:  # in another order than in the logits: computed again, not held in registers
-        own = target_cosines(kept, rows, known, B, ACC)
-        return dots * w_inverse[None, :] * x_inverse[:, None] - own[:, None]
+def pulled(pulls, rows, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """pulls @ rows"""
+    sums = tl.zeros((pulls.shape[0], rows.shape[1]), ACC)
+    return add_product(sums, pulls, rows.to(pulls.dtype), PRECISION)
 
 
 @triton.jit
 def pulls_tile(
-    input, weight, inverses, target, class_ids, counts, bias, grad_loss, kept, rows, entries,
-    B, C, S, D, ignore_index, input_row, input_column, weight_row, weight_column, scale,
-    FOLD: tl.constexpr,  # every class is in the set: a target is a column of the tile like any other
+    input, weight, vectors, sizes, grad_loss, kept, rows, entries, scale,
     COSINE: tl.constexpr, PER_ROW: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, PREFETCH: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """(dlogits, pulls, along, slopes (R, J); which rows are read (R,); ids, which are, 1 / |weight_j| (J,))
 
     along: pulls * dots; slopes: what adds up to the scale's gradient
     """
-    targets, counted, known = load_targets(target, rows, B, C, ignore_index)
-    upstream = load_upstream(grad_loss, kept, rows, counted, B, ACC, PER_ROW)
+    targets, counted, known = load_targets(vectors.target, rows, sizes.B, sizes.C, sizes.ignore_index)
+    upstream = load_upstream(grad_loss, kept, rows, counted, sizes.B, ACC, PER_ROW)
     # Of a row with an upstream of 0 nothing is read here: it pulls nothing, and nothing pulls it.
     counted &= upstream != 0.0
-    ids, corrections, live, _ = load_classes(class_ids, counts, entries, S, C, WIDE)
-    hits = same(ids, targets, C)
+    ids, corrections, live, _ = load_classes(
+        vectors.class_ids, vectors.counts, entries, sizes.S, sizes.C, ACC
+    )
+    hits = same(ids, targets, sizes.C)
     read = live
-    if FOLD:
-        read = live | ((entries < S) & (tl.max((hits & known[:, None]).to(tl.int32), 0) > 0))
-    sums, low, x_inverse, w_inverse = dots_and_inverses(
-        input, weight, inverses, kept, rows, counted, entries, ids, read, B, D,
-        input_row, input_column, weight_row, weight_column,
-        COSINE, OPERAND, ACC, WIDE, PRECISION, BLOCK_D, PREFETCH,
-    )  # fmt: skip
-    unit = logit_unit(scale.to(ACC), COSINE)
-    logits, logits_low = logits_of(
-        sums, low, x_inverse, w_inverse, scale, unit, bias, ids, live, entries < 0, corrections,
-        COSINE, ACC, WIDE,
-    )  # fmt: skip
-    largest = tl.load(kept + rows, mask=counted, other=0.0)
+    if vectors.class_ids is None:  # a target is a column of the tile like any other
+        read = live | ((entries < sizes.S) & (tl.max((hits & known[:, None]).to(tl.int32), 0) > 0))
+    sums, x_inverse, w_inverse = dots(
+        input, weight, rows, counted, ids, read, COSINE, OPERAND, ACC, PRECISION, BLOCK_D
+    )
+    unit = logit_unit(scale, COSINE)
+    logits = logits_of(
+        sums, x_inverse, w_inverse, scale, unit, vectors.bias, ids, live, entries < 0, corrections
+    )
+    largest = tl.load(kept + rows, mask=counted, other=0.0).to(ACC)
     largest = tl.where(largest == float("-inf"), 0.0, largest)  # -inf less it is to stay
-    inverse_total = tl.load(kept + wide(B) + rows, mask=counted, other=0.0).to(ACC)
+    inverse_total = tl.load(kept + wide(sizes.B) + rows, mask=counted, other=0.0).to(ACC)
     # The forward pass may have rounded otherwise: at large scales a logit can come out above the largest.
-    if WIDE != ACC:
-        most, most_low = two_parts(largest)
-        exponents = tl.minimum(logits - most[:, None], 0.0) * unit
-        low_unit = unit_of_low_parts(most, unit)
-        probs = exponentials(exponents, (logits_low - most_low[:, None]) * low_unit[:, None], True)
-    else:
-        probs = tl.exp(tl.minimum(logits - largest.to(ACC)[:, None], 0.0) * unit)
+    probs = tl.exp(tl.minimum(logits - largest[:, None], 0.0) * unit)
     probs *= inverse_total[:, None]  # 0 of rows that do not count; NaN, of all, beside a wrong class
     own = tl.zeros(rows.shape, ACC)
-    if FOLD:
-        own = tl.load(kept + 2 * wide(B) + rows, mask=known & counted, other=0.0).to(ACC)
+    if vectors.class_ids is None:
+        own = tl.load(kept + 2 * wide(sizes.B) + rows, mask=known & counted, other=0.0).to(ACC)
     probs = tl.where(hits, own[:, None], probs)
     dlogits = product_or_zero(probs, upstream[:, None])
     # A zero row has inverse norm 0: nothing passes through it, even of an infinite upstream.
-    if WIDE != ACC:  # one factor after the other: a product of both may be 0, and a NaN must not vanish in it
-        pulls = product_or_zero((scale * x_inverse).to(ACC)[:, None], dlogits)
-        pulls = product_or_zero(w_inverse.to(ACC)[None, :], pulls)
-    else:
-        pulls = product_or_zero(probs, product_or_zero(scale * x_inverse, upstream)[:, None])
-        if COSINE:
-            pulls = product_or_zero(w_inverse[None, :], pulls)
-    if OPERAND != tl.float16:
+    pulls = product_or_zero(probs, product_or_zero(scale * x_inverse, upstream)[:, None])
+    if COSINE:
+        pulls = product_or_zero(w_inverse[None, :], pulls)
+    if OPERAND != tl.float16:  # which is too narrow for small ones
         pulls = rounded(pulls, OPERAND)
-    beyond = cosines_beyond_target(
-        sums, low, x_inverse, w_inverse, scale, kept, rows, known, B, COSINE, ACC, WIDE
-    )  # fmt: skip
-    if FOLD and WIDE != ACC:
-        beyond = tl.where(hits, 0.0, beyond)  # exactly: its dlogits are as large as all others' together
+    # In another order than in the logits: computed again, not held in registers.
+    beyond = sums * w_inverse[None, :] * x_inverse[:, None]
+    beyond -= target_cosines(kept, rows, known, sizes.B, ACC)[:, None]
     # Of what takes part, a dlogit of 0 too: of a logit of -inf it makes NaN.
     sloping = live[None, :] & (upstream != 0.0)[:, None] & (beyond != 0.0)
     slopes = tl.where(sloping, dlogits * beyond, 0.0)
     along = product_or_zero(pulls.to(ACC), sums)
     return dlogits, pulls, along, slopes, counted, ids, read, w_inverse
-
-
-@triton.jit
-def to_tf32(values):
-    """float32 to the nearest of tf32's numbers; what is not finite stays."""
-    bits = values.to(tl.uint32, bitcast=True)
-    nearest = ((bits + 0xFFF + ((bits >> 13) & 1)) & 0xFFFFE000).to(tl.float32, bitcast=True)
-    return tl.where(tl.abs(values) < float("inf"), nearest, values)
-
-
-@triton.jit
-def add_pulled(high, low, pulls, rows, OPERAND: tl.constexpr, PRECISION: tl.constexpr, EXACTLY: tl.constexpr):
-    """high + low + pulls @ rows as two parts.
-
-    Beside float16 rows pulls are float32, as float16 is too narrow for small ones: multiplied as two of tf32.
-    """
-    if OPERAND == tl.float16:
-        first, exact = to_tf32(pulls), rows.to(tl.float32)
-        second = tl.where(tl.abs(pulls) < float("inf"), pulls - first, 0.0)
-        return add_product(add_product(high, second, exact, "tf32"), first, exact, "tf32"), low
-    else:
-        return add_block(high, low, pulls, rows, PRECISION, EXACTLY)
-
-
-@triton.jit
-def pulled(pulls, rows, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    """pulls @ rows"""
-    zeros = tl.zeros((pulls.shape[0], rows.shape[1]), ACC)
-    return add_pulled(zeros, zeros, pulls, rows, OPERAND, PRECISION, False)[0]
 
 
 @triton.jit
@@ -223,8 +180,7 @@ def store_rows(matrix, rows, inside, columns, D, values):
 
 @triton.jit
 def store_target_rows(
-    input, weight, target, grad_loss, kept, grad_rows, grad_bias, rows, columns, B, C, S, D, ignore_index,
-    input_row, input_column, weight_row, weight_column, scale,
+    input, weight, target, grad_loss, kept, grad_rows, grad_bias, rows, columns, B, C, S, ignore_index, scale,
     COSINE: tl.constexpr, PER_ROW: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """What row i adds to the gradient of its target's row and bias: entry S + i of the compact gradient."""
@@ -232,12 +188,12 @@ def store_target_rows(
         target, grad_loss, kept, rows, B, C, ignore_index, scale, ACC, PER_ROW
     )
     if grad_rows is not None:
-        x = load_rows(input, rows, known, columns, D, input_row, input_column, OPERAND).to(ACC)
+        x = load_rows(input, rows, known, columns, OPERAND).to(ACC)
         values = pulled_along(x, pulls)
         if COSINE:
-            w = load_rows(weight, targets, known, columns, D, weight_row, weight_column, OPERAND)
+            w = load_rows(weight, targets, known, columns, OPERAND)
             values = without_share(values, share_along(product_or_zero(pulls, dot), w_inverse), w)
-        store_rows(grad_rows, S + rows, rows < B, columns, D, values)
+        store_rows(grad_rows, S + rows, rows < B, columns, input.D, values)
     if grad_bias is not None:
         tl.store(grad_bias + S + rows, dlogits, mask=rows < B)
 
@@ -253,203 +209,170 @@ def small_tiles(
     learned,
     grad_loss,
     kept,
-    grad_rows,  # (S + B, D), or (C, D) with FOLD; None: not wanted
-    grad_bias,  # (S + B,), or (C,) with FOLD; None: not wanted
-    partial_input,  # (tiles of classes, B, D); None: not wanted
-    partial_along,  # (tiles of classes, groups, B), that times input; None: not wanted, or no cosine
-    partial_scale,  # (tiles of classes, B); None: not wanted
+    found,  # Parts
     B,
     C,
     S,
-    D,
     ignore_index,
-    input_row,
-    input_column,
-    weight_row,
-    weight_column,
     factor: tl.float64,
-    FOLD: tl.constexpr,
     COSINE: tl.constexpr,
     PER_ROW: tl.constexpr,
     OPERAND: tl.constexpr,
     ACC: tl.constexpr,
-    WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    PREFETCH: tl.constexpr,
 ):
     """Program (t, g): all rows, the t-th tile of classes, every groups-th block of columns from the g-th on.
 
-    The last t, without FOLD: the rows' own targets.
+    The last t, where not all classes are in the set: the rows' own targets.
     """
-    tile, group = tl.program_id(0), tl.program_id(1)
+    tile, group, D = tl.program_id(0), tl.program_id(1), input.D
     step = tl.num_programs(1) * BLOCK_D
-    scale = load_scale(factor, learned, WIDE)
+    scale = load_scale(factor, learned, ACC)
     rows = tl.arange(0, BLOCK_B)
     if tile < tl.cdiv(S, BLOCK_S):
         entries = tile * BLOCK_S + tl.arange(0, BLOCK_S)
         dlogits, pulls, along, slopes, counted, ids, read, w_inverse = pulls_tile(
-            input, weight, None, target, class_ids, counts, bias, grad_loss, kept, rows, entries,
-            B, C, S, D, ignore_index, input_row, input_column, weight_row, weight_column, scale,
-            FOLD, COSINE, PER_ROW, OPERAND, ACC, WIDE, PRECISION, BLOCK_D, PREFETCH,
+            input, weight, Vectors(target, class_ids, counts, None, bias, None), Sizes(B, C, S, ignore_index),
+            grad_loss, kept, rows, entries, scale, COSINE, PER_ROW, OPERAND, ACC, PRECISION, BLOCK_D,
         )  # fmt: skip
         share_classes = share_along(tl.sum(along, 0), w_inverse)
         if group == 0:
-            if partial_scale is not None:
-                tl.store(partial_scale + tile.to(tl.int64) * B + rows, tl.sum(slopes, 1), mask=rows < B)
-            if grad_bias is not None:
-                of_bias = rounded(tl.sum(dlogits, 0), grad_bias.dtype.element_ty)
-                tl.store(grad_bias + entries, of_bias, mask=entries < S)
-        along_rows = tl.zeros((BLOCK_B,), WIDE)
-        columns = group * BLOCK_D + tl.arange(0, BLOCK_D)
-        if PREFETCH:
-            next_x = load_elements(input, rows, counted, columns, D, input_row, input_column)
-            next_w = load_elements(weight, ids, read, columns, D, weight_row, weight_column)
+            if found.scale is not None:
+                tl.store(found.scale + tile.to(tl.int64) * B + rows, tl.sum(slopes, 1), mask=rows < B)
+            if found.bias is not None:
+                of_bias = rounded(tl.sum(dlogits, 0), found.bias.dtype.element_ty)
+                tl.store(found.bias + entries, of_bias, mask=entries < S)
+        along_rows = tl.zeros((BLOCK_B,), ACC)
+        if found.along is not None:
+            along_rows = along_rows.to(found.along.dtype.element_ty)
         for start in range(group * BLOCK_D, D, step):
             columns = start + tl.arange(0, BLOCK_D)
-            if PREFETCH:
-                x, w = next_x, next_w
-                next_x = load_elements(input, rows, counted, step + columns, D, input_row, input_column)
-                next_w = load_elements(weight, ids, read, step + columns, D, weight_row, weight_column)
-            else:
-                w = load_elements(weight, ids, read, columns, D, weight_row, weight_column)
-            w = rounded(w, OPERAND)
-            if grad_rows is not None:
-                if not PREFETCH:
-                    x = load_elements(input, rows, counted, columns, D, input_row, input_column)
-                x = rounded(x, OPERAND)
-                values = pulled(tl.trans(pulls), x, OPERAND, ACC, PRECISION)
+            w = load_rows(weight, ids, read, columns, OPERAND)
+            if found.rows is not None:
+                x = load_rows(input, rows, counted, columns, OPERAND)
+                values = pulled(tl.trans(pulls), x, ACC, PRECISION)
                 if COSINE:
                     values = without_share(values, share_classes, w)
-                store_rows(grad_rows, entries, entries < S, columns, D, values)
-            if partial_input is not None:
-                values = pulled(pulls, w, OPERAND, ACC, PRECISION)
-                if partial_along is not None:  # loaded again: it is not held in registers meanwhile
-                    x = load_rows(input, rows, counted, columns, D, input_row, input_column, OPERAND)
-                    along_rows += tl.sum(values.to(WIDE) * x.to(WIDE), 1)
-                store_rows(partial_input + tile.to(tl.int64) * B * D, rows, rows < B, columns, D, values)
-        if partial_along is not None:
+                store_rows(found.rows, entries, entries < S, columns, D, values)
+            if found.input is not None:
+                values = pulled(pulls, w, ACC, PRECISION)
+                if found.along is not None:  # loaded again: it is not held in registers meanwhile
+                    x = load_rows(input, rows, counted, columns, OPERAND)
+                    along_rows += tl.sum(values.to(along_rows.dtype) * x.to(along_rows.dtype), 1)
+                store_rows(found.input + tile.to(tl.int64) * B * D, rows, rows < B, columns, D, values)
+        if found.along is not None:
             at = (tile.to(tl.int64) * tl.num_programs(1) + group) * B + rows
-            tl.store(partial_along + at, along_rows, mask=rows < B)
+            tl.store(found.along + at, along_rows, mask=rows < B)
     else:
         for start in range(group * BLOCK_D, tl.maximum(D, 1), step):  # the bias is there without columns too
+            columns = start + tl.arange(0, BLOCK_D)
             store_target_rows(
-                input, weight, target, grad_loss, kept, grad_rows, grad_bias, rows,
-                start + tl.arange(0, BLOCK_D), B, C, S, D, ignore_index,
-                input_row, input_column, weight_row, weight_column, scale, COSINE, PER_ROW, OPERAND, WIDE,
+                input, weight, target, grad_loss, kept, found.rows, found.bias, rows, columns,
+                B, C, S, ignore_index, scale, COSINE, PER_ROW, OPERAND, ACC,
             )  # fmt: skip
 
 
 @triton.jit
 def finish_input_row(
-    input, weight, target, grad_loss, kept, partial_input, partial_along, grad_input,
-    row, columns, tiles, parts, B, C, D, ignore_index,
-    input_row, input_column, weight_row, weight_column, scale,
-    FOLD: tl.constexpr, COSINE: tl.constexpr, PER_ROW: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_TILES: tl.constexpr, BLOCK_PARTS: tl.constexpr,
+    input, weight, vectors, sizes, grad_loss, kept, found, grad_input, row, columns, tiles, groups, scale,
+    COSINE: tl.constexpr, PER_ROW: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a row of input, some columns: the tiles' sums and the target's, less what is along."""
-    rows = row + tl.zeros((1,), tl.int32)
+    rows, tile, D = row + tl.zeros((1,), tl.int32), tl.arange(0, BLOCK_TILES), input.D
     targets, counted, known, _, pulls, dot, x_inverse, _ = target_pulls(
-        target, grad_loss, kept, rows, B, C, ignore_index, scale, ACC, PER_ROW
+        vectors.target, grad_loss, kept, rows, sizes.B, sizes.C, sizes.ignore_index, scale, ACC, PER_ROW
     )
+    x = load_rows(input, rows, known, columns, OPERAND)  # on its way beside the tiles' sums
     values = tl.zeros((1, columns.shape[0]), ACC)
-    if COSINE:  # loaded before the tiles' sums, used after them: all are on their way at once
-        x = load_elements(input, rows, known, columns, D, input_row, input_column)
-        part = tl.arange(0, BLOCK_PARTS)
-        along_of = tl.load(partial_along + part.to(tl.int64) * B + row, mask=part < parts, other=0.0)
-    if not FOLD:
-        w = load_elements(weight, targets, known, columns, D, weight_row, weight_column)
     for start in range(0, tiles, BLOCK_TILES):
-        tile = start + tl.arange(0, BLOCK_TILES)
-        at = tile.to(tl.int64) * B + row
-        inside = (tile < tiles)[:, None] & (columns < D)[None, :]
-        found = tl.load(partial_input + at[:, None] * D + columns[None, :], mask=inside, other=0.0)
-        values += tl.sum(found.to(ACC), 0)[None, :]
-    if not FOLD:
-        values += pulled_along(rounded(w, OPERAND).to(ACC), pulls)
+        at = (start + tile).to(tl.int64) * sizes.B + row
+        inside = (start + tile < tiles)[:, None] & (columns < D)[None, :]
+        sums = tl.load(found.input + at[:, None] * D + columns[None, :], mask=inside, other=0.0)
+        values += tl.sum(sums, 0)[None, :]
+    if vectors.class_ids is not None:
+        values += pulled_along(load_rows(weight, targets, known, columns, OPERAND).to(ACC), pulls)
     if COSINE:
-        for start in range(BLOCK_PARTS, parts, BLOCK_PARTS):
-            part = start + tl.arange(0, BLOCK_PARTS)
-            along_of += tl.load(partial_along + part.to(tl.int64) * B + row, mask=part < parts, other=0.0)
-        along = tl.sum(along_of, 0) + tl.zeros((1,), ACC)
-        if not FOLD:
+        along = tl.zeros((1,), ACC)
+        for start in range(0, tiles * groups, BLOCK_TILES):
+            at = found.along + (start + tile).to(tl.int64) * sizes.B + row
+            along += tl.sum(tl.load(at, mask=start + tile < tiles * groups, other=0.0), 0)
+        if vectors.class_ids is not None:
             along += product_or_zero(pulls, dot)
-        values = without_share(values, share_along(along, x_inverse), rounded(x, OPERAND))
+        values = without_share(values, share_along(along, x_inverse), x)
     values = tl.where(counted[:, None], values, 0.0)  # 0 times what a class holds, NaN too
-    store_rows(grad_input, rows, rows < B, columns, D, values)
+    store_rows(grad_input, rows, rows < sizes.B, columns, D, values)
 
 
 @triton.jit
-def entry_ids(class_ids, target, entries, B, C, S, ignore_index):
-    """Classes of the compact gradient's rows, the set's and then the targets'; -1 for what has none."""
-    ids = tl.load(class_ids + entries, mask=entries < S, other=-1)
-    targets, _, known = load_targets(target, entries - S, B, C, ignore_index)
-    of_target = (entries >= S) & (entries < S + B)
-    return tl.where(of_target, tl.where(known, targets, -1), tl.where((ids >= 0) & (ids < C), ids, -1))
+def entry_ids(vectors, sizes, entries):
+    """(classes of the compact gradient's rows, the set's and then the targets'; which take part)
+
+    -1 for what has none.
+    """
+    ids = tl.load(vectors.class_ids + entries, mask=entries < sizes.S, other=-1)
+    ids = tl.where((ids >= 0) & (ids < sizes.C), ids, -1)
+    targets, _, known = load_targets(vectors.target, entries - sizes.S, sizes.B, sizes.C, sizes.ignore_index)
+    ids = tl.where(entries >= sizes.S, tl.where(known, targets, -1), ids)
+    takes_part = ids >= 0
+    if vectors.counts is not None:
+        corrections = tl.load(vectors.counts + entries, mask=entries < sizes.S, other=0.0)
+        takes_part &= (entries >= sizes.S) | (corrections < float("inf"))
+    return ids, takes_part
 
 
 @triton.jit
-def taking_part(class_ids, counts, target, entries, B, C, S, ignore_index):
-    """The same, -1 for entries of the set that are left out too."""
-    ids = entry_ids(class_ids, target, entries, B, C, S, ignore_index)
-    if counts is not None:
-        corrections = tl.load(counts + entries, mask=entries < S, other=0.0)
-        ids = tl.where(corrections < float("inf"), ids, -1)
-    return ids
-
-
-@triton.jit
-def first_class(class_ids, counts, target, B, C, S, ignore_index, BLOCK: tl.constexpr):
-    """The class of the first entry that takes part, -1 where none does."""
-    found = wide(-1)
-    start = 0
-    while (start < S + B) & (found < 0):
-        among = start + tl.arange(0, BLOCK)
-        ids = taking_part(class_ids, counts, target, among, B, C, S, ignore_index)
-        first = tl.min(tl.where(ids >= 0, among, S + B), 0)
-        found = tl.max(tl.where(among == first, ids, -1), 0)
-        start += BLOCK
-    return found
-
-
-@triton.jit
-def listed_ids(class_ids, counts, target, entries, B, C, S, ignore_index, BLOCK: tl.constexpr):
+def listed_ids(vectors, sizes, entries, BLOCK: tl.constexpr):
     """The classes that a sparse gradient lists: an entry that takes no part repeats the first that does.
 
-    Where none does, the first class of the set, if there is one.
+    Where none does, the first that exists; class 0 if none does.
     """
-    ids = taking_part(class_ids, counts, target, entries, B, C, S, ignore_index)
-    if tl.min(ids, 0) < 0:
-        repeated = first_class(class_ids, counts, target, B, C, S, ignore_index, BLOCK)
-        if repeated < 0:
-            repeated = first_class(class_ids, None, target, B, C, S, ignore_index, BLOCK)
-        ids = tl.where(ids < 0, tl.maximum(repeated, 0), ids)
+    ids, take_part = entry_ids(vectors, sizes, entries)
+    if tl.min(take_part.to(tl.int32), 0) == 0:
+        end = sizes.S + sizes.B
+        first = 2 * end  # that takes part; past `end`, that exists
+        for start in range(0, end, BLOCK):
+            among = start + tl.arange(0, BLOCK)
+            classes, able = entry_ids(vectors, sizes, among)
+            places = tl.where(able, among, tl.where(classes >= 0, end + among, 2 * end))
+            first = tl.minimum(first, tl.min(places, 0))
+        repeated, _ = entry_ids(vectors, sizes, first % end + tl.zeros((1,), tl.int32))
+        ids = tl.where(take_part, ids, tl.where(first < 2 * end, tl.max(repeated, 0), 0))
     return ids
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def sparse_ids(class_ids, counts, target, found, B, C, S, ignore_index, BLOCK_S: tl.constexpr):
-    """The class of each row of the compact gradient, see `listed_ids`."""
+    """The class of each row of the compact gradient, see `listed_id`."""
     entries = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
-    ids = listed_ids(class_ids, counts, target, entries, B, C, S, ignore_index, BLOCK_S)
+    vectors = Vectors(target, class_ids, counts, None, None, None)
+    ids = listed_ids(vectors, Sizes(B, C, S, ignore_index), entries, BLOCK_S)
     tl.store(found + entries, ids, mask=entries < S + B)
 
 
 @triton.jit
 def spread_entry(
-    class_ids, target, grad_rows, grad_bias, grad_weight, grad_class_bias, entry, columns,
-    B, C, S, D, ignore_index, first_columns, ACC: tl.constexpr, BLOCK_ENTRIES: tl.constexpr,
-):  # fmt: skip
+    vectors,
+    sizes,
+    found,
+    results,
+    entry,
+    columns,
+    D,
+    first_columns,
+    ACC: tl.constexpr,
+    BLOCK_ENTRIES: tl.constexpr,
+):
     """The first entry of a class adds up all of them, in order, and stores the class' dense row."""
-    own = tl.max(entry_ids(class_ids, target, entry + tl.zeros((1,), tl.int32), B, C, S, ignore_index), 0)
+    own = tl.max(entry_ids(vectors, sizes, entry + tl.zeros((1,), tl.int32))[0], 0)
     first = entry
     last = entry
-    for start in range(0, S + B, 16 * BLOCK_ENTRIES):
+    for start in range(0, sizes.S + sizes.B, 16 * BLOCK_ENTRIES):
         among = start + tl.arange(0, 16 * BLOCK_ENTRIES)
-        alike = entry_ids(class_ids, target, among, B, C, S, ignore_index) == own
+        alike = entry_ids(vectors, sizes, among)[0] == own
         first = tl.minimum(first, tl.min(tl.where(alike, among, entry), 0))
         last = tl.maximum(last, tl.max(tl.where(alike, among, entry), 0))
     if (first == entry) & (own >= 0):
@@ -457,20 +380,20 @@ def spread_entry(
         of_bias = tl.zeros((1,), ACC)
         for start in range(entry, last + 1, BLOCK_ENTRIES):
             entries = start + tl.arange(0, BLOCK_ENTRIES)
-            same = entry_ids(class_ids, target, entries, B, C, S, ignore_index) == own
-            if tl.max(same.to(tl.int32), 0) > 0:
-                if grad_rows is not None:
-                    at = grad_rows + entries.to(tl.int64)[:, None] * D + columns[None, :]
-                    found = tl.load(at, mask=same[:, None] & (columns < D)[None, :], other=0.0)
-                    values += tl.sum(found.to(ACC), 0)[None, :]
-                if grad_bias is not None:
-                    of_bias += tl.sum(tl.load(grad_bias + entries, mask=same, other=0.0), 0)
+            alike = entry_ids(vectors, sizes, entries)[0] == own
+            if tl.max(alike.to(tl.int32), 0) > 0:
+                if results.weight is not None:
+                    at = found.rows + entries.to(tl.int64)[:, None] * D + columns[None, :]
+                    rows = tl.load(at, mask=alike[:, None] & (columns < D)[None, :], other=0.0)
+                    values += tl.sum(rows, 0)[None, :]
+                if results.bias is not None:
+                    of_bias += tl.sum(tl.load(found.bias + entries, mask=alike, other=0.0), 0)
         at_class = own + tl.zeros((1,), tl.int64)
-        if grad_rows is not None:
-            store_rows(grad_weight, at_class, at_class >= 0, columns, D, values)
-        if grad_bias is not None:
+        if results.weight is not None:
+            store_rows(results.weight, at_class, at_class >= 0, columns, D, values)
+        if results.bias is not None:
             if first_columns:
-                tl.store(grad_class_bias + at_class, rounded(of_bias, grad_class_bias.dtype.element_ty))
+                tl.store(results.bias + at_class, rounded(of_bias, results.bias.dtype.element_ty))
 
 
 @triton.jit
@@ -505,67 +428,48 @@ def small_results(
     learned,
     grad_loss,
     kept,
-    grad_rows,  # (S + B, D); None: nothing to spread
-    grad_bias,  # (S + B,)
-    partial_input,  # (tiles, B, D)
-    partial_along,  # (parts, B)
-    partial_scale,  # (tiles, B)
-    grad_input,  # (B, D)
-    grad_weight,  # (C, D) zeros
-    grad_class_bias,  # (C,) zeros
-    grad_scale,  # ()
-    found,  # (S + B,) classes of a sparse gradient's rows, see `sparse_ids`
+    found,  # Parts
+    results,  # Results
     B,
     C,
     S,
-    D,
-    tiles,
-    parts,
     ignore_index,
-    input_row,
-    input_column,
-    weight_row,
-    weight_column,
+    tiles,
+    groups,
     factor: tl.float64,
-    FOLD: tl.constexpr,
     COSINE: tl.constexpr,
     PER_ROW: tl.constexpr,
     OPERAND: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
-    BLOCK_PARTS: tl.constexpr,
     BLOCK_ENTRIES: tl.constexpr,
 ):
     """Program (n, d): columns d of row n of input, then the scale's, then those of the compact entries."""
-    n = tl.program_id(0)
-    scale = load_scale(factor, learned, ACC)
+    at = tl.program_id(0)
+    first_columns = tl.program_id(1) == 0
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    if n < B:
-        if grad_input is not None:
+    vectors = Vectors(target, class_ids, counts, None, None, None)
+    sizes = Sizes(B, C, S, ignore_index)
+    if at < B:
+        if results.input is not None:
             finish_input_row(
-                input, weight, target, grad_loss, kept, partial_input, partial_along, grad_input,
-                n, columns, tiles, parts, B, C, D, ignore_index,
-                input_row, input_column, weight_row, weight_column,
-                scale, FOLD, COSINE, PER_ROW, OPERAND, ACC, BLOCK_TILES, BLOCK_PARTS,
+                input, weight, vectors, sizes, grad_loss, kept, found, results.input, at, columns,
+                tiles, groups, load_scale(factor, learned, ACC), COSINE, PER_ROW, OPERAND, ACC, BLOCK_TILES,
             )  # fmt: skip
-    elif n == B:
-        if grad_scale is not None:
-            if tl.program_id(1) == 0:
+    elif at == B:
+        if results.scale is not None:
+            if first_columns:
                 finish_scale(
-                    grad_loss, kept, partial_scale, grad_scale, tiles, B, PER_ROW, BLOCK_TILES, BLOCK_ENTRIES
+                    grad_loss, kept, found.scale, results.scale, tiles, B, PER_ROW, BLOCK_TILES, BLOCK_ENTRIES
                 )
     else:
-        if class_ids is not None:
-            if found is not None:
-                if tl.program_id(1) == 0:
-                    entry = n - B - 1 + tl.zeros((1,), tl.int32)
-                    ids = listed_ids(
-                        class_ids, counts, target, entry, B, C, S, ignore_index, 16 * BLOCK_ENTRIES
-                    )  # fmt: skip
-                    tl.store(found + entry, ids)
-            if grad_rows is not None or grad_bias is not None:
-                spread_entry(
-                    class_ids, target, grad_rows, grad_bias, grad_weight, grad_class_bias, n - B - 1, columns,
-                    B, C, S, D, ignore_index, tl.program_id(1) == 0, ACC, BLOCK_ENTRIES,
-                )  # fmt: skip
+        entry = at - B - 1
+        if results.ids is not None:
+            if first_columns:
+                ids = listed_ids(vectors, sizes, entry + tl.zeros((1,), tl.int32), 16 * BLOCK_ENTRIES)
+                tl.store(results.ids + entry + tl.zeros((1,), tl.int32), ids)
+        if results.weight is not None or results.bias is not None:
+            spread_entry(
+                vectors, sizes, found, results, entry, columns, input.D, first_columns, ACC, BLOCK_ENTRIES
+            )

@@ -30,6 +30,7 @@ from .backward import (
 )
 from .forward import dots_with_targets
 from .tiles import (
+    Matrix,
     inverse_norm,
     load_bias,
     load_classes,
@@ -43,24 +44,6 @@ from .tiles import (
     target_cosines,
     wide,
 )
-
-
-class Vectors(NamedTuple):
-    """Contiguous; None: not given."""
-
-    target: Any  # (B,)
-    class_ids: Any  # (S,)
-    counts: Any  # (S,)
-    target_counts: Any  # (B,)
-    bias: Any  # (C,)
-    learned: Any  # (), a factor of the scale
-
-
-class Sizes(NamedTuple):
-    B: Any
-    C: Any
-    S: Any
-    ignore_index: Any
 
 
 class Chunk(NamedTuple):
@@ -125,10 +108,11 @@ def prepare_rows(
     rows = (first + nth).to(tl.int64)
     if sources is not None:
         rows = tl.load(sources + rows, mask=there, other=-1)
+    source = Matrix(matrix, D, row_stride, column_stride)
     squares = tl.zeros((BLOCK,), ACC)
     for start in range(0, D, BLOCK_D):
         columns = start + tl.arange(0, BLOCK_D)
-        x = load_rows(matrix, rows, there & (rows >= 0), columns, D, row_stride, column_stride, OPERAND)
+        x = load_rows(source, rows, there & (rows >= 0), columns, OPERAND)
         if copies is not None:
             store_rows(copies, nth, there, columns, D, x)
         squares += tl.sum(x.to(ACC) * x.to(ACC), 1)
@@ -161,8 +145,8 @@ def target_terms(
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     targets, counted, known = load_targets(vectors.target, rows, sizes.B, sizes.C, sizes.ignore_index)
     product, x_inverse, w_inverse = dots_with_targets(
-        input, weight, rows, counted, targets, known, D,
-        input_row, input_column, weight_row, weight_column, COSINE, OPERAND, ACC, BLOCK_D,
+        Matrix(input, D, input_row, input_column), Matrix(weight, D, weight_row, weight_column),
+        rows, counted, targets, known, COSINE, OPERAND, ACC, BLOCK_D,
     )  # fmt: skip
     at = kept + wide(sizes.B) * 3 + rows
     tl.store(at, product, mask=rows < sizes.B)
@@ -444,19 +428,20 @@ def finish_class_rows(
     nth = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     there = nth < count
     factor = load_factor(grad_loss, kept, range_of_pulls, sizes.B, ACC, PER_ROW)
+    of_rows = Matrix(matrix, D, row_stride, column_stride)
     share = tl.zeros((BLOCK,), ACC)
     if COSINE:
         for start in range(0, D, BLOCK_D):
             columns = start + tl.arange(0, BLOCK_D)
-            values = load_elements(sums, nth, there, columns, D, D, 1)
-            w = load_elements(matrix, from_matrix + nth, there, columns, D, row_stride, column_stride)
+            values = load_elements(Matrix(sums, D, D, 1), nth, there, columns)
+            w = load_elements(of_rows, from_matrix + nth, there, columns)
             share += tl.sum(product_or_zero(values, w.to(ACC)), 1)
         share = share_along(share, tl.load(inverses + first + nth, mask=there, other=0.0))
     for start in range(0, D, BLOCK_D):
         columns = start + tl.arange(0, BLOCK_D)
-        values = load_elements(sums, nth, there, columns, D, D, 1)
+        values = load_elements(Matrix(sums, D, D, 1), nth, there, columns)
         if COSINE:
-            w = load_elements(matrix, from_matrix + nth, there, columns, D, row_stride, column_stride)
+            w = load_elements(of_rows, from_matrix + nth, there, columns)
             values = without_share(values, share, w)
         store_rows(grad_rows, first + nth, there, columns, D, product_or_zero(values, factor[:, None]))
 
@@ -496,12 +481,12 @@ def finish_inputs(
     for finishing in tl.static_range(2):
         for start in range(0, D, BLOCK_D):
             columns = start + tl.arange(0, BLOCK_D)
-            values = load_elements(sums, row, counted, columns, D, D, 1)
+            values = load_elements(Matrix(sums, D, D, 1), row, counted, columns)
             values = product_or_zero(values, of_sums[:, None])
             if not FOLD:
-                w = load_rows(weight, targets, known, columns, D, weight_row, weight_column, OPERAND)
+                w = load_rows(Matrix(weight, D, weight_row, weight_column), targets, known, columns, OPERAND)
                 values += pulled_along(w.to(ACC), pulls)
-            x = load_elements(copies, row, counted, columns, D, D, 1)
+            x = load_elements(Matrix(copies, D, D, 1), row, counted, columns)
             if finishing == 0:
                 share += tl.sum(product_or_zero(values, x.to(ACC)), 1)
             else:
@@ -537,10 +522,11 @@ def finish_targets(
 ):
     """Program (b, d): columns d of what rows add to their targets' rows, entries S + i."""
     store_target_rows(
-        input, weight, vectors.target, grad_loss, kept, grad_rows, grad_bias,
+        Matrix(input, D, input_row, input_column), Matrix(weight, D, weight_row, weight_column),
+        vectors.target, grad_loss, kept, grad_rows, grad_bias,
         tl.program_id(0) * BLOCK + tl.arange(0, BLOCK),
         tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D),
-        sizes.B, sizes.C, sizes.S, D, sizes.ignore_index, input_row, input_column, weight_row, weight_column,
+        sizes.B, sizes.C, sizes.S, sizes.ignore_index,
         load_scale(factor, vectors.learned, ACC), COSINE, PER_ROW, OPERAND, ACC,
     )  # fmt: skip
 

@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 from . import backward, chunk_kernels, forward
 from .chunks import Chunks
 from .configurations import Table
-from .launch import Variant
+from .launch import TYPES, Variant
 from .problem import Traits
-from .variants import TYPES
 
 ENTRIES = 1024  # of one program that goes over a vector
 MOST_COLUMNS = 1024  # of a tile of kernels that go over rows of `input` and `weight`

@@ -23,12 +23,13 @@ from torch import Tensor
 from triton import cdiv
 
 from .calls import KEPT, LOSS, OUTPUTS, Calls, Gradients, Outputs, Tensors, Wanted
-from .chunk_kernels import Chunk, Sizes, Vectors
+from .chunk_kernels import Chunk
 from .chunk_variants import ENTRIES, variants_of
 from .chunks import Chunks
 from .configurations import table_of
 from .plan import FACTOR, Given, Matrix, Plan, Scratch
 from .problem import Problem
+from .tiles import Sizes, Vectors
 
 SUMS = OUTPUTS + len(Outputs._fields)  # places of them, after those of the outputs
 PROGRAMS = 1024  # of the kernel that makes terms, about: they keep a large device busy

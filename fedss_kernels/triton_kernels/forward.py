@@ -2,15 +2,10 @@
 
 What the backward pass needs is kept, O(B): see `KEPT`.
 
-Norms are summed with the products, but for large problems in 16 bits or tf32: there `inverse_norms` finds
-them first. Matrix instructions that run by themselves (Hopper's) read tiles where the compiler (Triton 3.6 to
-3.9) lets the next ones be copied to before they are done, if threads read the tiles too, as for norms.
-
-Bytes: `partial_terms` reads each gathered row of `weight` once for each tile of rows (D elements, an id and a
-correction), each row of `input` once for each tile of classes (from the caches: a tile of rows is small), the
-B rows and those of their targets once more, and writes 8 B bytes for each split, 24 B besides; `merge_splits`
-reads them and writes 24 B and the losses. `inverse_norms` reads each row of `input` and each gathered one
-once, and writes 4 (B + S) bytes.
+Bytes: `partial_terms` reads each gathered row of `weight` once (D elements, an id and a correction), each row
+of `input` once for each tile of classes (from the caches: a tile of rows is small), the B rows and those of
+their targets once more, and writes 8 B bytes for each split, 24 B besides; `merge_splits` reads them and
+writes 24 B and the losses.
 """
 
 import triton
@@ -18,21 +13,18 @@ import triton.language as tl
 
 from .tiles import (
     UNSPECIALIZED,
-    dots_and_inverses,
-    exponentials,
+    dots,
     in_range,
     inverse_norm,
     load_bias,
     load_classes,
-    load_elements,
+    load_rows,
     load_scale,
     load_targets,
     logit_unit,
     logits_of,
-    rounded,
     same,
     target_cosines,
-    unit_of_low_parts,
     wide,
 )
 
@@ -44,29 +36,27 @@ KEPT = 6
 
 @triton.jit
 def dots_with_targets(
-    input, weight, rows, counted, targets, known, D, input_row, input_column, weight_row, weight_column,
-    NORMS: tl.constexpr, OPERAND: tl.constexpr, WIDE: tl.constexpr, BLOCK_D: tl.constexpr,
+    input, weight, rows, counted, targets, known,
+    COSINE: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """(input_i . weight_t, 1 / |input_i|, 1 / |weight_t|) (R,) each, t being the target; 0 without one."""
-    products = tl.zeros((rows.shape[0], BLOCK_D), WIDE)
-    input_squares = tl.zeros(products.shape, WIDE)
-    weight_squares = tl.zeros(products.shape, WIDE)
-    for start in range(0, D, BLOCK_D):
+    products = tl.zeros((rows.shape[0], BLOCK_D), ACC)
+    input_squares = tl.zeros(products.shape, ACC)
+    weight_squares = tl.zeros(products.shape, ACC)
+    for start in range(0, input.D, BLOCK_D):
         columns = start + tl.arange(0, BLOCK_D)
-        x = load_elements(input, rows, counted, columns, D, input_row, input_column)
-        w = load_elements(weight, targets, known, columns, D, weight_row, weight_column)
-        x, w = rounded(x, OPERAND).to(WIDE), rounded(w, OPERAND).to(WIDE)
+        x = load_rows(input, rows, counted, columns, OPERAND).to(ACC)
+        w = load_rows(weight, targets, known, columns, OPERAND).to(ACC)
         products += x * w
-        if NORMS:
+        if COSINE:
             input_squares += x * x
             weight_squares += w * w
     products = tl.sum(products, 1)
-    input_squares = tl.sum(input_squares, 1)
-    weight_squares = tl.sum(weight_squares, 1)
-    if NORMS:
+    input_squares, weight_squares = tl.sum(input_squares, 1), tl.sum(weight_squares, 1)
+    if COSINE:
         return products, inverse_norm(input_squares), inverse_norm(weight_squares)
     else:
-        return in_range(products, input, NORMS), input_squares + 1.0, weight_squares + 1.0
+        return in_range(products, input), input_squares + 1.0, weight_squares + 1.0
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -78,74 +68,87 @@ def partial_terms(
     counts,
     bias,
     learned,
-    inverses,  # (B + S,), of `inverse_norms`; None: they are found on the way
     partials,  # (2, SPLITS, B): the largest o, in units, and sum exp(o - largest) of each split
     kept,  # (KEPT, B)
     B,
     C,
     S,
-    D,
     ignore_index,
-    input_row,
-    input_column,
-    weight_row,
-    weight_column,
     factor: tl.float64,
     COSINE: tl.constexpr,
     OPERAND: tl.constexpr,
     ACC: tl.constexpr,
-    WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    PREFETCH: tl.constexpr,
+    SUMS: tl.constexpr,  # of the targets' dot products
     BLOCK_PAIRED: tl.constexpr,  # columns at a time of rows and their targets' rows
 ):
-    """Program (b, s): a tile of rows and every SPLITS-th tile of classes, from the s - 1st on.
+    """Program s: all rows and every SPLITS-th tile of classes, from the s - 1st on.
 
-    Program (b, 0): the rows and their own targets.
+    Program 0: the rows and their own targets.
     """
-    split, splits = tl.program_id(1) - 1, tl.num_programs(1) - 1
-    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    split, splits = tl.program_id(0) - 1, tl.num_programs(0) - 1
+    rows = tl.arange(0, BLOCK_B)
     targets, counted, known = load_targets(target, rows, B, C, ignore_index)
     if split < 0:
         product, x_inverse, w_inverse = dots_with_targets(
-            input, weight, rows, counted, targets, known, D,
-            input_row, input_column, weight_row, weight_column, COSINE, OPERAND, WIDE, BLOCK_PAIRED,
-        )  # fmt: skip
+            input, weight, rows, counted, targets, known, COSINE, OPERAND, SUMS, BLOCK_PAIRED
+        )
         at = kept + wide(B) * 3 + rows
         tl.store(at, product, mask=rows < B)
         tl.store(at + B, x_inverse, mask=rows < B)
         tl.store(at + 2 * B, w_inverse, mask=rows < B)
     else:
-        scale = load_scale(factor, learned, WIDE)
-        unit = logit_unit(scale.to(ACC), COSINE)
+        scale = load_scale(factor, learned, ACC)
+        unit = logit_unit(scale, COSINE)
         largest = tl.full((BLOCK_B,), float("-inf"), ACC)
-        total = tl.zeros((BLOCK_B,), WIDE)
+        total = tl.zeros((BLOCK_B,), ACC)
         for start in tl.range(split * BLOCK_S, S, splits * BLOCK_S, disable_licm=True):
             entries = start + tl.arange(0, BLOCK_S)
-            ids, corrections, live, wrong = load_classes(class_ids, counts, entries, S, C, WIDE)
-            sums, low, x_inverse, w_inverse = dots_and_inverses(
-                input, weight, inverses, None, rows, counted, entries, ids, live, B, D,
-                input_row, input_column, weight_row, weight_column,
-                COSINE, OPERAND, ACC, WIDE, PRECISION, BLOCK_D, PREFETCH,
-            )  # fmt: skip
-            logits, low = logits_of(
-                sums, low, x_inverse, w_inverse, scale, unit, bias, ids, live, wrong, corrections,
-                COSINE, ACC, WIDE,
-            )  # fmt: skip
+            ids, corrections, live, wrong = load_classes(class_ids, counts, entries, S, C, ACC)
+            sums, x_inverse, w_inverse = dots(
+                input, weight, rows, counted, ids, live, COSINE, OPERAND, ACC, PRECISION, BLOCK_D
+            )
+            logits = logits_of(sums, x_inverse, w_inverse, scale, unit, bias, ids, live, wrong, corrections)
             logits = tl.where(same(ids, targets, C), float("-inf"), logits)
             larger = tl.maximum(largest, tl.max(logits, 1))
             shift = tl.where(larger == float("-inf"), 0.0, larger)
             total = total * tl.exp((largest - shift) * unit)
-            if WIDE != ACC:
-                low *= unit_of_low_parts(shift, unit)[:, None]
-            terms = exponentials((logits - shift[:, None]) * unit, low, WIDE != ACC)
-            total += tl.sum(terms, 1)
+            total += tl.sum(tl.exp((logits - shift[:, None]) * unit), 1)
             largest = larger
-        tl.store(partials + split.to(tl.int64) * B + rows, largest, mask=rows < B)
-        tl.store(partials + (splits + split).to(tl.int64) * B + rows, total, mask=rows < B)
+        found = partials + split.to(tl.int64) * B + rows
+        tl.store(found, largest, mask=rows < B)
+        tl.store(found + wide(splits) * B, total, mask=rows < B)
+
+
+@triton.jit
+def target_logits(target_counts, bias, kept, rows, targets, known, B, scale, unit):
+    """(R,) in units; NaN without a class that exists, or of a correction that is not finite."""
+    own = (scale / unit) * target_cosines(kept, rows, known, B, scale.dtype)
+    own += load_bias(bias, targets, known, scale.dtype) / unit
+    if target_counts is not None:
+        correction = tl.load(target_counts + rows, mask=known, other=0.0).to(scale.dtype)
+        own -= tl.where(tl.abs(correction) < float("inf"), correction / unit, float("nan"))
+    return tl.where(known, own, float("nan"))
+
+
+@triton.jit
+def store_losses_terms(kept, rows, counted, own, largest_other, largest, others, unit, B):
+    """(R,) losses, of the target's logit and the others' sum; keeps what gradients need of them."""
+    others += largest - largest  # NaN where it is infinite, and all that is made of it
+    # loss = log(sum of terms) - own; where the target leads, log(1 + others) without the 1's rounding.
+    target_leads = own >= largest_other
+    lead = tl.where(target_leads, 1.0, tl.exp((own - largest) * unit))
+    total = others + lead
+    log = tl.log(total)
+    log_of_lead = tl.where(total == 1.0, others, log * (others / (total - 1.0)))
+    losses = tl.where(target_leads, log_of_lead, (largest - own) * unit + log)
+    tl.store(kept + rows, tl.where(counted, largest, 0.0), mask=rows < B)
+    tl.store(kept + wide(B) + rows, tl.where(counted, 1.0 / total, 0.0), mask=rows < B)
+    tl.store(kept + wide(B) * 2 + rows, tl.where(counted, -(others / total), 0.0), mask=rows < B)
+    return tl.where(counted, losses, 0.0)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -168,50 +171,26 @@ def merge_splits(
     BLOCK_B: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
 ):
-    """A tile of rows each program; for "mean" and "sum" a single program takes them all, in order.
-
-    "none": the rows' own losses, which `reduce_losses` may reduce.
-    """
+    """A tile of rows each program; for "mean" and "sum" a single program takes them all, in order."""
     scale = load_scale(factor, learned, ACC)
-    unit = logit_unit(scale.to(partials.dtype.element_ty), COSINE)
+    unit = logit_unit(scale, COSINE)
     sum_of_losses = tl.zeros((), tl.float64)
     rows_counted = tl.zeros((), tl.int32)
     step = tl.num_programs(0) * BLOCK_B
     for start in range(tl.program_id(0) * BLOCK_B, B, step):
         rows = start + tl.arange(0, BLOCK_B)
         targets, counted, known = load_targets(target, rows, B, C, ignore_index)
-        own = (scale / unit) * target_cosines(kept, rows, known, B, ACC)
-        own += load_bias(bias, targets, known, ACC) / unit
-        if target_counts is not None:
-            correction = tl.load(target_counts + rows, mask=known, other=0.0).to(ACC)
-            own -= tl.where(tl.abs(correction) < float("inf"), correction / unit, float("nan"))
-        if partials.dtype.element_ty != ACC:  # what is equal stays so without low parts too
-            nearest = own.to(partials.dtype.element_ty).to(ACC)
-            own = tl.where(unit_of_low_parts(own, unit) == 0.0, nearest, own)
-        own = tl.where(known, own, float("nan"))
-
+        own = target_logits(target_counts, bias, kept, rows, targets, known, B, scale, unit)
         split = tl.arange(0, BLOCK_SPLITS)
-        at = split.to(tl.int64)[:, None] * B + rows[None, :]
+        at = partials + split.to(tl.int64)[:, None] * B + rows[None, :]
         there = (split < splits)[:, None] & counted[None, :]
-        largest_of = tl.load(partials + at, mask=there, other=float("-inf"))
-        total_of = tl.load(partials + wide(splits) * B + at, mask=there, other=0.0)
+        largest_of = tl.load(at, mask=there, other=float("-inf"))
+        total_of = tl.load(at + wide(splits) * B, mask=there, other=0.0)
         largest_other = tl.max(largest_of, 0)
         largest = tl.maximum(largest_other, own)
-        others = tl.sum(
-            tl.where(total_of == 0.0, 0.0, total_of * tl.exp((largest_of - largest[None, :]) * unit)), 0
-        )
-        others += largest - largest  # NaN where it is infinite, and all that is made of it
-        # loss = log(sum of terms) - own; where the target leads, log(1 + others) without the 1's rounding.
-        target_leads = own >= largest_other
-        lead = tl.where(target_leads, 1.0, tl.exp((own - largest) * unit))
-        total = others + lead
-        log = tl.log(total)
-        log_of_lead = tl.where(total == 1.0, others, log * (others / (total - 1.0)))
-        losses = tl.where(target_leads, log_of_lead, (largest - own) * unit + log)
-        losses = tl.where(counted, losses, 0.0)
-        tl.store(kept + rows, tl.where(counted, largest, 0.0), mask=rows < B)
-        tl.store(kept + wide(B) + rows, tl.where(counted, 1.0 / total, 0.0), mask=rows < B)
-        tl.store(kept + wide(B) * 2 + rows, tl.where(counted, -(others / total), 0.0), mask=rows < B)
+        terms = total_of * tl.exp((largest_of - largest[None, :]) * unit)
+        others = tl.sum(tl.where(total_of == 0.0, 0.0, terms), 0)
+        losses = store_losses_terms(kept, rows, counted, own, largest_other, largest, others, unit, B)
         if REDUCTION == "none":
             tl.store(loss + rows, losses, mask=rows < B)
         else:

@@ -3,16 +3,24 @@
 Triton finds the compiled kernel from all that the arguments are specialized for, on every launch: 50 to 120
 microseconds for thirty arguments where the launch itself takes 15. Here the same is told from a short key: of
 each tensor the dtype, of each integer whether it has 32 bits; and unless the kernel says `do_not_specialize`,
-of both whether they are multiples of 16 (a tensor's address), and of integers whether they are 1.
+of both whether they are multiples of 16 (a tensor's address), and of integers whether they are 1. To what
+is in a tuple Triton does not apply `do_not_specialize`.
 """
 
 from collections.abc import Hashable
 from typing import Any
 
 import torch
+import triton.language as tl
 
 from .tiles import INTERPRETED
 
+TYPES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
 # HIP's addresses are specialized for the size of what they point to as well.
 _LOOKED_UP = bool(INTERPRETED.value) or torch.version.hip is not None
 _INT32 = range(-(2**31), 2**31)
@@ -27,42 +35,33 @@ class Variant:
     def __init__(self, kernel: Any, **named: Any):
         self.kernel, self.named = kernel, named
         self.compiled: dict[tuple[Hashable, ...], Any] = {}
-        self.tensors: list[int] = []  # which arguments are tensors, or None
-        self.integers: list[int] = []
-        self.specialized: list[int] = []  # of both
 
     def __call__(self, grid: tuple[int, ...], *arguments: Any) -> Any:
         """What was compiled; None where kernels are interpreted."""
         if _LOOKED_UP:
             return self.kernel[grid](*arguments, **self.named)
-        if not self.compiled:
-            self._sort(arguments)
-        values = list(arguments)
-        key: list[Hashable] = [torch._C._cuda_getDevice()]
-        for at in self.tensors:
-            tensor = values[at]
-            if tensor is None:
-                key.append(None)
-            else:
-                key.append(tensor.dtype)
-                values[at] = tensor.data_ptr()
-        for at in self.specialized:
-            number = values[at]
-            key.append(number is not None and (number & 15 == 0) + 2 * (number == 1))
-        key += [values[at] in _INT32 for at in self.integers]
-        found = self.compiled.get(tuple(key))
+        parameters = self.kernel.params
+        plain = (parameter.do_not_specialize for parameter in parameters)
+        kinds, values = zip(*map(_short, arguments, plain), strict=True)
+        key = (torch._C._cuda_getDevice(), *kinds)
+        found = self.compiled.get(key)
         if found is None:
-            found = self.compiled[tuple(key)] = self.kernel[grid](*arguments, **self.named)
+            found = self.compiled[key] = self.kernel[grid](*arguments, **self.named)
         else:
-            found[grid + (1,) * (3 - len(grid))](*values, *self.constants)
+            constants = (None,) * (len(parameters) - len(arguments))  # nobody reads them any more
+            found[grid + (1,) * (3 - len(grid))](*values, *constants)
         return found
 
-    def _sort(self, arguments: tuple[Any, ...]) -> None:
-        """The same for every call, so that threads may do it at once."""
-        parameters = self.kernel.params
-        self.constants = (None,) * (len(parameters) - len(arguments))  # nobody reads them any more
-        kinds = [None if type(each) is float else type(each) is int for each in arguments]
-        self.tensors = [at for at, is_integer in enumerate(kinds) if is_integer is False]
-        self.integers = [at for at, is_integer in enumerate(kinds) if is_integer]
-        both = (at for at, is_integer in enumerate(kinds) if is_integer is not None)
-        self.specialized = [at for at in both if not parameters[at].do_not_specialize]
+
+def _short(argument: Any, plain: bool) -> tuple[Hashable, Any]:
+    """(what the kernel is compiled for, what it is launched with); plain: it is not specialized for more."""
+    if isinstance(argument, tuple):
+        kinds, values = zip(*(_short(each, False) for each in argument), strict=True)
+        return kinds, values
+    if isinstance(argument, torch.Tensor):
+        address = argument.data_ptr()
+        return (argument.dtype, not plain and address % 16 == 0), address
+    if isinstance(argument, int):
+        special = not plain and (argument % 16 == 0, argument == 1)
+        return (argument in _INT32, special), argument
+    return None, argument  # None or a float

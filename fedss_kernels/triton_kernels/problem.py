@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .configurations import in_force, table_of
+from .configurations import in_force
 
 LARGEST_FACTOR = {"cosine": 1e20, "dot": 1e30}  # of the scale, for it and scale / |input| in float32
 
@@ -15,7 +15,7 @@ class Traits(NamedTuple):
     """What the kernels are compiled for, besides the arguments' dtypes."""
 
     operand: torch.dtype  # of products
-    wide: torch.dtype  # of what there is one of for each row or class; see tiles.py
+    precision: str  # of float32 products: "ieee" or "tf32"
     cosine: bool
     reduction: str
     fold: bool  # every class is in the set
@@ -65,17 +65,9 @@ class Problem(NamedTuple):
             factor = scale.item()
         else:
             learned, factor = scale, 1.0
-        alike = input.dtype == weight.dtype
         rows = operand = dtype_of_products(input, weight, rounding)
-        exact = operand == torch.float32 and _exact()
         if abs(factor) > LARGEST_FACTOR[similarity]:
             operand = torch.float64
-        elif exact and alike:
-            B, D = input.shape
-            work = B * (weight if class_ids is None else class_ids).shape[0] * D
-            if work <= table_of(input.device).precise_work:
-                operand = torch.float64
-        wide = torch.float64 if exact or operand == torch.float64 else torch.float32
         float32 = operand == torch.float64
         return cls(
             input,
@@ -90,7 +82,7 @@ class Problem(NamedTuple):
             ignore_index,
             Traits(
                 operand,
-                wide,
+                "tf32" if operand == torch.float32 and not _exact() else "ieee",
                 similarity == "cosine",
                 reduction,
                 class_ids is None,

@@ -1,19 +1,80 @@
-"""The loss of a small problem, a client's say: two launches each way."""
+"""The loss of a small problem, a client's say: two launches each way. Equations: forward.py, backward.py."""
 
 from collections.abc import Hashable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from . import backward, forward
+from .backward import Parts, Results
 from .calls import KEPT, LOSS, Calls, Gradients, Outputs, Tensors, Wanted
-from .configurations import Configuration, table_of
+from .configurations import Configuration, Table, table_of
+from .launch import TYPES, Variant
 from .plan import FACTOR, Given, Plan
-from .problem import Problem
-from .variants import ENTRIES, Kernels, kernels_of
+from .problem import Problem, Traits
+from .tiles import Matrix
 
 PREPARED = 2**22  # bytes that may wait for the backward pass
+
+
+class Kernels(NamedTuple):
+    """Each with the constants and options of a configuration."""
+
+    partial_terms: Variant
+    merge_splits: Variant
+    small_tiles: Variant
+    small_results: Variant
+
+
+def sums_of(traits: Traits) -> torch.dtype:
+    """Of what there is once for a row: its target's dot product, and the sum of the tiles' parts.
+
+    What lies along a row may be most of all that is pulled to it. It is taken out again to the last digit:
+    with float32 sums of float32 rows that have one large feature in common, plain PyTorch is closer.
+    """
+    exact = traits.operand == torch.float32 and traits.precision == "ieee"
+    return torch.float64 if exact else traits.accumulator
+
+
+def kernels_of(traits: Traits, c: Configuration, table: Table) -> Kernels:
+    types: dict[str, Any] = {"OPERAND": TYPES[traits.operand], "ACC": TYPES[traits.accumulator]}
+    blocks = {"BLOCK_B": c.blocks.rows, "BLOCK_S": c.blocks.classes, "BLOCK_D": c.blocks.columns}
+    options = {"enable_fp_fusion": True, **table.all_registers}
+    products = {"num_warps": c.blocks.warps, "num_stages": c.blocks.stages, **table.products, **options}
+    products |= {"PRECISION": traits.precision, **types, **blocks}
+    sums, per_row = TYPES[sums_of(traits)], traits.reduction == "none"
+    return Kernels(
+        Variant(
+            forward.partial_terms,
+            COSINE=traits.cosine,
+            SUMS=sums,
+            BLOCK_PAIRED=max(32 * c.blocks.warps * table.paired // c.blocks.rows, 16),
+            **products,
+        ),
+        Variant(
+            forward.merge_splits,
+            **{"COSINE": traits.cosine, "ACC": types["ACC"], "REDUCTION": traits.reduction},
+            **{"BLOCK_B": c.merged_rows, "BLOCK_SPLITS": c.merged_splits},
+            num_warps=c.merge_warps,
+            **options,
+        ),
+        Variant(backward.small_tiles, COSINE=traits.cosine, PER_ROW=per_row, **products),
+        Variant(
+            backward.small_results,
+            **{
+                "COSINE": traits.cosine,
+                "PER_ROW": per_row,
+                **types,
+                "ACC": sums,
+                "BLOCK_D": c.result_columns,
+            },
+            **{"BLOCK_TILES": c.result_tiles, "BLOCK_ENTRIES": c.result_entries},
+            num_warps=c.result_warps,
+            **options,
+        ),
+    )
 
 
 class Prepared(NamedTuple):
@@ -28,9 +89,14 @@ class Prepared(NamedTuple):
 class SmallCalls(Calls):
     def __init__(self, p: Problem, configuration: Configuration):
         super().__init__(p)
-        input, weight, self.strides = p.operands
+        input, weight, strides = p.operands
         self.copies = input is not p.input or weight is not p.weight
-        self.configuration, self.table = configuration, table_of(self.device)
+        self.matrices = (
+            Matrix(self.input, self.sizes[3], *strides[:2]),
+            Matrix(self.weight, self.sizes[3], *strides[2:]),
+        )
+        self.configuration = configuration
+        self.kernels = kernels_of(self.traits, configuration, table_of(self.device))
         self.plans: dict[Hashable, Plan] = {}
         self.prepared: dict[Wanted, tuple[Plan, int]] = {}  # and the bytes that the loss' plan needs
 
@@ -48,22 +114,19 @@ class SmallCalls(Calls):
         return losses, (kept,)
 
     def _plan_loss(self) -> Plan:
-        B, C, S, D = self.sizes
-        c = self.configuration
-        plan, k, t = Plan(self.device), self._kernels, c.tiling
+        B, C, S, _ = self.sizes
+        plan, c = Plan(self.device), self.configuration
         kept, losses = Given(KEPT), Given(LOSS)
         partials = plan.empty(2, c.splits, B, dtype=self.traits.accumulator)
-        if B > 0:
-            plan.launch(
-                k.partial_terms,
-                (triton.cdiv(B, t.forward.rows), c.splits + 1),
-                *(self.input, self.weight, self.target, self.class_ids, self.counts, self.bias, self.learned),
-                *(None, partials, kept),
-                *(B, C, S, D, self.ignore_index, *self.strides, FACTOR),
-            )
         plan.launch(
-            k.merge_splits,
-            (1 if self.traits.reduction != "none" else max(triton.cdiv(B, t.merged_rows), 1),),
+            self.kernels.partial_terms,
+            (c.splits + 1,),
+            *(*self.matrices, self.target, self.class_ids, self.counts, self.bias, self.learned),
+            *(partials, kept, B, C, S, self.ignore_index, FACTOR),
+        )
+        plan.launch(
+            self.kernels.merge_splits,
+            (max(triton.cdiv(B, c.merged_rows), 1) if self.traits.reduction == "none" else 1,),
             *(self.target, self.target_counts, self.bias, self.learned, partials, kept, losses),
             *(B, C, c.splits, self.ignore_index, FACTOR),
         )
@@ -85,14 +148,8 @@ class SmallCalls(Calls):
         if stage not in self.plans:
             self.plans[stage] = self._plan_gradients(wanted)
         plan = self.plans[stage]
-        if self.sizes[0] > 0 or (outputs.ids is not None and not self.fold):
-            plan.run((*self._given(tensors), made[0], upstream, *outputs), factor)
-        if self.sizes[0] > 0:
-            self._may_prepare(plan, wanted, upstream.dtype)
-        else:
-            for found in (outputs.rows, outputs.row_bias):
-                if found is not None:
-                    found.zero_()
+        plan.run((*self._given(tensors), made[0], upstream, *outputs), factor)
+        self._may_prepare(plan, wanted, upstream.dtype)
         return self.results(tensors, wanted, outputs)
 
     def prepare(self, tensors: Tensors, wanted: Wanted) -> Prepared | None:
@@ -131,55 +188,37 @@ class SmallCalls(Calls):
 
     def _plan_gradients(self, wanted: Wanted) -> Plan:
         plan, (B, C, S, D) = Plan(self.device), self.sizes
-        accumulator = self.traits.accumulator
-        entries = C if self.fold else S + B
+        c, accumulator = self.configuration, self.traits.accumulator
+        tiles, entries = triton.cdiv(S, c.blocks.classes), C if self.fold else S + B
         to = self.places(wanted, spreads=True)
-        if wanted.needed[1] and to.rows is None:
-            to = to._replace(rows=plan.empty(entries, D, dtype=accumulator))
-        if wanted.needed[2] and to.row_bias is None:
-            to = to._replace(row_bias=plan.empty(entries, dtype=accumulator))
-        if B > 0:
-            self._plan_rows(plan, to)
-        elif to.ids is not None:
-            listed = (self.class_ids, self.counts, self.target, to.ids, B, C, S, self.ignore_index)
-            plan.launch(self._kernels.sparse_ids, (triton.cdiv(entries, ENTRIES),), *listed)
-        return plan
 
-    def _plan_rows(self, plan: Plan, to: Outputs) -> None:
-        """Two launches."""
-        B, C, S, D = self.sizes
-        c, k, t, traits = self.configuration, self._kernels, self.configuration.tiling, self.traits
+        def part(is_wanted: bool, *shape: int, dtype: torch.dtype = accumulator) -> Any:
+            return plan.empty(*shape, dtype=dtype) if is_wanted else None
+
+        parts = Parts(
+            to.rows or part(wanted.needed[1], entries, D),
+            to.row_bias or part(wanted.needed[2], entries),
+            part(wanted.needed[0], tiles, B, D),
+            part(wanted.needed[0] and self.cosine, tiles, c.column_groups, B, dtype=sums_of(self.traits)),
+            part(wanted.needed[3], tiles, B),
+        )
+        results = Results(to.input, to.weight, to.bias, to.scale, to.ids)
         kept, upstream = Given(KEPT), Given(LOSS)
-        tiles = triton.cdiv(S, t.tiles.classes)
-        partial_input = partial_along = partial_scale = None
-        if to.input is not None:
-            partial_input = plan.empty(tiles, B, D, dtype=traits.accumulator)
-            if self.cosine:
-                partial_along = plan.empty(tiles, c.column_groups, B, dtype=traits.wide)
-        if to.scale is not None:
-            partial_scale = plan.empty(tiles, B, dtype=traits.wide)
-        if tiles + (not self.fold) > 0:
-            plan.launch(
-                k.small_tiles,
-                (tiles + (not self.fold), c.column_groups),
-                *(self.input, self.weight, self.target, self.class_ids, self.counts, self.bias, self.learned),
-                *(upstream, kept, to.rows, to.row_bias, partial_input, partial_along, partial_scale),
-                *(B, C, S, D, self.ignore_index, *self.strides, FACTOR),
-            )
+        plan.launch(
+            self.kernels.small_tiles,
+            (tiles + (not self.fold), c.column_groups),
+            *(*self.matrices, self.target, self.class_ids, self.counts, self.bias, self.learned),
+            *(upstream, kept, parts, B, C, S, self.ignore_index, FACTOR),
+        )
         spread = 0 if to.weight is None and to.bias is None and to.ids is None else S + B
         plan.launch(
-            k.small_results,
-            (B + 1 + spread, triton.cdiv(max(D, 1), t.result_columns)),
-            *(self.input, self.weight, self.target, self.class_ids, self.counts, self.learned),
-            *(upstream, kept),
-            *(None if to.weight is None else to.rows, None if to.bias is None else to.row_bias),
-            *(partial_input, partial_along, partial_scale, to.input, to.weight, to.bias, to.scale, to.ids),
-            *(B, C, S, D, tiles, tiles * c.column_groups, self.ignore_index, *self.strides, FACTOR),
+            self.kernels.small_results,
+            (B + 1 + spread, triton.cdiv(max(D, 1), c.result_columns)),
+            *(*self.matrices, self.target, self.class_ids, self.counts, self.learned),
+            *(upstream, kept, parts, results),
+            *(B, C, S, self.ignore_index, tiles, c.column_groups, FACTOR),
         )
+        return plan
 
     def _given(self, tensors: Tensors) -> Tensors:
         return self.operands(tensors) if self.copies else tensors
-
-    @property
-    def _kernels(self) -> Kernels:
-        return kernels_of(self.traits, self.configuration.tiling, self.table)

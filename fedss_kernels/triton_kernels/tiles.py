@@ -5,11 +5,10 @@
 
 Rows are gathered through their ids; the squares that the norms need are summed in the same pass.
 
-Where float32 products keep all their digits, WIDE is float64 (elsewhere ACC): the dtype of what there is one
-of for each row or class. What there is one of for each pair of them, from dot products to exponents, is two
-float32 numbers there, a high part and a low part: a logit of 100 in a single one is off by 4e-6, and its
-probability with it; and of nearly parallel rows it is the differences that count, of nearly the same cosines.
+ACC is the dtype of sums: float32, or float64 for float64 rows.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -18,25 +17,42 @@ ZERO_NORM: tl.constexpr = tl.constexpr(1e-12)  # shorter rows have cosine 0 and 
 LARGEST_FLOAT32: tl.constexpr = tl.constexpr((2 - 2**-23) * 2.0**127)
 
 
+class Matrix(NamedTuple):
+    """Rows in memory, an argument of kernels. What is in a tuple Triton specializes for, whatever it is told.
+
+    So rows are read the faster: it knows addresses and sizes that are multiples of 16, and a stride of 1.
+    """
+
+    at: Any  # the first
+    D: Any
+    row: Any  # elements from one to the next
+    column: Any
+
+
+class Vectors(NamedTuple):
+    """Contiguous; None: not given. Small kernels make this of arguments that they are not specialized for."""
+
+    target: Any  # (B,)
+    class_ids: Any  # (S,); None: every class is in the set
+    counts: Any  # (S,)
+    target_counts: Any  # (B,)
+    bias: Any  # (C,)
+    learned: Any  # (), a factor of the scale
+
+
+class Sizes(NamedTuple):
+    """Likewise."""
+
+    B: Any
+    C: Any
+    S: Any
+    ignore_index: Any
+
+
 # What a kernel is not compiled anew for: sizes that become 1 or a multiple of 16, and vectors at an address
 # that is none. (For AMD a specialized pointer is a descriptor too, of four scalar registers.)
-SIZES = ["B", "C", "S", "splits", "tiles", "parts", "first", "size", "row_tiles", "class_tiles"]
-SIZES += ["column_tiles", "ignore_index"]
-GIVEN = ["inverses", "target", "target_counts", "class_ids", "counts", "bias", "learned", "grad_loss"]
-KEPT = ["kept", "partials", "partial_along", "partial_scale", "share_classes", "scale_rows"]
-RESULTS = [
-    "loss",
-    "row_losses",
-    "sources",
-    "found",
-    "bias_classes",
-    "sums_along",
-    "sums_scale",
-    "grad_bias",
-    "grad_class_bias",
-    "grad_scale",
-]
-UNSPECIALIZED = [*SIZES, *GIVEN, *KEPT, *RESULTS]
+UNSPECIALIZED = [*Vectors._fields, *Sizes._fields, "splits", "tiles", "groups"]
+UNSPECIALIZED += ["grad_loss", "kept", "partials", "loss", "row_losses"]
 
 # The interpreter multiplies bfloat16 wrongly and truncates where it should round. There, and only there,
 # operands are widened, which is exact, and rounding is done by hand.
@@ -65,20 +81,17 @@ def load_elements(
     rows,  # (R,) row numbers
     wanted,  # (R,) others read as 0, whatever they hold
     columns,  # (BLOCK_D,)
-    D,
-    row_stride,
-    column_stride,
 ):
-    """(R, BLOCK_D) elements of a (N, D) matrix."""
-    at = rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
-    inside = wanted[:, None] & (columns < D)[None, :]
-    return tl.load(matrix + at, mask=inside, other=0.0)
+    """(R, BLOCK_D) elements of a `Matrix`."""
+    at = rows.to(tl.int64)[:, None] * matrix.row + columns.to(tl.int64)[None, :] * matrix.column
+    inside = wanted[:, None] & (columns < matrix.D)[None, :]
+    return tl.load(matrix.at + at, mask=inside, other=0.0)
 
 
 @triton.jit
-def load_rows(matrix, rows, wanted, columns, D, row_stride, column_stride, OPERAND: tl.constexpr):
+def load_rows(matrix, rows, wanted, columns, OPERAND: tl.constexpr):
     """The same, rounded to the dtype of products."""
-    return rounded(load_elements(matrix, rows, wanted, columns, D, row_stride, column_stride), OPERAND)
+    return rounded(load_elements(matrix, rows, wanted, columns), OPERAND)
 
 
 @triton.jit
@@ -88,60 +101,6 @@ def add_product(sums, a, b, PRECISION: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, sums, input_precision=PRECISION, out_dtype=sums.dtype)
-
-
-@triton.jit
-def add_exactly(high, low, addend):
-    """high + low + addend as two parts (Knuth's TwoSum: all but the low parts' sum is exact)."""
-    total = high + addend
-    added = total - high
-    return total, low + ((high - (total - added)) + (addend - added))
-
-
-@triton.jit
-def times_exactly(high, low, factor, factor_low):
-    """(high + low) * (factor + factor_low) as two parts.
-
-    The product is an fma: of a multiplication and an addition that follows a compiler makes an fma, and then
-    the rounding of the product, found here, is in the sum twice.
-    """
-    product = tl.fma(high, factor, 0.0)
-    return product, tl.fma(high, factor, -product) + (high * factor_low + low * factor)
-
-
-@triton.jit
-def two_parts(values):
-    """float64 values as two float32 parts."""
-    high = values.to(tl.float32)
-    return high, tl.where(tl.abs(high) < float("inf"), values - high, 0.0).to(tl.float32)
-
-
-@triton.jit
-def one_part(high, low, WIDE: tl.constexpr):
-    """The sum of two parts in WIDE; the high part alone where it is of that dtype."""
-    if WIDE != high.dtype:
-        return high.to(WIDE) + low
-    else:
-        return high
-
-
-@triton.jit
-def add_block(high, low, a, b, PRECISION: tl.constexpr, EXACTLY: tl.constexpr):
-    """high + low + a @ b; EXACTLY: the product summed by itself, without the long sum's roundings."""
-    if EXACTLY:
-        return add_exactly(high, low, add_product(tl.zeros(high.shape, high.dtype), a, b, PRECISION))
-    else:
-        return add_product(high, a, b, PRECISION), low
-
-
-@triton.jit
-def add_squares(sums, rows, EXACTLY: tl.constexpr):
-    """sums (R,) + those of squares (R, BLOCK_D); EXACTLY: (R, BLOCK_D), to be summed in the end."""
-    values = rows.to(sums.dtype)
-    if EXACTLY:
-        return sums + values * values
-    else:
-        return sums + tl.sum(values * values, 1)
 
 
 @triton.jit
@@ -223,133 +182,45 @@ def load_bias(bias, ids, wanted, ACC: tl.constexpr):
 
 
 @triton.jit
-def dots(
-    input, weight, rows, counted, ids, wanted, D, input_row, input_column, weight_row, weight_column,
-    INPUT_NORMS: tl.constexpr, WEIGHT_NORMS: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, PREFETCH: tl.constexpr,
-):  # fmt: skip
-    """(dots (R, J), their low part, 1 / |input_i| (R,), 1 / |weight_j| (J,)); 1 for norms not wanted.
-
-    The low part is 0 unless WIDE is wider than ACC.
-    """
-    sums = tl.zeros((rows.shape[0], ids.shape[0]), ACC)
-    low = tl.zeros(sums.shape, ACC)
-    # Where tiles are small, squares are kept as they come, and summed once.
-    if WIDE == tl.float64:
-        input_squares = tl.zeros((rows.shape[0], BLOCK_D), WIDE)
-        weight_squares = tl.zeros((ids.shape[0], BLOCK_D), WIDE)
-    else:
-        input_squares = tl.zeros(rows.shape, WIDE)
-        weight_squares = tl.zeros(ids.shape, WIDE)
-    columns = tl.arange(0, BLOCK_D)
-    if PREFETCH:
-        next_x = load_elements(input, rows, counted, columns, D, input_row, input_column)
-        next_w = load_elements(weight, ids, wanted, columns, D, weight_row, weight_column)
-    for start in range(0, D, BLOCK_D):
-        if PREFETCH:
-            x, w = next_x, next_w
-            after = start + BLOCK_D + columns
-            next_x = load_elements(input, rows, counted, after, D, input_row, input_column)
-            next_w = load_elements(weight, ids, wanted, after, D, weight_row, weight_column)
-        else:
-            x = load_elements(input, rows, counted, start + columns, D, input_row, input_column)
-            w = load_elements(weight, ids, wanted, start + columns, D, weight_row, weight_column)
-        x, w = rounded(x, OPERAND), rounded(w, OPERAND)
-        if WIDE != ACC:
-            sums, low = add_block(sums, low, x, tl.trans(w), PRECISION, True)
-        else:  # no low part is carried through the loop
-            sums = add_product(sums, x, tl.trans(w), PRECISION)
-        if INPUT_NORMS:
-            input_squares = add_squares(input_squares, x, WIDE == tl.float64)
-        if WEIGHT_NORMS:
-            weight_squares = add_squares(weight_squares, w, WIDE == tl.float64)
-    if WIDE == tl.float64:
-        input_squares = tl.sum(input_squares, 1)
-        weight_squares = tl.sum(weight_squares, 1)
-    x_inverse = inverse_norm(input_squares) if INPUT_NORMS else input_squares + 1.0
-    w_inverse = inverse_norm(weight_squares) if WEIGHT_NORMS else weight_squares + 1.0
-    return sums, low, x_inverse, w_inverse
-
-
-@triton.jit
-def in_range(products, input, COSINE: tl.constexpr):
+def in_range(products, input):
     """Dot products of rows of `input`: infinite past the range of the results, whatever they are held in."""
-    if COSINE or products.dtype != tl.float64 or input.dtype.element_ty == tl.float64:
+    if products.dtype != tl.float64 or input.at.dtype.element_ty == tl.float64:
         return products
     else:
         return tl.where(tl.abs(products) > LARGEST_FLOAT32, products * float("inf"), products)
 
 
 @triton.jit
-def dots_and_inverses(
-    input, weight, inverses, kept, rows, counted, entries, ids, wanted, B, D,
-    input_row, input_column, weight_row, weight_column,
-    COSINE: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, PREFETCH: tl.constexpr,
+def dots(
+    input, weight, rows, counted, ids, wanted,
+    COSINE: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """As `dots`. inverses: what `inverse_norms` found; kept: those of input among it; None: found here."""
-    sums, low, x_inverse, w_inverse = dots(
-        input, weight, rows, counted, ids, wanted, D, input_row, input_column, weight_row, weight_column,
-        COSINE and inverses is None and kept is None, COSINE and inverses is None,
-        OPERAND, ACC, WIDE, PRECISION, BLOCK_D, PREFETCH,
-    )  # fmt: skip
-    if COSINE and inverses is None and kept is not None:
-        x_inverse = tl.load(kept + 4 * wide(B) + rows, mask=counted, other=0.0).to(WIDE)
-    if inverses is not None:
-        x_inverse = tl.load(inverses + rows, mask=counted, other=0.0)
-        w_inverse = tl.load(inverses + wide(B) + entries, mask=wanted, other=0.0)
-    return in_range(sums, input, COSINE), low, x_inverse, w_inverse
-
-
-@triton.jit
-def along_inputs(dots, low, w_inverse, COSINE: tl.constexpr):
-    """|input_i| * cosine(i, j) as two parts; the dot products themselves without COSINE."""
+    """(dots (R, J), 1 / |input_i| (R,), 1 / |weight_j| (J,)); inverses are 1 without COSINE."""
+    sums = tl.zeros((rows.shape[0], ids.shape[0]), ACC)
+    input_squares = tl.zeros(rows.shape, ACC)
+    weight_squares = tl.zeros(ids.shape, ACC)
+    for start in range(0, input.D, BLOCK_D):
+        columns = start + tl.arange(0, BLOCK_D)
+        x = load_rows(input, rows, counted, columns, OPERAND)
+        w = load_rows(weight, ids, wanted, columns, OPERAND)
+        sums = add_product(sums, x, tl.trans(w), PRECISION)
+        if COSINE:
+            input_squares += tl.sum(x.to(ACC) * x.to(ACC), 1)
+            weight_squares += tl.sum(w.to(ACC) * w.to(ACC), 1)
     if COSINE:
-        factor, factor_low = two_parts(w_inverse)
-        return times_exactly(dots, low, factor[None, :], factor_low[None, :])
+        return sums, inverse_norm(input_squares), inverse_norm(weight_squares)
     else:
-        return dots, low
+        return in_range(sums, input), input_squares + 1.0, weight_squares + 1.0
 
 
 @triton.jit
-def logits_of(
-    dots, low, x_inverse, w_inverse, scale, unit, bias, ids, live, wrong, corrections,
-    COSINE: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """(R, J) logits in units, to nearest, and their low part; -inf of classes not live, NaN of wrong ones."""
-    offsets = tl.where(live, load_bias(bias, ids, live, WIDE) - corrections, 0.0)
-    if WIDE != ACC:
-        high, low = along_inputs(dots, low, w_inverse, COSINE)
-        factor, factor_low = two_parts((scale / unit) * x_inverse)
-        high, low = times_exactly(high, low, factor[:, None], factor_low[:, None])
-        offset, offset_low = two_parts(offsets / unit)
-        high, low = add_exactly(high, low + offset_low[None, :], offset[None, :])
-        # Of an infinite one nothing is left over: on the way to it the low part has become NaN.
-        nearest = tl.where(tl.abs(high) < float("inf"), high + low, high)
-        nearest = tl.where(live[None, :], nearest, tl.where(wrong, float("nan"), float("-inf"))[None, :])
-        return nearest, tl.where(tl.abs(nearest) < float("inf"), low - (nearest - high), 0.0)
-    else:
-        # Two operations for each logit: all else is done for each row or class.
-        offsets = tl.where(live, offsets / unit, tl.where(wrong, float("nan"), float("-inf")))
-        factors = (scale / unit) * x_inverse
-        return (dots * w_inverse[None, :]) * factors[:, None] + offsets[None, :], low
-
-
-@triton.jit
-def unit_of_low_parts(largest, unit):
-    """`unit`; 0 in rows with logits past 2^24, whose low parts could pass the range of exp: left out."""
-    return tl.where(tl.abs(largest * unit) < 16777216.0, unit, 0.0)
-
-
-@triton.jit
-def exponentials(high, low, EXACTLY: tl.constexpr):
-    """exp(high + low) with EXACTLY, else exp(high)"""
-    if EXACTLY:
-        exponents = high + low
-        found = tl.exp(exponents)  # short of what the sum has lost; -inf has nothing to lose
-        return tl.where(found == 0.0, 0.0, found + found * (low - (exponents - high)))
-    else:
-        return tl.exp(high)
+def logits_of(dots, x_inverse, w_inverse, scale, unit, bias, ids, live, wrong, corrections):
+    """(R, J) logits in units; -inf of classes not live, NaN of wrong ones."""
+    # Two operations for each logit: all else is done for each row or class.
+    offsets = (load_bias(bias, ids, live, dots.dtype) - corrections) / unit
+    offsets = tl.where(live, offsets, tl.where(wrong, float("nan"), float("-inf")))
+    return (dots * w_inverse[None, :]) * ((scale / unit) * x_inverse)[:, None] + offsets[None, :]
 
 
 @triton.jit

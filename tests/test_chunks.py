@@ -42,7 +42,7 @@ def test_small_problems_are_those_of_clients(B, S, D, small):
     assert is_small(B, S, D) == small
     chosen = configure(NVIDIA, B, S, D, BF16, BF16, 2**20)
     assert isinstance(chosen, Chunks) != small
-    assert not small or chosen.tiling.tiles.rows >= B, "all rows in one tile"
+    assert not small or chosen.blocks.rows >= B, "all rows in one tile"
 
 
 @pytest.mark.parametrize(

@@ -74,14 +74,15 @@ DTYPES = [
     {"dtype": F64},
 ]
 SIZES = [{"B": 32}, {"B": 128}]  # for few rows, and for more
-# Of problems that are not small, in chunks. None is recorded as yet.
-CHUNKED: list[dict] = []
 # the branches of the kernels that neither size nor dtype takes
 BRANCHES = [
     {"S": None, "C": 1000, "similarity": "dot", "reduction": "none", "bias": False, "counts": False},
     {"learned": False, "sparse": True, "reduction": "sum"},
     {"transposed": True},
 ]
+# in chunks, for each dtype and each branch
+CHUNKED = [{"B": 256, "S": 3000, "D": 500 + 12 * (dtype == DTYPES[0])} | dtype for dtype in DTYPES]
+CHUNKED += [{"B": 256} | branch for branch in BRANCHES]
 # the device's own, by its maker
 TABLES = {name: configurations.AMD if name.startswith("gfx") else configurations.NVIDIA for name in DEVICES}
 

@@ -50,6 +50,7 @@ class Table:
 
     few: dict[int, Blocks]  # for up to so many rows
     many: dict[int, Blocks]  # for up to SMALL_BATCH
+    many_of_odd_length: bool  # whether registers hold them where rows are read an element at a time
     result_columns: int
     result_entries: int
     result_warps: int
@@ -65,6 +66,7 @@ NVIDIA = Table(
     # One stage: Hopper's matrix instructions run by themselves, and the compiler (Triton 3.6 to 3.9) lets the
     # next tiles be copied to where they still read, if threads read the tiles too, as for norms.
     many={2: Blocks(128, 16, 32, 8, 1), 4: Blocks(128, 16, 16, 8, 1), 8: Blocks(128, 16, 16, 8, 2)},
+    many_of_odd_length=True,
     result_columns=64,
     result_entries=64,
     result_warps=4,
@@ -79,9 +81,10 @@ NVIDIA = Table(
 AMD = Table(
     few={2: Blocks(32, 16, 32, 8, 2), 4: Blocks(32, 16, 16, 8, 1), 8: Blocks(16, 16, 16, 4, 1)},
     many={2: Blocks(128, 16, 32, 8, 1), 4: Blocks(128, 16, 16, 8, 1), 8: Blocks(128, 16, 16, 8, 1)},
+    many_of_odd_length=False,
     result_columns=64,
     result_entries=32,
-    result_warps=8,
+    result_warps=16,
     merge_warps=16,
     paired=4,
     all_registers={},
@@ -109,9 +112,8 @@ def configure(
     """
     if _override is not None:
         return _override(B, S, D)
-    if is_small(B, S, D):
-        return _small(table, B, S, D, operand.itemsize)
-    return chunks_of(B, S, D, rows.itemsize, problem_bytes)
+    small = _small(table, B, S, D, operand.itemsize) if is_small(B, S, D) else None
+    return small or chunks_of(B, S, D, rows.itemsize, problem_bytes)
 
 
 def is_small(B: int, S: int, D: int) -> bool:
@@ -128,10 +130,12 @@ def in_one_chunk(B: int, S: int, D: int, rows: torch.dtype, problem_bytes: int) 
 
 
 @functools.lru_cache(maxsize=4096)  # it is asked twice for each step of a client
-def _small(table: Table, B: int, S: int, D: int, operand_bytes: int) -> Configuration:
+def _small(table: Table, B: int, S: int, D: int, operand_bytes: int) -> Configuration | None:
     few = B <= table.few[operand_bytes].rows
     blocks = (table.few if few else table.many)[operand_bytes]
     if D % 16 != 0:  # rows are read an element at a time, with a pointer to each
+        if not (few or table.many_of_odd_length):
+            return None
         blocks = blocks._replace(columns=16)
     tiles = -(-S // blocks.classes)
     programs = PROGRAMS * 8 // blocks.warps

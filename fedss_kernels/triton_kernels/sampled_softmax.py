@@ -76,6 +76,8 @@ def _calls_for(p: Problem) -> SmallCalls | ChunkedCalls:
     way = configure(table_of(p.input.device), B, S, D, traits.operand, traits.rows, problem_bytes)
     if not isinstance(way, Configuration):
         return ChunkedCalls(p, way)
+    if p.input.stride(1) != 1 or p.weight.stride(1) != 1:  # rows are copied first, once
+        return ChunkedCalls(p, chunks_of(B, S, D, traits.rows.itemsize, problem_bytes))
     small = SmallCalls(p, way)
     if not tuning.wanted(p.input.device):
         return small

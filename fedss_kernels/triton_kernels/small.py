@@ -39,41 +39,23 @@ def sums_of(traits: Traits) -> torch.dtype:
 
 
 def kernels_of(traits: Traits, c: Configuration, table: Table) -> Kernels:
-    types: dict[str, Any] = {"OPERAND": TYPES[traits.operand], "ACC": TYPES[traits.accumulator]}
-    blocks = {"BLOCK_B": c.blocks.rows, "BLOCK_S": c.blocks.classes, "BLOCK_D": c.blocks.columns}
-    options = {"enable_fp_fusion": True, **table.all_registers}
-    products: dict[str, Any] = {"PRECISION": traits.precision, **types, **blocks, **table.products, **options}
-    products |= {"num_warps": c.blocks.warps, "num_stages": c.blocks.stages}
-    sums, per_row = TYPES[sums_of(traits)], traits.reduction == "none"
+    operand, accumulator, sums = (TYPES[t] for t in (traits.operand, traits.accumulator, sums_of(traits)))
+    rows, classes, columns, warps, stages = c.blocks
+    options: dict[str, Any] = {"COSINE": traits.cosine, "enable_fp_fusion": True, **table.all_registers}
+    products = options | table.products | {"num_warps": warps, "num_stages": stages}
+    products |= {"OPERAND": operand, "ACC": accumulator, "PRECISION": traits.precision}
+    products |= {"BLOCK_B": rows, "BLOCK_S": classes, "BLOCK_D": columns}
+    paired = max(32 * warps * table.paired // rows, 16)
+    merging = options | {"REDUCTION": traits.reduction, "ACC": accumulator, "num_warps": c.merge_warps}
+    merging |= {"BLOCK_B": c.merged_rows, "BLOCK_SPLITS": c.merged_splits}
+    per_row = {"PER_ROW": traits.reduction == "none"}
+    adding = options | {"OPERAND": operand, "ACC": sums, "num_warps": c.result_warps}
+    adding |= {"BLOCK_D": c.result_columns, "BLOCK_TILES": c.result_tiles, "BLOCK_ENTRIES": c.result_entries}
     return Kernels(
-        Variant(
-            forward.partial_terms,
-            COSINE=traits.cosine,
-            SUMS=sums,
-            BLOCK_PAIRED=max(32 * c.blocks.warps * table.paired // c.blocks.rows, 16),
-            **products,
-        ),
-        Variant(
-            forward.merge_splits,
-            **{"COSINE": traits.cosine, "ACC": types["ACC"], "REDUCTION": traits.reduction},
-            **{"BLOCK_B": c.merged_rows, "BLOCK_SPLITS": c.merged_splits},
-            num_warps=c.merge_warps,
-            **options,
-        ),
-        Variant(backward.small_tiles, COSINE=traits.cosine, PER_ROW=per_row, **products),
-        Variant(
-            backward.small_results,
-            **{
-                "COSINE": traits.cosine,
-                "PER_ROW": per_row,
-                **types,
-                "ACC": sums,
-                "BLOCK_D": c.result_columns,
-            },
-            **{"BLOCK_TILES": c.result_tiles, "BLOCK_ENTRIES": c.result_entries},
-            num_warps=c.result_warps,
-            **options,
-        ),
+        Variant(forward.partial_terms, SUMS=sums, BLOCK_PAIRED=paired, **products),
+        Variant(forward.merge_splits, **merging),
+        Variant(backward.small_tiles, **per_row, **products),
+        Variant(backward.small_results, **per_row, **adding),
     )
 
 

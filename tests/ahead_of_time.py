@@ -159,6 +159,7 @@ _TYPES = {
     torch.float32: "fp32",
     torch.float64: "fp64",
     torch.int32: "i32",
+    torch.int8: "i8",
     torch.int64: "i64",
 }
 

@@ -82,7 +82,7 @@ BRANCHES = [
 ]
 # in chunks, for each dtype and each branch
 CHUNKED = [{"B": 256, "S": 3000, "D": 500 + 12 * (dtype == DTYPES[0])} | dtype for dtype in DTYPES]
-CHUNKED += [{"B": 256} | branch for branch in BRANCHES]
+CHUNKED += [{"B": 256} | branch for branch in [*BRANCHES, {"S": None, "C": 1000}]]
 # the device's own, by its maker
 TABLES = {name: configurations.AMD if name.startswith("gfx") else configurations.NVIDIA for name in DEVICES}
 

@@ -43,9 +43,10 @@ def variants_of(traits: Traits, chunks: Chunks, D: int, narrow: bool, table: Tab
     at_once = max(ELEMENTS // columns, 1)
     over_rows = {"OPERAND": operand, "BLOCK": at_once, "BLOCK_D": columns}
     tile = {"NARROW": narrow, "BLOCK_B": chunks.block_rows, "BLOCK_S": chunks.block_classes}
+    tile |= {"num_warps": table.merge_warps}  # AMD's compiler holds a mask for each element of a thread
 
     def made(kernel: Any, **constants: Any) -> Variant:
-        return Variant(kernel, **constants, **options)
+        return Variant(kernel, **options | constants)
 
     k = chunk_kernels
     return ChunkVariants(

@@ -54,7 +54,7 @@ def chunks_of(B: int, S: int, D: int, operand_bytes: int, problem_bytes: int) ->
         rows = _even(B, MOST_ROWS)
         # beside logits and pulls a class has a row as products read it, and the float32 sums of its gradient
         classes = _even(S, max(elements // (rows + D), 1))
-    return Chunks(rows, max(classes, 1), block_rows=16, block_classes=256, block_columns=512)
+    return Chunks(rows, max(classes, 1), block_rows=16, block_classes=128, block_columns=512)
 
 
 def _elements(operand_bytes: int, problem_bytes: int) -> int:

@@ -17,8 +17,8 @@ from torch import nn
 from ..federated import Config
 from ..federated.clients.player import Player
 from ..federated.data import FederatedData
+from ..federated.fedavg_round import Simulation
 from ..federated.given_back import give_back
-from ..federated.simulation import Simulation
 from .peak_memory import CLEAR, resident_peak
 from .results import decimal, mebibytes
 

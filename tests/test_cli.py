@@ -27,7 +27,7 @@ from fedss_kernels.federated.files.run_folder import faults, make_folder
 from fedss_kernels.federated.models import MODELS, build_model
 from fedss_kernels.federated.plan import Plan
 from fedss_kernels.federated.reports import progress
-from fedss_kernels.federated.reports.places import cells as places
+from fedss_kernels.federated.reports.parts_in_words import cells as places
 from fedss_kernels.federated.server.inspection import explained
 
 

@@ -20,7 +20,7 @@ from fedss_kernels.federated.data.holdout import held_out
 from fedss_kernels.federated.files.run_folder import RoundMetrics
 from fedss_kernels.federated.measures import percent
 from fedss_kernels.federated.reports import progress, report
-from fedss_kernels.federated.reports.places import place
+from fedss_kernels.federated.reports.parts_in_words import place
 from fedss_kernels.federated.reports.report import (
     DARK,
     LIGHT,

@@ -12,7 +12,7 @@ from .fine_tuning import Tuning, check_measurable, personalise
 from .fine_tuning import measures as personal_measures
 from .measures import BY_TASK, Measures
 from .metrics import retrieval, top1
-from .server.homes import Homes
+from .server.kept_by_clients import Homes
 from .server.row_table import RowTable
 from .workers import Team
 

@@ -13,6 +13,7 @@ from ..config import (
     ConfigError,
 )
 from ..disk import reason
+from ..fedavg_round import TooFewClients
 from ..files import checkpoint, record, run_folder
 from ..files.checkpoint import CheckpointError
 from ..files.run_folder import RUN_FILES, RoundMetrics, check_folder, faults, read_config
@@ -20,10 +21,9 @@ from ..interrupts import Interrupted, noticed
 from ..ledger import OUTCOMES
 from ..lock import InUse
 from ..plan import FILE, LISTS, Plan, read_preset
-from ..rounds import Result, Stopped, run
+from ..run_loop import Result, Stopped, run
 from ..server.class_store import check_free
 from ..server.inspection import explained
-from ..simulation import TooFewClients
 from ..workers import WorkerLost, help_out, launched
 from .command import Command
 from .options import (

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ..config_error import ConfigError
+from .apportion import apportion
 from .array_file import map_images, mapped_from
 from .handed_over import integer, integers, listed, tensor
-from .shares import apportion
 
 TASKS = ("classification", "retrieval")
 PARTITIONS = ("natural", "classes", "dirichlet", "iid")

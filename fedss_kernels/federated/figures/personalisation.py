@@ -12,7 +12,7 @@ import numpy as np
 from ...plotting import plotting
 from ..fine_tuning import Personal, Tuning
 from ..reports.mean_sd import mean_sd
-from ..reports.places import PERSONALISED
+from ..reports.parts_in_words import PERSONALISED
 from ..reports.report import write_section
 from ..reports.styles import styles
 from ..reports.tables import write_csv

@@ -20,8 +20,8 @@ from ..files.run_folder import RoundMetrics, Summary
 from ..ledger import OUTCOMES, WIRE_DTYPES
 from ..measures import MEASURES, Measure, percent
 from ..plan import Case, case_of
-from .places import HEADER, PERSONALISED, in_a_round, matrix, place
-from .places import cells as places
+from .parts_in_words import HEADER, PERSONALISED, in_a_round, matrix, place
+from .parts_in_words import cells as places
 from .remarks import remarks
 from .styles import style
 from .tables import markdown

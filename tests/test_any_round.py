@@ -10,9 +10,9 @@ import torch
 from rich.console import Console
 from tiny_federation import tiny_config, tiny_data, tiny_model
 
-from fedss_kernels.federated import Stopped, measures, rounds, run
-from fedss_kernels.federated.algorithm import Played, Trained
+from fedss_kernels.federated import Stopped, measures, run, run_loop
 from fedss_kernels.federated.algorithms import METHODS
+from fedss_kernels.federated.any_round import Played, Trained
 from fedss_kernels.federated.comparisons import jobs
 from fedss_kernels.federated.comparisons.compare import cells, compare, header
 from fedss_kernels.federated.files.run_folder import Facts, read_run
@@ -78,7 +78,7 @@ def made_up(monkeypatch):
     monkeypatch.setitem(KINDS, "latents", latents)
     method = replace(METHODS["pos_only"], name="split", label="Split", summary="In two parts.")
     monkeypatch.setitem(METHODS, "split", method)
-    monkeypatch.setitem(rounds.OTHERS, "split", Split)
+    monkeypatch.setitem(run_loop.OTHERS, "split", Split)
 
 
 def train(**options):

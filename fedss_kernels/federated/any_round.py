@@ -13,7 +13,7 @@ from .files.run_folder import Facts, RunFolder
 from .ledger import Entry
 from .messages import Update
 from .server.class_store import ClassStore
-from .server.homes import Homes
+from .server.kept_by_clients import Homes
 from .server.row_table import RowTable
 from .stopwatch import Stopwatch
 

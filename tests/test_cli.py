@@ -20,10 +20,12 @@ from rich.console import Console
 from fedss_kernels import federated
 from fedss_kernels.federated import Config, algorithms, cli
 from fedss_kernels.federated.cli.options import GROUPS, flag
+from fedss_kernels.federated.cli.output import show_tuned
 from fedss_kernels.federated.comparisons.compare import Comparison
 from fedss_kernels.federated.config import OWN, PRESETS
 from fedss_kernels.federated.data import DATASETS
 from fedss_kernels.federated.files.run_folder import faults, make_folder
+from fedss_kernels.federated.fine_tuning import FineTuner
 from fedss_kernels.federated.models import MODELS, build_model
 from fedss_kernels.federated.plan import Plan
 from fedss_kernels.federated.reports import progress
@@ -138,6 +140,22 @@ def own_cache(tmp_path_factory, monkeypatch):
             ["compare", "--method", "fedss"],
             "fedss compare: no such option --method (did you mean --methods?)",
         ),
+        (
+            ["run", "--roundz=3", "--cohort", "two", "--quiet", "1", "more", "--scale="],
+            "fedss run: --cohort: expected an integer of at least 1, got 'two'; --scale: expected a finite "
+            "number greater than 0, got ''; no such option --roundz (did you mean --rounds?); no such option "
+            "--quiet; unexpected argument 'more'",
+        ),
+        (
+            ["compare", "--resume", "runs/a", "--rounds", "7", "--seeds=1"],
+            "fedss compare: --rounds: a comparison is resumed with the options it began with; --seeds: a "
+            "comparison is resumed with the options it began with",
+        ),
+        (
+            ["run", "--method=fedss", "--spreadout-rows=3", "--head-epochs=2"],
+            "fedss run: --spreadout-rows is for fedaws, not for fedss; --head-epochs is for fedrep, not for "
+            "fedss",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(argv, line, capsys):
@@ -245,6 +263,13 @@ def test_an_option_that_no_method_of_the_run_reads_is_refused(tmp_path, capsys):
     line = fails(capsys, "compare", *SMALL, "--methods=fedss,pos_only", "--spreadout-rows=3")
     assert line == "fedss compare: --spreadout-rows is for fedaws, not for fedss, pos_only"
     assert not (tmp_path / "a").exists()
+
+
+def test_options_of_other_data_than_the_runs_are_refused_together(tmp_path, capsys):
+    Config().save(tmp_path / "config.json")
+    line = fails(capsys, "noise", f"--run={tmp_path}", "--task=retrieval", "--data=sop")
+    why = "the model of --run is measured on its own data"
+    assert line == f"fedss noise: --data: {why}; --task: {why}"
 
 
 def test_a_comparisons_help_says_how_a_rate_is_chosen(capsys):
@@ -647,7 +672,7 @@ def test_so_it_does_for_a_net_and_a_class_store(tmp_path, capsys, monkeypatch):
     places = ["--resume=../out", "--rounds=2", "--init-checkpoint=../net.pt", "--class-store=../store"]
     for command in (["run", "--resume=../out", "--rounds=2"], ["compare", "--resume=../compared"]):
         line = fails(capsys, *command)
-        assert line == f"fedss {command[0]}: {no_net}"
+        assert line == f"fedss {command[0]}: {no_net}; {no_store}"
         command.append("--init-checkpoint=../net.pt")
         assert fails(capsys, *command) == f"fedss {command[0]}: {no_store}"
     assert cli.main(["run", *places]) == 0
@@ -708,3 +733,79 @@ def test_a_run_on_image_files_some_damaged(tmp_path, capsys, monkeypatch):
     assert left_out in json.loads((tmp_path / "out" / "summary.json").read_text())["notes"]
     assert f"Of the data: {left_out}" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["skip_damaged"] is True
+
+
+def test_a_comparison_says_which_of_its_methods_have_no_class_store(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        "fedss_kernels.federated.comparisons.compare.compare",
+        lambda plan, out, **options: Comparison([], [], [], out),
+    )
+    argv = ["compare", *SMALL, f"--class-store={tmp_path / 'rows'}", f"--out={tmp_path / 'out'}"]
+    assert cli.main([*argv, "--methods=fedss,fedbabu"]) == 0
+    line = "class_store is not for fedbabu, whose class rows are drawn where they are needed"
+    assert line in capsys.readouterr().out.splitlines()
+    assert cli.main([*argv, "--methods=fedss"]) == 0
+    assert "class_store" not in capsys.readouterr().out
+
+
+# ---- while clients fine-tune
+
+
+TUNED = [*SMALL, "--partition=classes", "--num-clients=3", "--classes-per-client=4", "--rounds=2"]
+
+
+@pytest.fixture
+def slow_tuning(monkeypatch):
+    """Every client takes 15 seconds, by the clock that lines are said by."""
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    measure = FineTuner.measure
+
+    def slowly(tuner, client):
+        now[0] += 15.0
+        return measure(tuner, client)
+
+    monkeypatch.setattr(FineTuner, "measure", slowly)
+
+
+def test_how_many_clients_have_fine_tuned_after_the_last_round(tmp_path, capsys, slow_tuning):
+    assert cli.main(["run", *TUNED, "--personalise-epochs=1", f"--out={tmp_path / 'out'}"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("fedss:")]
+    assert lines[0] == "fedss: fine-tuning clients: 2 of 3"
+    assert lines[1].startswith("fedss: round 2/2, loss ") and len(lines) == 2
+
+
+def test_a_quick_fine_tuning_has_no_line_of_its_own(tmp_path, capsys):
+    assert cli.main(["run", *TUNED, "--personalise-epochs=1", f"--out={tmp_path / 'out'}"]) == 0
+    assert "fine-tuning clients" not in capsys.readouterr().out
+    assert cli.main(["personalise", str(tmp_path / "out"), f"--out={tmp_path / 'more'}"]) == 0
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_bar_of_a_run_says_how_many_clients_have_fine_tuned():
+    out = io.StringIO()
+    with progress.RunProgress(["fedss"], 4, Console(file=out, force_terminal=True, width=120)) as bars:
+        show_tuned(bars, 0, 2, 3)
+        bars.bars.refresh()
+    assert "fine-tuning clients: 2 of 3" in out.getvalue()
+
+
+def test_how_many_clients_have_fine_tuned_each_run_of_personalise(tmp_path, capsys, slow_tuning):
+    trained = tmp_path / "out"
+    assert cli.main(["run", *TUNED, f"--out={trained}"]) == 0
+    capsys.readouterr()
+    assert cli.main(["personalise", str(trained), "--rate=0.1,0.2", f"--out={tmp_path / 'more'}"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    of = [f"{trained}, rate {rate}" for rate in (0.1, 0.2)]
+    assert [line for line in lines if "fine-tun" in line] == [
+        f"fedss personalise: {run}: fine-tuning clients: 2 of 3" for run in of
+    ]
+
+
+def test_how_many_clients_have_fine_tuned_in_a_comparison(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0)
+    argv = ["compare", *TUNED, "--personalise-epochs=1", "--methods=fedss,fedper", "--seeds=0", "--jobs=1"]
+    assert cli.main([*argv, f"--out={tmp_path / 'out'}"]) == 0
+    said = capsys.readouterr().out
+    for method in ("FedSS", "FedPer"):
+        assert f"{method}, seed 0: fine-tuning clients: 2 of 3" in said

@@ -106,6 +106,11 @@ def test_numpys_numbers_are_saved_as_pythons(tmp_path):
         (["fedss"], [1, 1], "seeds: expected at least one, each once, got 1, 1"),
         (["fedss"], [[1]], r"seeds: expected numbers, got \[1\]"),
         ([1], [0], "methods: expected some of .*, got 1"),
+        (
+            ["fedss", "fedsss", "none"],
+            [1, 1, 2],
+            "methods: .* got 'fedsss'.*; methods: .* got 'none'; seeds: .* once, got 1, 1, 2",
+        ),
     ],
 )
 def test_a_plan_that_cannot_be_is_refused(methods, seeds, message):
@@ -488,3 +493,19 @@ def test_class_stores_lie_as_the_runs_do_whatever_the_comparison_is_called_by(tm
         places = [trial.class_store for trial in trials]
         assert places == [Path(f"stores/a/rates/fedss-lr{rate}") for rate in ("0.1", "0.1000001")]
         assert run.class_store == Path("stores/a/fedss-seed0")
+
+
+def test_a_method_whose_class_rows_are_nowhere_has_no_class_store_beside_others_that_have(tmp_path):
+    config = Config(class_store=tmp_path / "stores")
+    plan = Plan(config, ["fedss", "fedbabu", "local_only"], [0], rates=[0.1])
+    for runs in (plan.trials(tmp_path / "rates"), plan.runs(tmp_path, {})):
+        assert [(run.method, run.class_store is None) for run in runs] == [
+            ("fedss", False),
+            ("fedbabu", True),
+            ("local_only", False),
+        ]
+    assert plan.storeless == ["fedbabu"] and Plan(Config(), ["fedbabu"], [0]).storeless == []
+    with pytest.raises(ConfigError, match="^class_store: expected none with fedbabu, whose class rows"):
+        Plan(config, ["fedbabu"], [0])
+    with pytest.raises(ConfigError, match="^methods: expected some of"):
+        Plan(config, ["fedbabi"], [0])

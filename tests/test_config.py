@@ -125,6 +125,12 @@ def test_all_that_cannot_be_is_said_at_once():
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
+def test_all_options_that_cannot_be_beside_others_are_said_at_once():
+    with pytest.raises(ConfigError) as caught:
+        Config(method="fedaws", similarity="dot", cohort=2, min_clients=3)
+    assert [option for option, _ in caught.value.mistakes] == ["min_clients", "similarity"]
+
+
 @pytest.mark.parametrize("rounds, warmup", [(1, 0), (10, 1), (199, 19), (200, 20), (250, 20), (800, 20)])
 def test_the_warm_up_is_by_default_at_most_a_tenth_of_the_rounds(rounds, warmup):
     assert Config(rounds=rounds).warmup_rounds == warmup
@@ -132,6 +138,14 @@ def test_the_warm_up_is_by_default_at_most_a_tenth_of_the_rounds(rounds, warmup)
     assert Config(data="sop", rounds=rounds).warmup_rounds == 0
     highest = max(learning_rate(Config(rounds=rounds), round) for round in range(rounds))
     assert highest == Config().client_lr
+
+
+@pytest.mark.parametrize("decay", ["constant", "linear", "cosine", "step"])
+@pytest.mark.parametrize("rounds", [1, 2, 3, 4, 5, 20])
+def test_the_first_round_is_at_the_full_rate_however_few_there_are(rounds, decay):
+    config = Config(rounds=rounds, lr_decay=decay, warmup_rounds=0, client_lr=0.2)
+    rates = [learning_rate(config, round) for round in range(rounds)]
+    assert rates[0] == 0.2 and rates == sorted(rates, reverse=True) and rates[-1] > 0
 
 
 def test_it_is_frozen():

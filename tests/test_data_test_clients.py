@@ -1,5 +1,7 @@
 """Clients' own test images: cut by class among its holders, and those of clients who are held out."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -197,3 +199,12 @@ def test_alone_the_held_out_clients_train_on_what_newcomers_would_be_tuned_on():
     assert torch.equal(alone.test_images, others.test_images) and alone.newcomers == ()
     assert set(alone.client_names).isdisjoint(others.client_names) and len(alone.client_names) == 3
     assert held_out(data, 0.6, seed=1).newcomers[0][0].tolist() == others.newcomers[0][0].tolist()
+
+
+@pytest.mark.parametrize("empty", [[], (), np.array([]), torch.tensor([]), torch.zeros(0, dtype=torch.bool)])
+def test_what_is_empty_is_of_any_type(empty):
+    data = replace(tiny_data(), test_clients=[[3], empty, [1], empty, [2]])
+    assert [rows.tolist() for rows in data.test_clients] == [[3], [], [1], [], [2]]
+    assert {rows.dtype for rows in data.test_clients} == {torch.int64}
+    with pytest.raises(ValueError, match=r"clients\[0\]: expected a non-empty \(n_k,\) tensor of int"):
+        replace(tiny_data(), clients=[empty] * 5)

@@ -322,3 +322,19 @@ def test_where_it_cannot_be_measured_the_run_is_refused():
         run(tiny_config(method="fedper"), data=held_out, model=tiny_model())
     result = run(tiny_config(method="fedper", personalise_epochs=2), data=held_out, model=tiny_model())
     assert result.summary.own_top1 is None and result.summary.personal_top1 in (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    "options", [{"method": "fedper"}, {"method": "local_only"}, {"personalise_epochs": 1}]
+)
+def test_a_run_that_is_judged_by_test_images_of_clients_that_have_none_is_refused(options):
+    data = dataclasses.replace(tiny_data(), test_clients=[[]] * 5)
+    words = "test_clients: expected test images of some of the 5 clients, got none"
+    with pytest.raises(ConfigError, match=words):
+        run(tiny_config(**options), data=data, model=tiny_model())
+    newcomers = dataclasses.replace(data, newcomers=[([0, 1], [2])])
+    if "method" in options:
+        with pytest.raises(ConfigError, match="personalise_epochs: expected at least 1 with .* holdout"):
+            run(tiny_config(**options), data=newcomers, model=tiny_model())
+    result = run(tiny_config(**options | {"personalise_epochs": 1}), data=newcomers, model=tiny_model())
+    assert result.summary.accuracy is not None

@@ -256,6 +256,14 @@ def test_newcomers_of_a_trial_are_measured_instead():
     assert kept == found, "what clients keep is no newcomer's"
 
 
+def test_how_many_have_fine_tuned_is_told_before_each():
+    told = []
+    personalise(
+        tiny_config(), data_of_clients(), model(), FEW, clients=3, on_tuned=lambda *of: told.append(of)
+    )
+    assert told == [(0, 3), (1, 3), (2, 3)]
+
+
 def test_some_clients_are_the_first():
     found = personalise(tiny_config(), data_of_clients(), model(), FEW, clients=2)
     assert found == personalise(tiny_config(), data_of_clients(), model(), FEW)[:2]
@@ -272,6 +280,15 @@ def nobodys():
     ("data", "message"),
     [
         (nobodys, "personalise: nobody knows which test images of tiny are whose: .*partition .*holdout"),
+        (nobodys, "whose: .*, or of data of one's own some in test_clients, got none$"),
+        (
+            lambda: replace(tiny_data(), test_clients=[[]] * 5),
+            r"personalise: test_clients: expected test images of some of the 5 clients, got none",
+        ),
+        (
+            lambda: replace(data_of_clients(), newcomers=[([0, 1], []), ([2], [])]),
+            r"personalise: newcomers: expected test images of some of the 2 newcomers, got none",
+        ),
         (lambda: data_of_clients("retrieval"), "personalise: expected a classification, got a retrieval"),
     ],
 )

@@ -62,6 +62,8 @@ def test_defaults_are_not_worth_a_word(name):
             "init_checkpoint a.pt has no effect: the net is",
         ),
         ({"data": "own", "holdout": 0.1}, "holdout 0.1 has no effect: the data are handed over"),
+        ({"rounds": 1, "lr_decay": "step"}, "lr_decay step has no effect: the only round after the warm-up"),
+        ({"rounds": 3, "warmup_rounds": 2, "lr_decay": "linear"}, "lr_decay linear has no effect: the only"),
         (
             {"rounds": 10, "warmup_rounds": 20},
             "warmup_rounds 20 is more than the 10 rounds: the clients' rate comes to 0.025, not to",

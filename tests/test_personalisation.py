@@ -262,8 +262,12 @@ def test_a_model_is_not_measured_on_data_that_changed_since(folder, capsys):
         "model": "conv4_rgb",
     }
     options |= {"num_clients": 2, "classes_per_client": 2, "cache_dir": folder / "made"}
-    trained = train(folder, "run", **options)
-    commands = (["personalise", trained], ["confusion", trained], ["noise", f"--run={trained}", "--counts=1"])
+    trained, other = (train(folder, name, method=name, **options) for name in ("fedss", "pos_only"))
+    commands = (
+        ["personalise", trained, other],
+        ["confusion", trained, other],
+        ["noise", f"--run={trained}", "--counts=1"],
+    )
     for command in commands:
         assert cli.main([*command, f"--out={folder / 'out'}"]) == 0
     (images / "a").rename(images / "d")
@@ -271,9 +275,9 @@ def test_a_model_is_not_measured_on_data_that_changed_since(folder, capsys):
     capsys.readouterr()
     for command in commands:
         assert cli.main([*command, f"--out={folder / 'out'}"]) == 2
-        assert (
-            f"the data are not those that {trained} was trained on: the training" in capsys.readouterr().err
-        )
+        err = capsys.readouterr().err
+        for each in {trained, other}.intersection(command) or {trained}:
+            assert f"the data are not those that {each} was trained on: the training" in err
 
 
 def test_a_method_of_two_settings_is_two_methods(folder):
@@ -313,3 +317,61 @@ def test_runs_without_clients_test_images_are_refused(folder, capsys):
     assert not (folder / "out").exists()
     assert cli.main(["personalise", trial, "--epochs=1", out]) == 0
     assert len(read_csv(folder / "out")) == 2  # of 6 writers a third were held out
+
+
+# ---- all mistakes at once
+
+
+def mistakes_of(capsys, *argv: str) -> list[str]:
+    """What one refusal tells, mistake by mistake."""
+    capsys.readouterr()
+    assert cli.main(["personalise", *argv]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1
+    return said.err.rstrip().removeprefix("fedss personalise: ").split("; ")
+
+
+def test_what_is_wrong_with_each_run_is_told_at_once(folder, capsys):
+    first, other = train(folder, "first"), train(folder, "other", data_seed=1, num_clients=3)
+    again, stopped = train(folder, "again"), train(folder, "stopped", seed=1)
+    (folder / "stopped/summary.json").unlink()
+    file = folder / "file"
+    file.touch()
+    told = mistakes_of(
+        capsys, first, str(folder / "a"), other, str(folder / "b"), again, stopped, f"--out={file}"
+    )
+    assert told == [
+        f"no run in {folder / 'a'}: no config.json, no checkpoint",
+        f"no run in {folder / 'b'}: no config.json, no checkpoint",
+        f"no finished run in {stopped}: no summary.json",
+        f"{other} is on other data than {first}: data_seed 1 and 0, num_clients 3 and 4: expected runs on "
+        "the same data, with one data_seed and partition",
+        f"{again} and {first} are of one method, settings and seed: expected each once",
+        f"the folder {file} cannot be written to: it is a file",
+    ]
+
+
+def test_numbers_that_cannot_be_are_told_at_once(capsys):
+    assert mistakes_of(capsys, "RUN", "--part=tail", "--epochs=1,-1", "--rate=0", "--clients=0") == [
+        "--part: expected one of head, body, full, got 'tail'",
+        "--epochs: expected integers of at least 0 with commas between, got '-1'",
+        "--rate: expected numbers greater than 0 with commas between, got '0'",
+        "--clients: expected an integer of at least 1, got '0'",
+    ]
+    assert mistakes_of(capsys, "--rate=0") == [
+        "--rate: expected numbers greater than 0 with commas between, got '0'",
+        "the following arguments are required: RUN",
+    ]
+
+
+def test_places_that_are_lost_are_told_of_each_run(folder, capsys, monkeypatch):
+    net = run(Config(**SMALL)).extractor
+    monkeypatch.chdir(folder)
+    runs = []
+    for seed, name in enumerate(("one", "two")):
+        torch.save(net.state_dict(), f"{name}.pt")
+        runs.append(train(folder, name, seed=seed, init_checkpoint=f"{name}.pt"))
+    (folder / "elsewhere").mkdir()
+    monkeypatch.chdir(folder / "elsewhere")
+    lost = "--init-checkpoint: no such file: {}.pt, relative to where the run began; start this there"
+    assert "; ".join(mistakes_of(capsys, *runs)) == "; ".join(lost.format(name) for name in ("one", "two"))

@@ -1,6 +1,6 @@
 """What the loop of rounds knows of an algorithm: whatever does this much can be run, recorded and resumed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, Self
@@ -16,6 +16,8 @@ from .server.class_store import ClassStore
 from .server.kept_by_clients import Homes
 from .server.row_table import RowTable
 from .stopwatch import Stopwatch
+
+OnTuned = Callable[[int, int], None]  # (clients that have fine-tuned, of so many), before each
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Algorithm(Protocol):
 
     watch: Stopwatch  # where its time goes
     not_finite_since: int | None  # the round that left numbers that are not finite; set when it is resumed
+    on_tuned: OnTuned  # to be called where an evaluation is of clients that train first; set before any round
 
     def __init__(self, config: Config, player: Player, workers: int, store: ClassStore | None): ...
 

@@ -11,7 +11,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from .algorithms import METHODS
-from .algorithms.parts import Part
 from .config_error import ConfigError, raise_together
 from .data import DATASETS, PARTITIONS, TASKS
 from .disk import write_whole
@@ -382,25 +381,22 @@ class Config:
         usual = PRESETS[self.data]["warmup_rounds"]
         if self.warmup_rounds is None and usual is not FITTED:
             object.__setattr__(self, "warmup_rounds", min(usual, self.rounds // 10))
+        raise_together(self._clashes())
+
+    def _clashes(self) -> Iterator[ConfigError]:
+        """Options that cannot be beside others."""
+        method = METHODS[self.method]
         if self.cohort is not None and self.min_clients > self.cohort:
-            raise ConfigError(
+            yield ConfigError(
                 "min_clients", f"expected at most {self.cohort}, the cohort, got {self.min_clients}"
             )
-        self._check_method()
-
-    def _check_method(self) -> None:
-        method = METHODS[self.method]
         if method.spreads and self.similarity != "cosine":
-            raise ConfigError(
+            yield ConfigError(
                 "similarity",
                 f"expected cosine with {self.method}, whose server turns rows apart, got {self.similarity!r}",
             )
-        if method.rows is Part.KNOWN and self.class_store is not None:
-            raise ConfigError(
-                "class_store",
-                f"expected none with {self.method}, whose class rows are drawn where they are needed, "
-                f"got {self.class_store}",
-            )
+        if not method.stores and self.class_store is not None:
+            yield no_store([self.method], self.class_store)
 
     @property
     def row_dim(self) -> int:
@@ -459,17 +455,27 @@ class Config:
         return cls.from_dict(read_options(path), path)
 
 
+def no_store(methods: Sequence[str], got: Path) -> ConfigError:
+    return ConfigError("class_store", f"expected none with {storeless(methods)}, got {got}")
+
+
+def storeless(methods: Sequence[str]) -> str:
+    """Of methods without a class store: why there is none."""
+    return f"{', '.join(methods)}, whose class rows are drawn where they are needed"
+
+
 def learning_rate(config: Config, round: int) -> float:
     """The clients' rate in a round, from 0: a linear rise to client_lr over warmup_rounds, then the decay.
 
     A linear or cosine decay would reach 0 in the round after the last. A decay by steps counts all rounds R,
-    those of the warm-up too: after that, 1/10 from round floor(R / 2) on, 1/100 from floor(3 R / 4).
+    those of the warm-up too: after that, 1/10 from round floor(R / 2) on, 1/100 from floor(3 R / 4), neither
+    in the first round, 0.
     """
     warmup = config.warmup_rounds
     if round < warmup:
         return config.client_lr * (round + 1) / warmup
     done = (round - warmup) / max(1, config.rounds - warmup)
-    steps = (round >= config.rounds // 2) + (round >= 3 * config.rounds // 4)
+    steps = sum(round >= max(1, quarters * config.rounds // 4) for quarters in (2, 3))
     decay = {
         "constant": 1.0,
         "linear": 1 - done,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .algorithms import METHODS
+from .any_round import OnTuned
 from .config import Config, ConfigError
 from .data import FederatedData
 from .fine_tuning import Tuning, check_measurable, personalise
@@ -46,7 +47,7 @@ def check_measured(config: Config, data: FederatedData) -> None:
         check_measurable(data)
     except ValueError as error:
         raise ConfigError(option, str(error).removeprefix("personalise: ")) from None
-    if personal and not data.test_clients and not config.personalise_epochs:
+    if personal and not any(map(len, data.test_clients)) and not config.personalise_epochs:
         raise ConfigError(
             "personalise_epochs",
             f"expected at least 1 with {config.method} and a holdout, as those who are held out have no "
@@ -80,9 +81,9 @@ class Evaluation:
 
     def own(self, phi: Tensor, homes: Homes, *, finite: bool) -> dict[str, float | None]:
         """Of each client's own model on its own test images: their mean, all clients alike."""
-        if not (finite and self.data.test_clients):
-            return {}
         tested = [(k, rows) for k, rows in enumerate(self.data.test_clients) if len(rows)]
+        if not (finite and tested):
+            return {}
         at_home = self.team.player.parts.net_at_home
         shared = None if at_home else self.team.embed(phi)
         embedded, scores = list[Tensor](), list[float]()
@@ -101,14 +102,16 @@ class Evaluation:
         extractor.flat.copy_(phi)
         return extractor.embed(self.data.test_images[rows])
 
-    def personal(self, phi: Tensor, weight: RowTable, homes: Homes | None) -> dict[str, float | None]:
+    def personal(
+        self, phi: Tensor, weight: RowTable, homes: Homes | None, on_tuned: OnTuned
+    ) -> dict[str, float | None]:
         """Of each client's own test images, before and after it fine-tunes the model."""
         config, extractor = self.config, self.team.player.extractor
         tuning = Tuning(config.personalise_part, (config.personalise_epochs,), config.personalise_rate)
         extractor.flat.copy_(phi)
         model, own = (extractor.module, weight[:]), homes.model if homes else None
         with self.team.watch("evaluation"):
-            people = personalise(config, self.data, model, tuning, own=own)
+            people = personalise(config, self.data, model, tuning, own=own, on_tuned=on_tuned)
         found = personal_measures(people)
         lost = {"personal_not_finite": sum(person.not_finite for person in people)}
         return {**{name: found[there] for name, there in _PERSONAL.items()}, **lost}

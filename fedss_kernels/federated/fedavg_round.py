@@ -10,7 +10,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from .algorithms.parts import Part
-from .any_round import Played, TooFewClients, Trained
+from .any_round import OnTuned, Played, TooFewClients, Trained
 from .clients.player import Player
 from .config import Config, learning_rate
 from .evaluation import Evaluation, measures_of
@@ -44,6 +44,7 @@ class Simulation:
         data = player.data
         self.config, self.data, self.player, self.method = config, data, player, player.method
         self.not_finite_since: int | None = None  # the round whose step left numbers that are not finite
+        self.on_tuned: OnTuned = lambda done, total: None
         self.watch = Stopwatch()
         self.team = Team(player, workers, self.watch)
         self.server = Server(
@@ -192,7 +193,7 @@ class Simulation:
         else:
             found = self.evaluation.shared(phi, weight, finite=finite, last=last)
         if last and finite and self.config.personalise_epochs:
-            found |= self.evaluation.personal(phi, weight, self.homes)
+            found |= self.evaluation.personal(phi, weight, self.homes, self.on_tuned)
         return found
 
     def stored(self) -> dict[str, Tensor]:

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .any_round import OnTuned
 from .clients.extractor import as_embeddings
 from .clients.objectives import ClassRows
 from .clients.player import Player
@@ -95,14 +96,19 @@ def personalise(
     *,
     clients: int | None = None,  # of these the first; None: all
     own: Own | None = None,  # what clients keep of the model for themselves
+    on_tuned: OnTuned = lambda done, total: None,
 ) -> list[Personal]:
     """Of each client with test images, or of a trial's newcomers. Of `config` its seed, net, batches, scale.
 
     Raises ValueError where no client has test images of its own, or the model does not fit or is not finite.
     """
     tuner = FineTuner(config, data, model, tuning, own)
-    tested = [client for client, (_, test) in enumerate(tuner.people) if len(test)]
-    return [tuner.measure(client) for client in tested[:clients]]
+    tested = [client for client, (_, test) in enumerate(tuner.people) if len(test)][:clients]
+    found = list[Personal]()
+    for client in tested:
+        on_tuned(len(found), len(tested))
+        found.append(tuner.measure(client))
+    return found
 
 
 def measures(found: Sequence[Personal]) -> dict[str, float]:
@@ -123,11 +129,20 @@ def check_measurable(data: FederatedData) -> None:
     """Raises ValueError where no client has test images of its own."""
     if data.task != "classification":
         raise ValueError(f"personalise: expected a classification, got a {data.task}")
-    if not any(map(len, data.test_clients)) and not any(len(test) for _, test in data.newcomers):
+    name = "newcomers" if data.newcomers else "test_clients"
+    tested = [test for _, test in data.newcomers] or data.test_clients
+    if any(map(len, tested)):
+        return
+    if tested:
+        people = name.removeprefix("test_")
         raise ValueError(
-            f"personalise: nobody knows which test images of {data.name} are whose: in the natural partition "
-            "they are of other people. Expected another partition, or with a holdout clients who do not train"
+            f"personalise: {name}: expected test images of some of the {len(tested)} {people}, got none"
         )
+    raise ValueError(
+        f"personalise: nobody knows which test images of {data.name} are whose: in the natural partition "
+        "they are of other people. Expected another partition, or with a holdout clients who do not train, "
+        "or of data of one's own some in test_clients, got none"
+    )
 
 
 class FineTuner:

@@ -21,6 +21,11 @@ def _unless_method(names: Sequence[str]) -> Callable[[Config], bool]:
     return lambda config: config.method not in names
 
 
+def _decays_from_then(config: Config) -> bool:
+    """Whether the decay is counted from the first round after the warm-up."""
+    return config.lr_decay in ("linear", "cosine") or (config.lr_decay == "step" and config.rounds == 1)
+
+
 # (options, why they have no effect, when that is so)
 RULES: tuple[Rule, ...] = (
     *_of_other_methods(),
@@ -84,6 +89,11 @@ RULES: tuple[Rule, ...] = (
         lambda c: c.eval_every > c.rounds,
     ),
     (("lr_decay",), "the warm-up takes all rounds", lambda c: (c.warmup_rounds or 0) >= c.rounds),
+    (
+        ("lr_decay",),
+        "the only round after the warm-up is at client_lr",
+        lambda c: c.rounds - (c.warmup_rounds or 0) == 1 and _decays_from_then(c),
+    ),
 )
 
 

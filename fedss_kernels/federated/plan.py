@@ -1,7 +1,7 @@
 """What a comparison compares: methods, numbers of negatives and seeds; the rates that are tried."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 
 from .algorithms import METHODS
-from .config import Config, ConfigError, did_you_mean, read_options
+from .config import Config, ConfigError, did_you_mean, no_store, read_options
+from .config_error import raise_together
 from .disk import write_whole
 from .files.checkpoint import CheckpointError, differences
 
 HOLDOUT = 0.1  # of the training clients, for the choice of a rate
 FILE = "comparison.json"
 LISTS = ("methods", "seeds", "counts", "rates")
+NUMBERS: dict[str, type | tuple[type, ...]] = {"seeds": int, "counts": int, "rates": (int, float)}
 PRESETS = Path(__file__).with_name("presets")
 
 
@@ -39,37 +41,34 @@ class Case:
 
 @dataclass(frozen=True)
 class Plan:
-    """Raises ConfigError for names or numbers that cannot be."""
+    """Raises ConfigError for names or numbers that cannot be, or a class store that no method has."""
 
-    config: Config  # everything but method, seed and out
+    config: Config  # everything but method, seed and out; its class store is for methods that have one
     methods: Sequence[str]
     seeds: Sequence[int]
     counts: Sequence[int] = ()  # numbers of negatives; none: the configuration's
     rates: Sequence[float] = ()  # client_lr to choose from; none: the configuration's
 
     def __post_init__(self) -> None:
-        kinds: dict[str, type | tuple[type, ...]] = {"seeds": int, "counts": int, "rates": (int, float)}
-        for option, kind in kinds.items():
+        for option in NUMBERS:
             plain = [v.item() if isinstance(v, np.generic) else v for v in getattr(self, option)]
             object.__setattr__(self, option, plain)  # as they are saved
-            for value in plain:
-                if not isinstance(value, kind) or isinstance(value, bool):
-                    raise ConfigError(option, f"expected numbers, got {value!r}")
-        for name in self.methods:
-            if not isinstance(name, str) or name not in METHODS:
-                raise ConfigError(
-                    "methods",
-                    f"expected some of {', '.join(METHODS)}, got {name!r}"
-                    f"{did_you_mean(str(name), [*METHODS])}",
-                )
-        lists: dict[str, Sequence[Any]] = {"methods": self.methods, "seeds": self.seeds}
-        for name, values in (lists | {"counts": self.counts, "rates": self.rates}).items():
-            if (name in lists and not values) or len(set(values)) < len(values):
-                raise ConfigError(
-                    name, f"expected at least one, each once, got {', '.join(map(str, values)) or 'none'}"
-                )
+        raise_together(self._misfits())
+        store = self.config.class_store
+        if store and len(self.storeless) == len(self.methods):
+            raise no_store(self.methods, store)
+
+    def _misfits(self) -> Iterator[ConfigError]:
+        for option in LISTS:
+            values = getattr(self, option)
+            strange = [line for value in values if (line := _strange(option, value))]
+            yield from (ConfigError(option, line) for line in strange)
+            few = option in ("methods", "seeds") and not values
+            if few or (not strange and len(set(values)) < len(values)):
+                listed = ", ".join(map(str, values)) or "none"
+                yield ConfigError(option, f"expected at least one, each once, got {listed}")
         if self.config.workers > 1:
-            raise ConfigError(
+            yield ConfigError(
                 "workers", f"expected 1 in a comparison, which has jobs, got {self.config.workers}"
             )
 
@@ -77,6 +76,11 @@ class Plan:
     def several(self) -> bool:
         """Whether there are several numbers of negatives: then cases are named by theirs."""
         return len(self.counts) > 1
+
+    @property
+    def storeless(self) -> list[str]:
+        """The methods that have no class store, where others have one."""
+        return [name for name in self.methods if self.config.class_store and not METHODS[name].stores]
 
     @property
     def cases(self) -> list[Case]:
@@ -144,7 +148,7 @@ class Plan:
             method=case.method,
             seed=seed,
             out=out,
-            class_store=store and store / out.name,
+            class_store=store / out.name if store and METHODS[case.method].stores else None,
             **options,
         )
 
@@ -175,6 +179,16 @@ class Plan:
                 different.append(f"{name}: {before} there, {now} here")
         if different:
             raise CheckpointError(f"the comparison in {out} is another: {'; '.join(different)}")
+
+
+def _strange(option: str, value: Any) -> str:
+    """Why it cannot be in the list of this name; "" if it can."""
+    if option in NUMBERS:
+        plain = isinstance(value, NUMBERS[option]) and not isinstance(value, bool)
+        return "" if plain else f"expected numbers, got {value!r}"
+    if isinstance(value, str) and value in METHODS:
+        return ""
+    return f"expected some of {', '.join(METHODS)}, got {value!r}{did_you_mean(str(value), [*METHODS])}"
 
 
 def read_preset(name: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import idle_settings
-from .any_round import Algorithm, Played, TooFewClients
+from .any_round import Algorithm, OnTuned, Played, TooFewClients
 from .clients.player import Player, training_device
 from .config import OWN, Config, ConfigError, learning_rate
 from .data import FederatedData
@@ -74,6 +74,7 @@ def run(
     data: FederatedData | None = None,
     model: nn.Module | None = None,
     on_round: Callable[[RoundMetrics], None] | None = None,
+    on_tuned: OnTuned | None = None,
     resume: bool = False,
     stop: Callable[[], bool] | None = None,
 ) -> Result:
@@ -81,8 +82,9 @@ def run(
 
     `data` and `model` replace the ones that config names. `model` is any module from float32 images (B,
     channels, H, W) in [0, 1] to embeddings (B, D); a copy of it is trained, from its present parameters on.
-    `on_round` is called after every round. With `config.out` the results are written to that folder,
-    otherwise nothing is written. Equal arguments give equal bits on one machine.
+    `on_round` is called after every round, `on_tuned(done, total)` while clients fine-tune the model at the
+    end. With `config.out` the results are written to that folder, otherwise nothing is written. Equal
+    arguments give equal bits on one machine.
 
     With `resume` it goes on from the last checkpoint in `config.out`, written every
     `config.checkpoint_every` rounds, to the same bits as a run that never stopped (times excepted). A run
@@ -99,6 +101,7 @@ def run(
     if resume and config.out is None:
         raise ConfigError("out", "expected the folder of the run to resume, got none")
     config, data = _settled(config, data, model)
+    told, stop = on_round or _ignore, stop or (lambda: False)
     with _torch_settings(config.threads):
         player = Player(config, data, model, training_device(config))
         played_by = OTHERS.get(config.method, Simulation)
@@ -109,25 +112,21 @@ def run(
             store = _open_store(config, player.store_size, checkpoint)
             with started(config, data, model) as workers:
                 algorithm = played_by(config, player, workers, store)
+                algorithm.on_tuned = on_tuned or _ignore
                 if checkpoint:
                     algorithm.restore(checkpoint.tensors, checkpoint.round)
                     algorithm.not_finite_since = history[-1].not_finite_since
                 with algorithm.team:
-                    return _run(
-                        config,
-                        algorithm,
-                        facts,
-                        folder,
-                        store,
-                        history,
-                        on_round or (lambda metrics: None),
-                        stop or (lambda: False),
-                    )
+                    return _run(config, algorithm, facts, folder, store, history, told, stop)
         finally:
             if folder:
                 folder.close()
             if store:
                 store.release()
+
+
+def _ignore(*told: object) -> None:
+    pass
 
 
 def _settled(

@@ -37,6 +37,11 @@ class Method:
         return self.parts(1).rows
 
     @property
+    def stores(self) -> bool:
+        """Whether there are class rows for a class store to hold."""
+        return self.rows is not Part.KNOWN
+
+    @property
     def alone(self) -> bool:
         """Whether clients never meet, as their nets are their own too."""
         return self.parts(1).net_at_home

@@ -9,7 +9,7 @@ import argparse
 import importlib.util
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from .. import data
@@ -21,7 +21,7 @@ from ..workers import launched
 from .command import Command
 from .measure import CONFUSION, NOISE, PARAMETERS, PRIVACY
 from .methods import METHODS
-from .options import Mistake, Parser
+from .options import Mistake, Parser, refuse
 from .output import say_what_is_logged
 from .personalise import PERSONALISE
 from .report import REPORT
@@ -108,12 +108,18 @@ def _parse(name: str, command: Command, argv: Sequence[str]) -> argparse.Namespa
     parser.usage = " ".join([name, *places, "[OPTIONS]"])  # these are dozens
     arguments, unknown = parser.parse_known_args(argv)
     arguments.command = name.removeprefix("fedss ")
-    if unknown:
-        given = unknown[0].split("=")[0]
-        if not given.startswith("-"):
-            raise Mistake(f"unexpected argument {given!r}")
-        raise Mistake(f"no such option {given}{did_you_mean(given, list(parser._option_string_actions))}")
+    refuse([*parser.wrong, *_unknown(unknown, list(parser._option_string_actions))])
     return arguments
+
+
+def _unknown(arguments: Sequence[str], options: Sequence[str]) -> Iterator[str]:
+    """A line for each option that there is not, whose value goes with it, and each argument too many."""
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        given = argument.split("=")[0]
+        if given.startswith("-"):
+            yield f"no such option {given}{did_you_mean(given, options)}"
+        elif "=" in before or not before.startswith("-"):
+            yield f"unexpected argument {given!r}"
 
 
 def _command(argv: Sequence[str]) -> Command:

@@ -27,9 +27,11 @@ from .options import (
     config_of,
     flag,
     mistakes,
+    noted,
     one_of,
     read_counts,
     reader,
+    refuse,
     refuse_lost,
 )
 from .output import print_markdown, read_data
@@ -101,9 +103,11 @@ def _noise(arguments: argparse.Namespace) -> int:
 
     with mistakes():
         if arguments.run:
-            given = next((name for name in _OF_A_RUN if name in arguments), None)
-            if given:
-                raise Mistake(f"{flag(given)}: the model of --run is measured on its own data")
+            refuse(
+                f"{flag(name)}: the model of --run is measured on its own data"
+                for name in _OF_A_RUN
+                if name in arguments
+            )
         config = config_of(arguments, read_config(arguments.run)[0].to_dict() if arguments.run else {})
         if arguments.run:
             refuse_lost(arguments, config)
@@ -144,13 +148,13 @@ def _add_confusion_arguments(parser: argparse.ArgumentParser) -> None:
 def _confusion(arguments: argparse.Namespace) -> int:
     from ..figures import confusion
 
-    found = []
-    with mistakes():
-        for folder in arguments.runs:
+    found, wrong = [], list[str]()
+    for folder in arguments.runs:
+        with noted(wrong):
             config, _ = read_config(folder)
             refuse_lost(arguments, config, "start this there")
-            config, data = read_data(config, [])
             model, own = read_model(folder), read_kept(folder)
+            config, data = read_data(config, [])
             check_trained_on(folder, data)
             found.append(confusion.measure(config, data, model, arguments.client, own))
             if found[-1].held != found[0].held:
@@ -158,6 +162,8 @@ def _confusion(arguments: argparse.Namespace) -> int:
                     f"client {arguments.client} of {folder} holds other images than that of "
                     f"{arguments.runs[0]}: expected runs on the same data"
                 )
+    refuse(wrong)
+    with mistakes():
         make_folder(arguments.out)
     found = _told_apart(found, arguments.runs)
     for folder, each in zip(arguments.runs, found, strict=True):

@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,9 +25,33 @@ class Mistake(Exception):
     """What the user should put right, in one line."""
 
 
+def together(wrong: Iterable[str]) -> str:
+    """All that is wrong in one line, each mistake once."""
+    return "; ".join(dict.fromkeys(wrong))
+
+
+def refuse(wrong: Iterable[str]) -> None:
+    """Raises one Mistake for all of these; nothing where there are none."""
+    if line := together(wrong):
+        raise Mistake(line)
+
+
 class Parser(argparse.ArgumentParser):
+    """Values that cannot be are `wrong`, a line each, for all to be told at once; their options have none."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        self.wrong = list[str]()
+
     def error(self, message: str) -> NoReturn:
-        raise Mistake(message.removeprefix("argument "))
+        raise Mistake(together([*self.wrong, message.removeprefix("argument ")]))
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        try:
+            return super()._get_value(action, arg_string)
+        except argparse.ArgumentError as error:
+            self.wrong.append(str(error).removeprefix("argument "))
+            return None
 
 
 def add_config_file(parser: argparse.ArgumentParser) -> None:
@@ -196,20 +220,21 @@ def refuse_lost(
     again: how to go on, if not by giving it again. store: where its class store is, if it is read.
     """
     found = {"data_dir": config.data_dir, "init_checkpoint": config.init_checkpoint, "class_store": store}
-    for name, place in found.items():
-        if place and name not in arguments and not place.is_absolute() and not place.exists():
-            raise Mistake(
-                f"{flag(name)}: no such {PLACES[name]}: {place}, relative to where the run began; "
-                f"{again or f'give {flag(name)} again'}"
-            )
+    refuse(
+        f"{flag(name)}: no such {PLACES[name]}: {place}, relative to where the run began; "
+        f"{again or f'give {flag(name)} again'}"
+        for name, place in found.items()
+        if place and name not in arguments and not place.is_absolute() and not place.exists()
+    )
 
 
 def refuse_unread(arguments: argparse.Namespace, methods: Sequence[str]) -> None:
-    """Raises Mistake for an option on the command line that none of these methods reads, and others do."""
-    for name in vars(arguments):
-        reading = readers(name)
-        if reading and not set(reading) & set(methods):
-            raise Mistake(f"{flag(name)} is for {readers_in_words(name)}, not for {', '.join(methods)}")
+    """Raises Mistake for options on the command line that none of these methods reads, and others do."""
+    refuse(
+        f"{flag(name)} is for {readers_in_words(name)}, not for {', '.join(methods)}"
+        for name in vars(arguments)
+        if readers(name) and not set(readers(name)) & set(methods)
+    )
 
 
 @contextlib.contextmanager
@@ -222,3 +247,13 @@ def mistakes() -> Iterator[None]:
     except (ValueError, OSError) as error:
         words = reason(error) if isinstance(error, OSError) else str(error)
         raise Mistake(" ".join(words.split())) from None
+
+
+@contextlib.contextmanager
+def noted(wrong: list[str]) -> Iterator[None]:
+    """As `mistakes`, around one look of several: what is wrong there is kept, for `refuse` after the last."""
+    try:
+        with mistakes():
+            yield
+    except Mistake as mistake:
+        wrong.append(str(mistake))

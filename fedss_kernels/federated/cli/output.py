@@ -3,8 +3,10 @@
 import dataclasses
 import logging
 import sys
+import time
 from collections.abc import Callable, Container, Mapping, Sequence
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from .. import data as of_data
 from ..config import Config
@@ -12,6 +14,9 @@ from ..data import FederatedData, Found
 from ..idle_settings import idle, short_warmup
 from ..loading import check_data, choices, fitted, load_data, trivial
 from ..reports.tables import fitting, read_markdown
+
+if TYPE_CHECKING:
+    from ..reports.progress import RunProgress
 
 PIPED = 160  # columns of a table in a file or a log
 
@@ -60,6 +65,18 @@ def _unsaid(found: Found, said: Sequence[str]) -> Found:
     lines = [line for handler in handlers if isinstance(handler, _Lines) for line in handler.said]
     notes = [n for n in found.notes if n not in said and not any(line.endswith(n) for line in lines)]
     return dataclasses.replace(found, notes=tuple(notes))
+
+
+def show_tuned(progress: "RunProgress", job: int, done: int, total: int) -> None:
+    """How many clients of a job have fine-tuned its model: in its bar, or as rounds in a line at times."""
+    from ..reports.progress import QUIET_SECONDS
+
+    words, now = f"fine-tuning clients: {done:,} of {total:,}", time.monotonic()
+    progress.bars.update(progress.tasks[job], accuracy=words)
+    if progress.console.is_terminal or now - progress.said.setdefault(job, now) < QUIET_SECONDS:
+        return
+    progress.said[job] = now
+    print(f"{progress.names[job]}: {words}", file=progress.console.file, flush=True)
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], least: Sequence[str] = ()) -> None:

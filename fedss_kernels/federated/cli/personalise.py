@@ -2,9 +2,10 @@
 
 import argparse
 import dataclasses
+import functools
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,10 +23,12 @@ from .options import (
     GROUPS,
     Mistake,
     mistakes,
+    noted,
     one_of,
     read_numbers,
     read_rates,
     reader,
+    refuse,
     refuse_lost,
 )
 from .output import read_data
@@ -82,21 +85,20 @@ def _add_personalise_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _personalise(arguments: argparse.Namespace) -> int:
     from ..figures import personalisation
-    from ..fine_tuning import EPOCHS, RATE, Tuning, check_measurable
+    from ..fine_tuning import EPOCHS, RATE, Tuning
 
+    epochs, tunings = tuple(EPOCHS if arguments.epochs is None else arguments.epochs), list[Tuning]()
+    wrong = list[str]()
+    for rate in arguments.rate or [RATE]:
+        with noted(wrong):
+            tunings.append(Tuning(arguments.part, epochs, rate, arguments.rows))
+    configs, titles = _read(arguments, wrong)
+    if arguments.out.exists():  # else it would be made
+        with noted(wrong):
+            make_folder(arguments.out)
+    refuse(wrong)
+    data = _data_of(configs)
     with mistakes():
-        configs = {folder: read_config(folder)[0] for folder in _runs(arguments.runs)}
-        first = next(iter(configs.values()))
-        _check_same_data(configs)
-        titles = _titles(configs)
-        refuse_lost(arguments, first, "start this there")
-        _, data = read_data(first, [])
-        check_measurable(data)
-        for folder in configs:  # before the first takes its time
-            read_model(folder)
-            check_trained_on(folder, data)
-        epochs = tuple(EPOCHS if arguments.epochs is None else arguments.epochs)
-        tunings = [Tuning(arguments.part, epochs, rate, arguments.rows) for rate in arguments.rate or [RATE]]
         make_folder(arguments.out)
     found = []
     for folder, config in configs.items():
@@ -113,6 +115,37 @@ def _personalise(arguments: argparse.Namespace) -> int:
     )
 
 
+def _read(arguments: argparse.Namespace, wrong: list[str]) -> tuple[dict[Path, Config], dict[Path, str]]:
+    """(the configurations of the runs, their titles); what is wrong with any of them goes to `wrong`."""
+    configs = dict[Path, Config]()
+    for folder in _runs(arguments.runs, wrong):
+        with noted(wrong):
+            configs[folder] = read_config(folder)[0]
+            read_model(folder)  # before the data are read, and the first takes its time
+    titles, twice = _titles(configs)
+    wrong += [*_on_other_data(configs), *twice]
+    for config in configs.values():
+        with noted(wrong):
+            refuse_lost(arguments, config, "start this there")
+    return configs, titles
+
+
+def _data_of(configs: dict[Path, Config]) -> FederatedData:
+    """What these runs are measured on. Raises Mistake where they cannot be, or are of other data."""
+    from ..fine_tuning import check_measurable
+
+    wrong = list[str]()
+    with mistakes():
+        _, data = read_data(next(iter(configs.values())), [])
+    with noted(wrong):
+        check_measurable(data)
+    for folder in configs:
+        with noted(wrong):
+            check_trained_on(folder, data)
+    refuse(wrong)
+    return data
+
+
 def _measured(
     arguments: argparse.Namespace,
     folder: Path,
@@ -121,72 +154,84 @@ def _measured(
     tuning: "Tuning",
     title: str,
 ) -> "Measured":
+    from rich.console import Console
+
     from ..figures.personalisation import Measured
     from ..fine_tuning import personalise
+    from ..reports.progress import ReadingProgress
 
     torch.set_num_threads(config.threads)
-    begun = time.perf_counter()
-    with mistakes():
+    begun, name = time.perf_counter(), f"fedss personalise: {folder}, rate {tuning.rate:g}"
+    with mistakes(), ReadingProgress(Console(stderr=True)) as progress:
+        what = f"{name}: fine-tuning clients"
+        progress.said[what] = time.monotonic()  # as of rounds the first line comes after a while
         people = personalise(
-            config, data, read_model(folder), tuning, clients=arguments.clients, own=read_kept(folder)
+            config,
+            data,
+            read_model(folder),
+            tuning,
+            clients=arguments.clients,
+            own=read_kept(folder),
+            on_tuned=functools.partial(progress, what),
         )
-    spent = f"{len(people):,} clients in {time.perf_counter() - begun:.0f} s"
-    print(f"fedss personalise: {folder}, rate {tuning.rate:g}: {spent}", file=sys.stderr)
+    print(f"{name}: {len(people):,} clients in {time.perf_counter() - begun:.0f} s", file=sys.stderr)
     return Measured(str(folder), title, config.seed, tuning, people, config.method)
 
 
-def _runs(folders: Sequence[Path]) -> list[Path]:
-    """Those of comparisons one by one. Raises Mistake for a comparison of which none is finished."""
-    found = []
+def _runs(folders: Sequence[Path], wrong: list[str]) -> list[Path]:
+    """Those of comparisons one by one; a comparison of which none is finished is wrong."""
+    found = list[Path]()
     for folder in folders:
         if not (folder / FILE).exists():
             found.append(folder)
             continue
-        runs = [config.out for config in Plan.read(folder).runs(folder, {}) if config.out]
-        done = [run for run in runs if (run / "summary.json").exists()]
-        if not done:
-            raise Mistake(f"no run of the comparison in {folder} is finished")
-        for run in runs:
-            if run not in done:
-                print(f"fedss personalise: {run} is left out: it is not finished", file=sys.stderr)
-        found += done
+        with noted(wrong):
+            runs = [config.out for config in Plan.read(folder).runs(folder, {}) if config.out]
+            done = [run for run in runs if (run / "summary.json").exists()]
+            if not done:
+                raise Mistake(f"no run of the comparison in {folder} is finished")
+            for run in runs:
+                if run not in done:
+                    print(f"fedss personalise: {run} is left out: it is not finished", file=sys.stderr)
+            found += done
     return found
 
 
-def _check_same_data(configs: dict[Path, Config]) -> None:
-    """Raises Mistake for a run on other data, or on the same among other clients, than the first."""
+def _on_other_data(configs: dict[Path, Config]) -> Iterator[str]:
+    """A line for each run on other data, or on the same among other clients, than the first."""
     fields = [field.name for field in dataclasses.fields(Config)]
     begin, end = (fields.index(GROUPS[title]) for title in ("the data", "the method"))
-    (first, expected), *others = configs.items()
-    for folder, config in others:
-        for name in fields[begin:end]:
-            value, there = getattr(config, name), getattr(expected, name)
-            if name != "cache_dir" and value != there:
-                raise Mistake(
-                    f"{folder} is on other data than {first}: {name} {value} and {there}: expected runs on "
-                    "the same data, with one data_seed and partition"
-                )
+    names = [name for name in fields[begin:end] if name != "cache_dir"]
+    first, expected = next(iter(configs.items()), (None, None))
+    for folder, config in configs.items():
+        pairs = [(name, getattr(config, name), getattr(expected, name)) for name in names]
+        words = ", ".join(f"{name} {value} and {there}" for name, value, there in pairs if value != there)
+        if words:
+            yield (
+                f"{folder} is on other data than {first}: {words}: expected runs on the same data, with one "
+                "data_seed and partition"
+            )
 
 
-def _titles(configs: dict[Path, Config]) -> dict[Path, str]:
-    """Of each run its method, with the options in which others of the method have other values.
+def _titles(configs: dict[Path, Config]) -> tuple[dict[Path, str], list[str]]:
+    """(titles, a line for each run that differs in nothing from another).
 
-    Raises Mistake for two runs that differ in nothing.
+    A title is a run's method, with the options in which others of the method have other values.
     """
     settings = {
         folder: {n: v for n, v in config.to_dict().items() if n not in _OF_NO_METHOD}
         for folder, config in configs.items()
     }
-    titles, seen = dict[Path, str](), dict[tuple[str, int], Path]()
+    titles, seen, twice = dict[Path, str](), dict[tuple[str, int], Path](), list[str]()
     for folder, mine in settings.items():
         same = [each for each in settings.values() if each["method"] == mine["method"]]
         varied = [name for name in mine if any(each.get(name) != mine[name] for each in same)]
         title = ", ".join([METHODS[mine["method"]].label, *(f"{name} {mine[name]}" for name in varied)])
         other = seen.setdefault((title, configs[folder].seed), folder)
         if other != folder:
-            raise Mistake(f"{folder} and {other} are of one method, settings and seed: expected each once")
+            twice.append(f"{folder} and {other} are of one method, settings and seed: expected each once")
         titles[folder] = title
-    return titles
+    return titles, twice
 
 
 PERSONALISE = Command(

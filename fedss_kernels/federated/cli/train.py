@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import (
     Config,
     ConfigError,
+    storeless,
 )
 from ..disk import reason
 from ..fedavg_round import TooFewClients
@@ -38,10 +40,11 @@ from .options import (
     read_numbers,
     read_rates,
     reader,
+    refuse,
     refuse_lost,
     refuse_unread,
 )
-from .output import print_profile, print_table, read_data, say_what_is_logged
+from .output import print_profile, print_table, read_data, say_what_is_logged, show_tuned
 
 if TYPE_CHECKING:
     from ..comparisons.compare import Comparison
@@ -114,7 +117,14 @@ def _run(arguments: argparse.Namespace) -> int:
                 played.append(metrics)
                 progress.advance(0, metrics)
 
-            result = run(config, data=data, on_round=show, resume=resume, stop=stop)
+            result = run(
+                config,
+                data=data,
+                on_round=show,
+                on_tuned=functools.partial(show_tuned, progress, 0),
+                resume=resume,
+                stop=stop,
+            )
     except ConfigError as error:
         raise Mistake(error.worded(flag)) from None
     except (CheckpointError, FileExistsError, InUse) as error:
@@ -231,8 +241,7 @@ def _refuse_others(arguments: argparse.Namespace) -> None:
     given = vars(arguments)
     options = [field.name for field in dataclasses.fields(Config) if field.name in given.keys() - _PLACES]
     options += [name for name in ("preset", "config", *LISTS) if given.get(name) is not None]
-    if options:
-        raise Mistake(f"{flag(options[0])}: a comparison is resumed with the options it began with")
+    refuse(f"{flag(option)}: a comparison is resumed with the options it began with" for option in options)
 
 
 _PLACES = {*PLACES, "cache_dir"}
@@ -286,6 +295,8 @@ def _compare(arguments: argparse.Namespace) -> int:
             for option, instead in (("client_lr", "rates"), ("num_negatives", "counts")):
                 if option in arguments and getattr(plan, instead):
                     print(f"{flag(option)} has no effect: {flag(instead)} are taken instead")
+            if plan.storeless:
+                print(f"class_store is not for {storeless(plan.storeless)}")
 
         given = () if resume else arguments.given
         read_data(dataclasses.replace(plan.config, out=out), [] if resume else runs, ready, given)
@@ -305,6 +316,7 @@ def _compare(arguments: argparse.Namespace) -> int:
                 jobs=arguments.jobs,
                 on_trial=show(0),
                 on_round=show(len(plan.trials(out))),
+                on_tuned=functools.partial(show_tuned, progress),
                 resume=resume,
                 stop=stop,
             )

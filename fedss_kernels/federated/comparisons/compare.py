@@ -13,7 +13,7 @@ from ..data import FederatedData
 from ..data.holdout import held_out
 from ..disk import write_whole
 from ..evaluation import check_measured
-from ..files.run_folder import faults, prepare
+from ..files.run_folder import RoundMetrics, faults, prepare
 from ..ledger import KINDS
 from ..loading import check_data, fitted, load_data, with_a_net
 from ..measures import MEASURES, Measure, Measures, percent
@@ -29,7 +29,7 @@ from ..reports.report import (
 )
 from ..reports.tables import markdown, write_csv
 from ..server.inspection import explained
-from .jobs import Failure, OnRound, folder_of, play_all, played
+from .jobs import Failure, OnHeard, OnRound, Tuned, folder_of, play_all, played
 
 COMPARISON_FILES = (
     FILE,
@@ -97,6 +97,7 @@ def compare(
     jobs: int = 1,
     on_trial: OnRound | None = None,
     on_round: OnRound | None = None,
+    on_tuned: Callable[[int, int, int], None] | None = None,
     resume: bool = False,
     stop: Callable[[], bool] = lambda: False,
 ) -> Comparison:
@@ -104,6 +105,9 @@ def compare(
 
     With `plan.rates` each case has the best of them by its headline, found beforehand by runs with the first
     seed, on images of a tenth of the training clients, who then do not train.
+
+    `on_trial(job, metrics)` and `on_round` are called after every round of a trial or run, and with None as
+    it starts; `on_tuned(job, done, total)` while its clients fine-tune, runs counted after all trials.
 
     With `resume` the comparison in `out` that was stopped goes on: its finished runs stand, the others go on
     from their last checkpoints. Once `stop()`, asked now and then, is true the runs finish their rounds, save
@@ -118,28 +122,23 @@ def compare(
     for settings that cannot be, FileExistsError for a folder in use, CheckpointError where there is no such
     comparison to go on with.
     """
-    if jobs < 1:
-        raise ConfigError("jobs", f"expected an integer of at least 1, got {jobs}")
-    # Once, before anything starts: mistakes surface here, and caches fill.
-    plan = dataclasses.replace(plan, config=with_a_net(plan.config))  # the same when it is resumed elsewhere
-    data = load_data(plan.config)
-    _check(plan, data)
+    plan = _checked(plan, jobs)
     if resume:
         plan.check_same(out)
     else:
         prepare(out, COMPARISON_FILES, overwrite=plan.config.overwrite)
         plan.save(out)
-    rates, notes, failed = _best_rates(plan, out, jobs, on_trial or _ignore, resume, stop)
-    planned, report = plan.runs(out, rates), on_round or _ignore
+    tuned, runs_from = on_tuned or _ignore, len(plan.trials(out))
+    rates, notes, failed = _best_rates(plan, out, jobs, _heard(on_trial or _ignore, tuned), resume, stop)
+    planned, hear = plan.runs(out, rates), _heard(on_round or _ignore, tuned, runs_from)
     kept = [i for i, c in enumerate(planned) if not plan.rates or case_of(c, plan.several) in rates]
     configs = [planned[i] for i in kept]
     if not configs:
         return Comparison([], [], failed, out, notes)
-    found, failures = play_all(configs, jobs, lambda job, metrics: report(kept[job], metrics), resume, stop)
+    found, failures = play_all(configs, jobs, lambda job, what: hear(kept[job], what), resume, stop)
     failed += [f"{job_name(plan, configs[job])} failed: {of.words}" for job, of in failures.items()]
     runs = _in_order(plan, found.values())
-    for run in runs:
-        notes += _notes(plan, run)
+    notes += [line for run in runs for line in _notes(plan, run)]
     table = tabulate(runs)
     if runs:
         write_tables(out, table)
@@ -152,6 +151,15 @@ def _in_order(plan: Plan, runs: Iterable[Run]) -> list[Run]:
     """Cases in the plan's order, whichever run of them is the first that did not fail."""
     cases = plan.cases
     return sorted(runs, key=lambda run: cases.index(case_of(run.config, plan.several)))
+
+
+def _checked(plan: Plan, jobs: int) -> Plan:
+    """With a net. Once, before anything starts: mistakes surface here, and caches fill."""
+    if jobs < 1:
+        raise ConfigError("jobs", f"expected an integer of at least 1, got {jobs}")
+    plan = dataclasses.replace(plan, config=with_a_net(plan.config))  # the same when it is resumed elsewhere
+    _check(plan, load_data(plan.config))
+    return plan
 
 
 def _check(plan: Plan, data: FederatedData) -> None:
@@ -192,8 +200,20 @@ def _write_report(out: Path, runs: Sequence[Run], failed: Sequence[str]) -> None
     write_comparison_report(out, runs, header(table), cells(table), failed)
 
 
-def _ignore(job: int, metrics: object) -> None:
+def _ignore(job: int, *of_it: object) -> None:
     pass
+
+
+def _heard(on_round: OnRound, on_tuned: Callable[[int, int, int], None], first: int = 0) -> OnHeard:
+    """Who is told what a job says; `first` is how many jobs on_tuned counts before those of on_round."""
+
+    def hear(job: int, what: RoundMetrics | Tuned | None) -> None:
+        if isinstance(what, Tuned):
+            on_tuned(first + job, what.done, what.total)
+        else:
+            on_round(job, what)
+
+    return hear
 
 
 def _notes(plan: Plan, run: Run) -> list[str]:
@@ -206,7 +226,7 @@ def _notes(plan: Plan, run: Run) -> list[str]:
 
 
 def _best_rates(
-    plan: Plan, out: Path, jobs: int, on_trial: OnRound, resume: bool, stop: Callable[[], bool]
+    plan: Plan, out: Path, jobs: int, on_trial: OnHeard, resume: bool, stop: Callable[[], bool]
 ) -> tuple[dict[Case, float], list[str], list[str]]:
     """(the best rate of each case that has one, notes, a line for each failure); writes rates.csv."""
     if not plan.rates:

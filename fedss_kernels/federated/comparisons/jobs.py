@@ -31,6 +31,17 @@ OnRound = Callable[[int, RoundMetrics | None], None]  # (job, its metrics; None 
 
 
 @dataclass(frozen=True)
+class Tuned:
+    """How many of a run's clients have fine-tuned its model."""
+
+    done: int
+    total: int
+
+
+OnHeard = Callable[[int, RoundMetrics | Tuned | None], None]
+
+
+@dataclass(frozen=True)
 class Failure:
     words: str  # one line
     lasting: bool = False  # it is its options that do not train: played again it fails again
@@ -46,7 +57,7 @@ class JobsStopped(Exception):
 def play_all(
     configs: Sequence[Config],
     jobs: int,
-    on_round: OnRound,
+    on_heard: OnHeard,
     resume: bool,
     stop: Callable[[], bool] = lambda: False,
 ) -> tuple[dict[int, Run], dict[int, Failure]]:
@@ -54,7 +65,7 @@ def play_all(
 
     A run whose model is not finite has failed too. Raises JobsStopped as `run_all`.
     """
-    failures = run_all(configs, jobs, on_round, resume, stop)
+    failures = run_all(configs, jobs, on_heard, resume, stop)
     runs, others = played(configs)
     runs = {job: run for job, run in runs.items() if job not in failures}
     return runs, dict(sorted((others | failures).items()))
@@ -97,7 +108,7 @@ def _last_error(folder: Path) -> str:
 
 
 def run_all(
-    configs: Sequence[Config], jobs: int, on_round: OnRound, resume: bool, stop: Callable[[], bool]
+    configs: Sequence[Config], jobs: int, on_heard: OnHeard, resume: bool, stop: Callable[[], bool]
 ) -> dict[int, Failure]:
     """Plays every configuration, in its folder; returns what became of each job that failed.
 
@@ -122,9 +133,9 @@ def run_all(
                     continue
                 sender.close()  # so that the receiver sees the end when the child's copy is gone
                 running[receiver] = (job, process)
-                on_round(job, None)
+                on_heard(job, None)
             for ready in wait(list(running), timeout=_LISTEN):
-                _receive(cast(Connection, ready), running, errors, on_round)
+                _receive(cast(Connection, ready), running, errors, on_heard)
             if stop():
                 _ask_to_stop(running)
     finally:
@@ -147,7 +158,7 @@ def _receive(
     receiver: Connection,
     running: dict[Connection, tuple[int, Any]],
     errors: dict[int, Failure],
-    on_round: OnRound,
+    on_heard: OnHeard,
 ) -> None:
     job, process = running[receiver]
     try:
@@ -158,8 +169,8 @@ def _receive(
             errors[job] = Failure(f"its process {ending(process.exitcode)}")
         del running[receiver]
         return
-    if isinstance(message, RoundMetrics):
-        on_round(job, message)
+    if isinstance(message, RoundMetrics | Tuned):
+        on_heard(job, message)
     elif isinstance(message, str):
         log.warning("%s", message)
     else:
@@ -194,6 +205,7 @@ def _child(sender: Connection, config: Config, resume: bool) -> None:
             run(
                 replace(config, overwrite=config.overwrite or resume),
                 on_round=sender.send,
+                on_tuned=lambda done, total: sender.send(Tuned(done, total)),
                 resume=begun,
                 stop=sender.poll,
             )

@@ -22,7 +22,10 @@ def tensor(name: str, values: Any) -> Tensor:
 
 
 def integers(name: str, values: Any, expected: str = "integers") -> Tensor:
-    found = tensor(name, np.zeros(0, np.int64) if isinstance(values, list) and not values else values)
+    """Of what holds no number the type says nothing."""
+    found = tensor(name, values)
+    if not found.numel():
+        return found.to(torch.int64)
     if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
         raise ValueError(f"{name}: expected {expected}, got {found.dtype}")
     return found.to(torch.int64)

@@ -17,7 +17,7 @@ from fedss_kernels.federated import Stopped, cli, run
 from fedss_kernels.federated.algorithms import METHODS
 from fedss_kernels.federated.comparisons.compare import cells, header, tabulate
 from fedss_kernels.federated.data.holdout import held_out
-from fedss_kernels.federated.files.run_folder import RoundMetrics
+from fedss_kernels.federated.files.round_metrics import RoundMetrics
 from fedss_kernels.federated.measures import percent
 from fedss_kernels.federated.reports import progress, report
 from fedss_kernels.federated.reports.parts_in_words import place

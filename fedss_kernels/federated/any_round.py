@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from .clients.player import Player
 from .config import Config
-from .files.run_folder import Facts, RunFolder
+from .files.facts import Facts
+from .files.run_folder import RunFolder
 from .ledger import Entry
 from .messages import Update
 from .server.class_store import ClassStore

@@ -14,7 +14,8 @@ from .any_round import OnTuned, Played, TooFewClients, Trained
 from .clients.player import Player
 from .config import Config, learning_rate
 from .evaluation import Evaluation, measures_of
-from .files.run_folder import Facts, RunFolder
+from .files.facts import Facts
+from .files.run_folder import RunFolder
 from .ledger import Entry
 from .messages import Request
 from .randomness import NO_CLIENT, Purpose, generator

@@ -21,7 +21,10 @@ from .data import FederatedData
 from .evaluation import check_measured
 from .fedavg_round import Simulation
 from .files.checkpoint import Checkpoint, CheckpointError
-from .files.run_folder import Facts, RoundMetrics, RunFolder, Summary
+from .files.facts import Facts
+from .files.round_metrics import RoundMetrics
+from .files.run_folder import RunFolder
+from .files.summary import Summary
 from .ledger import OUTCOMES, Traffic
 from .loading import check_data, fitted, load_data, trivial
 from .sending import check_sendable

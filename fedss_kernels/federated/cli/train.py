@@ -18,7 +18,8 @@ from ..disk import reason
 from ..fedavg_round import TooFewClients
 from ..files import checkpoint, record, run_folder
 from ..files.checkpoint import CheckpointError
-from ..files.run_folder import RUN_FILES, RoundMetrics, check_folder, faults, read_config
+from ..files.round_metrics import RoundMetrics
+from ..files.run_folder import RUN_FILES, check_folder, faults, read_config
 from ..interrupts import Interrupted, noticed
 from ..ledger import OUTCOMES
 from ..lock import InUse

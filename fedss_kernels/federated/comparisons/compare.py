@@ -13,7 +13,8 @@ from ..data import FederatedData
 from ..data.holdout import held_out
 from ..disk import write_whole
 from ..evaluation import check_measured
-from ..files.run_folder import RoundMetrics, faults, prepare
+from ..files.round_metrics import RoundMetrics
+from ..files.run_folder import faults, prepare
 from ..ledger import KINDS
 from ..loading import check_data, fitted, load_data, with_a_net
 from ..measures import MEASURES, Measure, Measures, percent

@@ -18,7 +18,8 @@ from ..config import Config, ConfigError
 from ..disk import reason, write_whole
 from ..fedavg_round import TooFewClients
 from ..files import checkpoint
-from ..files.run_folder import RoundMetrics, read_run
+from ..files.round_metrics import RoundMetrics
+from ..files.run_folder import read_run
 from ..given_back import give_back
 from ..interrupts import deaf, ending, ignore
 from ..reports.remarks import remarks

@@ -16,7 +16,8 @@ from ..algorithms import METHODS, readers
 from ..algorithms.parts import Part
 from ..config import Config
 from ..disk import write_whole
-from ..files.run_folder import RoundMetrics, Summary
+from ..files.round_metrics import RoundMetrics
+from ..files.summary import Summary
 from ..ledger import OUTCOMES, WIRE_DTYPES
 from ..measures import MEASURES, Measure, percent
 from ..plan import Case, case_of

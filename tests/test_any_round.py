@@ -14,7 +14,8 @@ from fedss_kernels.federated import Stopped, measures, run, run_loop
 from fedss_kernels.federated.algorithms import METHODS
 from fedss_kernels.federated.any_round import Played, Trained
 from fedss_kernels.federated.comparisons import jobs
-from fedss_kernels.federated.comparisons.compare import cells, compare, header
+from fedss_kernels.federated.comparisons.compare import compare
+from fedss_kernels.federated.comparisons.table import cells, header
 from fedss_kernels.federated.files.facts import Facts
 from fedss_kernels.federated.files.run_folder import read_run
 from fedss_kernels.federated.ledger import KINDS, Entry, Kind, Traffic

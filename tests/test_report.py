@@ -15,7 +15,7 @@ from tiny_federation import tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import Stopped, cli, run
 from fedss_kernels.federated.algorithms import METHODS
-from fedss_kernels.federated.comparisons.compare import cells, header, tabulate
+from fedss_kernels.federated.comparisons.table import cells, header, tabulate
 from fedss_kernels.federated.data.holdout import held_out
 from fedss_kernels.federated.files.round_metrics import RoundMetrics
 from fedss_kernels.federated.measures import percent

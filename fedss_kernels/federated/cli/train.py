@@ -278,8 +278,9 @@ def _planned(arguments: argparse.Namespace) -> Plan:
 
 def _compare(arguments: argparse.Namespace) -> int:
     from ..comparisons import jobs
-    from ..comparisons.compare import COMPARISON_FILES, compare, job_name, trial_name
+    from ..comparisons.compare import COMPARISON_FILES, compare, job_name
     from ..comparisons.jobs import JobsStopped
+    from ..comparisons.rates import trial_name
     from ..reports.progress import RunProgress
 
     resume = arguments.resume is not None
@@ -336,7 +337,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 def _compared(comparison: "Comparison", command: str, go_on: str) -> int:
     """Says what came of a comparison; returns the exit code."""
-    from ..comparisons.compare import LEAST, cells, header
+    from ..comparisons.table import LEAST, cells, header
 
     for line in (*comparison.notes, *comparison.failed):
         print(f"{command}: {line}", file=sys.stderr)

@@ -21,8 +21,10 @@ from fedss_kernels.federated.files.run_folder import read_run
 from fedss_kernels.federated.ledger import KINDS, Entry, Kind, Traffic
 from fedss_kernels.federated.measures import MEASURES, Measure, Measures
 from fedss_kernels.federated.plan import Plan
+from fedss_kernels.federated.reports.plots import LIGHT, accuracy_by_round
 from fedss_kernels.federated.reports.progress import RunProgress
-from fedss_kernels.federated.reports.report import LIGHT, Run, accuracy_by_round, write_run_report
+from fedss_kernels.federated.reports.report import write_run_report
+from fedss_kernels.federated.reports.reported_run import Run
 from fedss_kernels.federated.stopwatch import Stopwatch
 
 ERROR = Measure(

@@ -500,7 +500,7 @@ def broken_plots(monkeypatch):
     def broken(*arguments):
         raise RuntimeError("no fonts")
 
-    monkeypatch.setattr("fedss_kernels.federated.reports.report._png", broken)
+    monkeypatch.setattr("fedss_kernels.federated.reports.plots._png", broken)
 
 
 def test_a_run_outlives_its_report(tmp_path, monkeypatch, capsys):

@@ -23,7 +23,7 @@ from fedss_kernels.federated.data import DATASETS
 from fedss_kernels.federated.data.holdout import held_out
 from fedss_kernels.federated.plan import LISTS, PRESETS, Case, Plan, read_preset
 from fedss_kernels.federated.reports.mean_sd import mean_sd
-from fedss_kernels.federated.reports.report import Run
+from fedss_kernels.federated.reports.reported_run import Run
 from fedss_kernels.federated.run_loop import Stopped
 
 SMALL = {

@@ -24,7 +24,8 @@ from fedss_kernels.federated.lock import InUse, Lock
 from fedss_kernels.federated.metrics import retrieval
 from fedss_kernels.federated.randomness import Purpose, generator, initial_rows
 from fedss_kernels.federated.reports.remarks import remarks
-from fedss_kernels.federated.reports.report import Run, write_run_report
+from fedss_kernels.federated.reports.report import write_run_report
+from fedss_kernels.federated.reports.reported_run import Run
 from fedss_kernels.federated.server.cohort import draw_cohort
 from fedss_kernels.federated.server.tally import Tally
 

@@ -154,7 +154,8 @@ def _run(arguments: argparse.Namespace) -> int:
 def _finished(result: Result, out: Path) -> int:
     """Makes the report, and says what came of the run; returns the exit code."""
     from ..reports.remarks import remarks
-    from ..reports.report import Run, attempt, write_run_report
+    from ..reports.report import attempt, write_run_report
+    from ..reports.reported_run import Run
 
     failed = attempt(out, write_run_report, out, Run(result.config, result.history, result.summary))
     s = result.summary

@@ -15,7 +15,8 @@ from ..files.run_folder import faults, prepare
 from ..loading import check_data, fitted, load_data, with_a_net
 from ..plan import FILE, HOLDOUT, Plan, case_of
 from ..reports.remarks import remarks
-from ..reports.report import Run, attempt, write_comparison_report
+from ..reports.report import attempt, write_comparison_report
+from ..reports.reported_run import Run
 from ..server.inspection import explained
 from .jobs import OnHeard, OnRound, Tuned, folder_of, play_all, played
 from .rates import best_rates, trial_name

@@ -23,7 +23,8 @@ from ..files.run_folder import read_run
 from ..given_back import give_back
 from ..interrupts import deaf, ending, ignore
 from ..reports.remarks import remarks
-from ..reports.report import Run, attempt, write_run_report
+from ..reports.report import attempt, write_run_report
+from ..reports.reported_run import Run
 from ..run_loop import Stopped, run
 
 _LISTEN = 0.5  # seconds after which it is asked again whether to stop

@@ -9,8 +9,8 @@ import numpy as np
 
 from ...plotting import plotting
 from ..reports.mean_sd import mean_sd
+from ..reports.page import write_section
 from ..reports.parts_in_words import PERSONALISED
-from ..reports.report import write_section
 from ..reports.styles import styles
 from ..reports.tables import write_csv
 from .paired_differences import INTERVAL, Difference, Measured, by_method, differences

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..config import Config
 from ..plan import Case, Plan, case_of
-from ..reports.report import Run
+from ..reports.reported_run import Run
 from ..reports.tables import write_csv
 from .jobs import Failure, OnHeard, folder_of, play_all
 

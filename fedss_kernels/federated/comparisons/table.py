@@ -11,7 +11,7 @@ from ..ledger import KINDS
 from ..measures import MEASURES, Measure, Measures, percent
 from ..plan import Case
 from ..reports.mean_sd import mean_sd
-from ..reports.report import MEGABYTE, Run, by_case
+from ..reports.reported_run import MEGABYTE, Run, by_case
 from ..reports.tables import markdown, write_csv
 
 

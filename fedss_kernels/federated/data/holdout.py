@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..config_error import ConfigError
 from .apportion import apportion
-from .partition import FederatedData
+from .federated_data import FederatedData
 
 TEST_SHARE = 6  # a newcomer is tested on one image of so many, and fine-tunes on the others
 

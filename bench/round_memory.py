@@ -3,8 +3,7 @@
 Sixteen clients of 20 images each train a linear net and all of C class rows of 64 numbers. The least is W,
 its velocity and three times a client's rows: as they came, as they are trained, and their gradient. What is
 measured is the peak of resident memory, in a process of its own, over what it had before the class rows; of
-each round by itself, as the first draws them. Part of it are 25 MB that the loss keeps between calls,
-whatever C. Memory is given back as by the command `fedss`.
+each round by itself, as the first draws them. Memory is given back as by the command `fedss`.
 """
 
 import argparse
@@ -18,8 +17,8 @@ from torch import nn
 from ..federated import Config
 from ..federated.clients.player import Player
 from ..federated.data import FederatedData
+from ..federated.fedavg_round import Simulation
 from ..federated.given_back import give_back
-from ..federated.simulation import Simulation
 from .peak_memory import CLEAR, resident_peak
 from .results import decimal, mebibytes
 

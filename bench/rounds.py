@@ -22,11 +22,11 @@ from ..federated import Config, run
 from ..federated.clients.player import Player
 from ..federated.config import learning_rate
 from ..federated.data import FederatedData
+from ..federated.fedavg_round import Simulation
 from ..federated.loading import load_data
 from ..federated.messages import Request
 from ..federated.randomness import Purpose, generator
 from ..federated.server.cohort import draw_cohort
-from ..federated.simulation import Simulation
 from ..sampled_softmax import sampled_softmax_loss
 from .machine import measure_machine
 from .results import decimal, milliseconds

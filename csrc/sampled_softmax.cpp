@@ -7,8 +7,10 @@
 //   classes   tiles of classes: the gradients of their rows, over the rows of the wave in order
 //
 // A step ends before the next begins, as tiles need each other's results. Where one tile of rows is the whole batch a
-// tile of classes does not: each is packed when its logits are wanted, and goes through the last two steps at once.
-// Which tiles there are depends on the sizes alone, so the order of every sum does.
+// tile of classes does not: each is packed when its logits are wanted, and goes through the last two steps at once. In
+// one of several chunks, whose logits are computed again for the gradient, it is packed again too, so that no more is
+// packed at a time than a tile for each thread. Which tiles there are depends on the sizes alone, so the order of every
+// sum does.
 #include "sampled_softmax.hpp"
 
 #include <algorithm>
@@ -110,7 +112,8 @@ class Solver {
   int64_t ld_, wave_, row_tile_, chunk_, tiles_;
   int threads_;
   bool wants_x_, wants_rows_, wants_gradient_;
-  bool by_tile_;  // tiles of classes do not wait for each other; one thread need not either way
+  bool by_tile_;      // tiles of classes do not wait for each other; one thread need not either way
+  bool packs_again_;  // by tile in each of several chunks: the packed tile is a thread's own, and gone with the next
   Arena arena_;
   std::atomic<bool> out_of_range_{false};
   std::atomic<double> longest_x_{0}, longest_w_{0};  // |x| and |w|, for dot products
@@ -122,7 +125,7 @@ class Solver {
   T *row_factor_, *row_factor_low_;          // (wave,)
   T* origin_;                                // (wave,) the target's similarity, in the units of the products
   T* target_;                                // (wave,) column of the chunk that is the target, or a negative number
-  T* w_;                                     // (chunk, ld) unit class rows
+  T* w_;                                     // (packed, ld) unit class rows: the chunk's, or a tile's for each thread
   double* inverse_;                          // (chunk,) 1 / |w|, as Row::inverse
   T *class_factor_, *offset_, *offset_low_;  // (chunk,)
   T* logits_;                            // (row tiles, chunk, row_tile), then exp(o - max of the tile), then dlogits
@@ -132,7 +135,7 @@ class Solver {
   // of rows. x(r, d) is in pair (r, d / 2) or (r / 2, d); only then are factors of rows and classes 1 / length.
   const BfloatKernels* pairs_ = nullptr;
   int64_t pairs_ld_;                        // of the rows in pairs along D
-  Bfloat16Pair *w_pairs_, *w_interleaved_;  // (chunk, pairs_ld), (chunk / 2, ld)
+  Bfloat16Pair *w_pairs_, *w_interleaved_;  // (packed, pairs_ld), (packed / 2, ld)
   Bfloat16Pair *x_rows_, *x_pairs_;         // (wave, pairs_ld); the same as (row tiles, D / 2, row_tile)
   Bfloat16Pair* x_interleaved_;             // (wave / 2, ld)
   Bfloat16Pair* dlogits_pairs_;             // (threads, class tile / 2, row_tile)
@@ -180,10 +183,15 @@ class Solver {
         int64_t(std::clamp(double(wave_) * double(chunk_) * double(D_) / kTaskWork, 1.0, double(kTasks)));
     tiles_ = std::max(ceil_div(chunk_, kClassTile),
                       std::min(ceil_div(chunk_, kSmallestClassTile), ceil_div(tasks, row_tiles)));
-    by_tile_ = row_tiles == 1 && chunk_ == N_ && N_ > 0 && threads_ > 1;
+    packs_again_ = row_tiles == 1 && chunk_ < N_ && threads_ * tile_width(chunk_) < chunk_;
+    by_tile_ = packs_again_ || (row_tiles == 1 && chunk_ == N_ && N_ > 0 && threads_ > 1);
   }
 
   int64_t padded_wave() const { return round_up(wave_, row_tile_); }
+  int64_t packed_columns() const { return packs_again_ ? threads_ * tile_width(chunk_) : chunk_; }
+
+  // Where the first row of a tile of classes is packed.
+  int64_t packed(const Tile& t, int worker) const { return packs_again_ ? worker * tile_width(chunk_) : t.begin; }
 
   void allocate() {
     const int64_t wave = padded_wave();
@@ -192,11 +200,11 @@ class Solver {
     if (pairs_) {
       x_pairs_ = arena_.take<Bfloat16Pair>(wave * pairs_ld_), x_rows_ = arena_.take<Bfloat16Pair>(wave * pairs_ld_);
       x_interleaved_ = arena_.take<Bfloat16Pair>(wave / 2 * ld_);
-      w_pairs_ = arena_.take<Bfloat16Pair>(chunk_ * pairs_ld_);
-      w_interleaved_ = arena_.take<Bfloat16Pair>((chunk_ + 1) / 2 * ld_);
+      w_pairs_ = arena_.take<Bfloat16Pair>(packed_columns() * pairs_ld_);
+      w_interleaved_ = arena_.take<Bfloat16Pair>((packed_columns() + 1) / 2 * ld_);
       dlogits_pairs_ = arena_.take<Bfloat16Pair>(threads_ * tile_pairs());
     } else {
-      x_columns_ = arena_.take<T>(wave * D_), w_ = arena_.take<T>(chunk_ * ld_);
+      x_columns_ = arena_.take<T>(wave * D_), w_ = arena_.take<T>(packed_columns() * ld_);
     }
     row_factor_ = arena_.take<T>(wave), row_factor_low_ = arena_.take<T>(wave), target_ = arena_.take<T>(wave);
     origin_ = arena_.take<T>(wave);
@@ -350,43 +358,47 @@ class Solver {
   void pack(int64_t first, int64_t columns) {
     parallel_for(ceil_div(columns, kSmallestClassTile), threads_, [&](int64_t task, int worker) {
       const int64_t begin = task * kSmallestClassTile;
-      pack_columns(first, begin, std::min(begin + kSmallestClassTile, columns), worker);
+      pack_columns(first, {begin, std::min(begin + kSmallestClassTile, columns)}, begin, worker);
     });
     refuse_out_of_range();
   }
 
-  void pack_columns(int64_t first, int64_t begin, int64_t end, int worker) {
+  // The first of them becomes packed row `at`.
+  void pack_columns(int64_t first, const Tile& t, int64_t at, int worker) {
     if (pairs_) {
-      pack_pairs(first, begin, end, worker);
+      pack_pairs(first, t, at, worker);
     } else {
-      for (int64_t j = begin; j < end; j += kPackedTogether) pack_units(first, j, std::min(j + kPackedTogether, end));
+      for (int64_t j = t.begin; j < t.end; j += kPackedTogether) {
+        pack_units(first, {j, std::min(j + kPackedTogether, t.end)}, at + j - t.begin);
+      }
     }
-    split_offsets(first, begin, end);
+    split_offsets(first, t.begin, t.end);
   }
 
   // Lengths first, as square roots and divisions of one row would wait for each other.
-  void pack_units(int64_t first, int64_t begin, int64_t end) {
+  void pack_units(int64_t first, const Tile& t, int64_t at) {
     const T* row[kPackedTogether];
     double norm[kPackedTogether];
-    for (int64_t j = begin; j < end; ++j) {
+    for (int64_t j = t.begin; j < t.end; ++j) {
       prefetch_class(first + j + 8);
-      row[j - begin] = read_row(p_.weight, class_id(first + j), w_ + j * ld_);
-      norm[j - begin] = kernels_.norm(row[j - begin], D_);
+      row[j - t.begin] = read_row(p_.weight, class_id(first + j), w_ + (at + j - t.begin) * ld_);
+      norm[j - t.begin] = kernels_.norm(row[j - t.begin], D_);
     }
-    for (int64_t j = begin; j < end; ++j) {
-      inverse_[j] = store_unit(p_.weight, row[j - begin], norm[j - begin], w_ + j * ld_);
+    for (int64_t j = t.begin; j < t.end; ++j) {
+      inverse_[j] = store_unit(p_.weight, row[j - t.begin], norm[j - t.begin], w_ + (at + j - t.begin) * ld_);
       class_factor_[j] = T(1);
     }
   }
 
-  void pack_pairs(int64_t first, int64_t begin, int64_t end, int worker) {
+  void pack_pairs(int64_t first, const Tile& t, int64_t at, int worker) {
     if constexpr (std::is_same<T, float>::value) {
-      for (int64_t j = begin; j < end; ++j) {
+      for (int64_t j = t.begin; j < t.end; ++j) {
         prefetch_class(first + j + 8);
-        inverse_[j] = read_bfloat16(p_.weight, class_id(first + j), scratch(worker, 0), w_pairs_ + j * pairs_ld_);
+        Bfloat16Pair* out = w_pairs_ + (at + j - t.begin) * pairs_ld_;
+        inverse_[j] = read_bfloat16(p_.weight, class_id(first + j), scratch(worker, 0), out);
         class_factor_[j] = T(inverse_[j]);
       }
-      interleave(w_pairs_, begin, end, worker, w_interleaved_);
+      interleave(w_pairs_, at, at + t.end - t.begin, worker, w_interleaved_);
     }
   }
 
@@ -497,7 +509,7 @@ class Solver {
     load_rows(first, rows);
     for (int64_t c = 0; c < N_; c += chunk_) {
       const int64_t columns = std::min(chunk_, N_ - c);
-      if (chunk_ < N_) pack(c, columns);
+      if (chunk_ < N_ && !by_tile_) pack(c, columns);
       compute_exponentials(first, c, columns, rows);
       merge_tiles(rows, columns);
     }
@@ -506,7 +518,7 @@ class Solver {
     if (N_ == 0) return run_targets(first, rows);
     for (int64_t c = 0; c < N_; c += chunk_) {
       const int64_t columns = std::min(chunk_, N_ - c);
-      if (chunk_ < N_) pack(c, columns), compute_exponentials(first, c, columns, rows);
+      if (chunk_ < N_ && !by_tile_) pack(c, columns), compute_exponentials(first, c, columns, rows);
       compute_dlogits(first, c, columns, rows);
       accumulate_gradients(first, c, columns, rows);
     }
@@ -538,35 +550,43 @@ class Solver {
   }
 
   void compute_exponentials(int64_t first, int64_t chunk, int64_t columns, int64_t rows) {
-    for (int64_t r = 0; r < padded_wave(); ++r) {
-      const int64_t column = r < rows ? classes_.target_column[first + r] - chunk : -1;
-      target_[r] = column < columns ? T(column) : T(-1);
-    }
+    find_targets(first, chunk, columns, rows);
     for_tiles(columns, rows, [&](const Tile& t, int64_t number, int64_t row_tile, int worker) {
-      if (by_tile_ && first == 0) pack_columns(0, t.begin, t.end, worker);
-      const int64_t lanes = padded_rows_of(row_tile, rows), classes = t.end - t.begin;
-      const int64_t r = row_tile * row_tile_, at = number * padded_wave() + r;
-      T* values = logits(row_tile, t.begin);
-      multiply_logits(t, r, lanes, values);
-      kernels_.exponentiate({classes, lanes, row_tile_, values, class_factor_ + t.begin, offset_ + t.begin,
-                             offset_low_ + t.begin, row_factor_ + r, row_factor_low_ + r, origin_ + r, target_ + r,
-                             T(t.begin), tile_max_ + at, tile_sum_ + at,
-                             tile_similarity_ ? tile_similarity_ + at : nullptr});
+      if (by_tile_ && first == 0) pack_columns(chunk, t, packed(t, worker), worker);
+      exponentiate_tile(t, number, row_tile, rows, worker);
     });
     if (by_tile_) refuse_out_of_range();
   }
 
+  void find_targets(int64_t first, int64_t chunk, int64_t columns, int64_t rows) {
+    for (int64_t r = 0; r < padded_wave(); ++r) {
+      const int64_t column = r < rows ? classes_.target_column[first + r] - chunk : -1;
+      target_[r] = column < columns ? T(column) : T(-1);
+    }
+  }
+
+  void exponentiate_tile(const Tile& t, int64_t number, int64_t row_tile, int64_t rows, int worker) {
+    const int64_t lanes = padded_rows_of(row_tile, rows), classes = t.end - t.begin;
+    const int64_t r = row_tile * row_tile_, at = number * padded_wave() + r;
+    T* values = logits(row_tile, t.begin);
+    multiply_logits(t, r, lanes, worker, values);
+    kernels_.exponentiate({classes, lanes, row_tile_, values, class_factor_ + t.begin, offset_ + t.begin,
+                           offset_low_ + t.begin, row_factor_ + r, row_factor_low_ + r, origin_ + r, target_ + r,
+                           T(t.begin), tile_max_ + at, tile_sum_ + at,
+                           tile_similarity_ ? tile_similarity_ + at : nullptr});
+  }
+
   // values(j, r) = w_j . x_r, a tile of classes and the rows from `r` on
-  void multiply_logits(const Tile& t, int64_t r, int64_t lanes, T* values) const {
-    const int64_t classes = t.end - t.begin;
+  void multiply_logits(const Tile& t, int64_t r, int64_t lanes, int worker, T* values) const {
+    const int64_t classes = t.end - t.begin, at = packed(t, worker);
     if constexpr (std::is_same<T, float>::value) {
       if (pairs_) {
-        return pairs_->multiply({classes, lanes, pairs_ld_, w_pairs_ + t.begin * pairs_ld_, pairs_ld_, 1,
+        return pairs_->multiply({classes, lanes, pairs_ld_, w_pairs_ + at * pairs_ld_, pairs_ld_, 1,
                                  x_pairs_ + r * pairs_ld_, row_tile_, values, row_tile_, nullptr, false});
       }
     }
-    kernels_.multiply({classes, lanes, D_, w_ + t.begin * ld_, ld_, 1, x_columns_ + r * D_, row_tile_, values,
-                       row_tile_, nullptr, false});
+    kernels_.multiply(
+        {classes, lanes, D_, w_ + at * ld_, ld_, 1, x_columns_ + r * D_, row_tile_, values, row_tile_, nullptr, false});
     if (sizeof(T) == sizeof(Out) || p_.cosine || longest_x_ * longest_w_ <= std::numeric_limits<Out>::max()) return;
     for (int64_t i = 0; i < classes * row_tile_; i += row_tile_) {
       std::transform(values + i, values + i + lanes, values + i, as_result);
@@ -641,7 +661,12 @@ class Solver {
 
   // The tiles become dlogits, but for the rows' targets; each gives its share of the rows' gradients.
   void compute_dlogits(int64_t first, int64_t chunk, int64_t columns, int64_t rows) {
+    if (packs_again_) find_targets(first, chunk, columns, rows);
     for_tiles(columns, rows, [&](const Tile& t, int64_t number, int64_t row_tile, int worker) {
+      if (packs_again_) {
+        pack_columns(chunk, t, packed(t, worker), worker);
+        exponentiate_tile(t, number, row_tile, rows, worker);
+      }
       const int64_t lanes = padded_rows_of(row_tile, rows), count = rows_of(row_tile, rows);
       const int64_t r0 = row_tile * row_tile_, at = number * padded_wave() + r0;
       double factor[kRowTile];
@@ -651,8 +676,8 @@ class Solver {
       if (wants_x_) out = number == 0 ? grad_x_ + r0 * ld_ : grad_x_part_ + at * ld_;
       multiply_grad_x(t, r0, count, lanes, tile_factor_ + at, worker, out, number == 0 && chunk > 0);
       if (!by_tile_) return;
-      accumulate_class_rows(first, 0, t, rows, 0, D_);
-      if (wants_rows_ && first + rows == V_) finish_class_rows(slots_of(0, t), worker);
+      accumulate_class_rows(first, chunk, t, rows, 0, D_);
+      if (wants_rows_ && first + rows == V_) finish_class_rows(slots_of(chunk, t), worker);
     });
   }
 
@@ -660,7 +685,7 @@ class Solver {
   // row.
   void multiply_grad_x(const Tile& t, int64_t r0, int64_t count, int64_t lanes, const T* factor, int worker, T* out,
                        bool accumulate) {
-    const int64_t classes = t.end - t.begin, columns = round_up(D_, kernels_.lanes);
+    const int64_t classes = t.end - t.begin, columns = round_up(D_, kernels_.lanes), at = packed(t, worker);
     T* dlogits = logits(r0 / row_tile_, t.begin);
     if constexpr (std::is_same<T, float>::value) {
       if (pairs_) {
@@ -673,13 +698,13 @@ class Solver {
             {classes, lanes, row_tile_, dlogits, class_factor_ + t.begin, factor, unit_factor, by_class});
         if (!wants_x_) return;
         return pairs_->multiply({count, columns, ceil_div(classes, 2), by_class, 1, row_tile_,
-                                 w_interleaved_ + t.begin / 2 * ld_, ld_, out, ld_, nullptr, accumulate});
+                                 w_interleaved_ + at / 2 * ld_, ld_, out, ld_, nullptr, accumulate});
       }
     }
     kernels_.scale_columns(dlogits, classes, lanes, row_tile_, factor);
     if (!wants_x_) return;
     kernels_.multiply(
-        {count, columns, classes, dlogits, 1, row_tile_, w_ + t.begin * ld_, ld_, out, ld_, nullptr, accumulate});
+        {count, columns, classes, dlogits, 1, row_tile_, w_ + at * ld_, ld_, out, ld_, nullptr, accumulate});
   }
 
   // Class rows over the rows of the wave, rows over the tiles of the chunk.

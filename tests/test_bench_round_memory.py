@@ -9,9 +9,9 @@ from fedss_kernels.bench.peak_memory import CLEAR
     not CLEAR.exists(),
     reason="a process resets its peak of memory by Linux' /proc/self/clear_refs, which is not there",
 )
-def test_a_round_holds_far_less_than_all_updates(capsys):
-    """All would be 16 / 5 of the measure, and all rows as much again; the loss keeps 0.7."""
-    assert round_memory.main(["--classes", "30000", "--rounds", "2"]) == 0
+def test_a_round_holds_little_more_than_its_least(capsys):
+    """All updates would be 16 / 5 of it; what the loss packs 0.2 more, and so a copy of what is lent."""
+    assert round_memory.main(["--classes", "70000", "--rounds", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()[2:]
     assert [line.split(" | ")[1] for line in lines] == ["1", "2"]
-    assert all(1 <= float(line.strip("| ").split(" | ")[-1]) < 3.2 for line in lines)
+    assert all(1 <= float(line.strip("| ").split(" | ")[-1]) < 1.25 for line in lines)

@@ -7,8 +7,8 @@ from fedss_kernels.bench import rounds
 
 from fedss_kernels.federated import Config
 from fedss_kernels.federated.clients.player import Player
+from fedss_kernels.federated.fedavg_round import Simulation
 from fedss_kernels.federated.loading import load_data
-from fedss_kernels.federated.simulation import Simulation
 
 SMALL = {"glyph_classes": 20, "glyph_writers": 12, "rounds": 2, "cohort": 3, "num_negatives": 4}
 

@@ -29,7 +29,7 @@ from fedss_kernels.federated.fine_tuning import FineTuner
 from fedss_kernels.federated.models import MODELS, build_model
 from fedss_kernels.federated.plan import Plan
 from fedss_kernels.federated.reports import progress
-from fedss_kernels.federated.reports.places import cells as places
+from fedss_kernels.federated.reports.parts_in_words import cells as places
 from fedss_kernels.federated.server.inspection import explained
 
 
@@ -500,7 +500,7 @@ def broken_plots(monkeypatch):
     def broken(*arguments):
         raise RuntimeError("no fonts")
 
-    monkeypatch.setattr("fedss_kernels.federated.reports.report._png", broken)
+    monkeypatch.setattr("fedss_kernels.federated.reports.plots._png", broken)
 
 
 def test_a_run_outlives_its_report(tmp_path, monkeypatch, capsys):

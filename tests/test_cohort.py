@@ -9,9 +9,9 @@ import torch
 from tiny_federation import CLASSES_HELD, tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import ConfigError, TooFewClients, run
-from fedss_kernels.federated.algorithm import Played
+from fedss_kernels.federated.any_round import Played
+from fedss_kernels.federated.fedavg_round import HOPELESS_ANSWERS
 from fedss_kernels.federated.server.cohort import absence, draw_cohort
-from fedss_kernels.federated.simulation import HOPELESS_ANSWERS
 
 
 def train(**options):
@@ -93,7 +93,7 @@ def test_too_few_answers_and_the_round_is_tried_again_with_other_clients(tmp_pat
 def test_of_a_cohort_of_too_few_nothing_is_applied(monkeypatch):
     """Attempt 0 fails in every round: the run is one whose cohorts are those of attempt 1."""
     monkeypatch.setattr(
-        "fedss_kernels.federated.simulation.absence",
+        "fedss_kernels.federated.fedavg_round.absence",
         lambda config, round, attempt, k: None if attempt == 1 or k == 2 else "dropped",
     )
     retried = train(min_clients=4)
@@ -107,7 +107,7 @@ def test_of_a_cohort_of_too_few_nothing_is_applied(monkeypatch):
         self.server.step(tally.gradient())
         return Played(entries, 0.0, 1)
 
-    monkeypatch.setattr("fedss_kernels.federated.simulation.Simulation.play", always_attempt_one)
+    monkeypatch.setattr("fedss_kernels.federated.fedavg_round.Simulation.play", always_attempt_one)
     assert torch.equal(train().weight, retried.weight) and applied == [4] * 6
 
 
@@ -124,12 +124,12 @@ def test_rounds_before_one_that_nobody_makes_are_not_lost(every, tmp_path, monke
     """Round 4 fails; with clients that answer again the run goes on to the bits of one that never failed."""
     options = {"min_clients": 4, "checkpoint_every": every}
     monkeypatch.setattr(
-        "fedss_kernels.federated.simulation.absence",
+        "fedss_kernels.federated.fedavg_round.absence",
         lambda config, round, *_: "dropped" if round == 3 else None,
     )
     with pytest.raises(TooFewClients, match="round 4"):
         train(out=tmp_path, **options)
-    monkeypatch.setattr("fedss_kernels.federated.simulation.absence", lambda *_: None)
+    monkeypatch.setattr("fedss_kernels.federated.fedavg_round.absence", lambda *_: None)
     config = tiny_config(rounds=6, cohort=4, eval_every=6, out=tmp_path, **options)
     resumed = run(config, data=tiny_data(), model=tiny_model(), resume=True)
     assert torch.equal(resumed.weight, train(**options).weight)
@@ -185,11 +185,11 @@ def test_why_no_answer_counts_is_said(options, model, reason):
 def test_absences_and_answers_that_would_count_are_waited_for(monkeypatch):
     """Of 30 cohorts nobody answers; of 60 a few do, of which one is right: too few. Then all are."""
     monkeypatch.setattr(
-        "fedss_kernels.federated.simulation.absence",
+        "fedss_kernels.federated.fedavg_round.absence",
         lambda config, round, attempt, k: "dropped" if attempt < 30 or (attempt < 90 and k % 2) else None,
     )
     monkeypatch.setattr(
-        "fedss_kernels.federated.simulation.Inspection.verdicts",
+        "fedss_kernels.federated.fedavg_round.Inspection.verdicts",
         lambda self, findings, net_norm: ["", *["norm" if len(findings) < 4 else ""] * 3][: len(findings)],
     )
     (metrics,) = train(rounds=1, min_clients=4).history
@@ -198,11 +198,11 @@ def test_absences_and_answers_that_would_count_are_waited_for(monkeypatch):
 
 def test_all_reasons_are_said_the_most_frequent_first(monkeypatch):
     monkeypatch.setattr(
-        "fedss_kernels.federated.simulation.Inspection.verdicts",
+        "fedss_kernels.federated.fedavg_round.Inspection.verdicts",
         lambda self, findings, net_norm: ["", "", "norm", "norm"],
     )
     monkeypatch.setattr(
-        "fedss_kernels.federated.simulation.absence",
+        "fedss_kernels.federated.fedavg_round.absence",
         lambda config, round, attempt, k: "dropped" if k == 4 else None,
     )
     with pytest.raises(TooFewClients) as caught:

@@ -17,20 +17,14 @@ from tiny_federation import tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import CheckpointError, Config, ConfigError, run
 from fedss_kernels.federated.comparisons import jobs
-from fedss_kernels.federated.comparisons.compare import (
-    cells,
-    compare,
-    header,
-    report_again,
-    tabulate,
-    write_tables,
-)
+from fedss_kernels.federated.comparisons.compare import compare, report_again
+from fedss_kernels.federated.comparisons.table import cells, header, tabulate, write_tables
 from fedss_kernels.federated.data import DATASETS
 from fedss_kernels.federated.data.holdout import held_out
 from fedss_kernels.federated.plan import LISTS, PRESETS, Case, Plan, read_preset
 from fedss_kernels.federated.reports.mean_sd import mean_sd
-from fedss_kernels.federated.reports.report import Run
-from fedss_kernels.federated.rounds import Stopped
+from fedss_kernels.federated.reports.reported_run import Run
+from fedss_kernels.federated.run_loop import Stopped
 
 SMALL = {
     "glyph_classes": 12,

@@ -12,9 +12,9 @@ from tiny_federation import tiny_data
 
 from fedss_kernels.federated.clients.pooled import pooled
 from fedss_kernels.federated.data import FederatedData
+from fedss_kernels.federated.data.apportion import apportion
 from fedss_kernels.federated.data.holdout import held_out
 from fedss_kernels.federated.data.partition import Partition, divide, divide_test
-from fedss_kernels.federated.data.shares import apportion
 
 KINDS = [
     Partition("classes", num_clients=6, classes_per_client=3),

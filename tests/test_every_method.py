@@ -14,7 +14,7 @@ from fedss_kernels.federated.algorithms import METHODS
 from fedss_kernels.federated.algorithms.parts import Part
 from fedss_kernels.federated.clients.client import Client
 from fedss_kernels.federated.clients.player import Player
-from fedss_kernels.federated.files.run_folder import RoundMetrics
+from fedss_kernels.federated.files.round_metrics import RoundMetrics
 from fedss_kernels.federated.fine_tuning import Tuning, measures, personalise
 from fedss_kernels.federated.randomness import Purpose, generator
 from fedss_kernels.federated.reports.remarks import remarks

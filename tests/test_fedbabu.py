@@ -15,8 +15,8 @@ from fedss_kernels.federated.algorithms.parts import Part, Parts, all_travel
 from fedss_kernels.federated.clients.client import Client
 from fedss_kernels.federated.clients.objectives import ClassRows
 from fedss_kernels.federated.clients.player import Player
+from fedss_kernels.federated.fedavg_round import Simulation
 from fedss_kernels.federated.randomness import Purpose, generator, initial_rows
-from fedss_kernels.federated.simulation import Simulation
 
 FROZEN = ["fedbabu", "fedbabu_ss"]
 

@@ -191,7 +191,7 @@ def test_a_round_goes_on_with_the_rest_as_if_the_others_had_not_been_there(monke
     poisoned_run = train(poison_rate=0.4)
     absent = poison_drawn(8, 0.4)
     monkeypatch.setattr(
-        "fedss_kernels.federated.simulation.absence",
+        "fedss_kernels.federated.fedavg_round.absence",
         lambda config, round, attempt, k: "dropped" if (round, k) in absent else None,
     )
     without = train()

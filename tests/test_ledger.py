@@ -9,7 +9,8 @@ from tiny_federation import CLASSES_HELD, DIM, NUM_CLASSES, NUM_PARAMETERS, tiny
 from fedss_kernels.federated import run
 from fedss_kernels.federated.files.run_folder import faults, read_run
 from fedss_kernels.federated.ledger import FLOWS, KINDS, Traffic, client_traffic, declare
-from fedss_kernels.federated.reports.report import Run, write_run_report
+from fedss_kernels.federated.reports.report import write_run_report
+from fedss_kernels.federated.reports.reported_run import Run
 from fedss_kernels.federated.server.inspection import BESIDE_OTHERS, explained
 
 

@@ -12,8 +12,9 @@ from PIL import Image
 
 from fedss_kernels.federated import Config, cli, run
 from fedss_kernels.federated.algorithms import METHODS
-from fedss_kernels.federated.figures import personalisation
-from fedss_kernels.federated.figures.personalisation import Measured, differences, write
+from fedss_kernels.federated.comparisons import personalisation
+from fedss_kernels.federated.comparisons.paired_differences import Measured, differences
+from fedss_kernels.federated.comparisons.personalisation import write
 from fedss_kernels.federated.fine_tuning import Personal, Tuning
 from fedss_kernels.federated.plan import Plan
 from fedss_kernels.federated.reports.styles import style

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from fedss_kernels.federated.algorithms import METHODS
-from fedss_kernels.federated.reports.places import place
+from fedss_kernels.federated.reports.parts_in_words import place
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

@@ -15,25 +15,22 @@ from tiny_federation import tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import Stopped, cli, run
 from fedss_kernels.federated.algorithms import METHODS
-from fedss_kernels.federated.comparisons.compare import cells, header, tabulate
+from fedss_kernels.federated.comparisons.table import cells, header, tabulate
 from fedss_kernels.federated.data.holdout import held_out
-from fedss_kernels.federated.files.run_folder import RoundMetrics
+from fedss_kernels.federated.files.round_metrics import RoundMetrics
 from fedss_kernels.federated.measures import percent
 from fedss_kernels.federated.reports import progress, report
-from fedss_kernels.federated.reports.places import place
-from fedss_kernels.federated.reports.report import (
+from fedss_kernels.federated.reports.page import write_section
+from fedss_kernels.federated.reports.parts_in_words import place
+from fedss_kernels.federated.reports.plots import (
     DARK,
     LIGHT,
-    Run,
     accuracy_by_bytes,
     accuracy_by_class_set,
     accuracy_by_round,
-    attempt,
-    course,
-    write_comparison_report,
-    write_run_report,
-    write_section,
 )
+from fedss_kernels.federated.reports.report import attempt, write_comparison_report, write_run_report
+from fedss_kernels.federated.reports.reported_run import Run, course
 from fedss_kernels.federated.reports.styles import style, styles
 
 VOID = {"meta", "img", "source", "link", "br", "hr", "input"}
@@ -349,7 +346,7 @@ def test_a_report_that_cannot_be_made_is_a_line(tmp_path, runs, monkeypatch):
     def broken(*arguments):
         raise RuntimeError("no\nfonts")
 
-    monkeypatch.setattr("fedss_kernels.federated.reports.report._png", broken)
+    monkeypatch.setattr("fedss_kernels.federated.reports.plots._png", broken)
     assert attempt(tmp_path, write_run_report, tmp_path, runs[0]) == [
         f"the results are in {tmp_path}, but their report could not be made (RuntimeError: no fonts); to try "
         f"again: fedss report {tmp_path}"
@@ -363,7 +360,7 @@ def page_of(folder: Path) -> str:
 @pytest.fixture
 def no_plots(monkeypatch):
     """Which take most of a report's time."""
-    monkeypatch.setattr(report, "_save_plots", lambda folder, runs: ["", ""])
+    monkeypatch.setattr(report, "save_plots", lambda folder, runs: ["", ""])
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -226,6 +226,19 @@ def test_rows_are_lent_as_they_are_read_and_without_a_copy_where_none_is_behind(
         made.lend(torch.tensor([3, 4, 5]))
 
 
+def test_new_rows_side_by_side_are_lent_from_where_they_will_be():
+    every, made, other = torch.arange(5), table(num_rows=5), table(num_rows=5)
+    for ids in (every, every[1:4]):
+        lent = made.lend(ids)
+        assert lent.data_ptr() == made.rows.weight[ids[0]].data_ptr() and torch.equal(lent, other.read(ids))
+    assert not len(made.stored()["class_ids"])  # they are as new as before
+    for touched in (every[2:4], every):
+        made.step(touched, gradient(0, touched))
+        other.step(touched, gradient(0, touched))
+        assert torch.equal(made[:], other[:])
+        assert all(torch.equal(made.stored()[name], kept) for name, kept in other.stored().items())
+
+
 def test_new_rows_are_drawn_a_few_at_a_time_to_the_same_bits(monkeypatch):
     at_once, drawn = table(num_rows=50), []
     monkeypatch.setattr("fedss_kernels.federated.server.row_table.DRAWN_AT_A_TIME", 8)

@@ -213,8 +213,18 @@ def test_a_left_out_class_that_is_the_target_of_a_late_row(sampled_softmax_loss)
         Case(2, B=40, S=None, C=700, D=64, dtype=BF16),
         Case(3, B=40, S=300, C=700, D=65, bias=True, left_out=0.2, zero_rows=0.1),
         Case(4, B=150, S=None, C=20_000, D=8, ignored=0.1),
+        Case(5, B=10, S=None, C=60_001, D=64, bias=True),
+        Case(6, B=10, S=60_001, C=65_000, D=65, dtype=BF16, ignored=0.1),
     ],
-    ids=["one chunk", "many chunks", "full softmax", "one tile of rows", "one tile of rows a wave"],
+    ids=[
+        "one chunk",
+        "many chunks",
+        "full softmax",
+        "one tile of rows",
+        "one tile of rows a wave",
+        "one tile of rows, many chunks",
+        "one tile of rows, many chunks, in pairs",
+    ],
 )
 def test_same_bits_for_any_number_of_threads(case, threads, set_threads, sampled_softmax_loss):
     set_threads(3)
@@ -702,6 +712,18 @@ def test_memory_stays_far_below_the_logits(peak_memory):
     """
     run = "sampled_softmax_loss(x, weight, target, ids, sparse_grad=True).backward()"
     assert peak_memory(setup, run) < 40 * 2**20
+
+
+def test_memory_stays_near_the_gradients_for_few_rows_and_many_classes(peak_memory):
+    """Allowed: the gradient (24.4 MiB), a block of logits (3.2 MiB), O(S). The packed half of W is 16 MiB."""
+    setup = """
+        import torch
+        from fedss_kernels import sampled_softmax_loss
+        x, weight = torch.randn(10, 64, requires_grad=True), torch.randn(100_000, 64, requires_grad=True)
+        target = torch.arange(10)
+        sampled_softmax_loss(x, weight[:10], target).sum()  # warm up
+    """
+    assert peak_memory(setup, "sampled_softmax_loss(x, weight, target).backward()") < 36 * 2**20
 
 
 def test_memory_stays_bounded_for_many_rows_and_few_classes(peak_memory):

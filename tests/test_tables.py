@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedss_kernels.federated.cli import output
-from fedss_kernels.federated.comparisons.compare import LEAST
+from fedss_kernels.federated.comparisons.table import LEAST
 from fedss_kernels.federated.reports.tables import fitting, markdown, read_markdown
 
 HEADER = ["method", "rate", "top-1 (%)", "MAP@10 (%)", "|S_k| (of C)", "MB moved", "saved"]

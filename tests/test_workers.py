@@ -19,7 +19,7 @@ from tiny_federation import tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import Config, ConfigError, WorkerLost, cli, run
 from fedss_kernels.federated.clients.player import EVALUATION_BATCH
-from fedss_kernels.federated.files.run_folder import RoundMetrics
+from fedss_kernels.federated.files.round_metrics import RoundMetrics
 from fedss_kernels.federated.workers import Team, divided
 
 

@@ -5,11 +5,11 @@
 >>> result.summary.top1  # doctest: +SKIP
 """
 
+from .any_round import TooFewClients
 from .config import Config, ConfigError
 from .data import FederatedData
 from .files.checkpoint import CheckpointError
-from .rounds import Result, Stopped, run
-from .simulation import TooFewClients
+from .run_loop import Result, Stopped, run
 from .workers import WorkerLost
 
 __all__ = [

@@ -5,15 +5,15 @@ import statistics
 import torch
 from torch import Tensor
 
-from .algorithm import OnTuned
 from .algorithms import METHODS
+from .any_round import OnTuned
 from .config import Config, ConfigError
 from .data import FederatedData
 from .fine_tuning import Tuning, check_measurable, personalise
 from .fine_tuning import measures as personal_measures
 from .measures import BY_TASK, Measures
 from .metrics import retrieval, top1
-from .server.homes import Homes
+from .server.kept_by_clients import Homes
 from .server.row_table import RowTable
 from .workers import Team
 

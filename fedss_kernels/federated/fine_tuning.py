@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .algorithm import OnTuned
+from .any_round import OnTuned
 from .clients.extractor import as_embeddings
 from .clients.objectives import ClassRows
 from .clients.player import Player

@@ -13,11 +13,11 @@ import torch
 
 from ..algorithms import METHODS
 from ..config import STICKY
+from ..fedavg_round import TooFewClients
 from ..files.run_folder import check_trained_on, make_folder, read_config, read_kept, read_model
 from ..models import MODELS
 from ..reports.remarks import remarks
-from ..rounds import run
-from ..simulation import TooFewClients
+from ..run_loop import run
 from ..workers import WorkerLost
 from .command import Command
 from .options import (

@@ -7,7 +7,7 @@ import textwrap
 from ..algorithms import METHODS as _METHODS
 from ..algorithms import Method
 from ..config import Config
-from ..reports.places import place
+from ..reports.parts_in_words import place
 from .command import Command
 from .options import default_of, flag, help_of
 

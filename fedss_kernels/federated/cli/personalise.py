@@ -34,7 +34,7 @@ from .options import (
 from .output import read_data
 
 if TYPE_CHECKING:
-    from ..figures.personalisation import Measured
+    from ..comparisons.paired_differences import Measured
     from ..fine_tuning import Tuning
 
 # Of one method and setting are runs that differ in these alone.
@@ -84,7 +84,7 @@ def _add_personalise_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _personalise(arguments: argparse.Namespace) -> int:
-    from ..figures import personalisation
+    from ..comparisons import personalisation
     from ..fine_tuning import EPOCHS, RATE, Tuning
 
     epochs, tunings = tuple(EPOCHS if arguments.epochs is None else arguments.epochs), list[Tuning]()
@@ -156,7 +156,7 @@ def _measured(
 ) -> "Measured":
     from rich.console import Console
 
-    from ..figures.personalisation import Measured
+    from ..comparisons.paired_differences import Measured
     from ..fine_tuning import personalise
     from ..reports.progress import ReadingProgress
 

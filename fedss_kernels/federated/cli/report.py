@@ -19,7 +19,9 @@ def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
 def _report(arguments: argparse.Namespace) -> int:
     from ..comparisons.compare import report_again
     from ..files.run_folder import read_run
-    from ..reports.report import Run, write_run_report, write_sections
+    from ..reports.page import write_sections
+    from ..reports.report import write_run_report
+    from ..reports.reported_run import Run
 
     folder, left_out = arguments.folder, list[str]()
     with mistakes():

@@ -15,17 +15,18 @@ from ..config import (
     storeless,
 )
 from ..disk import reason
+from ..fedavg_round import TooFewClients
 from ..files import checkpoint, record, run_folder
 from ..files.checkpoint import CheckpointError
-from ..files.run_folder import RUN_FILES, RoundMetrics, check_folder, faults, read_config
+from ..files.round_metrics import RoundMetrics
+from ..files.run_folder import RUN_FILES, check_folder, faults, read_config
 from ..interrupts import Interrupted, noticed
 from ..ledger import OUTCOMES
 from ..lock import InUse
 from ..plan import FILE, LISTS, Plan, read_preset
-from ..rounds import Result, Stopped, run
+from ..run_loop import Result, Stopped, run
 from ..server.class_store import check_free
 from ..server.inspection import explained
-from ..simulation import TooFewClients
 from ..workers import WorkerLost, help_out, launched
 from .command import Command
 from .options import (
@@ -153,7 +154,8 @@ def _run(arguments: argparse.Namespace) -> int:
 def _finished(result: Result, out: Path) -> int:
     """Makes the report, and says what came of the run; returns the exit code."""
     from ..reports.remarks import remarks
-    from ..reports.report import Run, attempt, write_run_report
+    from ..reports.report import attempt, write_run_report
+    from ..reports.reported_run import Run
 
     failed = attempt(out, write_run_report, out, Run(result.config, result.history, result.summary))
     s = result.summary
@@ -277,8 +279,9 @@ def _planned(arguments: argparse.Namespace) -> Plan:
 
 def _compare(arguments: argparse.Namespace) -> int:
     from ..comparisons import jobs
-    from ..comparisons.compare import COMPARISON_FILES, compare, job_name, trial_name
+    from ..comparisons.compare import COMPARISON_FILES, compare, job_name
     from ..comparisons.jobs import JobsStopped
+    from ..comparisons.rates import trial_name
     from ..reports.progress import RunProgress
 
     resume = arguments.resume is not None
@@ -335,7 +338,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 def _compared(comparison: "Comparison", command: str, go_on: str) -> int:
     """Says what came of a comparison; returns the exit code."""
-    from ..comparisons.compare import LEAST, cells, header
+    from ..comparisons.table import LEAST, cells, header
 
     for line in (*comparison.notes, *comparison.failed):
         print(f"{command}: {line}", file=sys.stderr)

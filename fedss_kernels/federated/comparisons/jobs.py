@@ -16,14 +16,16 @@ from typing import Any, cast
 from .. import files
 from ..config import Config, ConfigError
 from ..disk import reason, write_whole
+from ..fedavg_round import TooFewClients
 from ..files import checkpoint
-from ..files.run_folder import RoundMetrics, read_run
+from ..files.round_metrics import RoundMetrics
+from ..files.run_folder import read_run
 from ..given_back import give_back
 from ..interrupts import deaf, ending, ignore
 from ..reports.remarks import remarks
-from ..reports.report import Run, attempt, write_run_report
-from ..rounds import Stopped, run
-from ..simulation import TooFewClients
+from ..reports.report import attempt, write_run_report
+from ..reports.reported_run import Run
+from ..run_loop import Stopped, run
 
 _LISTEN = 0.5  # seconds after which it is asked again whether to stop
 log = logging.getLogger(__name__)

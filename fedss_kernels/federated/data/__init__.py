@@ -8,12 +8,13 @@ from typing import Any
 
 from .cifar import load_cifar10, load_cifar100
 from .damage import DamagedImages, MissingImages
+from .federated_data import TASKS, FederatedData, Found
 from .glyphs import load_glyphs
 from .image_folder import load_image_folder
 from .imagenet21k import load_imagenet21k
 from .landmarks import load_landmarks
 from .omniglot import load_omniglot
-from .partition import PARTITIONS, TASKS, FederatedData, Found, Partition
+from .partition import PARTITIONS, Partition
 from .sop import load_sop
 
 __all__ = [

@@ -33,8 +33,9 @@ from ..disk import named
 from .cache import Arrays, cached_arrays
 from .class_folders import ClassFolders, image_endings
 from .damage import DamagedImages, of_the_system, say_left_out
+from .federated_data import FederatedData
 from .images import VERSION, OnProgress, decode
-from .partition import FederatedData, Partition, divide, divide_test
+from .partition import Partition, divide, divide_test
 from .pixels import Failure, failure, read_file, unlimited
 
 SOURCE = "https://www.cs.toronto.edu/~kriz/cifar.html"

@@ -19,7 +19,9 @@ import numpy as np
 
 from ...plotting import import_matplotlib
 from .cache import Arrays, cached_arrays
-from .partition import Drawings, FederatedData, Partition, partition
+from .drawings import Drawings, partition
+from .federated_data import FederatedData
+from .partition import Partition
 
 VERSION = 2  # raise it whenever the same settings would give other bytes
 SIZE = 28  # of a drawing, in pixels

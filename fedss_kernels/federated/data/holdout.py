@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..config_error import ConfigError
-from .partition import FederatedData
-from .shares import apportion
+from .apportion import apportion
+from .federated_data import FederatedData
 
 TEST_SHARE = 6  # a newcomer is tested on one image of so many, and fine-tunes on the others
 

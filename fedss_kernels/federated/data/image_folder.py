@@ -19,8 +19,9 @@ import torch
 
 from .class_folders import ByClass, ClassFolders
 from .damage import DamagedImages, printable, say_left_out, some
+from .federated_data import FederatedData, Found
 from .images import OnProgress, cached_images
-from .partition import FederatedData, Found, Partition, divide, divide_test, draw_share
+from .partition import Partition, divide, divide_test, draw_share
 
 SOURCE = "wherever they come from: this is a folder of your own"
 log = logging.getLogger(__name__)

@@ -13,9 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .class_folders import ClassFolders
+from .federated_data import FederatedData, Found
 from .image_folder import from_files, split_images
 from .images import OnProgress
-from .partition import FederatedData, Found, Partition
+from .partition import Partition
 
 SOURCE = "https://image-net.org/download-images (the full release, each n<number>.tar unpacked to a folder)"
 CLIENTS = 25_691

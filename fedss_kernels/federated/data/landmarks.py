@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .class_folders import ByClass
+from .federated_data import FederatedData, Found
 from .image_folder import from_files
 from .images import OnProgress
-from .partition import FederatedData, Found, Partition
+from .partition import Partition
 
 SOURCE = "https://storage.googleapis.com/gresearch/federated-vision-datasets/landmarks-user-160k.zip"
 IMAGES = "https://github.com/cvdfoundation/google-landmark (train)"

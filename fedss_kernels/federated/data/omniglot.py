@@ -26,8 +26,10 @@ from ..disk import named
 from .cache import Arrays, cached_arrays
 from .class_folders import ClassFolders
 from .damage import OR_SKIP, DamagedImages, of_the_system, say_left_out
+from .drawings import Drawings, partition
+from .federated_data import FederatedData
 from .images import OnProgress
-from .partition import Drawings, FederatedData, Partition, partition
+from .partition import Partition
 from .pixels import Failure, failure, read_file
 
 VERSION = 1  # raise it whenever the same files would give other arrays

@@ -14,9 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .class_folders import ByClass
+from .federated_data import FederatedData, Found
 from .image_folder import from_files
 from .images import OnProgress
-from .partition import FederatedData, Found, Partition
+from .partition import Partition
 
 SOURCE = "https://cvgl.stanford.edu/projects/lifted_struct/ (Stanford_Online_Products.zip)"
 HEADER = ["image_id", "class_id", "super_class_id", "path"]

@@ -21,7 +21,7 @@ from ..config import Config
 from ..data import FederatedData
 from ..fine_tuning import Own
 from ..metrics import NOTHING, directions, nearest
-from ..reports.report import write_section
+from ..reports.page import write_section
 from ..reports.tables import write_csv
 
 if TYPE_CHECKING:

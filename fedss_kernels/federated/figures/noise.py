@@ -28,7 +28,7 @@ from ..data import FederatedData
 from ..loading import fitted
 from ..randomness import Purpose, generator
 from ..reports.mean_sd import mean_sd
-from ..reports.report import write_section
+from ..reports.page import write_section
 from ..reports.tables import write_csv
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ...plotting import plotting
 from ..models import build_model
-from ..reports.report import write_section
+from ..reports.page import write_section
 from ..reports.tables import write_csv
 
 if TYPE_CHECKING:

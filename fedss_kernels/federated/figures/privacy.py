@@ -26,7 +26,7 @@ from ..algorithms.parts import Part
 from ..clients.player import Player
 from ..config import STICKY, Config, ConfigError
 from ..data import FederatedData
-from ..reports.report import write_section
+from ..reports.page import write_section
 from ..reports.tables import write_csv
 
 if TYPE_CHECKING:

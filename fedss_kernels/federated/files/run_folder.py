@@ -20,25 +20,25 @@ import logging
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..algorithms import METHODS
 from ..config import Config, ConfigError, read_options
 from ..data import FederatedData
 from ..disk import remove_unfinished, replacing, write_whole
-from ..ledger import FLOWS, OUTCOMES, Entry, Traffic, client_traffic, is_flow
+from ..ledger import Entry
 from ..lock import Lock
-from ..measures import BY_TASK, MEASURES, Measured, Measures
+from ..measures import BY_TASK, Measures
 from . import checkpoint
 from .checkpoint import Checkpoint, CheckpointError
+from .facts import Facts
 from .fingerprint import Fingerprint
 from .record import Record, read_facts, read_table, remove_record
+from .round_metrics import RoundMetrics
+from .summary import Summary
 
 RUN_FILES = (
     "config.json",
@@ -51,191 +51,8 @@ RUN_FILES = (
     "accuracy_by_bytes.png",
     "error.txt",
 )
-_BYTES = "bytes_"  # of a column of metrics.csv, before a flow
 MAY_CHANGE = ("rounds", *checkpoint.MAY_DIFFER)  # options of a run that goes on
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class RoundMetrics(Measured):
-    """One line of metrics.csv: a column for each measure of the run, None in rounds without an evaluation."""
-
-    round: int  # rounds done, from 1
-    loss: float  # mean over the cohort's images of the clients' training loss
-    client_lr: float
-    measures: Measures  # of the run: no column
-    measured: Mapping[str, float | None]  # a column each
-    # the round from which on the model has had numbers that are not finite, and no measures
-    not_finite_since: int | None = field(default=None, kw_only=True)
-    attempts: int  # cohorts drawn, as one in which too few answer is followed by another
-    accepted: int  # answers that counted
-    dropped: int  # clients that never answered
-    late: int  # clients that took longer than the deadline
-    rejected: int  # answers that were left out, as something was wrong with them
-    discarded: int  # answers that nothing was wrong with, in cohorts of which too few answered
-    mean_class_set: float  # mean |S_k| over the clients drawn
-    traffic: Traffic  # a column bytes_FLOW for each of its flows
-    bytes_so_far: int  # of this and all earlier rounds
-    seconds: float  # since the run began, evaluations included
-
-    @classmethod
-    def header(cls, measures: Measures, flows: Sequence[str]) -> list[str]:
-        """The columns of a run with these."""
-        of = {each.name: [each.name] for each in fields(cls)}
-        of |= {"measures": [], "measured": [*measures.names], "traffic": [_BYTES + flow for flow in flows]}
-        return [column for columns in of.values() for column in columns]
-
-    @property
-    def line(self) -> list[object]:
-        """Under `header`."""
-        of = {each.name: [getattr(self, each.name)] for each in fields(self)}
-        of |= {
-            "measures": [],
-            "measured": [*self.measured.values()],
-            "traffic": [*self.traffic.bytes.values()],
-        }
-        return [value for values in of.values() for value in values]
-
-    @classmethod
-    def read(cls, line: Mapping[str, str], measures: Measures) -> "RoundMetrics":
-        """Of a table's line. Raises ValueError for a column that this version does not know."""
-        own = {each.name for each in fields(cls)} - {"measures", "measured", "traffic"}
-        values, measured, moved = dict[str, Any](), dict[str, float | None](), dict[str, int]()
-        for column, text in line.items():
-            if column in own:
-                values[column] = _number(text)
-            elif column in MEASURES:
-                measured[column] = _number(text)
-            elif is_flow(flow := column.removeprefix(_BYTES)):
-                moved[flow] = int(text)
-            else:
-                version = checkpoint.versions()["fedss-kernels"]
-                raise ValueError(f"fedss-kernels {version} knows no column {column!r}")
-        return cls(measures=measures, measured=measured, traffic=Traffic(moved), **values)
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a run is of, besides its settings."""
-
-    data: str
-    task: str
-    num_classes: int  # C
-    num_clients: int
-    num_train_images: int
-    num_test_images: int
-    num_parameters: int  # of the extractor
-    measures: Measures
-    flows: tuple[str, ...]  # the columns of its ledger
-    notes: list[str] = field(default_factory=list)  # of the data: what was left out
-
-    @classmethod
-    def of(
-        cls, data: FederatedData, num_parameters: int, measures: Measures, flows: Sequence[str]
-    ) -> "Facts":
-        images = sum(len(held) for held in data.clients)
-        sizes = data.num_classes, len(data.clients), images, len(data.test_images)
-        return cls(data.name, data.task, *sizes, num_parameters, measures, tuple(flows), list(data.notes))
-
-    @property
-    def text(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
-
-    @classmethod
-    def read(cls, text: str | bytes) -> "Facts":
-        """Of `text`; an earlier version's had neither measures nor flows, as they were always the same."""
-        values = json.loads(text)
-        listed = values.pop("measures", None)
-        measures = Measures.read(listed) if listed else BY_TASK[values["task"]]
-        flows = tuple(values.pop("flows", FLOWS["travel"]))
-        return cls(measures=measures, flows=flows, **values)
-
-
-@dataclass(frozen=True)
-class Summary(Measured):
-    """The figures of a run, at its end or so far. Bytes are those of all clients and rounds."""
-
-    method: str
-    data: str
-    task: str
-    seed: int
-    measures: Measures  # not in summary.json
-    measured: Mapping[str, float | None]  # as in the last round that was evaluated; an entry each
-    rounds: int
-    cohort: int
-    accepted: int
-    dropped: int
-    late: int
-    rejected: int
-    discarded: int
-    num_classes: int  # C
-    num_clients: int
-    num_train_images: int
-    num_test_images: int
-    num_parameters: int  # of the extractor
-    embedding_dim: int
-    mean_class_set: float  # mean |S_k|
-    traffic: Traffic
-    full_traffic: Traffic  # what full_softmax moves in as many rounds
-    seconds: float
-    not_finite_since: int | None = None
-    notes: list[str] = field(default_factory=list)  # as in Facts
-
-    def to_dict(self) -> dict[str, Any]:
-        """The entries of summary.json."""
-        found = dict[str, Any]()
-        for each in fields(self):
-            value = getattr(self, each.name)
-            if each.name == "measured":
-                found |= value
-            elif each.name != "measures":
-                found[each.name] = dict(value.bytes) if isinstance(value, Traffic) else value
-        return found
-
-    @classmethod
-    def of(cls, config: Config, facts: Facts, history: Sequence[RoundMetrics]) -> "Summary":
-        """Of the rounds that are done, one at least. Measures are those of the last evaluation."""
-        counts = {outcome: sum(getattr(metrics, outcome) for metrics in history) for outcome in OUTCOMES}
-        evaluated = [m for m in history if m.round % config.eval_every == 0 or m.round == config.rounds]
-        last = evaluated[-1] if evaluated else history[-1]
-        return cls(
-            method=config.method,
-            seed=config.seed,
-            measured=last.measured,
-            rounds=len(history),
-            cohort=config.cohort,
-            **counts,
-            **{each.name: getattr(facts, each.name) for each in fields(Facts) if each.name != "flows"},
-            embedding_dim=config.embedding_dim,
-            mean_class_set=float(np.mean([metrics.mean_class_set for metrics in history])),
-            traffic=sum((metrics.traffic for metrics in history), Traffic.none(facts.flows)),
-            full_traffic=_full_traffic(config, facts, counts, len(history)),
-            seconds=history[-1].seconds,
-            not_finite_since=history[-1].not_finite_since,
-        )
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Summary":
-        """Of what an earlier version wrote, which had the measures of a task alone."""
-        measures = BY_TASK[values["task"]]
-        measured = {name: values[name] for name in measures.names if name in values}
-        traffic = {name: Traffic(values[name]) for name in ("traffic", "full_traffic")}
-        others = {name: value for name, value in values.items() if name not in measured}
-        return cls(**others | traffic, measures=measures, measured=measured)
-
-
-def _full_traffic(config: Config, facts: Facts, counts: Mapping[str, int], rounds: int) -> Traffic:
-    """What full_softmax moves in as many rounds, of clients that answer and of those that do not."""
-    absent = counts["dropped"] + counts["late"]
-    numbers = {True: sum(counts.values()) - absent, False: absent}
-    if METHODS[config.method].pooled:
-        numbers = {True: rounds * config.cohort}  # of the clients that there would be
-    sizes = facts.num_parameters, facts.num_classes, config.row_dim
-    each = {
-        answers: client_traffic(*sizes, sends_ids=False, answers=answers, dtype=config.wire_dtype)
-        for answers in numbers
-    }
-    return sum((each[answers].times(n) for answers, n in numbers.items()), Traffic())
 
 
 @dataclass
@@ -553,9 +370,3 @@ def faults(path: Path) -> list[tuple[str, int]]:
         raise ValueError(f"no run in {path}: ledger.csv: {error.strerror}") from None
     except (ValueError, KeyError) as error:
         raise ValueError(f"ledger.csv in {path} is not as a run wrote it: {error}") from None
-
-
-def _number(text: str) -> Any:
-    if not text:
-        return None
-    return int(text) if text.lstrip("-").isdigit() else float(text)

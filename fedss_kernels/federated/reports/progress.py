@@ -19,7 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from ..files.run_folder import RoundMetrics
+from ..files.round_metrics import RoundMetrics
 from .remarks import remarks
 
 QUIET_SECONDS = 20.0  # between two plain lines of one job

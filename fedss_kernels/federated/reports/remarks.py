@@ -1,6 +1,7 @@
 """What has to be said of a run beside its figures, as they do not say it themselves."""
 
-from ..files.run_folder import RoundMetrics, Summary
+from ..files.round_metrics import RoundMetrics
+from ..files.summary import Summary
 
 
 def remarks(run: RoundMetrics | Summary) -> list[str]:

@@ -1,8 +1,9 @@
 """A matrix on the server of which a round touches few rows: its values, its optimiser's state, its steps.
 
-A row is drawn when it is first read, and stored when it is first stepped; in between nothing is allocated.
-What a row is now follows from what is stored and from the number of steps done: reading changes nothing. So a
-round costs what the rows in it cost, however many there are.
+A row is drawn whenever it is read, until it is stored when it is first stepped; in between nothing is
+allocated, but for new rows that are lent side by side. What a row is now follows from what is stored and from
+the number of steps done: reading changes nothing. So a round costs what the rows in it cost, however many
+there are.
 """
 
 import math
@@ -127,8 +128,7 @@ class RowTable:
         found = self.optimizer.read(self.rows, class_ids, self.now)
         new = self.rows.stepped[class_ids] == 0
         if new.any():
-            for part in new.nonzero()[:, 0].split(DRAWN_AT_A_TIME):
-                found[part] = self.initial(class_ids[part])
+            self._draw(class_ids[new], found, new.nonzero()[:, 0])
         return found
 
     def lend(self, class_ids: Tensor) -> Tensor:
@@ -136,13 +136,20 @@ class RowTable:
 
         No copy where they lie side by side as they are now: as where every class is on every client.
         """
-        if len(class_ids) and self.now and not self.store:
+        if len(class_ids) and not self.store:
             first, last = int(class_ids[0]), int(class_ids[-1])
             if 0 <= first and last < len(self) and last - first == len(class_ids) - 1:
                 side_by_side = (class_ids[1:] > class_ids[:-1]).all()
                 if side_by_side and (self.rows.stepped[first : last + 1] == self.now).all():
+                    if self.now == 0:  # all are new
+                        self._draw(class_ids, self.rows.weight, class_ids)
                     return self.rows.weight[first : last + 1]
         return self.read(class_ids)
+
+    def _draw(self, class_ids: Tensor, out: Tensor, places: Tensor) -> None:
+        """New rows, into those places of `out`."""
+        for ids, at in zip(class_ids.split(DRAWN_AT_A_TIME), places.split(DRAWN_AT_A_TIME), strict=True):
+            out[at] = self.initial(ids)
 
     def step(self, class_ids: Tensor, gradient: Tensor) -> None:
         """A step along the gradient (U, D) of rows class_ids (U,), ascending; of other rows' it is 0.
@@ -175,8 +182,7 @@ class RowTable:
         if self.store:
             self.store.allocate(new)
             self.store.keep(class_ids, stepped=stepped)
-        for part in new.split(DRAWN_AT_A_TIME):
-            self.rows.weight[part] = self.initial(part)
+        self._draw(new, self.rows.weight, new)
         return new
 
     def stored(self) -> dict[str, Tensor]:

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from .clients.player import Player
 from .config import Config
-from .files.run_folder import Facts, RunFolder
+from .files.facts import Facts
+from .files.run_folder import RunFolder
 from .ledger import Entry
 from .messages import Update
 from .server.class_store import ClassStore
-from .server.homes import Homes
+from .server.kept_by_clients import Homes
 from .server.row_table import RowTable
 from .stopwatch import Stopwatch
 

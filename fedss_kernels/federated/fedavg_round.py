@@ -9,20 +9,21 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from .algorithm import OnTuned, Played, TooFewClients, Trained
 from .algorithms.parts import Part
+from .any_round import OnTuned, Played, TooFewClients, Trained
 from .clients.player import Player
 from .config import Config, learning_rate
 from .evaluation import Evaluation, measures_of
-from .files.run_folder import Facts, RunFolder
+from .files.facts import Facts
+from .files.run_folder import RunFolder
 from .ledger import Entry
 from .messages import Request
 from .randomness import NO_CLIENT, Purpose, generator
-from .server.choices import optimizer, statistic
 from .server.class_store import ClassStore
 from .server.cohort import absence, draw_cohort
-from .server.homes import Homes
+from .server.from_config import optimizer, statistic
 from .server.inspection import Inspection, reasons
+from .server.kept_by_clients import Homes
 from .server.mean import PseudoGradient
 from .server.server import Server
 from .server.spreadout import Spreadout

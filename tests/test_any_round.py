@@ -10,17 +10,21 @@ import torch
 from rich.console import Console
 from tiny_federation import tiny_config, tiny_data, tiny_model
 
-from fedss_kernels.federated import Stopped, measures, rounds, run
-from fedss_kernels.federated.algorithm import Played, Trained
+from fedss_kernels.federated import Stopped, measures, run, run_loop
 from fedss_kernels.federated.algorithms import METHODS
+from fedss_kernels.federated.any_round import Played, Trained
 from fedss_kernels.federated.comparisons import jobs
-from fedss_kernels.federated.comparisons.compare import cells, compare, header
-from fedss_kernels.federated.files.run_folder import Facts, read_run
+from fedss_kernels.federated.comparisons.compare import compare
+from fedss_kernels.federated.comparisons.table import cells, header
+from fedss_kernels.federated.files.facts import Facts
+from fedss_kernels.federated.files.run_folder import read_run
 from fedss_kernels.federated.ledger import KINDS, Entry, Kind, Traffic
 from fedss_kernels.federated.measures import MEASURES, Measure, Measures
 from fedss_kernels.federated.plan import Plan
+from fedss_kernels.federated.reports.plots import LIGHT, accuracy_by_round
 from fedss_kernels.federated.reports.progress import RunProgress
-from fedss_kernels.federated.reports.report import LIGHT, Run, accuracy_by_round, write_run_report
+from fedss_kernels.federated.reports.report import write_run_report
+from fedss_kernels.federated.reports.reported_run import Run
 from fedss_kernels.federated.stopwatch import Stopwatch
 
 ERROR = Measure(
@@ -78,7 +82,7 @@ def made_up(monkeypatch):
     monkeypatch.setitem(KINDS, "latents", latents)
     method = replace(METHODS["pos_only"], name="split", label="Split", summary="In two parts.")
     monkeypatch.setitem(METHODS, "split", method)
-    monkeypatch.setitem(rounds.OTHERS, "split", Split)
+    monkeypatch.setitem(run_loop.OTHERS, "split", Split)
 
 
 def train(**options):

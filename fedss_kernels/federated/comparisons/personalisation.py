@@ -1,26 +1,23 @@
 """What runs' models are worth to their clients, side by side: over clients, and client by client."""
 
-import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ...plotting import plotting
-from ..fine_tuning import Personal, Tuning
 from ..reports.mean_sd import mean_sd
-from ..reports.places import PERSONALISED
-from ..reports.report import write_section
+from ..reports.page import write_section
+from ..reports.parts_in_words import PERSONALISED
 from ..reports.styles import styles
 from ..reports.tables import write_csv
+from .paired_differences import INTERVAL, Difference, Measured, by_method, differences
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-INTERVAL = statistics.NormalDist().inv_cdf(0.975)  # standard errors on either side of a mean
 STATISTICS: dict[str, Callable[[Sequence[float]], float | None]] = {
     "mean": statistics.fmean,
     "sd": lambda values: mean_sd(values)[1],
@@ -43,31 +40,6 @@ OF_DIFFERENCES = (
     "seeds would give is not in it."
 )
 ROWS_WORDS = {"all": "all classes", "own": "its own classes"}
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One run's clients, fine-tuned in one way."""
-
-    run: str  # its folder
-    method: str  # as tables have it
-    seed: int
-    tuning: Tuning
-    people: Sequence[Personal]
-    name: str = ""  # the method's, by which it is drawn
-
-    def values(self, name: str) -> list[float]:
-        """One of Personal.accuracies, by client."""
-        return [each.accuracies[name] for each in self.people]
-
-
-@dataclass(frozen=True)
-class Difference:
-    first: str
-    second: str
-    seeds: int  # that both have
-    clients: int
-    of: dict[str, tuple[float, float | None]]  # (mean of first - second, its standard error), by accuracy
 
 
 def write(out: Path, found: Sequence[Measured]) -> str:
@@ -113,23 +85,13 @@ def _write_csv(out: Path, found: Sequence[Measured]) -> None:
     write_csv(out / "personalise.csv", [[*of_run, *of_client, *found[0].people[0].accuracies], *lines])
 
 
-def _groups(found: Sequence[Measured]) -> dict[str, list[Measured]]:
-    """The seeds of each method, and rate where there are several, by the name of the two."""
-    several = len({each.tuning.rate for each in found}) > 1
-    groups: dict[str, list[Measured]] = {}
-    for each in found:
-        name = f"{each.method}, rate {each.tuning.rate:g}" if several else each.method
-        groups.setdefault(name, []).append(each)
-    return groups
-
-
 # ---- tables
 
 
 def _lines(found: Sequence[Measured], names: Sequence[str]) -> list[list[str]]:
     """For each run a line of each statistic; and for a method of several seeds their means."""
     lines = []
-    for title, runs in _groups(found).items():
+    for title, runs in by_method(found).items():
         tables = [
             {kind: [of(run.values(name)) for name in names] for kind, of in STATISTICS.items()}
             for run in runs
@@ -158,34 +120,6 @@ def _percent(share: float | None) -> str:
     return "0.0" if text == "-0.0" else text
 
 
-def differences(found: Sequence[Measured]) -> list[Difference]:
-    """Of every two methods, at one rate, that have a seed in common."""
-    apart = []
-    for (first, some), (second, others) in itertools.combinations(_groups(found).items(), 2):
-        by_seed = {each.seed: each for each in others}
-        pairs = [(each, by_seed[each.seed]) for each in some if each.seed in by_seed]
-        if pairs and some[0].tuning.rate == others[0].tuning.rate:
-            apart.append(_difference(first, second, pairs))
-    return apart
-
-
-def _difference(first: str, second: str, pairs: Sequence[tuple[Measured, Measured]]) -> Difference:
-    runs = [run for pair in pairs for run in pair]
-    by_client = {id(run): {each.client: each.accuracies for each in run.people} for run in runs}
-    common = sorted(set.intersection(*(set(clients) for clients in by_client.values())))
-    of = {}
-    for name in runs[0].people[0].accuracies:
-        each = [
-            statistics.fmean(
-                by_client[id(a)][client][name] - by_client[id(b)][client][name] for a, b in pairs
-            )
-            for client in common
-        ]
-        mean, sd = mean_sd(each)
-        of[name] = mean, None if sd is None else sd / len(each) ** 0.5
-    return Difference(first, second, len(pairs), len(common), of)
-
-
 def _lines_apart(apart: Sequence[Difference], names: Sequence[str]) -> list[list[str]]:
     lines = []
     for pair in apart:
@@ -210,7 +144,7 @@ Looks = Mapping[str, dict[str, str]]
 
 def _looks(found: Sequence[Measured]) -> Looks:
     """How each of the groups is drawn."""
-    groups = _groups(found)
+    groups = by_method(found)
     return dict(zip(groups, styles([runs[0].name for runs in groups.values()]), strict=True))
 
 
@@ -218,7 +152,7 @@ def _plot(found: Sequence[Measured], looks: Looks) -> "Figure":
     """Accuracy over epochs, a line for each method, the mean over clients and seeds; marks: untrained."""
     figure, axes = _figure("accuracy on its own test images (%, mean over clients)")
     epochs = found[0].tuning.epochs
-    for title, runs in _groups(found).items():
+    for title, runs in by_method(found).items():
         look = looks[title]
 
         def mean(name: str, runs: Sequence[Measured] = runs) -> float:

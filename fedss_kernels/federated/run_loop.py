@@ -1,7 +1,7 @@
 """The loop of one run, whatever its rounds are: play, evaluate, record, checkpoint; stop, and go on.
 
-What a round is belongs to the algorithm (algorithm.py); of methods shaped as federated averaging it is
-simulation.py's.
+What a round is belongs to the algorithm (any_round.py); of methods shaped as federated averaging it is
+fedavg_round.py's.
 """
 
 import time
@@ -14,20 +14,23 @@ import torch
 from torch import Tensor, nn
 
 from . import idle_settings
-from .algorithm import Algorithm, OnTuned, Played, TooFewClients
+from .any_round import Algorithm, OnTuned, Played, TooFewClients
 from .clients.player import Player, training_device
 from .config import OWN, Config, ConfigError, learning_rate
 from .data import FederatedData
 from .evaluation import check_measured
+from .fedavg_round import Simulation
 from .files.checkpoint import Checkpoint, CheckpointError
-from .files.run_folder import Facts, RoundMetrics, RunFolder, Summary
+from .files.facts import Facts
+from .files.round_metrics import RoundMetrics
+from .files.run_folder import RunFolder
+from .files.summary import Summary
 from .ledger import OUTCOMES, Traffic
 from .loading import check_data, fitted, load_data, trivial
 from .sending import check_sendable
 from .server.class_store import ClassStore, check_free
-from .server.homes import Homes
+from .server.kept_by_clients import Homes
 from .server.row_table import RowTable
-from .simulation import Simulation
 from .workers import WorkerLost, started
 
 OTHERS: dict[str, type[Algorithm]] = {}  # of the methods that have rounds of their own kind

@@ -1,0 +1,260 @@
+"""The plots of a report, for light paper and dark, and what is said below them."""
+
+import io
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ...plotting import plotting
+from ..algorithms import METHODS
+from ..files.round_metrics import RoundMetrics
+from ..measures import Measure
+from ..plan import Case
+from .page import data_uri
+from .reported_run import MEGABYTE, Run, by_case, course, several_seeds
+from .styles import style
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LIGHT = {"paper": "#ffffff", "ink": "#1c1e21", "grid": "#d9dce1"}
+DARK = {"paper": "#1b1e24", "ink": "#e6e8ec", "grid": "#3a3f49"}
+_END = {"markersize": 9, "fillstyle": "none", "linestyle": ""}
+
+
+def accuracy_by_round(runs: Sequence[Run], theme: dict[str, str]) -> "Figure":
+    """Accuracy over rounds: a line for each method, the mean over its seeds, in a band of one sd.
+
+    Where what the runs are judged by is measured at their end alone, it is a hollow mark there.
+    """
+    figure, (axes,) = _figure(runs, theme, panels=1)
+    for look, group in _lines(runs):
+        rounds, mean, sd = _curve(group)
+        _draw(axes, rounds, mean, sd, look)
+        _draw_end(axes, rounds[-1:], group, look)
+    axes.set_xlabel("rounds of training")
+    _from_zero(axes)
+    return _finish(figure, axes, runs, theme, course(runs[0]))
+
+
+def accuracy_by_bytes(runs: Sequence[Run], theme: dict[str, str]) -> "Figure":
+    """Accuracy over what was moved: everything on the left, what the classes cost on the right."""
+    figure, (left, right) = _figure(runs, theme, panels=2)
+    lines = _lines([run for run in runs if run.summary.traffic.total]) or _lines(runs)
+    by_class = [(look, group) for look, group in lines if group[0].summary.traffic.classification]
+    for axes, of, drawn in ((left, 0, lines), (right, 1, by_class or lines)):
+        for look, group in drawn:
+            _, mean, sd = _curve(group)
+            moved = np.mean([_megabytes(run)[of] for run in group], axis=0)
+            _draw(axes, moved, mean, sd, look)
+            _draw_end(axes, moved[-1:], group, look)
+    left.set_xlabel("everything moved so far (MB)")
+    _from_zero(left)
+    right.set_xlabel("class rows and ids moved so far (MB)")
+    if len(by_class) > 1:  # the methods are powers of ten apart
+        right.set_xlabel("class rows and ids moved so far (MB, log scale)")
+        _log_axis(right)
+    else:
+        _from_zero(right)
+    right.tick_params(labelleft=False)
+    return _finish(figure, left, runs, theme, course(runs[0]))
+
+
+def accuracy_by_class_set(runs: Sequence[Run], theme: dict[str, str]) -> "Figure":
+    """Accuracy at the end over |S_k|: a line for each method with negatives, a point for each without."""
+    figure, (axes,) = _figure(runs, theme, panels=1)
+    cases = by_case(runs)
+    for method in dict.fromkeys(case.method for case in cases):
+        points = []
+        for group in (runs for case, runs in cases.items() if case.method == method):
+            scale = group[0].summary.headline.scale
+            values = [scale * run.summary.accuracy for run in group if run.summary.accuracy is not None]
+            sd = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+            sizes = [run.summary.mean_class_set for run in group]
+            points.append((float(np.mean(sizes)), float(np.mean(values)), sd))
+        x, mean, error = zip(*sorted(points), strict=True)
+        axes.errorbar(x, mean, error, label=METHODS[method].label, capsize=3, **style(method))
+    axes.set_xlabel("class rows on a client, |S_k| (mean, log scale)")
+    _log_axis(axes)
+    return _finish(figure, axes, runs, theme, runs[0].summary.headline)
+
+
+def _figure(runs: Sequence[Run], theme: dict[str, str], panels: int) -> tuple["Figure", list]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 + 3.5 * panels, 4.6), layout="constrained", facecolor=theme["paper"])
+    axes = [figure.add_subplot(1, panels, 1)]
+    axes += [figure.add_subplot(1, panels, i, sharey=axes[0]) for i in range(2, panels + 1)]
+    for ax in axes:
+        ax.set_facecolor(theme["paper"])
+        ax.grid(color=theme["grid"], linewidth=0.6)
+        ax.tick_params(colors=theme["ink"], which="both")
+        ax.spines[:].set_color(theme["grid"])
+        ax.xaxis.label.set_color(theme["ink"])
+        ax.yaxis.label.set_color(theme["ink"])
+    return figure, axes
+
+
+def _draw(axes, x: np.ndarray, mean: np.ndarray, sd: np.ndarray, look: dict[str, str]) -> None:
+    axes.plot(x, mean, linewidth=1.8, markersize=4, markevery=max(1, len(x) // 12), **look)
+    axes.fill_between(x, mean - sd, mean + sd, color=look["color"], alpha=0.18, linewidth=0)
+
+
+def _draw_end(axes, x: np.ndarray, group: Sequence[Run], look: dict[str, str]) -> None:
+    """What runs are judged by, where their curve shows something else."""
+    measure = group[0].summary.headline
+    values = [run.summary.accuracy for run in group if run.summary.accuracy is not None]
+    if course(group[0]) != measure and values:
+        axes.plot(x, measure.scale * np.mean(values), color=look["color"], marker=look["marker"], **_END)
+
+
+def _from_zero(axes) -> None:
+    axes.set_xlim(0, 1.03 * max(axes.dataLim.x1, 0) or 1)
+
+
+def _log_axis(axes) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _finish(figure: "Figure", axes, runs: Sequence[Run], theme: dict[str, str], measure: Measure) -> "Figure":
+    axes.set_ylabel(measure.axis)
+    axes.set_ylim(bottom=0)
+    headline = runs[0].summary.headline
+    if measure != headline:
+        axes.plot([], color="grey", marker="o", label=f"hollow: {headline.label}, at the end", **_END)
+    # Above the axes, not in them: wherever the curves go, the legend hides none.
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside upper center", ncols=4, frameon=False, labelcolor=theme["ink"]
+    )
+    return figure
+
+
+def _lines(runs: Sequence[Run]) -> list[tuple[dict[str, str], list[Run]]]:
+    """(style, runs) of one case of each method: of several numbers of negatives the one in the middle."""
+    lines: dict[str, list[tuple[Case, list[Run]]]] = {}
+    for case, group in by_case(runs).items():
+        lines.setdefault(case.method, []).append((case, group))
+    found = []
+    for cases in lines.values():
+        case, group = sorted(cases, key=lambda each: each[0].num_negatives or 0)[len(cases) // 2]
+        measure = course(group[0])
+        other = "" if measure == course(runs[0]) else f" ({measure.label})"  # than the axis says
+        found.append((style(case.method) | {"label": case.label + other}, group))
+    return found
+
+
+def _evaluations(run: Run) -> list[tuple[RoundMetrics, float]]:
+    """(round, what it measured of the run's `course`) where it did."""
+    name = course(run).name
+    values = [(m, m.measured.get(name)) for m in run.history]
+    return [(m, value) for m, value in values if value is not None]
+
+
+def _curve(group: Sequence[Run]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(rounds, mean, sd) at every evaluation, as they are shown; the runs of a group share their rounds."""
+    rounds = np.array([m.round for m, _ in _evaluations(group[0])])
+    values = np.array([[value for _, value in _evaluations(run)] for run in group], dtype=np.float64)
+    shown = course(group[0]).scale * values
+    sd = shown.std(axis=0, ddof=1) if len(group) > 1 else np.zeros(len(rounds))
+    return rounds, shown.mean(axis=0), sd
+
+
+def _megabytes(run: Run) -> np.ndarray:
+    """(2, evaluations): all bytes, and those of class rows and ids, moved until each evaluation."""
+    done = [m.round - 1 for m, _ in _evaluations(run)]
+    total = np.cumsum([m.traffic.total for m in run.history])[done]
+    classes = np.cumsum([m.traffic.classification for m in run.history])[done]
+    return np.stack([total, classes]) / MEGABYTE
+
+
+def save_plots(folder: Path, runs: Sequence[Run]) -> list[str]:
+    """Writes the light PNG files; returns each plot's HTML, in the reader's light or dark theme."""
+    pictures = []
+    subject = _subject(runs[0].summary.headline)
+    plots = [
+        (accuracy_by_round, f"{subject} by rounds of training"),
+        (accuracy_by_bytes, f"{subject} by megabytes moved"),
+    ]
+    if len(by_case(runs)) > len({run.summary.method for run in runs}):
+        plots.append((accuracy_by_class_set, f"{subject} by class rows on a client"))
+    for plot, alt in plots:
+        with plotting():
+            light, dark = _png(plot(runs, LIGHT)), _png(plot(runs, DARK))
+        (folder / f"{plot.__name__}.png").write_bytes(light)
+        pictures.append(
+            f'<picture><source media="(prefers-color-scheme: dark)" srcset="{data_uri(dark)}">'
+            f'<img alt="{escape(alt)}" src="{data_uri(light)}"></picture>'
+        )
+    return pictures
+
+
+def _png(figure: "Figure") -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=140, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _subject(measure: Measure) -> str:
+    return measure.noun[:1].upper() + measure.noun[1:]
+
+
+def plots_with_captions(runs: Sequence[Run], plots: Sequence[str]) -> list[str]:
+    """The plots with what they show."""
+    captions = [_by_round(runs), _by_bytes(runs), _by_class_set(runs[0].summary.headline)]
+    if not any(run.summary.traffic.total for run in runs):
+        plots = [plots[0], *plots[2:]]
+        captions = [f"{captions[0]} Nothing moves, so there is no plot by what was moved.", captions[2]]
+    return [
+        f"<figure>{plot}<figcaption>{escape(caption, quote=False)}</figcaption></figure>"
+        for plot, caption in zip(plots, captions, strict=False)
+    ]
+
+
+def _by_round(runs: Sequence[Run]) -> str:
+    measure, headline = course(runs[0]), runs[0].summary.headline
+    words = f"{_subject(measure)} {measure.of} as training goes on."
+    for other in dict.fromkeys(course(run) for run in runs if course(run) != measure):
+        names = _labels([run.summary.method for run in runs if course(run) == other])
+        words += f" Of {names} it is the {other.label} {other.of}."
+    if measure != headline:
+        words += f" The hollow marks are {headline.label} {headline.of}, which is measured at the end."
+    return words + _BAND * several_seeds(runs)
+
+
+def _by_bytes(runs: Sequence[Run]) -> str:
+    words = (
+        f"The same {course(runs[0]).noun} by what had been moved until then, down and up, by all clients "
+        "together: on the left everything; on the right only what depends on the number of classes. Further "
+        "left is cheaper."
+    )
+    still = [run.summary.method for run in runs if not run.summary.traffic.total]
+    rowless = [run.summary.method for run in runs if not run.summary.traffic.classification]
+    if still:
+        words += f" Not in it, as nothing moves: {_labels(still)}."
+    if others := [name for name in rowless if name not in still]:
+        where = "Not on the right, as" if len(rowless) < len(runs) else "At 0 on the right, as"
+        words += f" {where} no class row moves: {_labels(others)}."
+    return words
+
+
+def _labels(names: Sequence[str]) -> str:
+    return "; ".join(METHODS[name].label for name in dict.fromkeys(names))
+
+
+def _by_class_set(measure: Measure) -> str:
+    return (
+        f"{_subject(measure)} at the end by how many class rows a client got. In the plots above are, of "
+        "each method, the runs with the number of negatives in the middle."
+    )
+
+
+_BAND = " A line is the mean over the seeds, its band one standard deviation."

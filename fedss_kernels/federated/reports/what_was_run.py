@@ -1,0 +1,64 @@
+"""What was run, on which data, and tested how: a paragraph for readers who know nothing of the code."""
+
+from collections.abc import Sequence
+from html import escape
+
+from ..algorithms import METHODS
+from ..algorithms.parts import Part
+from .parts_in_words import PERSONALISED, in_a_round
+from .reported_run import Run, method_names
+
+
+def what_was_run(runs: Sequence[Run]) -> str:
+    s, names = runs[0].summary, method_names(runs)
+    seeds = len({run.summary.seed for run in runs})
+    everyone = s.cohort >= s.num_clients
+    cohort = "all clients" if everyone else f"{s.cohort} clients, drawn at random,"
+    bias = ", and a bias," if runs[0].config.similarity == "dot" else ""
+    repeated = f" Every method was run {seeds} times, with different random numbers." if seeds > 1 else ""
+    round = in_a_round(names).format(rounds=f"{s.rounds:,}", cohort=cohort, size=s.cohort)
+    notes = f"<p>Of the data: {escape('; '.join(s.notes))}.</p>" if s.notes else ""
+    return (
+        f"<p>{s.num_clients:,} clients, such as phones, each hold a few images of a few classes. A model is "
+        f"a net that maps an image to {s.embedding_dim} numbers, its <em>embedding</em>, and one row of "
+        f"{s.embedding_dim} numbers{bias} for each of {s.num_classes:,} classes. "
+        f"{round} There are {s.num_train_images:,} training images; "
+        f"{_tested(runs)}.{_rows_cost(names)}{repeated}</p>{notes}"
+    )
+
+
+def _tested(runs: Sequence[Run]) -> str:
+    """On what, and after what."""
+    s, config = runs[0].summary, runs[0].config
+    images = f"{s.num_test_images:,} images " + (
+        "of classes that no client holds" if s.task == "retrieval" else "that no client holds"
+    )
+    if config.holdout:
+        images = f"{s.num_test_images:,} images of clients who do not train, of the same classes"
+    who, share = "each client", f"its share of {images}"
+    if config.holdout:  # of whose clients the test images are
+        alone = all(METHODS[name].alone for name in method_names(runs))
+        who = who if alone else "each client who is held out"
+        share = "others of its own images"
+    if config.personalise_epochs:
+        epochs = "an epoch" if config.personalise_epochs == 1 else f"{config.personalise_epochs:,} epochs"
+        return (
+            f"at the end {who} trains {PERSONALISED[config.personalise_part]} for {epochs} more on its own "
+            f"images, and what it then has is tested on {share}"
+        )
+    own = {METHODS[name].personal for name in method_names(runs)}
+    if own == {True}:
+        return f"each client's own model is tested on {share}"
+    beside = (
+        ", or where each client has a model of its own, that on its share of these" if True in own else ""
+    )
+    return f"the result is tested on {images}{beside}"
+
+
+def _rows_cost(names: Sequence[str]) -> str:
+    """Why methods differ, where it is in which rows travel."""
+    if any(METHODS[name].pooled or METHODS[name].rows is not Part.TRAINED for name in names):
+        return ""
+    return (
+        " The more classes, the more the rows cost to move: the methods differ in which rows a client gets."
+    )

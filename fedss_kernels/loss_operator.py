@@ -18,7 +18,7 @@ from torch._C._functorch import is_legacy_batchedtensor
 from . import _C
 from .checks import refuse_forward_mode
 
-_library = torch.library.Library("fedss_kernels", "FRAGMENT")
+library = torch.library.Library("fedss_kernels", "FRAGMENT")
 _ARGUMENTS = (
     "Tensor input, Tensor weight, Tensor target, Tensor? class_ids, Tensor? log_expected_count, "
     "Tensor? target_log_expected_count, Tensor? bias, Tensor scale, str similarity, int ignore_index, "
@@ -27,17 +27,17 @@ _ARGUMENTS = (
 # wanted: make the gradients of (input, weight, bias, scale) in the forward pass; rounding: autocast's dtype.
 # The results after the loss are for the backward operator. impl="cpp": Gradients, and nothing; "triton": what
 # its kernels keep of each row, and sums for gradients where they are begun with the loss.
-_library.define(
+library.define(
     f"sampled_softmax_loss({_ARGUMENTS}) -> "
     "(Tensor loss, Tensor made_0, Tensor made_1, Tensor made_2, Tensor made_3, Tensor made_4, Tensor made_5)"
 )
-_library.define(
+library.define(
     f"sampled_softmax_loss_backward(Tensor grad_loss, Tensor[] made, bool[4] needed, {_ARGUMENTS}) -> "
     "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_scale)"
 )
 
 
-_MADE = 6  # results of the operator after the loss
+MADE = 6  # results of the operator after the loss
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -112,7 +112,7 @@ def _empty_results(
 
 def _operator_results(p: Arguments, made: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     """The operator's: tensors without elements for what is not made."""
-    given = (*made, *[None] * (_MADE - len(made)))
+    given = (*made, *[None] * (MADE - len(made)))
     return tuple(_nothing(p.input) if result is None else result for result in given)
 
 
@@ -202,7 +202,7 @@ def gradients_by_triton(
     )
 
 
-@torch.library.register_fake("fedss_kernels::sampled_softmax_loss", lib=_library)
+@torch.library.register_fake("fedss_kernels::sampled_softmax_loss", lib=library)
 def _loss_fake(*arguments):
     p = Arguments(*arguments)
     if p.impl == "triton":
@@ -226,11 +226,11 @@ def _gradients(grad_loss: Tensor, made: list[Tensor], needed: list[bool], *argum
 
 
 for _device in ("CPU", "CUDA"):
-    _library.impl("sampled_softmax_loss", _loss, _device)
-    _library.impl("sampled_softmax_loss_backward", _gradients, _device)
+    library.impl("sampled_softmax_loss", _loss, _device)
+    library.impl("sampled_softmax_loss_backward", _gradients, _device)
 
 
-@torch.library.register_fake("fedss_kernels::sampled_softmax_loss_backward", lib=_library)
+@torch.library.register_fake("fedss_kernels::sampled_softmax_loss_backward", lib=library)
 def _backward_fake(grad_loss: Tensor, made: list[Tensor], needed: list[bool], *arguments):
     p = Arguments(*arguments)
     if (needed[1] or needed[2]) and p.sparse_grad:
@@ -386,10 +386,10 @@ def _refuse_double_backward(ctx, *_):
 
 
 torch.library.register_autograd(
-    "fedss_kernels::sampled_softmax_loss", _backward, setup_context=_setup_context, lib=_library
+    "fedss_kernels::sampled_softmax_loss", _backward, setup_context=_setup_context, lib=library
 )
 torch.library.register_autograd(
-    "fedss_kernels::sampled_softmax_loss_backward", _refuse_double_backward, lib=_library
+    "fedss_kernels::sampled_softmax_loss_backward", _refuse_double_backward, lib=library
 )
 
 
@@ -403,7 +403,7 @@ def _register_autocast(device_type: str, key: str) -> None:
         with torch._C._ExcludeDispatchKeyGuard(without_autocast):
             return torch.ops.fedss_kernels.sampled_softmax_loss(*others, rounding)
 
-    _library.impl("sampled_softmax_loss", with_rounding, key)
+    library.impl("sampled_softmax_loss", with_rounding, key)
 
 
 _register_autocast("cpu", "AutocastCPU")

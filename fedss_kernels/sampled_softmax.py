@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import vmapped  # noqa: F401  (registers itself)
 from .checks import (
     FLOATING,
     as_integer,
@@ -134,7 +135,7 @@ def sampled_softmax_loss(
     if isinstance(scale, Tensor):
         scale = scale.reshape(())
     shape = target.shape
-    input, target = input.reshape(target.numel(), input.shape[-1]), target.reshape(-1)
+    input, target = input.reshape(target.numel(), input.shape[-1]), target.reshape(target.numel())
     if target_log_expected_count is not None:
         target_log_expected_count = target_log_expected_count.reshape(-1)
     corrections = (class_ids, log_expected_count, target_log_expected_count)

@@ -1,0 +1,120 @@
+"""torch.vmap over the loss: the bits of calls one by one, without a warning, on CPUs and GPUs."""
+
+import pytest
+import torch
+from loss_cases import BF16, F32
+
+from fedss_kernels import sampled_softmax_loss
+
+pytestmark = pytest.mark.filterwarnings("error::UserWarning")
+
+
+def problems(K, B=6, C=12, D=8, S=5, dtype=F32):
+    g = torch.Generator().manual_seed(K)
+    x, w = (torch.randn(K, n, D, generator=g).to(dtype).requires_grad_() for n in (B, C))
+    target, ids = (torch.randint(C, (K, n), generator=g) for n in (B, S))
+    return x, w, target, ids, torch.randn(K, S, generator=g)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("K", [1, 3, 64])
+def test_the_bits_of_calls_one_by_one(K, reduction, impl):
+    tensors = problems(K)
+
+    def loss(*given):
+        return sampled_softmax_loss(*given, reduction=reduction, impl=impl)
+
+    together = torch.vmap(loss)(*tensors)
+    alone = torch.stack([loss(*one) for one in zip(*tensors, strict=True)])
+    assert torch.equal(together, alone)
+    upstream = torch.linspace(-1, 1, alone.numel()).view(alone.shape)
+    for a, b in zip(
+        torch.autograd.grad(together, tensors[:2], upstream),
+        torch.autograd.grad(alone, tensors[:2], upstream),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
+def test_ragged_problems_are_padded(impl):
+    """Rows that are ignored, entries that are left out: the loss and gradients of the smaller problem."""
+    x, w, target, ids, counts = problems(2)
+    target[1, 4:], counts[1, 3:] = -100, torch.inf
+    together = torch.vmap(lambda *given: sampled_softmax_loss(*given, impl=impl))(x, w, target, ids, counts)
+    alone = sampled_softmax_loss(x[1, :4], w[1], target[1, :4], ids[1, :3], counts[1, :3], impl=impl)
+    torch.testing.assert_close(together[1], alone)
+    (found,), (right,) = (torch.autograd.grad(loss, w) for loss in (together[1], alone))
+    torch.testing.assert_close(found, right)
+
+
+@pytest.mark.parametrize("dims", [(1, 0, 1), (None, 0, None), (0, None, 0)])
+def test_other_dimensions_and_what_all_problems_share(dims, impl):
+    x, w, target, *_ = problems(3, dtype=BF16)
+    given = [v[0] if dim is None else v.movedim(0, dim) for v, dim in zip((x, w, target), dims, strict=True)]
+    scale = torch.tensor(20.0, requires_grad=True)
+
+    def loss(x, w, target):
+        return sampled_softmax_loss(x, w, target, scale=scale, impl=impl)
+
+    together = torch.vmap(loss, dims)(*given)
+    each = [v.unbind(dim) if dim is not None else [v] * 3 for v, dim in zip(given, dims, strict=True)]
+    alone = torch.stack([loss(*one) for one in zip(*each, strict=True)])
+    assert torch.equal(together, alone)
+    for a, b in zip(
+        torch.autograd.grad(together.sum(), (x, w, scale)),
+        torch.autograd.grad(alone.sum(), (x, w, scale)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_learned_scales_and_biases_of_their_own(impl):
+    x, w, target, *_ = problems(3)
+    bias, scale = torch.randn(3, 12, requires_grad=True), torch.tensor([1.0, 10, 20], requires_grad=True)
+
+    def loss(x, w, target, bias, scale):
+        return sampled_softmax_loss(x, w, target, bias=bias, scale=scale, impl=impl)
+
+    together = torch.vmap(loss)(x, w, target, bias, scale)
+    alone = torch.stack([loss(*one) for one in zip(x, w, target, bias, scale, strict=True)])
+    assert torch.equal(together, alone)
+    for a, b in zip(
+        torch.autograd.grad(together.sum(), (bias, scale)),
+        torch.autograd.grad(alone.sum(), (bias, scale)),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
+def test_vmap_in_vmap(impl):
+    x, w, target, *_ = problems(4)
+    x, w, target = (v.unflatten(0, (2, 2)) for v in (x, w, target))
+    loss = torch.vmap(torch.vmap(lambda *given: sampled_softmax_loss(*given, impl=impl)))
+    found = loss(x, w, target)
+    for i in range(2):
+        for j in range(2):
+            assert torch.equal(found[i, j], sampled_softmax_loss(x[i, j], w[i, j], target[i, j], impl=impl))
+
+
+def test_a_class_that_one_problem_does_not_have():
+    x, w, target, *_ = problems(3)
+    target[1, 2] = 12
+    with pytest.raises(IndexError, match=r"target\[2\] = 12, expected a class in \[0, 12\)"):
+        torch.vmap(sampled_softmax_loss)(x, w, target)
+
+
+def test_no_problems():
+    x, w, target, *_ = problems(3)
+    with pytest.raises(ValueError, match="at least 1 problem, got 0"):
+        torch.vmap(sampled_softmax_loss)(x[:0], w[:0], target[:0])
+
+
+def test_sparse_gradients():
+    x, w, target, ids, _ = problems(3)
+
+    def loss(x, w, target, ids):
+        return sampled_softmax_loss(x, w, target, ids, sparse_grad=True)
+
+    (sparse,) = torch.autograd.grad(torch.vmap(loss)(x, w, target, ids).sum(), w)
+    (dense,) = torch.autograd.grad(torch.vmap(sampled_softmax_loss)(x, w, target, ids).sum(), w)
+    assert torch.equal(sparse.to_dense(), dense)

@@ -4,6 +4,7 @@ The launches are the real ones, recorded: the host's code runs on tensors withou
 that reach each entry of the table of configurations.
 """
 
+import inspect
 from dataclasses import replace
 from unittest import mock
 
@@ -14,12 +15,15 @@ import triton.language as tl
 from ahead_of_time import DEVICES, Launch, Resources, compile_all, recorded
 
 from fedss_kernels.triton_kernels import (
+    backward,
+    chunk_kernels,
     configurations,
     forward,
     row_adam,
     row_momentum,
     sampled_softmax,
     scatter_add,
+    tiles,
 )
 from fedss_kernels.triton_kernels.calls import Wanted
 
@@ -194,6 +198,16 @@ def check(launches: list[Launch], device: str) -> None:
     found = compile_all([(launch, device) for launch in launches])
     wrong = [c for launch, r in zip(launches, found, strict=True) for c in complaints(launch, device, r)]
     assert not wrong, "\n".join(wrong)
+
+
+def test_kernels_are_short():
+    """And what they call: with more arguments than this, nobody sees which is which."""
+    for module in (backward, chunk_kernels, forward, tiles):
+        for name, function in vars(module).items():
+            if getattr(getattr(function, "fn", None), "__module__", None) != module.__name__:
+                continue
+            assert len(inspect.getsource(function.fn).splitlines()) <= 80, name
+            assert len(inspect.signature(function.fn).parameters) <= 24, name
 
 
 def test_kernels_fit():

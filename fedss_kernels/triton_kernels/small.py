@@ -182,7 +182,7 @@ class SmallCalls(Calls):
             to.row_bias or part(wanted.needed[2], entries),
             part(wanted.needed[0], tiles, B, D),
             part(wanted.needed[0] and self.cosine, tiles, c.column_groups, B, dtype=sums_of(self.traits)),
-            part(wanted.needed[3], tiles, B),
+            part(wanted.needed[3], tiles, dtype=torch.float64),
         )
         results = Results(to.input, to.weight, to.bias, to.scale, to.ids)
         kept, upstream = Given(KEPT), Given(LOSS)

@@ -37,7 +37,6 @@ from .tiles import (
     product_or_zero,
     rounded,
     same,
-    target_cosines,
     wide,
 )
 
@@ -124,9 +123,16 @@ def pulls_tile(
         pulls = product_or_zero(w_inverse[None, :], pulls)
     if OPERAND != tl.float16:  # which is too narrow for small ones
         pulls = rounded(pulls, OPERAND)
-    # In another order than in the logits: computed again, not held in registers.
-    beyond = sums * w_inverse[None, :] * x_inverse[:, None]
-    beyond -= target_cosines(kept, rows, known, sizes.B, ACC)[:, None]
+    # Nearly the same numbers may be subtracted, and a row's own enters all its differences: in two parts.
+    at = kept + 3 * wide(sizes.B) + rows
+    of_target = tl.load(at, mask=known, other=0.0) * tl.load(at + 2 * wide(sizes.B), mask=known, other=0.0)
+    nearest = of_target.to(ACC)
+    beyond = sums * w_inverse[None, :] - nearest[:, None]
+    if ACC != tl.float64:
+        beyond -= (of_target - nearest).to(ACC)[:, None]
+    beyond *= x_inverse[:, None]
+    if vectors.class_ids is None:  # a target's dlogit is as large as all others'
+        beyond = tl.where(hits, 0.0, beyond)
     # Of what takes part, a dlogit of 0 too: of a logit of -inf it makes NaN.
     sloping = live[None, :] & (upstream != 0.0)[:, None] & (beyond != 0.0)
     slopes = tl.where(sloping, dlogits * beyond, 0.0)
@@ -202,7 +208,8 @@ def store_target_rows(
 def small_tiles(
     input, weight, target, class_ids, counts, bias, learned, grad_loss, kept, found, B, C, S, ignore_index,
     factor: tl.float64, COSINE: tl.constexpr, PER_ROW: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    SUMS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Program (t, g): all rows, the t-th tile of classes, every groups-th block of columns from the g-th on.
 
@@ -225,9 +232,7 @@ def small_tiles(
             if found.bias is not None:
                 of_bias = rounded(tl.sum(dlogits, 0), found.bias.dtype.element_ty)
                 tl.store(found.bias + entries, of_bias, mask=entries < S)
-        along_rows = tl.zeros((BLOCK_B,), ACC)
-        if found.along is not None:
-            along_rows = along_rows.to(found.along.dtype.element_ty)
+        along_rows = tl.zeros((BLOCK_B,), SUMS)
         for start in range(group * BLOCK_D, D, step):
             columns = start + tl.arange(0, BLOCK_D)
             w = load_rows(weight, ids, read, columns, OPERAND)
@@ -241,7 +246,7 @@ def small_tiles(
                 values = pulled(pulls, w, ACC, PRECISION)
                 if found.along is not None:  # loaded again: it is not held in registers meanwhile
                     x = load_rows(input, rows, counted, columns, OPERAND)
-                    along_rows += tl.sum(values.to(along_rows.dtype) * x.to(along_rows.dtype), 1)
+                    along_rows += tl.sum(values.to(SUMS) * x.to(SUMS), 1)
                 store_rows(found.input + tile.to(tl.int64) * B * D, rows, rows < B, columns, D, values)
         if found.along is not None:
             at = (tile.to(tl.int64) * tl.num_programs(1) + group) * B + rows
@@ -251,7 +256,7 @@ def small_tiles(
             columns = start + tl.arange(0, BLOCK_D)
             store_target_rows(
                 input, weight, target, grad_loss, kept, found.rows, found.bias, rows, columns,
-                B, C, S, ignore_index, scale, COSINE, PER_ROW, OPERAND, ACC,
+                B, C, S, ignore_index, load_scale(factor, learned, SUMS), COSINE, PER_ROW, OPERAND, SUMS,
             )  # fmt: skip
 
 

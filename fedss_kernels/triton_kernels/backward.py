@@ -123,12 +123,12 @@ def pulls_tile(
         pulls = product_or_zero(w_inverse[None, :], pulls)
     if OPERAND != tl.float16:  # which is too narrow for small ones
         pulls = rounded(pulls, OPERAND)
-    # Nearly the same numbers may be subtracted, and a row's own enters all its differences: in two parts.
+    # Nearly the same cosines are subtracted, and a row's own enters all its differences: in two parts.
     at = kept + 3 * wide(sizes.B) + rows
     of_target = tl.load(at, mask=known, other=0.0) * tl.load(at + 2 * wide(sizes.B), mask=known, other=0.0)
     nearest = of_target.to(ACC)
     beyond = sums * w_inverse[None, :] - nearest[:, None]
-    if ACC != tl.float64:
+    if COSINE and ACC != tl.float64:
         beyond -= (of_target - nearest).to(ACC)[:, None]
     beyond *= x_inverse[:, None]
     if vectors.class_ids is None:  # a target's dlogit is as large as all others'

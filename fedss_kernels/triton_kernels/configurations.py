@@ -80,7 +80,7 @@ NVIDIA = Table(
 # float64 functions are there too; it holds fewer at a time where it need not make room for many waves.
 AMD = Table(
     few={2: Blocks(32, 16, 32, 8, 2), 4: Blocks(32, 16, 16, 8, 1), 8: Blocks(16, 16, 16, 4, 1)},
-    many={2: Blocks(128, 16, 32, 8, 1), 4: Blocks(128, 16, 16, 8, 1), 8: Blocks(128, 16, 16, 8, 1)},
+    many={2: Blocks(128, 16, 16, 8, 1), 4: Blocks(128, 16, 16, 8, 1), 8: Blocks(128, 16, 16, 8, 1)},
     many_of_odd_length=False,
     result_columns=64,
     result_entries=32,

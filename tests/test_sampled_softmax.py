@@ -73,9 +73,9 @@ def test_gpu_kernels_within_tolerance_on_random_cases(family, sampled_softmax_lo
         check(random_case(seed, drawn), sampled_softmax_loss)
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_small_float32_problems_on_a_gpu_are_computed_in_float64(seed, gpu_loss):
-    """Where rows are nearly parallel and plain PyTorch may be lucky: well inside the tolerance."""
+@pytest.mark.parametrize("seed", [*range(6), 11])
+def test_small_nearly_parallel_float32_problems_on_a_gpu(seed, gpu_loss):
+    """Differences that count are next to what rounding leaves, of a target above all."""
     drawn = FAMILIES["nearly parallel"] | AROUND_16 | {"dtype": (F32,)}
     check(random_case(seed, drawn), gpu_loss)
 
@@ -88,7 +88,7 @@ def test_one_large_feature_in_common(first_feature, S, sampled_softmax_loss):
 
 
 def test_nearly_parallel_rows_in_float32_are_as_exact_as_float32_allows():
-    """Too large for float64, and all cancels: twice the error of plain PyTorch is a matter of its luck.
+    """All cancels: twice the error of plain PyTorch is a matter of its luck.
 
     Plain PyTorch itself, with the features in another order, is often past it.
     """

@@ -37,7 +37,6 @@ from .tiles import (
     product_or_zero,
     rounded,
     same,
-    target_cosines,
     wide,
 )
 
@@ -49,7 +48,7 @@ class Parts(NamedTuple):
     bias: Any  # (S + B,), or (C,)
     input: Any  # (tiles of classes, B, D)
     along: Any  # (tiles of classes, groups of columns, B), that times input; None without cosines too
-    scale: Any  # (tiles of classes, B)
+    scale: Any  # (tiles of classes,) float64
 
 
 class Results(NamedTuple):
@@ -124,9 +123,16 @@ def pulls_tile(
         pulls = product_or_zero(w_inverse[None, :], pulls)
     if OPERAND != tl.float16:  # which is too narrow for small ones
         pulls = rounded(pulls, OPERAND)
-    # In another order than in the logits: computed again, not held in registers.
-    beyond = sums * w_inverse[None, :] * x_inverse[:, None]
-    beyond -= target_cosines(kept, rows, known, sizes.B, ACC)[:, None]
+    # Nearly the same cosines are subtracted, and a row's own enters all its differences: in two parts.
+    at = kept + 3 * wide(sizes.B) + rows
+    of_target = tl.load(at, mask=known, other=0.0) * tl.load(at + 2 * wide(sizes.B), mask=known, other=0.0)
+    nearest = of_target.to(ACC)
+    beyond = sums * w_inverse[None, :] - nearest[:, None]
+    if COSINE and ACC != tl.float64:
+        beyond -= (of_target - nearest).to(ACC)[:, None]
+    beyond *= x_inverse[:, None]
+    if vectors.class_ids is None:  # a target's dlogit is as large as all others'
+        beyond = tl.where(hits, 0.0, beyond)
     # Of what takes part, a dlogit of 0 too: of a logit of -inf it makes NaN.
     sloping = live[None, :] & (upstream != 0.0)[:, None] & (beyond != 0.0)
     slopes = tl.where(sloping, dlogits * beyond, 0.0)
@@ -200,30 +206,11 @@ def store_target_rows(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def small_tiles(
-    input,
-    weight,
-    target,
-    class_ids,
-    counts,
-    bias,
-    learned,
-    grad_loss,
-    kept,
-    found,  # Parts
-    B,
-    C,
-    S,
-    ignore_index,
-    factor: tl.float64,
-    COSINE: tl.constexpr,
-    PER_ROW: tl.constexpr,
-    OPERAND: tl.constexpr,
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    input, weight, target, class_ids, counts, bias, learned, grad_loss, kept, found, B, C, S, ignore_index,
+    factor: tl.float64, COSINE: tl.constexpr, PER_ROW: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr,
+    SUMS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):
+):  # fmt: skip
     """Program (t, g): all rows, the t-th tile of classes, every groups-th block of columns from the g-th on.
 
     The last t, where not all classes are in the set: the rows' own targets.
@@ -241,13 +228,11 @@ def small_tiles(
         share_classes = share_along(tl.sum(along, 0), w_inverse)
         if group == 0:
             if found.scale is not None:
-                tl.store(found.scale + tile.to(tl.int64) * B + rows, tl.sum(slopes, 1), mask=rows < B)
+                tl.store(found.scale + tile, tl.sum(tl.sum(slopes, 1).to(tl.float64), 0))
             if found.bias is not None:
                 of_bias = rounded(tl.sum(dlogits, 0), found.bias.dtype.element_ty)
                 tl.store(found.bias + entries, of_bias, mask=entries < S)
-        along_rows = tl.zeros((BLOCK_B,), ACC)
-        if found.along is not None:
-            along_rows = along_rows.to(found.along.dtype.element_ty)
+        along_rows = tl.zeros((BLOCK_B,), SUMS)
         for start in range(group * BLOCK_D, D, step):
             columns = start + tl.arange(0, BLOCK_D)
             w = load_rows(weight, ids, read, columns, OPERAND)
@@ -261,7 +246,7 @@ def small_tiles(
                 values = pulled(pulls, w, ACC, PRECISION)
                 if found.along is not None:  # loaded again: it is not held in registers meanwhile
                     x = load_rows(input, rows, counted, columns, OPERAND)
-                    along_rows += tl.sum(values.to(along_rows.dtype) * x.to(along_rows.dtype), 1)
+                    along_rows += tl.sum(values.to(SUMS) * x.to(SUMS), 1)
                 store_rows(found.input + tile.to(tl.int64) * B * D, rows, rows < B, columns, D, values)
         if found.along is not None:
             at = (tile.to(tl.int64) * tl.num_programs(1) + group) * B + rows
@@ -271,7 +256,7 @@ def small_tiles(
             columns = start + tl.arange(0, BLOCK_D)
             store_target_rows(
                 input, weight, target, grad_loss, kept, found.rows, found.bias, rows, columns,
-                B, C, S, ignore_index, scale, COSINE, PER_ROW, OPERAND, ACC,
+                B, C, S, ignore_index, load_scale(factor, learned, SUMS), COSINE, PER_ROW, OPERAND, SUMS,
             )  # fmt: skip
 
 
@@ -398,53 +383,28 @@ def spread_entry(
 
 @triton.jit
 def finish_scale(
-    grad_loss, kept, partial_scale, grad_scale, tiles, B,
-    PER_ROW: tl.constexpr, BLOCK_TILES: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-):  # fmt: skip
+    grad_loss, kept, found, grad_scale, tiles, B, PER_ROW: tl.constexpr, BLOCK_TILES: tl.constexpr
+):
     """The gradient of the scale: the sum of the tiles' sums; NaN beside a loss that is, in no tile too."""
-    total = tl.zeros((), tl.float64)
-    for first in range(0, B, BLOCK_ROWS):
-        rows = first + tl.arange(0, BLOCK_ROWS)
+    total = tl.zeros((BLOCK_TILES,), tl.float64)
+    for first in range(0, B, BLOCK_TILES):
+        rows = first + tl.arange(0, BLOCK_TILES)
         own = tl.load(kept + 2 * wide(B) + rows, mask=rows < B, other=0.0)
         upstream = load_upstream(grad_loss, kept, rows, rows < B, B, tl.float64, PER_ROW)
-        total += tl.sum(product_or_zero(own - own, upstream), 0)
-        for start in range(0, tiles, BLOCK_TILES):
-            tile = start + tl.arange(0, BLOCK_TILES)
-            inside = (tile < tiles)[:, None] & (rows < B)[None, :]
-            at = tile.to(tl.int64)[:, None] * B + rows[None, :]
-            found = tl.load(partial_scale + at, mask=inside, other=0.0).to(tl.float64)
-            total += tl.sum(tl.sum(found, 0), 0)
-    one = tl.zeros((1,), tl.int64)
-    tl.store(grad_scale + one, rounded(total + tl.zeros((1,), tl.float64), grad_scale.dtype.element_ty))
+        total += product_or_zero(own - own, upstream)
+    for first in range(0, tiles, BLOCK_TILES):
+        tile = first + tl.arange(0, BLOCK_TILES)
+        total += tl.load(found + tile, mask=tile < tiles, other=0.0)
+    tl.store(grad_scale, rounded(tl.sum(total, 0), grad_scale.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def small_results(
-    input,
-    weight,
-    target,
-    class_ids,
-    counts,
-    learned,
-    grad_loss,
-    kept,
-    found,  # Parts
-    results,  # Results
-    B,
-    C,
-    S,
-    ignore_index,
-    tiles,
-    groups,
-    factor: tl.float64,
-    COSINE: tl.constexpr,
-    PER_ROW: tl.constexpr,
-    OPERAND: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_TILES: tl.constexpr,
+    input, weight, target, class_ids, counts, learned, grad_loss, kept, found, results,
+    B, C, S, ignore_index, tiles, groups, factor: tl.float64, COSINE: tl.constexpr, PER_ROW: tl.constexpr,
+    OPERAND: tl.constexpr, ACC: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_TILES: tl.constexpr,
     BLOCK_ENTRIES: tl.constexpr,
-):
+):  # fmt: skip
     """Program (n, d): columns d of row n of input, then the scale's, then those of the compact entries."""
     at = tl.program_id(0)
     first_columns = tl.program_id(1) == 0
@@ -460,9 +420,7 @@ def small_results(
     elif at == B:
         if results.scale is not None:
             if first_columns:
-                finish_scale(
-                    grad_loss, kept, found.scale, results.scale, tiles, B, PER_ROW, BLOCK_TILES, BLOCK_ENTRIES
-                )
+                finish_scale(grad_loss, kept, found.scale, results.scale, tiles, B, PER_ROW, BLOCK_TILES)
     else:
         entry = at - B - 1
         if results.ids is not None:

@@ -46,7 +46,7 @@ class Configuration:
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Tiles by bytes of an operand: as large as registers hold, whatever is asked for."""
+    """Tiles by bytes of a pull, float32 beside float16 rows; as large as registers hold at the most."""
 
     few: dict[int, Blocks]  # for up to so many rows
     many: dict[int, Blocks]  # for up to SMALL_BATCH
@@ -80,7 +80,7 @@ NVIDIA = Table(
 # float64 functions are there too; it holds fewer at a time where it need not make room for many waves.
 AMD = Table(
     few={2: Blocks(32, 16, 32, 8, 2), 4: Blocks(32, 16, 16, 8, 1), 8: Blocks(16, 16, 16, 4, 1)},
-    many={2: Blocks(128, 16, 32, 8, 1), 4: Blocks(128, 16, 16, 8, 1), 8: Blocks(128, 16, 16, 8, 1)},
+    many={2: Blocks(128, 16, 16, 8, 1), 4: Blocks(128, 16, 16, 8, 1), 8: Blocks(128, 16, 16, 8, 1)},
     many_of_odd_length=False,
     result_columns=64,
     result_entries=32,
@@ -112,7 +112,8 @@ def configure(
     """
     if _override is not None:
         return _override(B, S, D)
-    small = _small(table, B, S, D, operand.itemsize) if is_small(B, S, D) else None
+    pull_bytes = 4 if operand == torch.float16 else operand.itemsize
+    small = _small(table, B, S, D, pull_bytes) if is_small(B, S, D) else None
     return small or chunks_of(B, S, D, rows.itemsize, problem_bytes)
 
 
@@ -130,9 +131,9 @@ def in_one_chunk(B: int, S: int, D: int, rows: torch.dtype, problem_bytes: int) 
 
 
 @functools.lru_cache(maxsize=4096)  # it is asked twice for each step of a client
-def _small(table: Table, B: int, S: int, D: int, operand_bytes: int) -> Configuration | None:
-    few = B <= table.few[operand_bytes].rows
-    blocks = (table.few if few else table.many)[operand_bytes]
+def _small(table: Table, B: int, S: int, D: int, pull_bytes: int) -> Configuration | None:
+    few = B <= table.few[pull_bytes].rows
+    blocks = (table.few if few else table.many)[pull_bytes]
     if D % 16 != 0:  # rows are read an element at a time, with a pointer to each
         if not (few or table.many_of_odd_length):
             return None

@@ -61,33 +61,15 @@ def dots_with_targets(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def partial_terms(
-    input,
-    weight,
-    target,
-    class_ids,
-    counts,
-    bias,
-    learned,
-    partials,  # (2, SPLITS, B): the largest o, in units, and sum exp(o - largest) of each split
-    kept,  # (KEPT, B)
-    B,
-    C,
-    S,
-    ignore_index,
-    factor: tl.float64,
-    COSINE: tl.constexpr,
-    OPERAND: tl.constexpr,
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    SUMS: tl.constexpr,  # of the targets' dot products
-    BLOCK_PAIRED: tl.constexpr,  # columns at a time of rows and their targets' rows
-):
-    """Program s: all rows and every SPLITS-th tile of classes, from the s - 1st on.
+    input, weight, target, class_ids, counts, bias, learned, partials, kept, B, C, S, ignore_index,
+    factor: tl.float64, COSINE: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, SUMS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_PAIRED: tl.constexpr,
+):  # fmt: skip
+    """Program s: all rows and every splits-th tile of classes, from the s - 1st on.
 
-    Program 0: the rows and their own targets.
+    Program 0: the rows and their own targets, with sums in SUMS, BLOCK_PAIRED columns of both at a time.
+    partials: (2, splits, B) the largest o, in units, and sum exp(o - largest) of each split.
     """
     split, splits = tl.program_id(0) - 1, tl.num_programs(0) - 1
     rows = tl.arange(0, BLOCK_B)
@@ -153,25 +135,14 @@ def store_losses_terms(kept, rows, counted, there, own, largest_other, largest, 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def merge_splits(
-    target,
-    target_counts,
-    bias,
-    learned,
-    partials,  # (2, SPLITS, B)
-    kept,  # (KEPT, B), then 1
-    loss,  # (B,), or () where the rows are reduced
-    B,
-    C,
-    splits,
-    ignore_index,
-    factor: tl.float64,
-    COSINE: tl.constexpr,
-    ACC: tl.constexpr,
-    REDUCTION: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
-):
-    """A tile of rows each program; for "mean" and "sum" a single program takes them all, in order."""
+    target, target_counts, bias, learned, partials, kept, loss, B, C, splits, ignore_index,
+    factor: tl.float64, COSINE: tl.constexpr, ACC: tl.constexpr, REDUCTION: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
+):  # fmt: skip
+    """A tile of rows each program; for "mean" and "sum" a single program takes them all, in order.
+
+    loss: (B,), or () where the rows are reduced.
+    """
     scale = load_scale(factor, learned, ACC)
     unit = logit_unit(scale, COSINE)
     sum_of_losses = tl.zeros((), tl.float64)

@@ -29,10 +29,10 @@ class Kernels(NamedTuple):
 
 
 def sums_of(traits: Traits) -> torch.dtype:
-    """Of what there is once for a row: its target's dot product, and the sum of the tiles' parts.
+    """Of what there is once for a row: what its target adds, and the sum of the tiles' parts.
 
-    What lies along a row may be most of all that is pulled to it. It is taken out again to the last digit:
-    with float32 sums of float32 rows that have one large feature in common, plain PyTorch is closer.
+    What lies along a row may be most of all that is pulled to it, and is taken out again: of float32 rows
+    that have one large feature in common plain PyTorch leaves less than float32 sums would.
     """
     exact = traits.operand == torch.float32 and traits.precision == "ieee"
     return torch.float64 if exact else traits.accumulator
@@ -43,7 +43,7 @@ def kernels_of(traits: Traits, c: Configuration, table: Table) -> Kernels:
     rows, classes, columns, warps, stages = c.blocks
     options: dict[str, Any] = {"COSINE": traits.cosine, "enable_fp_fusion": True, **table.all_registers}
     products = options | table.products | {"num_warps": warps, "num_stages": stages}
-    products |= {"OPERAND": operand, "ACC": accumulator, "PRECISION": traits.precision}
+    products |= {"OPERAND": operand, "ACC": accumulator, "SUMS": sums, "PRECISION": traits.precision}
     products |= {"BLOCK_B": rows, "BLOCK_S": classes, "BLOCK_D": columns}
     paired = max(32 * warps * table.paired // rows, 16)
     merging = options | {"REDUCTION": traits.reduction, "ACC": accumulator, "num_warps": c.merge_warps}
@@ -52,7 +52,7 @@ def kernels_of(traits: Traits, c: Configuration, table: Table) -> Kernels:
     adding = options | {"OPERAND": operand, "ACC": sums, "num_warps": c.result_warps}
     adding |= {"BLOCK_D": c.result_columns, "BLOCK_TILES": c.result_tiles, "BLOCK_ENTRIES": c.result_entries}
     return Kernels(
-        Variant(forward.partial_terms, SUMS=sums, BLOCK_PAIRED=paired, **products),
+        Variant(forward.partial_terms, BLOCK_PAIRED=paired, **products),
         Variant(forward.merge_splits, **merging),
         Variant(backward.small_tiles, **per_row, **products),
         Variant(backward.small_results, **per_row, **adding),
@@ -182,7 +182,7 @@ class SmallCalls(Calls):
             to.row_bias or part(wanted.needed[2], entries),
             part(wanted.needed[0], tiles, B, D),
             part(wanted.needed[0] and self.cosine, tiles, c.column_groups, B, dtype=sums_of(self.traits)),
-            part(wanted.needed[3], tiles, B),
+            part(wanted.needed[3], tiles, dtype=torch.float64),
         )
         results = Results(to.input, to.weight, to.bias, to.scale, to.ids)
         kept, upstream = Given(KEPT), Given(LOSS)

@@ -154,8 +154,8 @@ def test_a_gradient_that_nobody_asks_for_is_not_multiplied(frozen, reduction, pl
     assert sum(multiplied(run, 64, 48, 32) for run in plans) == (2 if reduction == "mean" else 3)
 
 
-def recorded(B, S, D, ids=False, dtype=BF16, reduction="mean"):
-    """(bytes of the forward pass' plan, of the backward pass', of what waits) of tensors without memory."""
+def planned(B, S, D, ids=False, dtype=BF16, reduction="mean"):
+    """(the forward pass' plan and the backward pass', what waits) of tensors without memory."""
     x, w = (torch.empty(n, D, dtype=dtype, device="meta") for n in (B, S))
     target, class_ids = (torch.empty(n, dtype=torch.int64, device="meta") for n in (B, S))
     options = (None, None, None, 1.0, "dot", -100, reduction, None)
@@ -170,8 +170,13 @@ def recorded(B, S, D, ids=False, dtype=BF16, reduction="mean"):
         found = sampled_softmax.gradients(p, made, torch.empty_like(loss), wanted)
         (made_of,) = sampled_softmax._calls.values()
     assert found.input.shape == x.shape and found.weight.shape == w.shape
-    waiting = sum(0 if each is None else each.nbytes for each in made)
-    return [one.bytes for one in made_of.plans.values()], waiting
+    return list(made_of.plans.values()), made
+
+
+def recorded(*sizes, **options):
+    """(bytes of the forward pass' plan, of the backward pass', of what waits)"""
+    found, made = planned(*sizes, **options)
+    return [one.bytes for one in found], sum(0 if each is None else each.nbytes for each in made)
 
 
 @pytest.mark.parametrize(
@@ -193,6 +198,36 @@ def test_what_is_held_is_a_chunk_and_o_of_rows(B, S, D, ids, reduction):
     assert max(forward, backward) <= budget + of_rows + of_classes
     assert waiting <= 4 * (B + S) * D + 64 * B
     assert max(forward, backward, waiting) < 4 * B * S
+
+
+@pytest.mark.parametrize(
+    "B, S, D, ids",
+    [(1, 10**7, 64, False), (12, 10**7, 512, True), (10**7, 1, 16, False), (3, 10**9, 16, False)],
+)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_launches_fit_in_a_grid(B, S, D, ids, reduction):
+    """Of which the second axis has 65,535 programs at most, the first 2^31 - 1."""
+    found, _ = planned(B, S, D, ids, reduction=reduction)
+    for first, second, *_ in ((*step.grid, 1) for one in found for step in one.launches):
+        assert first < 2**31 and second < 2**16
+
+
+@pytest.mark.parametrize("which", ["target", "class_ids", "log_expected_count"])
+def test_vectors_at_another_address_have_a_plan_of_their_own(which, plans):
+    """Launches are compiled for addresses that are multiples of 16, or for others."""
+    x, w, t, ids, counts = problem(B=40, C=60, D=33, S=20)
+    vectors = {"target": t, "class_ids": ids, "log_expected_count": counts}
+    odd = torch.cat([vectors[which][:1], vectors[which]])[1:]
+    assert vectors[which].data_ptr() % 16 == 0 != odd.data_ptr() % 16
+    losses = []
+    with in_chunks(16, 20):
+        for vector in (vectors[which], vectors[which], odd):
+            losses.append(loss_by_triton(x, w, **vectors | {which: vector}))
+            gradients(losses[-1], x, w)
+    found = [run[0] for run in plans]
+    assert found[:2] == found[2:4]
+    assert not set(found[:2]) & set(found[4:])
+    assert torch.equal(losses[0], losses[2])
 
 
 # ---- right -------------------------------------------------------------------------------------------------

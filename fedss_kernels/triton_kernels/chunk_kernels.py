@@ -322,10 +322,15 @@ def chunk_pulls(
     BLOCK_B: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Program (b, t): pulls of a tile of rows and a tile of entries, and their sums."""
+    """Program b * tiles of entries + t: pulls of a tile of rows and a tile of entries, and their sums.
+
+    Either has more tiles, in one chunk or another, than a grid's second axis has programs.
+    """
     ACC: tl.constexpr = dots.dtype.element_ty
-    nth = row + tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
-    among = entry + tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
+    class_tiles = tl.cdiv(entries, BLOCK_S)
+    row_tile, class_tile = tl.program_id(0) // class_tiles, tl.program_id(0) % class_tiles
+    nth = row + row_tile * BLOCK_B + tl.arange(0, BLOCK_B)
+    among = entry + class_tile * BLOCK_S + tl.arange(0, BLOCK_S)
     at = places(nth, among, row, entry, entries)
     scale = load_scale(factor, vectors.learned, ACC)
     unit = logit_unit(scale, COSINE)
@@ -357,7 +362,7 @@ def chunk_pulls(
     tl.store(pulls + at, rounded(made, pulls.dtype.element_ty), mask=there)
     dlogits = product_or_zero(probs, upstream[:, None])
     if bias_parts is not None:
-        at_entries = tl.program_id(0).to(tl.int64) * entries + (among - entry)
+        at_entries = row_tile.to(tl.int64) * entries + (among - entry)
         tl.store(bias_parts + at_entries, tl.sum(dlogits, 0), mask=entry_there)
     if scale_parts is not None:
         beyond = found * w_inverse[None, :] * x_inverse[:, None]
@@ -365,7 +370,7 @@ def chunk_pulls(
         # Of what takes part, a dlogit of 0 too: of a logit of -inf it makes NaN.
         sloping = live[None, :] & (upstream != 0.0)[:, None] & (beyond != 0.0)
         slopes = tl.sum(tl.where(sloping, dlogits * beyond, 0.0), 1)
-        tl.store(scale_parts + tl.program_id(1).to(tl.int64) * rows + (nth - row), slopes, mask=row_there)
+        tl.store(scale_parts + class_tile.to(tl.int64) * rows + (nth - row), slopes, mask=row_there)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)

@@ -89,10 +89,11 @@ class ChunkedCalls(Calls):
         needed = NO_SUMS if wanted is None else wanted.needed
         begun = begun_with_loss(len(self.sets) == 1, self.traits.reduction, self.sizes[:3], needed)
         sums = empty_sums(tensors[0], self.sizes[2], self.traits.rows, begun)
-        if begun not in self.plans:
-            self.plans[begun] = ChunkedPlan(self).for_loss(self._given_sums(begun))
+        stage = (begun, _aligned(tensors))
+        if stage not in self.plans:
+            self.plans[stage] = ChunkedPlan(self).for_loss(self._given_sums(begun))
         outputs = (None,) * len(Outputs._fields)
-        self.plans[begun].run((*self.operands(tensors), kept, losses, *outputs, *sums), factor)
+        self.plans[stage].run((*self.operands(tensors), kept, losses, *outputs, *sums), factor)
         return losses, (kept, *sums)
 
     def gradients(
@@ -108,7 +109,7 @@ class ChunkedCalls(Calls):
         if any(need and not was for need, was in zip(wanted.needed, begun, strict=True)):
             begun = NO_SUMS
         outputs, upstream = self.outputs(tensors, wanted, spreads=False), grad_loss.contiguous()
-        stage = (begun, wanted, upstream.dtype)
+        stage = (begun, wanted, upstream.dtype, _aligned(tensors))
         if stage not in self.plans:
             plan = ChunkedPlan(self)
             given = self._given_sums(begun) if any(begun) else None
@@ -125,6 +126,11 @@ class ChunkedCalls(Calls):
     def _given_sums(self, begun: tuple[bool, ...]) -> Sums:
         there = (*begun, self.ranged and any(begun))
         return Sums(*(Given(SUMS + nth) if is_there else None for nth, is_there in enumerate(there)))
+
+
+def _aligned(tensors: Tensors) -> tuple[bool, ...]:
+    """Of each vector; kernels are compiled for it, see launch.py. Matrices' are in a call's signature."""
+    return tuple(vector is None or vector.data_ptr() % 16 == 0 for vector in tensors[2:])
 
 
 def begun_with_loss(
@@ -334,7 +340,7 @@ class _Pulls:
         pulls = self.pulls._replace(shape=(chunk.rows, chunk.entries))
         plan.launch(
             plan.kernels.chunk_pulls,
-            (row_tiles, class_tiles),
+            (row_tiles * class_tiles,),
             *(dots, calls.vectors, self.upstream, Given(KEPT), plan.inverses, sums.range_of_pulls, pulls),
             *(self.bias_parts, self.scale_parts, B, C, calls.ignore_index, *chunk, FACTOR),
         )

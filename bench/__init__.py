@@ -9,5 +9,6 @@ results.py         the figures, and the tables made of them; plot.py draws them
 report.py          what is asked for, and the files that answer it
 loss.py            the loss' table; aggregator.py: the aggregator's
 run.py             `fedss bench`
+margins.py         what sampling costs in accuracy, with margins and without
 gpu.py             the loss on a GPU, a script of its own; device.py times on it and measures its limits
 """

@@ -104,7 +104,7 @@ class SampledSoftmaxLoss(nn.Module):
         scale = as_float(scale)
         check_scale(scale, torch.device("cpu"))
         held = dtype or torch.get_default_dtype()
-        if learn_scale and not torch.tensor(scale, dtype=torch.float64).to(held).isfinite():
+        if learn_scale and not torch.tensor(scale, dtype=torch.float64, device="cpu").to(held).isfinite():
             raise ValueError(f"scale: expected a number that {held} holds, as it is learned, got {scale}")
         num_classes = check_integer("num_classes", num_classes, 1)
         embedding_dim = check_integer("embedding_dim", embedding_dim, 1)
@@ -115,7 +115,8 @@ class SampledSoftmaxLoss(nn.Module):
         self.generator = None if generator is None else GeneratorHandle(generator)
         self.weight = nn.Parameter(torch.empty(num_classes, embedding_dim, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(num_classes, device=device, dtype=dtype)) if bias else None
-        self.initial_scale = float(scale) if learn_scale else None
+        initial = scale.detach() if isinstance(scale, Tensor) else scale
+        self.initial_scale = float(initial) if learn_scale or isinstance(scale, nn.Parameter) else None
         # of shape (1,), as FSDP takes no parameter of shape ()
         self.scale = nn.Parameter(torch.empty(1, device=device, dtype=dtype)) if learn_scale else scale
         self.reset_parameters()

@@ -151,7 +151,6 @@ class SampledSoftmaxLoss(nn.Module):
         check_tensor("target", target, (torch.int64,))
         weight = self._whole_weight()
         if self.sparse_grad:
-            _check_takes_sparse(weight)
             check_sparse_communication(self, weight, self.bias)
         class_ids = log_expected_count = None
         m, C = self.num_sampled if self.training else None, weight.shape[0]
@@ -271,20 +270,6 @@ class SampledSoftmaxLoss(nn.Module):
         return (
             f"{self.num_classes}, {self.embedding_dim}, num_sampled={self.num_sampled}, scale={scale}, "
             f"similarity={self.similarity!r}, bias={self.bias is not None}, sparse_grad={self.sparse_grad}"
-        )
-
-
-# Operations of weight_norm and of casts: their backward passes in torch take dense gradients alone.
-_DENSE_ALONE = ("WeightNormInterfaceBackward", "ToCopyBackward")
-
-
-def _check_takes_sparse(weight: Tensor) -> None:
-    maker = weight.grad_fn
-    if maker is not None and maker.name().startswith(_DENSE_ALONE):
-        raise RuntimeError(
-            "sparse_grad: expected False for a weight that is computed, as by weight_norm or a cast, got one "
-            f"by {maker.name()}, whose backward pass in torch takes dense gradients only; take "
-            "sparse_grad=False, or make the weight itself the parameter"
         )
 
 

@@ -22,7 +22,7 @@ class SparseRows(nn.Embedding):
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], training: bool) -> None:
-        super().__init__(1, 1, sparse=True, device="meta")
+        super().__init__(1, 1, sparse=True, _weight=torch.empty(1, 1, device="meta"))  # none is drawn
         self.training = training
         del self.weight
         for name, parameter in parameters.items():

@@ -39,6 +39,7 @@ from .direct_route import NO_LABELS, direct_loss
 from .implementations import triton_kernels
 from .loss_operator import autocast_dtype, call_operator, without_autocast
 from .reference import sampled_softmax_loss as _reference_loss
+from .sparse_rows import check_takes_sparse
 from .target_logits import rounded
 
 
@@ -116,7 +117,8 @@ def sampled_softmax_loss(
             correction that is NaN or -inf, makes the losses that it enters NaN, and so does a logit
             or a squared length past the largest number. With FEDSS_VALIDATE=1 in the environment
             wrong classes and corrections raise there too.
-        RuntimeError: when differentiated twice, or in forward mode.
+        RuntimeError: when differentiated twice, or in forward mode; with `sparse_grad` for a weight that is
+            computed by what takes dense gradients only, as a slice or a cast.
 
     >>> eye = torch.eye(2)
     >>> sampled_softmax_loss(eye[:1], eye, torch.tensor([0]), scale=1.0)
@@ -126,6 +128,8 @@ def sampled_softmax_loss(
         scale = as_float(scale)
     if type(ignore_index) is not int:
         ignore_index = as_integer(ignore_index)
+    if sparse_grad is True and isinstance(weight, Tensor) and not torch.compiler.is_compiling():
+        check_takes_sparse(weight)
     given = (angular_margin, cosine_margin, label_smoothing, class_weight, return_lse)
     plain = _is_plain(*given)
     labels: tuple[Tensor | None, Tensor | None, Tensor | None] = NO_LABELS

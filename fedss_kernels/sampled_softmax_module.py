@@ -112,7 +112,7 @@ class SampledSoftmaxLoss(nn.Module):
         scale = as_float(scale)
         check_scale(scale, torch.device("cpu"))
         held = dtype or torch.get_default_dtype()
-        if learn_scale and not torch.tensor(scale, dtype=torch.float64).to(held).isfinite():
+        if learn_scale and not torch.tensor(scale, dtype=torch.float64, device="cpu").to(held).isfinite():
             raise ValueError(f"scale: expected a number that {held} holds, as it is learned, got {scale}")
         num_classes = check_integer("num_classes", num_classes, 1)
         embedding_dim = check_integer("embedding_dim", embedding_dim, 1)
@@ -124,7 +124,8 @@ class SampledSoftmaxLoss(nn.Module):
         self.generator = None if generator is None else GeneratorHandle(generator)
         self.weight = nn.Parameter(torch.empty(num_classes, embedding_dim, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(num_classes, device=device, dtype=dtype)) if bias else None
-        self.initial_scale = float(scale) if learn_scale else None
+        initial = scale.detach() if isinstance(scale, Tensor) else scale
+        self.initial_scale = float(initial) if learn_scale or isinstance(scale, nn.Parameter) else None
         # of shape (1,), as FSDP takes no parameter of shape ()
         self.scale = nn.Parameter(torch.empty(1, device=device, dtype=dtype)) if learn_scale else scale
         self.reset_parameters()
@@ -165,7 +166,6 @@ class SampledSoftmaxLoss(nn.Module):
         check_tensor("target", target, (torch.int64,))
         weight = self._whole_weight()
         if self.sparse_grad:
-            _check_takes_sparse(weight)
             check_sparse_communication(self, weight, self.bias)
         class_ids = log_expected_count = None
         m, C = self.num_sampled if self.training else None, weight.shape[0]
@@ -296,20 +296,6 @@ def _as_sampler(
     made = FrequencySampler(sampler, power, device=device) if isinstance(sampler, Tensor) else sampler
     check_sampler(made, num_classes)
     return made
-
-
-# Operations of weight_norm and of casts: their backward passes in torch take dense gradients alone.
-_DENSE_ALONE = ("WeightNormInterfaceBackward", "ToCopyBackward")
-
-
-def _check_takes_sparse(weight: Tensor) -> None:
-    maker = weight.grad_fn
-    if maker is not None and maker.name().startswith(_DENSE_ALONE):
-        raise RuntimeError(
-            "sparse_grad: expected False for a weight that is computed, as by weight_norm or a cast, got one "
-            f"by {maker.name()}, whose backward pass in torch takes dense gradients only; take "
-            "sparse_grad=False, or make the weight itself the parameter"
-        )
 
 
 def _length(rows: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The rows that a sparse gradient lists, those of one class summed; on a GPU without a wait for it."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,3 +75,34 @@ def summed_values(grad: Tensor) -> Tensor:
     if len(values) == 0 or is_listed_once(grad):
         return widened(values)
     return runs_of_entries(grad).sums(values)
+
+
+# Operations of torch's that make a class matrix of others (parts, joins, shapes, products, casts, norms,
+# masks), and whose backward passes take dense gradients alone.
+_DENSE_ALONE = tuple(
+    f"{name}Backward"
+    for name in (
+        *("Slice", "Select", "Split", "SplitWithSizes", "Unbind", "Index", "IndexSelect", "Embedding"),
+        *("Cat", "Stack", "View", "UnsafeView", "Squeeze", "Unsqueeze", "T", "Transpose", "Permute"),
+        *("Mm", "Addmm", "ToCopy", "WeightNormInterface", "Where", "MaskedFill", "ConstantPadNd"),
+        *("Clamp", "Relu", "Sigmoid", "Tanh"),
+    )
+)
+
+
+def check_takes_sparse(weight: Tensor) -> None:
+    """Raises RuntimeError for a weight made by an operation of torch's that takes dense gradients alone.
+
+    The backward pass would end in an error that names neither the cause nor a way.
+    """
+    maker: Any = weight.grad_fn
+    if maker is None:
+        return
+    name = maker.name()
+    by_matrix = name == "DivBackward0" and maker._saved_other is not None and maker._saved_other.dim() > 0
+    if by_matrix or name.startswith(_DENSE_ALONE):
+        raise RuntimeError(
+            "sparse_grad: expected False for a weight that is computed, as by weight_norm or a slice, "
+            f"got one by {name}, whose backward pass in torch takes dense gradients only; take "
+            "sparse_grad=False, or make the weight itself the parameter"
+        )

@@ -329,7 +329,7 @@ def test_ctrl_c_finishes_the_round_and_the_run_can_be_resumed(tmp_path, monkeypa
     finished = fails(capsys, "run", "--resume", str(stopped))
     assert finished == (
         f"fedss run: the run in {stopped} is finished: its 4 rounds are done; for more of them give a larger "
-        "number of rounds"
+        f"number of rounds, for its report: fedss report {stopped}"
     )
     nothing = fails(capsys, "run", "--resume", str(tmp_path / "nothing"))
     assert nothing == f"fedss run: --resume: no run in {tmp_path / 'nothing'}"

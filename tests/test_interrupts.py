@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from fedss_kernels.federated import cli, disk, interrupts
+from fedss_kernels.federated.reports import report
 
 SMALL = ["--glyph-classes=12", "--glyph-writers=4", "--cohort=2", "--num-negatives=3", "--embedding-dim=8"]
 
@@ -80,6 +81,23 @@ def test_a_hang_up_that_is_ignored_stays_ignored(run_with, capsys):
 
 def replaced(monkeypatch, main) -> None:
     monkeypatch.setitem(cli.COMMANDS, "run", dataclasses.replace(cli.COMMANDS["run"], main=main))
+
+
+@pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_while_the_report_is_made_says_that_the_run_is_finished(
+    name, code, run_with, tmp_path, monkeypatch, capsys
+):
+    with monkeypatch.context() as patch:
+        number = getattr(signal, name)
+        patch.setattr(report, "write_run_report", lambda *_: signal.raise_signal(number))
+        assert run_with(every=1) == code
+    told = f"its report: fedss report {tmp_path}"
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"fedss run: stopped; the run is finished, and its results are in {tmp_path}; {told}"
+    )
+    assert cli.main(["run", "--resume", str(tmp_path)]) == 2
+    assert f"for {told}" in capsys.readouterr().err
+    assert cli.main(["report", str(tmp_path)]) == 0 and (tmp_path / "report.html").exists()
 
 
 def test_outside_of_rounds_a_signal_stops_at_once(monkeypatch, capsys):

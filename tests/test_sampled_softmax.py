@@ -655,6 +655,15 @@ def test_sparse_gradients_list_only_what_takes_part(which, dtype, sampled_softma
         torch.testing.assert_close(sparse.to_dense(), dense, **rounding)
 
 
+def test_sparse_gradients_of_no_classes_list_nothing(sampled_softmax_loss):
+    x, w, b = torch.randn(3, 4), torch.randn(0, 4, requires_grad=True), torch.randn(0, requires_grad=True)
+    target, class_ids = torch.full((3,), -100), torch.empty(0, dtype=torch.int64)
+    loss = sampled_softmax_loss(x, w, target, class_ids, bias=b, sparse_grad=True)
+    for parameter, gradient in zip((w, b), torch.autograd.grad(loss, (w, b)), strict=True):
+        assert gradient._nnz() == 0 and gradient.shape == parameter.shape and "nnz=0" in repr(gradient)
+        assert torch.equal(gradient.to_dense(), torch.zeros_like(parameter))
+
+
 def test_sparse_gradient_of_the_bias_alone(sampled_softmax_loss):
     x, w, t = problem()
     bias = torch.zeros(len(w), requires_grad=True)

@@ -493,3 +493,53 @@ def test_function_transforms_of_the_module(num_sampled):
     torch.manual_seed(1)
     criterion(x, t).backward()
     torch.testing.assert_close(found, criterion.weight.grad)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda w: w[:C],
+        lambda w: torch.cat([w, w]),
+        lambda w: w[torch.arange(C)],
+        lambda w: w.index_select(0, torch.arange(C)),
+        lambda w: w.view(C, 1, D).flatten(1),
+        lambda w: w.T.contiguous().T,
+        lambda w: w @ torch.eye(D),
+        lambda w: torch.nn.functional.linear(w, torch.eye(D), torch.ones(D)),
+        lambda w: torch.nn.functional.normalize(w),
+        lambda w: torch.nn.functional.embedding(torch.arange(C), w),
+        lambda w: w.double().float(),
+        lambda w: torch.where(torch.ones(C, 1) > 0, w, 0.0),
+        lambda w: w.masked_fill(torch.ones(C, 1) > 2, 0.0),
+        lambda w: torch.stack([w, w])[0],
+        lambda w: w.split(C)[0],
+        lambda w: torch.nn.functional.pad(w, (0, 0, 0, 1)),
+        lambda w: w.unsqueeze(0).squeeze(0),
+        lambda w: w.tanh(),
+        lambda w: w.clamp(-1, 1),
+        lambda w: torch.unbind(w.expand(2, C, D))[0],
+    ],
+)
+def test_a_weight_whose_maker_takes_dense_gradients_alone(make):
+    w = torch.randn(C, D, requires_grad=True)
+    x, t = torch.randn(4, D), torch.arange(4)
+    with pytest.raises(
+        RuntimeError, match=r"sparse_grad: expected False .* got one by \w+Backward\d, .* take"
+    ):
+        sampled_softmax_loss(x, make(w), t, sparse_grad=True)
+    sampled_softmax_loss(x, make(w), t).backward()
+    with torch.no_grad():
+        sampled_softmax_loss(x, make(w), t, sparse_grad=True)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda w: w * 2, lambda w: w + 1, lambda w: w / 2, lambda w: -w, torch.clone, torch.exp]
+)
+def test_a_weight_whose_maker_takes_sparse_gradients(make):
+    w = torch.randn(C, D, requires_grad=True)
+    x, t = torch.randn(4, D), torch.arange(4)
+    gradients = [
+        torch.autograd.grad(sampled_softmax_loss(x, make(w), t, sparse_grad=sparse), w)[0]
+        for sparse in (False, True)
+    ]
+    torch.testing.assert_close(gradients[0], gradients[1].to_dense())

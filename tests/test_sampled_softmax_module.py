@@ -210,6 +210,31 @@ def test_reset_parameters_makes_what_a_new_module_has(dtype):
     assert torch.equal(fresh(x, t), late(x, t))  # the same negatives too
 
 
+def test_a_module_made_on_the_default_device_meta_and_one_of_a_given_parameter():
+    with torch.device("meta"):
+        late = [SampledSoftmaxLoss(C, D, learn_scale=True, scale=7.0, bias=True)]
+    late += [SampledSoftmaxLoss(C, D, scale=nn.Parameter(torch.tensor(7.0)))]
+    for criterion in late:
+        criterion.to_empty(device="cpu").scale.data.fill_(torch.nan)
+        criterion.reset_parameters()
+        assert criterion.scale.item() == 7.0
+
+
+@pytest.mark.parametrize("sparse_grad", [False, True])
+def test_modules_under_vmap_with_its_randomness_refused(sparse_grad):
+    criterion = SampledSoftmaxLoss(C, D, sparse_grad=sparse_grad)
+    x, t = batch()
+    state = torch.get_rng_state()
+
+    def loss(x):
+        return torch.func.functional_call(criterion, dict(criterion.named_parameters()), (x, t))
+
+    with torch.no_grad():
+        together = torch.vmap(loss)(torch.stack([x, 2 * x]))
+        assert torch.equal(together, torch.stack([loss(x), loss(2 * x)]))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 ROUTES = ["auto", "reference", "triton", "autocast", "compiled"]
 
 

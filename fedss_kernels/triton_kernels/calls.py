@@ -116,11 +116,12 @@ class Calls:
             weight, bias = outputs.rows, outputs.row_bias
         if outputs.ids is not None:
             # nnz = S + B, the class set's entries and then the targets'; those that take no part are zeros,
-            # or NaN beside losses that are NaN too.
-            weight, bias = (
-                None if rows is None else _sparse(outputs.ids, rows, len(tensors[1]))
-                for rows in (weight, bias)
-            )
+            # or NaN beside losses that are NaN too. Where there is no class at all none could stand for them.
+            ids, C = outputs.ids, len(tensors[1])
+            if C == 0:
+                ids = ids[:, :0]
+                weight, bias = (None if rows is None else rows[:0] for rows in (weight, bias))
+            weight, bias = (None if rows is None else _sparse(ids, rows, C) for rows in (weight, bias))
         return Gradients(outputs.input, weight, bias, outputs.scale)
 
     def operands(self, tensors: Tensors) -> Tensors:

@@ -70,7 +70,7 @@ _FINISHING = "fedss run: finishing this round"
 def _saved(out: Path) -> str:
     """What is safe of a run that ended early, and how to go on."""
     if (out / "summary.json").exists():
-        return f"the run is finished, and its results are in {out}"
+        return f"the run is finished, and its results are in {out}; its report: fedss report {out}"
     if not checkpoint.exists(out):
         return "no round is saved yet: start again with --overwrite"
     return f"saved up to round {checkpoint.last_round(out)}; go on with: fedss run --resume {out}"
@@ -148,7 +148,11 @@ def _run(arguments: argparse.Namespace) -> int:
         return interrupted.exit_code
     if arguments.profile:
         print_profile(result.seconds, len(played))
-    return _finished(result, out)
+    try:
+        return _finished(result, out)
+    except KeyboardInterrupt as interrupted:  # Ctrl-C's own: no round is going on that it could wait for
+        print(f"fedss run: stopped; {_saved(out)}", file=sys.stderr)
+        return interrupted.exit_code if isinstance(interrupted, Interrupted) else Interrupted().exit_code
 
 
 def _finished(result: Result, out: Path) -> int:

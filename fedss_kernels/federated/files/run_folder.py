@@ -108,7 +108,7 @@ class RunFolder:
             done = "1 round is" if found.round == 1 else f"{found.round} rounds are"
             raise CheckpointError(
                 f"the run in {path} is finished: its {done} done; for more of them give a larger number of "
-                "rounds"
+                f"rounds, for its report: fedss report {path}"
             )
         different = found.fingerprint.differences(fingerprint)
         if different:

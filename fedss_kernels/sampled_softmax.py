@@ -35,7 +35,7 @@ from .checks import (
     single_item,
 )
 from .composed_loss import NONE, Extras, composed_loss
-from .direct_route import NO_LABELS, direct_loss
+from .direct_route import NO_LABELS, direct_loss, plain_eager
 from .implementations import triton_kernels
 from .loss_operator import autocast_dtype, call_operator, without_autocast
 from .reference import sampled_softmax_loss as _reference_loss
@@ -191,12 +191,13 @@ def _by_backend(
     if backend == "triton" and os.environ.get("FEDSS_VALIDATE") == "1":
         _check_values(target, weight.shape[0], corrections, ignore_index)
     if extras is not NONE:
-        if target.is_cpu and not torch.compiler.is_compiling():
+        if target.is_cpu and plain_eager():
             _check_ids("target", target, weight.shape[0], ignore_index)
+        rounding = autocast_dtype(input.device.type)
         with without_autocast(input.device.type):
             loss, lse = composed_loss(
                 *(input, weight, target, corrections, bias, scale, similarity, ignore_index, reduction),
-                *(sparse_grad, backend, labels, extras),
+                *(sparse_grad, backend, rounding, labels, extras),
             )
         return loss, lse if extras.return_lse else None
     scale_tensor = (

@@ -1,4 +1,4 @@
-"""Margins, label smoothing, class weights, lse and labels: against the definition, and the limits they keep."""
+"""Margins, label smoothing, class weights, lse, labels: against the definition, and the limits they keep."""
 
 import random
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fedss_kernels.reference import sampled_softmax_loss as reference_loss
-from loss_cases import BF16, F16, F32, F64, Case, cpp_only
+from loss_cases import BF16, F16, F32, F64, Case, cpp_only, gpu_only
 from pytorch_metric_learning.losses import ArcFaceLoss, CosFaceLoss
 from tolerance import eager_loss, excess, with_features_reversed
 
@@ -65,8 +65,9 @@ def results(case: Case, extra: dict, function, in_float64: bool = False) -> dict
     return values | dict(zip(wanted, gradients, strict=True))
 
 
-def check_mix(seed: int, function) -> None:
+def check_mix(seed: int, function, labels: bool = True) -> None:
     case, extra = random_mix(seed)
+    extra = {name: value for name, value in extra.items() if labels or "labels" not in name}
     found, truth = results(case, extra, function), results(case, extra, reference_loss, in_float64=True)
     plains = [results(case, extra, plain) for plain in (eager_loss, with_features_reversed(eager_loss))]
     for name, result in found.items():
@@ -79,16 +80,28 @@ def by_reference(*arguments, **options):
     return loss_function(*arguments, impl="reference", **options)
 
 
-@pytest.mark.parametrize("seeds", [range(25), pytest.param(range(25, 300), marks=pytest.mark.exhaustive)])
-def test_within_tolerance_in_random_mixes(seeds, sampled_softmax_loss):
-    for seed in seeds:
-        check_mix(seed, sampled_softmax_loss)
+FEW, MANY = range(25), pytest.param(range(25, 300), marks=pytest.mark.exhaustive)
 
 
-@pytest.mark.parametrize("seeds", [range(25), pytest.param(range(25, 300), marks=pytest.mark.exhaustive)])
-def test_the_reference_within_tolerance_in_random_mixes(seeds):
+@pytest.mark.parametrize("function", [loss_function, by_reference])
+@pytest.mark.parametrize("seeds", [FEW, MANY])
+def test_within_tolerance_in_random_mixes(seeds, function):
     for seed in seeds:
-        check_mix(seed, by_reference)
+        check_mix(seed, function)
+
+
+@gpu_only
+@pytest.mark.parametrize("seeds", [range(4), pytest.param(range(4, 60), marks=pytest.mark.exhaustive)])
+def test_gpu_kernels_within_tolerance_in_random_mixes(seeds, sampled_softmax_loss):
+    for seed in seeds:
+        check_mix(seed, sampled_softmax_loss, labels=False)
+
+
+@gpu_only
+def test_gpu_kernels_have_no_labels_yet(sampled_softmax_loss):
+    x, w, t = problem()
+    with pytest.raises(ValueError, match='impl: expected "cpp" or "reference" for labels'):
+        sampled_softmax_loss(x, w, t, target_labels=t)
 
 
 def problem(B=6, C=12, D=8, dtype=F32, seed=0):
@@ -242,6 +255,7 @@ def test_two_halves_of_a_class_set_are_the_whole(sampled_softmax_loss):
 # ---- labels ----
 
 
+@cpp_only
 def test_in_batch_softmax_with_repeated_items(sampled_softmax_loss):
     x, items = (rows.detach().requires_grad_() for rows in problem(C=6)[:2])
     ids = torch.tensor([5, 7, 5, 8, 7, 5])
@@ -252,6 +266,7 @@ def test_in_batch_softmax_with_repeated_items(sampled_softmax_loss):
     assert_equal_with_gradients(found, right, (x, items), rtol=1e-4, atol=1e-5)
 
 
+@cpp_only
 def test_simclr(sampled_softmax_loss):
     """Both views of an image share a label: neither is a negative of the other, nor a row of itself."""
     n = 5
@@ -262,6 +277,7 @@ def test_simclr(sampled_softmax_loss):
     assert_equal_with_gradients(found, F.cross_entropy(logits, other), (views,), rtol=1e-4, atol=1e-5)
 
 
+@cpp_only
 def test_moco(sampled_softmax_loss):
     """A key for each query, and a queue of the keys of other images."""
     query, queue, _ = problem(B=4, C=9)

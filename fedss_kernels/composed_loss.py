@@ -62,6 +62,8 @@ def composed_loss(
     if input.itemsize == 2:  # its gradient is added up in float32
         rounding = rounding or (input.dtype if input.dtype == weight.dtype else None)
         input = input.float()
+    if isinstance(scale, Tensor):  # and scale's, of the losses and of targets' logits, in float64
+        scale = scale.double()
     counted = target != ignore_index
     classes, known = _classes(target, counted, len(weight))
     shared = (bias, scale, similarity)

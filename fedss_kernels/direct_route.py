@@ -47,7 +47,7 @@ def direct_loss(
     Raises what the kernel raises: IndexError for an id, TypeError or ValueError for what it cannot compute.
     """
     if not (
-        _plain_eager()
+        plain_eager()
         and _ordinary(input)
         and _ordinary(weight)
         and type(target) is Tensor
@@ -95,7 +95,7 @@ def direct_loss(
 _NOTHING = [False] * 4
 
 
-def _plain_eager() -> bool:
+def plain_eager() -> bool:
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0

@@ -81,7 +81,8 @@ def attach(
     _check_model(model)
     head = _head(model)
     handle = None if generator is None else GeneratorHandle(generator)
-    model._fedss_settings = _Settings(num_sampled, handle, impl)
+    settings: Any = _Settings(num_sampled, handle, impl)
+    model._fedss_settings = settings
     if not isinstance(model, _WithoutLogits):
         own: Any = type(model)
         model.__class__ = _class_without_logits(own)
@@ -129,7 +130,7 @@ class _WithoutLogits(nn.Module):
         self,
         logits: Tensor,  # (..., D): hidden states, in training
         labels: Tensor,
-        *args: Any,
+        vocab_size: int,
         num_items_in_batch: Tensor | int | None = None,
         ignore_index: int = -100,
         shift_labels: Tensor | None = None,
@@ -137,8 +138,8 @@ class _WithoutLogits(nn.Module):
     ) -> Tensor:
         head = _head(self)
         if not isinstance(head, _Head) or head.passed is None:
-            kwargs |= {"num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index}
-            return ForCausalLMLoss(logits, labels, *args, shift_labels=shift_labels, **kwargs)
+            own = {"num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index}
+            return ForCausalLMLoss(logits, labels, vocab_size, shift_labels=shift_labels, **own, **kwargs)
         _check_unchanged(logits, head.passed)
         if shift_labels is None:
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]

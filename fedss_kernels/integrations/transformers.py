@@ -138,8 +138,8 @@ class _WithoutLogits(nn.Module):
     ) -> Tensor:
         head = _head(self)
         if not isinstance(head, _Head) or head.passed is None:
-            own = {"num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index}
-            return ForCausalLMLoss(logits, labels, vocab_size, shift_labels=shift_labels, **own, **kwargs)
+            named: dict[str, Any] = {"num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index}
+            return ForCausalLMLoss(logits, labels, vocab_size, shift_labels=shift_labels, **named, **kwargs)
         _check_unchanged(logits, head.passed)
         if shift_labels is None:
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]

@@ -142,6 +142,7 @@ def test_tuples_have_the_loss_first_and_no_hidden_states_for_logits(llama, plug)
     ids, labels = tokens()
     outputs = plug.attach(llama())(input_ids=ids, labels=labels, return_dict=False)
     assert isinstance(outputs, tuple) and outputs[0].dim() == 0 and outputs[1] is None
+    assert plug.attach(llama())(input_ids=ids, labels=labels, return_dict=None).logits is None
 
 
 def test_detached_the_model_is_of_its_own_class_and_gives_logits(llama, plug):
@@ -149,7 +150,8 @@ def test_detached_the_model_is_of_its_own_class_and_gives_logits(llama, plug):
     own = type(model)
     ids, labels = tokens()
     expected = model(input_ids=ids, labels=labels)
-    assert plug.detach(plug.attach(model, 10)) is model
+    plug.attach(model, 10)(input_ids=ids, labels=labels)
+    assert plug.detach(model) is model
     assert (
         type(model) is own
         and type(model.lm_head) is torch.nn.Linear
@@ -157,6 +159,7 @@ def test_detached_the_model_is_of_its_own_class_and_gives_logits(llama, plug):
     )
     found = model(input_ids=ids, labels=labels)
     assert torch.equal(found.logits, expected.logits) and torch.equal(found.loss, expected.loss)
+    assert not {"passes", "passed"} & vars(model.lm_head).keys()
     with pytest.raises(TypeError, match="expected one that attach"):
         plug.detach(model)
 

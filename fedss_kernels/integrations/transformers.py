@@ -95,7 +95,10 @@ def detach(model: Model) -> Model:
     attached = type(model)
     if attached.__bases__[0] is not _WithoutLogits:
         raise TypeError(f"model: expected one that attach(model) returned, got {attached.__name__}")
-    _head(model).__class__ = nn.Linear
+    head = _head(model)
+    for name in ("passes", "passed"):
+        vars(head).pop(name, None)
+    head.__class__ = nn.Linear
     model.__class__ = attached.__bases__[1]
     del model._fedss_settings
     return model
@@ -167,14 +170,14 @@ def _class_without_logits(own: Any) -> Any:
         head: Any = _head(self)
         if not isinstance(head, _Head):
             head.__class__ = _Head  # a new one, of resize_token_embeddings
-        as_tuple = not kwargs.pop("return_dict", self.config.return_dict)
+        as_dict = kwargs.pop("return_dict", None)
         head.passes = True
         try:
             outputs = own.forward(self, *args, **kwargs, return_dict=True)
         finally:
             head.passes, head.passed = False, None
         outputs["logits"] = None
-        return outputs.to_tuple() if as_tuple else outputs
+        return outputs if (self.config.return_dict if as_dict is None else as_dict) else outputs.to_tuple()
 
     names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
     return type(own.__name__, (_WithoutLogits, own), {**names, "forward": forward})

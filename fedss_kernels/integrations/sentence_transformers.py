@@ -1,0 +1,269 @@
+"""Losses for sentence-transformers: over very many classes, and over a batch whose items may repeat."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+try:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.util import all_gather, all_gather_with_grad
+    from transformers import TrainerCallback
+except ImportError as error:
+    raise ImportError(
+        "fedss_kernels.integrations.sentence_transformers needs sentence-transformers: "
+        f"pip install sentence-transformers ({error})"
+    ) from error
+
+from ..checks import check_choice, check_flag
+from ..sampled_softmax import as_float, check_scale, sampled_softmax_loss
+from ..sampled_softmax_module import SampledSoftmaxLoss
+
+_NO_ITEM = torch.iinfo(torch.int64).min  # the label of what is nobody's positive
+
+
+class ClassSoftmaxLoss(nn.Module):
+    """Softmax over the classes that sentences belong to, sampled in training: products, users, intents.
+
+        loss_i = SampledSoftmaxLoss(embedding of sentence i, label i)
+
+    `criterion`, a `SampledSoftmaxLoss`, owns the class matrix; the trainer optimises it with the model. In
+    eval mode the loss is over all classes, and `criterion.topk(embeddings, k)` gives the best of them.
+
+    The trainer's checkpoints hold the model alone: with `callbacks=[loss.checkpoints()]` they hold the class
+    matrix too, and a run that is resumed goes on with it.
+
+    Args:
+        model: the SentenceTransformer.
+        num_classes: C; the data set has one column of texts and a label column with classes in [0, C).
+        num_sampled: m, negatives for each batch; None: all classes.
+        embedding_dim: D; None: what the model says.
+        options: as for `SampledSoftmaxLoss`: scale, learn_scale, similarity, bias, generator and others.
+
+    Raises ValueError for more than one column of texts, and as `SampledSoftmaxLoss` does.
+
+    >>> from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+    >>> from tokenizers import Tokenizer, models, pre_tokenizers
+    >>> words = {"red": 0, "green": 1, "blue": 2}
+    >>> tokenizer = Tokenizer(models.WordLevel(words, unk_token="red"))
+    >>> tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    >>> model = SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=8)], device="cpu")
+    >>> loss = ClassSoftmaxLoss(model, num_classes=1000, num_sampled=50)
+    >>> loss([model.preprocess(["red", "blue green"])], torch.tensor([3, 141])).shape
+    torch.Size([])
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        num_classes: int,
+        num_sampled: int | None = None,
+        *,
+        embedding_dim: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        if embedding_dim is None:
+            embedding_dim = _embedding_dim(model)
+        self.criterion = SampledSoftmaxLoss(num_classes, embedding_dim, num_sampled, **options)
+
+    def forward(
+        self,
+        sentence_features: Iterable[dict[str, Tensor]],  # one
+        labels: Tensor,  # (B,) int64
+    ) -> Tensor:
+        columns = list(sentence_features)
+        if len(columns) != 1:
+            raise ValueError(
+                f"sentence_features: expected one column of texts beside the labels, got {len(columns)}"
+            )
+        return self.criterion(self.model(columns[0])["sentence_embedding"], labels.reshape(-1))
+
+    def checkpoints(
+        self, resumed_from: str | Path | None = None, name: str = "class_softmax_loss"
+    ) -> TrainerCallback:
+        """A callback by which the trainer's checkpoints save and restore the class matrix.
+
+        Where a run is resumed from another folder than `output_dir`, `resumed_from` is that checkpoint.
+        Several losses of one trainer need a `name` each. Raises FileNotFoundError as a run is resumed from a
+        checkpoint without the class matrix.
+        """
+        return _SavesClasses(self.criterion, resumed_from, f"{name}.pt")
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """For the model card."""
+        criterion = self.criterion
+        return {
+            "num_classes": criterion.num_classes,
+            "num_sampled": criterion.num_sampled,
+            "scale": float(criterion.scale),
+            "similarity": criterion.similarity,
+        }
+
+
+class InBatchSoftmaxLoss(nn.Module):
+    """In-batch negatives without a similarity matrix, and without taking a row's own item for a negative.
+
+        loss_i = -z(i, i) + logsumexp(z(i, i), z(i, j) for every document j of another item)
+        z(i, j) = scale * cos(anchor_i, document_j)
+
+    The documents are the batch's positives and its hard negatives. Where no item repeats this is
+    MultipleNegativesRankingLoss, which takes a positive that stands in the batch twice for a negative of
+    itself. Memory O(batch x D), so that large batches need no caching for the logits' sake.
+
+    Args:
+        model: the SentenceTransformer.
+        scale: multiplies the similarity: 1 / temperature.
+        similarity: "cosine", or "dot" (scale=1 then).
+        same_item: what tells that two documents are one item. "text": their tokens, hard negatives' too.
+            "label": a label column of integers, which positives of one item share (its id, or the id of a
+            query that has several positives); a hard negative is no item.
+        gather_across_devices: the negatives are those of all processes. Batches must be of one size.
+
+    The data set has columns (anchor, positive) or (anchor, positive, negative, ...). Raises ValueError for
+    fewer columns, for inputs without tokens under "text", and where labels are missing under "label".
+
+    >>> from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+    >>> from tokenizers import Tokenizer, models, pre_tokenizers
+    >>> words = {"red": 0, "green": 1, "blue": 2}
+    >>> tokenizer = Tokenizer(models.WordLevel(words, unk_token="red"))
+    >>> tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    >>> model = SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=8)], device="cpu")
+    >>> loss = InBatchSoftmaxLoss(model)
+    >>> columns = [model.preprocess(["red", "blue"]), model.preprocess(["green", "green"])]
+    >>> loss(columns).item()  # no negative is left, of two that are one
+    0.0
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        *,
+        scale: float = 20.0,
+        similarity: str = "cosine",
+        same_item: str = "text",
+        gather_across_devices: bool = False,
+    ) -> None:
+        super().__init__()
+        check_choice("similarity", similarity, ("cosine", "dot"))
+        check_choice("same_item", same_item, ("text", "label"))
+        self.model = model
+        self.scale = as_float(scale)
+        check_scale(self.scale, torch.device("cpu"))
+        self.similarity, self.same_item = similarity, same_item
+        self.gather_across_devices = check_flag("gather_across_devices", gather_across_devices)
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
+        columns = list(sentence_features)
+        if len(columns) < 2:
+            raise ValueError(
+                f"sentence_features: expected columns (anchor, positive, ...), got {len(columns)} column"
+            )
+        anchors, *documents = (self.model(dict(column))["sentence_embedding"] for column in columns)
+        B = anchors.shape[0]
+        weight, items = torch.cat(documents), self._items(columns[1:], documents, labels)
+        own, first = items[:B], 0
+        if self.gather_across_devices:
+            if torch.distributed.is_initialized():
+                first = torch.distributed.get_rank() * weight.shape[0]
+            weight, items = all_gather_with_grad(weight), all_gather(items)
+        return sampled_softmax_loss(
+            anchors,
+            weight,
+            torch.arange(first, first + B, device=anchors.device),
+            scale=self.scale,
+            similarity=self.similarity,
+            entry_labels=items,
+            target_labels=own,
+        )
+
+    def _items(
+        self, columns: list[dict[str, Tensor]], documents: list[Tensor], labels: Tensor | None
+    ) -> Tensor:
+        """(documents,) int64: equal for what is one item."""
+        if self.same_item == "text":
+            return torch.cat([_token_hash(column) for column in columns])
+        if labels is None:
+            raise ValueError('labels: expected a label column for same_item="label", got None')
+        hard = sum(len(d) for d in documents[1:])
+        return torch.cat([labels.reshape(-1), labels.new_full((hard,), _NO_ITEM)])
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """For the model card."""
+        return {
+            "scale": self.scale,
+            "similarity": self.similarity,
+            "same_item": self.same_item,
+            "gather_across_devices": self.gather_across_devices,
+        }
+
+
+class _SavesClasses(TrainerCallback):
+    def __init__(
+        self, criterion: SampledSoftmaxLoss, resumed_from: str | Path | None, file_name: str
+    ) -> None:
+        self.criterion, self.resumed_from, self.file_name = criterion, resumed_from, file_name
+
+    def _folder(self, args: Any, state: Any) -> Path:
+        return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            torch.save(self.criterion.state_dict(), self._folder(args, state) / self.file_name)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:  # not resumed
+            return
+        path = (
+            Path(self.resumed_from or args.resume_from_checkpoint or self._folder(args, state))
+            / self.file_name
+        )
+        if not path.exists():
+            raise FileNotFoundError(
+                f"resumed_from: expected the checkpoint with the class matrix, found no {path}; give its "
+                "folder as checkpoints(resumed_from=...)"
+            )
+        self.criterion.load_state_dict(torch.load(path, map_location="cpu"))
+
+
+def _embedding_dim(model: SentenceTransformer) -> int:
+    getter = getattr(model, "get_embedding_dimension", None) or model.get_sentence_embedding_dimension
+    found = getter()
+    if found is None:
+        raise ValueError("embedding_dim: expected a number, as the model does not say its own, got None")
+    return found
+
+
+def _token_hash(features: dict[str, Tensor]) -> Tensor:
+    """(B,) int64: equal for equal texts, whatever padding; different ones are equal by a chance of 2**-64.
+
+    The sum over a text's tokens of a mixed (token, position), in integers that wrap.
+    """
+    ids = features.get("input_ids")
+    if ids is None:
+        raise ValueError(
+            'sentence_features: expected "input_ids" for same_item="text", got '
+            f'{sorted(features)}; take same_item="label" and a label column'
+        )
+    starts = features.get("offsets")
+    if starts is None and "cu_seq_lens_q" in features:
+        starts = features["cu_seq_lens_q"][:-1]
+    if starts is None:  # (B, L)
+        mask = features.get("attention_mask", torch.ones_like(ids)).to(torch.int64)
+        return (_mixed(ids, mask.cumsum(1)) * mask).sum(1)
+    ids, starts = ids.reshape(-1), starts.to(torch.int64)  # all texts' tokens, one text after the other
+    place = torch.arange(len(ids), device=ids.device)
+    row = torch.searchsorted(starts, place, right=True) - 1
+    mixed = _mixed(ids, place - starts[row] + 1)
+    return torch.zeros(len(starts), dtype=torch.int64, device=ids.device).index_add(0, row, mixed)
+
+
+def _mixed(token: Tensor, position: Tensor) -> Tensor:
+    """Each pair's number as if at random: two rounds of a multiplication and a shift."""
+    mixed = token.to(torch.int64) * 0x1E3779B97F4A7C15 + position * 0x3F58476D1CE4E5B9
+    for _ in range(2):
+        mixed = (mixed ^ (mixed >> 29)) * 0x14D049BB133111EB
+    return mixed ^ (mixed >> 32)

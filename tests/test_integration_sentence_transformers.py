@@ -1,0 +1,280 @@
+"""The losses for sentence-transformers in the real library; tiny models, made offline."""
+
+import copy
+import doctest
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+DOCS = Path(__file__).parents[1] / "docs" / "sentence_transformers.md"
+WORDS = [f"w{i}" for i in range(40)]
+
+
+@pytest.fixture(scope="module")
+def library(request):
+    if importlib.util.find_spec("sentence_transformers") is None:
+        pytest.skip("needs sentence-transformers, of the extra integrations, which is not installed")
+    if importlib.util.find_spec("torchvision") is not None:
+        request.getfixturevalue("torchvision")  # transformers imports it where it is there
+    return pytest.importorskip("sentence_transformers")
+
+
+@pytest.fixture
+def plug(library):
+    from fedss_kernels.integrations import sentence_transformers as plug
+
+    return plug
+
+
+def static_model(library):
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return library.SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=16)], device="cpu")
+
+
+def bert_model(library, folder):
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    torch.manual_seed(0)
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    config = BertConfig(
+        vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    transformer = Transformer(str(folder))
+    return library.SentenceTransformer(modules=[transformer, Pooling(16, "mean")], device="cpu")
+
+
+@pytest.fixture(params=["static", "bert"])
+def model(library, request, tmp_path):
+    return static_model(library) if request.param == "static" else bert_model(library, tmp_path)
+
+
+def columns_of(model, *texts):
+    return [model.preprocess(list(column)) for column in texts]
+
+
+def gradients(loss, model, columns, labels=None):
+    model.zero_grad()
+    value = loss([dict(column) for column in columns], labels)
+    value.backward()
+    return value.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+ANCHORS = ["w1 w2", "w3", "w4 w5 w6", "w7"]
+POSITIVES = ["w11", "w12 w13", "w14 w15 w16 w17", "w18"]
+NEGATIVES = ["w21 w22 w23 w24 w25", "w22", "w23", "w24"]
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_where_nothing_repeats_it_is_multiple_negatives_ranking_loss(library, plug, model, hard, similarity):
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+    from sentence_transformers.util import cos_sim, dot_score
+
+    texts = [ANCHORS, POSITIVES, NEGATIVES] if hard else [ANCHORS, POSITIVES]
+    columns, scale = columns_of(model, *texts), 20.0 if similarity == "cosine" else 1.0
+    function = cos_sim if similarity == "cosine" else dot_score
+    theirs = MultipleNegativesRankingLoss(model, scale=scale, similarity_fct=function)
+    expected, wanted = gradients(theirs, model, columns)
+    for loss, labels in [
+        (plug.InBatchSoftmaxLoss(model, scale=scale, similarity=similarity), None),
+        (
+            plug.InBatchSoftmaxLoss(model, scale=scale, similarity=similarity, same_item="label"),
+            torch.arange(4),
+        ),
+    ]:
+        value, found = gradients(loss, model, columns, labels)
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+        assert len(found) == len(wanted) > 0
+        for ours, its in zip(found, wanted, strict=True):
+            torch.testing.assert_close(ours, its, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("same_item", ["text", "label"])
+def test_a_repeated_item_is_no_negative_of_itself(library, plug, model, same_item):
+    """By text: of another length of padding, and among the hard negatives too."""
+    positives = [POSITIVES[0], POSITIVES[1], POSITIVES[0], POSITIVES[3]]
+    negatives = [NEGATIVES[0], POSITIVES[1], NEGATIVES[2], NEGATIVES[3]]
+    columns = columns_of(model, ANCHORS, positives, negatives)
+    labels = torch.tensor([7, 8, 7, 9])
+    value, found = gradients(plug.InBatchSoftmaxLoss(model, same_item=same_item), model, columns, labels)
+
+    def formula(columns, labels):
+        a, p, n = (F.normalize(model(column)["sentence_embedding"], dim=1) for column in columns)
+        logits = 20 * a @ torch.cat([p, n]).T
+        left_out = torch.zeros(4, 8, dtype=torch.bool)
+        left_out[0, 2] = left_out[2, 0] = True
+        left_out[1, 5] = same_item == "text"  # a label says nothing of hard negatives
+        return F.cross_entropy(logits.masked_fill(left_out, -torch.inf), torch.arange(4))
+
+    expected, wanted = gradients(formula, model, columns)
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+    for ours, its in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, its, rtol=1e-3, atol=1e-5)
+
+
+def test_texts_of_the_same_words_in_another_order_are_two_items(plug, model):
+    (column,) = columns_of(model, ["w1 w2", "w2 w1", "w1 w2", "w1", "w1 w1", "w3 w0", "w2 w1 w1"])
+    found = plug._token_hash(column)
+    assert found.dtype == torch.int64 and found[0] == found[2] and len(set(found.tolist())) == 6
+
+
+def test_one_class_matrix_for_all_sentences_is_softmax_over_them(plug, model):
+    loss = plug.ClassSoftmaxLoss(model, 50, scale=5.0)
+    columns, labels = columns_of(model, ANCHORS), torch.tensor([3, 49, 3, 0])
+    value, _ = gradients(loss, model, columns, labels)
+    embeddings = F.normalize(model(dict(columns[0]))["sentence_embedding"], dim=1)
+    logits = 5 * embeddings @ F.normalize(loss.criterion.weight, dim=1).T
+    torch.testing.assert_close(value, F.cross_entropy(logits, labels).detach())
+    assert loss.criterion.topk(embeddings, 1).indices[:, 0].equal(logits.argmax(1))
+
+
+TWO_RANKS = """
+import sys
+import torch
+import torch.distributed as dist
+sys.path.insert(0, sys.argv[3])
+import test_integration_sentence_transformers as test
+import sentence_transformers
+from fedss_kernels.integrations.sentence_transformers import InBatchSoftmaxLoss
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+model = test.static_model(sentence_transformers)
+texts = [column[2 * rank : 2 * rank + 2] for column in (test.ANCHORS, test.POSITIVES, test.NEGATIVES)]
+columns = test.columns_of(model, *texts)
+theirs = MultipleNegativesRankingLoss(model, gather_across_devices=True)
+expected, wanted = test.gradients(theirs, model, columns)
+alone = test.gradients(InBatchSoftmaxLoss(model), model, columns)[0]
+assert abs(alone - expected) > 0.01
+for same_item, labels in ("text", None), ("label", torch.arange(2) + 2 * rank):
+    loss = InBatchSoftmaxLoss(model, gather_across_devices=True, same_item=same_item)
+    value, found = test.gradients(loss, model, columns, labels)
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-3, atol=1e-5)
+"""
+
+
+@pytest.mark.exhaustive
+def test_gathered_across_two_processes_it_is_multiple_negatives_ranking_loss(library, tmp_path):
+    command = [sys.executable, "-c", TWO_RANKS]
+    more = [str(tmp_path / "meeting"), str(Path(__file__).parent)]
+    ranks = [subprocess.Popen([*command, str(rank), *more], stderr=subprocess.PIPE) for rank in range(2)]
+    for each in ranks:
+        errors = each.communicate(timeout=300)[1].decode()
+        assert each.returncode == 0, errors
+
+
+def test_wrong_calls_are_refused_in_words(plug, library):
+    model = static_model(library)
+    columns = columns_of(model, ANCHORS, POSITIVES)
+    with pytest.raises(ValueError, match="expected one column of texts beside the labels, got 2"):
+        plug.ClassSoftmaxLoss(model, 5)(columns, torch.arange(4))
+    with pytest.raises(ValueError, match=r"expected columns \(anchor, positive, ...\), got 1"):
+        plug.InBatchSoftmaxLoss(model)(columns[:1])
+    with pytest.raises(ValueError, match="expected a label column"):
+        plug.InBatchSoftmaxLoss(model, same_item="label")(columns)
+    with pytest.raises(ValueError, match="same_item"):
+        plug.InBatchSoftmaxLoss(model, same_item="id")
+    with pytest.raises(ValueError, match='expected "input_ids"'):
+        plug._token_hash({"pixel_values": torch.zeros(1)})
+
+
+def train(library, model, loss, data, folder, steps, callbacks=(), resume=None, **options):
+    from datasets import Dataset
+
+    pytest.importorskip("accelerate")
+    options = {"save_strategy": "no", "learning_rate": 3e-2, "lr_scheduler_type": "constant"} | options
+    arguments = library.SentenceTransformerTrainingArguments(
+        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=8, logging_steps=1, report_to=[],
+        use_cpu=True, disable_tqdm=True, seed=3, **options,
+    )  # fmt: skip
+    trainer = library.SentenceTransformerTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_dict(data),
+        loss=loss,
+        callbacks=list(callbacks),
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+
+
+CLASSES = {
+    "text": [f"{WORDS[i % 40]} {WORDS[i * 7 % 40]}" for i in range(64)],
+    "label": [i * 3 for i in range(64)],
+}
+LIBRARYS_OWN = pytest.mark.filterwarnings("default")
+
+
+@LIBRARYS_OWN
+def test_the_trainer_optimises_the_class_matrix(library, plug, tmp_path):
+    model = static_model(library)
+    loss = plug.ClassSoftmaxLoss(model, 200, num_sampled=40)
+    before = loss.criterion.weight.detach().clone()
+    found = train(library, model, loss, CLASSES, tmp_path, 40)
+    assert found[-5:].mean() < found[:5].mean() / 2
+    moved = (loss.criterion.weight - before).abs().sum(1) > 0
+    assert moved[:190:3].all()
+
+
+@LIBRARYS_OWN
+def test_a_resumed_run_goes_on_with_the_class_matrix(library, plug, tmp_path):
+    def run(folder, resume=None, resumed_from=None):
+        model = static_model(library)
+        torch.manual_seed(len(str(resume)))  # another class matrix at first
+        loss = plug.ClassSoftmaxLoss(model, 200)
+        options = {"save_strategy": "steps", "save_steps": 4, "resume": resume}
+        train(library, model, loss, CLASSES, folder, 8, [loss.checkpoints(resumed_from)], **options)
+        return loss.criterion.weight.detach()
+
+    whole, checkpoint = run(tmp_path / "whole"), str(tmp_path / "whole" / "checkpoint-4")
+    assert torch.equal(run(tmp_path / "whole", checkpoint), whole)
+    assert torch.equal(run(tmp_path / "again", checkpoint, checkpoint), whole)
+    with pytest.raises(
+        FileNotFoundError, match="resumed_from: expected the checkpoint with the class matrix"
+    ):
+        run(tmp_path / "other", checkpoint)
+
+
+@LIBRARYS_OWN
+def test_the_trainer_trains_in_batch(library, plug, tmp_path):
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+    model = static_model(library)
+    pairs = {"anchor": [f"{a} w{i}" for i in range(4) for a in ("w30", "w31", "w32", "w33")]}
+    pairs["positive"] = [f"w{10 + i}" for i in range(16)]  # nothing repeats
+    other = copy.deepcopy(model)
+    found = train(library, model, plug.InBatchSoftmaxLoss(model), pairs, tmp_path, 20)
+    expected = train(library, other, MultipleNegativesRankingLoss(other), pairs, tmp_path, 20)
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3)
+    assert found[-3:].mean() < found[:3].mean() / 2
+
+
+def test_the_docstrings_examples(plug):
+    assert doctest.testmod(plug).failed == 0
+
+
+@LIBRARYS_OWN
+def test_the_documentations_code_runs(plug, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pytest.importorskip("accelerate")
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL):
+        exec(block, names)

@@ -1,0 +1,343 @@
+"""Causal language models trained without logits, with the real library; tiny ones, made offline."""
+
+import copy
+import doctest
+import importlib.util
+import io
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+DOCS = Path(__file__).parents[1] / "docs" / "transformers.md"
+C = 300
+SIZES = dict(
+    vocab_size=C, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+    num_key_value_heads=2, max_position_embeddings=64,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def transformers(request):
+    if importlib.util.find_spec("transformers") is None:
+        pytest.skip("needs transformers, of the extra integrations, which is not installed")
+    if importlib.util.find_spec("torchvision") is not None:
+        request.getfixturevalue("torchvision")  # transformers imports it where it is there
+    return pytest.importorskip("transformers")
+
+
+@pytest.fixture
+def plug(transformers):
+    from fedss_kernels.integrations import transformers as plug
+
+    return plug
+
+
+@pytest.fixture
+def llama(transformers):
+    def make(**changes):
+        torch.manual_seed(0)
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**(SIZES | changes))).train()
+
+    return make
+
+
+def tokens(rows=4, length=8, first=0):
+    generator = torch.Generator().manual_seed(first)
+    ids = torch.randint(C, (rows, length), generator=generator)
+    labels = ids.clone()
+    labels[0, :5] = -100
+    return ids, labels
+
+
+def gradients(model, **inputs):
+    model.zero_grad()
+    loss = model(**inputs).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_training(model, attached, **inputs):
+    loss, expected = gradients(model, **inputs)
+    got, found = gradients(attached, **inputs)
+    torch.testing.assert_close(got, loss, rtol=1e-5, atol=1e-6)
+    assert found.keys() == expected.keys() and len(found) > 3
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("how", ["mean", "num_items_in_batch", "shift_labels"])
+def test_on_all_classes_loss_and_gradients_are_the_models_own(llama, plug, tied, how):
+    model = llama(tie_word_embeddings=tied)
+    ids, labels = tokens()
+    inputs = {"input_ids": ids, "labels": labels}
+    if how == "num_items_in_batch":
+        inputs["num_items_in_batch"] = torch.tensor(50)
+    if how == "shift_labels":
+        inputs["shift_labels"] = labels.flip(0).contiguous()
+    attached = plug.attach(copy.deepcopy(model))
+    assert attached(**inputs).logits is None  # the loss was not made of logits
+    assert_same_training(model, attached, **inputs)
+
+
+@pytest.mark.parametrize("name", ["GPT2", "Phi", "Mixtral"])
+def test_other_architectures_too(transformers, plug, name):
+    """GPT2 gives its arguments by position, Phi's head has a bias, Mixtral adds a loss of its router."""
+    sizes = {k: v for k, v in SIZES.items() if name != "GPT2"} or dict(
+        vocab_size=C, n_embd=16, n_layer=1, n_head=2, n_positions=64
+    )
+    more = {"num_local_experts": 2, "output_router_logits": True} if name == "Mixtral" else {}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**sizes, **more)
+    for probability in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+        setattr(config, probability, 0.0)
+    model = getattr(transformers, f"{name}ForCausalLM" if name != "GPT2" else "GPT2LMHeadModel")(
+        config
+    ).train()
+    ids, labels = tokens()
+    assert_same_training(model, plug.attach(copy.deepcopy(model)), input_ids=ids, labels=labels)
+
+
+def test_the_sampled_loss_is_an_estimate_of_the_models_own(llama, plug):
+    model = llama()
+    model.lm_head.weight.data.mul_(20)
+    ids, labels = tokens(2, 8)
+    expected = float(model(input_ids=ids, labels=labels).loss.detach())
+    plug.attach(model, num_sampled=100, generator=torch.Generator().manual_seed(0))
+    found = torch.stack([model(input_ids=ids, labels=labels).loss.detach() for _ in range(200)])
+    assert found.std() > 0 and abs(float(found.mean()) - expected) < 0.02 * expected
+
+
+def test_a_class_that_takes_no_part_has_no_gradient(llama, plug):
+    model = plug.attach(llama(tie_word_embeddings=False), num_sampled=10)
+    ids, labels = tokens(2, 4)
+    _, found = gradients(model, input_ids=ids, labels=labels)
+    held = found["lm_head.weight"].abs().sum(1) > 0
+    assert held[labels[1, 1:]].all() and held.sum() <= 10 + labels.numel()
+
+
+def test_labels_and_negatives_as_many_as_the_classes_are_the_full_softmax(llama, plug):
+    model = llama()
+    ids, labels = tokens(40, 8)  # 320 labels, of 300 classes
+    assert_same_training(
+        model, plug.attach(copy.deepcopy(model), num_sampled=10), input_ids=ids, labels=labels
+    )
+
+
+def test_without_labels_and_in_eval_mode_nothing_changes(llama, plug):
+    model = llama()
+    attached = plug.attach(copy.deepcopy(model), num_sampled=10)
+    ids, labels = tokens()
+    assert torch.equal(attached(input_ids=ids).logits, model(input_ids=ids).logits)  # in training mode
+    model.eval(), attached.eval()
+    expected, found = model(input_ids=ids, labels=labels), attached(input_ids=ids, labels=labels)
+    assert torch.equal(found.logits, expected.logits) and torch.equal(found.loss, expected.loss)
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(attached.generate(ids, **options), model.generate(ids, **options))
+
+
+def test_tuples_have_the_loss_first_and_no_hidden_states_for_logits(llama, plug):
+    ids, labels = tokens()
+    outputs = plug.attach(llama())(input_ids=ids, labels=labels, return_dict=False)
+    assert isinstance(outputs, tuple) and outputs[0].dim() == 0 and outputs[1] is None
+    assert plug.attach(llama())(input_ids=ids, labels=labels, return_dict=None).logits is None
+
+
+def test_detached_the_model_is_of_its_own_class_and_gives_logits(llama, plug):
+    model = llama()
+    own = type(model)
+    ids, labels = tokens()
+    expected = model(input_ids=ids, labels=labels)
+    plug.attach(model, 10)(input_ids=ids, labels=labels)
+    assert plug.detach(model) is model
+    assert (
+        type(model) is own
+        and type(model.lm_head) is torch.nn.Linear
+        and not hasattr(model, "_fedss_settings")
+    )
+    found = model(input_ids=ids, labels=labels)
+    assert torch.equal(found.logits, expected.logits) and torch.equal(found.loss, expected.loss)
+    assert not {"passes", "passed"} & vars(model.lm_head).keys()
+    with pytest.raises(TypeError, match="expected one that attach"):
+        plug.detach(model)
+
+
+def test_parameters_and_what_is_saved_are_the_same(llama, plug, transformers, tmp_path):
+    model = llama(tie_word_embeddings=True)
+    names = [name for name, _ in model.named_parameters()]
+    model.save_pretrained(tmp_path / "before")
+    plug.attach(model, 10)
+    assert [name for name, _ in model.named_parameters()] == names
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    model.save_pretrained(tmp_path / "after")
+    for path in (tmp_path / "before").iterdir():
+        assert (tmp_path / "after" / path.name).read_bytes() == path.read_bytes(), path.name
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "after")
+    assert type(again) is transformers.LlamaForCausalLM
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+
+
+def test_copies_and_pickles_stay_attached(llama, plug):
+    model = plug.attach(llama(), 10, generator=torch.Generator().manual_seed(0))
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for again in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        ids, labels = tokens(2, 4)
+        assert again(input_ids=ids, labels=labels).logits is None
+        assert type(plug.detach(again)).__name__ == "LlamaForCausalLM"
+
+
+def test_a_resized_vocabulary_trains_on(llama, plug):
+    model = plug.attach(llama(tie_word_embeddings=True))
+    model.resize_token_embeddings(C + 20, mean_resizing=False)
+    own = plug.detach(copy.deepcopy(model))
+    ids, labels = tokens()
+    labels[1, 2] = C + 10
+    assert model(input_ids=ids, labels=labels).logits is None
+    assert_same_training(own, model, input_ids=ids, labels=labels)
+
+
+def test_where_every_label_is_ignored_the_loss_is_zero(llama, plug):
+    ids, labels = tokens()
+    loss, found = gradients(plug.attach(llama(), 10), input_ids=ids, labels=torch.full_like(labels, -100))
+    assert loss == 0 and not any(g.any() for g in found.values())
+
+
+def test_bfloat16_and_autocast(llama, plug):
+    ids, labels = tokens()
+    model = plug.attach(llama())
+    expected = model(input_ids=ids, labels=labels).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        assert abs(model(input_ids=ids, labels=labels).loss - expected) < 0.02
+    assert abs(model.to(torch.bfloat16)(input_ids=ids, labels=labels).loss - expected) < 0.02
+
+
+def test_only_what_asks_for_a_gradient_has_one(llama, plug):
+    model = plug.attach(llama(tie_word_embeddings=False), 10)
+    model.lm_head.requires_grad_(False)
+    ids, labels = tokens()
+    _, found = gradients(model, input_ids=ids, labels=labels)
+    assert "lm_head.weight" not in found and found["model.embed_tokens.weight"].any()
+
+
+def test_models_that_do_not_fit_are_refused_in_words(transformers, llama, plug):
+    T = transformers
+    t5 = T.T5ForConditionalGeneration(
+        T.T5Config(vocab_size=C, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    )
+    bert = T.BertForMaskedLM(T.BertConfig(**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"}))
+    no_linear = llama()
+    no_linear.lm_head = torch.nn.Sequential(no_linear.lm_head)
+    for model, error, words in [
+        (torch.nn.Linear(2, 2), TypeError, "expected a causal language model of transformers, got Linear"),
+        (t5, TypeError, "calls self.loss_function, got T5ForConditionalGeneration"),
+        (bert, ValueError, "is ForCausalLMLoss, got BertForMaskedLM with ForMaskedLMLoss"),
+        (no_linear, TypeError, "head that is an nn.Linear, got a torch.nn.modules.container.Sequential"),
+    ]:
+        before = type(model)
+        with pytest.raises(error, match=re.escape(words)):
+            plug.attach(model)
+        assert type(model) is before
+    for wrong in ({"num_sampled": -1}, {"impl": "fast"}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            plug.attach(llama(), **wrong)
+
+
+def test_a_model_that_caps_its_logits_is_refused_and_left_as_it_was(transformers, plug):
+    config = transformers.Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=5.0)
+    model = plug.attach(transformers.Gemma2ForCausalLM(config).train())
+    ids, labels = tokens()
+    with pytest.raises(RuntimeError, match="soft caps"):
+        model(input_ids=ids, labels=labels)
+    assert model(input_ids=ids).logits.shape == (4, 8, C)
+
+
+class Rows(torch.utils.data.Dataset):
+    """Sentences that can be learned: each token is its predecessor plus a step."""
+
+    def __len__(self):
+        return 32
+
+    def __getitem__(self, i):
+        ids = (torch.arange(8 + i % 3) * (i % 4 + 1) + i) % C
+        pad = 10 - len(ids)
+        labels = torch.cat([ids, ids.new_full((pad,), -100)])
+        return {"input_ids": torch.cat([ids, ids.new_zeros(pad)]), "labels": labels}
+
+
+def train(transformers, model, folder, steps=6, **options):
+    pytest.importorskip("accelerate")
+    arguments = transformers.TrainingArguments(
+        output_dir=folder, max_steps=steps, per_device_train_batch_size=4, gradient_accumulation_steps=2,
+        seed=1, learning_rate=1e-2, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True,
+        **{"save_strategy": "no"} | options,
+    )  # fmt: skip
+    trainer = transformers.Trainer(model, arguments, train_dataset=Rows(), eval_dataset=Rows())
+    trainer.train()
+    return trainer
+
+
+def losses(trainer):
+    return torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+
+
+def test_the_trainer_trains_on_all_classes_as_the_model_alone_does(transformers, llama, plug, tmp_path):
+    """With labels of -100 in unequal number over accumulated batches, and clipped gradients."""
+    model = llama(tie_word_embeddings=True)
+    attached = plug.attach(copy.deepcopy(model))
+    expected, found = (losses(train(transformers, each, tmp_path)) for each in (model, attached))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    for (name, theirs), ours in zip(model.named_parameters(), attached.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=2e-3, msg=name)
+
+
+def test_the_trainer_learns_from_samples_and_evaluates_on_all(transformers, llama, plug, tmp_path):
+    trainer = train(
+        transformers, plug.attach(llama(), 64), tmp_path, 25, save_strategy="steps", save_steps=20
+    )
+    found = losses(trainer)
+    assert found[-3:].mean() < found[:3].mean() - 1
+    results = trainer.evaluate()
+    own = plug.detach(trainer.model).eval()
+    assert results["eval_loss"] < found[0] and trainer.predict(Rows()).predictions.shape == (32, 10, C)
+    assert (tmp_path / "checkpoint-20" / "model.safetensors").exists() and type(
+        own
+    ).__name__ == "LlamaForCausalLM"
+
+
+def test_a_trainer_that_smooths_labels_has_logits(transformers, llama, plug, tmp_path):
+    model = llama()
+    attached = plug.attach(copy.deepcopy(model), 64)
+    expected, found = (
+        losses(train(transformers, each, tmp_path, 2, label_smoothing_factor=0.1))
+        for each in (model, attached)
+    )
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.filterwarnings("default")  # torch.compile's own
+def test_compiled_training_is_what_it_is_in_eager_mode_and_one_graph(llama, plug):
+    model = plug.attach(llama())
+    ids, labels = tokens()
+    loss, expected = gradients(model, input_ids=ids, labels=labels)
+    got, found = gradients(torch.compile(model, fullgraph=True), input_ids=ids, labels=labels)
+    torch.testing.assert_close(got, loss)
+    for name in expected:
+        torch.testing.assert_close(found[f"_orig_mod.{name}"], expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_docstrings_example(plug):
+    torch.manual_seed(0)
+    assert doctest.testmod(plug).failed == 0
+
+
+def test_the_documentations_code_runs(plug, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pytest.importorskip("accelerate")
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL):
+        exec(block, names)

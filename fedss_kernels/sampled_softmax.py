@@ -33,7 +33,7 @@ from .checks import (
 )
 from .direct_route import direct_loss
 from .implementations import triton_kernels
-from .loss_operator import autocast_dtype
+from .loss_operator import autocast_dtype, call_operator
 from .reference import sampled_softmax_loss as _reference_loss
 
 
@@ -151,32 +151,11 @@ def sampled_softmax_loss(
         )
         grad = torch.is_grad_enabled() and reduction != "none"
         wanted = [grad and t is not None and t.requires_grad for t in (input, weight, bias, scale_tensor)]
-        loss = _by_operator(
+        loss = call_operator(
             *(input, weight, target, *corrections, bias, scale_tensor),
             *(similarity, ignore_index, reduction, sparse_grad, backend, wanted, None),
         )
     return loss.reshape(shape) if reduction == "none" else loss
-
-
-def _by_operator(*arguments: Any) -> Tensor:
-    operator = torch.ops.fedss_kernels.sampled_softmax_loss
-    if torch.compiler.is_compiling():
-        return operator(*arguments)[0]
-    if torch._C._get_tracing_state() is not None:
-        raise RuntimeError(
-            "sampled_softmax_loss: torch.jit.trace cannot record it, as it records no operator that takes a "
-            'list of flags; take torch.export.export or torch.compile, or impl="reference"'
-        )
-    try:
-        return operator(*arguments)[0]
-    except RuntimeError as error:
-        if "setup_context" not in str(error):
-            raise
-        # torch speaks of how the operator is made
-        raise RuntimeError(
-            "sampled_softmax_loss has no derivative under torch.func.grad and what is made of it: "
-            'loss.backward() and torch.autograd.grad differentiate it, torch.func.grad with impl="reference"'
-        ) from error
 
 
 # ---- checks ------------------------------------------------------------------------------------------------

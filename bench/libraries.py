@@ -1,8 +1,8 @@
 """The losses of other libraries beside ours, forward with backward, each as its users call it.
 
-ArcFace: pytorch-metric-learning's ArcFaceLoss, which goes over all C classes, beside ours on S sampled ones and
-on all. Pairs in a batch, S = C = B: InfoNCE in eager PyTorch and memeff's, and with items that come repeatedly,
-which are no negatives of each other.
+ArcFace: pytorch-metric-learning's ArcFaceLoss, which goes over all C classes, beside ours on S sampled ones
+and on all. Pairs in a batch, S = C = B: InfoNCE in eager PyTorch and memeff's, and where items come
+repeatedly, which are no negatives of each other.
 """
 
 import functools
@@ -160,7 +160,7 @@ def check(where: str, operation: str, steps: dict[str, Step]) -> None:
         ):
             error = ((mine - theirs).abs().max() / theirs.abs().max()).item()
             if not error <= TOLERANCE:
-                raise Mismatch(f"{name} at {where}: the {part} is off from {first}'s by {error:.3g} of it")
+                raise Mismatch(f"{name} at {where}: the {part} differs from {first}'s by {error:.3g} of it")
 
 
 def measure(plan: Plan) -> Iterator[Row]:
@@ -194,19 +194,18 @@ OTHERS = {
 HEADER = ("B, S, D", "C", "ours\nms", *OTHERS.values())
 NOTES = (
     "Forward with backward, to the embeddings and the rows; the columns after ours are its time's multiples.",
-    f"ArcFace: margin {MARGIN}, scale {ARCFACE_SCALE:g}; ours on S sampled classes with a sparse gradient, ours on "
-    "all, pytorch-metric-learning's ArcFaceLoss on all; the last two have the same loss and gradients.",
-    "Pairs: row i of (B, D) is the positive of row i; eager PyTorch, and memeff's InfoNCE on GPUs. Of items that "
-    "come repeatedly the other copies are no negatives.",
+    f"ArcFace: margin {MARGIN}, scale {ARCFACE_SCALE:g}; ours on S sampled classes with a sparse gradient, ours "
+    "on all, pytorch-metric-learning's ArcFaceLoss on all; the last two have the same loss and gradients.",
+    "Pairs: row i is the positive of row i; eager PyTorch, and memeff's InfoNCE on GPUs. Of items that come "
+    "repeatedly the other copies are no negatives.",
 )
 
 
 def table(rows: Sequence[Row], machine: Machine) -> Table:
     figures, groups = Figures(rows), []
     for operation, title in TITLES.items():
-        lines = [
-            _line(figures, shape, operation) for shape in map(Shape._make, figures.shapes(operation, "float32"))
-        ]
+        shapes = map(Shape._make, figures.shapes(operation, "float32"))
+        lines = [_line(figures, shape, operation) for shape in shapes]
         if lines:
             groups.append(Group(title, lines))
     return Table(REPORT.title, HEADER, groups, [*NOTES, *figures.remarks()])

@@ -1,4 +1,4 @@
-"""`fedss bench`: reports for the loss, the aggregator and other libraries' losses, and the machine they were measured on."""
+"""`fedss bench`: its reports, and the machine they were measured on."""
 
 import dataclasses
 import json

@@ -28,7 +28,7 @@ def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
         "--shapes",
         type=read_shapes,
         metavar="SHAPES",
-        help="these shapes instead, with commas between: BxSxDxC of the loss and libraries, MxDxC of the aggregator",
+        help="these shapes instead, with commas between: BxSxDxC of losses, MxDxC of the aggregator",
     )
     parser.add_argument(
         "--contenders",

@@ -23,7 +23,7 @@ from .loss_operator import (
     shaped_like,
 )
 
-_NONE = (None, None, None)
+NO_LABELS = (None, None, None)
 
 
 def direct_loss(
@@ -40,7 +40,7 @@ def direct_loss(
     reduction: str,
     sparse_grad: bool,
     impl: str,
-    labels: tuple[Tensor | None, Tensor | None, Tensor | None] = _NONE,
+    labels: tuple[Tensor | None, Tensor | None, Tensor | None] = NO_LABELS,
 ) -> Tensor | None:
     """The loss, or None for what needs the operator or a closer look: a wrong argument too.
 
@@ -58,12 +58,12 @@ def direct_loss(
         and (math.isfinite(scale) if type(scale) is float else _ordinary_scale(scale))
         and type(ignore_index) is int
         and type(sparse_grad) is bool
-        and (labels is _NONE or _ordinary_labels(*labels))
+        and (labels is NO_LABELS or _ordinary_labels(*labels))
     ):
         return None
     constants = (target, class_ids, log_expected_count, target_log_expected_count)
     if impl == "triton" or (impl == "auto" and input.is_cuda):
-        if labels is not _NONE:
+        if labels is not NO_LABELS:
             return None
         return direct_triton_loss(
             *(input, weight, constants, bias, scale, similarity, ignore_index, reduction, sparse_grad)
@@ -153,7 +153,7 @@ class _Loss(torch.autograd.Function):
         loss, made, touched = run_kernel(
             *(input, weight, *constants, bias, *options, wanted, None, None, labels)
         )
-        kept = () if labels is _NONE else (*labels, loss)
+        kept = () if labels is NO_LABELS else (*labels, loss)
         ctx.save_for_backward(input, weight, bias, learned, *constants, *kept)
         # Whether what was made needs no more than a factor and rounding.
         dense = reduction != "none" and constants[1] is None and not (sparse_grad or wanted[2] or wanted[3])
@@ -180,7 +180,7 @@ class _Loss(torch.autograd.Function):
         p = Arguments._make(
             (
                 *(input, weight, *constants, bias, scale),
-                *(*options[1:], sparse_grad, "cpp", list(wanted), None, *(labels or _NONE)),
+                *(*options[1:], sparse_grad, "cpp", list(wanted), None, *(labels or NO_LABELS)),
             )
         )
         needed = list(ctx.needs_input_grad[:4])

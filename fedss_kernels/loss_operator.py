@@ -8,6 +8,7 @@ gradients with the loss where that saves a matrix product; else they compute log
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -48,6 +49,13 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
         return None
     dtype = torch.get_autocast_dtype(device_type)
     return dtype if dtype in (torch.float16, torch.bfloat16) else None
+
+
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """Autocast switched off, where it is on."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 class Arguments(NamedTuple):

@@ -194,8 +194,8 @@ OTHERS = {
 HEADER = ("B, S, D", "C", "ours\nms", *OTHERS.values())
 NOTES = (
     "Forward with backward, to the embeddings and the rows; the columns after ours are its time's multiples.",
-    f"ArcFace: margin {MARGIN}, scale {ARCFACE_SCALE:g}; ours on S sampled classes with a sparse gradient, ours "
-    "on all, pytorch-metric-learning's ArcFaceLoss on all; the last two have the same loss and gradients.",
+    f"ArcFace: margin {MARGIN}, scale {ARCFACE_SCALE:g}; ours on S sampled classes with a sparse gradient, "
+    "ours on all, pytorch-metric-learning's ArcFaceLoss on all, with the same loss and gradients as that.",
     "Pairs: row i is the positive of row i; eager PyTorch, and memeff's InfoNCE on GPUs. Of items that come "
     "repeatedly the other copies are no negatives.",
 )

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .checks import (
     FLOATING,
+    as_number,
     check_choice,
     check_device,
     check_dtype,
@@ -50,6 +51,8 @@ class SampledSoftmaxLoss(nn.Module):
         scale: multiplies the cosine; with `learn_scale=True` the initial value of a parameter of shape (1,).
         similarity: "cosine" or "dot".
         bias: one learned number for each class, initially zero.
+        angular_margin, cosine_margin: of the targets' cosines, as in `sampled_softmax_loss`, in eval mode
+            too; `topk` is without.
         sparse_grad: the gradients of weight and bias as sparse COO tensors over the classes that take part
             (`weight.grad.coalesce()` has `.indices()` and `.values()`; see `sampled_softmax_loss`).
             Under DistributedDataParallel it needs gloo, and none of torch's hooks that compress: NCCL adds
@@ -73,7 +76,9 @@ class SampledSoftmaxLoss(nn.Module):
     torch.Size([])
     """
 
-    initial_scale: float | None = None  # that of a learned one; a module saved whole may be without
+    # A module saved whole may be without these.
+    initial_scale: float | None = None  # that of a learned one
+    angular_margin = cosine_margin = 0.0
 
     def __init__(
         self,
@@ -92,6 +97,8 @@ class SampledSoftmaxLoss(nn.Module):
         impl: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        angular_margin: float = 0.0,
+        cosine_margin: float = 0.0,
     ) -> None:
         super().__init__()
         check_choice("impl", impl, IMPLS)
@@ -109,6 +116,10 @@ class SampledSoftmaxLoss(nn.Module):
         num_classes = check_integer("num_classes", num_classes, 1)
         embedding_dim = check_integer("embedding_dim", embedding_dim, 1)
         self.num_sampled = None if num_sampled is None else check_integer("num_sampled", num_sampled, 0)
+        if similarity == "dot" and not angular_margin == cosine_margin == 0:
+            raise ValueError('similarity: expected "cosine" with a margin, which is one of angles, got "dot"')
+        self.angular_margin = as_number("angular_margin", angular_margin)
+        self.cosine_margin = as_number("cosine_margin", cosine_margin)
         self.similarity, self.sparse_grad = similarity, check_flag("sparse_grad", sparse_grad)
         self.ignore_index, self.reduction, self.impl = check_ignore_index(ignore_index), reduction, impl
         self.generator: GeneratorHandle | torch.Generator | None
@@ -173,6 +184,8 @@ class SampledSoftmaxLoss(nn.Module):
             reduction=self.reduction,
             sparse_grad=self.sparse_grad,
             impl=self.impl,
+            angular_margin=self.angular_margin,
+            cosine_margin=self.cosine_margin,
         )
 
     @torch.no_grad()

@@ -1,5 +1,6 @@
 """The loss of pytorch-metric-learning that samples classes, beside that library's own."""
 
+import math
 import sys
 
 import pytest
@@ -39,12 +40,24 @@ def assert_equal(ours, theirs, *more) -> None:
         to_input, to_rows = torch.autograd.grad(loss, (embeddings, rows))
         results.append((loss, to_input, to_rows if rows.shape == (C, D) else to_rows.t()))
     for mine, right in zip(*results, strict=True):
-        torch.testing.assert_close(mine, right, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(mine, right, rtol=1e-5, atol=1e-5 * right.abs().max().item())
 
 
 def test_all_classes_equal_normalized_softmax():
     theirs = losses.NormalizedSoftmaxLoss(C, D, temperature=0.05)
     assert_equal(beside(theirs, scale=20.0), theirs)
+
+
+@pytest.mark.parametrize("degrees", [0.0, 28.6, 120.0])
+def test_all_classes_equal_arcface(degrees):
+    """At 120 degrees some targets' angles pass pi with it."""
+    theirs = losses.ArcFaceLoss(C, D, margin=degrees, scale=64)
+    assert_equal(beside(theirs, scale=64.0, angular_margin=math.radians(degrees)), theirs)
+
+
+def test_all_classes_equal_cosface():
+    theirs = losses.CosFaceLoss(C, D, margin=0.35, scale=64)
+    assert_equal(beside(theirs, scale=64.0, cosine_margin=0.35), theirs)
 
 
 def test_the_rows_start_as_theirs():
@@ -119,6 +132,7 @@ def test_sampled_it_estimates_the_loss_and_moves_the_rows_that_took_part():
         ),
         ({"num_sampled": -1}, "num_sampled: expected"),
         ({"scale": float("nan")}, "scale: "),
+        ({"angular_margin": float("nan")}, "angular_margin: expected"),
     ],
 )
 def test_what_does_not_go_is_said(options, words):

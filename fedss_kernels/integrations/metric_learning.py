@@ -21,7 +21,7 @@ from ..sampled_softmax_module import SampledSoftmaxLoss
 
 
 class SampledSoftmax(WeightRegularizerMixin, BaseMetricLossFunction):
-    """NormalizedSoftmaxLoss on sampled classes; with all of them it equals that to rounding.
+    """NormalizedSoftmaxLoss, ArcFaceLoss and CosFaceLoss on sampled classes; equals them to rounding on all.
 
     `criterion`, a `SampledSoftmaxLoss`, owns the class rows: `criterion.weight` (C, D), a parameter, of which
     `W` (D, C) is the library's view. A state dict of the library's loss, with `W`, is taken too. Where the
@@ -31,6 +31,8 @@ class SampledSoftmax(WeightRegularizerMixin, BaseMetricLossFunction):
         num_classes, embedding_size: C and D.
         num_sampled: m, negatives for each batch in training mode; None: all classes, always.
         scale: multiplies the cosine: 1 / temperature.
+        angular_margin: ArcFace's, in radians: math.radians(28.6) is ArcFaceLoss's own default.
+        cosine_margin: CosFace's, 0.35 by default in CosFaceLoss.
         sparse_grad: the gradient of the rows over those that take part alone, for `RowSGD` or `RowAdam`.
         generator: source of the negatives; None: torch's default one.
         distance, reducer, collect_stats, embedding_regularizer, weight_regularizer, weight_init_func and the
@@ -52,6 +54,8 @@ class SampledSoftmax(WeightRegularizerMixin, BaseMetricLossFunction):
         num_sampled: int | None = None,
         *,
         scale: float = 20.0,
+        angular_margin: float = 0.0,
+        cosine_margin: float = 0.0,
         sparse_grad: bool = False,
         generator: torch.Generator | None = None,
         **options: Any,  # the library's own
@@ -69,12 +73,22 @@ class SampledSoftmax(WeightRegularizerMixin, BaseMetricLossFunction):
             embedding_size,
             num_sampled,
             scale=scale,
+            angular_margin=angular_margin,
+            cosine_margin=cosine_margin,
             sparse_grad=sparse_grad,
             generator=generator,
             reduction="none",
         )
         self.add_to_recordable_attributes(
-            list_of_names=["num_classes", "embedding_size", "num_sampled", "scale"], is_stat=False
+            list_of_names=[
+                "num_classes",
+                "embedding_size",
+                "num_sampled",
+                "scale",
+                "angular_margin",
+                "cosine_margin",
+            ],
+            is_stat=False,
         )
         self.weight_init_func(self.W.data)
 
@@ -94,6 +108,14 @@ class SampledSoftmax(WeightRegularizerMixin, BaseMetricLossFunction):
     @property
     def num_sampled(self) -> int | None:
         return self.criterion.num_sampled
+
+    @property
+    def angular_margin(self) -> float:
+        return self.criterion.angular_margin
+
+    @property
+    def cosine_margin(self) -> float:
+        return self.criterion.cosine_margin
 
     @property
     def scale(self) -> float | Tensor:

@@ -1,12 +1,13 @@
 """The losses of other libraries beside ours, forward with backward, each as its users call it.
 
 ArcFace: pytorch-metric-learning's ArcFaceLoss, which goes over all C classes, beside ours on S sampled ones
-and on all. Pairs in a batch, S = C = B: InfoNCE in eager PyTorch and memeff's, and where items come
-repeatedly, which are no negatives of each other.
+and on all. Pairs in a batch, S = C = B: InfoNCE in eager PyTorch, and where items come repeatedly, which
+are no negatives of each other. (memeff's InfoNCE runs on GPUs alone: bench.gpu has it.)
 """
 
 import functools
 import importlib.util
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -100,15 +101,6 @@ def in_batch_eager(shape: Shape, repeated: bool) -> Step:
     return step
 
 
-def in_batch_memeff(shape: Shape) -> Step:
-    """Its one-sided loss, without what it adds by default: a margin, and another scale of the gradient."""
-    from memeff import MemoryEfficientQwen3Loss
-
-    input, rows, _ = matrices(shape)
-    loss = MemoryEfficientQwen3Loss(temperature=1 / SCALE, margin=2.0, stable=False)
-    return lambda: _with_gradients(loss(input, rows), input, rows)
-
-
 def _with_gradients(loss: Tensor, input: Tensor, rows: Tensor) -> Results:
     return loss, *torch.autograd.grad(loss, (input, rows))
 
@@ -120,7 +112,6 @@ def _with_gradients(loss: Tensor, input: Tensor, rows: Tensor) -> Results:
 class Contender:
     make: Callable[[Shape], Step]
     package: str = ""  # that it needs
-    device: str = "cpu"
 
 
 CONTENDERS: dict[str, dict[str, Contender]] = {
@@ -132,7 +123,6 @@ CONTENDERS: dict[str, dict[str, Contender]] = {
     "in_batch": {
         "ours": Contender(functools.partial(in_batch_ours, repeated=False)),
         "eager": Contender(functools.partial(in_batch_eager, repeated=False)),
-        "memeff": Contender(in_batch_memeff, "memeff", "cuda"),
     },
     "in_batch_repeated": {
         "ours": Contender(functools.partial(in_batch_ours, repeated=True)),
@@ -146,18 +136,16 @@ def why_not(contender: Contender) -> str:
     """Why it cannot run here, or nothing."""
     if contender.package and importlib.util.find_spec(contender.package) is None:
         return f"not installed (pip install {contender.package.replace('_', '-')})"
-    return "it runs on GPUs alone" if contender.device == "cuda" else ""
+    return ""
 
 
 def check(where: str, operation: str, steps: dict[str, Step]) -> None:
     """Raises Mismatch unless all have the same loss and gradients; sampled ArcFace is another estimate."""
-    same = {name: step for name, step in steps.items() if (operation, name) != ("arcface", "ours")}
-    results = {name: step() for name, step in same.items()}
-    first, *others = results
-    for name in others:
-        for part, mine, theirs in zip(
-            ("loss", "gradient to input", "gradient to rows"), results[first], results[name], strict=True
-        ):
+    parts = ("loss", "gradient to input", "gradient to rows")
+    same = [name for name in steps if (operation, name) != ("arcface", "ours")]
+    results = {name: steps[name]() for name in same}
+    for first, name in itertools.pairwise(same):
+        for part, mine, theirs in zip(parts, results[first], results[name], strict=True):
             error = ((mine - theirs).abs().max() / theirs.abs().max()).item()
             if not error <= TOLERANCE:
                 raise Mismatch(f"{name} at {where}: the {part} differs from {first}'s by {error:.3g} of it")
@@ -189,15 +177,14 @@ OTHERS = {
     "ours_all": "ours\nall C",
     "metric_learning": "metric\nlearning",
     "eager": "eager",
-    "memeff": "memeff",
 }
 HEADER = ("B, S, D", "C", "ours\nms", *OTHERS.values())
 NOTES = (
     "Forward with backward, to the embeddings and the rows; the columns after ours are its time's multiples.",
     f"ArcFace: margin {MARGIN}, scale {ARCFACE_SCALE:g}; ours on S sampled classes with a sparse gradient, "
     "ours on all, pytorch-metric-learning's ArcFaceLoss on all, with the same loss and gradients as that.",
-    "Pairs: row i is the positive of row i; eager PyTorch, and memeff's InfoNCE on GPUs. Of items that come "
-    "repeatedly the other copies are no negatives.",
+    "Pairs: row i is the positive of row i, InfoNCE's loss; of items that come repeatedly the other copies "
+    "are no negatives.",
 )
 
 

@@ -8,7 +8,7 @@ DEMO_OUT ?= runs/demo
 BENCH_OUT ?= runs/bench
 FUZZ_RUNS ?= 1000000
 
-.PHONY: all demo test test-targets lint check sanitize sanitize-address sanitize-thread fuzz fuzz-coverage bench wheel \
+.PHONY: all demo test test-targets test-integrations lint check sanitize sanitize-address sanitize-thread fuzz fuzz-coverage bench wheel \
 	clean
 all: check
 
@@ -34,6 +34,15 @@ test: $(READY)
 # emulator: takes minutes, and no GPU
 test-targets: $(READY)
 	$(BIN)/python -m pytest -m exhaustive
+
+# In the libraries that the loss is built into, and in an environment of its own: no torchvision, which Lightning imports
+# where there is one, and which may not fit torch.
+test-integrations:
+	$(PYTHON) -m venv $(VENV)/integrations
+	$(VENV)/integrations/bin/pip install --quiet --constraint constraints.txt torch pybind11 "setuptools>=77"
+	$(VENV)/integrations/bin/pip install --quiet --constraint constraints.txt --no-build-isolation \
+		--editable ".[bench,integrations]" hypothesis
+	$(VENV)/integrations/bin/python -m pytest -m "exhaustive or not exhaustive" tests/test_integration*.py
 
 # style, format and types
 lint: $(READY)

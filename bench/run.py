@@ -1,21 +1,23 @@
-"""`fedss bench`: one report for the loss, one for the aggregator, and the machine they were measured on."""
+"""`fedss bench`: its reports, and the machine they were measured on."""
 
 import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import aggregator, loss
+from . import aggregator, libraries, loss
 from .machine import measure_machine
 from .report import Plan, Report
 
-REPORTS = {report.name: report for report in (loss.REPORT, aggregator.REPORT)}
+REPORTS = {report.name: report for report in (loss.REPORT, aggregator.REPORT, libraries.REPORT)}
 
 
 def select(subject: str, plan: Plan) -> list[Report]:
-    """The reports of "loss", "aggregator" or "all". Raises ValueError for a plan that is not theirs."""
+    """The reports of one subject or "all". Raises ValueError for a plan that is not theirs."""
+    *most, last = REPORTS
+    one_of_reports = f"{', '.join(most)} or {last}"
     if subject == "all" and not (plan.shapes is plan.contenders is None):
-        raise ValueError(f"--shapes and --contenders: say which they are of, {' or '.join(REPORTS)}")
+        raise ValueError(f"--shapes and --contenders: say which they are of, {one_of_reports}")
     reports = list(REPORTS.values()) if subject == "all" else [REPORTS[subject]]
     for report in reports:
         report.check(plan)

@@ -75,9 +75,9 @@ def test_the_aggregator_is_checked_timed_printed_and_saved(tmp_path, capsys):
     assert (tmp_path / "aggregator.md").exists() and (tmp_path / "aggregator.png").exists()
 
 
-def test_everything_quick_is_both_reports():
+def test_everything_quick_is_all_reports():
     assert select("all", Plan(quick=True)) == list(REPORTS.values())
-    assert [report.name for report in REPORTS.values()] == ["loss", "aggregator"]
+    assert [report.name for report in REPORTS.values()] == ["loss", "aggregator", "libraries"]
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ def test_everything_quick_is_both_reports():
 @pytest.mark.parametrize(
     "argv, line",
     [
-        (["everything"], "SUBJECT: expected one of loss, aggregator, all, got 'everything'"),
+        (["everything"], "SUBJECT: expected one of loss, aggregator, libraries, all, got 'everything'"),
         (["loss", "--shapes=5x7x8"], "--shapes: expected BxSxDxC for loss, got '5x7x8'"),
         (["aggregator", "--shapes=5x7x8x20"], "--shapes: expected MxDxC for aggregator, got '5x7x8x20'"),
         (
@@ -97,7 +97,7 @@ def test_everything_quick_is_both_reports():
         (["loss", "--shapes=,"], "--shapes: expected at least one shape, got ','"),
         (
             ["--shapes=5x7x8x20"],
-            "--shapes and --contenders: say which they are of, loss or aggregator",
+            "--shapes and --contenders: say which they are of, loss, aggregator or libraries",
         ),
         (["--seconds=0"], "--seconds: expected a number of at least 0.001 and at most 3600, got '0'"),
         (["--seconds=nan"], "--seconds: expected a number of at least 0.001 and at most 3600, got 'nan'"),

@@ -528,3 +528,16 @@ def test_a_scale_that_its_dtype_does_not_hold_is_refused_where_it_is_learned(sca
     with pytest.raises(ValueError, match=r"scale: expected a number that torch\.float\d\d holds"):
         SampledSoftmaxLoss(10, 4, 3, scale=scale, learn_scale=True, dtype=dtype)
     assert SampledSoftmaxLoss(10, 4, 3, scale=20.0, learn_scale=True, dtype=torch.float16).scale.item() == 20
+
+
+def test_margins_are_the_functions_and_only_of_cosines():
+    criterion = SampledSoftmaxLoss(9, 4, angular_margin=0.5, cosine_margin=0.1)
+    input, target = torch.randn(3, 4), torch.tensor([1, 2, 1])
+    margins = {"angular_margin": 0.5, "cosine_margin": 0.1}
+    right = sampled_softmax_loss(input, criterion.weight, target, **margins)
+    assert torch.equal(criterion(input, target), right)
+    assert not torch.equal(right, sampled_softmax_loss(input, criterion.weight, target))
+    with pytest.raises(ValueError, match='cosine_margin: expected 0 for similarity="dot"'):
+        SampledSoftmaxLoss(9, 4, similarity="dot", cosine_margin=0.1)
+    with pytest.raises(TypeError, match="angular_margin: expected a number, got str"):
+        SampledSoftmaxLoss(9, 4, angular_margin="much")

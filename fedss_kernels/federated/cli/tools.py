@@ -18,17 +18,17 @@ def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "subject",
         nargs="?",
-        type=one_of("loss", "aggregator", "all"),
+        type=one_of("loss", "aggregator", "libraries", "all"),
         default="all",
         metavar="SUBJECT",
-        help="loss, aggregator or all (default: all)",
+        help="loss, aggregator, libraries or all (default: all)",
     )
     parser.add_argument("--quick", action="store_true", help="a few shapes, in under a minute")
     parser.add_argument(
         "--shapes",
         type=read_shapes,
         metavar="SHAPES",
-        help="these shapes instead, with commas between: BxSxDxC of the loss, MxDxC of the aggregator",
+        help="these shapes instead, with commas between: BxSxDxC of losses, MxDxC of the aggregator",
     )
     parser.add_argument(
         "--contenders",

@@ -130,8 +130,12 @@ def sampled_softmax_loss(
         ignore_index = as_integer(ignore_index)
     if sparse_grad is True and isinstance(weight, Tensor) and not torch.compiler.is_compiling():
         check_takes_sparse(weight)
-    given = (angular_margin, cosine_margin, label_smoothing, class_weight, return_lse)
-    plain = _is_plain(*given)
+    plain = (
+        type(angular_margin) is type(cosine_margin) is type(label_smoothing) is float
+        and angular_margin == cosine_margin == label_smoothing == 0.0
+        and class_weight is None
+        and return_lse is False
+    )
     labels: tuple[Tensor | None, Tensor | None, Tensor | None] = NO_LABELS
     if entry_labels is not None or target_labels is not None:
         labels = (entry_labels, target_labels, None)
@@ -164,7 +168,10 @@ def sampled_softmax_loss(
     backend = _backend(impl, input.device)
     check_ignore_index(ignore_index)
     _check_labels(input, target, weight.shape[0] if class_ids is None else len(class_ids), *labels[:2])
-    extras = NONE if plain else _checked_extras(weight, target, similarity, *given)
+    extras = NONE
+    if not plain:
+        given = (angular_margin, cosine_margin, label_smoothing, class_weight, return_lse)
+        extras = _checked_extras(weight, target, similarity, *given)
     if sparse_grad and backend == "reference":
         raise ValueError('sparse_grad: expected False for impl="reference", whose gradients are dense')
     if isinstance(scale, Tensor):
@@ -281,22 +288,6 @@ def _check_labels(
             check_tensor(name, labels, (torch.int64,))
             check_shape(name, labels, shape, meaning)
             check_device(name, labels, input.device, "input")
-
-
-def _is_plain(
-    angular_margin: object,
-    cosine_margin: object,
-    label_smoothing: object,
-    class_weight: object,
-    return_lse: object,
-) -> bool:
-    """Whether the loss is the plain one."""
-    return (
-        type(angular_margin) is type(cosine_margin) is type(label_smoothing) is float
-        and angular_margin == cosine_margin == label_smoothing == 0.0
-        and class_weight is None
-        and return_lse is False
-    )
 
 
 def _checked_extras(

@@ -111,8 +111,6 @@ class SampledSoftmaxLoss(nn.Module):
         impl: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        angular_margin: float = 0.0,
-        cosine_margin: float = 0.0,
     ) -> None:
         super().__init__()
         check_choice("impl", impl, IMPLS)

@@ -161,6 +161,7 @@ def test_margins_of_zero_are_none_bit_for_bit(sampled_softmax_loss):
             assert torch.equal(a, b)
 
 
+@cpp_only
 @pytest.mark.parametrize("angular", [0.5, -0.3, 2.0])
 def test_gradcheck_of_margins(angular, sampled_softmax_loss):
     x, w, t = problem(dtype=F64)

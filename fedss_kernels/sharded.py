@@ -1,0 +1,404 @@
+"""The sampled-softmax loss with its classes over several processes: each holds a block of class rows.
+
+    o(i, t)  = what the rank that holds row t makes of it, shared
+    L(i, r)  = log(1 + sum of exp(o(i, j) - o(i, t)) over the class set's j in the block of rank r, j != t)
+    loss_i   = log(1 + sum over r of (exp(L(i, r)) - 1))
+
+which is the loss of one process over the union of the ranks' class sets. How the ranks talk: ranks.py.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .checks import check_integer, check_shape, check_tensor
+from .class_sets import draw_batch_class_set
+from .data_parallel import check_left_alone
+from .ranks import Ranks
+from .sampled_softmax import _check, _check_ids
+from .sampled_softmax_module import SampledSoftmaxLoss, TopK
+
+INPUT, SCALE, CLASSES = 1, 2, 4  # bits of what a gradient is wanted of
+
+
+class Step(NamedTuple):
+    """A batch of everybody's, as a rank sees it."""
+
+    sizes: list[int]  # rows of each rank
+    wants: int  # bits: what any rank wants a gradient of
+    rows: Tensor  # (B, D) everybody's
+    target: Tensor  # (B,) everybody's
+    scale: float | Tensor
+
+
+class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
+    """`SampledSoftmaxLoss` with the class matrix cut into blocks of rows, one for each process of a group.
+
+    Every rank calls it with its own part of the batch, of any size, and holds its block alone: of C classes
+    ceil(C / world) rows in `weight` and `bias`, the last ranks' fewer or none (`own_classes`). In training
+    mode each call's class set is the whole batch's own classes (expected count 1) and in every block its
+    share of num_sampled negatives, at least one, with their expected counts: the estimate is that of one
+    process with the union of the ranks' class sets. Without torch.distributed, or in a group of one, it is
+    `SampledSoftmaxLoss`.
+
+        loss = criterion(net(images), labels)  # net: under DistributedDataParallel or fully_shard; it is not
+        loss.backward()
+
+    "mean" and "sum" are those of everybody's rows, the same number on all ranks; "none" gives the rank's own.
+    Gradients go by DistributedDataParallel's rule: they are those of the mean over the ranks of the losses
+    that backward is called on. So `weight`, `bias` and a learned scale, which all ranks keep equal, have the
+    gradient of "mean" or "sum" itself, and `input` has it times the number of ranks, which the averaging of
+    the net's gradients takes off again.
+
+    What a rank sends for a step, of B rows in all and embeddings of D numbers, is (world - 1) / world of
+
+        4 or 8 bytes x B x D   embeddings, all-gathered, in their dtype (2 bytes in 16 bits)
+        4 or 8 bytes x B x D   their gradients, reduce-scattered in float32 or better
+        50 bytes x B           or less: targets, the targets' logits, the parts of the losses, their gradients
+
+    and 248 bytes of settings, whatever C is. Batches are padded to the largest on the way, and gloo's
+    reduce-scatter is an all-reduce, which sends twice as much. It waits for the device for the sizes.
+
+    No rank hangs where another raises in this call: first all hear whether each one's arguments are right
+    and their settings alike, and else every rank raises. For a rank that never calls, the others wait for the
+    group's timeout.
+
+    state_dict() holds `weight` and `bias` as DTensors, which torch.distributed.checkpoint saves and loads
+    into any number of processes, and into `SampledSoftmaxLoss`; `as_shard` makes one of an optimiser's state
+    of them. `state_dict()["weight"].full_tensor()` is the whole matrix, and `load_state_dict` cuts one.
+
+    Args:
+        num_classes: C, of all ranks together.
+        num_sampled: m, negatives for each batch of everybody's rows.
+        process_group: None: the default one.
+        generator: of this rank. The same seed on all ranks gives each a weight of its own.
+        Others: as those of `SampledSoftmaxLoss`.
+
+    An optimiser steps the rank's block: clip by no norm of all gradients (`max_norm`), which would be another
+    on each rank, and with float16 take torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler.
+
+    Raises as `SampledSoftmaxLoss` does; on all ranks RuntimeError where another one has raised, and
+    ValueError where settings differ between ranks; RuntimeError where DistributedDataParallel or FSDP has
+    taken hold of its parameters.
+
+    >>> criterion = ShardedSampledSoftmaxLoss(num_classes=1000, embedding_dim=16, num_sampled=50)
+    >>> criterion.own_classes  # in one process
+    range(0, 1000)
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_dim: int,
+        num_sampled: int | None = None,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+        **options: Any,
+    ) -> None:
+        # before the rows are drawn
+        self._of_all_blocks = check_integer("num_classes", num_classes, 1)
+        self.ranks = Ranks(process_group)
+        rows = len(_block(self._of_all_blocks, self.ranks.world, self.ranks.rank))
+        super().__init__(rows or 1, embedding_dim, num_sampled, **options)
+        if not rows:
+            for name in ("weight", "bias"):
+                if (parameter := getattr(self, name)) is not None:
+                    setattr(self, name, nn.Parameter(parameter.detach()[:0].clone()))
+
+    @property
+    def num_classes(self) -> int:
+        """C, the rows of all blocks."""
+        return self._of_all_blocks if self.ranks.world > 1 else super().num_classes
+
+    @property
+    def own_classes(self) -> range:
+        """The classes of this rank's block: class own_classes[i] is row i of `weight`."""
+        return _block(self.num_classes, self.ranks.world, self.ranks.rank)
+
+    def _generator_of_rows(self) -> torch.Generator | None:
+        generator = super()._generator_of_rows()
+        if self.ranks.world == 1 or self.weight.is_meta:
+            return generator
+        device = None if generator is None else generator.device
+        seed = int(torch.randint(2**62, (), generator=generator, device=device))
+        return torch.Generator(self.weight.device).manual_seed(seed + self.ranks.rank)
+
+    # ---- the loss ------------------------------------------------------------------------------------------
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        if self.ranks.world == 1:
+            return super().forward(input, target)
+        step = self._step(input, target)
+        wanted = step.wants != 0
+        columns = [*self._partial(step)]
+        own = self.ranks.to_own_rows(torch.stack(columns, 1), step.sizes, wanted)
+        losses = combined(own[:, :, 0])
+        return self._reduced(losses, target.reshape(-1)).reshape(
+            target.shape if self.reduction == "none" else ()
+        )
+
+    def _step(self, input: Tensor, target: Tensor) -> Step:
+        """Raises on every rank where the arguments of one are wrong."""
+        given, error = None, None
+        try:
+            given = self._checked(input, target)
+        except Exception as raised:
+            error = raised
+        size, wants, settings = given or (0, 0, {})
+        sizes, wants = self.ranks.agree(size, wants, settings, error, self.weight.device)
+        learned = self.scale if isinstance(self.scale, Tensor) else None
+        rows, scale = self.ranks.gathered(
+            input.reshape(size, input.shape[-1]), learned, sizes, (bool(wants & INPUT), bool(wants & SCALE))
+        )
+        everybody = self.ranks.gather(target.reshape(-1), sizes)
+        return Step(sizes, wants, rows, everybody, self.scale if scale is None else scale)
+
+    def _checked(self, input: Tensor, target: Tensor) -> tuple[int, int, dict[str, Any]]:
+        """(own rows, what a gradient is wanted of, what all ranks must have alike)"""
+        check_tensor("target", target, (torch.int64,))
+        check_left_alone(self, self.weight, self.bias)
+        _check(input, self.weight, target, None, None, None, self.bias, self.scale)
+        _check_ids("target", target.reshape(-1), self.num_classes, self.ignore_index)
+        check_shape("weight", self.weight, (len(self.own_classes), input.shape[-1]), "(own rows, D)")
+        wants, grad = 0, torch.is_grad_enabled()
+        if grad:
+            classes = [p for p in (self.weight, self.bias) if p is not None]
+            wants |= INPUT * input.requires_grad
+            wants |= SCALE * (isinstance(self.scale, Tensor) and self.scale.requires_grad)
+            wants |= CLASSES * any(p.requires_grad for p in classes)
+        settings = {"call": "forward", "input": input.dtype, "torch.is_grad_enabled()": grad}
+        return target.numel(), wants, settings | self._settings()
+
+    def _settings(self) -> dict[str, Any]:
+        """What all ranks must have alike."""
+        return {
+            "num_classes": self.num_classes,
+            "embedding_dim": self.embedding_dim,
+            "num_sampled": self.num_sampled,
+            "training": self.training,
+            "scale": "learned" if isinstance(self.scale, Tensor) else self.scale,
+            "similarity": self.similarity,
+            "bias": self.bias is not None,
+            "reduction": self.reduction,
+            "ignore_index": self.ignore_index,
+        }
+
+    def _partial(self, step: Step) -> Sequence[Tensor]:
+        """(B,) each: what this rank's block has of everybody's rows."""
+        first, dtype = self.own_classes.start, torch.promote_types(step.rows.dtype, torch.float32)
+        counted = step.target != self.ignore_index
+        is_own = counted & (step.target >= first) & (step.target < self.own_classes.stop)
+        own = is_own.nonzero().flatten()
+        local = step.target - first
+        # Reaches every tensor whose gradient other ranks wait for, and adds 0.
+        nothing = sum(t.reshape(-1)[:0].sum() for t in (step.rows, step.scale) if isinstance(t, Tensor))
+        logit = target_logit(
+            step.rows[own],
+            self.weight[local[own]],
+            None if self.bias is None else self.bias[local[own]],
+            step.scale,
+            self.similarity,
+            dtype,
+        )
+        logits = (logit.new_zeros(len(step.target)) + nothing).index_add(0, own, logit)
+        logits = self.ranks.summed(logits, step.wants != 0)
+        if not self.own_classes:
+            return [logits * 0]
+        class_ids, log_expected_count = self._class_set(torch.where(is_own, local, -1))
+        return [
+            loss_given_target(
+                step.rows,
+                self.weight,
+                torch.where(counted, local, _IGNORED),
+                logits,
+                class_ids,
+                log_expected_count,
+                bias=self.bias,
+                scale=step.scale,
+                similarity=self.similarity,
+                ignore_index=_IGNORED,
+                sparse_grad=self.sparse_grad,
+                impl=self.impl,
+            )
+        ]
+
+    def _class_set(self, held: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        C, rows = self.num_classes, len(self.own_classes)
+        m = self.num_sampled if self.training else None
+        if m is None or m >= C:
+            return None, None
+        first = self.own_classes.start
+        share = m * (first + rows) // C - m * first // C
+        share = max(share, min(m, 1))
+        if share >= rows:
+            return None, None
+        return draw_batch_class_set(held, rows, share, self.generator, ignore_index=-1)
+
+    def _reduced(self, losses: Tensor, target: Tensor) -> Tensor:
+        if self.reduction == "none":
+            return losses
+        counted = (target != self.ignore_index).sum()
+        total = self.ranks.total(torch.stack([losses.sum(), counted.to(losses.dtype)]))
+        return total[0] / total[1].clamp(min=1) if self.reduction == "mean" else total[0]
+
+    # ---- prediction ----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def topk(
+        self,
+        input: Tensor,  # (..., D) own rows
+        k: int,
+        block_size: int = 16384,
+    ) -> TopK:
+        """As that of `SampledSoftmaxLoss`, over the classes of all ranks, each of which calls it.
+
+        Sends the rows to every rank, and the k best of each block back.
+        """
+        if self.ranks.world == 1:
+            return super().topk(input, k, block_size)
+        rows, error = None, None
+        try:
+            k, block_size, _ = self._check_topk(input, k, block_size)
+            check_left_alone(self, self.weight, self.bias)
+            rows = input.detach().reshape(input.shape[:-1].numel(), input.shape[-1])
+        except Exception as raised:
+            error = raised
+        settings = {} if rows is None else {"call": "topk", "input": rows.dtype, "k": k} | self._settings()
+        sizes, _ = self.ranks.agree(0 if rows is None else len(rows), 0, settings, error, self.weight.device)
+        assert rows is not None
+        best = self._best_of_block(self.ranks.gather(rows, sizes), k, block_size)
+        found = self._merged(best, sizes, k)
+        shape = (*input.shape[:-1], k)
+        return TopK(found.values.reshape(shape), found.indices.reshape(shape))
+
+    def _best_of_block(self, rows: Tensor, k: int, block_size: int) -> TopK:
+        """(B, k) of this rank's block, the last columns empty where it has fewer rows."""
+        here = min(k, len(self.own_classes))
+        dtype = torch.promote_types(torch.promote_types(rows.dtype, self.weight.dtype), torch.float32)
+        values = rows.new_zeros((len(rows), k), dtype=dtype)
+        indices = torch.zeros_like(values, dtype=torch.int64)
+        if here:
+            best = super().topk(rows, here, block_size)
+            values[:, :here], indices[:, :here] = best.values, best.indices + self.own_classes.start
+        return TopK(values, indices)
+
+    def _merged(self, best: TopK, sizes: list[int], k: int) -> TopK:
+        """The k best of every block for everybody's rows -> those of all blocks for own rows."""
+        own, world = sizes[self.ranks.rank], self.ranks.world
+        there = torch.arange(world * k, device=best.values.device).reshape(world, k)
+        filled = torch.cat([there[r, : len(_block(self.num_classes, world, r))] for r in range(world)])
+        values, indices = (
+            self.ranks.exchange(columns, sizes, [own] * world).reshape(world, own, k).transpose(0, 1)
+            for columns in best
+        )
+        values, indices = values.flatten(1)[:, filled], indices.flatten(1)[:, filled]
+        values, order = values.topk(k)
+        return TopK(values, indices.gather(1, order))
+
+    # ---- state ---------------------------------------------------------------------------------------------
+
+    def as_shard(self, own: Tensor) -> Tensor:
+        """A tensor (own rows, ...) as this rank's part of a DTensor (C, ...), which shares its memory."""
+        from torch.distributed.device_mesh import DeviceMesh
+        from torch.distributed.tensor import DTensor, Shard
+
+        if self.ranks.world == 1:
+            return own
+        group = self.ranks.group or dist.group.WORLD
+        assert group is not None
+        mesh = DeviceMesh.from_group(group, own.device.type)
+        whole = own.new_empty((self.num_classes, *own.shape[1:]), device="meta")
+        return DTensor.from_local(
+            own, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride()
+        )
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for key in (f"{prefix}weight", f"{prefix}bias"):
+            if key in destination:
+                destination[key] = self.as_shard(destination[key])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """Takes shards, and cuts whole matrices."""
+        for key in (f"{prefix}weight", f"{prefix}bias"):
+            if self.ranks.world > 1 and isinstance(state_dict.get(key), Tensor):
+                state_dict[key] = self._own_part(state_dict[key])
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    def _own_part(self, whole: Tensor) -> Tensor:
+        if len(whole) != self.num_classes:
+            raise ValueError(
+                f"weight: expected {self.num_classes} rows, those of all ranks, got {len(whole)}"
+            )
+        if hasattr(whole, "to_local"):
+            return whole.to_local()
+        return whole[self.own_classes.start : self.own_classes.stop]
+
+    def extra_repr(self) -> str:
+        blocks = f", rows of rank {self.ranks.rank} of {self.ranks.world}: {self.own_classes}"
+        return super().extra_repr() + (blocks if self.ranks.world > 1 else "")
+
+
+_IGNORED = -(2**63)
+
+
+def _block(C: int, world: int, rank: int) -> range:
+    """The classes of a rank: as many as others have but for the last ranks, as torch cuts a DTensor."""
+    size = -(-C // world)
+    return range(min(rank * size, C), min((rank + 1) * size, C))
+
+
+def combined(losses: Tensor) -> Tensor:
+    """(world, n) losses of one target beside parts of the others -> (n,): log(1 + sum_r (exp(L_r) - 1)).
+
+    As m + log(exp(-m) + sum_r (1 - exp(-L_r)) exp(L_r - m)), m their maximum: right for L_r of any size.
+    """
+    m = losses.detach().amax(0)
+    others = (-torch.expm1(-losses) * torch.exp(losses - m)).sum(0)
+    return m + torch.log1p(torch.expm1(-m) + others)
+
+
+# ---- stand-ins ---
+
+
+def target_logit(x, w, b, scale, similarity, dtype):
+    x, w = x.to(dtype), w.to(dtype)
+    if similarity == "cosine":
+        x, w = torch.nn.functional.normalize(x, dim=1), torch.nn.functional.normalize(w, dim=1)
+    z = scale * (x * w).sum(1)
+    return z if b is None else z + b
+
+
+def loss_given_target(
+    input,
+    weight,
+    target_labels,
+    target_logit,
+    class_ids,
+    log_expected_count,
+    *,
+    bias,
+    scale,
+    similarity,
+    entry_labels=None,
+    ignore_index,
+    sparse_grad,
+    impl,
+):
+    dtype = target_logit.dtype
+    ids = torch.arange(len(weight)) if class_ids is None else class_ids
+    labels = ids if entry_labels is None else entry_labels
+    x, w = input.to(dtype), weight[ids].to(dtype)
+    if similarity == "cosine":
+        x, w = torch.nn.functional.normalize(x, dim=1), torch.nn.functional.normalize(w, dim=1)
+    z = scale * (x @ w.T)
+    if bias is not None:
+        z = z + bias[ids]
+    if log_expected_count is not None:
+        z = z - log_expected_count
+    z = torch.where(labels == target_labels[:, None], -torch.inf, z - target_logit[:, None])
+    L = torch.logsumexp(torch.cat([torch.zeros(len(z), 1, dtype=dtype), z], 1), 1)
+    return torch.where(target_labels == ignore_index, 0, L)

@@ -41,6 +41,9 @@ class Ranks:
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+            expected = "a ProcessGroup of torch.distributed with this process in it, or None"
+            raise TypeError(f"process_group: expected {expected}, got {type(group).__name__}")
         self.group, self.rank, self.world = group, 0, 1
         if group is not None or (dist.is_available() and dist.is_initialized()):
             self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)

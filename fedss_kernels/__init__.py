@@ -18,6 +18,7 @@ except ImportError as error:
         "pip install fedss-kernels, or in a source tree pip install -e ."
     ) from error
 
+from .class_samplers import FrequencySampler
 from .class_sets import ClassSet, draw_batch_class_set, draw_class_set, draw_negatives
 from .clip_grad import clip_grad_norm_, clip_grad_value_
 from .row_adam import RowAdam, row_adam_step_
@@ -31,6 +32,7 @@ from .sharded import ShardedSampledSoftmaxLoss
 __version__ = "0.1.0"
 __all__ = [
     "ClassSet",
+    "FrequencySampler",
     "RowAdam",
     "RowSGD",
     "SampledSoftmaxLoss",

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_choice, check_ignore_index, check_integer, check_tensor
+from .class_samplers import UNIFORM, FrequencySampler, draw_log_uniform
 
 
 @dataclass(frozen=True)
@@ -103,19 +104,30 @@ def draw_batch_class_set(
     num_sampled: int,
     generator: "torch.Generator | GeneratorHandle | None" = None,
     ignore_index: int = -100,
+    sampler: str | FrequencySampler = "uniform",
 ) -> tuple[Tensor, Tensor]:
-    """(class_ids (B + m,), log_expected_count (B + m,) float32): a batch's own classes, m uniform negatives.
+    """(class_ids (B + m,), log_expected_count (B + m,) float32): a batch's own classes, m negatives.
 
     For centralised training: no size depends on the data and nothing is read back to the host, so it compiles
     and never stalls a GPU. A repeated or ignored target stays as a placeholder whose log_expected_count is
-    +inf: the loss leaves it out. The negatives are a stratified sample: the C - |P| other classes are cut
-    into m equal strata and one class is drawn from each, so every class has expected count m / (C - |P|)
-    exactly, few are drawn twice, and m = C - |P| draws each once. O((B + m) log B).
+    +inf: the loss leaves it out. Every other class of the batch is there once, so its expected count is 1.
+
+    sampler:
+        "uniform"      a stratified sample: the C - |P| other classes are cut into m equal strata and one
+                       class is drawn from each, so every class has expected count m / (C - |P|) exactly,
+                       few are drawn twice, and m = C - |P| draws each once. O((B + m) log B)
+        "log_uniform"  with replacement from all classes by Zipf's law, for ids in order of falling frequency;
+                       see `draw_log_uniform`
+        a FrequencySampler   with replacement from all classes by their frequencies
+
+    With replacement class j has expected count m q_j exactly; a draw of one of the batch's own classes, which
+    are there already, is left out by +inf. So the denominator is on average the full one with every sampler.
 
     A torch.Generator cannot be traced by torch.compile; a GeneratorHandle of it can. With either, to run in
     the backward pass is refused (RuntimeError): what torch.utils.checkpoint runs again would draw others, as
     it restores the state of torch's default generators only. Raises TypeError and ValueError for a target
-    that is no (B,) int64 tensor, num_classes < 1, num_sampled < 0 or an ignore_index that is no integer.
+    that is no (B,) int64 tensor, num_classes < 1, num_sampled < 0, an ignore_index that is no integer, an
+    unknown sampler or one of another number of classes.
     """
     check_tensor("target", target, (torch.int64,))
     if target.dim() != 1:
@@ -127,39 +139,84 @@ def draw_batch_class_set(
             "num_classes: expected at most 2**62, and num_classes * num_sampled too, as 64-bit integers are "
             f"drawn, got {num_classes} and num_sampled {num_sampled}"
         )
+    check_sampler(sampler, num_classes)
     ignore_index = check_ignore_index(ignore_index)
-    B = target.shape[0]
     ignored = num_classes  # a rank past every class, so that ignored rows sort last
     held = torch.where(target == ignore_index, ignored, target).sort().values
     # No tensor of size B - 1, which for B = 2 would be 1: traced code takes that for a case of its own.
     first = held != torch.cat([held.new_full((1,), -1), held])[:-1]
     positive = first & (held != ignored)
-    others = num_classes - positive.sum()
+    uniform = _uniform(target, num_sampled, generator)
+    if sampler == "uniform":
+        negatives, log_count = _stratified(uniform, held, positive, num_classes)
+    else:
+        negatives, log_count = _with_replacement(uniform, held, num_classes, sampler)
+    class_ids = torch.cat([torch.where(positive, held, 0), negatives])
+    log_expected_count = torch.cat([torch.where(positive, 0.0, torch.inf).to(torch.float32), log_count])
+    assert class_ids.shape[0] == target.shape[0] + num_sampled
+    return class_ids, log_expected_count
 
+
+def check_sampler(sampler: object, num_classes: int) -> None:
+    """Raises ValueError unless it is a known name or a FrequencySampler of so many classes."""
+    if not isinstance(sampler, FrequencySampler):
+        check_choice("sampler", sampler, ("uniform", "log_uniform"))
+    elif sampler.kept.shape[0] != num_classes:
+        raise ValueError(
+            f"sampler: expected frequencies of {num_classes} classes, got {sampler.kept.shape[0]}; for "
+            "classes that were added assign a new one, FrequencySampler(frequencies)"
+        )
+
+
+def _uniform(
+    target: Tensor,  # (B,) on the device that is wanted
+    num_sampled: int,
+    generator: "torch.Generator | GeneratorHandle | None",
+) -> Tensor:  # (m,) int64 in [0, UNIFORM)
+    if isinstance(generator, GeneratorHandle):
+        return torch.ops.fedss_kernels.random_integers(generator.draws, target, num_sampled, generator.key)
+    check_generator(generator)
+    if generator is not None:
+        _refuse_in_backward("generator", "take generator=None")
+    return torch.randint(UNIFORM, (num_sampled,), device=target.device, generator=generator)
+
+
+def _stratified(
+    uniform: Tensor,  # (m,) int64 in [0, UNIFORM)
+    held: Tensor,  # (B,) int64, ascending
+    positive: Tensor,  # (B,) bool: where a class of P stands for the first time
+    num_classes: int,
+) -> tuple[Tensor, Tensor]:
+    """(negatives (m,), log_expected_count (m,) float32), one from each of m strata of the other classes."""
+    m = uniform.shape[0]
+    others = num_classes - positive.sum()
     # rank = floor((i * others + v) / m), v uniform in [0, others): of the m * others equally likely (i, v),
     # exactly m give each rank.
-    if isinstance(generator, GeneratorHandle):
-        uniform = torch.ops.fedss_kernels.random_integers(generator.draws, target, num_sampled, generator.key)
-    else:
-        check_generator(generator)
-        if generator is not None:
-            _refuse_in_backward("generator", "take generator=None")
-        uniform = torch.randint(2**62, (num_sampled,), device=target.device, generator=generator)
-    stratum = torch.arange(num_sampled, device=target.device)
-    rank = (stratum * others + uniform % others.clamp(min=1)) // max(num_sampled, 1)
+    stratum = torch.arange(m, device=uniform.device)
+    rank = (stratum * others + uniform % others.clamp(min=1)) // max(m, 1)
     # The r-th class outside P is r + #{i : P_i - i <= r}; what is not a first occurrence must count for
     # nothing.
     below = torch.where(positive, held - (positive.cumsum(0) - 1), torch.iinfo(torch.int64).max).sort().values
     negatives = rank + torch.searchsorted(below, rank, right=True)
-
     # +inf when there is no other class: then all draws are left out.
-    log_count = torch.log(num_sampled / others.to(torch.float32))
-    class_ids = torch.cat([torch.where(positive, held, 0), negatives.clamp(max=num_classes - 1)])
-    log_expected_count = torch.cat(
-        [torch.where(positive, 0.0, torch.inf).to(torch.float32), log_count.expand(num_sampled)]
-    )
-    assert class_ids.shape[0] == B + num_sampled
-    return class_ids, log_expected_count
+    log_count = torch.log(m / others.to(torch.float32))
+    return negatives.clamp(max=num_classes - 1), log_count.expand(m)
+
+
+def _with_replacement(
+    uniform: Tensor,  # (m,) int64 in [0, UNIFORM)
+    held: Tensor,  # (B,) int64, ascending
+    num_classes: int,
+    sampler: str | FrequencySampler,
+) -> tuple[Tensor, Tensor]:
+    """(negatives (m,), log_expected_count (m,) float32: log(m q_j), +inf for those that are held)."""
+    if isinstance(sampler, FrequencySampler):
+        negatives, log_probability = sampler.draw(uniform)
+    else:
+        negatives, log_probability = draw_log_uniform(uniform, num_classes)
+    log_count = log_probability + math.log(max(uniform.shape[0], 1))
+    is_held = torch.searchsorted(held, negatives, right=True) > torch.searchsorted(held, negatives)
+    return negatives, torch.where(is_held, torch.inf, log_count).to(torch.float32)
 
 
 class GeneratorHandle:
@@ -210,10 +267,10 @@ _library.define(
 
 
 def _random_integers(draws: Tensor, like: Tensor, size: int, generator: int) -> Tensor:
-    """(size,) uniform in [0, 2^62), on like's device, from the generator of that number."""
+    """(size,) uniform in [0, UNIFORM), on like's device, from the generator of that number."""
     _refuse_in_backward("generator", "take generator=None")
     draws += 1
-    return torch.randint(2**62, (size,), device=like.device, generator=_generators[generator])
+    return torch.randint(UNIFORM, (size,), device=like.device, generator=_generators[generator])
 
 
 def _refuse_in_backward(name: str, instead: str) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .checks import (
     FLOATING,
+    as_number,
     check_choice,
     check_device,
     check_dtype,
@@ -18,7 +19,8 @@ from .checks import (
     check_shape,
     check_tensor,
 )
-from .class_sets import GeneratorHandle, check_generator, draw_batch_class_set
+from .class_samplers import FrequencySampler
+from .class_sets import GeneratorHandle, check_generator, check_sampler, draw_batch_class_set
 from .data_parallel import SparseRows, check_sparse_communication, check_whole
 from .sampled_softmax import IMPLS, as_float, check_scale, sampled_softmax_loss
 
@@ -36,9 +38,9 @@ class SampledSoftmaxLoss(nn.Module):
     """A classifier's last layer and its loss: trains on sampled classes, evaluates on all of them.
 
     In training mode each call's class set is the batch's own classes (expected count 1) and `num_sampled`
-    uniform negatives among the others (expected count num_sampled / others); see `draw_batch_class_set`. In
-    eval mode, and for `num_sampled=None` or >= num_classes, it is the full softmax. No host synchronisation;
-    compiles fullgraph.
+    negatives, by default uniform ones among the others (expected count num_sampled / others); see
+    `draw_batch_class_set`. In eval mode, and for `num_sampled=None` or >= num_classes, it is the full
+    softmax. No host synchronisation; compiles fullgraph.
 
     The sizes are the weight's: to assign `criterion.weight` a parameter of more rows (and `criterion.bias`
     one as long) adds classes.
@@ -47,6 +49,10 @@ class SampledSoftmaxLoss(nn.Module):
         num_classes: C.
         embedding_dim: D.
         num_sampled: m, negatives for each batch.
+        sampler: how they are drawn: "uniform"; "log_uniform" by Zipf's law, for classes in order of falling
+            frequency; or a (C,) tensor of the classes' frequencies, by their `sampler_power`-th power (see
+            `FrequencySampler`, whose tables then are buffers).
+        sampler_power: of the frequencies; word2vec's 0.75 lies between 1, as they are, and 0, all alike.
         scale: multiplies the cosine; with `learn_scale=True` the initial value of a parameter of shape (1,).
         similarity: "cosine" or "dot".
         bias: one learned number for each class, initially zero.
@@ -81,6 +87,8 @@ class SampledSoftmaxLoss(nn.Module):
         embedding_dim: int,
         num_sampled: int | None = None,
         *,
+        sampler: str | Tensor = "uniform",
+        sampler_power: float = 0.75,
         scale: float = 20.0,
         learn_scale: bool = False,
         similarity: str = "cosine",
@@ -109,6 +117,7 @@ class SampledSoftmaxLoss(nn.Module):
         num_classes = check_integer("num_classes", num_classes, 1)
         embedding_dim = check_integer("embedding_dim", embedding_dim, 1)
         self.num_sampled = None if num_sampled is None else check_integer("num_sampled", num_sampled, 0)
+        self.sampler = _as_sampler(sampler, sampler_power, num_classes, device)
         self.similarity, self.sparse_grad = similarity, check_flag("sparse_grad", sparse_grad)
         self.ignore_index, self.reduction, self.impl = check_ignore_index(ignore_index), reduction, impl
         self.generator: GeneratorHandle | torch.Generator | None
@@ -131,13 +140,19 @@ class SampledSoftmaxLoss(nn.Module):
         return self.weight.shape[-1]
 
     def reset_parameters(self) -> None:
-        """Gaussian rows of about unit length; zero bias; a learned scale at its initial value."""
+        """Gaussian rows of about unit length; zero bias; a learned scale at its initial value.
+
+        A sampler's tables are those of the frequencies it was given.
+        """
         with torch.no_grad():
             self.weight.normal_(std=self.embedding_dim**-0.5, generator=self._generator_of_rows())
             if self.bias is not None:
                 self.bias.zero_()
             if isinstance(self.scale, Tensor) and self.initial_scale is not None:
                 self.scale.fill_(self.initial_scale)
+        sampler = getattr(self, "sampler", "uniform")
+        if isinstance(sampler, FrequencySampler):
+            sampler.reset_parameters()
 
     def _generator_of_rows(self) -> torch.Generator | None:
         """That of the initial weight."""
@@ -159,8 +174,9 @@ class SampledSoftmaxLoss(nn.Module):
         if m is not None and type(m) is not int:  # assigned since
             m = check_integer("num_sampled", m, 0)
         if m is not None and m < C:
+            sampler = getattr(self, "sampler", "uniform")  # a module saved whole may be without
             class_ids, log_expected_count = draw_batch_class_set(
-                target.reshape(-1), C, m, self.generator, self.ignore_index
+                target.reshape(-1), C, m, self.generator, self.ignore_index, sampler
             )
         return sampled_softmax_loss(
             input,
@@ -280,6 +296,15 @@ class SampledSoftmaxLoss(nn.Module):
             f"{self.num_classes}, {self.embedding_dim}, num_sampled={self.num_sampled}, scale={scale}, "
             f"similarity={self.similarity!r}, bias={self.bias is not None}, sparse_grad={self.sparse_grad}"
         )
+
+
+def _as_sampler(
+    sampler: str | Tensor, power: float, num_classes: int, device: torch.device | str | None
+) -> str | FrequencySampler:
+    power = as_number("sampler_power", power, 0.0)
+    made = FrequencySampler(sampler, power, device=device) if isinstance(sampler, Tensor) else sampler
+    check_sampler(made, num_classes)
+    return made
 
 
 # Operations of weight_norm and of casts: their backward passes in torch take dense gradients alone.

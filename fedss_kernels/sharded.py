@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .checks import check_integer, check_shape, check_tensor
+from .class_samplers import FrequencySampler
 from .class_sets import draw_batch_class_set
 from .data_parallel import check_left_alone
 from .ranks import Ranks
@@ -101,9 +102,13 @@ class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
         # before the rows are drawn
         self._of_all_blocks = check_integer("num_classes", num_classes, 1)
         self.ranks = Ranks(process_group)
-        rows = len(_block(self._of_all_blocks, self.ranks.world, self.ranks.rank))
-        super().__init__(rows or 1, embedding_dim, num_sampled, **options)
-        if not rows:
+        own = _block(self._of_all_blocks, self.ranks.world, self.ranks.rank)
+        if self.ranks.world > 1:
+            options |= _sampler_of_block(own, self._of_all_blocks, **options)
+        super().__init__(len(own) or 1, embedding_dim, num_sampled, **options)
+        if isinstance(self.sampler, FrequencySampler):  # of other sizes in another number of processes
+            self.sampler._non_persistent_buffers_set.update(dict(self.sampler.named_buffers()))
+        if not own:
             for name in ("weight", "bias"):
                 if (parameter := getattr(self, name)) is not None:
                     setattr(self, name, nn.Parameter(parameter.detach()[:0].clone()))
@@ -235,7 +240,7 @@ class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
         share = max(share, min(m, 1))
         if share >= rows:
             return None, None
-        return draw_batch_class_set(held, rows, share, self.generator, ignore_index=-1)
+        return draw_batch_class_set(held, rows, share, self.generator, -1, self.sampler)
 
     def _reduced(self, losses: Tensor, target: Tensor) -> Tensor:
         if self.reduction == "none":
@@ -349,6 +354,22 @@ def _block(C: int, world: int, rank: int) -> range:
     """The classes of a rank: as many as others have but for the last ranks, as torch cuts a DTensor."""
     size = -(-C // world)
     return range(min(rank * size, C), min((rank + 1) * size, C))
+
+
+def _sampler_of_block(
+    own: range, C: int, *, sampler: str | Tensor = "uniform", sampler_power: float = 0.75, **others: Any
+) -> dict[str, Any]:
+    """What draws among the classes of a block as `sampler` does among all: with its share of each."""
+    if isinstance(sampler, Tensor):
+        if sampler.shape != (C,):
+            raise ValueError(
+                f"sampler: expected frequencies of {C} classes, got shape {tuple(sampler.shape)}"
+            )
+        sampler = sampler[own.start : own.stop]
+    elif isinstance(sampler, str) and sampler == "log_uniform":
+        ids = torch.arange(own.start, own.stop, dtype=torch.float64, device="cpu")
+        sampler, sampler_power = torch.log1p(1 / (ids + 1)), 1.0
+    return {"sampler": sampler if own else "uniform", "sampler_power": sampler_power}
 
 
 def combined(losses: Tensor) -> Tensor:

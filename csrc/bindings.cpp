@@ -145,7 +145,9 @@ int64_t run_sampled_softmax(const py::object& input, const py::object& weight, c
                             const std::string& similarity, int64_t ignore_index, const std::string& rounding,
                             const std::string& reduction, const py::object& grad_loss, const py::object& loss,
                             const py::object& grad_input, const py::object& grad_rows, const py::object& row_ids,
-                            const py::object& grad_bias, const py::object& grad_scale, int threads) {
+                            const py::object& grad_bias, const py::object& grad_scale, int threads,
+                            const py::object& entry_labels, const py::object& target_labels,
+                            const py::object& target_logit) {
   SampledSoftmax p;
   p.input = matrix("input", input);
   p.weight = matrix("weight", weight);
@@ -155,6 +157,9 @@ int64_t run_sampled_softmax(const py::object& input, const py::object& weight, c
   p.log_expected_count = vector("log_expected_count", log_expected_count, false);
   p.target_log_expected_count = vector("target_log_expected_count", target_log_expected_count, false);
   p.bias = vector("bias", bias, false);
+  p.entry_labels = vector("entry_labels", entry_labels, true);
+  p.target_labels = vector("target_labels", target_labels, true);
+  p.target_logit = vector("target_logit", target_logit, false);
   p.scale = scale;
   p.cosine = choice<bool>("similarity", similarity, {{"cosine", true}, {"dot", false}});
   p.ignore_index = ignore_index;
@@ -175,11 +180,15 @@ int64_t run_sampled_softmax(const py::object& input, const py::object& weight, c
   expect_size(p.log_expected_count, "log_expected_count", S, !log_expected_count.is_none());
   expect_size(p.target_log_expected_count, "target_log_expected_count", B, !target_log_expected_count.is_none());
   expect_size(p.bias, "bias", C, !bias.is_none());
+  expect_size(p.entry_labels, "entry_labels", S, !entry_labels.is_none());
+  expect_size(p.target_labels, "target_labels", B, !target_labels.is_none());
+  expect_size(p.target_logit, "target_logit", B, !target_logit.is_none());
+  expect(target_logit.is_none() || p.reduction == Reduction::none, "reduction", "none where target_logit is given");
   expect_size(p.grad_loss, "grad_loss", B, !grad_loss.is_none());
 
   SampledSoftmaxResult result;
   const DType accumulating = p.input.dtype == DType::float64 ? DType::float64 : DType::float32;
-  result.capacity = p.all_classes ? C : std::min(S + B, C);
+  result.capacity = p.all_classes ? C : !entry_labels.is_none() ? S + B : std::min(S + B, C);
   result.loss = output("loss", loss, accumulating, p.reduction == Reduction::none ? B : 1);
   result.grad_input = output("grad_input", grad_input, accumulating, B * D);
   result.grad_rows = output("grad_rows", grad_rows, accumulating, result.capacity * D);
@@ -364,7 +373,8 @@ PYBIND11_MODULE(_C, m) {
         arg("log_expected_count"), arg("target_log_expected_count"), arg("bias"), arg("scale"), arg("similarity"),
         arg("ignore_index"), arg("rounding"), arg("reduction"), arg("grad_loss") = py::none(), arg("loss") = py::none(),
         arg("grad_input") = py::none(), arg("grad_rows") = py::none(), arg("row_ids") = py::none(),
-        arg("grad_bias") = py::none(), arg("grad_scale") = py::none(), arg("threads") = 1);
+        arg("grad_bias") = py::none(), arg("grad_scale") = py::none(), arg("threads") = 1,
+        arg("entry_labels") = py::none(), arg("target_labels") = py::none(), arg("target_logit") = py::none());
   m.def("scatter_add", &fedss::run_scatter_add, arg("out"), arg("class_ids"), arg("rows"), arg("scale"),
         arg("threads") = 1);
   m.def("row_momentum_step", &fedss::run_row_momentum_step, arg("weight"), arg("velocity"), arg("class_ids"),

@@ -26,8 +26,15 @@ namespace fedss {
   throw std::invalid_argument(message.str());
 }
 
+// A copy, because the tensor may change under a kernel that runs without the interpreter's lock.
+inline std::vector<int64_t> copied_ids(const Vector& ids) {
+  std::vector<int64_t> copied(ids.size);
+  for (int64_t i = 0; i < ids.size; ++i) copied[i] = ids.id(i);
+  return copied;
+}
+
 // A copy of the ids. Throws std::out_of_range, naming position and value, unless every one is in [0, C) or equals
-// *ignore_index. A copy, because the tensor may change under a kernel that runs without the interpreter's lock.
+// *ignore_index.
 inline std::vector<int64_t> checked_ids(const char* name, const Vector& ids, int64_t C,
                                         const int64_t* ignore_index = nullptr) {
   std::vector<int64_t> checked(ids.size);

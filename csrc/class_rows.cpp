@@ -25,6 +25,8 @@ void check_corrections(const char* name, const Vector& counts, bool of_targets) 
   }
 }
 
+bool has_labels(const SampledSoftmax& p) { return p.entry_labels || p.target_labels || p.target_logit; }
+
 struct Entry {
   int64_t id, position;
 };
@@ -75,28 +77,49 @@ double merged_log_count(const Vector& counts, const Entry* first, const Entry* l
 }  // namespace
 
 ClassRows::ClassRows(const SampledSoftmax& p) : all_(p.all_classes) {
-  const std::vector<int64_t> target = checked_ids("target", p.target, p.weight.rows, &p.ignore_index);
+  const bool has_targets = !p.target_logit, labelled = has_labels(p);
+  const std::vector<int64_t> target =
+      has_targets ? checked_ids("target", p.target, p.weight.rows, &p.ignore_index) : copied_ids(p.target);
   const std::vector<int64_t> class_ids = checked_ids("class_ids", p.class_ids, p.weight.rows);
   check_corrections("log_expected_count", p.log_expected_count, false);
   check_corrections("target_log_expected_count", p.target_log_expected_count, true);
-  std::vector<int64_t> targets;  // (V,)
+  std::vector<int64_t> targets, labels;  // (V,)
   batch_rows.reserve(target.size()), targets.reserve(target.size());
   for (size_t i = 0; i < target.size(); ++i) {
     if (target[i] == p.ignore_index) continue;
     batch_rows.push_back(int64_t(i));
-    targets.push_back(target[i]);
+    if (has_targets) targets.push_back(target[i]);
+    if (labelled) labels.push_back(p.target_labels ? p.target_labels.id(int64_t(i)) : target[i]);
   }
   if (all_) {
     take_all(p, targets);
   } else {
     merge(p, class_ids, targets);
   }
+  if (labelled) number_labels(labels);
+}
+
+// The labels of rows become numbers, and those of columns the same ones.
+void ClassRows::number_labels(std::vector<int64_t> labels) {
+  row_label = labels;
+  std::sort(labels.begin(), labels.end());
+  labels.erase(std::unique(labels.begin(), labels.end()), labels.end());
+  const auto number = [&labels](int64_t label) {
+    const auto at = std::lower_bound(labels.begin(), labels.end(), label);
+    return at != labels.end() && *at == label ? int64_t(at - labels.begin()) : int64_t(-1);
+  };
+  std::transform(row_label.begin(), row_label.end(), row_label.begin(), number);
+  std::transform(column_label.begin(), column_label.end(), column_label.begin(), number);
 }
 
 void ClassRows::take_all(const SampledSoftmax& p, const std::vector<int64_t>& targets) {
   slots_ = p.weight.rows;
   target_slot = target_column = targets;
   log_count_.assign(slots_, 0.0);
+  if (has_labels(p)) {
+    column_label.resize(slots_);
+    for (int64_t slot = 0; slot < slots_; ++slot) column_label[slot] = p.entry_labels ? p.entry_labels.id(slot) : slot;
+  }
   if (!p.log_expected_count) return;
   int64_t columns = 0;
   for (int64_t slot = 0; slot < slots_; ++slot) {
@@ -110,15 +133,20 @@ void ClassRows::take_all(const SampledSoftmax& p, const std::vector<int64_t>& ta
     if (log_count_[slot] == kInf) continue;
     column[slot] = int64_t(column_slot_.size());
     log_count_[column[slot]] = log_count_[slot];
+    if (!column_label.empty()) column_label[column[slot]] = column_label[slot];
     column_slot_.push_back(slot);
   }
   log_count_.resize(columns);
+  if (!column_label.empty()) column_label.resize(columns);
   for (int64_t& target : target_column) target = column[target];
 }
 
 void ClassRows::merge(const SampledSoftmax& p, const std::vector<int64_t>& class_ids,
                       const std::vector<int64_t>& targets) {
-  const std::vector<Entry> listed = sorted_entries(class_ids), wanted = sorted_entries(targets);
+  std::vector<Entry> listed = sorted_entries(class_ids);
+  const std::vector<Entry> wanted = sorted_entries(targets);
+  const std::vector<int64_t> labels = copied_ids(p.entry_labels);
+  const auto label = [&](const Entry& entry) { return p.entry_labels ? labels[entry.position] : entry.id; };
   target_slot.resize(targets.size()), target_column.resize(targets.size());
   const size_t most = listed.size() + wanted.size();
   ids_.reserve(most), column_slot_.reserve(listed.size()), log_count_.reserve(listed.size());
@@ -128,17 +156,24 @@ void ClassRows::merge(const SampledSoftmax& p, const std::vector<int64_t>& class
     const int64_t id = from_list ? listed[next].id : wanted[next_wanted].id, slot = int64_t(ids_.size());
     const bool is_target = next_wanted < wanted.size() && wanted[next_wanted].id == id;
     int64_t column = -1;
-    double log_count = kInf;
-    const size_t first = next;
+    auto begin = listed.begin() + next;
     while (next < listed.size() && listed[next].id == id) ++next;
-    if (next > first) {
-      log_count = merged_log_count(p.log_expected_count, &listed[first], &listed[first] + (next - first));
+    const auto end = listed.begin() + next;
+    if (p.entry_labels) {
+      std::stable_sort(begin, end, [&](const Entry& a, const Entry& b) { return label(a) < label(b); });
     }
-    if (log_count < kInf) {
-      column = int64_t(log_count_.size());
-      log_count_.push_back(log_count), column_slot_.push_back(slot);
+    while (begin != end) {  // a column for each label
+      const auto same = [&](const Entry& entry) { return !p.entry_labels || label(entry) == label(*begin); };
+      const auto next_label = std::find_if_not(begin, end, same);
+      const double log_count = merged_log_count(p.log_expected_count, &*begin, &*begin + (next_label - begin));
+      if (log_count < kInf) {
+        if (column < 0) column = int64_t(log_count_.size());
+        log_count_.push_back(log_count), column_slot_.push_back(int64_t(ids_.size())), ids_.push_back(id);
+        if (has_labels(p)) column_label.push_back(label(*begin));
+      }
+      begin = next_label;
     }
-    if (column >= 0 || is_target) ids_.push_back(id);
+    if (column < 0 && is_target) ids_.push_back(id);
     for (; next_wanted < wanted.size() && wanted[next_wanted].id == id; ++next_wanted) {
       target_slot[wanted[next_wanted].position] = slot;
       target_column[wanted[next_wanted].position] = column;

@@ -12,12 +12,15 @@ namespace fedss {
 // Slots are the classes of class_ids that are not left out and of the targets, each once, ascending: the rows that have
 // a gradient. Columns are the slots that are terms of the denominator, whatever the row: those of class_ids. A repeated
 // entry of class_ids has the same logit z as its twin, so exp(z - a) + exp(z - b) is one term with correction
-// -log(exp(-a) + exp(-b)).
+// -log(exp(-a) + exp(-b)). Where labels tell accidental hits, each label that a class is listed under has a slot and a
+// column of its own.
 class ClassRows {
  public:
   std::vector<int64_t> batch_rows;     // (V,) the rows of the batch that are not ignored
-  std::vector<int64_t> target_slot;    // (V,) where their targets are
+  std::vector<int64_t> target_slot;    // (V,) where their targets are; empty where their logits are given
   std::vector<int64_t> target_column;  // (V,) ... and as which column, or -1
+  std::vector<int64_t> row_label;      // (V,) numbers from 0 on; empty unless labels tell accidental hits
+  std::vector<int64_t> column_label;   // (columns,) the same, or -1 for a label that no row has
 
   // Checks every id and correction, as nothing was written yet.
   explicit ClassRows(const SampledSoftmax& problem);
@@ -39,6 +42,7 @@ class ClassRows {
   std::vector<double> log_count_;     // (columns,) merged log_expected_count
 
   void take_all(const SampledSoftmax& problem, const std::vector<int64_t>& targets);
+  void number_labels(std::vector<int64_t> labels_of_rows);
   void merge(const SampledSoftmax& problem, const std::vector<int64_t>& class_ids, const std::vector<int64_t>& targets);
 };
 

@@ -23,10 +23,9 @@ template <class T>
 void raise_max(const LogitTile<T>& tile, int64_t begin, int64_t end, int64_t r) {
   const Vec<T> row_factor = load(tile.row_factor + r), target = load(tile.target + r);
   Vec<T> max = load(tile.max + r);
-  T number = tile.first_class + T(begin);
-  for (int64_t j = begin; j < end; ++j, number += 1) {
+  for (int64_t j = begin; j < end; ++j) {
     Vec<T> o = logit(tile, j, load(tile.values + j * tile.stride + r), row_factor);
-    o = target == number ? broadcast(T(-kInf)) : o;
+    o = target == tile.label[j] ? broadcast(T(-kInf)) : o;
     max = o > max ? o : max;  // a NaN is not greater: it shows in the sum
   }
   store(tile.max + r, max);
@@ -60,15 +59,14 @@ template <class T, bool SIMILARITY>
 void add_exponentials(const LogitTile<T>& tile, int64_t begin, int64_t end, int64_t r) {
   const Vec<T> target = load(tile.target + r);
   Vec<T> sum{}, sum_similarity{};  // of a block; those of the blocks are added in float64
-  T number = tile.first_class + T(begin);
-  for (int64_t j = begin; j < end; ++j, number += 1) {
+  for (int64_t j = begin; j < end; ++j) {
     T* value = tile.values + j * tile.stride + r;
     const Vec<T> similarity = load(value) * tile.class_factor[j];
     Vec<T> e = exponential(tile, j, r, similarity);
-    e = target == number ? Vec<T>{} : e;
+    e = target == tile.label[j] ? Vec<T>{} : e;
     store(value, e);
     sum += e;
-    if (SIMILARITY) sum_similarity += target == number ? Vec<T>{} : e * (similarity - load(tile.origin + r));
+    if (SIMILARITY) sum_similarity += target == tile.label[j] ? Vec<T>{} : e * (similarity - load(tile.origin + r));
   }
   for (int i = 0; i < kLanes<T>; ++i) {
     tile.sum[r + i] += double(sum[i]);

@@ -31,7 +31,7 @@ template <class T>
 constexpr double kLogitUnit = sizeof(T) == 4 ? 0.693147180559945309417 : 1.0;
 
 // The logits of `classes` classes for `rows` rows of the batch, a class a row of the matrix:
-//   o(j, r) = dot(j, r) * class_factor_j * row_factor_r + offset_j,   and none where target_r == first_class + j
+//   o(j, r) = dot(j, r) * class_factor_j * row_factor_r + offset_j,   and none where target_r == label_j
 // In float32 they need more digits than a float has: row factors and offsets come in two parts, the high part of an
 // offset is a multiple of 2^-9, and logits and offsets are below 2^13.
 template <class T>
@@ -40,9 +40,9 @@ struct LogitTile {
   T* values;                      // in: dot; out: exp(o - max)
   const T *class_factor, *offset, *offset_low;
   const T *row_factor, *row_factor_low;
-  const T* origin;  // (rows,) of dot * class_factor, for sum_similarity
-  const T* target;  // (rows,) the class of the row's target, as a number on the axis of first_class
-  T first_class;
+  const T* origin;         // (rows,) of dot * class_factor, for sum_similarity
+  const T* target;         // (rows,) the label of the row's target
+  const T* label;          // (classes,) equal ones of a row and a class are those of an accidental hit
   T* max;                  // (rows,) out: of o, nearly; anything where there is none
   double* sum;             // (rows,) out: of exp(o - max)
   double* sum_similarity;  // (rows,) out, if not null: of exp(o - max) * (dot * class_factor - origin_r)

@@ -45,6 +45,8 @@ constexpr double kSerialWork = 4e5;  // multiply-adds of a product below which t
 // In float32, logits and rows must stay in a range where it loses nothing; see LogitTile.
 constexpr double kLargestScale = 300, kLargestLogit = 2800, kLongestRow = 0x1p60, kShortestRow = 0x1p-30;
 
+constexpr size_t kMostFloatLabels = 1 << 24;
+
 // Thrown, and caught again here, where float32 does not do.
 struct OutOfFloatRange {};
 
@@ -86,7 +88,7 @@ class Solver {
  private:
   // One row of the batch while its wave runs. o: logits, natural units.
   struct Row {
-    const T* target_row = nullptr;  // the unit row of the target
+    const T* target_row = nullptr;  // the unit row of the target; none where its logit is given
     double inverse = 1;             // 1 / |x|, 0 for a zero row; 1 for dot products
     double similarity_factor = 1;   // of products with the packed row; 1 where it was divided by its length
     double upstream = 0;            // gradient of the result with respect to this row's loss
@@ -124,7 +126,8 @@ class Solver {
   T* x_columns_;                             // (row tiles, D, row_tile) x_ transposed
   T *row_factor_, *row_factor_low_;          // (wave,)
   T* origin_;                                // (wave,) the target's similarity, in the units of the products
-  T* target_;                                // (wave,) column of the chunk that is the target, or a negative number
+  T* target_;                                // (wave,) label of the target, below 0: none
+  T* label_;                                 // (chunk,) of the columns: their numbers, unless labels are given
   T* w_;                                     // (packed, ld) unit class rows: the chunk's, or a tile's for each thread
   double* inverse_;                          // (chunk,) 1 / |w|, as Row::inverse
   T *class_factor_, *offset_, *offset_low_;  // (chunk,)
@@ -166,6 +169,7 @@ class Solver {
 
   void plan() {
     if (sizeof(T) == 4 && p_.cosine && std::abs(p_.scale) > kLargestScale) throw OutOfFloatRange{};
+    if (sizeof(T) == 4 && classes_.row_label.size() > kMostFloatLabels) throw OutOfFloatRange{};
     const int64_t line = 64 / int64_t(sizeof(T));
     ld_ = std::max(round_up(D_, std::max(line, kernels_.lanes)), line);
     if (ld_ / line % 2 == 0) ld_ += line;  // an odd number of lines: rows fall on all sets of a cache
@@ -208,6 +212,8 @@ class Solver {
     }
     row_factor_ = arena_.take<T>(wave), row_factor_low_ = arena_.take<T>(wave), target_ = arena_.take<T>(wave);
     origin_ = arena_.take<T>(wave);
+    label_ = arena_.take<T>(chunk_);
+    for (int64_t j = 0; j < chunk_; ++j) label_[j] = T(j);
     inverse_ = arena_.take<double>(chunk_);
     class_factor_ = arena_.take<T>(chunk_), offset_ = arena_.take<T>(chunk_), offset_low_ = arena_.take<T>(chunk_);
     logits_ = arena_.take<T>(wave * chunk_);
@@ -472,19 +478,15 @@ class Solver {
   }
 
   void load_row(int64_t v, int64_t r, double share, int worker) {
-    const int64_t i = classes_.batch_rows[v], slot = classes_.target_slot[v];
+    const int64_t i = classes_.batch_rows[v];
     Row& row = row_[r] = Row{};
     row.inverse = read_unit(p_.input, i, x_ + r * ld_);
-    if (chunk_ == N_ && !by_tile_ && !pairs_ && classes_.target_column[v] >= 0) {
-      row.target_row = w_ + classes_.target_column[v] * ld_;
-    } else {
-      row.target_row = target_rows_ + r * ld_;
-      read_unit(p_.weight, classes_.id(slot), target_rows_ + r * ld_);
-    }
     row.upstream = p_.grad_loss ? p_.grad_loss[i] : share;
-    row.target_similarity = as_result(kernels_.dot(x_ + r * ld_, row.target_row, D_));
-    const double log_count = p_.target_log_expected_count ? p_.target_log_expected_count[i] : 0.0;
-    row.target_logit = p_.scale * row.target_similarity + bias(slot) - log_count;
+    if (p_.target_logit) {
+      row.target_logit = p_.target_logit[i];
+    } else {
+      load_target(v, r);
+    }
     if constexpr (std::is_same<T, float>::value) {
       if (pairs_) row.similarity_factor = read_bfloat16(p_.input, i, scratch(worker, 0), x_rows_ + r * pairs_ld_);
     }
@@ -492,6 +494,20 @@ class Solver {
     row_factor_[r] = T(factor), row_factor_low_[r] = T(factor - double(row_factor_[r]));
     origin_[r] = row.similarity_factor == 0.0 ? T(0) : T(row.target_similarity / row.similarity_factor);
     if (sizeof(T) == 4 && std::abs(row.target_logit) > kLargestLogit) out_of_range_ = true;
+  }
+
+  void load_target(int64_t v, int64_t r) {
+    const int64_t i = classes_.batch_rows[v], slot = classes_.target_slot[v];
+    Row& row = row_[r];
+    if (chunk_ == N_ && !by_tile_ && !pairs_ && classes_.target_column[v] >= 0) {
+      row.target_row = w_ + classes_.target_column[v] * ld_;
+    } else {
+      row.target_row = target_rows_ + r * ld_;
+      read_unit(p_.weight, classes_.id(slot), target_rows_ + r * ld_);
+    }
+    row.target_similarity = as_result(kernels_.dot(x_ + r * ld_, row.target_row, D_));
+    const double log_count = p_.target_log_expected_count ? p_.target_log_expected_count[i] : 0.0;
+    row.target_logit = p_.scale * row.target_similarity + bias(slot) - log_count;
   }
 
   // ---- the steps ----
@@ -559,6 +575,11 @@ class Solver {
   }
 
   void find_targets(int64_t first, int64_t chunk, int64_t columns, int64_t rows) {
+    if (!classes_.row_label.empty()) {
+      for (int64_t j = 0; j < columns; ++j) label_[j] = T(classes_.column_label[chunk + j]);
+      for (int64_t r = 0; r < padded_wave(); ++r) target_[r] = r < rows ? T(classes_.row_label[first + r]) : T(-2);
+      return;
+    }
     for (int64_t r = 0; r < padded_wave(); ++r) {
       const int64_t column = r < rows ? classes_.target_column[first + r] - chunk : -1;
       target_[r] = column < columns ? T(column) : T(-1);
@@ -572,7 +593,7 @@ class Solver {
     multiply_logits(t, r, lanes, worker, values);
     kernels_.exponentiate({classes, lanes, row_tile_, values, class_factor_ + t.begin, offset_ + t.begin,
                            offset_low_ + t.begin, row_factor_ + r, row_factor_low_ + r, origin_ + r, target_ + r,
-                           T(t.begin), tile_max_ + at, tile_sum_ + at,
+                           label_ + t.begin, tile_max_ + at, tile_sum_ + at,
                            tile_similarity_ ? tile_similarity_ + at : nullptr});
   }
 
@@ -648,7 +669,7 @@ class Solver {
         static_cast<Out*>(out_.loss)[classes_.batch_rows[first + r]] = Out(loss);
       }
       row.share = row.upstream / all;
-      row.target_gradient = -through(others, row.share);
+      row.target_gradient = p_.target_logit ? 0.0 : -through(others, row.share);
       if (!out_.grad_scale) continue;
       // sum_{j != t} exp(o_j) (similarity_j - similarity_t): of differences, as all may be nearly the same. What the
       // origin lost when it was rounded is made good.
@@ -784,6 +805,7 @@ class Solver {
   }
 
   void add_targets(int64_t first, int64_t chunk, const Tile& t, int64_t rows, int64_t d, int64_t d_end) {
+    if (p_.target_logit) return;
     const Slots owned = slots_of(chunk, t);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t slot = classes_.target_slot[first + r];
@@ -798,7 +820,7 @@ class Solver {
   // scale / |x| times what is left of the gradient of the unit row without its part along it.
   void store_grad_input(int64_t first, int64_t r) {
     T* gradient = grad_x_ + r * ld_;
-    kernels_.add_scaled(row_[r].target_row, D_, T(row_[r].target_gradient), gradient);
+    if (row_[r].target_row) kernels_.add_scaled(row_[r].target_row, D_, T(row_[r].target_gradient), gradient);
     Out* out = static_cast<Out*>(out_.grad_input) + classes_.batch_rows[first + r] * D_;
     store_projected(gradient, x_ + r * ld_, 1, row_[r].inverse, out);
   }
@@ -852,17 +874,12 @@ class Solver {
   }
 };
 
-}  // namespace
-
-int64_t sampled_softmax(const SampledSoftmax& problem, const SampledSoftmaxResult& result, int threads) {
-  const KeepThreadsAwake awake;
-  const ClassRows classes(problem);
+void solve(const SampledSoftmax& problem, const SampledSoftmaxResult& result, const ClassRows& classes, int threads) {
   const bool of_doubles = problem.input.dtype == DType::float64;
   const double work = double(classes.batch_rows.size()) * double(classes.columns()) * double(problem.input.cols);
   if (!of_doubles && problem.weight.dtype != DType::float64 && work > current_kernels().precise_work) {
     try {
-      Solver<float, float>(problem, result, classes, threads).solve();
-      return classes.slots();
+      return Solver<float, float>(problem, result, classes, threads).solve();
     } catch (const OutOfFloatRange&) {  // nothing is lost: what was written is written again
     }
   }
@@ -871,7 +888,37 @@ int64_t sampled_softmax(const SampledSoftmax& problem, const SampledSoftmaxResul
   } else {
     Solver<double, float>(problem, result, classes, threads).solve();
   }
-  return classes.slots();
+}
+
+// Of a class that is listed under several labels the slots, which are neighbours, become one; returns how many are
+// left.
+template <class Out>
+int64_t merge_slots(const SampledSoftmaxResult& result, int64_t slots, int64_t D) {
+  Out *rows = static_cast<Out*>(result.grad_rows), *biases = static_cast<Out*>(result.grad_bias);
+  int64_t to = 0;
+  for (int64_t from = 1; from < slots; ++from) {
+    const bool same = result.row_ids[from] == result.row_ids[to];
+    if (!same) result.row_ids[++to] = result.row_ids[from];
+    if (to == from) continue;
+    for (int64_t d = 0; rows && d < D; ++d) rows[to * D + d] = rows[from * D + d] + (same ? rows[to * D + d] : Out(0));
+    if (biases) biases[to] = biases[from] + (same ? biases[to] : Out(0));
+  }
+  const int64_t left = std::min(to + 1, slots);
+  std::fill(result.row_ids + left, result.row_ids + slots, int64_t(-1));
+  if (rows) std::fill(rows + left * D, rows + slots * D, Out(0));
+  if (biases) std::fill(biases + left, biases + slots, Out(0));
+  return left;
+}
+
+}  // namespace
+
+int64_t sampled_softmax(const SampledSoftmax& problem, const SampledSoftmaxResult& result, int threads) {
+  const KeepThreadsAwake awake;
+  const ClassRows classes(problem);
+  solve(problem, result, classes, threads);
+  if (!problem.entry_labels || !result.row_ids) return classes.slots();
+  return problem.input.dtype == DType::float64 ? merge_slots<double>(result, classes.slots(), problem.input.cols)
+                                               : merge_slots<float>(result, classes.slots(), problem.input.cols);
 }
 
 }  // namespace fedss

@@ -2,8 +2,10 @@
 //
 //   z(i, j) = scale * cos(input_i, weight_j) + bias_j                 (or the dot product)
 //   o(i, t) = z(i, t) - target_log_expected_count_i
-//   o(i, j) = z(i, class_ids_j) - log_expected_count_j                for every j with class_ids_j != t
+//   o(i, j) = z(i, class_ids_j) - log_expected_count_j                for every j with entry_label_j != target_label_i
 //   loss_i  = -o(i, t) + logsumexp(o(i, t), every o(i, j))
+//
+// Labels are class_ids_j and t unless others are given. Where o(i, t) itself is given, it is a constant.
 //
 // Products are computed in float32 (bfloat16 ones by the hardware's dot products where it has them) and what follows
 // them with more digits; small problems, float64 ones, and those whose logits or rows are out of float32's comfortable
@@ -30,6 +32,9 @@ struct SampledSoftmax {
   Vector log_expected_count;         // (S,) floating, or empty: zeros
   Vector target_log_expected_count;  // (B,) floating, or empty: zeros
   Vector bias;                       // (C,) floating, or empty: zeros
+  Vector entry_labels;               // (S,) int64, or empty: class_ids
+  Vector target_labels;              // (B,) int64, or empty: target
+  Vector target_logit;               // (B,) floating, or empty: made. A target is no class then, but only a label
   double scale = 1;
   bool cosine = true;
   int64_t ignore_index = -100;
@@ -45,7 +50,7 @@ struct SampledSoftmaxResult {
   void* grad_rows = nullptr;     // (capacity, D): the gradient of the rows of weight that were touched ...
   void* grad_bias = nullptr;     // (capacity,): ... and of their biases
   int64_t* row_ids = nullptr;    // (capacity,): ... and which rows they are, ascending; then -1. Unused for all_classes
-  int64_t capacity = 0;          // min(S + B, C); C for all_classes
+  int64_t capacity = 0;          // C for all_classes; S + B with entry_labels, else min(S + B, C)
   double* grad_scale = nullptr;  // (1,)
 };
 

@@ -13,7 +13,17 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
 from .direct_triton import direct_triton_loss
-from .loss_operator import Arguments, finish, finish_gradients, refuse_batches, run_kernel, shaped_like
+from .loss_operator import (
+    Arguments,
+    finish,
+    finish_gradients,
+    grad_target_logit,
+    refuse_batches,
+    run_kernel,
+    shaped_like,
+)
+
+NO_LABELS = (None, None, None)
 
 
 def direct_loss(
@@ -30,6 +40,7 @@ def direct_loss(
     reduction: str,
     sparse_grad: bool,
     impl: str,
+    labels: tuple[Tensor | None, Tensor | None, Tensor | None] = NO_LABELS,
 ) -> Tensor | None:
     """The loss, or None for what needs the operator or a closer look: a wrong argument too.
 
@@ -47,10 +58,13 @@ def direct_loss(
         and (math.isfinite(scale) if type(scale) is float else _ordinary_scale(scale))
         and type(ignore_index) is int
         and type(sparse_grad) is bool
+        and (labels is NO_LABELS or _ordinary_labels(*labels))
     ):
         return None
     constants = (target, class_ids, log_expected_count, target_log_expected_count)
     if impl == "triton" or (impl == "auto" and input.is_cuda):
+        if labels is not NO_LABELS:
+            return None
         return direct_triton_loss(
             *(input, weight, constants, bias, scale, similarity, ignore_index, reduction, sparse_grad)
         )
@@ -69,12 +83,12 @@ def direct_loss(
         or weight.requires_grad
         or (bias is not None and bias.requires_grad)
         or (learned is not None and learned.requires_grad)
+        or (labels[2] is not None and labels[2].requires_grad)
     ):
         options = (scale, similarity, ignore_index, reduction)
-        return _apply(input, weight, bias, learned, (constants, options, sparse_grad))
-    loss, _, _ = run_kernel(
-        input, weight, *constants, bias, scale, similarity, ignore_index, reduction, _NOTHING
-    )
+        return _apply(input, weight, bias, learned, labels[2], (constants, options, sparse_grad, labels))
+    options = (scale, similarity, ignore_index, reduction)
+    loss, _, _ = run_kernel(input, weight, *constants, bias, *options, _NOTHING, None, None, labels)
     return loss
 
 
@@ -109,6 +123,16 @@ def _constant(tensor: Tensor) -> bool:
     )
 
 
+def _ordinary_labels(
+    entry_labels: Tensor | None, target_labels: Tensor | None, target_logit: Tensor | None
+) -> bool:
+    return (
+        (entry_labels is None or type(entry_labels) is Tensor)
+        and (target_labels is None or type(target_labels) is Tensor)
+        and (target_logit is None or _ordinary(target_logit))
+    )
+
+
 def _ordinary_scale(scale: float | Tensor) -> bool:
     return (
         isinstance(scale, Tensor)
@@ -119,15 +143,18 @@ def _ordinary_scale(scale: float | Tensor) -> bool:
 
 
 class _Loss(torch.autograd.Function):
-    """Differentiable in its first four arguments; `rest` travels as one, as each argument costs time."""
+    """Differentiable in its first five arguments; `rest` travels as one, as each argument costs time."""
 
     @staticmethod
-    def forward(ctx, input, weight, bias, learned, rest):
-        constants, options, sparse_grad = rest
+    def forward(ctx, input, weight, bias, learned, target_logit, rest):
+        constants, options, sparse_grad, labels = rest
         reduction = options[-1]
         wanted = ctx.needs_input_grad[:4] if reduction != "none" else _NOTHING
-        loss, made, touched = run_kernel(*(input, weight, *constants, bias, *options, wanted))
-        ctx.save_for_backward(input, weight, bias, learned, *constants)
+        loss, made, touched = run_kernel(
+            *(input, weight, *constants, bias, *options, wanted, None, None, labels)
+        )
+        kept = () if labels is NO_LABELS else (*labels, loss)
+        ctx.save_for_backward(input, weight, bias, learned, *constants, *kept)
         # Whether what was made needs no more than a factor and rounding.
         dense = reduction != "none" and constants[1] is None and not (sparse_grad or wanted[2] or wanted[3])
         ctx.made, ctx.rest = made, (options, sparse_grad, wanted, touched, dense)
@@ -136,28 +163,35 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         input, weight, bias, learned, *constants = ctx.saved_tensors
+        constants, labels, loss = constants[:4], constants[4:7], constants[7:]
         refuse_batches(grad_loss)
         options, sparse_grad, wanted, touched, dense = ctx.rest
         made, ctx.made = ctx.made, None  # handed on; a second backward makes them again
         grad_mode = torch.is_grad_enabled()
         if dense and made is not None and not grad_mode and math.isfinite(upstream := grad_loss.item()):
             if upstream == 1 and input.dtype is weight.dtype is grad_loss.dtype:
-                return made.input, made.rows, None, None, None
+                return made.input, made.rows, None, None, None, None
             return (
                 None if made.input is None else finish(made.input, upstream, input, owned=True),
                 None if made.rows is None else finish(made.rows, upstream, weight, owned=True),
-                *(None,) * 3,
+                *(None,) * 4,
             )
         scale = options[0] if learned is None else learned
         p = Arguments._make(
-            (input, weight, *constants, bias, scale, *options[1:], sparse_grad, "cpp", list(wanted), None)
+            (
+                *(input, weight, *constants, bias, scale),
+                *(*options[1:], sparse_grad, "cpp", list(wanted), None, *(labels or NO_LABELS)),
+            )
         )
         needed = list(ctx.needs_input_grad[:4])
         if grad_mode:  # create_graph: the operator refuses a second derivative
             found = _by_operator(p, grad_loss, needed)
         else:
             found = finish_gradients(p, made, touched, grad_loss, needed, owned=True)
-        return *shaped_like(learned, found), None
+        of_logit = (
+            grad_target_logit(grad_loss, loss[0], labels[2]) if labels and ctx.needs_input_grad[4] else None
+        )
+        return *shaped_like(learned, found), of_logit, None
 
 
 # Function.apply without what it does for function transforms, which do not come here.

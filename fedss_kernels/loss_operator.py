@@ -8,6 +8,7 @@ gradients with the loss where that saves a matrix product; else they compute log
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,9 +23,11 @@ library = torch.library.Library("fedss_kernels", "FRAGMENT")
 _ARGUMENTS = (
     "Tensor input, Tensor weight, Tensor target, Tensor? class_ids, Tensor? log_expected_count, "
     "Tensor? target_log_expected_count, Tensor? bias, Tensor scale, str similarity, int ignore_index, "
-    "str reduction, bool sparse_grad, str impl, bool[4] wanted, ScalarType? rounding"
+    "str reduction, bool sparse_grad, str impl, bool[4] wanted, ScalarType? rounding, "
+    "Tensor? entry_labels=None, Tensor? target_labels=None, Tensor? target_logit=None"
 )
 # wanted: make the gradients of (input, weight, bias, scale) in the forward pass; rounding: autocast's dtype.
+# target_logit (B,): the rows' own logits, for reduction "none"; targets are no classes then, but labels.
 # The results after the loss are for the backward operator. impl="cpp": Gradients, and nothing; "triton": what
 # its kernels keep of each row, and sums for gradients where they are begun with the loss.
 library.define(
@@ -48,6 +51,13 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     return dtype if dtype in (torch.float16, torch.bfloat16) else None
 
 
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """Autocast switched off, where it is on."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
 class Arguments(NamedTuple):
     """The operator's arguments, in the order of its schema."""
 
@@ -66,6 +76,23 @@ class Arguments(NamedTuple):
     impl: str
     wanted: list[bool]
     rounding: torch.dtype | None
+    entry_labels: Tensor | None = None
+    target_labels: Tensor | None = None
+    target_logit: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Any, ...]:
+        """Those of the arguments that are."""
+        return *self[:8], *self[15:]
+
+    @property
+    def options(self) -> tuple[Any, ...]:
+        """The others."""
+        return self[8:15]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Any], options: Sequence[Any]) -> "Arguments":
+        return cls(*tensors[:8], *options, *tensors[8:])
 
 
 class Gradients(NamedTuple):
@@ -95,11 +122,16 @@ def _empty_results(
     class_ids: Tensor | None,
     reduction: str,
     made: Sequence[bool],
+    entry_labels: Tensor | None,
     least: Callable[[int, int], int] = min,
 ) -> tuple[Tensor, Gradients]:
     """(loss, gradients)"""
     (B, D), C = input.shape, weight.shape[0]
-    capacity = C if class_ids is None else least(class_ids.shape[0] + B, C)
+    if class_ids is None:
+        capacity = C
+    else:  # a class may be listed under several labels, each of them has a row for a while
+        entries = class_ids.shape[0] + B
+        capacity = least(entries, C) if entry_labels is None else entries
     empty, strides = _allocator(input), (D or 1, 1)
     return empty((B,), (1,)) if reduction == "none" else empty((), ()), Gradients(
         empty((B, D), strides) if made[0] else None,
@@ -134,9 +166,10 @@ def run_kernel(
     made: Sequence[bool],  # which gradients: of input, weight, bias, scale
     rounding: torch.dtype | None = None,
     grad_loss: Tensor | None = None,  # (B,) upstream gradient of each row's loss, for reduction "none"
+    labels: Sequence[Tensor | None] = (None, None, None),  # entry_labels, target_labels, target_logit
 ) -> tuple[Tensor, Gradients, int]:
     """(loss, the gradients in `made`, how many rows of weight were touched)"""
-    loss, gradients = _empty_results(input, weight, class_ids, reduction, made)
+    loss, gradients = _empty_results(input, weight, class_ids, reduction, made, labels[0])
     touched = _C.sampled_softmax(
         input,
         weight,
@@ -154,6 +187,7 @@ def run_kernel(
         loss,
         *gradients,
         torch.get_num_threads(),
+        *labels,
     )
     return loss, gradients, touched
 
@@ -162,7 +196,7 @@ def _run(
     p: Arguments, made: Sequence[bool], grad_loss: Tensor | None = None
 ) -> tuple[Tensor, Gradients, int]:
     scale = p.scale.item() if isinstance(p.scale, Tensor) else p.scale
-    return run_kernel(*p[:7], scale, *p[8:11], made, p.rounding, grad_loss)
+    return run_kernel(*p[:7], scale, *p[8:11], made, p.rounding, grad_loss, p[15:])
 
 
 def _loss(*arguments):
@@ -184,6 +218,10 @@ def _triton():
 
 def loss_by_triton(p: Arguments) -> tuple[Tensor, Sequence[Tensor | None]]:
     """(loss, what the gradients are made of)"""
+    if any(given is not None for given in p[15:]):
+        raise ValueError(
+            'impl: expected "cpp" or "reference" for labels and given logits of targets, got "triton"'
+        )
     kernels = _triton()
     wanted = kernels.Wanted(tuple(p.wanted), p.sparse_grad, p.scale.dtype)
     return kernels.loss(kernels.Problem.of(*p[:11], p.rounding), wanted)
@@ -209,8 +247,8 @@ def _loss_fake(*arguments):
         loss, made = _triton().empty_loss(*p[:4], p.reduction, p.rounding, p.wanted)
         return loss, *_operator_results(p, made)
     # Python's min would compile for batches on one side of it only.
-    results = _empty_results(p.input, p.weight, p.class_ids, p.reduction, p.wanted, least=torch.sym_min)
-    loss, gradients = results
+    given = (p.input, p.weight, p.class_ids, p.reduction, p.wanted, p.entry_labels)
+    loss, gradients = _empty_results(*given, least=torch.sym_min)
     return loss, *_operator_results(p, gradients)
 
 
@@ -248,6 +286,28 @@ def _backward_fake(grad_loss: Tensor, made: list[Tensor], needed: list[bool], *a
 
 def _nothing(like: Tensor) -> Tensor:
     return like.new_empty((0,))
+
+
+def call_operator(*arguments: Any) -> Tensor:
+    """The loss; what torch says of transforms that it does not know, in words about the loss."""
+    operator = torch.ops.fedss_kernels.sampled_softmax_loss
+    if torch.compiler.is_compiling():
+        return operator(*arguments)[0]
+    if torch._C._get_tracing_state() is not None:
+        raise RuntimeError(
+            "sampled_softmax_loss: torch.jit.trace cannot record it, as it records no operator that takes a "
+            'list of flags; take torch.export.export or torch.compile, or impl="reference"'
+        )
+    try:
+        return operator(*arguments)[0]
+    except RuntimeError as error:
+        if "setup_context" not in str(error):
+            raise
+        # torch speaks of how the operator is made
+        raise RuntimeError(
+            "sampled_softmax_loss has no derivative under torch.func.grad and what is made of it: "
+            'loss.backward() and torch.autograd.grad differentiate it, torch.func.grad with impl="reference"'
+        ) from error
 
 
 # ---- from what the kernel made to what autograd wants ------------------------------------------------------
@@ -341,31 +401,36 @@ def _spread(ids: Tensor, rows: Tensor, like: Tensor) -> Tensor:
 
 # ---- autograd and autocast ---------------------------------------------------------------------------------
 
-_TENSORS = 8  # the leading arguments of both operators that are tensors: input ... scale
+_TENSORS = 11
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    _loss, *made = output
+    p, (loss, *made) = Arguments(*inputs), output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*made)
-    ctx.save_for_backward(*inputs[:_TENSORS], *made)
-    ctx.options = inputs[_TENSORS:]
+    ctx.save_for_backward(*p.tensors, *made, *(() if p.target_logit is None else (loss,)))
+    ctx.options = p.options
 
 
 def _backward(ctx, grad_loss, *_):
     saved = ctx.saved_tensors  # read once: each access runs the unpack hooks, of checkpointing say
-    tensors, made = saved[:_TENSORS], saved[_TENSORS:]
+    p, made = Arguments.of(saved[:_TENSORS], ctx.options), saved[_TENSORS : _TENSORS + MADE]
     positions = (0, 1, 6, 7)  # of input, weight, bias and scale
     needed = [ctx.needs_input_grad[position] for position in positions]
-    result: list[Tensor | None] = [None] * (_TENSORS + len(ctx.options))
+    result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
     if grad_loss is not None:
         refuse_batches(grad_loss)
-        gradients = torch.ops.fedss_kernels.sampled_softmax_loss_backward(
-            grad_loss, list(made), needed, *tensors, *ctx.options
-        )
+        gradients = torch.ops.fedss_kernels.sampled_softmax_loss_backward(grad_loss, list(made), needed, *p)
         for position, need, gradient in zip(positions, needed, gradients, strict=True):
             result[position] = gradient if need else None
+        if p.target_logit is not None and ctx.needs_input_grad[-1]:
+            result[-1] = grad_target_logit(grad_loss, saved[-1], p.target_logit)
     return tuple(result)
+
+
+def grad_target_logit(grad_loss: Tensor, loss: Tensor, target_logit: Tensor) -> Tensor:
+    """d loss / d o_t = -(1 - p_t), and p_t = exp(-loss): an ignored row's is 0."""
+    return (grad_loss * torch.expm1(-loss)).to(target_logit.dtype)
 
 
 def refuse_batches(grad_loss: Tensor) -> None:
@@ -398,10 +463,11 @@ def _register_autocast(device_type: str, key: str) -> None:
     without_autocast = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def with_rounding(*arguments):
-        *others, rounding = arguments
-        rounding = autocast_dtype(device_type) if rounding is None else rounding
+        p = Arguments(*arguments)
+        if p.rounding is None:
+            p = p._replace(rounding=autocast_dtype(device_type))
         with torch._C._ExcludeDispatchKeyGuard(without_autocast):
-            return torch.ops.fedss_kernels.sampled_softmax_loss(*others, rounding)
+            return torch.ops.fedss_kernels.sampled_softmax_loss(*p)
 
     library.impl("sampled_softmax_loss", with_rounding, key)
 

@@ -5,6 +5,8 @@
     o(i, j) = z(i, class_ids_j) - log_expected_count_j                for every j with class_ids_j != t
     loss_i  = -o(i, t) + logsumexp(o(i, t), every o(i, j))
 
+What margins, smoothing and the like make of it: composed_loss.py.
+
 `sampled_softmax_loss` takes the direct route to the kernel in plain eager mode. Else it checks its arguments
 and calls the registered operator `fedss_kernels::sampled_softmax_loss`, which calls the kernel.
 """
@@ -22,6 +24,7 @@ from . import vmapped  # noqa: F401  (registers itself)
 from .checks import (
     FLOATING,
     as_integer,
+    as_number,
     check_choice,
     check_device,
     check_flag,
@@ -31,10 +34,12 @@ from .checks import (
     refuse_meta,
     single_item,
 )
-from .direct_route import direct_loss
+from .composed_loss import NONE, Extras, composed_loss
+from .direct_route import NO_LABELS, direct_loss
 from .implementations import triton_kernels
-from .loss_operator import autocast_dtype
+from .loss_operator import autocast_dtype, call_operator, without_autocast
 from .reference import sampled_softmax_loss as _reference_loss
+from .target_logits import rounded
 
 
 def sampled_softmax_loss(
@@ -52,7 +57,14 @@ def sampled_softmax_loss(
     reduction: str = "mean",
     sparse_grad: bool = False,
     impl: str = "auto",
-) -> Tensor:
+    angular_margin: float | Tensor = 0.0,  # a number, or (...,) floating
+    cosine_margin: float | Tensor = 0.0,  # a number, or (...,) floating
+    label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,  # (C,) floating
+    return_lse: bool = False,
+    entry_labels: Tensor | None = None,  # (S,) int64; None: class_ids
+    target_labels: Tensor | None = None,  # (...,) int64; None: target
+) -> Any:
     """Cross-entropy over the target and the classes in `class_ids`, without storing the logits.
 
     Eq. 6 of the FedSS paper, and by choice of `class_ids` its Eq. 2, 7 and 8:
@@ -64,8 +76,7 @@ def sampled_softmax_loss(
     repeated class is a term of its own. With `class_ids=None` this is the full softmax.
 
     Args:
-        target_log_expected_count: what the target's own logit loses. scale * m for each row makes CosFace's
-            loss of margin m, whose target has scale * (cos - m).
+        target_log_expected_count: what the target's own logit loses.
         scale: multiplies the cosine (an inverse temperature); a tensor of shape () or (1,) may require grad.
         similarity: "cosine", or "dot" (`scale` then multiplies the dot product).
         ignore_index: rows with this target cost nothing and are not counted by "mean".
@@ -78,16 +89,28 @@ def sampled_softmax_loss(
             call `.indices()` and `.values()`.
         impl: "cpp", "triton", "reference" (plain PyTorch, stores the logits), or "auto": by the tensors'
             device.
+        angular_margin, cosine_margin: the target's cosine becomes cos(theta + m_a) - m_c (radians; ArcFace
+            has m_a = 0.5, CosFace m_c = 0.35), where theta + m_a passes pi cos - m_a * sin(m_a) - m_c. A
+            tensor gives each row its own. Constants. In the derivative 1 - cos^2 is at least 1e-6.
+        label_smoothing: e in [0, 1] makes (1 - e) * loss_i + e * (lse_i - mean_i), mean_i that of all
+            classes' logits, estimated from the class set: (o(i, t) + sum_j z(i, j) / count_j) / C, hits left
+            out.
+        class_weight: row i counts class_weight[t] times, and "mean" divides by the sum over the rows that
+            are not ignored (with smoothing too, where F.cross_entropy weights the mean's classes).
+        return_lse: returns (loss, lse): lse_i = logsumexp(o(i, t), every o(i, j)), target's shape, 0 for an
+            ignored row; both may be differentiated.
+        entry_labels, target_labels: entry j is left out of row i where entry_labels_j == target_labels_i.
 
     Returns:
-        float32, or float64 for a float64 `input`: a 0-d tensor, or target's shape for "none". Not finite
+        float32, or float64 for a float64 `input`: a 0-d tensor, or target's shape for "none"; with
+        `return_lse` a pair. Not finite
         where a number that takes part is NaN or a logit +inf, past the largest number too; a logit of -inf
         leaves its class out, and the target's makes the loss NaN or +inf. Differentiable once, in `input`,
         `weight`, `bias` and a tensor `scale`; bit-identical for any number of threads.
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device or name; a correction that requires grad, is NaN
-            or -inf.
+            or -inf; a margin or class_weight that does; a margin for "dot"; label_smoothing outside [0, 1].
         IndexError: a class out of range, by position and value, before anything is computed.
             On CUDA nothing waits for the device to look at values: there a class out of range, or a
             correction that is NaN or -inf, makes the losses that it enters NaN, and so does a logit
@@ -103,7 +126,12 @@ def sampled_softmax_loss(
         scale = as_float(scale)
     if type(ignore_index) is not int:
         ignore_index = as_integer(ignore_index)
-    if type(impl) is not str or impl != "reference":
+    given = (angular_margin, cosine_margin, label_smoothing, class_weight, return_lse)
+    plain = _is_plain(*given)
+    labels: tuple[Tensor | None, Tensor | None, Tensor | None] = NO_LABELS
+    if entry_labels is not None or target_labels is not None:
+        labels = (entry_labels, target_labels, None)
+    if plain and (type(impl) is not str or impl != "reference"):
         try:
             loss = direct_loss(
                 input,
@@ -119,6 +147,7 @@ def sampled_softmax_loss(
                 reduction,
                 sparse_grad,
                 impl,
+                labels,
             )
             if loss is not None:
                 return loss
@@ -130,53 +159,56 @@ def sampled_softmax_loss(
     sparse_grad = check_flag("sparse_grad", sparse_grad)
     backend = _backend(impl, input.device)
     check_ignore_index(ignore_index)
+    _check_labels(input, target, weight.shape[0] if class_ids is None else len(class_ids), *labels[:2])
+    extras = NONE if plain else _checked_extras(weight, target, similarity, *given)
     if sparse_grad and backend == "reference":
         raise ValueError('sparse_grad: expected False for impl="reference", whose gradients are dense')
     if isinstance(scale, Tensor):
         scale = scale.reshape(())
     shape = target.shape
     input, target = input.reshape(target.numel(), input.shape[-1]), target.reshape(target.numel())
-    if target_log_expected_count is not None:
-        target_log_expected_count = target_log_expected_count.reshape(-1)
+    target_log_expected_count, target_labels = (
+        None if each is None else each.reshape(-1) for each in (target_log_expected_count, target_labels)
+    )
     corrections = (class_ids, log_expected_count, target_log_expected_count)
+    arguments = (input, weight, target, corrections, bias, scale, similarity, ignore_index, reduction)
+    loss, lse = _by_backend(backend, sparse_grad, (entry_labels, target_labels), extras, *arguments)
+    loss = loss.reshape(shape) if reduction == "none" else loss
+    return loss if lse is None else (loss, lse.reshape(shape))
+
+
+def _by_backend(
+    backend: str,
+    sparse_grad: bool,
+    labels: tuple[Tensor | None, Tensor | None],
+    extras: Extras,
+    *arguments: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """(loss, lse where it is asked for); of what is checked and flat."""
+    input, weight, target, corrections, bias, scale, similarity, ignore_index, reduction = arguments
     if backend == "reference":
-        loss = _plain_loss(
-            input, weight, target, corrections, bias, scale, similarity, ignore_index, reduction
-        )
-    else:
-        if backend == "triton" and os.environ.get("FEDSS_VALIDATE") == "1":
-            _check_values(target, weight.shape[0], corrections, ignore_index)
-        scale_tensor = (
-            scale if isinstance(scale, Tensor) else torch.full((), scale, dtype=torch.float64, device="cpu")
-        )
-        grad = torch.is_grad_enabled() and reduction != "none"
-        wanted = [grad and t is not None and t.requires_grad for t in (input, weight, bias, scale_tensor)]
-        loss = _by_operator(
-            *(input, weight, target, *corrections, bias, scale_tensor),
-            *(similarity, ignore_index, reduction, sparse_grad, backend, wanted, None),
-        )
-    return loss.reshape(shape) if reduction == "none" else loss
-
-
-def _by_operator(*arguments: Any) -> Tensor:
-    operator = torch.ops.fedss_kernels.sampled_softmax_loss
-    if torch.compiler.is_compiling():
-        return operator(*arguments)[0]
-    if torch._C._get_tracing_state() is not None:
-        raise RuntimeError(
-            "sampled_softmax_loss: torch.jit.trace cannot record it, as it records no operator that takes a "
-            'list of flags; take torch.export.export or torch.compile, or impl="reference"'
-        )
-    try:
-        return operator(*arguments)[0]
-    except RuntimeError as error:
-        if "setup_context" not in str(error):
-            raise
-        # torch speaks of how the operator is made
-        raise RuntimeError(
-            "sampled_softmax_loss has no derivative under torch.func.grad and what is made of it: "
-            'loss.backward() and torch.autograd.grad differentiate it, torch.func.grad with impl="reference"'
-        ) from error
+        return _plain_loss(labels, extras, *arguments)
+    if backend == "triton" and os.environ.get("FEDSS_VALIDATE") == "1":
+        _check_values(target, weight.shape[0], corrections, ignore_index)
+    if extras is not NONE:
+        if target.is_cpu and not torch.compiler.is_compiling():
+            _check_ids("target", target, weight.shape[0], ignore_index)
+        with without_autocast(input.device.type):
+            loss, lse = composed_loss(
+                *(input, weight, target, corrections, bias, scale, similarity, ignore_index, reduction),
+                *(sparse_grad, backend, labels, extras),
+            )
+        return loss, lse if extras.return_lse else None
+    scale_tensor = (
+        scale if isinstance(scale, Tensor) else torch.full((), scale, dtype=torch.float64, device="cpu")
+    )
+    grad = torch.is_grad_enabled() and reduction != "none"
+    wanted = [grad and t is not None and t.requires_grad for t in (input, weight, bias, scale_tensor)]
+    loss = call_operator(
+        *(input, weight, target, *corrections, bias, scale_tensor),
+        *(similarity, ignore_index, reduction, sparse_grad, backend, wanted, None, *labels),
+    )
+    return loss, None
 
 
 # ---- checks ------------------------------------------------------------------------------------------------
@@ -231,6 +263,71 @@ def _check(
     check_scale(scale, weight.device)
     if input.device.type == "meta":
         refuse_meta("input")
+
+
+def _check_labels(
+    input: Tensor, target: Tensor, S: int, entry_labels: Tensor | None, target_labels: Tensor | None
+) -> None:
+    for name, labels, shape, meaning in (
+        ("entry_labels", entry_labels, (S,), "(S,)"),
+        ("target_labels", target_labels, target.shape, "target's"),
+    ):
+        if labels is not None:
+            check_tensor(name, labels, (torch.int64,))
+            check_shape(name, labels, shape, meaning)
+            check_device(name, labels, input.device, "input")
+
+
+def _is_plain(
+    angular_margin: object,
+    cosine_margin: object,
+    label_smoothing: object,
+    class_weight: object,
+    return_lse: object,
+) -> bool:
+    """Whether the loss is the plain one."""
+    return (
+        type(angular_margin) is type(cosine_margin) is type(label_smoothing) is float
+        and angular_margin == cosine_margin == label_smoothing == 0.0
+        and class_weight is None
+        and return_lse is False
+    )
+
+
+def _checked_extras(
+    weight: Tensor,
+    target: Tensor,
+    similarity: str,
+    angular_margin: Any,
+    cosine_margin: Any,
+    label_smoothing: Any,
+    class_weight: Any,
+    return_lse: Any,
+) -> Extras:
+    """What was given beside the plain loss' arguments; NONE if that is nothing."""
+    angular_margin = _checked_margin("angular_margin", angular_margin, target, similarity)
+    cosine_margin = _checked_margin("cosine_margin", cosine_margin, target, similarity)
+    label_smoothing = as_number("label_smoothing", label_smoothing, 0.0)
+    if label_smoothing > 1:
+        raise ValueError(f"label_smoothing: expected a number from 0 to 1, got {label_smoothing}")
+    if class_weight is not None:
+        _check_constant("class_weight", class_weight, (weight.shape[0],), "(C,)")
+        check_device("class_weight", class_weight, weight.device, "weight")
+    return_lse = check_flag("return_lse", return_lse)
+    extras = Extras(angular_margin, cosine_margin, label_smoothing, class_weight, return_lse)
+    return extras if extras.of_targets or class_weight is not None else NONE
+
+
+def _checked_margin(name: str, margin: Any, target: Tensor, similarity: str) -> float | Tensor:
+    if isinstance(margin, Tensor) and (margin.dim() > 0 or target.dim() == 0):
+        _check_constant(name, margin, target.shape, "target's")
+        check_device(name, margin, target.device, "target")
+        margin = margin.reshape(-1)
+    else:
+        margin = as_number(name, margin)
+    if similarity == "dot" and (isinstance(margin, Tensor) or margin != 0):
+        raise ValueError(f'{name}: expected 0 for similarity="dot", as a margin is one of angles, got one')
+    return margin
 
 
 def _check_constant(name: str, value: Tensor | None, shape: tuple[int, ...], meaning: str) -> None:
@@ -293,25 +390,18 @@ def _backend(impl: str, device: torch.device) -> str:
 
 
 def _plain_loss(
-    input: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    corrections: tuple[Tensor | None, Tensor | None, Tensor | None],
-    bias: Tensor | None,
-    scale: float | Tensor,
-    similarity: str,
-    ignore_index: int,
-    reduction: str,
-) -> Tensor:
+    labels: tuple[Tensor | None, Tensor | None], extras: Extras, *arguments: Any
+) -> tuple[Tensor, Tensor | None]:
     """impl="reference": the definition, in float32 or better, after the same checks of values."""
+    input, weight, target, corrections, bias, scale, similarity, ignore_index, reduction = arguments
     _check_values(target, weight.shape[0], corrections, ignore_index)
     class_ids, log_expected_count, target_log_expected_count = corrections
     device_type, dtype = input.device.type, torch.promote_types(input.dtype, torch.float32)
     rounding = autocast_dtype(device_type)
     with torch.autocast(device_type, enabled=False):
-        return _reference_loss(
-            _rounded(input, rounding),
-            _rounded(weight, rounding),
+        result = _reference_loss(
+            rounded(input, rounding),
+            rounded(weight, rounding),
             target,
             class_ids,
             log_expected_count,
@@ -321,15 +411,12 @@ def _plain_loss(
             similarity=similarity,
             ignore_index=ignore_index,
             reduction=reduction,
+            entry_labels=labels[0],
+            target_labels=labels[1],
             dtype=dtype,
+            **extras._asdict(),
         )
-
-
-def _rounded(rows: Tensor, rounding: torch.dtype | None) -> Tensor:
-    """`rows` at the values of `rounding`; the gradient passes as it is."""
-    if rounding is None or rows.dtype == torch.float64:
-        return rows
-    return rows + (rows.detach().to(rounding).to(rows.dtype) - rows.detach())
+    return result if extras.return_lse else (result, None)
 
 
 def _check_values(

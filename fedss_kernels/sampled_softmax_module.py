@@ -1,7 +1,6 @@
 """The sampled-softmax loss as a module: a classifier's last layer, which owns the class matrix."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +21,7 @@ from .checks import (
 from .class_samplers import FrequencySampler
 from .class_sets import GeneratorHandle, check_generator, check_sampler, draw_batch_class_set
 from .data_parallel import SparseRows, check_sparse_communication, check_whole
+from .loss_operator import without_autocast
 from .sampled_softmax import IMPLS, as_float, check_scale, sampled_softmax_loss
 
 _SHORT = 2.0**-32  # a power of two: it rounds nothing
@@ -210,7 +210,7 @@ class SampledSoftmaxLoss(nn.Module):
         k, block_size, scale = self._check_topk(input, k, block_size)
         C, D = weight.shape
         dtype = torch.promote_types(torch.promote_types(input.dtype, weight.dtype), torch.float32)
-        with _without_autocast(input.device.type):
+        with without_autocast(input.device.type):
             rows = self._unit(input.reshape(-1, D).to(dtype))
             values = rows.new_empty((rows.shape[0], 0))
             indices = torch.empty_like(values, dtype=torch.int64)
@@ -328,9 +328,3 @@ def _length(rows: Tensor) -> Tensor:
         smaller = torch.linalg.vector_norm(rows * 1e-160, dim=1)
         return torch.where(norm == torch.inf, smaller * (1e160 * _SHORT), norm * _SHORT)
     return norm * _SHORT
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager:
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()

@@ -15,15 +15,30 @@ def sampled_softmax_loss(
     bias: Tensor | None = None,  # (C,)
     scale: float | Tensor = 20.0,
     similarity: str = "cosine",
+    angular_margin: float | Tensor = 0.0,  # (...,)
+    cosine_margin: float | Tensor = 0.0,  # (...,)
+    label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,  # (C,)
+    entry_labels: Tensor | None = None,  # (S,) int64
+    target_labels: Tensor | None = None,  # (...,) int64
+    target_logit: Tensor | None = None,  # (...,): o(i, t); target is only a label then
     ignore_index: int = -100,
     reduction: str = "mean",
+    return_lse: bool = False,
     dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """loss_i = -o(i, t) + logsumexp(o(i, t), every o(i, j) with class_ids_j != t), all in `dtype`.
 
         z(i, j) = scale * cos(input_i, weight_j) + bias_j
-        o(i, t) = z(i, t) - target_log_expected_count_i
+        o(i, t) = z(i, t) - target_log_expected_count_i                   cos: with its margins
         o(i, j) = z(i, class_ids_j) - log_expected_count_j
+
+    Instead of class_ids_j and t entry_labels_j and target_labels_i are compared where they are given. With
+    `label_smoothing` and `class_weight` it is
+
+        loss_i = class_weight_t * ((1 - e) * loss_i + e * (lse_i - (o(i, t) + sum_j z(i, j) / count_j) / C))
+
+    and "mean" divides by the sum of the class weights; `return_lse` returns lse_i, the logsumexp, too.
 
     It is computed as log(1 + sum_j exp(o(i, j) - o(i, t))), as Eq. 6 has it: the same number, but right to
     the last digits where the target's probability is nearly 1 and the difference of two large numbers would
@@ -54,21 +69,58 @@ def sampled_softmax_loss(
     if C == 0:  # then every row is ignored; a class of zeros gives them something to ignore
         w, b = w.new_zeros(1, x.shape[1]) + w.sum(), b.new_zeros(1) + b.sum()
     # What takes no part may hold anything: it is read as zeros, as 0 times NaN would be its gradient.
-    listed, t = (count < torch.inf) & counted.any(), torch.where(counted, t, 0)
+    labels = t if target_labels is None else target_labels.reshape(-1)
+    listed = (count < torch.inf) & counted.any()
+    t = torch.where(counted, t, 0) if target_logit is None else torch.zeros_like(t)
     x, w_target = (torch.where(counted[:, None], rows, 0.0) for rows in (x, w[t]))
     w, b_target = torch.where(listed[:, None], w[ids], 0.0), torch.where(counted, b[t], 0.0)
     x, w, w_target = (
         _unit(rows, dtype) if similarity == "cosine" else rows.to(dtype) for rows in (x, w, w_target)
     )
     z = scale * (x @ w.T) + torch.where(listed, b[ids], 0.0)
-    z_target = scale * (x * w_target).sum(dim=1) + b_target
-    is_term = listed & counted[:, None] & (ids != t[:, None])
+    cosine = _with_margins((x * w_target).sum(dim=1), angular_margin, cosine_margin)
+    o_target = scale * cosine + b_target - target_count
+    if target_logit is not None:
+        o_target = target_logit.reshape(-1).to(dtype)
+    is_term = listed & counted[:, None] & ((ids if entry_labels is None else entry_labels) != labels[:, None])
     o = torch.where(is_term, z - count, -torch.inf)
-    o_target = torch.where(counted, z_target - target_count, 0.0)
+    o_target = torch.where(counted, o_target, 0.0)
     loss = _log1p_sum_exp(o, o_target).to(dtype)
+    lse = loss + o_target
+    if label_smoothing:
+        estimated = torch.where(is_term, z * torch.exp(-count), 0.0).sum(dim=1)
+        smooth = torch.where(counted, lse - (o_target + estimated) / C, 0.0)
+        loss = (1 - label_smoothing) * loss + label_smoothing * smooth
+    share = counted.to(dtype)
+    if class_weight is not None:
+        share = torch.where(counted, class_weight.to(dtype)[t], 0.0)
+        loss = loss * share
     if reduction == "none":
-        return loss.reshape(target.shape)
-    return loss.sum() if reduction == "sum" else loss.sum() / counted.sum().clamp(min=1)
+        loss = loss.reshape(target.shape)
+    elif reduction == "sum":
+        loss = loss.sum()
+    else:
+        loss = loss.sum() / torch.where(share.sum() == 0, 1.0, share.sum())
+    return (loss, lse.reshape(target.shape)) if return_lse else loss
+
+
+def _with_margins(cosine: Tensor, angular: float | Tensor, additive: float | Tensor) -> Tensor:
+    """cos(theta + m_a) - m_c, or cos(theta) - m_a * sin(m_a) - m_c where theta + m_a passes pi.
+
+    In the derivative 1 - cosine^2 is at least 1e-6.
+    """
+    angular, additive = (
+        m.reshape(-1).to(cosine.dtype) if isinstance(m, Tensor) else cosine.new_tensor(m)
+        for m in (angular, additive)
+    )
+    if (angular != 0).any():
+        square = 1 - cosine * cosine
+        sine = torch.where(square > 1e-6, square.clamp(min=1e-6).sqrt(), square / (2 * 1e-6**0.5))
+        sine = sine + (square.clamp(min=0).sqrt() - sine).detach()
+        turned = cosine * torch.cos(angular) - sine * torch.sin(angular)
+        past = torch.acos(cosine.detach().clamp(-1, 1)) + angular > torch.pi
+        cosine = torch.where(past, cosine - angular * torch.sin(angular), turned)
+    return cosine - additive if (additive != 0).any() else cosine
 
 
 def _log1p_sum_exp(o: Tensor, o_target: Tensor) -> Tensor:

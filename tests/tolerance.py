@@ -50,7 +50,14 @@ def eager_loss(
     similarity: str = "cosine",
     ignore_index: int = -100,
     reduction: str = "mean",
-) -> Tensor:
+    angular_margin: float | Tensor = 0.0,
+    cosine_margin: float | Tensor = 0.0,
+    label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
+    return_lse: bool = False,
+    entry_labels: Tensor | None = None,
+    target_labels: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """The loss as a user of plain PyTorch writes it, in the dtype of `input` throughout."""
     dtype = input.dtype
     x, t = input.reshape(-1, input.shape[-1]), target.reshape(-1)
@@ -60,15 +67,35 @@ def eager_loss(
     rows, target_rows = weight[ids].to(dtype), weight[t].to(dtype)
     if similarity == "cosine":
         x, rows, target_rows = (F.normalize(r, dim=1, eps=1e-12) for r in (x, rows, target_rows))
-    o, o_target = scale * (x @ rows.T), scale * (x * target_rows).sum(1)
+    similarities = (x * target_rows).sum(1)
+    if isinstance(angular_margin, Tensor) or angular_margin != 0:
+        m = torch.as_tensor(angular_margin, dtype=dtype)
+        theta = similarities.clamp(-1 + 1e-7, 1 - 1e-7).acos()
+        turned = torch.where(theta + m > torch.pi, similarities - m * m.sin(), (theta + m).cos())
+        similarities = turned.to(dtype)
+    o, o_target = scale * (x @ rows.T), scale * (similarities - cosine_margin)
     if bias is not None:
         o, o_target = o + bias[ids], o_target + bias[t]
+    z = o
     if log_expected_count is not None:
         o = o - log_expected_count
     if target_log_expected_count is not None:
         o_target = o_target - target_log_expected_count.reshape(-1)
-    logits = torch.cat([o_target[:, None], o.masked_fill(ids == t[:, None], -torch.inf)], 1).to(dtype)
+    labels = t if target_labels is None else target_labels.reshape(-1)
+    hits = (ids if entry_labels is None else entry_labels) == labels[:, None]
+    logits = torch.cat([o_target[:, None], o.masked_fill(hits, -torch.inf)], 1).to(dtype)
     first = torch.where(counted, 0, -100)
+    if label_smoothing or class_weight is not None or return_lse:
+        loss, lse = F.cross_entropy(logits, first, reduction="none"), logits.logsumexp(1).where(counted, 0.0)
+        shares = torch.ones(()) if log_expected_count is None else (-log_expected_count).exp()
+        mean = (o_target + (z * shares).masked_fill(hits, 0).sum(1)) / len(weight)
+        smooth = (lse - mean).where(counted, 0.0)
+        share = (torch.ones(len(weight)) if class_weight is None else class_weight)[t].where(counted, 0.0)
+        loss = share * ((1 - label_smoothing) * loss + label_smoothing * smooth)
+        if reduction != "none":
+            loss = loss.sum() / (share.sum().where(share.sum() != 0, 1.0) if reduction == "mean" else 1)
+        loss = loss.reshape(target.shape) if reduction == "none" else loss
+        return (loss, lse.reshape(target.shape)) if return_lse else loss
     if reduction == "mean":
         return F.cross_entropy(logits, first, reduction="sum") / counted.sum().clamp(min=1)
     loss = F.cross_entropy(logits, first, reduction=reduction)

@@ -47,7 +47,7 @@ class Extractor:
         ]
         self.block_sizes = [sum(p.numel() for p in block) for block in self._parameters]  # sum to P
         self.moving = (True,) * len(self.block_sizes)
-        self._ranges = [slice(0, len(self.flat))]  # of phi, that move
+        self._moves_in([slice(0, len(self.flat))])
 
     def move(self, moving: Sequence[bool]) -> None:
         """Of each block whether it is trained from now on. What is not has no gradient and no graph."""
@@ -57,17 +57,20 @@ class Extractor:
         for parameters, moves in zip(self._parameters, moving, strict=True):
             for p in parameters:
                 p.requires_grad_(moves)
-        self.moving, self._ranges = moving, ranges(self.block_sizes, moving)
+        self.moving = moving
+        self._moves_in(ranges(self.block_sizes, moving))
+
+    def _moves_in(self, parts: Sequence[slice]) -> None:
+        self._parts = [(part, self.flat[part], self.gradient[part]) for part in parts]  # views, made once
 
     def zero_gradient(self) -> None:
-        for r in self._ranges:
-            self.gradient[r].zero_()
+        for _, _, gradient in self._parts:
+            gradient.zero_()
 
     def step(self, lr: float, momentum: float = 0.0, velocity: Tensor | None = None) -> None:
         """Of SGD, with a velocity (P,) for all of phi; only what moves is stepped."""
-        for r in self._ranges:
-            of_range = None if velocity is None else velocity[r]
-            sgd_step(self.flat[r], self.gradient[r], lr, momentum, of_range)
+        for part, numbers, gradient in self._parts:
+            sgd_step(numbers, gradient, lr, momentum, None if velocity is None else velocity[part])
 
     def check_buffers(self) -> None:
         """Raises ValueError if training changed a buffer: no client could agree with another on its value."""

@@ -1,0 +1,113 @@
+"""The loss with margins, label smoothing, class weights or its logsumexp: composed of the rows' plain losses.
+
+o_i    = the target's logit, with its margins                           target_logits.py
+L_i    = log(1 + sum_j exp(o(i, j) - o_i)),  lse_i = L_i + o_i          given_target.py: the kernel
+loss_i = class_weight_t * ((1 - e) * L_i + e * (lse_i - mean_i))        smoothing.py: mean_i
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .given_target import row_losses
+from .loss_operator import autocast_dtype
+from .smoothing import mean_logits
+from .target_logits import target_logits
+
+
+class Extras(NamedTuple):
+    """What makes a loss a composed one."""
+
+    angular_margin: float | Tensor  # or (B,)
+    cosine_margin: float | Tensor  # or (B,)
+    label_smoothing: float
+    class_weight: Tensor | None  # (C,)
+    return_lse: bool
+
+    @property
+    def margins(self) -> tuple[float | Tensor, float | Tensor]:
+        return self[:2]
+
+    @property
+    def of_targets(self) -> bool:
+        """Whether the targets' logits are wanted by themselves."""
+        given = any(isinstance(margin, Tensor) or margin != 0 for margin in self.margins)
+        return given or self.label_smoothing != 0 or self.return_lse
+
+
+NONE = Extras(0.0, 0.0, 0.0, None, False)
+
+
+def composed_loss(
+    input: Tensor,  # (B, D)
+    weight: Tensor,  # (C, D)
+    target: Tensor,  # (B,)
+    corrections: tuple[Tensor | None, Tensor | None, Tensor | None],
+    bias: Tensor | None,
+    scale: float | Tensor,
+    similarity: str,
+    ignore_index: int,
+    reduction: str,
+    sparse_grad: bool,
+    impl: str,
+    labels: tuple[Tensor | None, Tensor | None],  # of entries and of targets
+    extras: Extras,
+) -> tuple[Tensor, Tensor | None]:
+    """(loss, lse or None), of the reduction's shape and (B,)."""
+    class_ids, counts, target_counts = corrections
+    rounding = autocast_dtype(input.device.type)
+    if input.itemsize == 2:  # its gradient is added up in float32
+        rounding = rounding or (input.dtype if input.dtype == weight.dtype else None)
+        input = input.float()
+    counted = target != ignore_index
+    classes, known = _classes(target, counted, len(weight))
+    shared = (bias, scale, similarity)
+    given, lse = None, None
+    if extras.of_targets and len(weight):
+        given = target_logits(
+            *(input, weight, classes, counted, target_counts, *shared),
+            *(extras.margins, sparse_grad, rounding),
+        )
+        given = given if known is None else given.where(known, torch.nan)
+    losses = row_losses(
+        *(input, weight, target, *corrections, *shared),
+        *(ignore_index, sparse_grad, impl, rounding, (*labels, given)),
+    )
+    if given is not None:
+        lse = (losses + given).to(losses.dtype)
+        if extras.label_smoothing:
+            mean = mean_logits(
+                *(input, weight, given, class_ids, counts, *shared),
+                *(labels[0], target if labels[1] is None else labels[1], counted, sparse_grad, rounding),
+            )
+            smooth = (lse - mean).where(counted, 0.0)
+            losses = torch.lerp(losses, smooth.to(losses.dtype), extras.label_smoothing)
+    share = counted.to(losses.dtype)
+    if extras.class_weight is not None:
+        share = extras.class_weight.to(losses.dtype).index_select(0, classes).where(counted, 0.0)
+        losses = losses * share
+    return _reduced(losses, share, reduction), lse
+
+
+def _classes(target: Tensor, counted: Tensor, C: int) -> tuple[Tensor, Tensor | None]:
+    """(targets that are rows of weight, on a GPU which of them are).
+
+    An ignored row has the class of one that is not: sparse gradients list no others.
+    """
+    if not len(target) or not C:
+        return torch.zeros_like(target), None
+    some = target[counted.to(torch.uint8).argmax()].clamp(0, C - 1)
+    classes = target.where(counted, some)
+    if target.is_cpu:
+        return classes, None
+    return classes.clamp(0, C - 1), (target >= 0) & (target < C) | ~counted
+
+
+def _reduced(losses: Tensor, share: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    total = share.sum()
+    return losses.sum() / total.where(total != 0, 1.0)

@@ -1,0 +1,64 @@
+"""What label smoothing needs of the class set: an estimate of the mean logit, never B x S.
+
+    mean_i = (o_i + sum_j z(i, j) / count_j) / C        over the entries with entry_label_j != target_label_i
+
+The sum is linear in the classes' unit rows: one vector for all rows, less one for each label among them.
+"""
+
+import torch
+from torch import Tensor
+
+from .gathered_rows import added, gathered_rows
+from .target_logits import in_range, inverse_lengths, rounded
+
+
+def mean_logits(
+    input: Tensor,  # (B, D)
+    weight: Tensor,  # (C, D)
+    target_logit: Tensor,  # (B,)
+    class_ids: Tensor | None,  # (S,)
+    log_expected_count: Tensor | None,  # (S,)
+    bias: Tensor | None,  # (C,)
+    scale: float | Tensor,
+    similarity: str,
+    entry_labels: Tensor | None,  # (S,)
+    target_labels: Tensor,  # (B,)
+    counted: Tensor,  # (B,) bool
+    sparse_grad: bool,
+    rounding: torch.dtype | None,
+) -> Tensor:
+    """(B,), in float32 or better; O((B + S) * D) numbers beside the gradients."""
+    dtype = torch.promote_types(torch.promote_types(input.dtype, weight.dtype), torch.float32)
+    C = len(weight)
+    ids = torch.arange(C, device=weight.device) if class_ids is None else class_ids
+    share, listed = torch.ones((), dtype=dtype, device=weight.device).expand(len(ids)), None
+    if log_expected_count is not None:
+        share, listed = (-log_expected_count.to(dtype)).exp(), log_expected_count < torch.inf
+    rows = gathered_rows(weight, ids, dtype, sparse_grad, listed)
+    rows = rounded(rows, rounding, weight.dtype)
+    x = rounded(input, rounding).to(dtype).where(counted[:, None], 0.0)
+    if listed is not None:
+        rows = rows.where(listed[:, None], 0.0)
+    factor = share
+    if similarity == "cosine":
+        if dtype == torch.float64:
+            x, rows = in_range(x), in_range(rows)
+        x, factor = x * inverse_lengths(x)[:, None], share * inverse_lengths(rows)
+    terms, x = rows * factor[:, None], x * scale
+    if bias is not None:
+        of_entries = gathered_rows(bias, ids, dtype, sparse_grad, listed)
+        of_entries = of_entries if listed is None else of_entries.where(listed, 0.0)
+        terms = torch.cat([terms, (share * of_entries)[:, None]], 1)
+        x = torch.cat([x, x.new_ones(len(x), 1)], 1)
+    others = _sums_of_others(terms, ids if entry_labels is None else entry_labels, target_labels)
+    return (target_logit + (x * others).sum(1)) / C
+
+
+def _sums_of_others(terms: Tensor, entry_labels: Tensor, target_labels: Tensor) -> Tensor:
+    """(B, ...) for each row the sum of the terms (S, ...) of labels that are not its own."""
+    B = len(target_labels)
+    labels = target_labels.sort().values
+    nearest = torch.searchsorted(labels, entry_labels).clamp(max=B - 1)
+    group = nearest.where(labels[nearest] == entry_labels, B)  # B: of labels that no row has
+    sums = added(B + 1, group, terms)
+    return sums.sum(0) - sums[torch.searchsorted(labels, target_labels)]

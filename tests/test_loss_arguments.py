@@ -1,0 +1,406 @@
+"""Margins, label smoothing, class weights, lse and labels: against the definition, and the limits they keep."""
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fedss_kernels.reference import sampled_softmax_loss as reference_loss
+from loss_cases import BF16, F16, F32, F64, Case, cpp_only
+from pytorch_metric_learning.losses import ArcFaceLoss, CosFaceLoss
+from tolerance import eager_loss, excess, with_features_reversed
+
+from fedss_kernels import sampled_softmax_loss as loss_function
+
+EPS = 0.1
+
+
+def random_mix(seed: int) -> tuple[Case, dict]:
+    """A problem, and some of the arguments."""
+    rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
+    B, C, S = rng.choice((1, 5, 17)), rng.choice((3, 17, 40)), rng.choice((0, 2, 17, 33, None))
+    similarity = rng.choice(("cosine", "cosine", "dot"))
+    case = Case(
+        seed,
+        B=B,
+        C=C,
+        S=S,
+        D=rng.choice((2, 16, 33)),
+        dtype=rng.choice((F32, F32, F64, BF16, F16)),
+        similarity=similarity,
+        scale=20.0 if similarity == "cosine" else 1.0,
+        reduction=rng.choice(("mean", "sum", "none")),
+        bias=rng.random() < 0.5,
+        left_out=rng.choice((0.0, 0.3)),
+        ignored=rng.choice((0.0, 0.3)),
+        distinct=rng.choice((None, 3)),
+    )
+    among, n = rng.choice((2, 5, 40)), C if S is None else S
+    extra = {
+        "angular_margin": rng.choice((0.5, -0.2, torch.rand(B, generator=g))),
+        "cosine_margin": rng.choice((0.35, torch.rand(B, generator=g))),
+        "label_smoothing": rng.choice((EPS, 1.0)),
+        "class_weight": torch.rand(C, generator=g),
+        "return_lse": True,
+        "entry_labels": torch.randint(among, (n,), generator=g),
+        "target_labels": torch.randint(among, (B,), generator=g),
+    }
+    margins = ("angular_margin", "cosine_margin") if similarity == "dot" else ()
+    return case, {name: v for name, v in extra.items() if name not in margins and rng.random() < 0.4}
+
+
+def results(case: Case, extra: dict, function, in_float64: bool = False) -> dict[str, torch.Tensor]:
+    """The loss, its lse and every gradient of both, by name."""
+    tensors, options, upstream = case.build()
+    wanted = {name: t for name, t in tensors.items() if t is not None}
+    if in_float64:
+        wanted = {name: t.detach().double().requires_grad_() for name, t in wanted.items()}
+    found = function(**wanted, **options, **extra)
+    loss, lse = found if extra.get("return_lse") else (found, None)
+    total = (loss * upstream).sum()
+    if lse is not None:
+        total = total + (lse * torch.linspace(-1, 1, case.B)).sum()
+    gradients = torch.autograd.grad(total, list(wanted.values()))
+    values = {"loss": loss.detach()} | ({} if lse is None else {"lse": lse.detach()})
+    return values | dict(zip(wanted, gradients, strict=True))
+
+
+def check_mix(seed: int, function) -> None:
+    case, extra = random_mix(seed)
+    found, truth = results(case, extra, function), results(case, extra, reference_loss, in_float64=True)
+    plains = [results(case, extra, plain) for plain in (eager_loss, with_features_reversed(eager_loss))]
+    for name, result in found.items():
+        dtype = case.dtype if name in ("loss", "lse", "scale") else result.dtype
+        over = min(excess(result, truth[name], plain[name], dtype) for plain in plains)
+        assert over <= 1, f"{name}: {over:.3g} times the tolerance in {case} with {extra}"
+
+
+def by_reference(*arguments, **options):
+    return loss_function(*arguments, impl="reference", **options)
+
+
+@pytest.mark.parametrize("seeds", [range(25), pytest.param(range(25, 300), marks=pytest.mark.exhaustive)])
+def test_within_tolerance_in_random_mixes(seeds, sampled_softmax_loss):
+    for seed in seeds:
+        check_mix(seed, sampled_softmax_loss)
+
+
+@pytest.mark.parametrize("seeds", [range(25), pytest.param(range(25, 300), marks=pytest.mark.exhaustive)])
+def test_the_reference_within_tolerance_in_random_mixes(seeds):
+    for seed in seeds:
+        check_mix(seed, by_reference)
+
+
+def problem(B=6, C=12, D=8, dtype=F32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x, w = (torch.randn(n, D, generator=g, dtype=F64).to(dtype).requires_grad_() for n in (B, C))
+    return x, w, torch.randint(C, (B,), generator=g)
+
+
+def assert_equal_with_gradients(a, b, tensors, **tolerance):
+    torch.testing.assert_close(a, b, **tolerance)
+    for of_a, of_b in zip(*(torch.autograd.grad(loss.sum(), tensors) for loss in (a, b)), strict=True):
+        torch.testing.assert_close(of_a, of_b, **tolerance)
+
+
+# ---- margins ----
+
+
+@pytest.mark.parametrize("kind", [ArcFaceLoss, CosFaceLoss])
+def test_equals_pytorch_metric_learning_with_all_classes(kind, sampled_softmax_loss):
+    x, w, t = problem(B=20, D=16)
+    with torch.no_grad():
+        x[0] = -w[t[0]]  # past pi
+    theirs = kind(12, 16)
+    theirs.W.data = w.detach().T.clone()
+    margin = {"angular_margin": theirs.margin} if kind is ArcFaceLoss else {"cosine_margin": theirs.margin}
+    right = theirs(x, t)
+    found = sampled_softmax_loss(x, w, t, scale=float(theirs.scale), **margin)
+    torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
+    (right_x,), right_w = (
+        torch.autograd.grad(right, x, retain_graph=True),
+        torch.autograd.grad(right, theirs.W)[0].T,
+    )
+    of_x, of_w = torch.autograd.grad(found, (x, w))
+    torch.testing.assert_close(of_x[1:], right_x[1:], rtol=1e-4, atol=1e-5)
+    others = [c for c in range(12) if c != t[0]]
+    torch.testing.assert_close(of_w[others], right_w[others], rtol=1e-4, atol=1e-5)
+
+
+def test_margins_of_zero_are_none_bit_for_bit(sampled_softmax_loss):
+    x, w, t = problem()
+    for zero in (0, 0.0, torch.tensor(0.0)):
+        losses = (
+            sampled_softmax_loss(x, w, t),
+            sampled_softmax_loss(x, w, t, angular_margin=zero, cosine_margin=zero),
+        )
+        assert torch.equal(*losses)
+        for a, b in zip(*(torch.autograd.grad(loss, (x, w)) for loss in losses), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("angular", [0.5, -0.3, 2.0])
+def test_gradcheck_of_margins(angular, sampled_softmax_loss):
+    x, w, t = problem(dtype=F64)
+
+    def loss(x, w, scale):
+        margins = {"angular_margin": angular, "cosine_margin": 0.2}
+        return sampled_softmax_loss(x, w, t, scale=scale, reduction="none", **margins)
+
+    assert torch.autograd.gradcheck(loss, (x, w, torch.tensor(5.0, dtype=F64, requires_grad=True)))
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_target_on_its_class_or_opposite_has_finite_gradients(sign, dtype, sampled_softmax_loss):
+    _, w, t = problem(dtype=dtype)
+    x = (sign * w[t]).detach().requires_grad_()
+    loss = sampled_softmax_loss(x, w, t, angular_margin=0.5)
+    assert loss.isfinite() and all(g.isfinite().all() for g in torch.autograd.grad(loss, (x, w)))
+
+
+def test_a_row_has_its_own_margins(sampled_softmax_loss):
+    """As AdaFace and MagFace have."""
+    x, w, t = problem(dtype=F64)
+    angular, cosine = torch.linspace(0, 1, 6), torch.linspace(0.5, 0, 6)
+    found = sampled_softmax_loss(x, w, t, angular_margin=angular, cosine_margin=cosine, reduction="none")
+    for i in range(6):
+        margins = {"angular_margin": angular[i].item(), "cosine_margin": cosine[i].item()}
+        torch.testing.assert_close(found[i], sampled_softmax_loss(x[i : i + 1], w, t[i : i + 1], **margins))
+
+
+# ---- smoothing and class weights ----
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_equals_cross_entropy(reduction, sampled_softmax_loss):
+    x, w, t = problem()
+    t[2] = -100
+    logits = 20 * F.normalize(x) @ F.normalize(w).T
+    for options, theirs in (
+        ({"label_smoothing": EPS}, {"label_smoothing": EPS}),
+        *[({"class_weight": torch.linspace(0, 2, 12)}, {"weight": torch.linspace(0, 2, 12)})],
+    ):
+        found = sampled_softmax_loss(x, w, t, reduction=reduction, **options)
+        right = F.cross_entropy(logits, t, reduction=reduction, **theirs)
+        assert_equal_with_gradients(found, right, (x, w), rtol=1e-4, atol=1e-5)
+        logits = 20 * F.normalize(x) @ F.normalize(w).T
+
+
+@pytest.mark.parametrize("weights", [None, torch.zeros(12)])
+def test_nothing_that_counts_costs_nothing(weights, sampled_softmax_loss):
+    x, w, t = problem()
+    t = t if weights is not None else torch.full_like(t, -100)
+    loss, lse = sampled_softmax_loss(
+        x, w, t, class_weight=weights, label_smoothing=EPS, angular_margin=0.5, return_lse=True
+    )
+    assert loss == 0 and (weights is not None or (lse == 0).all())
+    assert not any(g.any() for g in torch.autograd.grad(loss, (x, w)))
+
+
+@cpp_only
+def test_the_smoothed_mean_is_unbiased(sampled_softmax_loss):
+    """Over draws the smoothed part differs from that of all classes by no more than its standard error."""
+    C, S = 40, 10
+    x, w, t = problem(B=3, C=C, dtype=F64)
+    g = torch.Generator().manual_seed(1)
+
+    def mean(ids, counts):  # lse - the smoothed loss, of e = 1
+        options = {"return_lse": True, "reduction": "none", "label_smoothing": 1.0, "scale": 5.0}
+        loss, lse = sampled_softmax_loss(x.detach(), w.detach(), t, ids, counts, **options)
+        return lse - loss
+
+    log_count = torch.full((S,), S / C).log()
+    draws = torch.stack([mean(torch.randperm(C, generator=g)[:S], log_count) for _ in range(4000)])
+    error = draws.std(0) / len(draws) ** 0.5
+    assert ((draws.mean(0) - mean(None, None)).abs() < 4 * error).all()
+
+
+# ---- lse ----
+
+
+def test_z_loss(sampled_softmax_loss):
+    x, w, t = problem(dtype=F64)
+    found = sampled_softmax_loss(x, w, t, return_lse=True)
+    logits = 20 * F.normalize(x) @ F.normalize(w).T
+    right = F.cross_entropy(logits, t), logits.logsumexp(1)
+    totals = [loss + 1e-2 * (lse**2).mean() for loss, lse in (found, right)]
+    assert_equal_with_gradients(*totals, (x, w))
+
+
+def test_two_halves_of_a_class_set_are_the_whole(sampled_softmax_loss):
+    x, w, t = problem(dtype=F64)
+    options = {"return_lse": True, "reduction": "none", "scale": 3.0}
+    _, whole = sampled_softmax_loss(x, w, t, **options)
+    (_, one), (loss, other) = (
+        sampled_softmax_loss(x, w, t, half, **options) for half in torch.arange(12).split(6)
+    )
+    others_alone = other + torch.log(-torch.expm1(-loss))  # the target is in each half once
+    torch.testing.assert_close(torch.logaddexp(one, others_alone), whole)
+
+
+# ---- labels ----
+
+
+def test_in_batch_softmax_with_repeated_items(sampled_softmax_loss):
+    x, items = (rows.detach().requires_grad_() for rows in problem(C=6)[:2])
+    ids = torch.tensor([5, 7, 5, 8, 7, 5])
+    found = sampled_softmax_loss(x, items, torch.arange(6), entry_labels=ids, target_labels=ids)
+    logits = 20 * F.normalize(x) @ F.normalize(items).T
+    hits = (ids[:, None] == ids) & ~torch.eye(6, dtype=torch.bool)
+    right = F.cross_entropy(logits.masked_fill(hits, -torch.inf), torch.arange(6))
+    assert_equal_with_gradients(found, right, (x, items), rtol=1e-4, atol=1e-5)
+
+
+def test_simclr(sampled_softmax_loss):
+    """Both views of an image share a label: neither is a negative of the other, nor a row of itself."""
+    n = 5
+    views = problem(B=2 * n)[0]
+    other, image = (torch.arange(2 * n) + n) % (2 * n), torch.arange(2 * n) % n
+    found = sampled_softmax_loss(views, views, other, entry_labels=image, target_labels=image, scale=5.0)
+    logits = (5 * F.normalize(views) @ F.normalize(views).T).masked_fill(torch.eye(2 * n).bool(), -torch.inf)
+    assert_equal_with_gradients(found, F.cross_entropy(logits, other), (views,), rtol=1e-4, atol=1e-5)
+
+
+def test_moco(sampled_softmax_loss):
+    """A key for each query, and a queue of the keys of other images."""
+    query, queue, _ = problem(B=4, C=9)
+    key = problem(B=4, seed=1)[0]
+    rows, image = torch.cat([key, queue]), torch.tensor([0, 1, 2, 3, 1, 5, 6, 0, 8, 9, 10, 11, 12])
+    found = sampled_softmax_loss(
+        query, rows, torch.arange(4), torch.arange(4, 13), entry_labels=image[4:], target_labels=image[:4]
+    )
+    positive = (F.normalize(query) * F.normalize(key)).sum(1, keepdim=True)
+    negative = F.normalize(query) @ F.normalize(queue).T
+    negative = negative.masked_fill(image[:4, None] == image[4:], -torch.inf)
+    right = F.cross_entropy(20 * torch.cat([positive, negative], 1), torch.zeros(4, dtype=torch.int64))
+    assert_equal_with_gradients(found, right, (query, key, queue), rtol=1e-4, atol=1e-5)
+
+
+# ---- in torch ----
+
+ALL = {
+    "angular_margin": 0.5,
+    "cosine_margin": 0.1,
+    "label_smoothing": EPS,
+    "class_weight": torch.linspace(0.5, 1, 12),
+    "return_lse": True,
+    "entry_labels": torch.arange(12) % 5,
+    "target_labels": torch.arange(6) % 5,
+}
+
+
+def total_of(loss, lse):
+    return loss + 0.1 * lse.sum()
+
+
+@cpp_only
+@pytest.mark.parametrize("rounding", [None, BF16])
+def test_compiled_equals_eager(rounding, sampled_softmax_loss):
+    x, w, t = problem()
+
+    def total(x, w):
+        with torch.autocast("cpu", rounding or BF16, enabled=rounding is not None):
+            return total_of(*sampled_softmax_loss(x, w, t, **ALL))
+
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
+    assert_equal_with_gradients(compiled(x, w), total(x, w), (x, w))
+
+
+@cpp_only
+def test_vmap(sampled_softmax_loss):
+    xs, ws, ts = (torch.stack(each) for each in zip(*(problem(seed=i) for i in range(3)), strict=True))
+    xs, ws = xs.detach().requires_grad_(), ws.detach().requires_grad_()
+
+    def total(x, w, t):
+        return total_of(*sampled_softmax_loss(x, w, t, **ALL))
+
+    alone = torch.stack([total(*each) for each in zip(xs, ws, ts, strict=True)])
+    assert_equal_with_gradients(torch.vmap(total)(xs, ws, ts), alone, (xs, ws))
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16])
+def test_autocast_rounds_as_the_reference_does(dtype):
+    x, w, t = problem()
+    with torch.autocast("cpu", dtype):
+        found, right = (total_of(*loss_function(x, w, t, **ALL, impl=i)) for i in ("cpp", "reference"))
+    assert found.dtype == F32
+    assert_equal_with_gradients(found, right, (x, w), rtol=1e-4, atol=1e-5)
+
+
+@cpp_only
+def test_nothing_dense_is_made_for_sparse_gradients(sampled_softmax_loss):
+    x, w, t = problem(C=50)
+    ids, options = (
+        torch.tensor([1, 30, 7]),
+        {"label_smoothing": EPS, "angular_margin": 0.5, "return_lse": True},
+    )
+    totals = [
+        total_of(*sampled_softmax_loss(x, w, t, ids, **options, sparse_grad=sparse))
+        for sparse in (True, False)
+    ]
+    (sparse,), (dense,) = (torch.autograd.grad(total, w) for total in totals)
+    assert sparse.is_coalesced() and sparse.indices()[0].tolist() == sorted({*ids.tolist(), *t.tolist()})
+    torch.testing.assert_close(sparse.to_dense(), dense)
+
+
+def test_the_same_bits_twice():
+    x, w, t = problem(B=64, C=200)
+    options = ALL | {"class_weight": torch.ones(200), "entry_labels": torch.arange(200) % 9}
+    options["target_labels"] = torch.arange(64) % 9
+    runs = []
+    for _ in range(2):
+        total = total_of(*loss_function(x, w, t, **options))
+        runs.append((total, *torch.autograd.grad(total, (x, w))))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+# ---- errors ----
+
+
+@pytest.mark.parametrize(
+    "wrong, kind, message",
+    [
+        (
+            {"angular_margin": 0.5, "similarity": "dot"},
+            ValueError,
+            'angular_margin: expected 0 for similarity="dot"',
+        ),
+        ({"cosine_margin": torch.ones(6), "similarity": "dot"}, ValueError, "cosine_margin: expected 0"),
+        ({"angular_margin": "big"}, TypeError, "angular_margin: expected a number, got str"),
+        ({"cosine_margin": float("nan")}, ValueError, "cosine_margin: expected a finite number, got nan"),
+        ({"angular_margin": torch.ones(5)}, ValueError, r"angular_margin: expected shape \(6,\) = target's"),
+        (
+            {"angular_margin": torch.ones(6, requires_grad=True)},
+            ValueError,
+            "angular_margin: expected a constant",
+        ),
+        ({"label_smoothing": 1.5}, ValueError, "label_smoothing: expected a number from 0 to 1, got 1.5"),
+        ({"label_smoothing": -0.1}, ValueError, "label_smoothing: expected a finite number of at least 0"),
+        ({"class_weight": torch.ones(6)}, ValueError, r"class_weight: expected shape \(12,\) = \(C,\)"),
+        (
+            {"class_weight": torch.ones(12, requires_grad=True)},
+            ValueError,
+            "class_weight: expected a constant",
+        ),
+        ({"class_weight": torch.ones(12).long()}, TypeError, "class_weight: expected float16 or"),
+        ({"return_lse": 1}, TypeError, "return_lse: expected True or False, got int"),
+        (
+            {"entry_labels": torch.ones(6).long()},
+            ValueError,
+            r"entry_labels: expected shape \(12,\) = \(S,\)",
+        ),
+        ({"target_labels": torch.ones(6)}, TypeError, "target_labels: expected int64, got float32"),
+        ({"target": torch.tensor([0, 1, 12, 0, 0, 0]), "return_lse": True}, IndexError, r"target\[2\] = 12"),
+        (
+            {"target_log_expected_count": torch.full((6,), torch.inf), "return_lse": True},
+            ValueError,
+            r"target_log_expected_count\[0\] = inf, expected a finite number",
+        ),
+    ],
+)
+@pytest.mark.parametrize("impl", ["cpp", "reference"])
+def test_what_is_wrong_is_said(wrong, kind, message, impl):
+    x, w, t = problem()
+    with pytest.raises(kind, match=message):
+        loss_function(x, w, **({"target": t} | wrong), impl=impl)

@@ -90,6 +90,8 @@ class Ranks:
 
     def gather(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
         """(B, ...): everybody's rows, in the order of the ranks. Padded to the largest size on the way."""
+        if self.world == 1:
+            return rows
         most = max(sizes)
         everybody = rows.new_empty((self.world * most, *rows.shape[1:]))
         if most:
@@ -100,6 +102,8 @@ class Ranks:
 
     def scatter_sum(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
         """(B, ...) on each rank -> (own rows, ...): their sums over the ranks. Padded on the way."""
+        if self.world == 1:
+            return rows
         most = max(sizes)
         own = rows.new_empty((most, *rows.shape[1:]))
         if most:
@@ -110,13 +114,15 @@ class Ranks:
 
     def exchange(self, columns: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
         """(sum of sent, n) -> (sum of received, n): sent[r] rows of it go to rank r, by order."""
+        if self.world == 1:
+            return columns.clone()
         result = columns.new_empty((sum(received), columns.shape[1]))
         dist.all_to_all_single(result, columns.contiguous(), list(received), list(sent), group=self.group)
         return result
 
     def sum(self, values: Tensor) -> Tensor:
         result = values.clone(memory_format=torch.contiguous_format)
-        if result.numel():
+        if result.numel() and self.world > 1:
             dist.all_reduce(result, group=self.group)
         return result
 

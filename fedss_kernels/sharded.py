@@ -7,7 +7,6 @@
 which is the loss of one process over the union of the ranks' class sets. How the ranks talk: ranks.py.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,10 +16,15 @@ from torch import Tensor, nn
 from .checks import check_integer, check_shape, check_tensor
 from .class_samplers import FrequencySampler
 from .class_sets import draw_batch_class_set
+from .composed_loss import NONE, Extras
 from .data_parallel import check_left_alone
+from .given_target import row_losses
+from .loss_operator import autocast_dtype, without_autocast
 from .ranks import Ranks
-from .sampled_softmax import _check, _check_ids
+from .sampled_softmax import _backend, _check, _check_ids, _check_labels, _checked_extras, _is_plain
 from .sampled_softmax_module import SampledSoftmaxLoss, TopK
+from .smoothing import mean_logits
+from .target_logits import target_logits
 
 INPUT, SCALE, CLASSES = 1, 2, 4  # bits of what a gradient is wanted of
 
@@ -32,7 +36,12 @@ class Step(NamedTuple):
     wants: int  # bits: what any rank wants a gradient of
     rows: Tensor  # (B, D) everybody's
     target: Tensor  # (B,) everybody's
+    labels: Tensor  # (B,) everybody's, what accidental hits are told by
+    margins: tuple[float | Tensor, float | Tensor]  # angular and cosine: numbers, or (B,) everybody's
     scale: float | Tensor
+    entry_labels: Tensor | None  # (own classes,) those of this rank's block
+    extras: Extras  # own rows'
+    rounding: torch.dtype | None  # autocast's
 
 
 class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
@@ -133,49 +142,106 @@ class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
 
     # ---- the loss ------------------------------------------------------------------------------------------
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        if self.ranks.world == 1:
+    def forward(
+        self,
+        input: Tensor,  # (..., D) own rows
+        target: Tensor,  # (...,) int64
+        *,
+        angular_margin: float | Tensor = 0.0,  # or (...,)
+        cosine_margin: float | Tensor = 0.0,  # or (...,)
+        label_smoothing: float = 0.0,
+        class_weight: Tensor | None = None,  # (C,), of all classes
+        return_lse: bool = False,
+        entry_labels: Tensor | None = None,  # (len(own_classes),) int64, of the block's classes
+        target_labels: Tensor | None = None,  # (...,) int64
+    ) -> Any:
+        """The loss, or (loss, lse of own rows); the arguments are `sampled_softmax_loss`'s."""
+        given = (angular_margin, cosine_margin, label_smoothing, class_weight, return_lse)
+        labels = (entry_labels, target_labels)
+        if self.ranks.world == 1 and _is_plain(*given) and labels == (None, None):
             return super().forward(input, target)
-        step = self._step(input, target)
-        wanted = step.wants != 0
-        columns = [*self._partial(step)]
-        own = self.ranks.to_own_rows(torch.stack(columns, 1), step.sizes, wanted)
-        losses = combined(own[:, :, 0])
-        return self._reduced(losses, target.reshape(-1)).reshape(
-            target.shape if self.reduction == "none" else ()
-        )
+        step = self._step(input, target, given, labels)
+        with without_autocast(step.rows.device.type):
+            return self._loss(step, target)
 
-    def _step(self, input: Tensor, target: Tensor) -> Step:
+    def _loss(self, step: Step, target: Tensor) -> Any:
+        own = self.ranks.to_own_rows(self._of_block(step), step.sizes, step.wants != 0)
+        dtype = torch.float64 if step.rows.dtype == torch.float64 else torch.float32
+        losses, logits, sums = combined(own[:, :, 0]), own[:, :, 1].sum(0), own[:, :, 2].sum(0)
+        lse = losses + logits
+        t, smoothing = target.reshape(-1), step.extras.label_smoothing
+        share = (t != self.ignore_index).to(losses.dtype)
+        if smoothing:
+            mean = (logits + sums) / self.num_classes
+            losses = torch.lerp(losses, (lse - mean).where(share > 0, 0.0), smoothing)
+        if step.extras.class_weight is not None:
+            share = share * step.extras.class_weight.to(share.dtype)[t.where(share > 0, 0)]
+            losses = losses * share
+        loss = self._reduced(losses, share).to(dtype)
+        loss = loss.reshape(target.shape) if self.reduction == "none" else loss
+        return (loss, lse.to(dtype).reshape(target.shape)) if step.extras.return_lse else loss
+
+    def _step(self, input: Tensor, target: Tensor, given: tuple, labels: tuple) -> Step:
         """Raises on every rank where the arguments of one are wrong."""
-        given, error = None, None
+        checked, error = None, None
         try:
-            given = self._checked(input, target)
+            checked = self._checked(input, target, given, labels)
         except Exception as raised:
             error = raised
-        size, wants, settings = given or (0, 0, {})
+        size, wants, settings, extras = checked or (0, 0, {}, NONE)
         sizes, wants = self.ranks.agree(size, wants, settings, error, self.weight.device)
-        learned = self.scale if isinstance(self.scale, Tensor) else None
+        learned = self.scale.reshape(()) if isinstance(self.scale, Tensor) else None
         rows, scale = self.ranks.gathered(
             input.reshape(size, input.shape[-1]), learned, sizes, (bool(wants & INPUT), bool(wants & SCALE))
         )
-        everybody = self.ranks.gather(target.reshape(-1), sizes)
-        return Step(sizes, wants, rows, everybody, self.scale if scale is None else scale)
+        targets = self.ranks.gather(target.reshape(-1), sizes)
+        entry_labels, target_labels = labels
+        of_targets = targets - self.own_classes.start
+        if settings["labels"] != (False, False):  # the classes' own where none are given
+            if entry_labels is None:
+                entry_labels = torch.arange(self.own_classes.start, self.own_classes.stop, device=rows.device)
+            own = target if target_labels is None else target_labels
+            of_targets = self.ranks.gather(own.reshape(-1), sizes)
+        margins = [
+            self.ranks.gather(m.double(), sizes) if isinstance(m, Tensor) else m for m in extras.margins
+        ]
+        return Step(
+            *(sizes, wants, rows, targets, of_targets, (margins[0], margins[1])),
+            *(self.scale if scale is None else scale, entry_labels, extras),
+            autocast_dtype(rows.device.type),
+        )
 
-    def _checked(self, input: Tensor, target: Tensor) -> tuple[int, int, dict[str, Any]]:
-        """(own rows, what a gradient is wanted of, what all ranks must have alike)"""
+    def _checked(
+        self, input: Tensor, target: Tensor, given: tuple, labels: tuple
+    ) -> tuple[int, int, dict[str, Any], Extras]:
+        """(own rows, what a gradient is wanted of, what all ranks must have alike, ...)"""
         check_tensor("target", target, (torch.int64,))
         check_left_alone(self, self.weight, self.bias)
         _check(input, self.weight, target, None, None, None, self.bias, self.scale)
         _check_ids("target", target.reshape(-1), self.num_classes, self.ignore_index)
         check_shape("weight", self.weight, (len(self.own_classes), input.shape[-1]), "(own rows, D)")
+        _check_labels(input, target, len(self.own_classes), *labels)
+        if _backend(self.impl, input.device) == "reference":
+            raise ValueError('impl: expected "auto", "cpp" or "triton" for sharded classes, got "reference"')
+        every_class = self.weight.new_empty((self.num_classes, 0))
+        extras = _checked_extras(every_class, target, self.similarity, *given)
         wants, grad = 0, torch.is_grad_enabled()
         if grad:
             classes = [p for p in (self.weight, self.bias) if p is not None]
             wants |= INPUT * input.requires_grad
             wants |= SCALE * (isinstance(self.scale, Tensor) and self.scale.requires_grad)
             wants |= CLASSES * any(p.requires_grad for p in classes)
-        settings = {"call": "forward", "input": input.dtype, "torch.is_grad_enabled()": grad}
-        return target.numel(), wants, settings | self._settings()
+        settings = {
+            "call": "forward",
+            "input": input.dtype,
+            "torch.is_grad_enabled()": grad,
+            "margins": [type(m) if isinstance(m, Tensor) else m for m in extras.margins],
+            "label_smoothing": extras.label_smoothing,
+            "class_weight": extras.class_weight is not None,
+            "return_lse": extras.return_lse,
+            "labels": tuple(each is not None for each in labels),
+        }
+        return target.numel(), wants, settings | self._settings(), extras
 
     def _settings(self) -> dict[str, Any]:
         """What all ranks must have alike."""
@@ -191,44 +257,54 @@ class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
             "ignore_index": self.ignore_index,
         }
 
-    def _partial(self, step: Step) -> Sequence[Tensor]:
-        """(B,) each: what this rank's block has of everybody's rows."""
-        first, dtype = self.own_classes.start, torch.promote_types(step.rows.dtype, torch.float32)
-        counted = step.target != self.ignore_index
-        is_own = counted & (step.target >= first) & (step.target < self.own_classes.stop)
-        own = is_own.nonzero().flatten()
-        local = step.target - first
-        # Reaches every tensor whose gradient other ranks wait for, and adds 0.
-        nothing = sum(t.reshape(-1)[:0].sum() for t in (step.rows, step.scale) if isinstance(t, Tensor))
-        logit = target_logit(
-            step.rows[own],
-            self.weight[local[own]],
-            None if self.bias is None else self.bias[local[own]],
-            step.scale,
-            self.similarity,
-            dtype,
-        )
-        logits = (logit.new_zeros(len(step.target)) + nothing).index_add(0, own, logit)
-        logits = self.ranks.summed(logits, step.wants != 0)
+    def _of_block(self, step: Step) -> Tensor:
+        """(B, 3) of everybody's rows: losses beside this block, own targets' logits, sums of logits."""
+        rounding, rows, counted = step.rounding, step.rows, step.target != self.ignore_index
+        if rows.itemsize == 2:  # gradients are added up in float32
+            rounding = rounding or (rows.dtype if rows.dtype == self.weight.dtype else None)
+            rows = rows.float()
+        local = step.target - self.own_classes.start
+        is_own = counted & (local >= 0) & (local < len(self.own_classes))
+        mine = self._logits_of_own_classes(step, rows, local, is_own, rounding)
+        logits = self.ranks.summed(mine, step.wants != 0)
+        nothing = torch.zeros_like(logits)
         if not self.own_classes:
-            return [logits * 0]
-        class_ids, log_expected_count = self._class_set(torch.where(is_own, local, -1))
-        return [
-            loss_given_target(
-                step.rows,
-                self.weight,
-                torch.where(counted, local, _IGNORED),
-                logits,
-                class_ids,
-                log_expected_count,
-                bias=self.bias,
-                scale=step.scale,
-                similarity=self.similarity,
-                ignore_index=_IGNORED,
-                sparse_grad=self.sparse_grad,
-                impl=self.impl,
+            return torch.stack([logits.where(nothing > 0, 0.0), mine, nothing], 1)
+        class_ids, counts = self._class_set(local.where(is_own, -1))
+        entries = step.entry_labels
+        if entries is not None and class_ids is not None:
+            entries = entries[class_ids]
+        shared = (self.bias, step.scale, self.similarity)
+        labels = step.labels.where(counted, _IGNORED)
+        impl = _backend(self.impl, rows.device)
+        losses = row_losses(
+            *(rows, self.weight, labels, class_ids, counts, None, *shared),
+            *(_IGNORED, self.sparse_grad, impl, rounding, (entries, None, logits)),
+        )
+        sums = nothing
+        if step.extras.label_smoothing and len(rows):
+            sums = len(self.own_classes) * mean_logits(
+                *(rows, self.weight, nothing, class_ids, counts, *shared),
+                *(entries, labels, counted, self.sparse_grad, rounding),
             )
-        ]
+        return torch.stack([losses.to(mine.dtype), mine, sums.to(mine.dtype)], 1)
+
+    def _logits_of_own_classes(
+        self, step: Step, rows: Tensor, local: Tensor, is_own: Tensor, rounding: torch.dtype | None
+    ) -> Tensor:
+        """(B,) float64: the targets' logits of rows whose class is this rank's, 0 of others."""
+        # Reaches every tensor whose gradient other ranks wait for, and adds 0.
+        reached = [t.reshape(-1)[:0].sum() for t in (rows, step.scale) if isinstance(t, Tensor)]
+        logits = rows.new_zeros(len(rows), dtype=torch.float64) + torch.stack(reached).sum()
+        own = is_own.nonzero().flatten()
+        if not len(own):
+            return logits
+        angular, cosine = (m[own] if isinstance(m, Tensor) else m for m in step.margins)
+        found = target_logits(
+            *(rows[own], self.weight, local[own], torch.ones_like(own, dtype=torch.bool), None, self.bias),
+            *(step.scale, self.similarity, (angular, cosine), self.sparse_grad, rounding),
+        )
+        return logits.index_add(0, own, found)
 
     def _class_set(self, held: Tensor) -> tuple[Tensor | None, Tensor | None]:
         C, rows = self.num_classes, len(self.own_classes)
@@ -242,12 +318,11 @@ class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
             return None, None
         return draw_batch_class_set(held, rows, share, self.generator, -1, self.sampler)
 
-    def _reduced(self, losses: Tensor, target: Tensor) -> Tensor:
+    def _reduced(self, losses: Tensor, share: Tensor) -> Tensor:
         if self.reduction == "none":
             return losses
-        counted = (target != self.ignore_index).sum()
-        total = self.ranks.total(torch.stack([losses.sum(), counted.to(losses.dtype)]))
-        return total[0] / total[1].clamp(min=1) if self.reduction == "mean" else total[0]
+        total = self.ranks.total(torch.stack([losses.sum(), share.sum()]))
+        return total[0] / total[1].where(total[1] != 0, 1.0) if self.reduction == "mean" else total[0]
 
     # ---- prediction ----------------------------------------------------------------------------------------
 
@@ -380,46 +455,3 @@ def combined(losses: Tensor) -> Tensor:
     m = losses.detach().amax(0)
     others = (-torch.expm1(-losses) * torch.exp(losses - m)).sum(0)
     return m + torch.log1p(torch.expm1(-m) + others)
-
-
-# ---- stand-ins ---
-
-
-def target_logit(x, w, b, scale, similarity, dtype):
-    x, w = x.to(dtype), w.to(dtype)
-    if similarity == "cosine":
-        x, w = torch.nn.functional.normalize(x, dim=1), torch.nn.functional.normalize(w, dim=1)
-    z = scale * (x * w).sum(1)
-    return z if b is None else z + b
-
-
-def loss_given_target(
-    input,
-    weight,
-    target_labels,
-    target_logit,
-    class_ids,
-    log_expected_count,
-    *,
-    bias,
-    scale,
-    similarity,
-    entry_labels=None,
-    ignore_index,
-    sparse_grad,
-    impl,
-):
-    dtype = target_logit.dtype
-    ids = torch.arange(len(weight)) if class_ids is None else class_ids
-    labels = ids if entry_labels is None else entry_labels
-    x, w = input.to(dtype), weight[ids].to(dtype)
-    if similarity == "cosine":
-        x, w = torch.nn.functional.normalize(x, dim=1), torch.nn.functional.normalize(w, dim=1)
-    z = scale * (x @ w.T)
-    if bias is not None:
-        z = z + bias[ids]
-    if log_expected_count is not None:
-        z = z - log_expected_count
-    z = torch.where(labels == target_labels[:, None], -torch.inf, z - target_logit[:, None])
-    L = torch.logsumexp(torch.cat([torch.zeros(len(z), 1, dtype=dtype), z], 1), 1)
-    return torch.where(target_labels == ignore_index, 0, L)

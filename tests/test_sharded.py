@@ -27,6 +27,7 @@ from fedss_kernels import RowSGD, SampledSoftmaxLoss, ShardedSampledSoftmaxLoss
 from fedss_kernels.sharded import combined
 
 C, D = 23, 6
+ROW_ARGUMENTS = ("angular_margin", "cosine_margin", "target_labels")
 SIZES = (3, 5, 0, 4)  # rows of each rank: unequal, and one without
 
 
@@ -81,8 +82,14 @@ def dense(gradient):
 def agrees_with_one_process(problem, criterion, **call):
     """Loss and gradients of a call, beside the reference on everybody's batch and the union of class sets."""
     x, t = problem.rows()
-    loss = criterion(x, t, **call)
-    (loss if loss.dim() == 0 else loss.sum() * problem.world).backward()
+    ofs = {n: v[problem.own] if n in ROW_ARGUMENTS and torch.is_tensor(v) else v for n, v in call.items()}
+    if "entry_labels" in call:
+        own = criterion.own_classes
+        ofs["entry_labels"] = call["entry_labels"][own.start : own.stop]
+    loss = criterion(x, t, **ofs)
+    loss, lse = loss if call.get("return_lse") else (loss, None)
+    total = loss if loss.dim() == 0 else loss.sum() * problem.world
+    (total if lse is None else total + (lse**2).sum() * problem.world).backward()
 
     ids, counts = union_of_class_sets(criterion)
     X, W, b = (t.double().clone().requires_grad_() for t in (problem.input, problem.weight, problem.bias))
@@ -94,8 +101,12 @@ def agrees_with_one_process(problem, criterion, **call):
         similarity=criterion.similarity,
         ignore_index=criterion.ignore_index,
         reduction=criterion.reduction,
+        **call | ({"entry_labels": call["entry_labels"][ids]} if "entry_labels" in call else {}),
     )
-    whole.sum().backward()
+    whole, whole_lse = whole if call.get("return_lse") else (whole, None)
+    (whole.sum() if whole_lse is None else whole.sum() + (whole_lse**2).sum()).backward()
+    if lse is not None:
+        torch.testing.assert_close(lse, whole_lse[problem.own])
     same = torch.testing.assert_close
     same(loss, whole if whole.dim() == 0 else whole[problem.own])
     same(x.grad / problem.world, X.grad[problem.own])
@@ -138,6 +149,28 @@ def every_reduction(rank, world):
     p = Problem(rank, world)
     for reduction in ("mean", "sum", "none"):
         agrees_with_one_process(p, p.criterion(7, reduction=reduction, bias=True))
+
+
+def every_argument(rank, world):
+    p = Problem(rank, world)
+    p.target[1] = -100
+    g = torch.Generator().manual_seed(1)
+    each = torch.rand(len(p.target), generator=g, dtype=torch.float64)
+    weights = torch.rand(C, generator=g, dtype=torch.float64)
+    labels = {"entry_labels": torch.arange(C) % 7, "target_labels": p.target % 7}
+    for call in (
+        {"angular_margin": 0.5, "cosine_margin": 0.35},
+        {"angular_margin": each, "cosine_margin": each * 0.1},
+        {"label_smoothing": 0.1},
+        {"class_weight": weights},
+        {"return_lse": True},
+        labels,
+        {"angular_margin": each, "label_smoothing": 0.2, "class_weight": weights, "return_lse": True}
+        | labels,
+    ):
+        for m, sparse in ((None, False), (7, True)):
+            criterion = p.criterion(m, bias=True, learn_scale=True, sparse_grad=sparse)
+            agrees_with_one_process(p, criterion, **call)
 
 
 def sparse_gradients(rank, world):
@@ -253,7 +286,7 @@ def expected_counts_are_exact(rank, world):
 def _expected_counts_are_exact(p, criterion, sampler):
     x, t = p.rows()
     times, expected = torch.zeros(C), torch.zeros(C)
-    own, draws = criterion.own_classes, 1000
+    own, draws = criterion.own_classes, 300
     for _ in range(draws):
         with torch.no_grad():
             criterion(x.detach(), t)
@@ -499,6 +532,7 @@ CHECKS = [
     a_class_set_of_each_block,
     both_similarities_a_bias_and_a_learned_scale,
     every_reduction,
+    every_argument,
     sparse_gradients,
     few_classes_leave_ranks_without_any,
     one_rank_has_all_targets_of_its_own_block,
@@ -571,7 +605,7 @@ def _failures(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp(f"processes_{world}")
     try:
         in_processes(_run_checks, world, folder)
-    except mp.spawn.ProcessException:
+    except (mp.ProcessExitedException, mp.ProcessRaisedException):
         found = [torch.load(path, weights_only=True) for path in sorted(folder.glob("failure_*.pt"))]
         if not found:
             raise

@@ -67,7 +67,7 @@ class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
 
         4 or 8 bytes x B x D   embeddings, all-gathered, in their dtype (2 bytes in 16 bits)
         4 or 8 bytes x B x D   their gradients, reduce-scattered in float32 or better
-        50 bytes x B           or less: targets, the targets' logits, the parts of the losses, their gradients
+        90 bytes x B           targets, the targets' logits, the parts of the losses, and their gradients
 
     and 248 bytes of settings, whatever C is. Batches are padded to the largest on the way, and gloo's
     reduce-scatter is an all-reduce, which sends twice as much. It waits for the device for the sizes.

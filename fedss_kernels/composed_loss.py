@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from .given_target import row_losses
-from .loss_operator import autocast_dtype
 from .smoothing import mean_logits
 from .target_logits import target_logits
 
@@ -30,10 +29,13 @@ class Extras(NamedTuple):
         return self[:2]
 
     @property
+    def has_margins(self) -> bool:
+        return any(isinstance(margin, Tensor) or margin != 0 for margin in self.margins)
+
+    @property
     def of_targets(self) -> bool:
         """Whether the targets' logits are wanted by themselves."""
-        given = any(isinstance(margin, Tensor) or margin != 0 for margin in self.margins)
-        return given or self.label_smoothing != 0 or self.return_lse
+        return self.has_margins or self.label_smoothing != 0 or self.return_lse
 
 
 NONE = Extras(0.0, 0.0, 0.0, None, False)
@@ -51,29 +53,45 @@ def composed_loss(
     reduction: str,
     sparse_grad: bool,
     impl: str,
+    rounding: torch.dtype | None,  # autocast's
     labels: tuple[Tensor | None, Tensor | None],  # of entries and of targets
     extras: Extras,
 ) -> tuple[Tensor, Tensor | None]:
     """(loss, lse or None), of the reduction's shape and (B,)."""
     class_ids, counts, target_counts = corrections
-    rounding = autocast_dtype(input.device.type)
     if input.itemsize == 2:  # its gradient is added up in float32
         rounding = rounding or (input.dtype if input.dtype == weight.dtype else None)
         input = input.float()
+    if isinstance(scale, Tensor):  # and scale's, of the losses and of targets' logits, in float64
+        scale = scale.double()
     counted = target != ignore_index
     classes, known = _classes(target, counted, len(weight))
     shared = (bias, scale, similarity)
-    given, lse = None, None
+    rows = (input, weight, classes, counted, target_counts, *shared)
+
+    def own_logits(margins: tuple[float | Tensor, float | Tensor]) -> Tensor:
+        logits = target_logits(*rows, margins, sparse_grad, rounding)
+        return logits if known is None else logits.where(known, torch.nan)
+
+    given = None
     if extras.of_targets and len(weight):
-        given = target_logits(
-            *(input, weight, classes, counted, target_counts, *shared),
-            *(extras.margins, sparse_grad, rounding),
+        given = own_logits(extras.margins)
+    changed = given if extras.has_margins else None
+    if changed is not None and impl == "triton":  # whose kernels move what they make, which comes to the same
+        moved = changed - own_logits((0.0, 0.0))
+        counts_of_targets = -moved.detach() if target_counts is None else target_counts - moved.detach()
+        corrected = (class_ids, counts, counts_of_targets.to(torch.promote_types(input.dtype, torch.float32)))
+        losses = row_losses(
+            *(input, weight, target, *corrected, *shared),
+            *(ignore_index, sparse_grad, impl, rounding, (*labels, None)),
         )
-        given = given if known is None else given.where(known, torch.nan)
-    losses = row_losses(
-        *(input, weight, target, *corrections, *shared),
-        *(ignore_index, sparse_grad, impl, rounding, (*labels, given)),
-    )
+        losses = losses + (torch.expm1(-losses.detach()) * (moved - moved.detach())).to(losses.dtype)
+    else:
+        losses = row_losses(
+            *(input, weight, target, *corrections, *shared),
+            *(ignore_index, sparse_grad, impl, rounding, (*labels, changed)),
+        )
+    lse = None
     if given is not None:
         lse = (losses + given).to(losses.dtype)
         if extras.label_smoothing:
@@ -97,7 +115,7 @@ def _classes(target: Tensor, counted: Tensor, C: int) -> tuple[Tensor, Tensor | 
     """
     if not len(target) or not C:
         return torch.zeros_like(target), None
-    some = target[counted.to(torch.uint8).argmax()].clamp(0, C - 1)
+    some = target.gather(0, counted.to(torch.uint8).argmax(0, keepdim=True)).clamp(0, C - 1)
     classes = target.where(counted, some)
     if target.is_cpu:
         return classes, None

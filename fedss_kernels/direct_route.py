@@ -47,7 +47,7 @@ def direct_loss(
     Raises what the kernel raises: IndexError for an id, TypeError or ValueError for what it cannot compute.
     """
     if not (
-        _plain_eager()
+        plain_eager()
         and _ordinary(input)
         and _ordinary(weight)
         and type(target) is Tensor
@@ -95,7 +95,7 @@ def direct_loss(
 _NOTHING = [False] * 4
 
 
-def _plain_eager() -> bool:
+def plain_eager() -> bool:
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
@@ -163,7 +163,9 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         input, weight, bias, learned, *constants = ctx.saved_tensors
-        constants, labels, loss = constants[:4], constants[4:7], constants[7:]
+        labels, loss = NO_LABELS, None
+        if len(constants) > 4:
+            constants, labels, loss = constants[:4], constants[4:7], constants[7]
         refuse_batches(grad_loss)
         options, sparse_grad, wanted, touched, dense = ctx.rest
         made, ctx.made = ctx.made, None  # handed on; a second backward makes them again
@@ -180,7 +182,7 @@ class _Loss(torch.autograd.Function):
         p = Arguments._make(
             (
                 *(input, weight, *constants, bias, scale),
-                *(*options[1:], sparse_grad, "cpp", list(wanted), None, *(labels or NO_LABELS)),
+                *(*options[1:], sparse_grad, "cpp", list(wanted), None, *labels),
             )
         )
         needed = list(ctx.needs_input_grad[:4])
@@ -188,9 +190,10 @@ class _Loss(torch.autograd.Function):
             found = _by_operator(p, grad_loss, needed)
         else:
             found = finish_gradients(p, made, touched, grad_loss, needed, owned=True)
-        of_logit = (
-            grad_target_logit(grad_loss, loss[0], labels[2]) if labels and ctx.needs_input_grad[4] else None
-        )
+        of_logit = None
+        if ctx.needs_input_grad[4]:
+            assert loss is not None and labels[2] is not None
+            of_logit = grad_target_logit(grad_loss, loss, labels[2])
         return *shaped_like(learned, found), of_logit, None
 
 

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .direct_route import plain_eager
+
 
 def gathered_rows(
     table: Tensor,  # (C, D) or (C,)
@@ -16,8 +18,10 @@ def gathered_rows(
     """table[classes] in `dtype`. Deterministic, in its gradient too.
 
     sparse: the gradient as a sparse COO tensor over the classes that take part; on the CPU its indices are
-    unique and ascending, elsewhere they may repeat a class, with zeros.
+    unique and ascending, elsewhere they may repeat a class, with zeros. Dense when compiled and under vmap.
     """
+    if not plain_eager():  # compilers and torch.vmap know plain operations best
+        return table.index_select(0, classes).to(dtype)
     return _Gathered.apply(table, classes, counted, dtype, sparse)
 
 
@@ -30,17 +34,11 @@ def added(n: int, places: Tensor, values: Tensor) -> Tensor:
 
 
 class _Gathered(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(table, classes, counted, dtype, sparse):
-        return table.index_select(0, classes).to(dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs, output) -> None:
-        table, classes, counted, _, ctx.sparse = inputs
+    def forward(ctx: Any, table, classes, counted, dtype, sparse):
         ctx.save_for_backward(classes, counted)
-        ctx.shape, ctx.dtype = table.shape, table.dtype
+        ctx.shape, ctx.dtype, ctx.sparse = table.shape, table.dtype, sparse
+        return table.index_select(0, classes).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient):

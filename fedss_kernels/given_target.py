@@ -8,7 +8,7 @@ A row's target is a label then, to tell accidental hits by, and no row of `weigh
 import torch
 from torch import Tensor
 
-from .direct_route import direct_loss
+from .direct_route import NO_LABELS, direct_loss
 from .loss_operator import autocast_dtype, call_operator
 
 
@@ -55,6 +55,8 @@ def row_losses(
     """(B,) losses, by the shortest route to the kernel."""
     tensors = (input, weight, target, class_ids, log_expected_count, target_log_expected_count, bias)
     options = (similarity, ignore_index, "none", sparse_grad, impl)
+    if all(given is None for given in labels):
+        labels = NO_LABELS
     if rounding is None:
         loss = direct_loss(*tensors, scale, *options, labels)
         if loss is not None:

@@ -35,7 +35,7 @@ from .checks import (
     single_item,
 )
 from .composed_loss import NONE, Extras, composed_loss
-from .direct_route import NO_LABELS, direct_loss
+from .direct_route import NO_LABELS, direct_loss, plain_eager
 from .implementations import triton_kernels
 from .loss_operator import autocast_dtype, call_operator, without_autocast
 from .reference import sampled_softmax_loss as _reference_loss
@@ -126,8 +126,12 @@ def sampled_softmax_loss(
         scale = as_float(scale)
     if type(ignore_index) is not int:
         ignore_index = as_integer(ignore_index)
-    given = (angular_margin, cosine_margin, label_smoothing, class_weight, return_lse)
-    plain = _is_plain(*given)
+    plain = (
+        type(angular_margin) is type(cosine_margin) is type(label_smoothing) is float
+        and angular_margin == cosine_margin == label_smoothing == 0.0
+        and class_weight is None
+        and return_lse is False
+    )
     labels: tuple[Tensor | None, Tensor | None, Tensor | None] = NO_LABELS
     if entry_labels is not None or target_labels is not None:
         labels = (entry_labels, target_labels, None)
@@ -160,7 +164,10 @@ def sampled_softmax_loss(
     backend = _backend(impl, input.device)
     check_ignore_index(ignore_index)
     _check_labels(input, target, weight.shape[0] if class_ids is None else len(class_ids), *labels[:2])
-    extras = NONE if plain else _checked_extras(weight, target, similarity, *given)
+    extras = NONE
+    if not plain:
+        given = (angular_margin, cosine_margin, label_smoothing, class_weight, return_lse)
+        extras = _checked_extras(weight, target, similarity, *given)
     if sparse_grad and backend == "reference":
         raise ValueError('sparse_grad: expected False for impl="reference", whose gradients are dense')
     if isinstance(scale, Tensor):
@@ -191,12 +198,13 @@ def _by_backend(
     if backend == "triton" and os.environ.get("FEDSS_VALIDATE") == "1":
         _check_values(target, weight.shape[0], corrections, ignore_index)
     if extras is not NONE:
-        if target.is_cpu and not torch.compiler.is_compiling():
+        if target.is_cpu and plain_eager():
             _check_ids("target", target, weight.shape[0], ignore_index)
+        rounding = autocast_dtype(input.device.type)
         with without_autocast(input.device.type):
             loss, lse = composed_loss(
                 *(input, weight, target, corrections, bias, scale, similarity, ignore_index, reduction),
-                *(sparse_grad, backend, labels, extras),
+                *(sparse_grad, backend, rounding, labels, extras),
             )
         return loss, lse if extras.return_lse else None
     scale_tensor = (
@@ -278,22 +286,6 @@ def _check_labels(
             check_device(name, labels, input.device, "input")
 
 
-def _is_plain(
-    angular_margin: object,
-    cosine_margin: object,
-    label_smoothing: object,
-    class_weight: object,
-    return_lse: object,
-) -> bool:
-    """Whether the loss is the plain one."""
-    return (
-        type(angular_margin) is type(cosine_margin) is type(label_smoothing) is float
-        and angular_margin == cosine_margin == label_smoothing == 0.0
-        and class_weight is None
-        and return_lse is False
-    )
-
-
 def _checked_extras(
     weight: Tensor,
     target: Tensor,
@@ -307,15 +299,21 @@ def _checked_extras(
     """What was given beside the plain loss' arguments; NONE if that is nothing."""
     angular_margin = _checked_margin("angular_margin", angular_margin, target, similarity)
     cosine_margin = _checked_margin("cosine_margin", cosine_margin, target, similarity)
-    label_smoothing = as_number("label_smoothing", label_smoothing, 0.0)
-    if label_smoothing > 1:
-        raise ValueError(f"label_smoothing: expected a number from 0 to 1, got {label_smoothing}")
+    label_smoothing = check_smoothing(label_smoothing)
     if class_weight is not None:
         _check_constant("class_weight", class_weight, (weight.shape[0],), "(C,)")
         check_device("class_weight", class_weight, weight.device, "weight")
     return_lse = check_flag("return_lse", return_lse)
     extras = Extras(angular_margin, cosine_margin, label_smoothing, class_weight, return_lse)
     return extras if extras.of_targets or class_weight is not None else NONE
+
+
+def check_smoothing(label_smoothing: Any) -> float:
+    """It as a float; raises TypeError unless it is a number, ValueError unless that is in [0, 1]."""
+    label_smoothing = as_number("label_smoothing", label_smoothing, 0.0)
+    if label_smoothing > 1:
+        raise ValueError(f"label_smoothing: expected a number from 0 to 1, got {label_smoothing}")
+    return label_smoothing
 
 
 def _checked_margin(name: str, margin: Any, target: Tensor, similarity: str) -> float | Tensor:

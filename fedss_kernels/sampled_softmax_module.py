@@ -22,7 +22,7 @@ from .class_samplers import FrequencySampler
 from .class_sets import GeneratorHandle, check_generator, check_sampler, draw_batch_class_set
 from .data_parallel import SparseRows, check_sparse_communication, check_whole
 from .loss_operator import without_autocast
-from .sampled_softmax import IMPLS, as_float, check_scale, sampled_softmax_loss
+from .sampled_softmax import IMPLS, as_float, check_scale, check_smoothing, sampled_softmax_loss
 
 _SHORT = 2.0**-32  # a power of two: it rounds nothing
 
@@ -56,6 +56,9 @@ class SampledSoftmaxLoss(nn.Module):
         scale: multiplies the cosine; with `learn_scale=True` the initial value of a parameter of shape (1,).
         similarity: "cosine" or "dot".
         bias: one learned number for each class, initially zero.
+        angular_margin, cosine_margin, label_smoothing, class_weight, return_lse: as `sampled_softmax_loss`
+            has them, in training and in eval mode. Margins of each row's own go to the call. class_weight is
+            a buffer.
         sparse_grad: the gradients of weight and bias as sparse COO tensors over the classes that take part
             (`weight.grad.coalesce()` has `.indices()` and `.values()`; see `sampled_softmax_loss`).
             Under DistributedDataParallel it needs gloo, and none of torch's hooks that compress: NCCL adds
@@ -79,7 +82,10 @@ class SampledSoftmaxLoss(nn.Module):
     torch.Size([])
     """
 
-    initial_scale: float | None = None  # that of a learned one; a module saved whole may be without
+    # What a module saved whole by an earlier version is without:
+    initial_scale: float | None = None  # that of a learned one
+    angular_margin = cosine_margin = label_smoothing = 0.0
+    return_lse = False
 
     def __init__(
         self,
@@ -96,6 +102,11 @@ class SampledSoftmaxLoss(nn.Module):
         sparse_grad: bool = False,
         ignore_index: int = -100,
         reduction: str = "mean",
+        angular_margin: float = 0.0,
+        cosine_margin: float = 0.0,
+        label_smoothing: float = 0.0,
+        class_weight: Tensor | None = None,  # (C,)
+        return_lse: bool = False,
         generator: torch.Generator | None = None,
         impl: str = "auto",
         device: torch.device | str | None = None,
@@ -120,10 +131,22 @@ class SampledSoftmaxLoss(nn.Module):
         self.sampler = _as_sampler(sampler, sampler_power, num_classes, device)
         self.similarity, self.sparse_grad = similarity, check_flag("sparse_grad", sparse_grad)
         self.ignore_index, self.reduction, self.impl = check_ignore_index(ignore_index), reduction, impl
+        margins = {"angular_margin": angular_margin, "cosine_margin": cosine_margin}
+        for name, margin in margins.items():
+            if as_number(name, margin) != 0 and similarity == "dot":
+                raise ValueError(f'{name}: expected 0 for similarity="dot", got {margin}')
+        self.angular_margin, self.cosine_margin = float(angular_margin), float(cosine_margin)
+        self.label_smoothing = check_smoothing(label_smoothing)
+        self.return_lse = check_flag("return_lse", return_lse)
         self.generator: GeneratorHandle | torch.Generator | None
         self.generator = None if generator is None else GeneratorHandle(generator)
         self.weight = nn.Parameter(torch.empty(num_classes, embedding_dim, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(num_classes, device=device, dtype=dtype)) if bias else None
+        if class_weight is not None:
+            check_tensor("class_weight", class_weight, FLOATING)
+            check_shape("class_weight", class_weight, (num_classes,), "(num_classes,)")
+            class_weight = class_weight.detach().to(device=device, copy=True)
+        self.register_buffer("class_weight", class_weight)
         self.initial_scale = float(scale) if learn_scale else None
         # of shape (1,), as FSDP takes no parameter of shape ()
         self.scale = nn.Parameter(torch.empty(1, device=device, dtype=dtype)) if learn_scale else scale
@@ -163,7 +186,11 @@ class SampledSoftmaxLoss(nn.Module):
         self,
         input: Tensor,  # (..., D)
         target: Tensor,  # (...,) int64
-    ) -> Tensor:
+        *,
+        angular_margin: float | Tensor | None = None,  # (...,); None: the module's
+        cosine_margin: float | Tensor | None = None,
+    ) -> Any:
+        """The loss, or (loss, lse) with `return_lse`."""
         check_tensor("target", target, (torch.int64,))
         weight = self._whole_weight()
         if self.sparse_grad:
@@ -191,6 +218,11 @@ class SampledSoftmaxLoss(nn.Module):
             reduction=self.reduction,
             sparse_grad=self.sparse_grad,
             impl=self.impl,
+            angular_margin=self.angular_margin if angular_margin is None else angular_margin,
+            cosine_margin=self.cosine_margin if cosine_margin is None else cosine_margin,
+            label_smoothing=self.label_smoothing,
+            class_weight=self._buffers.get("class_weight"),
+            return_lse=self.return_lse,
         )
 
     @torch.no_grad()

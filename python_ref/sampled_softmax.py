@@ -109,18 +109,21 @@ def _with_margins(cosine: Tensor, angular: float | Tensor, additive: float | Ten
 
     In the derivative 1 - cosine^2 is at least 1e-6.
     """
-    angular, additive = (
-        m.reshape(-1).to(cosine.dtype) if isinstance(m, Tensor) else cosine.new_tensor(m)
-        for m in (angular, additive)
-    )
-    if (angular != 0).any():
+    if isinstance(angular, Tensor) or angular != 0:
+        m = (
+            angular.reshape(-1).to(cosine.dtype)
+            if isinstance(angular, Tensor)
+            else cosine.new_tensor(angular)
+        )
         square = 1 - cosine * cosine
         sine = torch.where(square > 1e-6, square.clamp(min=1e-6).sqrt(), square / (2 * 1e-6**0.5))
         sine = sine + (square.clamp(min=0).sqrt() - sine).detach()
-        turned = cosine * torch.cos(angular) - sine * torch.sin(angular)
-        past = torch.acos(cosine.detach().clamp(-1, 1)) + angular > torch.pi
-        cosine = torch.where(past, cosine - angular * torch.sin(angular), turned)
-    return cosine - additive if (additive != 0).any() else cosine
+        turned = cosine * torch.cos(m) - sine * torch.sin(m)
+        past = torch.acos(cosine.detach().clamp(-1, 1)) + m > torch.pi
+        cosine = torch.where(past, cosine - m * torch.sin(m), turned)
+    if isinstance(additive, Tensor):
+        return cosine - additive.reshape(-1).to(cosine.dtype)
+    return cosine - additive if additive != 0 else cosine
 
 
 def _log1p_sum_exp(o: Tensor, o_target: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from .row_sgd import RowSGD
 from .sampled_softmax import sampled_softmax_loss
 from .sampled_softmax_module import SampledSoftmaxLoss
 from .scatter_add import scatter_add_
+from .sharded import ShardedSampledSoftmaxLoss
 
 __version__ = "0.1.0"
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "RowAdam",
     "RowSGD",
     "SampledSoftmaxLoss",
+    "ShardedSampledSoftmaxLoss",
     "clip_grad_norm_",
     "clip_grad_value_",
     "draw_batch_class_set",

@@ -62,6 +62,23 @@ def _gathered_by_fully_shard(parameter: Tensor) -> bool:
     )
 
 
+def check_left_alone(criterion: nn.Module, *parameters: Tensor | None) -> None:
+    """Raises RuntimeError where DDP or FSDP holds parameters that every process has its own of."""
+    ddp = DistributedDataParallel._active_ddp_module
+    for parameter in parameters:
+        if parameter is None:
+            continue
+        held = hasattr(parameter, "full_tensor") or (
+            vars(criterion).get("_is_fsdp_managed_module") and _gathered_by_fully_shard(parameter)
+        )
+        if held or (ddp is not None and _manages(ddp, parameter)):
+            raise RuntimeError(
+                "weight: expected a block of class rows that is this process' own, got one that "
+                f"{'FSDP' if held else 'DistributedDataParallel'} takes for a copy of the others'; wrap the "
+                "net alone, and call the criterion beside it"
+            )
+
+
 # ---- sparse gradients --------------------------------------------------------------------------------------
 
 _INSTEAD = (

@@ -168,11 +168,8 @@ class SampledSoftmaxLoss(nn.Module):
 
         A sampler's tables are those of the frequencies it was given.
         """
-        generator = self.generator
-        if isinstance(generator, GeneratorHandle):
-            generator = generator.generator
         with torch.no_grad():
-            self.weight.normal_(std=self.embedding_dim**-0.5, generator=generator)
+            self.weight.normal_(std=self.embedding_dim**-0.5, generator=self._generator_of_rows())
             if self.bias is not None:
                 self.bias.zero_()
             if isinstance(self.scale, Tensor) and self.initial_scale is not None:
@@ -180,6 +177,11 @@ class SampledSoftmaxLoss(nn.Module):
         sampler = getattr(self, "sampler", "uniform")
         if isinstance(sampler, FrequencySampler):
             sampler.reset_parameters()
+
+    def _generator_of_rows(self) -> torch.Generator | None:
+        """That of the initial weight."""
+        generator = self.generator
+        return generator.generator if isinstance(generator, GeneratorHandle) else generator
 
     def forward(
         self,
@@ -237,22 +239,8 @@ class SampledSoftmaxLoss(nn.Module):
         for a wrong input, a bias that is not (C,), a block_size < 1 and a k outside [1, C].
         """
         weight, bias = self._whole_weight(), self.bias
-        check_tensor("weight", weight, FLOATING)
-        if weight.dim() != 2:
-            raise ValueError(f"weight: expected shape (C, D), got {tuple(weight.shape)}")
+        k, block_size, scale = self._check_topk(input, k, block_size)
         C, D = weight.shape
-        check_tensor("input", input, FLOATING)
-        block_size, k = check_integer("block_size", block_size, 1), check_integer("k", k, 1, C)
-        if input.dim() < 1 or input.shape[-1] != D:
-            raise ValueError(f"input: expected shape (..., {D}), got {tuple(input.shape)}")
-        check_device("input", input, weight.device, "weight")
-        if bias is not None:
-            check_tensor("bias", bias, FLOATING)
-            check_shape("bias", bias, (C,), "(C,)")
-        scale: float | Tensor = as_float(self.scale)
-        check_scale(scale, weight.device)
-        if isinstance(scale, Tensor):
-            scale = scale.reshape(())  # on the CPU it may be beside a GPU's tensors then
         dtype = torch.promote_types(torch.promote_types(input.dtype, weight.dtype), torch.float32)
         with without_autocast(input.device.type):
             rows = self._unit(input.reshape(-1, D).to(dtype))
@@ -271,6 +259,27 @@ class SampledSoftmaxLoss(nn.Module):
                 indices = torch.cat([indices, best.indices + first], 1).gather(1, order)
         shape = (*input.shape[:-1], k)
         return TopK(values.reshape(shape), indices.reshape(shape))
+
+    def _check_topk(self, input: Tensor, k: int, block_size: int) -> tuple[int, int, float | Tensor]:
+        """(k, block_size, scale) as `topk` takes them."""
+        weight, bias = self._whole_weight(), self.bias
+        check_tensor("weight", weight, FLOATING)
+        if weight.dim() != 2:
+            raise ValueError(f"weight: expected shape (C, D), got {tuple(weight.shape)}")
+        C, D = weight.shape
+        check_tensor("input", input, FLOATING)
+        block_size, k = check_integer("block_size", block_size, 1), check_integer("k", k, 1, self.num_classes)
+        if input.dim() < 1 or input.shape[-1] != D:
+            raise ValueError(f"input: expected shape (..., {D}), got {tuple(input.shape)}")
+        check_device("input", input, weight.device, "weight")
+        if bias is not None:
+            check_tensor("bias", bias, FLOATING)
+            check_shape("bias", bias, (C,), "(C,)")
+        scale: float | Tensor = as_float(self.scale)
+        check_scale(scale, weight.device)
+        if isinstance(scale, Tensor):
+            scale = scale.reshape(())  # on the CPU it may be beside a GPU's tensors then
+        return k, block_size, scale
 
     def _whole_weight(self) -> Tensor:
         weight = self.weight

@@ -1,0 +1,457 @@
+"""The sampled-softmax loss with its classes over several processes: each holds a block of class rows.
+
+    o(i, t)  = what the rank that holds row t makes of it, shared
+    L(i, r)  = log(1 + sum of exp(o(i, j) - o(i, t)) over the class set's j in the block of rank r, j != t)
+    loss_i   = log(1 + sum over r of (exp(L(i, r)) - 1))
+
+which is the loss of one process over the union of the ranks' class sets. How the ranks talk: ranks.py.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .checks import check_integer, check_shape, check_tensor
+from .class_samplers import FrequencySampler
+from .class_sets import draw_batch_class_set
+from .composed_loss import NONE, Extras
+from .data_parallel import check_left_alone
+from .given_target import row_losses
+from .loss_operator import autocast_dtype, without_autocast
+from .ranks import Ranks
+from .sampled_softmax import _backend, _check, _check_ids, _check_labels, _checked_extras, _is_plain
+from .sampled_softmax_module import SampledSoftmaxLoss, TopK
+from .smoothing import mean_logits
+from .target_logits import target_logits
+
+INPUT, SCALE, CLASSES = 1, 2, 4  # bits of what a gradient is wanted of
+
+
+class Step(NamedTuple):
+    """A batch of everybody's, as a rank sees it."""
+
+    sizes: list[int]  # rows of each rank
+    wants: int  # bits: what any rank wants a gradient of
+    rows: Tensor  # (B, D) everybody's
+    target: Tensor  # (B,) everybody's
+    labels: Tensor  # (B,) everybody's, what accidental hits are told by
+    margins: tuple[float | Tensor, float | Tensor]  # angular and cosine: numbers, or (B,) everybody's
+    scale: float | Tensor
+    entry_labels: Tensor | None  # (own classes,) those of this rank's block
+    extras: Extras  # own rows'
+    rounding: torch.dtype | None  # autocast's
+
+
+class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
+    """`SampledSoftmaxLoss` with the class matrix cut into blocks of rows, one for each process of a group.
+
+    Every rank calls it with its own part of the batch, of any size, and holds its block alone: of C classes
+    ceil(C / world) rows in `weight` and `bias`, the last ranks' fewer or none (`own_classes`). In training
+    mode each call's class set is the whole batch's own classes (expected count 1) and in every block its
+    share of num_sampled negatives, at least one, with their expected counts: the estimate is that of one
+    process with the union of the ranks' class sets. Without torch.distributed, or in a group of one, it is
+    `SampledSoftmaxLoss`.
+
+        loss = criterion(net(images), labels)  # net: under DistributedDataParallel or fully_shard; it is not
+        loss.backward()
+
+    "mean" and "sum" are those of everybody's rows, the same number on all ranks; "none" gives the rank's own.
+    Gradients go by DistributedDataParallel's rule: they are those of the mean over the ranks of the losses
+    that backward is called on. So `weight`, `bias` and a learned scale, which all ranks keep equal, have the
+    gradient of "mean" or "sum" itself, and `input` has it times the number of ranks, which the averaging of
+    the net's gradients takes off again.
+
+    What a rank sends for a step, of B rows in all and embeddings of D numbers, is (world - 1) / world of
+
+        4 or 8 bytes x B x D   embeddings, all-gathered, in their dtype (2 bytes in 16 bits)
+        4 or 8 bytes x B x D   their gradients, reduce-scattered in float32 or better
+        90 bytes x B           targets, the targets' logits, the parts of the losses, and their gradients
+
+    and 248 bytes of settings, whatever C is. Batches are padded to the largest on the way, and gloo's
+    reduce-scatter is an all-reduce, which sends twice as much. It waits for the device for the sizes.
+
+    No rank hangs where another raises in this call: first all hear whether each one's arguments are right
+    and their settings alike, and else every rank raises. For a rank that never calls, the others wait for the
+    group's timeout.
+
+    state_dict() holds `weight` and `bias` as DTensors, which torch.distributed.checkpoint saves and loads
+    into any number of processes, and into `SampledSoftmaxLoss`; `as_shard` makes one of an optimiser's state
+    of them. `state_dict()["weight"].full_tensor()` is the whole matrix, and `load_state_dict` cuts one.
+
+    Args:
+        num_classes: C, of all ranks together.
+        num_sampled: m, negatives for each batch of everybody's rows.
+        process_group: None: the default one.
+        generator: of this rank. The same seed on all ranks gives each a weight of its own.
+        Others: as those of `SampledSoftmaxLoss`.
+
+    An optimiser steps the rank's block: clip by no norm of all gradients (`max_norm`), which would be another
+    on each rank, and with float16 take torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler.
+
+    Raises as `SampledSoftmaxLoss` does; on all ranks RuntimeError where another one has raised, and
+    ValueError where settings differ between ranks; RuntimeError where DistributedDataParallel or FSDP has
+    taken hold of its parameters.
+
+    >>> criterion = ShardedSampledSoftmaxLoss(num_classes=1000, embedding_dim=16, num_sampled=50)
+    >>> criterion.own_classes  # in one process
+    range(0, 1000)
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_dim: int,
+        num_sampled: int | None = None,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+        **options: Any,
+    ) -> None:
+        # before the rows are drawn
+        self._of_all_blocks = check_integer("num_classes", num_classes, 1)
+        self.ranks = Ranks(process_group)
+        own = _block(self._of_all_blocks, self.ranks.world, self.ranks.rank)
+        if self.ranks.world > 1:
+            options |= _sampler_of_block(own, self._of_all_blocks, **options)
+        super().__init__(len(own) or 1, embedding_dim, num_sampled, **options)
+        if isinstance(self.sampler, FrequencySampler):  # of other sizes in another number of processes
+            self.sampler._non_persistent_buffers_set.update(dict(self.sampler.named_buffers()))
+        if not own:
+            for name in ("weight", "bias"):
+                if (parameter := getattr(self, name)) is not None:
+                    setattr(self, name, nn.Parameter(parameter.detach()[:0].clone()))
+
+    @property
+    def num_classes(self) -> int:
+        """C, the rows of all blocks."""
+        return self._of_all_blocks if self.ranks.world > 1 else super().num_classes
+
+    @property
+    def own_classes(self) -> range:
+        """The classes of this rank's block: class own_classes[i] is row i of `weight`."""
+        return _block(self.num_classes, self.ranks.world, self.ranks.rank)
+
+    def _generator_of_rows(self) -> torch.Generator | None:
+        generator = super()._generator_of_rows()
+        if self.ranks.world == 1 or self.weight.is_meta:
+            return generator
+        device = None if generator is None else generator.device
+        seed = int(torch.randint(2**62, (), generator=generator, device=device))
+        return torch.Generator(self.weight.device).manual_seed(seed + self.ranks.rank)
+
+    # ---- the loss ------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input: Tensor,  # (..., D) own rows
+        target: Tensor,  # (...,) int64
+        *,
+        angular_margin: float | Tensor = 0.0,  # or (...,)
+        cosine_margin: float | Tensor = 0.0,  # or (...,)
+        label_smoothing: float = 0.0,
+        class_weight: Tensor | None = None,  # (C,), of all classes
+        return_lse: bool = False,
+        entry_labels: Tensor | None = None,  # (len(own_classes),) int64, of the block's classes
+        target_labels: Tensor | None = None,  # (...,) int64
+    ) -> Any:
+        """The loss, or (loss, lse of own rows); the arguments are `sampled_softmax_loss`'s."""
+        given = (angular_margin, cosine_margin, label_smoothing, class_weight, return_lse)
+        labels = (entry_labels, target_labels)
+        if self.ranks.world == 1 and _is_plain(*given) and labels == (None, None):
+            return super().forward(input, target)
+        step = self._step(input, target, given, labels)
+        with without_autocast(step.rows.device.type):
+            return self._loss(step, target)
+
+    def _loss(self, step: Step, target: Tensor) -> Any:
+        own = self.ranks.to_own_rows(self._of_block(step), step.sizes, step.wants != 0)
+        dtype = torch.float64 if step.rows.dtype == torch.float64 else torch.float32
+        losses, logits, sums = combined(own[:, :, 0]), own[:, :, 1].sum(0), own[:, :, 2].sum(0)
+        lse = losses + logits
+        t, smoothing = target.reshape(-1), step.extras.label_smoothing
+        share = (t != self.ignore_index).to(losses.dtype)
+        if smoothing:
+            mean = (logits + sums) / self.num_classes
+            losses = torch.lerp(losses, (lse - mean).where(share > 0, 0.0), smoothing)
+        if step.extras.class_weight is not None:
+            share = share * step.extras.class_weight.to(share.dtype)[t.where(share > 0, 0)]
+            losses = losses * share
+        loss = self._reduced(losses, share).to(dtype)
+        loss = loss.reshape(target.shape) if self.reduction == "none" else loss
+        return (loss, lse.to(dtype).reshape(target.shape)) if step.extras.return_lse else loss
+
+    def _step(self, input: Tensor, target: Tensor, given: tuple, labels: tuple) -> Step:
+        """Raises on every rank where the arguments of one are wrong."""
+        checked, error = None, None
+        try:
+            checked = self._checked(input, target, given, labels)
+        except Exception as raised:
+            error = raised
+        size, wants, settings, extras = checked or (0, 0, {}, NONE)
+        sizes, wants = self.ranks.agree(size, wants, settings, error, self.weight.device)
+        learned = self.scale.reshape(()) if isinstance(self.scale, Tensor) else None
+        rows, scale = self.ranks.gathered(
+            input.reshape(size, input.shape[-1]), learned, sizes, (bool(wants & INPUT), bool(wants & SCALE))
+        )
+        targets = self.ranks.gather(target.reshape(-1), sizes)
+        entry_labels, target_labels = labels
+        of_targets = targets - self.own_classes.start
+        if settings["labels"] != (False, False):  # the classes' own where none are given
+            if entry_labels is None:
+                entry_labels = torch.arange(self.own_classes.start, self.own_classes.stop, device=rows.device)
+            own = target if target_labels is None else target_labels
+            of_targets = self.ranks.gather(own.reshape(-1), sizes)
+        margins = [
+            self.ranks.gather(m.double(), sizes) if isinstance(m, Tensor) else m for m in extras.margins
+        ]
+        return Step(
+            *(sizes, wants, rows, targets, of_targets, (margins[0], margins[1])),
+            *(self.scale if scale is None else scale, entry_labels, extras),
+            autocast_dtype(rows.device.type),
+        )
+
+    def _checked(
+        self, input: Tensor, target: Tensor, given: tuple, labels: tuple
+    ) -> tuple[int, int, dict[str, Any], Extras]:
+        """(own rows, what a gradient is wanted of, what all ranks must have alike, ...)"""
+        check_tensor("target", target, (torch.int64,))
+        check_left_alone(self, self.weight, self.bias)
+        _check(input, self.weight, target, None, None, None, self.bias, self.scale)
+        _check_ids("target", target.reshape(-1), self.num_classes, self.ignore_index)
+        check_shape("weight", self.weight, (len(self.own_classes), input.shape[-1]), "(own rows, D)")
+        _check_labels(input, target, len(self.own_classes), *labels)
+        if _backend(self.impl, input.device) == "reference":
+            raise ValueError('impl: expected "auto", "cpp" or "triton" for sharded classes, got "reference"')
+        every_class = self.weight.new_empty((self.num_classes, 0))
+        extras = _checked_extras(every_class, target, self.similarity, *given)
+        wants, grad = 0, torch.is_grad_enabled()
+        if grad:
+            classes = [p for p in (self.weight, self.bias) if p is not None]
+            wants |= INPUT * input.requires_grad
+            wants |= SCALE * (isinstance(self.scale, Tensor) and self.scale.requires_grad)
+            wants |= CLASSES * any(p.requires_grad for p in classes)
+        settings = {
+            "call": "forward",
+            "input": input.dtype,
+            "torch.is_grad_enabled()": grad,
+            "margins": [type(m) if isinstance(m, Tensor) else m for m in extras.margins],
+            "label_smoothing": extras.label_smoothing,
+            "class_weight": extras.class_weight is not None,
+            "return_lse": extras.return_lse,
+            "labels": tuple(each is not None for each in labels),
+        }
+        return target.numel(), wants, settings | self._settings(), extras
+
+    def _settings(self) -> dict[str, Any]:
+        """What all ranks must have alike."""
+        return {
+            "num_classes": self.num_classes,
+            "embedding_dim": self.embedding_dim,
+            "num_sampled": self.num_sampled,
+            "training": self.training,
+            "scale": "learned" if isinstance(self.scale, Tensor) else self.scale,
+            "similarity": self.similarity,
+            "bias": self.bias is not None,
+            "reduction": self.reduction,
+            "ignore_index": self.ignore_index,
+        }
+
+    def _of_block(self, step: Step) -> Tensor:
+        """(B, 3) of everybody's rows: losses beside this block, own targets' logits, sums of logits."""
+        rounding, rows, counted = step.rounding, step.rows, step.target != self.ignore_index
+        if rows.itemsize == 2:  # gradients are added up in float32
+            rounding = rounding or (rows.dtype if rows.dtype == self.weight.dtype else None)
+            rows = rows.float()
+        local = step.target - self.own_classes.start
+        is_own = counted & (local >= 0) & (local < len(self.own_classes))
+        mine = self._logits_of_own_classes(step, rows, local, is_own, rounding)
+        logits = self.ranks.summed(mine, step.wants != 0)
+        nothing = torch.zeros_like(logits)
+        if not self.own_classes:
+            return torch.stack([logits.where(nothing > 0, 0.0), mine, nothing], 1)
+        class_ids, counts = self._class_set(local.where(is_own, -1))
+        entries = step.entry_labels
+        if entries is not None and class_ids is not None:
+            entries = entries[class_ids]
+        shared = (self.bias, step.scale, self.similarity)
+        labels = step.labels.where(counted, _IGNORED)
+        impl = _backend(self.impl, rows.device)
+        losses = row_losses(
+            *(rows, self.weight, labels, class_ids, counts, None, *shared),
+            *(_IGNORED, self.sparse_grad, impl, rounding, (entries, None, logits)),
+        )
+        sums = nothing
+        if step.extras.label_smoothing and len(rows):
+            sums = len(self.own_classes) * mean_logits(
+                *(rows, self.weight, nothing, class_ids, counts, *shared),
+                *(entries, labels, counted, self.sparse_grad, rounding),
+            )
+        return torch.stack([losses.to(mine.dtype), mine, sums.to(mine.dtype)], 1)
+
+    def _logits_of_own_classes(
+        self, step: Step, rows: Tensor, local: Tensor, is_own: Tensor, rounding: torch.dtype | None
+    ) -> Tensor:
+        """(B,) float64: the targets' logits of rows whose class is this rank's, 0 of others."""
+        # Reaches every tensor whose gradient other ranks wait for, and adds 0.
+        reached = [t.reshape(-1)[:0].sum() for t in (rows, step.scale) if isinstance(t, Tensor)]
+        logits = rows.new_zeros(len(rows), dtype=torch.float64) + torch.stack(reached).sum()
+        own = is_own.nonzero().flatten()
+        if not len(own):
+            return logits
+        angular, cosine = (m[own] if isinstance(m, Tensor) else m for m in step.margins)
+        found = target_logits(
+            *(rows[own], self.weight, local[own], torch.ones_like(own, dtype=torch.bool), None, self.bias),
+            *(step.scale, self.similarity, (angular, cosine), self.sparse_grad, rounding),
+        )
+        return logits.index_add(0, own, found)
+
+    def _class_set(self, held: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        C, rows = self.num_classes, len(self.own_classes)
+        m = self.num_sampled if self.training else None
+        if m is None or m >= C:
+            return None, None
+        first = self.own_classes.start
+        share = m * (first + rows) // C - m * first // C
+        share = max(share, min(m, 1))
+        if share >= rows:
+            return None, None
+        return draw_batch_class_set(held, rows, share, self.generator, -1, self.sampler)
+
+    def _reduced(self, losses: Tensor, share: Tensor) -> Tensor:
+        if self.reduction == "none":
+            return losses
+        total = self.ranks.total(torch.stack([losses.sum(), share.sum()]))
+        return total[0] / total[1].where(total[1] != 0, 1.0) if self.reduction == "mean" else total[0]
+
+    # ---- prediction ----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def topk(
+        self,
+        input: Tensor,  # (..., D) own rows
+        k: int,
+        block_size: int = 16384,
+    ) -> TopK:
+        """As that of `SampledSoftmaxLoss`, over the classes of all ranks, each of which calls it.
+
+        Sends the rows to every rank, and the k best of each block back.
+        """
+        if self.ranks.world == 1:
+            return super().topk(input, k, block_size)
+        rows, error = None, None
+        try:
+            k, block_size, _ = self._check_topk(input, k, block_size)
+            check_left_alone(self, self.weight, self.bias)
+            rows = input.detach().reshape(input.shape[:-1].numel(), input.shape[-1])
+        except Exception as raised:
+            error = raised
+        settings = {} if rows is None else {"call": "topk", "input": rows.dtype, "k": k} | self._settings()
+        sizes, _ = self.ranks.agree(0 if rows is None else len(rows), 0, settings, error, self.weight.device)
+        assert rows is not None
+        best = self._best_of_block(self.ranks.gather(rows, sizes), k, block_size)
+        found = self._merged(best, sizes, k)
+        shape = (*input.shape[:-1], k)
+        return TopK(found.values.reshape(shape), found.indices.reshape(shape))
+
+    def _best_of_block(self, rows: Tensor, k: int, block_size: int) -> TopK:
+        """(B, k) of this rank's block, the last columns empty where it has fewer rows."""
+        here = min(k, len(self.own_classes))
+        dtype = torch.promote_types(torch.promote_types(rows.dtype, self.weight.dtype), torch.float32)
+        values = rows.new_zeros((len(rows), k), dtype=dtype)
+        indices = torch.zeros_like(values, dtype=torch.int64)
+        if here:
+            best = super().topk(rows, here, block_size)
+            values[:, :here], indices[:, :here] = best.values, best.indices + self.own_classes.start
+        return TopK(values, indices)
+
+    def _merged(self, best: TopK, sizes: list[int], k: int) -> TopK:
+        """The k best of every block for everybody's rows -> those of all blocks for own rows."""
+        own, world = sizes[self.ranks.rank], self.ranks.world
+        there = torch.arange(world * k, device=best.values.device).reshape(world, k)
+        filled = torch.cat([there[r, : len(_block(self.num_classes, world, r))] for r in range(world)])
+        values, indices = (
+            self.ranks.exchange(columns, sizes, [own] * world).reshape(world, own, k).transpose(0, 1)
+            for columns in best
+        )
+        values, indices = values.flatten(1)[:, filled], indices.flatten(1)[:, filled]
+        values, order = values.topk(k)
+        return TopK(values, indices.gather(1, order))
+
+    # ---- state ---------------------------------------------------------------------------------------------
+
+    def as_shard(self, own: Tensor) -> Tensor:
+        """A tensor (own rows, ...) as this rank's part of a DTensor (C, ...), which shares its memory."""
+        from torch.distributed.device_mesh import DeviceMesh
+        from torch.distributed.tensor import DTensor, Shard
+
+        if self.ranks.world == 1:
+            return own
+        group = self.ranks.group or dist.group.WORLD
+        assert group is not None
+        mesh = DeviceMesh.from_group(group, own.device.type)
+        whole = own.new_empty((self.num_classes, *own.shape[1:]), device="meta")
+        return DTensor.from_local(
+            own, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride()
+        )
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for key in (f"{prefix}weight", f"{prefix}bias"):
+            if key in destination:
+                destination[key] = self.as_shard(destination[key])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """Takes shards, and cuts whole matrices."""
+        for key in (f"{prefix}weight", f"{prefix}bias"):
+            if self.ranks.world > 1 and isinstance(state_dict.get(key), Tensor):
+                state_dict[key] = self._own_part(state_dict[key])
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    def _own_part(self, whole: Tensor) -> Tensor:
+        if len(whole) != self.num_classes:
+            raise ValueError(
+                f"weight: expected {self.num_classes} rows, those of all ranks, got {len(whole)}"
+            )
+        if hasattr(whole, "to_local"):
+            return whole.to_local()
+        return whole[self.own_classes.start : self.own_classes.stop]
+
+    def extra_repr(self) -> str:
+        blocks = f", rows of rank {self.ranks.rank} of {self.ranks.world}: {self.own_classes}"
+        return super().extra_repr() + (blocks if self.ranks.world > 1 else "")
+
+
+_IGNORED = -(2**63)
+
+
+def _block(C: int, world: int, rank: int) -> range:
+    """The classes of a rank: as many as others have but for the last ranks, as torch cuts a DTensor."""
+    size = -(-C // world)
+    return range(min(rank * size, C), min((rank + 1) * size, C))
+
+
+def _sampler_of_block(
+    own: range, C: int, *, sampler: str | Tensor = "uniform", sampler_power: float = 0.75, **others: Any
+) -> dict[str, Any]:
+    """What draws among the classes of a block as `sampler` does among all: with its share of each."""
+    if isinstance(sampler, Tensor):
+        if sampler.shape != (C,):
+            raise ValueError(
+                f"sampler: expected frequencies of {C} classes, got shape {tuple(sampler.shape)}"
+            )
+        sampler = sampler[own.start : own.stop]
+    elif isinstance(sampler, str) and sampler == "log_uniform":
+        ids = torch.arange(own.start, own.stop, dtype=torch.float64, device="cpu")
+        sampler, sampler_power = torch.log1p(1 / (ids + 1)), 1.0
+    return {"sampler": sampler if own else "uniform", "sampler_power": sampler_power}
+
+
+def combined(losses: Tensor) -> Tensor:
+    """(world, n) losses of one target beside parts of the others -> (n,): log(1 + sum_r (exp(L_r) - 1)).
+
+    As m + log(exp(-m) + sum_r (1 - exp(-L_r)) exp(L_r - m)), m their maximum: right for L_r of any size.
+    """
+    m = losses.detach().amax(0)
+    others = (-torch.expm1(-losses) * torch.exp(losses - m)).sum(0)
+    return m + torch.log1p(torch.expm1(-m) + others)

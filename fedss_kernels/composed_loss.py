@@ -65,7 +65,7 @@ def composed_loss(
     if isinstance(scale, Tensor):  # and scale's, of the losses and of targets' logits, in float64
         scale = scale.double()
     counted = target != ignore_index
-    classes, known = _classes(target, counted, len(weight))
+    classes, known = _classes(target, counted, weight.shape[0])
     shared = (bias, scale, similarity)
     rows = (input, weight, classes, counted, target_counts, *shared)
 
@@ -74,7 +74,7 @@ def composed_loss(
         return logits if known is None else logits.where(known, torch.nan)
 
     given = None
-    if extras.of_targets and len(weight):
+    if extras.of_targets and weight.shape[0] > 0:
         given = own_logits(extras.margins)
     changed = given if extras.has_margins else None
     if changed is not None and impl == "triton":  # whose kernels move what they make, which comes to the same
@@ -113,7 +113,7 @@ def _classes(target: Tensor, counted: Tensor, C: int) -> tuple[Tensor, Tensor | 
 
     An ignored row has the class of one that is not: sparse gradients list no others.
     """
-    if not len(target) or not C:
+    if C == 0 or target.shape[0] == 0:
         return torch.zeros_like(target), None
     some = target.gather(0, counted.to(torch.uint8).argmax(0, keepdim=True)).clamp(0, C - 1)
     classes = target.where(counted, some)

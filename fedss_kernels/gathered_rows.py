@@ -47,12 +47,12 @@ class _Gathered(torch.autograd.Function):
             classes, gradient = classes[counted], gradient[counted]
         listed, order = classes.sort(stable=True)
         place = torch.searchsorted(listed, listed)  # the sum of a class is where the first of its rows is
-        sums = added(len(listed), place, gradient[order]).to(ctx.dtype)
+        sums = added(listed.shape[0], place, gradient[order]).to(ctx.dtype)
         if not ctx.sparse:
             dense = added(ctx.shape[0], listed, sums)  # the others of its rows are zeros
             return dense, None, None, None, None
         if sums.is_cpu:
-            first = place == torch.arange(len(place))
+            first = place == torch.arange(place.shape[0])
             listed, sums = listed[first], sums[first]
         sparse = torch.sparse_coo_tensor(
             listed[None], sums, ctx.shape, check_invariants=False, is_coalesced=sums.is_cpu

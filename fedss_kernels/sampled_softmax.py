@@ -167,7 +167,7 @@ def sampled_softmax_loss(
     sparse_grad = check_flag("sparse_grad", sparse_grad)
     backend = _backend(impl, input.device)
     check_ignore_index(ignore_index)
-    _check_labels(input, target, weight.shape[0] if class_ids is None else len(class_ids), *labels[:2])
+    _check_labels(input, target, weight.shape[0] if class_ids is None else class_ids.shape[0], *labels[:2])
     extras = NONE
     if not plain:
         given = (angular_margin, cosine_margin, label_smoothing, class_weight, return_lse)

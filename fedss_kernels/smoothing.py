@@ -29,9 +29,9 @@ def mean_logits(
 ) -> Tensor:
     """(B,), in float32 or better; O((B + S) * D) numbers beside the gradients."""
     dtype = torch.promote_types(torch.promote_types(input.dtype, weight.dtype), torch.float32)
-    C = len(weight)
+    C = weight.shape[0]
     ids = torch.arange(C, device=weight.device) if class_ids is None else class_ids
-    share, listed = torch.ones((), dtype=dtype, device=weight.device).expand(len(ids)), None
+    share, listed = torch.ones((), dtype=dtype, device=weight.device).expand(ids.shape[0]), None
     if log_expected_count is not None:
         share, listed = (-log_expected_count.to(dtype)).exp(), log_expected_count < torch.inf
     rows = gathered_rows(weight, ids, dtype, sparse_grad, listed)
@@ -49,14 +49,14 @@ def mean_logits(
         of_entries = gathered_rows(bias, ids, dtype, sparse_grad, listed)
         of_entries = of_entries if listed is None else of_entries.where(listed, 0.0)
         terms = torch.cat([terms, (share * of_entries)[:, None]], 1)
-        x = torch.cat([x, x.new_ones(len(x), 1)], 1)
+        x = torch.cat([x, x.new_ones(x.shape[0], 1)], 1)
     others = _sums_of_others(terms, ids if entry_labels is None else entry_labels, target_labels)
     return (target_logit + (x * others).sum(1)) / C
 
 
 def _sums_of_others(terms: Tensor, entry_labels: Tensor, target_labels: Tensor) -> Tensor:
     """(B, ...) for each row the sum of the terms (S, ...) of labels that are not its own."""
-    B = len(target_labels)
+    B = target_labels.shape[0]
     labels = target_labels.sort().values
     nearest = torch.searchsorted(labels, entry_labels).clamp(max=B - 1)
     group = nearest.where(labels[nearest] == entry_labels, B)  # B: of labels that no row has

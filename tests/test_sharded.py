@@ -277,7 +277,7 @@ def autocast_rounds_rows_as_one_process_does(rank, world):
     assert loss.dtype == torch.float32 == x.dtype
     loss.backward()
     torch.testing.assert_close(loss, alone, rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(loss, whole(p.input, p.target), rtol=1e-5, atol=1e-5)
+    assert abs(loss - whole(p.input, p.target)) > 10 * abs(loss - alone)
 
 
 def expected_counts_are_exact(rank, world):
@@ -512,8 +512,8 @@ def groups_of_some_processes(rank, world):
     group = dist.new_group([0, 1])
     if rank > 1:
         refused(
-            ValueError,
-            "process_group: expected a group with this process in it",
+            TypeError,
+            "process_group: expected a ProcessGroup of torch.distributed with this process in it",
             lambda: ShardedSampledSoftmaxLoss(C, D, process_group=group),
         )
         return

@@ -37,7 +37,7 @@ class Said(NamedTuple):
 class Ranks:
     """The processes of a torch.distributed group; one that is alone where torch.distributed is not in use.
 
-    Raises ValueError for a group that this process is not in.
+    Raises TypeError for what is no group, or one that this process is not in (a number in torch).
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -47,8 +47,6 @@ class Ranks:
         self.group, self.rank, self.world = group, 0, 1
         if group is not None or (dist.is_available() and dist.is_initialized()):
             self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
-        if self.rank < 0:
-            raise ValueError("process_group: expected a group with this process in it, got one without")
 
     def __deepcopy__(self, memo: dict) -> "Ranks":
         return self  # the same processes

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .checks import check_integer, check_shape, check_tensor
+from .checks import FLOATING, check_integer, check_shape, check_tensor
 from .class_samplers import FrequencySampler
 from .class_sets import draw_batch_class_set
 from .composed_loss import NONE, Extras
@@ -21,7 +21,7 @@ from .data_parallel import check_left_alone
 from .given_target import row_losses
 from .loss_operator import autocast_dtype, without_autocast
 from .ranks import Ranks
-from .sampled_softmax import _backend, _check, _check_ids, _check_labels, _checked_extras, _is_plain
+from .sampled_softmax import _backend, _check, _check_ids, _check_labels, _checked_extras
 from .sampled_softmax_module import SampledSoftmaxLoss, TopK
 from .smoothing import mean_logits
 from .target_logits import target_logits
@@ -114,7 +114,12 @@ class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
         own = _block(self._of_all_blocks, self.ranks.world, self.ranks.rank)
         if self.ranks.world > 1:
             options |= _sampler_of_block(own, self._of_all_blocks, **options)
+        class_weight = options.pop("class_weight", None)  # of all classes
         super().__init__(len(own) or 1, embedding_dim, num_sampled, **options)
+        if class_weight is not None:
+            check_tensor("class_weight", class_weight, FLOATING)
+            check_shape("class_weight", class_weight, (self._of_all_blocks,), "(num_classes,)")
+            self.class_weight = class_weight.detach().to(device=self.weight.device, copy=True)
         if isinstance(self.sampler, FrequencySampler):  # of other sizes in another number of processes
             self.sampler._non_persistent_buffers_set.update(dict(self.sampler.named_buffers()))
         if not own:
@@ -147,19 +152,20 @@ class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
         input: Tensor,  # (..., D) own rows
         target: Tensor,  # (...,) int64
         *,
-        angular_margin: float | Tensor = 0.0,  # or (...,)
-        cosine_margin: float | Tensor = 0.0,  # or (...,)
-        label_smoothing: float = 0.0,
-        class_weight: Tensor | None = None,  # (C,), of all classes
-        return_lse: bool = False,
+        angular_margin: float | Tensor | None = None,  # (...,); None: the module's
+        cosine_margin: float | Tensor | None = None,
         entry_labels: Tensor | None = None,  # (len(own_classes),) int64, of the block's classes
         target_labels: Tensor | None = None,  # (...,) int64
     ) -> Any:
-        """The loss, or (loss, lse of own rows); the arguments are `sampled_softmax_loss`'s."""
-        given = (angular_margin, cosine_margin, label_smoothing, class_weight, return_lse)
+        """The loss, or (loss, lse of own rows) with `return_lse`; labels as in `sampled_softmax_loss`."""
         labels = (entry_labels, target_labels)
-        if self.ranks.world == 1 and _is_plain(*given) and labels == (None, None):
-            return super().forward(input, target)
+        if self.ranks.world == 1 and labels == (None, None):
+            return super().forward(input, target, angular_margin=angular_margin, cosine_margin=cosine_margin)
+        margins = (
+            self.angular_margin if angular_margin is None else angular_margin,
+            self.cosine_margin if cosine_margin is None else cosine_margin,
+        )
+        given = (*margins, self.label_smoothing, self._buffers.get("class_weight"), self.return_lse)
         step = self._step(input, target, given, labels)
         with without_autocast(step.rows.device.type):
             return self._loss(step, target)

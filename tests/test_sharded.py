@@ -86,6 +86,7 @@ def agrees_with_one_process(problem, criterion, **call):
     if "entry_labels" in call:
         own = criterion.own_classes
         ofs["entry_labels"] = call["entry_labels"][own.start : own.stop]
+    ofs = {n: v for n, v in ofs.items() if n in (*ROW_ARGUMENTS, "entry_labels")}  # others are the module's
     loss = criterion(x, t, **ofs)
     loss, lse = loss if call.get("return_lse") else (loss, None)
     total = loss if loss.dim() == 0 else loss.sum() * problem.world
@@ -169,7 +170,10 @@ def every_argument(rank, world):
         | labels,
     ):
         for m, sparse in ((None, False), (7, True)):
-            criterion = p.criterion(m, bias=True, learn_scale=True, sparse_grad=sparse)
+            options = {
+                n: v for n, v in call.items() if n in ("label_smoothing", "class_weight", "return_lse")
+            }
+            criterion = p.criterion(m, bias=True, learn_scale=True, sparse_grad=sparse, **options)
             agrees_with_one_process(p, criterion, **call)
 
 
@@ -273,7 +277,7 @@ def autocast_rounds_rows_as_one_process_does(rank, world):
     assert loss.dtype == torch.float32 == x.dtype
     loss.backward()
     torch.testing.assert_close(loss, alone, rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(loss, whole(p.input, p.target), rtol=1e-5, atol=1e-5)
+    assert abs(loss - whole(p.input, p.target)) > 10 * abs(loss - alone)
 
 
 def expected_counts_are_exact(rank, world):
@@ -508,8 +512,8 @@ def groups_of_some_processes(rank, world):
     group = dist.new_group([0, 1])
     if rank > 1:
         refused(
-            ValueError,
-            "process_group: expected a group with this process in it",
+            TypeError,
+            "process_group: expected a ProcessGroup of torch.distributed with this process in it",
             lambda: ShardedSampledSoftmaxLoss(C, D, process_group=group),
         )
         return
@@ -613,9 +617,7 @@ def _failures(world, tmp_path_factory):
     return []
 
 
-@pytest.fixture(
-    scope="module", params=[2, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (1, 3, 4))]
-)
+@pytest.fixture(scope="module", params=[2, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (3, 4))])
 def failures(request, tmp_path_factory):
     return _failures(request.param, tmp_path_factory)
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 MARGINS = {"softmax": {}, "CosFace": {"cosine_margin": 0.35}, "ArcFace": {"angular_margin": 0.5}}
 CLASSES = ("all", "sampled, corrected", "sampled, uncorrected")
 SHARE = 0.1  # of the classes, sampled beside the batch's own
-RATES = (0.0003, 0.001, 0.003, 0.01)  # of Adam, falling to 0
+RATES = (0.001, 0.003, 0.01)  # of Adam, falling to 0
 SCALE, DIM, BATCH, SHIFT = 20.0, 64, 32, 2
 FIRST_TEST_DRAWER = 17  # of each alphabet, as in the data set's classification
 DATA_SEED = 0

@@ -144,15 +144,18 @@ def _run(arguments: argparse.Namespace) -> int:
         print(f"fedss run: {done}; go on with: fedss run --resume {out}", file=sys.stderr)
         return stop.exit_code
     except Interrupted as interrupted:
-        print(f"fedss run: stopped; {_saved(out)}", file=sys.stderr)
-        return interrupted.exit_code
+        return _stopped(interrupted, out)
     if arguments.profile:
         print_profile(result.seconds, len(played))
     try:
         return _finished(result, out)
     except KeyboardInterrupt as interrupted:  # Ctrl-C's own: no round is going on that it could wait for
-        print(f"fedss run: stopped; {_saved(out)}", file=sys.stderr)
-        return interrupted.exit_code if isinstance(interrupted, Interrupted) else Interrupted().exit_code
+        return _stopped(interrupted, out)
+
+
+def _stopped(interrupted: KeyboardInterrupt, out: Path) -> int:
+    print(f"fedss run: stopped; {_saved(out)}", file=sys.stderr)
+    return interrupted.exit_code if isinstance(interrupted, Interrupted) else Interrupted().exit_code
 
 
 def _finished(result: Result, out: Path) -> int:

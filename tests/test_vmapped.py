@@ -16,8 +16,17 @@ def problems(K, B=6, C=12, D=8, S=5, dtype=F32):
     return x, w, target, ids, torch.randn(K, S, generator=g)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("K", [1, 3, 64])
+@pytest.mark.parametrize(
+    ("K", "reduction"),
+    [
+        (1, "mean"),
+        (1, "none"),
+        (3, "mean"),
+        (3, "none"),
+        pytest.param(64, "mean", marks=pytest.mark.exhaustive),
+        pytest.param(64, "none", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_the_bits_of_calls_one_by_one(K, reduction, impl):
     tensors = problems(K)
 

@@ -188,7 +188,7 @@ double exponential_error() {
   std::mt19937 g(1);
   std::uniform_real_distribution<double> uniform(-1, 1);
   std::vector<T> values(classes * rows), factor(classes, T(1)), offset(classes), low(classes), max(rows);
-  std::vector<T> row_factor(rows), row_low(rows), target(rows, T(-1));
+  std::vector<T> row_factor(rows), row_low(rows), target(rows, T(-1)), label(classes, T(0));
   std::vector<double> sum(rows), o(classes * rows);
   for (int64_t r = 0; r < rows; ++r) {
     const double scale = std::ldexp(20.3, int(r % 4)) / kLogitUnit<T>;
@@ -204,7 +204,7 @@ double exponential_error() {
     }
   }
   kernels.exponentiate({classes, rows, rows, values.data(), factor.data(), offset.data(), low.data(), row_factor.data(),
-                        row_low.data(), nullptr, target.data(), T(0), max.data(), sum.data(), nullptr});
+                        row_low.data(), nullptr, target.data(), label.data(), max.data(), sum.data(), nullptr});
   double worst = 0;
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t j = 0; j < classes; ++j) {

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from . import _C
-from .sampled_softmax import _backend
+from .sampled_softmax import chosen_backend
 
 DEVICES = ("cpu", "cuda")
 REQUIRED = ("torch", "triton", "numpy")
@@ -63,7 +63,7 @@ def listing(findings: Findings) -> str:
 
 def _kernels(device: str) -> str:
     """What impl="auto" runs on a device."""
-    impl = _backend("auto", torch.device(device))
+    impl = chosen_backend("auto", torch.device(device))
     if device == "cpu":
         return impl
     if importlib.util.find_spec("triton") is None:

@@ -161,17 +161,19 @@ def sampled_softmax_loss(
                 return loss
         except (IndexError, TypeError, ValueError):
             pass  # the checks below, or the operator, say what is wrong
-    _check(input, weight, target, class_ids, log_expected_count, target_log_expected_count, bias, scale)
+    check_arguments(
+        input, weight, target, class_ids, log_expected_count, target_log_expected_count, bias, scale
+    )
     check_choice("similarity", similarity, ("cosine", "dot"))
     check_choice("reduction", reduction, ("mean", "sum", "none"))
     sparse_grad = check_flag("sparse_grad", sparse_grad)
-    backend = _backend(impl, input.device)
+    backend = chosen_backend(impl, input.device)
     check_ignore_index(ignore_index)
-    _check_labels(input, target, weight.shape[0] if class_ids is None else class_ids.shape[0], *labels[:2])
+    check_labels(input, target, weight.shape[0] if class_ids is None else class_ids.shape[0], *labels[:2])
     extras = NONE
     if not plain:
         given = (angular_margin, cosine_margin, label_smoothing, class_weight, return_lse)
-        extras = _checked_extras(weight, target, similarity, *given)
+        extras = checked_extras(weight, target, similarity, *given)
     if sparse_grad and backend == "reference":
         raise ValueError('sparse_grad: expected False for impl="reference", whose gradients are dense')
     if isinstance(scale, Tensor):
@@ -203,7 +205,7 @@ def _by_backend(
         _check_values(target, weight.shape[0], corrections, ignore_index)
     if extras is not NONE:
         if target.is_cpu and plain_eager():
-            _check_ids("target", target, weight.shape[0], ignore_index)
+            check_ids("target", target, weight.shape[0], ignore_index)
         rounding = autocast_dtype(input.device.type)
         with without_autocast(input.device.type):
             loss, lse = composed_loss(
@@ -226,7 +228,7 @@ def _by_backend(
 # ---- checks ------------------------------------------------------------------------------------------------
 
 
-def _check(
+def check_arguments(
     input: Tensor,
     weight: Tensor,
     target: Tensor,
@@ -277,7 +279,7 @@ def _check(
         refuse_meta("input")
 
 
-def _check_labels(
+def check_labels(
     input: Tensor, target: Tensor, S: int, entry_labels: Tensor | None, target_labels: Tensor | None
 ) -> None:
     for name, labels, shape, meaning in (
@@ -290,7 +292,7 @@ def _check_labels(
             check_device(name, labels, input.device, "input")
 
 
-def _checked_extras(
+def checked_extras(
     weight: Tensor,
     target: Tensor,
     similarity: str,
@@ -374,7 +376,7 @@ IMPLS = ("auto", "cpp", "triton", "reference")
 _OF_DEVICE = {"cpu": "cpp", "cuda": "triton"}
 
 
-def _backend(impl: str, device: torch.device) -> str:
+def chosen_backend(impl: str, device: torch.device) -> str:
     check_choice("impl", impl, IMPLS)
     found = _OF_DEVICE.get(device.type)
     if impl in ("reference", found):
@@ -426,14 +428,14 @@ def _check_values(
 ) -> None:
     """Raises for a class out of range and a wrong correction. Waits for the device."""
     class_ids, log_expected_count, target_log_expected_count = corrections
-    _check_ids("target", target, C, ignore_index)
+    check_ids("target", target, C, ignore_index)
     if class_ids is not None:
-        _check_ids("class_ids", class_ids, C, None)
+        check_ids("class_ids", class_ids, C, None)
     _check_counts("log_expected_count", log_expected_count, of_targets=False)
     _check_counts("target_log_expected_count", target_log_expected_count, of_targets=True)
 
 
-def _check_ids(name: str, ids: Tensor, C: int, ignore_index: int | None) -> None:
+def check_ids(name: str, ids: Tensor, C: int, ignore_index: int | None) -> None:
     bad = (ids < 0) | (ids >= C)
     if ignore_index is not None:
         bad &= ids != ignore_index

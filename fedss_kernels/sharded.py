@@ -21,7 +21,7 @@ from .data_parallel import check_left_alone
 from .given_target import row_losses
 from .loss_operator import autocast_dtype, without_autocast
 from .ranks import Ranks
-from .sampled_softmax import _backend, _check, _check_ids, _check_labels, _checked_extras
+from .sampled_softmax import check_arguments, check_ids, check_labels, checked_extras, chosen_backend
 from .sampled_softmax_module import SampledSoftmaxLoss, TopK
 from .smoothing import mean_logits
 from .target_logits import target_logits
@@ -223,14 +223,14 @@ class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
         """(own rows, what a gradient is wanted of, what all ranks must have alike, ...)"""
         check_tensor("target", target, (torch.int64,))
         check_left_alone(self, self.weight, self.bias)
-        _check(input, self.weight, target, None, None, None, self.bias, self.scale)
-        _check_ids("target", target.reshape(-1), self.num_classes, self.ignore_index)
+        check_arguments(input, self.weight, target, None, None, None, self.bias, self.scale)
+        check_ids("target", target.reshape(-1), self.num_classes, self.ignore_index)
         check_shape("weight", self.weight, (len(self.own_classes), input.shape[-1]), "(own rows, D)")
-        _check_labels(input, target, len(self.own_classes), *labels)
-        if _backend(self.impl, input.device) == "reference":
+        check_labels(input, target, len(self.own_classes), *labels)
+        if chosen_backend(self.impl, input.device) == "reference":
             raise ValueError('impl: expected "auto", "cpp" or "triton" for sharded classes, got "reference"')
         every_class = self.weight.new_empty((self.num_classes, 0))
-        extras = _checked_extras(every_class, target, self.similarity, *given)
+        extras = checked_extras(every_class, target, self.similarity, *given)
         wants, grad = 0, torch.is_grad_enabled()
         if grad:
             classes = [p for p in (self.weight, self.bias) if p is not None]
@@ -282,7 +282,7 @@ class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
             entries = entries[class_ids]
         shared = (self.bias, step.scale, self.similarity)
         labels = step.labels.where(counted, _IGNORED)
-        impl = _backend(self.impl, rows.device)
+        impl = chosen_backend(self.impl, rows.device)
         losses = row_losses(
             *(rows, self.weight, labels, class_ids, counts, None, *shared),
             *(_IGNORED, self.sparse_grad, impl, rounding, (entries, None, logits)),

@@ -46,7 +46,7 @@ class Problem:
         self.own = slice(first, first + self.sizes[rank])
 
     def criterion(self, num_sampled=None, **options):
-        """With the rows of `weight`, cut; it remembers its class set."""
+        """With the rows of `weight`, cut; it remembers its class set, and what it drew it for."""
         options = {"dtype": self.weight.dtype, **options}
         criterion = ShardedSampledSoftmaxLoss(len(self.weight), D, num_sampled, **options)
         state = {"weight": self.weight, "bias": self.bias}
@@ -54,7 +54,7 @@ class Problem:
         draw = criterion._class_set
 
         def remembered(*arguments):
-            criterion.drawn = draw(*arguments)
+            criterion.drawn, criterion.draw_again = draw(*arguments), partial(draw, *arguments)
             return criterion.drawn
 
         criterion._class_set = remembered
@@ -94,7 +94,7 @@ def agrees_with_one_process(problem, criterion, **call):
 
     ids, counts = union_of_class_sets(criterion)
     X, W, b = (t.double().clone().requires_grad_() for t in (problem.input, problem.weight, problem.bias))
-    scale = torch.tensor(float(criterion.scale), dtype=torch.float64, requires_grad=True)
+    scale = torch.as_tensor(criterion.scale).detach().double().reshape(()).clone().requires_grad_()
     whole = reference.sampled_softmax_loss(
         *(X, W, problem.target, ids, counts),
         bias=None if criterion.bias is None else b,
@@ -288,13 +288,11 @@ def expected_counts_are_exact(rank, world):
 
 
 def _expected_counts_are_exact(p, criterion, sampler):
-    x, t = p.rows()
+    criterion(*p.rows())
     times, expected = torch.zeros(C), torch.zeros(C)
     own, draws = criterion.own_classes, 300
-    for _ in range(draws):
-        with torch.no_grad():
-            criterion(x.detach(), t)
-        ids, counts = criterion.drawn
+    for _ in range(draws):  # a rank draws without the others
+        ids, counts = criterion.draw_again()
         there = counts < math.inf
         times.index_add_(0, ids[there] + own.start, torch.ones(int(there.sum())))
         expected[ids[there] + own.start] = counts[there].exp()

@@ -70,6 +70,7 @@ INTERPRETED_CASES = [
     Case(Shape(3, 5, 16, 9)),
     Case(Shape(3, 7, 16, 7), kind="linear"),
     Case(Shape(4, 4, 16, 4), kind="in_batch"),
+    Case(Shape(130, 5, 16, 9)),  # more rows than the small path holds: in chunks
 ]
 
 # ---- the bare products -------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from fedss_kernels.bench.gpu_cases import Case
 from fedss_kernels.bench.measure import Timing
 from fedss_kernels.bench.results import Row
 
-CASE, LINEAR_CASE, IN_BATCH_CASE = gpu.INTERPRETED_CASES
+CASE, LINEAR_CASE, IN_BATCH_CASE, _ = gpu.INTERPRETED_CASES
 
 
 # ---- whole runs --------------------------------------------------------------------------------------------
@@ -36,7 +36,7 @@ def test_without_a_gpu_it_runs_interpreted_and_says_so(tmp_path):
     assert run.returncode == 0, run.stderr
     meaningless = "kernels interpreted on a CPU, whose times mean nothing"
     assert meaningless in run.stdout and meaningless in run.stderr
-    assert "3 cases, " in run.stderr and " measurements in 2 turns: " in run.stderr and "of 8\n" in run.stderr
+    assert "4 cases, " in run.stderr and " measurements in 2 turns: " in run.stderr and "of 8\n" in run.stderr
     name = "cpu-interpreted"
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         f"{name}.{end}" for end in ("csv", "json", "md", "png")
@@ -46,6 +46,7 @@ def test_without_a_gpu_it_runs_interpreted_and_says_so(tmp_path):
         rows = list(csv.DictReader(file))
     both = [row for row in rows if row["operation"] == "forward_backward"]
     timed = {(row["S"], row["contender"]) for row in both if row["median_seconds"]}
+    assert {(row["B"], row["contender"]) for row in both if row["median_seconds"]} >= {("130", "ours")}
     gathering = {("5", name) for name in ("ours_gather", "eager_gather", "eager_gather_sparse")}
     everywhere = {(S, name) for S in ("5", "7", "4") for name in ("ours", "products", "eager", "lce")}
     assert everywhere | gathering <= timed
@@ -57,9 +58,10 @@ def test_without_a_gpu_it_runs_interpreted_and_says_so(tmp_path):
     text = (tmp_path / f"{name}.md").read_text(encoding="utf-8")
     assert meaningless in text and torch.__version__ in text and "triton 3" in text
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(lines) == 3 * (2 + 3) and len({line.count("|") for line in lines}) == 1
-    assert "compile not run at (3, 5, 16, 9), (3, 7, 16, 7), (4, 4, 16, 4): nothing is compiled" in text
-    shares = {line.split("|")[3].strip() for line in lines if line.startswith(("| 3", "| 4"))}
+    assert len(lines) == 3 * (2 + 4) and len({line.count("|") for line in lines}) == 1
+    shapes = "(3, 5, 16, 9), (3, 7, 16, 7), (4, 4, 16, 4), (130, 5, 16, 9)"
+    assert f"compile not run at {shapes}: nothing is compiled" in text
+    shares = {line.split("|")[3].strip() for line in lines if line.startswith(("| 3", "| 4", "| 130"))}
     assert shares and all(share.endswith("%") for share in shares)  # of the products, at every shape
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     limits = json.loads((tmp_path / f"{name}.json").read_text())

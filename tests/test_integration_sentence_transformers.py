@@ -168,6 +168,8 @@ for same_item, labels in ("text", None), ("label", torch.arange(2) + 2 * rank):
     value, found = test.gradients(loss, model, columns, labels)
     torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found[0], wanted[0], rtol=1e-3, atol=1e-5)
+dist.barrier()
+dist.destroy_process_group()  # else its threads may outlive the interpreter
 """
 
 

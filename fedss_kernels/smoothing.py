@@ -57,6 +57,8 @@ def mean_logits(
 def _sums_of_others(terms: Tensor, entry_labels: Tensor, target_labels: Tensor) -> Tensor:
     """(B, ...) for each row the sum of the terms (S, ...) of labels that are not its own."""
     B = target_labels.shape[0]
+    if not B:
+        return terms[:0]
     labels = target_labels.sort().values
     nearest = torch.searchsorted(labels, entry_labels).clamp(max=B - 1)
     group = nearest.where(labels[nearest] == entry_labels, B)  # B: of labels that no row has

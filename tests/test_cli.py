@@ -802,6 +802,7 @@ def test_how_many_clients_have_fine_tuned_each_run_of_personalise(tmp_path, caps
     ]
 
 
+@pytest.mark.exhaustive
 def test_how_many_clients_have_fine_tuned_in_a_comparison(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(progress, "QUIET_SECONDS", 0)
     argv = ["compare", *TUNED, "--personalise-epochs=1", "--methods=fedss,fedper", "--seeds=0", "--jobs=1"]

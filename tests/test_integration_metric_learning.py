@@ -179,6 +179,7 @@ def of_two_processes(rank: int, address: str, results: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.exhaustive
 def test_the_distributed_wrapper_gathers_for_it_as_for_theirs(tmp_path):
     mp.spawn(of_two_processes, (str(tmp_path / "address"), str(tmp_path / "results")), nprocs=2)
     for rank in range(2):

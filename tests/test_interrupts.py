@@ -198,6 +198,7 @@ def test_workers_stay_until_the_round_is_done_where_all_get_the_signal(tmp_path)
     assert (out / f"checkpoint-{done:06}").is_dir()
 
 
+@pytest.mark.exhaustive
 def test_so_do_the_runs_of_a_comparison(tmp_path):
     out = tmp_path / "compared"
     options = [*SMALL, "--rounds=100000", "--eval-every=100000", "--checkpoint-every=0", "--jobs=2"]

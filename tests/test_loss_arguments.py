@@ -468,3 +468,14 @@ def test_what_is_wrong_is_said(wrong, kind, message, impl):
     x, w, t = problem()
     with pytest.raises(kind, match=message):
         loss_function(x, w, **({"target": t} | wrong), impl=impl)
+
+
+@pytest.mark.parametrize("class_ids", [None, torch.arange(3)])
+def test_a_batch_of_no_rows_is_smoothed_to_nothing(class_ids, sampled_softmax_loss):
+    x, w, t = problem()
+    x, w = x[:0].detach().requires_grad_(), w.detach().requires_grad_()
+    options = {"label_smoothing": 0.1, "reduction": "sum", "return_lse": True}
+    loss, lse = sampled_softmax_loss(x, w, t[:0], class_ids, **options)
+    assert loss == 0 and lse.shape == (0,)
+    gradients = torch.autograd.grad(loss + lse.sum(), (x, w))
+    assert gradients[0].shape == x.shape and not gradients[1].any()

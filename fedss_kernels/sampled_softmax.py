@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import vmapped  # noqa: F401  (registers itself)
+from . import vmapped
 from .checks import (
     FLOATING,
     as_integer,
@@ -41,6 +41,8 @@ from .loss_operator import autocast_dtype, call_operator, without_autocast
 from .reference import sampled_softmax_loss as _reference_loss
 from .sparse_rows import check_takes_sparse
 from .target_logits import rounded
+
+vmapped.register()
 
 
 def sampled_softmax_loss(

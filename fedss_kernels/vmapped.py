@@ -42,5 +42,7 @@ def _gradients(info: Any, in_dims: Sequence[Any], *arguments: Any) -> Any:
     )
 
 
-torch.library.register_vmap(_LOSS, _losses, lib=library)
-torch.library.register_vmap(f"{_LOSS}_backward", _gradients, lib=library)
+def register() -> None:
+    """Gives the operator and its backward pass their rules; once."""
+    torch.library.register_vmap(_LOSS, _losses, lib=library)
+    torch.library.register_vmap(f"{_LOSS}_backward", _gradients, lib=library)

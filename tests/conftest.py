@@ -160,3 +160,12 @@ def torchvision():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that images cannot be decoded, which is not asked for
         yield importlib.import_module("torchvision")
+
+
+@pytest.fixture(scope="session")
+def transformers(request):
+    """The module, which imports torchvision where that is there."""
+    if importlib.util.find_spec("transformers") and importlib.util.find_spec("torchvision"):
+        request.getfixturevalue("torchvision")
+    missing = "needs transformers, of the extra integrations, which is not installed"
+    return pytest.importorskip("transformers", reason=missing)

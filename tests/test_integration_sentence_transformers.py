@@ -2,7 +2,6 @@
 
 import copy
 import doctest
-import importlib.util
 import re
 import subprocess
 import sys
@@ -17,12 +16,9 @@ WORDS = [f"w{i}" for i in range(40)]
 
 
 @pytest.fixture(scope="module")
-def library(request):
-    if importlib.util.find_spec("sentence_transformers") is None:
-        pytest.skip("needs sentence-transformers, of the extra integrations, which is not installed")
-    if importlib.util.find_spec("torchvision") is not None:
-        request.getfixturevalue("torchvision")  # transformers imports it where it is there
-    return pytest.importorskip("sentence_transformers")
+def library(transformers):
+    missing = "needs sentence-transformers, of the extra integrations, which is not installed"
+    return pytest.importorskip("sentence_transformers", reason=missing)
 
 
 @pytest.fixture

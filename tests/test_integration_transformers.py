@@ -2,7 +2,6 @@
 
 import copy
 import doctest
-import importlib.util
 import io
 import re
 from pathlib import Path
@@ -16,15 +15,6 @@ SIZES = dict(
     vocab_size=C, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
     num_key_value_heads=2, max_position_embeddings=64,
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def transformers(request):
-    if importlib.util.find_spec("transformers") is None:
-        pytest.skip("needs transformers, of the extra integrations, which is not installed")
-    if importlib.util.find_spec("torchvision") is not None:
-        request.getfixturevalue("torchvision")  # transformers imports it where it is there
-    return pytest.importorskip("transformers")
 
 
 @pytest.fixture

@@ -82,14 +82,14 @@ def composed_loss(
         counts_of_targets = -moved.detach() if target_counts is None else target_counts - moved.detach()
         corrected = (class_ids, counts, counts_of_targets.to(torch.promote_types(input.dtype, torch.float32)))
         losses = row_losses(
-            *(input, weight, target, *corrected, *shared),
-            *(ignore_index, sparse_grad, impl, rounding, (*labels, None)),
+            (input, weight, target, *corrected, bias),
+            *(scale, similarity, ignore_index, sparse_grad, impl, rounding, (*labels, None)),
         )
         losses = losses + (torch.expm1(-losses.detach()) * (moved - moved.detach())).to(losses.dtype)
     else:
         losses = row_losses(
-            *(input, weight, target, *corrections, *shared),
-            *(ignore_index, sparse_grad, impl, rounding, (*labels, changed)),
+            (input, weight, target, *corrections, bias),
+            *(scale, similarity, ignore_index, sparse_grad, impl, rounding, (*labels, changed)),
         )
     lse = None
     if given is not None:

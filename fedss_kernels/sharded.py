@@ -284,8 +284,9 @@ class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
         labels = step.labels.where(counted, _IGNORED)
         impl = chosen_backend(self.impl, rows.device)
         losses = row_losses(
-            *(rows, self.weight, labels, class_ids, counts, None, *shared),
-            *(_IGNORED, self.sparse_grad, impl, rounding, (entries, None, logits)),
+            (rows, self.weight, labels, class_ids, counts, None, self.bias),
+            *(step.scale, self.similarity, _IGNORED, self.sparse_grad, impl, rounding),
+            (entries, None, logits),
         )
         sums = nothing
         if step.extras.label_smoothing and len(rows):

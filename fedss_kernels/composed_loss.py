@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .given_target import row_losses
 from .smoothing import mean_logits
-from .target_logits import target_logits
+from .target_logits import target_logits, widened_rows
 
 
 class Extras(NamedTuple):
@@ -59,9 +59,7 @@ def composed_loss(
 ) -> tuple[Tensor, Tensor | None]:
     """(loss, lse or None), of the reduction's shape and (B,)."""
     class_ids, counts, target_counts = corrections
-    if input.itemsize == 2:  # its gradient is added up in float32
-        rounding = rounding or (input.dtype if input.dtype == weight.dtype else None)
-        input = input.float()
+    input, rounding = widened_rows(input, weight, rounding)
     if isinstance(scale, Tensor):  # and scale's, of the losses and of targets' logits, in float64
         scale = scale.double()
     counted = target != ignore_index

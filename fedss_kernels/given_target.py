@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .direct_route import NO_LABELS, direct_loss
-from .loss_operator import call_operator
+from .loss_operator import call_operator, scale_tensor
 
 # input, weight, target, class_ids, log_expected_count, target_log_expected_count, bias
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -36,6 +36,4 @@ def row_losses(
         loss = direct_loss(*tensors, scale, *options, labels)
         if loss is not None:
             return loss
-    if not isinstance(scale, Tensor):
-        scale = torch.full((), scale, dtype=torch.float64, device="cpu")
-    return call_operator(*tensors, scale, *options, [False] * 4, rounding, *labels)
+    return call_operator(*tensors, scale_tensor(scale), *options, [False] * 4, rounding, *labels)

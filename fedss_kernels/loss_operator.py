@@ -288,6 +288,11 @@ def _nothing(like: Tensor) -> Tensor:
     return like.new_empty((0,))
 
 
+def scale_tensor(scale: float | Tensor) -> Tensor:
+    """As the operator takes it: a number as float64, on the CPU whatever the default device is."""
+    return scale if isinstance(scale, Tensor) else torch.full((), scale, dtype=torch.float64, device="cpu")
+
+
 def call_operator(*arguments: Any) -> Tensor:
     """The loss; what torch says of transforms that it does not know, in words about the loss."""
     operator = torch.ops.fedss_kernels.sampled_softmax_loss

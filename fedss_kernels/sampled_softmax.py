@@ -37,7 +37,7 @@ from .checks import (
 from .composed_loss import NONE, Extras, composed_loss
 from .direct_route import NO_LABELS, direct_loss, plain_eager
 from .implementations import triton_kernels
-from .loss_operator import autocast_dtype, call_operator, without_autocast
+from .loss_operator import autocast_dtype, call_operator, scale_tensor, without_autocast
 from .reference import sampled_softmax_loss as _reference_loss
 from .sparse_rows import check_takes_sparse
 from .target_logits import rounded
@@ -215,13 +215,11 @@ def _by_backend(
                 *(sparse_grad, backend, rounding, labels, extras),
             )
         return loss, lse if extras.return_lse else None
-    scale_tensor = (
-        scale if isinstance(scale, Tensor) else torch.full((), scale, dtype=torch.float64, device="cpu")
-    )
+    scale = scale_tensor(scale)
     grad = torch.is_grad_enabled() and reduction != "none"
-    wanted = [grad and t is not None and t.requires_grad for t in (input, weight, bias, scale_tensor)]
+    wanted = [grad and t is not None and t.requires_grad for t in (input, weight, bias, scale)]
     loss = call_operator(
-        *(input, weight, target, *corrections, bias, scale_tensor),
+        *(input, weight, target, *corrections, bias, scale),
         *(similarity, ignore_index, reduction, sparse_grad, backend, wanted, None, *labels),
     )
     return loss, None

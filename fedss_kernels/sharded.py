@@ -24,7 +24,7 @@ from .ranks import Ranks
 from .sampled_softmax import check_arguments, check_ids, check_labels, checked_extras, chosen_backend
 from .sampled_softmax_module import SampledSoftmaxLoss, TopK
 from .smoothing import mean_logits
-from .target_logits import target_logits
+from .target_logits import target_logits, widened_rows
 
 INPUT, SCALE, CLASSES = 1, 2, 4  # bits of what a gradient is wanted of
 
@@ -265,10 +265,8 @@ class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
 
     def _of_block(self, step: Step) -> Tensor:
         """(B, 3) of everybody's rows: losses beside this block, own targets' logits, sums of logits."""
-        rounding, rows, counted = step.rounding, step.rows, step.target != self.ignore_index
-        if rows.itemsize == 2:  # gradients are added up in float32
-            rounding = rounding or (rows.dtype if rows.dtype == self.weight.dtype else None)
-            rows = rows.float()
+        rows, rounding = widened_rows(step.rows, self.weight, step.rounding)
+        counted = step.target != self.ignore_index
         local = step.target - self.own_classes.start
         is_own = counted & (local >= 0) & (local < len(self.own_classes))
         mine = self._logits_of_own_classes(step, rows, local, is_own, rounding)

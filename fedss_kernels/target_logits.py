@@ -60,6 +60,15 @@ def in_range(rows: Tensor) -> Tensor:
     return rows * torch.where(overflows, 2.0**-600, 1.0).to(rows.dtype)
 
 
+def widened_rows(
+    rows: Tensor, weight: Tensor, rounding: torch.dtype | None
+) -> tuple[Tensor, torch.dtype | None]:
+    """(16-bit `rows` in float32, so that their gradients are added up in it; what they are read at still)."""
+    if rows.itemsize != 2:
+        return rows, rounding
+    return rows.float(), rounding or (rows.dtype if rows.dtype == weight.dtype else None)
+
+
 def rounded(rows: Tensor, rounding: torch.dtype | None, dtype: torch.dtype | None = None) -> Tensor:
     """`rows` at the values of `rounding`, unless they are, or were, float64; the gradient passes as it is."""
     if rounding is None or (dtype or rows.dtype) == torch.float64:

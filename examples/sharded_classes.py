@@ -55,6 +55,8 @@ def main() -> None:
     if rank == 0:
         print(f"top-1 over {data.num_classes} classes: {right.item() / len(data.test_labels):.3f}")
     if world > 1:
+        # DistributedDataParallel keeps the group's threads: let them finish before the interpreter goes.
+        dist.barrier()
         dist.destroy_process_group()
 
 

@@ -8,7 +8,7 @@ DEMO_OUT ?= runs/demo
 BENCH_OUT ?= runs/bench
 FUZZ_RUNS ?= 1000000
 
-.PHONY: all demo test test-targets test-integrations lint check sanitize sanitize-address sanitize-thread fuzz fuzz-coverage bench wheel \
+.PHONY: all demo docs test test-targets test-integrations lint check sanitize sanitize-address sanitize-thread fuzz fuzz-coverage bench wheel \
 	clean
 all: check
 
@@ -50,6 +50,12 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror csrc/*.cpp csrc/*.hpp tests/*.cpp tests/fuzz/*.?pp
+
+# The pages of docs/ with the API's reference, as a site in runs/docs; a broken link is an error.
+docs:
+	$(PYTHON) -m venv $(VENV)/docs
+	$(VENV)/docs/bin/pip install --quiet --constraint constraints.txt mkdocs-material "mkdocstrings[python]" ruff
+	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/mkdocs build --strict --quiet
 
 check: lint test test-targets demo
 

@@ -9,7 +9,7 @@ more and more probably one that the client holds. After T requests of a client w
 is the probability that a class in all of them is a positive; s negatives are the same in every round and f
 are new: `negatives` = fresh has s = 0, sticky f = 0. The attacker names every class in all T requests.
 
-It looks at requests only. What a client sends back says more: see the README.
+It looks at requests only. What a client sends back says more: see docs/privacy.md.
 """
 
 import statistics

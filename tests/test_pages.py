@@ -1,0 +1,96 @@
+"""What README.md and docs/ say holds: examples run, commands and options are there, links lead somewhere."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from fedss_kernels.federated.algorithms import METHODS
+from fedss_kernels.federated.cli import COMMANDS, _command, _name, _parse
+from fedss_kernels.federated.reports.parts_in_words import place
+
+ROOT = Path(__file__).parents[1]
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+}
+IN_OTHER_LIBRARIES = {
+    "docs/integrations.md",
+    "docs/sentence_transformers.md",
+    "docs/transformers.md",
+}  # tests of their own
+EXAMPLES = {page: re.findall(r"```python\n(.*?)```", text, re.DOTALL) for page, text in PAGES.items()}
+COMMAND_LINES = [
+    (page, line.split("  #")[0])
+    for page, text in PAGES.items()
+    for block in re.findall(r"```\n(.*?)```", text, re.DOTALL)
+    for line in block.splitlines()
+    if line.startswith("fedss ")
+]
+SPOKEN_OF = [
+    (page, words) for page, text in PAGES.items() for words in re.findall(r"`fedss ([a-z][^`]*)`", text)
+]
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if EXAMPLES[page] and page not in IN_OTHER_LIBRARIES]
+)
+def test_examples_run_as_they_stand_but_for_the_number_of_rounds(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    methods = dict(METHODS)
+    names: dict = {}
+    try:
+        for example in EXAMPLES[page]:
+            exec(example.replace("rounds=20", "rounds=1, cohort=2"), names)
+    finally:
+        METHODS.clear()
+        METHODS.update(methods)
+    if "best" in names:
+        assert names["best"].indices.shape == (4, 5) and names["loss"].isfinite()
+    if page == "docs/simulate.md":
+        assert (tmp_path / "net.pt").exists()
+        first, own_data, own_method = capsys.readouterr().out.splitlines()
+        assert len(first.split()) == 3
+        assert re.fullmatch(
+            r"<FederatedData mine, classification: 4 classes, 40 training and 8 test images, 4 clients> "
+            r"<Result of fedss on mine after round 2: top-1 \d+\.\d%>",
+            own_data,
+        )
+        assert re.fullmatch(r"<Result of neighbours on glyphs after round 2: top-1 \d+\.\d%>", own_method)
+
+
+@pytest.mark.parametrize("page, line", COMMAND_LINES)
+def test_command_lines_are_understood(page, line):
+    argv = shlex.split(line)[1:]
+    assert _parse(_name(argv), _command(argv), argv[1:])
+
+
+@pytest.mark.parametrize("page, words", SPOKEN_OF)
+def test_commands_that_are_spoken_of_are_there_with_their_options(page, words, capsys):
+    name = words.split()[0]
+    assert name in COMMANDS
+    with pytest.raises(SystemExit):
+        _parse(f"fedss {name}", COMMANDS[name], ["--help"])
+    shown = capsys.readouterr().out
+    assert not [option for option in re.findall(r"--[a-z][a-z-]+", words) if option not in shown]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files_that_are_there(page):
+    links = re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", PAGES[page])
+    here = (ROOT / page).parent
+    assert not [link for link in links if "://" not in link and not (here / link).is_file()]
+
+
+def test_the_table_of_methods_has_them_all_and_says_of_each_where_its_net_is():
+    (table,) = re.findall(
+        r"\| method \| the net \| class rows \|.*\n\| ---.*\n((?:\|.*\n)+)", PAGES["docs/simulate.md"]
+    )
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()]
+    nets = {name: net for which, net, *_ in rows for name in re.findall(r"`([a-z_]+)`", which)}
+    assert nets == {method.name: place(method).net for method in METHODS.values()}
+
+
+def test_the_readme_is_short():
+    assert PAGES["README.md"].count("\n") <= 150

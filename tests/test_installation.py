@@ -3,9 +3,12 @@
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+
+import fedss_kernels
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,9 +28,9 @@ def test_old_torch_is_named_with_what_to_do():
     )
 
 
-@pytest.mark.parametrize("version", ["2.11.0", "2.13.0+cpu", "2.14.0a0+gitabc", "3.0"])
-def test_new_torch_is_welcome(version):
-    assert python(f"import torch; torch.__version__ = {version!r}; import fedss_kernels").returncode == 0
+@pytest.mark.parametrize("number", ["2.11.0", "2.13.0+cpu", "2.14.0a0+gitabc", "3.0"])
+def test_new_torch_is_welcome(number):
+    assert python(f"import torch; torch.__version__ = {number!r}; import fedss_kernels").returncode == 0
 
 
 def test_kernels_that_are_not_built_are_named_with_what_to_do():
@@ -54,3 +57,7 @@ def test_the_loss_needs_no_extra():
         "print({'matplotlib', 'rich', 'PIL', 'fedss_kernels.federated'} & set(sys.modules))"
     )
     assert python(code).stdout.strip() == "set()"
+
+
+def test_the_version_is_one_number():
+    assert version("fedss-kernels") == fedss_kernels.__version__

@@ -13,7 +13,7 @@ from fedss_kernels.federated.reports.parts_in_words import place
 ROOT = Path(__file__).parents[1]
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+    for path in (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")))
 }
 IN_OTHER_LIBRARIES = {
     "docs/integrations.md",

@@ -3,8 +3,8 @@
 Li et al., "MocoSFL: enabling cross-client collaborative self-supervised learning", ICLR 2023, section 4. The
 server is honest but curious, knows the client's half of the net, and has some images like the clients'. It
 trains a decoder from latents to images on these, and applies it to what clients send. How near it comes is
-told by MSE, PSNR = -10 log10(MSE) and SSIM of pixels in [0, 1], means over images. What it would get by always
-answering the mean of its own images is the line to compare with.
+told by MSE, PSNR = -10 log10(MSE) and SSIM of pixels in [0, 1], means over images. What it would get by
+always answering the mean of its own images is the line to compare with.
 """
 
 import math

@@ -48,12 +48,10 @@ def test_resnet18_is_torchvisions_with_another_stem_and_standardised_filters(tor
     theirs = resnet18(norm_layer=lambda channels: nn.GroupNorm(channels // 4, channels))
     theirs.conv1, theirs.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
     theirs.fc = nn.Identity()
-    ours, count = list(net.parameters()), len(list(theirs.parameters()))
-    assert len(ours) == count
+    drawn = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for p in ours:
-            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
-        for p, own in zip(theirs.double().parameters(), ours, strict=True):
+        for p, own in zip(theirs.double().parameters(), net.parameters(), strict=True):
+            own.add_(0.1 * torch.randn(own.shape, generator=drawn))
             p.copy_(standardised(own) if own.dim() == 4 else own)
     x = images(2, 3, 32, 32)
     torch.testing.assert_close(net(x), theirs(x), rtol=1e-8, atol=1e-10)

@@ -37,9 +37,10 @@ def images(*shape):
 def test_it_is_what_torchs_layers_make(heads, patch):
     """A patch's token by hand, torch's encoder layer for each block; every weight is moved from its start."""
     net = build_model(f"vit:depth=2,heads={heads},patch={patch}", 48, seed=0).double()
+    drawn = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in net.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+            p.add_(0.1 * torch.randn(p.shape, generator=drawn))
     x = images(2, 3, 32, 32)
     stem, *blocks = net.blocks
     convolution, across = stem.patches[1], 32 // patch

@@ -30,6 +30,15 @@ def test_a_convolution_by_its_formula(kernel, stride):
     )
 
 
+def test_a_filter_of_equal_weights_is_none_and_has_a_gradient():
+    layer, x = StandardisedConv2d(4, 6, 3), torch.rand(2, 4, 7, 8)
+    with torch.no_grad():
+        layer.weight[:3] = 0.5
+    y = layer(x)
+    y.square().sum().backward()
+    assert not y[:, :3].any() and y[:, 3:].any() and layer.weight.grad.isfinite().all()
+
+
 def test_a_filters_size_says_nothing():
     """Behind a norm: the same features from filters ten times as large."""
     net, x = build_model("conv4_ws", 128, seed=0), torch.rand(2, 3, 32, 32)

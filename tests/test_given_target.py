@@ -92,8 +92,7 @@ def test_equals_the_definition(all_classes, entries, sparse_grad, impl):
         assert of_found[1].is_coalesced() and (of_found[1].indices()[0].diff() > 0).all()
 
 
-@pytest.mark.parametrize("similarity", ["cosine", "dot"])
-@pytest.mark.parametrize("ignore_index", [-1, -100])
+@pytest.mark.parametrize("similarity, ignore_index", [("cosine", -1), ("dot", -100)])
 def test_a_label_is_any_number(similarity, ignore_index, impl):
     """Past 32 bits too, where 32 of them are a class; and -1, as wrong classes' numbers are."""
     (x, w, bias, given), scale, labels, ids, counts = problem()
@@ -149,7 +148,7 @@ def test_the_operator_gives_the_bits_of_the_direct_route(impl):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("all_classes", [False, True])
+@pytest.mark.parametrize("all_classes", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_opcheck(all_classes, impl):
     (x, w, bias, given), scale, labels, ids, counts = problem(F32)
     ids, counts = (None, None) if all_classes else (ids, counts)

@@ -24,10 +24,12 @@ _ARGUMENTS = (
     "Tensor input, Tensor weight, Tensor target, Tensor? class_ids, Tensor? log_expected_count, "
     "Tensor? target_log_expected_count, Tensor? bias, Tensor scale, str similarity, int ignore_index, "
     "str reduction, bool sparse_grad, str impl, bool[4] wanted, ScalarType? rounding, "
-    "Tensor? entry_labels=None, Tensor? target_labels=None, Tensor? target_logit=None"
+    "Tensor? entry_labels=None, Tensor? target_labels=None, Tensor? target_logit=None, "
+    "Tensor? weight_values=None, Tensor? bias_values=None"
 )
 # wanted: make the gradients of (input, weight, bias, scale) in the forward pass; rounding: autocast's dtype.
 # target_logit (B,): the rows' own logits, for reduction "none"; targets are no classes then, but labels.
+# weight_values, bias_values: what kernels read for weight and bias, stand-ins then: of a gradient's dtype.
 # The results after the loss are for the backward operator. impl="cpp": Gradients, and nothing; "triton": what
 # its kernels keep of each row, and sums for gradients where they are begun with the loss.
 library.define(
@@ -41,6 +43,7 @@ library.define(
 
 
 MADE = 6  # results of the operator after the loss
+LEARNED, TARGET_LOGIT = (0, 1, 6, 7), 17  # places of input, weight, bias and scale among the arguments
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -79,6 +82,17 @@ class Arguments(NamedTuple):
     entry_labels: Tensor | None = None
     target_labels: Tensor | None = None
     target_logit: Tensor | None = None
+    weight_values: Tensor | None = None
+    bias_values: Tensor | None = None
+
+    @property
+    def read(self) -> "Arguments":
+        """With the weight and bias that kernels read."""
+        if self.weight_values is None:
+            return self
+        return self._replace(
+            weight=self.weight_values, bias=self.bias_values, weight_values=None, bias_values=None
+        )
 
     @property
     def tensors(self) -> tuple[Any, ...]:
@@ -192,20 +206,18 @@ def run_kernel(
     return loss, gradients, touched
 
 
-def _run(
-    p: Arguments, made: Sequence[bool], grad_loss: Tensor | None = None
-) -> tuple[Tensor, Gradients, int]:
+def run(p: Arguments, made: Sequence[bool], grad_loss: Tensor | None = None) -> tuple[Tensor, Gradients, int]:
     scale = p.scale.item() if isinstance(p.scale, Tensor) else p.scale
-    return run_kernel(*p[:7], scale, *p[8:11], made, p.rounding, grad_loss, p[15:])
+    return run_kernel(*p.read[:7], scale, *p[8:11], made, p.rounding, grad_loss, p[15:18])
 
 
 def _loss(*arguments):
     p = Arguments(*arguments)
     refuse_forward_mode("sampled_softmax_loss")
     if p.impl == "triton":
-        loss, made = loss_by_triton(p)
+        loss, made = loss_by_triton(p.read)
         return loss, *_operator_results(p, made)
-    loss, gradients, _ = _run(p, p.wanted)
+    loss, gradients, _ = run(p, p.wanted)
     return loss, *_operator_results(p, gradients)
 
 
@@ -244,7 +256,7 @@ def gradients_by_triton(
 def _loss_fake(*arguments):
     p = Arguments(*arguments)
     if p.impl == "triton":
-        loss, made = _triton().empty_loss(*p[:4], p.reduction, p.rounding, p.wanted)
+        loss, made = _triton().empty_loss(*p.read[:4], p.reduction, p.rounding, p.wanted)
         return loss, *_operator_results(p, made)
     # Python's min would compile for batches on one side of it only.
     given = (p.input, p.weight, p.class_ids, p.reduction, p.wanted, p.entry_labels)
@@ -257,7 +269,9 @@ def _gradients(grad_loss: Tensor, made: list[Tensor], needed: list[bool], *argum
     refuse_forward_mode("sampled_softmax_loss")
     results: Sequence[Tensor | None]
     if p.impl == "triton":
-        results = gradients_by_triton(p, made, grad_loss, needed)
+        found = gradients_by_triton(p.read, made, grad_loss, needed)
+        likes = (p.input, p.weight, p.bias, p.scale)
+        results = [g if g is None else g.to(like.dtype) for g, like in zip(found, likes, strict=True)]
     else:
         results = finish_gradients(p, Gradients(*made[:5]), None, grad_loss, needed)
     return tuple(_nothing(p.input) if result is None else result for result in results)
@@ -329,15 +343,15 @@ def finish_gradients(
     """The gradients of input, weight, bias and scale that are needed, in their dtypes."""
     upstream: float | None = None if p.reduction == "none" else grad_loss.item()
     if p.reduction == "none":
-        (_, made, touched), owned = _run(p, needed, grad_loss), True
+        (_, made, touched), owned = run(p, needed, grad_loss), True
     elif upstream is not None and not math.isfinite(upstream):
         # What is 0 must stay 0, not become 0 * inf: each row with its own upstream.
         count = (p.target != p.ignore_index).sum().clamp(min=1) if p.reduction == "mean" else 1
         rows = (grad_loss / count).expand(len(p.input))
-        (_, made, touched), upstream = _run(p._replace(reduction="none"), needed, rows), None
+        (_, made, touched), upstream = run(p._replace(reduction="none"), needed, rows), None
         owned = True
     elif made is None or any(need and not was for need, was in zip(needed, p.wanted, strict=True)):
-        (_, made, touched), owned = _run(p, needed), True
+        (_, made, touched), owned = run(p, needed), True
     return [
         finish(made.input, upstream, p.input, owned) if needed[0] else None,
         _grad_weight(p, made, touched, upstream, owned) if needed[1] else None,
@@ -406,7 +420,7 @@ def _spread(ids: Tensor, rows: Tensor, like: Tensor) -> Tensor:
 
 # ---- autograd and autocast ---------------------------------------------------------------------------------
 
-_TENSORS = 11
+_TENSORS = 13
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -420,16 +434,15 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad_loss, *_):
     saved = ctx.saved_tensors  # read once: each access runs the unpack hooks, of checkpointing say
     p, made = Arguments.of(saved[:_TENSORS], ctx.options), saved[_TENSORS : _TENSORS + MADE]
-    positions = (0, 1, 6, 7)  # of input, weight, bias and scale
-    needed = [ctx.needs_input_grad[position] for position in positions]
+    needed = [ctx.needs_input_grad[position] for position in LEARNED]
     result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
     if grad_loss is not None:
         refuse_batches(grad_loss)
         gradients = torch.ops.fedss_kernels.sampled_softmax_loss_backward(grad_loss, list(made), needed, *p)
-        for position, need, gradient in zip(positions, needed, gradients, strict=True):
+        for position, need, gradient in zip(LEARNED, needed, gradients, strict=True):
             result[position] = gradient if need else None
-        if p.target_logit is not None and ctx.needs_input_grad[-1]:
-            result[-1] = grad_target_logit(grad_loss, saved[-1], p.target_logit)
+        if p.target_logit is not None and ctx.needs_input_grad[TARGET_LOGIT]:
+            result[TARGET_LOGIT] = grad_target_logit(grad_loss, saved[-1], p.target_logit)
     return tuple(result)
 
 

@@ -17,7 +17,7 @@ from .loss_operator import MADE, library
 _LOSS = "fedss_kernels::sampled_softmax_loss"
 
 
-def _each(arguments: Sequence[Any], in_dims: Sequence[Any], K: int) -> list[tuple[Any, ...]]:
+def each_problem(arguments: Sequence[Any], in_dims: Sequence[Any], K: int) -> list[tuple[Any, ...]]:
     """The arguments of each problem; those that are not batched are all problems'."""
     apart = [
         argument.unbind(dim) if isinstance(argument, Tensor) and dim is not None else (argument,) * K
@@ -29,7 +29,7 @@ def _each(arguments: Sequence[Any], in_dims: Sequence[Any], K: int) -> list[tupl
 def _losses(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     if not info.batch_size:
         raise ValueError("sampled_softmax_loss: torch.vmap expected at least 1 problem, got 0")
-    each = _each(arguments, in_dims, info.batch_size)
+    each = each_problem(arguments, in_dims, info.batch_size)
     losses = torch.stack([torch.ops.fedss_kernels.sampled_softmax_loss(*one)[0] for one in each])
     # Autograd is below: it has what gradients are made of, of each call.
     return (losses, *(losses.new_empty((info.batch_size, 0)) for _ in range(MADE))), (0,) * (1 + MADE)

@@ -5,16 +5,18 @@ import torch
 from fedss_kernels.reference import sampled_softmax_loss as reference_loss
 from loss_cases import F32, F64
 
+from fedss_kernels.class_table import class_table
 from fedss_kernels.given_target import row_losses
 
 B, C, D = 6, 9, 8
 
 
 def loss_given_target(x, w, labels, given, ids=None, counts=None, *, bias=None, scale=20.0, **options):
-    options = {"similarity": "cosine", "ignore_index": -100, "sparse_grad": False} | options
-    labels_of = (options.pop("entry_labels", None), None, given)
+    entry_labels, sparse_grad = options.get("entry_labels"), options.get("sparse_grad", False)
+    weight, bias = (None if table is None else class_table(table, sparse_grad) for table in (w, bias))
     return row_losses(
-        (x, w, labels, ids, counts, None, bias), scale, **options, impl="cpp", rounding=None, labels=labels_of
+        *(x, weight, labels, (ids, counts, None), bias, scale, "cosine", -100, "cpp", None),
+        labels=(entry_labels, None, given),
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .direct_triton import direct_triton_loss
 from .loss_operator import (
+    OPERATORS,
     Arguments,
     finish,
     finish_gradients,
@@ -191,5 +192,5 @@ def gradients_by_operator(p: Arguments, grad_loss: Tensor, needed: list[bool]) -
     )
     p = p._replace(scale=scale, wanted=_NOTHING)
     made = [p.input.new_empty(0)] * 5
-    results = torch.ops.fedss_kernels.sampled_softmax_loss_backward(grad_loss, made, needed, *p)
+    results = OPERATORS.sampled_softmax_loss_backward(grad_loss, made, needed, *p)
     return [result if need else None for result, need in zip(results, needed, strict=True)]

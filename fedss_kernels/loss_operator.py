@@ -18,6 +18,7 @@ from torch._C._functorch import is_legacy_batchedtensor
 
 from . import _C
 from .checks import refuse_forward_mode
+from .operator_names import named_by_schema
 
 library = torch.library.Library("fedss_kernels", "FRAGMENT")
 _ARGUMENTS = (
@@ -32,14 +33,26 @@ _ARGUMENTS = (
 # weight_values, bias_values: what kernels read for weight and bias, stand-ins then: of a gradient's dtype.
 # The results after the loss are for the backward operator. impl="cpp": Gradients, and nothing; "triton": what
 # its kernels keep of each row, and sums for gradients where they are begun with the loss.
-library.define(
+_LOSS, _loss_schema = named_by_schema(
     f"sampled_softmax_loss({_ARGUMENTS}) -> "
     "(Tensor loss, Tensor made_0, Tensor made_1, Tensor made_2, Tensor made_3, Tensor made_4, Tensor made_5)"
 )
-library.define(
+_BACKWARD, _backward_schema = named_by_schema(
     f"sampled_softmax_loss_backward(Tensor grad_loss, Tensor[] made, bool[4] needed, {_ARGUMENTS}) -> "
     "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_scale)"
 )
+library.define(_loss_schema)
+library.define(_backward_schema)
+
+
+class Operators(NamedTuple):
+    """As they are called: OPERATORS.sampled_softmax_loss(...)."""
+
+    sampled_softmax_loss: Any
+    sampled_softmax_loss_backward: Any
+
+
+OPERATORS = Operators(*(getattr(torch.ops.fedss_kernels, name) for name in (_LOSS, _BACKWARD)))
 
 
 MADE = 6  # results of the operator after the loss
@@ -252,7 +265,7 @@ def gradients_by_triton(
     )
 
 
-@torch.library.register_fake("fedss_kernels::sampled_softmax_loss", lib=library)
+@torch.library.register_fake(f"fedss_kernels::{_LOSS}", lib=library)
 def _loss_fake(*arguments):
     p = Arguments(*arguments)
     if p.impl == "triton":
@@ -278,11 +291,11 @@ def _gradients(grad_loss: Tensor, made: list[Tensor], needed: list[bool], *argum
 
 
 for _device in ("CPU", "CUDA"):
-    library.impl("sampled_softmax_loss", _loss, _device)
-    library.impl("sampled_softmax_loss_backward", _gradients, _device)
+    library.impl(_LOSS, _loss, _device)
+    library.impl(_BACKWARD, _gradients, _device)
 
 
-@torch.library.register_fake("fedss_kernels::sampled_softmax_loss_backward", lib=library)
+@torch.library.register_fake(f"fedss_kernels::{_BACKWARD}", lib=library)
 def _backward_fake(grad_loss: Tensor, made: list[Tensor], needed: list[bool], *arguments):
     p = Arguments(*arguments)
     if (needed[1] or needed[2]) and p.sparse_grad:
@@ -309,7 +322,7 @@ def scale_tensor(scale: float | Tensor) -> Tensor:
 
 def call_operator(*arguments: Any) -> Tensor:
     """The loss; what torch says of transforms that it does not know, in words about the loss."""
-    operator = torch.ops.fedss_kernels.sampled_softmax_loss
+    operator = OPERATORS.sampled_softmax_loss
     if torch.compiler.is_compiling():
         return operator(*arguments)[0]
     if torch._C._get_tracing_state() is not None:
@@ -438,7 +451,7 @@ def _backward(ctx, grad_loss, *_):
     result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
     if grad_loss is not None:
         refuse_batches(grad_loss)
-        gradients = torch.ops.fedss_kernels.sampled_softmax_loss_backward(grad_loss, list(made), needed, *p)
+        gradients = OPERATORS.sampled_softmax_loss_backward(grad_loss, list(made), needed, *p)
         for position, need, gradient in zip(LEARNED, needed, gradients, strict=True):
             result[position] = gradient if need else None
         if p.target_logit is not None and ctx.needs_input_grad[TARGET_LOGIT]:
@@ -469,11 +482,9 @@ def _refuse_double_backward(ctx, *_):
 
 
 torch.library.register_autograd(
-    "fedss_kernels::sampled_softmax_loss", _backward, setup_context=_setup_context, lib=library
+    f"fedss_kernels::{_LOSS}", _backward, setup_context=_setup_context, lib=library
 )
-torch.library.register_autograd(
-    "fedss_kernels::sampled_softmax_loss_backward", _refuse_double_backward, lib=library
-)
+torch.library.register_autograd(f"fedss_kernels::{_BACKWARD}", _refuse_double_backward, lib=library)
 
 
 def _register_autocast(device_type: str, key: str) -> None:
@@ -485,9 +496,9 @@ def _register_autocast(device_type: str, key: str) -> None:
         if p.rounding is None:
             p = p._replace(rounding=autocast_dtype(device_type))
         with torch._C._ExcludeDispatchKeyGuard(without_autocast):
-            return torch.ops.fedss_kernels.sampled_softmax_loss(*p)
+            return OPERATORS.sampled_softmax_loss(*p)
 
-    library.impl("sampled_softmax_loss", with_rounding, key)
+    library.impl(_LOSS, with_rounding, key)
 
 
 _register_autocast("cpu", "AutocastCPU")

@@ -8,7 +8,7 @@
 What margins, smoothing and the like make of it: composed_loss.py.
 
 `sampled_softmax_loss` takes the direct route to the kernel in plain eager mode. Else it checks its arguments
-and calls the registered operator `fedss_kernels::sampled_softmax_loss`, which calls the kernel.
+and calls the registered operator, which calls the kernel.
 """
 
 import math

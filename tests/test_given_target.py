@@ -7,6 +7,7 @@ from loss_cases import F32, F64
 
 from fedss_kernels.class_table import class_table
 from fedss_kernels.given_target import row_losses
+from fedss_kernels.loss_operator import OPERATORS
 
 B, C, D = 6, 9, 8
 
@@ -105,12 +106,11 @@ def test_opcheck(all_classes):
     entries = torch.arange(C if ids is None else 12) % 4
     tensors = (x, w, labels, ids, counts, None, bias, scale)
     options = ("cosine", -100, "none", False, "cpp", [False] * 4, None, entries, labels, given)
-    operators = torch.ops.fedss_kernels
-    torch.library.opcheck(operators.sampled_softmax_loss.default, (*tensors, *options))
+    torch.library.opcheck(OPERATORS.sampled_softmax_loss.default, (*tensors, *options))
     tensors = [t if t is None else t.detach() for t in tensors]
     made = [x.new_empty(0)] * 6
     backward = (torch.ones(B), made, [True] * 4, *tensors, *options[:-1], given.detach())
-    torch.library.opcheck(operators.sampled_softmax_loss_backward.default, backward)
+    torch.library.opcheck(OPERATORS.sampled_softmax_loss_backward.default, backward)
 
 
 def test_shards_of_the_classes_add_up():

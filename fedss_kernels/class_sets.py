@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .checks import check_choice, check_ignore_index, check_integer, check_tensor
 from .class_samplers import UNIFORM, FrequencySampler, draw_log_uniform
+from .operator_names import named_by_schema
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def _uniform(
     generator: "torch.Generator | GeneratorHandle | None",
 ) -> Tensor:  # (m,) int64 in [0, UNIFORM)
     if isinstance(generator, GeneratorHandle):
-        return torch.ops.fedss_kernels.random_integers(generator.draws, target, num_sampled, generator.key)
+        return _random_integers(generator.draws, target, num_sampled, generator.key)
     check_generator(generator)
     if generator is not None:
         _refuse_in_backward("generator", "take generator=None")
@@ -260,13 +261,14 @@ _keys = itertools.count()
 _generators: "weakref.WeakValueDictionary[int, torch.Generator]" = weakref.WeakValueDictionary()
 _library = torch.library.Library("fedss_kernels", "FRAGMENT")
 # That each draw changes `draws` keeps compilers from taking two draws for one; the tag alone does not.
-_library.define(
-    "random_integers(Tensor(a!) draws, Tensor like, int size, int generator) -> Tensor",
-    tags=[torch.Tag.nondeterministic_seeded],
+_RANDOM_INTEGERS, _schema = named_by_schema(
+    "random_integers(Tensor(a!) draws, Tensor like, int size, int generator) -> Tensor"
 )
+_library.define(_schema, tags=[torch.Tag.nondeterministic_seeded])
+_random_integers = getattr(torch.ops.fedss_kernels, _RANDOM_INTEGERS)
 
 
-def _random_integers(draws: Tensor, like: Tensor, size: int, generator: int) -> Tensor:
+def _draw_integers(draws: Tensor, like: Tensor, size: int, generator: int) -> Tensor:
     """(size,) uniform in [0, UNIFORM), on like's device, from the generator of that number."""
     _refuse_in_backward("generator", "take generator=None")
     draws += 1
@@ -284,10 +286,10 @@ def _refuse_in_backward(name: str, instead: str) -> None:
         )
 
 
-_library.impl("random_integers", _random_integers, "CompositeExplicitAutograd")
+_library.impl(_RANDOM_INTEGERS, _draw_integers, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("fedss_kernels::random_integers", lib=_library)
+@torch.library.register_fake(f"fedss_kernels::{_RANDOM_INTEGERS}", lib=_library)
 def _random_integers_fake(draws: Tensor, like: Tensor, size: int, generator: int) -> Tensor:
     return like.new_empty((size,), dtype=torch.int64)
 

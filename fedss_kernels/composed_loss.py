@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .class_table import class_table
 from .given_target import row_losses
 from .smoothing import mean_logits
 from .target_logits import target_logits, widened_rows
@@ -64,25 +65,25 @@ def composed_loss(
         scale = scale.double()
     counted = target != ignore_index
     classes, known = _classes(target, counted, weight.shape[0])
-    shared = (bias, scale, similarity)
-    rows = (input, weight, classes, counted, target_counts, *shared)
+    table = class_table(weight, sparse_grad)
+    shared = (None if bias is None else class_table(bias, sparse_grad), scale, similarity)
+    rows = (input, table, classes, counted, target_counts, *shared)
 
     given = None
     if extras.of_targets and weight.shape[0] > 0:
-        given = target_logits(*rows, extras.margins, sparse_grad, rounding)
+        given = target_logits(*rows, extras.margins, rounding)
         given = given if known is None else given.where(known, torch.nan)
     changed = given if extras.has_margins else None
     losses = row_losses(
-        (input, weight, target, *corrections, bias),
-        *(scale, similarity, ignore_index, sparse_grad, impl, rounding, (*labels, changed)),
+        *(input, table, target, corrections, *shared, ignore_index, impl, rounding, (*labels, changed))
     )
     lse = None
     if given is not None:
         lse = (losses + given).to(losses.dtype)
         if extras.label_smoothing:
             mean = mean_logits(
-                *(input, weight, given, class_ids, counts, *shared),
-                *(labels[0], target if labels[1] is None else labels[1], counted, sparse_grad, rounding),
+                *(input, table, given, class_ids, counts, *shared),
+                *(labels[0], target if labels[1] is None else labels[1], counted, rounding),
             )
             smooth = (lse - mean).where(counted, 0.0)
             losses = torch.lerp(losses, smooth.to(losses.dtype), extras.label_smoothing)

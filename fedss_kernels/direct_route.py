@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from .direct_triton import direct_triton_loss
 from .loss_operator import (
+    OPERATORS,
     Arguments,
     finish,
     finish_gradients,
-    grad_target_logit,
     refuse_batches,
     run_kernel,
     shaped_like,
@@ -48,13 +48,13 @@ def direct_loss(
     """
     if not (
         plain_eager()
-        and _ordinary(input)
-        and _ordinary(weight)
+        and ordinary(input)
+        and ordinary(weight)
         and type(target) is Tensor
         and (class_ids is None or type(class_ids) is Tensor)
         and (log_expected_count is None or _constant(log_expected_count))
         and (target_log_expected_count is None or _constant(target_log_expected_count))
-        and (bias is None or (_ordinary(bias) and bias.dtype == weight.dtype))
+        and (bias is None or (ordinary(bias) and bias.dtype == weight.dtype))
         and (math.isfinite(scale) if type(scale) is float else _ordinary_scale(scale))
         and type(ignore_index) is int
         and type(sparse_grad) is bool
@@ -83,10 +83,9 @@ def direct_loss(
         or weight.requires_grad
         or (bias is not None and bias.requires_grad)
         or (learned is not None and learned.requires_grad)
-        or (labels[2] is not None and labels[2].requires_grad)
     ):
         options = (scale, similarity, ignore_index, reduction)
-        return _apply(input, weight, bias, learned, labels[2], (constants, options, sparse_grad, labels))
+        return _apply(input, weight, bias, learned, (constants, options, sparse_grad, labels))
     options = (scale, similarity, ignore_index, reduction)
     loss, _, _ = run_kernel(input, weight, *constants, bias, *options, _NOTHING, None, None, labels)
     return loss
@@ -106,7 +105,7 @@ def plain_eager() -> bool:
     )
 
 
-def _ordinary(tensor: Tensor) -> bool:
+def ordinary(tensor: Tensor) -> bool:
     return (
         (type(tensor) is Tensor or type(tensor) is nn.Parameter)
         and tensor.layout is torch.strided
@@ -123,37 +122,31 @@ def _constant(tensor: Tensor) -> bool:
     )
 
 
-def _ordinary_labels(
-    entry_labels: Tensor | None, target_labels: Tensor | None, target_logit: Tensor | None
-) -> bool:
-    return (
-        (entry_labels is None or type(entry_labels) is Tensor)
-        and (target_labels is None or type(target_labels) is Tensor)
-        and (target_logit is None or _ordinary(target_logit))
-    )
+def _ordinary_labels(*labels: Tensor | None) -> bool:
+    return all(each is None or type(each) is Tensor for each in labels)
 
 
 def _ordinary_scale(scale: float | Tensor) -> bool:
     return (
         isinstance(scale, Tensor)
-        and _ordinary(scale)
+        and ordinary(scale)
         and (scale.dim() == 0 or scale.shape == (1,))
         and scale.is_floating_point()
     )
 
 
 class _Loss(torch.autograd.Function):
-    """Differentiable in its first five arguments; `rest` travels as one, as each argument costs time."""
+    """Differentiable in its first four arguments; `rest` travels as one, as each argument costs time."""
 
     @staticmethod
-    def forward(ctx, input, weight, bias, learned, target_logit, rest):
+    def forward(ctx, input, weight, bias, learned, rest):
         constants, options, sparse_grad, labels = rest
         reduction = options[-1]
         wanted = ctx.needs_input_grad[:4] if reduction != "none" else _NOTHING
         loss, made, touched = run_kernel(
             *(input, weight, *constants, bias, *options, wanted, None, None, labels)
         )
-        kept = () if labels is NO_LABELS else (*labels, loss)
+        kept = () if labels is NO_LABELS else labels
         ctx.save_for_backward(input, weight, bias, learned, *constants, *kept)
         # Whether what was made needs no more than a factor and rounding.
         dense = reduction != "none" and constants[1] is None and not (sparse_grad or wanted[2] or wanted[3])
@@ -163,49 +156,41 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         input, weight, bias, learned, *constants = ctx.saved_tensors
-        labels, loss = NO_LABELS, None
-        if len(constants) > 4:
-            constants, labels, loss = constants[:4], constants[4:7], constants[7]
         refuse_batches(grad_loss)
         options, sparse_grad, wanted, touched, dense = ctx.rest
         made, ctx.made = ctx.made, None  # handed on; a second backward makes them again
         grad_mode = torch.is_grad_enabled()
         if dense and made is not None and not grad_mode and math.isfinite(upstream := grad_loss.item()):
             if upstream == 1 and input.dtype is weight.dtype is grad_loss.dtype:
-                return made.input, made.rows, None, None, None, None
+                return made.input, made.rows, None, None, None
             return (
                 None if made.input is None else finish(made.input, upstream, input, owned=True),
                 None if made.rows is None else finish(made.rows, upstream, weight, owned=True),
-                *(None,) * 4,
+                *(None,) * 3,
             )
         scale = options[0] if learned is None else learned
-        p = Arguments._make(
-            (
-                *(input, weight, *constants, bias, scale),
-                *(*options[1:], sparse_grad, "cpp", list(wanted), None, *labels),
-            )
+        p = Arguments(
+            *(input, weight, *constants[:4], bias, scale),
+            *(*options[1:], sparse_grad, "cpp", list(wanted), None, *constants[4:]),
         )
         needed = list(ctx.needs_input_grad[:4])
         if grad_mode:  # create_graph: the operator refuses a second derivative
-            found = _by_operator(p, grad_loss, needed)
+            found = gradients_by_operator(p, grad_loss, needed)
         else:
             found = finish_gradients(p, made, touched, grad_loss, needed, owned=True)
-        of_logit = None
-        if ctx.needs_input_grad[4]:
-            assert loss is not None and labels[2] is not None
-            of_logit = grad_target_logit(grad_loss, loss, labels[2])
-        return *shaped_like(learned, found), of_logit, None
+        return *shaped_like(learned, found), None
 
 
 # Function.apply without what it does for function transforms, which do not come here.
 _apply = super(torch.autograd.Function, _Loss).apply
 
 
-def _by_operator(p: Arguments, grad_loss: Tensor, needed: list[bool]) -> list[Tensor | None]:
+def gradients_by_operator(p: Arguments, grad_loss: Tensor, needed: list[bool]) -> list[Tensor | None]:
+    """Of a loss whose gradients are to be differentiated again, which the operator refuses."""
     scale = (
         torch.tensor(p.scale, dtype=torch.float64, device="cpu") if isinstance(p.scale, float) else p.scale
     )
     p = p._replace(scale=scale, wanted=_NOTHING)
     made = [p.input.new_empty(0)] * 5
-    results = torch.ops.fedss_kernels.sampled_softmax_loss_backward(grad_loss, made, needed, *p)
+    results = OPERATORS.sampled_softmax_loss_backward(grad_loss, made, needed, *p)
     return [result if need else None for result, need in zip(results, needed, strict=True)]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .checks import FLOATING
 from .implementations import triton_kernels
-from .loss_operator import autocast_dtype, refuse_batches, shaped_like
+from .loss_operator import OPERATORS, autocast_dtype, refuse_batches, shaped_like
 
 _kernels: dict[str, ModuleType] = {}  # by type of device
 _known: dict[Hashable, Any] = {}  # -> Calls, of problems whose tensors kernels read as they are
@@ -143,7 +143,7 @@ class _Loss(torch.autograd.Function):
             similarity = "cosine" if traits.cosine else "dot"
             options = (similarity, calls.ignore_index, traits.reduction, wanted.sparse, "triton")
             there = [made[0].new_empty(0) if each is None else each for each in made]
-            found = torch.ops.fedss_kernels.sampled_softmax_loss_backward(
+            found = OPERATORS.sampled_softmax_loss_backward(
                 *(grad_loss, there, list(needed), *tensors[:7], scale, *options, [False] * 4, rounding)
             )
             found = [gradient if need else None for need, gradient in zip(needed, found, strict=True)]

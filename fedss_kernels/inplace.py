@@ -7,21 +7,24 @@ import torch
 from torch import Tensor
 
 from .checks import check_device, refuse_forward_mode
+from .operator_names import named_by_schema
 
 _library = torch.library.Library("fedss_kernels", "FRAGMENT")
 
 
-def register(schema: str, changed: int, kernel: Callable[..., None]) -> None:
-    """Registers an operator that changes its first `changed` arguments and returns nothing.
+def register(schema: str, changed: int, kernel: Callable[..., None]) -> Callable[..., None]:
+    """Registers, and returns, an operator that changes its first `changed` arguments and returns nothing.
 
     `kernel` runs it on any device. Each call raises the version of what it changes, as in-place operations
     do, so that autograd sees that a saved tensor changed.
     """
-    name = schema.partition("(")[0]
+    called = schema.partition("(")[0]
+    name, schema = named_by_schema(schema)
     _library.define(schema)
+    registered = getattr(torch.ops.fedss_kernels, name)
 
     def run(*arguments) -> None:
-        refuse_forward_mode(name)
+        refuse_forward_mode(called)
         kernel(*arguments)
 
     def count_the_change(keys, *arguments) -> None:
@@ -30,12 +33,13 @@ def register(schema: str, changed: int, kernel: Callable[..., None]) -> None:
                 torch.autograd.graph.increment_version(tensor)
         with torch._C._AutoDispatchBelowADInplaceOrView():
             below = keys & torch._C._after_ADInplaceOrView_keyset
-            getattr(torch.ops.fedss_kernels, name).default.redispatch(below, *arguments)
+            registered.default.redispatch(below, *arguments)
 
     _library.impl(name, run, "CPU")
     _library.impl(name, run, "CUDA")
     _library.impl(name, count_the_change, "ADInplaceOrView", with_keyset=True)
     torch.library.register_fake(f"fedss_kernels::{name}", lambda *arguments: None, lib=_library)
+    return registered
 
 
 def check_arguments(changed: dict[str, Tensor], read: dict[str, Tensor]) -> None:

@@ -18,29 +18,45 @@ from torch._C._functorch import is_legacy_batchedtensor
 
 from . import _C
 from .checks import refuse_forward_mode
+from .operator_names import named_by_schema
 
 library = torch.library.Library("fedss_kernels", "FRAGMENT")
 _ARGUMENTS = (
     "Tensor input, Tensor weight, Tensor target, Tensor? class_ids, Tensor? log_expected_count, "
     "Tensor? target_log_expected_count, Tensor? bias, Tensor scale, str similarity, int ignore_index, "
     "str reduction, bool sparse_grad, str impl, bool[4] wanted, ScalarType? rounding, "
-    "Tensor? entry_labels=None, Tensor? target_labels=None, Tensor? target_logit=None"
+    "Tensor? entry_labels=None, Tensor? target_labels=None, Tensor? target_logit=None, "
+    "Tensor? weight_values=None, Tensor? bias_values=None"
 )
 # wanted: make the gradients of (input, weight, bias, scale) in the forward pass; rounding: autocast's dtype.
 # target_logit (B,): the rows' own logits, for reduction "none"; targets are no classes then, but labels.
+# weight_values, bias_values: what kernels read for weight and bias, stand-ins then: of a gradient's dtype.
 # The results after the loss are for the backward operator. impl="cpp": Gradients, and nothing; "triton": what
 # its kernels keep of each row, and sums for gradients where they are begun with the loss.
-library.define(
+_LOSS, _loss_schema = named_by_schema(
     f"sampled_softmax_loss({_ARGUMENTS}) -> "
     "(Tensor loss, Tensor made_0, Tensor made_1, Tensor made_2, Tensor made_3, Tensor made_4, Tensor made_5)"
 )
-library.define(
+_BACKWARD, _backward_schema = named_by_schema(
     f"sampled_softmax_loss_backward(Tensor grad_loss, Tensor[] made, bool[4] needed, {_ARGUMENTS}) -> "
     "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_scale)"
 )
+library.define(_loss_schema)
+library.define(_backward_schema)
+
+
+class Operators(NamedTuple):
+    """As they are called: OPERATORS.sampled_softmax_loss(...)."""
+
+    sampled_softmax_loss: Any
+    sampled_softmax_loss_backward: Any
+
+
+OPERATORS = Operators(*(getattr(torch.ops.fedss_kernels, name) for name in (_LOSS, _BACKWARD)))
 
 
 MADE = 6  # results of the operator after the loss
+LEARNED, TARGET_LOGIT = (0, 1, 6, 7), 17  # places of input, weight, bias and scale among the arguments
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -79,6 +95,17 @@ class Arguments(NamedTuple):
     entry_labels: Tensor | None = None
     target_labels: Tensor | None = None
     target_logit: Tensor | None = None
+    weight_values: Tensor | None = None
+    bias_values: Tensor | None = None
+
+    @property
+    def read(self) -> "Arguments":
+        """With the weight and bias that kernels read."""
+        if self.weight_values is None:
+            return self
+        return self._replace(
+            weight=self.weight_values, bias=self.bias_values, weight_values=None, bias_values=None
+        )
 
     @property
     def tensors(self) -> tuple[Any, ...]:
@@ -192,20 +219,18 @@ def run_kernel(
     return loss, gradients, touched
 
 
-def _run(
-    p: Arguments, made: Sequence[bool], grad_loss: Tensor | None = None
-) -> tuple[Tensor, Gradients, int]:
+def run(p: Arguments, made: Sequence[bool], grad_loss: Tensor | None = None) -> tuple[Tensor, Gradients, int]:
     scale = p.scale.item() if isinstance(p.scale, Tensor) else p.scale
-    return run_kernel(*p[:7], scale, *p[8:11], made, p.rounding, grad_loss, p[15:])
+    return run_kernel(*p.read[:7], scale, *p[8:11], made, p.rounding, grad_loss, p[15:18])
 
 
 def _loss(*arguments):
     p = Arguments(*arguments)
     refuse_forward_mode("sampled_softmax_loss")
     if p.impl == "triton":
-        loss, made = loss_by_triton(p)
+        loss, made = loss_by_triton(p.read)
         return loss, *_operator_results(p, made)
-    loss, gradients, _ = _run(p, p.wanted)
+    loss, gradients, _ = run(p, p.wanted)
     return loss, *_operator_results(p, gradients)
 
 
@@ -220,7 +245,7 @@ def loss_by_triton(p: Arguments) -> tuple[Tensor, Sequence[Tensor | None]]:
     """(loss, what the gradients are made of)"""
     kernels = _triton()
     wanted = kernels.Wanted(tuple(p.wanted), p.sparse_grad, p.scale.dtype)
-    return kernels.loss(kernels.Problem.of(*p[:11], p.rounding, *p[15:]), wanted)
+    return kernels.loss(kernels.Problem.of(*p[:11], p.rounding, *p[15:18]), wanted)
 
 
 def gradients_by_triton(
@@ -228,7 +253,7 @@ def gradients_by_triton(
 ) -> Sequence[Tensor | None]:
     """Of input, weight, bias and scale."""
     kernels = _triton()
-    problem = kernels.Problem.of(*p[:11], p.rounding, *p[15:])
+    problem = kernels.Problem.of(*p[:11], p.rounding, *p[15:18])
     kept, *sums = made
     there = (kept, *(None if each.numel() == 0 else each for each in sums))
     return kernels.gradients(
@@ -236,11 +261,11 @@ def gradients_by_triton(
     )
 
 
-@torch.library.register_fake("fedss_kernels::sampled_softmax_loss", lib=library)
+@torch.library.register_fake(f"fedss_kernels::{_LOSS}", lib=library)
 def _loss_fake(*arguments):
     p = Arguments(*arguments)
     if p.impl == "triton":
-        loss, made = _triton().empty_loss(*p[:4], p.reduction, p.rounding, p.wanted)
+        loss, made = _triton().empty_loss(*p.read[:4], p.reduction, p.rounding, p.wanted)
         return loss, *_operator_results(p, made)
     # Python's min would compile for batches on one side of it only.
     given = (p.input, p.weight, p.class_ids, p.reduction, p.wanted, p.entry_labels)
@@ -253,18 +278,20 @@ def _gradients(grad_loss: Tensor, made: list[Tensor], needed: list[bool], *argum
     refuse_forward_mode("sampled_softmax_loss")
     results: Sequence[Tensor | None]
     if p.impl == "triton":
-        results = gradients_by_triton(p, made, grad_loss, needed)
+        found = gradients_by_triton(p.read, made, grad_loss, needed)
+        likes = (p.input, p.weight, p.bias, p.scale)
+        results = [g if g is None else g.to(like.dtype) for g, like in zip(found, likes, strict=True)]
     else:
         results = finish_gradients(p, Gradients(*made[:5]), None, grad_loss, needed)
     return tuple(_nothing(p.input) if result is None else result for result in results)
 
 
 for _device in ("CPU", "CUDA"):
-    library.impl("sampled_softmax_loss", _loss, _device)
-    library.impl("sampled_softmax_loss_backward", _gradients, _device)
+    library.impl(_LOSS, _loss, _device)
+    library.impl(_BACKWARD, _gradients, _device)
 
 
-@torch.library.register_fake("fedss_kernels::sampled_softmax_loss_backward", lib=library)
+@torch.library.register_fake(f"fedss_kernels::{_BACKWARD}", lib=library)
 def _backward_fake(grad_loss: Tensor, made: list[Tensor], needed: list[bool], *arguments):
     p = Arguments(*arguments)
     if (needed[1] or needed[2]) and p.sparse_grad:
@@ -291,7 +318,7 @@ def scale_tensor(scale: float | Tensor) -> Tensor:
 
 def call_operator(*arguments: Any) -> Tensor:
     """The loss; what torch says of transforms that it does not know, in words about the loss."""
-    operator = torch.ops.fedss_kernels.sampled_softmax_loss
+    operator = OPERATORS.sampled_softmax_loss
     if torch.compiler.is_compiling():
         return operator(*arguments)[0]
     if torch._C._get_tracing_state() is not None:
@@ -325,15 +352,15 @@ def finish_gradients(
     """The gradients of input, weight, bias and scale that are needed, in their dtypes."""
     upstream: float | None = None if p.reduction == "none" else grad_loss.item()
     if p.reduction == "none":
-        (_, made, touched), owned = _run(p, needed, grad_loss), True
+        (_, made, touched), owned = run(p, needed, grad_loss), True
     elif upstream is not None and not math.isfinite(upstream):
         # What is 0 must stay 0, not become 0 * inf: each row with its own upstream.
         count = (p.target != p.ignore_index).sum().clamp(min=1) if p.reduction == "mean" else 1
         rows = (grad_loss / count).expand(len(p.input))
-        (_, made, touched), upstream = _run(p._replace(reduction="none"), needed, rows), None
+        (_, made, touched), upstream = run(p._replace(reduction="none"), needed, rows), None
         owned = True
     elif made is None or any(need and not was for need, was in zip(needed, p.wanted, strict=True)):
-        (_, made, touched), owned = _run(p, needed), True
+        (_, made, touched), owned = run(p, needed), True
     return [
         finish(made.input, upstream, p.input, owned) if needed[0] else None,
         _grad_weight(p, made, touched, upstream, owned) if needed[1] else None,
@@ -403,7 +430,7 @@ def _spread(ids: Tensor, rows: Tensor, like: Tensor) -> Tensor:
 
 # ---- autograd and autocast ---------------------------------------------------------------------------------
 
-_TENSORS = 11
+_TENSORS = 13
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -417,16 +444,15 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad_loss, *_):
     saved = ctx.saved_tensors  # read once: each access runs the unpack hooks, of checkpointing say
     p, made = Arguments.of(saved[:_TENSORS], ctx.options), saved[_TENSORS : _TENSORS + MADE]
-    positions = (0, 1, 6, 7)  # of input, weight, bias and scale
-    needed = [ctx.needs_input_grad[position] for position in positions]
+    needed = [ctx.needs_input_grad[position] for position in LEARNED]
     result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
     if grad_loss is not None:
         refuse_batches(grad_loss)
-        gradients = torch.ops.fedss_kernels.sampled_softmax_loss_backward(grad_loss, list(made), needed, *p)
-        for position, need, gradient in zip(positions, needed, gradients, strict=True):
+        gradients = OPERATORS.sampled_softmax_loss_backward(grad_loss, list(made), needed, *p)
+        for position, need, gradient in zip(LEARNED, needed, gradients, strict=True):
             result[position] = gradient if need else None
-        if p.target_logit is not None and ctx.needs_input_grad[-1]:
-            result[-1] = grad_target_logit(grad_loss, saved[-1], p.target_logit)
+        if p.target_logit is not None and ctx.needs_input_grad[TARGET_LOGIT]:
+            result[TARGET_LOGIT] = grad_target_logit(grad_loss, saved[-1], p.target_logit)
     return tuple(result)
 
 
@@ -453,11 +479,9 @@ def _refuse_double_backward(ctx, *_):
 
 
 torch.library.register_autograd(
-    "fedss_kernels::sampled_softmax_loss", _backward, setup_context=_setup_context, lib=library
+    f"fedss_kernels::{_LOSS}", _backward, setup_context=_setup_context, lib=library
 )
-torch.library.register_autograd(
-    "fedss_kernels::sampled_softmax_loss_backward", _refuse_double_backward, lib=library
-)
+torch.library.register_autograd(f"fedss_kernels::{_BACKWARD}", _refuse_double_backward, lib=library)
 
 
 def _register_autocast(device_type: str, key: str) -> None:
@@ -469,9 +493,9 @@ def _register_autocast(device_type: str, key: str) -> None:
         if p.rounding is None:
             p = p._replace(rounding=autocast_dtype(device_type))
         with torch._C._ExcludeDispatchKeyGuard(without_autocast):
-            return torch.ops.fedss_kernels.sampled_softmax_loss(*p)
+            return OPERATORS.sampled_softmax_loss(*p)
 
-    library.impl("sampled_softmax_loss", with_rounding, key)
+    library.impl(_LOSS, with_rounding, key)
 
 
 _register_autocast("cpu", "AutocastCPU")

@@ -82,7 +82,7 @@ def step_(
     """`row_adam_step_`; without `check_ids` a GPU does what it does while a CUDA graph is captured."""
     state = {"weight": weight, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "row_steps": row_steps}
     _check(state, class_ids, rows)
-    torch.ops.fedss_kernels.row_adam_step_(
+    OPERATOR(
         *(*state.values(), class_ids, rows.resolve_neg(), lr, beta1, beta2, eps, weight_decay),
         *(check_ids, choose_impl(impl, weight.device)),
     )
@@ -151,7 +151,7 @@ def _row_adam_step(
         _C.row_adam_step(*state, class_ids, rows, *numbers, threads=torch.get_num_threads())
 
 
-inplace.register(
+OPERATOR = inplace.register(
     "row_adam_step_(Tensor(a!) weight, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) row_steps, "
     "Tensor class_ids, Tensor rows, float lr, float beta1, float beta2, float eps, float weight_decay, "
     "bool check_ids, str impl) -> ()",

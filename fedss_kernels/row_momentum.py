@@ -72,7 +72,7 @@ def step_(
     """`row_momentum_step_`; without `check_ids` a GPU does what it does while a CUDA graph is captured."""
     _check(weight, velocity, class_ids, rows)
     impl = choose_impl(impl, weight.device)
-    torch.ops.fedss_kernels.row_momentum_step_(
+    OPERATOR(
         *(weight, velocity, class_ids, rows.resolve_neg()),
         *(lr, momentum, weight_decay, nesterov, check_ids, impl),
     )
@@ -121,7 +121,7 @@ def _row_momentum_step(
         _C.row_momentum_step(weight, velocity, class_ids, rows, *numbers, threads=threads)
 
 
-inplace.register(
+OPERATOR = inplace.register(
     "row_momentum_step_(Tensor(a!) weight, Tensor(b!)? velocity, Tensor class_ids, Tensor rows, "
     "float lr, float momentum, float weight_decay, bool nesterov, bool check_ids, str impl) -> ()",
     changed=2,

@@ -8,7 +8,7 @@
 What margins, smoothing and the like make of it: composed_loss.py.
 
 `sampled_softmax_loss` takes the direct route to the kernel in plain eager mode. Else it checks its arguments
-and calls the registered operator `fedss_kernels::sampled_softmax_loss`, which calls the kernel.
+and calls the registered operator, which calls the kernel.
 """
 
 import math
@@ -89,7 +89,8 @@ def sampled_softmax_loss(
             on the CPU unique and ascending, on CUDA those of `class_ids` and then of `target`, uncoalesced
             (entries that are left out and ignored targets repeat a class that takes part, with zeros).
             torch forgets that one is coalesced as it puts it into `.grad`: `weight.grad.coalesce()` first to
-            call `.indices()` and `.values()`.
+            call `.indices()` and `.values()`. On CPUs torch adds up no two that are float16, those of several
+            calls or backward passes say; bfloat16 and float32 ones it does.
         impl: "cpp", "triton", "reference" (plain PyTorch, stores the logits), or "auto": by the tensors'
             device.
         angular_margin, cosine_margin: the target's cosine becomes cos(theta + m_a) - m_c (radians; ArcFace

@@ -34,7 +34,7 @@ def scatter_add_(
     _check(out, class_ids, rows, scale)
     scale = None if scale is None else scale.resolve_neg()
     impl = choose_impl(impl, out.device)
-    torch.ops.fedss_kernels.scatter_add_(out, class_ids, rows.resolve_neg(), scale, impl)
+    OPERATOR(out, class_ids, rows.resolve_neg(), scale, impl)
     return out
 
 
@@ -67,7 +67,7 @@ def _scatter_add(out: Tensor, class_ids: Tensor, rows: Tensor, scale: Tensor | N
         _C.scatter_add(out, class_ids, rows, scale, threads=torch.get_num_threads())
 
 
-inplace.register(
+OPERATOR = inplace.register(
     "scatter_add_(Tensor(a!) out, Tensor class_ids, Tensor rows, Tensor? scale, str impl) -> ()",
     changed=1,
     kernel=_scatter_add,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .checks import FLOATING, check_integer, check_shape, check_tensor
 from .class_samplers import FrequencySampler
 from .class_sets import draw_batch_class_set
+from .class_table import ClassTable, class_table
 from .composed_loss import NONE, Extras
 from .data_parallel import check_left_alone
 from .given_target import row_losses
@@ -269,7 +270,10 @@ class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
         counted = step.target != self.ignore_index
         local = step.target - self.own_classes.start
         is_own = counted & (local >= 0) & (local < len(self.own_classes))
-        mine = self._logits_of_own_classes(step, rows, local, is_own, rounding)
+        weight = class_table(self.weight, self.sparse_grad)
+        bias = None if self.bias is None else class_table(self.bias, self.sparse_grad)
+        shared = (bias, step.scale, self.similarity)
+        mine = self._logits_of_own_classes(step, weight, bias, rows, local, is_own, rounding)
         logits = self.ranks.summed(mine, step.wants != 0)
         nothing = torch.zeros_like(logits)
         if not self.own_classes:
@@ -278,24 +282,29 @@ class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
         entries = step.entry_labels
         if entries is not None and class_ids is not None:
             entries = entries[class_ids]
-        shared = (self.bias, step.scale, self.similarity)
         labels = step.labels.where(counted, _IGNORED)
         impl = chosen_backend(self.impl, rows.device)
         losses = row_losses(
-            (rows, self.weight, labels, class_ids, counts, None, self.bias),
-            *(step.scale, self.similarity, _IGNORED, self.sparse_grad, impl, rounding),
-            (entries, None, logits),
+            *(rows, weight, labels, (class_ids, counts, None), *shared),
+            *(_IGNORED, impl, rounding, (entries, None, logits)),
         )
         sums = nothing
         if step.extras.label_smoothing and len(rows):
             sums = len(self.own_classes) * mean_logits(
-                *(rows, self.weight, nothing, class_ids, counts, *shared),
-                *(entries, labels, counted, self.sparse_grad, rounding),
+                *(rows, weight, nothing, class_ids, counts, *shared),
+                *(entries, labels, counted, rounding),
             )
         return torch.stack([losses.to(mine.dtype), mine, sums.to(mine.dtype)], 1)
 
     def _logits_of_own_classes(
-        self, step: Step, rows: Tensor, local: Tensor, is_own: Tensor, rounding: torch.dtype | None
+        self,
+        step: Step,
+        weight: ClassTable,
+        bias: ClassTable | None,
+        rows: Tensor,
+        local: Tensor,
+        is_own: Tensor,
+        rounding: torch.dtype | None,
     ) -> Tensor:
         """(B,) float64: the targets' logits of rows whose class is this rank's, 0 of others."""
         # Reaches every tensor whose gradient other ranks wait for, and adds 0.
@@ -306,8 +315,8 @@ class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
             return logits
         angular, cosine = (m[own] if isinstance(m, Tensor) else m for m in step.margins)
         found = target_logits(
-            *(rows[own], self.weight, local[own], torch.ones_like(own, dtype=torch.bool), None, self.bias),
-            *(step.scale, self.similarity, (angular, cosine), self.sparse_grad, rounding),
+            *(rows[own], weight, local[own], torch.ones_like(own, dtype=torch.bool), None, bias),
+            *(step.scale, self.similarity, (angular, cosine), rounding),
         )
         return logits.index_add(0, own, found)
 

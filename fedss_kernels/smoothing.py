@@ -8,34 +8,32 @@ The sum is linear in the classes' unit rows: one vector for all rows, less one f
 import torch
 from torch import Tensor
 
-from .gathered_rows import added, gathered_rows
+from .class_table import ClassTable, added
 from .target_logits import in_range, inverse_lengths, rounded
 
 
 def mean_logits(
     input: Tensor,  # (B, D)
-    weight: Tensor,  # (C, D)
+    weight: ClassTable,  # (C, D)
     target_logit: Tensor,  # (B,)
     class_ids: Tensor | None,  # (S,)
     log_expected_count: Tensor | None,  # (S,)
-    bias: Tensor | None,  # (C,)
+    bias: ClassTable | None,  # (C,)
     scale: float | Tensor,
     similarity: str,
     entry_labels: Tensor | None,  # (S,)
     target_labels: Tensor,  # (B,)
     counted: Tensor,  # (B,) bool
-    sparse_grad: bool,
     rounding: torch.dtype | None,
 ) -> Tensor:
     """(B,), in float32 or better; O((B + S) * D) numbers beside the gradients."""
-    dtype = torch.promote_types(torch.promote_types(input.dtype, weight.dtype), torch.float32)
-    C = weight.shape[0]
-    ids = torch.arange(C, device=weight.device) if class_ids is None else class_ids
-    share, listed = torch.ones((), dtype=dtype, device=weight.device).expand(ids.shape[0]), None
+    dtype = torch.promote_types(torch.promote_types(input.dtype, weight.values.dtype), torch.float32)
+    C = weight.values.shape[0]
+    ids = torch.arange(C, device=input.device) if class_ids is None else class_ids
+    share, listed = torch.ones((), dtype=dtype, device=input.device).expand(ids.shape[0]), None
     if log_expected_count is not None:
         share, listed = (-log_expected_count.to(dtype)).exp(), log_expected_count < torch.inf
-    rows = gathered_rows(weight, ids, dtype, sparse_grad, listed)
-    rows = rounded(rows, rounding, weight.dtype)
+    rows = rounded(weight.rows(ids, dtype, listed), rounding, weight.values.dtype)
     x = rounded(input, rounding).to(dtype).where(counted[:, None], 0.0)
     if listed is not None:
         rows = rows.where(listed[:, None], 0.0)
@@ -46,7 +44,7 @@ def mean_logits(
         x, factor = x * inverse_lengths(x)[:, None], share * inverse_lengths(rows)
     terms, x = rows * factor[:, None], x * scale
     if bias is not None:
-        of_entries = gathered_rows(bias, ids, dtype, sparse_grad, listed)
+        of_entries = bias.rows(ids, dtype, listed)
         of_entries = of_entries if listed is None else of_entries.where(listed, 0.0)
         terms = torch.cat([terms, (share * of_entries)[:, None]], 1)
         x = torch.cat([x, x.new_ones(x.shape[0], 1)], 1)
@@ -60,6 +58,7 @@ def _sums_of_others(terms: Tensor, entry_labels: Tensor, target_labels: Tensor) 
     if not B:
         return terms[:0]
     labels = target_labels.sort().values
+    entry_labels = entry_labels + 0 * labels[0]  # under vmap of each problem's own: searchsorted warns else
     nearest = torch.searchsorted(labels, entry_labels).clamp(max=B - 1)
     group = nearest.where(labels[nearest] == entry_labels, B)  # B: of labels that no row has
     sums = added(B + 1, group, terms)

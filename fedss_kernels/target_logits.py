@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from .gathered_rows import gathered_rows
+from .class_table import ClassTable
 
 _FLOOR = 1e-6  # of 1 - cos^2 in the derivative of a margin
 _ZERO_NORM = 1e-12
@@ -16,26 +16,25 @@ _ZERO_NORM = 1e-12
 
 def target_logits(
     input: Tensor,  # (B, D)
-    weight: Tensor,  # (C, D)
+    weight: ClassTable,  # (C, D)
     classes: Tensor,  # (B,) int64 in [0, C); any for a row that does not count
     counted: Tensor,  # (B,) bool
     target_log_expected_count: Tensor | None,  # (B,)
-    bias: Tensor | None,  # (C,)
+    bias: ClassTable | None,  # (C,)
     scale: float | Tensor,
     similarity: str,
     margins: tuple[float | Tensor, float | Tensor],  # angular and cosine: numbers or (B,)
-    sparse_grad: bool,
     rounding: torch.dtype | None,
 ) -> Tensor:
     """(B,) float64; 0 for a row that does not count."""
-    rows = gathered_rows(weight, classes, torch.float64, sparse_grad, counted)
-    both = torch.stack([rounded(input, rounding).double(), rounded(rows, rounding, weight.dtype)])
+    rows = weight.rows(classes, torch.float64, counted)
+    both = torch.stack([rounded(input, rounding).double(), rounded(rows, rounding, weight.values.dtype)])
     both = both.where(counted[:, None], 0.0)
-    if similarity == "cosine" and torch.float64 in (input.dtype, weight.dtype):
+    if similarity == "cosine" and torch.float64 in (input.dtype, weight.values.dtype):
         both = in_range(both)
     z = scale * with_margins(_products(both, similarity), *margins)
     if bias is not None:
-        z = z + gathered_rows(bias, classes, torch.float64, sparse_grad, counted)
+        z = z + bias.rows(classes, torch.float64, counted)
     if target_log_expected_count is not None:
         z = z - target_log_expected_count
     return z.where(counted, 0.0)

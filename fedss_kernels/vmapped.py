@@ -12,12 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .loss_operator import MADE, library
-
-_LOSS = "fedss_kernels::sampled_softmax_loss"
+from .loss_operator import MADE, OPERATORS, library
 
 
-def _each(arguments: Sequence[Any], in_dims: Sequence[Any], K: int) -> list[tuple[Any, ...]]:
+def each_problem(arguments: Sequence[Any], in_dims: Sequence[Any], K: int) -> list[tuple[Any, ...]]:
     """The arguments of each problem; those that are not batched are all problems'."""
     apart = [
         argument.unbind(dim) if isinstance(argument, Tensor) and dim is not None else (argument,) * K
@@ -29,8 +27,8 @@ def _each(arguments: Sequence[Any], in_dims: Sequence[Any], K: int) -> list[tupl
 def _losses(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     if not info.batch_size:
         raise ValueError("sampled_softmax_loss: torch.vmap expected at least 1 problem, got 0")
-    each = _each(arguments, in_dims, info.batch_size)
-    losses = torch.stack([torch.ops.fedss_kernels.sampled_softmax_loss(*one)[0] for one in each])
+    each = each_problem(arguments, in_dims, info.batch_size)
+    losses = torch.stack([OPERATORS.sampled_softmax_loss(*one)[0] for one in each])
     # Autograd is below: it has what gradients are made of, of each call.
     return (losses, *(losses.new_empty((info.batch_size, 0)) for _ in range(MADE))), (0,) * (1 + MADE)
 
@@ -44,5 +42,5 @@ def _gradients(info: Any, in_dims: Sequence[Any], *arguments: Any) -> Any:
 
 def register() -> None:
     """Gives the operator and its backward pass their rules; once."""
-    torch.library.register_vmap(_LOSS, _losses, lib=library)
-    torch.library.register_vmap(f"{_LOSS}_backward", _gradients, lib=library)
+    for operator, rule in zip(OPERATORS, (_losses, _gradients), strict=True):
+        torch.library.register_vmap(operator.default, rule, lib=library)

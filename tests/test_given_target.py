@@ -7,7 +7,9 @@ import torch
 from fedss_kernels.reference import sampled_softmax_loss as reference_loss
 from loss_cases import F32, F64, GPU_IMPLEMENTATIONS, blocks_of_16
 
+from fedss_kernels.class_table import class_table
 from fedss_kernels.given_target import row_losses
+from fedss_kernels.loss_operator import OPERATORS
 from fedss_kernels.triton_kernels.configurations import forced
 
 B, C, D, S = 6, 20, 18, 35  # the GPU kernels' blocks have 16 classes and columns
@@ -29,8 +31,14 @@ def impl(request):
 def loss_given_target(impl, x, w, labels, given, ids=None, counts=None, *, bias=None, scale=20.0, **options):
     options = {"similarity": "cosine", "ignore_index": -100, "sparse_grad": False} | options
     labels_of = (options.pop("entry_labels", None), options.pop("target_labels", None), given)
+    sparse_grad, similarity = options.pop("sparse_grad"), options.pop("similarity")
+    weight, bias = (None if table is None else class_table(table, sparse_grad) for table in (w, bias))
     return row_losses(
-        (x, w, labels, ids, counts, None, bias), scale, **options, impl=impl, rounding=None, labels=labels_of
+        *(x, weight, labels, (ids, counts, None), bias, scale, similarity),
+        **options,
+        impl=impl,
+        rounding=None,
+        labels=labels_of,
     )
 
 
@@ -155,13 +163,12 @@ def test_opcheck(all_classes, impl):
     entries = torch.arange(C if ids is None else S) % 4
     tensors = (x, w, labels, ids, counts, None, bias, scale)
     options = ("cosine", -100, "none", False, impl, [False] * 4, None, entries, labels, given)
-    operators = torch.ops.fedss_kernels
-    torch.library.opcheck(operators.sampled_softmax_loss.default, (*tensors, *options))
+    torch.library.opcheck(OPERATORS.sampled_softmax_loss.default, (*tensors, *options))
     tensors = [t if t is None else t.detach() for t in tensors]
     with torch.no_grad():
-        _, *made = operators.sampled_softmax_loss(*tensors, *options)
+        _, *made = OPERATORS.sampled_softmax_loss(*tensors, *options)
     backward = (torch.ones(B), made, [True] * 4, *tensors, *options[:-1], given.detach())
-    torch.library.opcheck(operators.sampled_softmax_loss_backward.default, backward)
+    torch.library.opcheck(OPERATORS.sampled_softmax_loss_backward.default, backward)
 
 
 def test_shards_of_the_classes_add_up(impl):

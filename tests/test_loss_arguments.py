@@ -91,6 +91,13 @@ def test_within_tolerance_in_random_mixes(seeds):
         check_mix(seed, loss_function)
 
 
+@pytest.mark.parametrize("seeds", [range(245, 270), pytest.param(range(500), marks=pytest.mark.exhaustive)])
+def test_a_gradient_of_16_bits_is_rounded_once(seeds):
+    """Of several parts, in the random mixes."""
+    for seed in seeds:
+        check_mix(seed, loss_function, dtype=F32, weight_dtype=(F16, BF16)[seed % 2])
+
+
 @pytest.mark.parametrize("seeds", [FEW, MANY])
 def test_the_reference_in_random_mixes(seeds):
     """In float64, as in fewer digits it is one draw of plain PyTorch's own error."""
@@ -358,6 +365,47 @@ def test_nothing_dense_is_made_for_sparse_gradients(sampled_softmax_loss):
     (sparse,), (dense,) = (torch.autograd.grad(total, w) for total in totals)
     assert sparse.is_coalesced() and sparse.indices()[0].tolist() == sorted({*ids.tolist(), *t.tolist()})
     torch.testing.assert_close(sparse.to_dense(), dense)
+
+
+@cpp_only
+@pytest.mark.parametrize("dtype", [F16, BF16, F32])
+@pytest.mark.parametrize("class_ids", [None, torch.tensor([1, 30, 7, 7])])
+def test_sparse_gradients_are_the_dense_ones(class_ids, dtype, sampled_softmax_loss):
+    x, w, t = problem(C=50, dtype=dtype)
+    w.data, bias = w.data.to(dtype), torch.linspace(-1, 1, 50).to(dtype).requires_grad_()
+    for extra in (
+        {"cosine_margin": 0.2},
+        {"label_smoothing": EPS},
+        {"return_lse": True, "label_smoothing": EPS},
+    ):
+        found = []
+        for sparse_grad in (True, False):
+            options = extra | {"sparse_grad": sparse_grad}
+            loss = sampled_softmax_loss(x, w, t, class_ids, bias=bias, **options)
+            found.append(torch.autograd.grad(total_of(*loss) if isinstance(loss, tuple) else loss, (w, bias)))
+        for sparse, dense in zip(*found, strict=True):
+            assert sparse.is_sparse and sparse.dtype is dense.dtype is dtype and not dense.is_sparse
+            torch.testing.assert_close(sparse.to_dense(), dense)
+
+
+@cpp_only
+@pytest.mark.parametrize("shared", [True, False])
+def test_sparse_gradients_under_vmap(shared, sampled_softmax_loss):
+    xs, ws, ts = (torch.stack(each) for each in zip(*(problem(seed=i, C=50) for i in range(3)), strict=True))
+    w, dims = (ws[0], (0, None, 0)) if shared else (ws, 0)
+    w, ids = w.detach().requires_grad_(), torch.tensor([1, 30, 7])
+
+    def loss(x, w, t):
+        options = {"label_smoothing": EPS, "cosine_margin": 0.2, "sparse_grad": True}
+        return sampled_softmax_loss(x, w, t, ids, **options)
+
+    (found,) = torch.autograd.grad(torch.vmap(loss, dims)(xs, w, ts).sum(), w)
+    each = zip(xs, [w] * 3 if shared else w, ts, strict=True)
+    alone = torch.stack(
+        [sampled_softmax_loss(*one, ids, label_smoothing=EPS, cosine_margin=0.2) for one in each]
+    )
+    assert found.is_sparse
+    torch.testing.assert_close(found.to_dense(), torch.autograd.grad(alone.sum(), w)[0])
 
 
 def test_the_same_bits_twice():

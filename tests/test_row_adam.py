@@ -172,7 +172,7 @@ def test_unchecked_ids_are_summed_or_passed_over():
 
 def test_opcheck(impl):
     arguments = (*problem().values(), 0.3, 0.9, 0.99, 1e-6, 0.01, True, impl)
-    torch.library.opcheck(torch.ops.fedss_kernels.row_adam_step_.default, arguments)
+    torch.library.opcheck(row_adam.OPERATOR.default, arguments)
 
 
 @pytest.mark.parametrize("module", [row_adam, fedss_kernels.reference.row_adam])

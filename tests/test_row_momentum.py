@@ -267,7 +267,7 @@ def test_unchecked_ids_are_summed_or_passed_over():
 def test_opcheck(impl, moves):
     weight, velocity, ids, rows = problem()
     arguments = (weight, velocity if moves else None, ids, rows, 0.3, 0.9 * moves, 0.01, moves, True, impl)
-    torch.library.opcheck(torch.ops.fedss_kernels.row_momentum_step_.default, arguments)
+    torch.library.opcheck(row_momentum.OPERATOR.default, arguments)
 
 
 def test_compiled_equals_eager(impl):

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedss_kernels import implementations, inplace, scatter_add_
+from fedss_kernels.scatter_add import OPERATOR
 
 TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON = "fedss_kernels.triton_kernels.scatter_add"
@@ -217,7 +218,7 @@ def test_unchecked_ids_out_of_range_are_passed_over():
 
 
 def test_opcheck(impl):
-    torch.library.opcheck(torch.ops.fedss_kernels.scatter_add_.default, (*problem(), impl))
+    torch.library.opcheck(OPERATOR.default, (*problem(), impl))
 
 
 def test_compiled_equals_eager(impl):

@@ -19,11 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fedss_kernels
 from fedss_kernels import direct_triton
+from fedss_kernels.loss_operator import OPERATORS as OPS
 from fedss_kernels.triton_kernels import configurations, launch, plan, sampled_softmax
 from fedss_kernels.triton_kernels.configurations import AMD, NVIDIA, forced
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-OPS = torch.ops.fedss_kernels
 loss_by_triton = partial(fedss_kernels.sampled_softmax_loss, impl="triton")
 gpu = pytest.mark.gpu
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")

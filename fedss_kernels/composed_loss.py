@@ -5,41 +5,14 @@ L_i    = log(1 + sum_j exp(o(i, j) - o_i)),  lse_i = L_i + o_i          given_ta
 loss_i = class_weight_t * ((1 - e) * L_i + e * (lse_i - mean_i))        smoothing.py: mean_i
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from .class_table import class_table
 from .given_target import row_losses
+from .loss_extras import Extras
 from .smoothing import mean_logits
 from .target_logits import target_logits, widened_rows
-
-
-class Extras(NamedTuple):
-    """What makes a loss a composed one."""
-
-    angular_margin: float | Tensor  # or (B,)
-    cosine_margin: float | Tensor  # or (B,)
-    label_smoothing: float
-    class_weight: Tensor | None  # (C,)
-    return_lse: bool
-
-    @property
-    def margins(self) -> tuple[float | Tensor, float | Tensor]:
-        return self[:2]
-
-    @property
-    def has_margins(self) -> bool:
-        return any(isinstance(margin, Tensor) or margin != 0 for margin in self.margins)
-
-    @property
-    def of_targets(self) -> bool:
-        """Whether the targets' logits are wanted by themselves."""
-        return self.has_margins or self.label_smoothing != 0 or self.return_lse
-
-
-NONE = Extras(0.0, 0.0, 0.0, None, False)
 
 
 def composed_loss(

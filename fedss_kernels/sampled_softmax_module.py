@@ -21,8 +21,9 @@ from .checks import (
 from .class_samplers import FrequencySampler
 from .class_sets import GeneratorHandle, check_generator, check_sampler, draw_batch_class_set
 from .data_parallel import SparseRows, check_sparse_communication, check_whole
+from .loss_extras import check_class_weights, check_margin, check_smoothing
 from .loss_operator import without_autocast
-from .sampled_softmax import IMPLS, as_float, check_scale, check_smoothing, sampled_softmax_loss
+from .sampled_softmax import IMPLS, as_float, check_scale, sampled_softmax_loss
 
 _SHORT = 2.0**-32  # a power of two: it rounds nothing
 
@@ -131,11 +132,8 @@ class SampledSoftmaxLoss(nn.Module):
         self.sampler = _as_sampler(sampler, sampler_power, num_classes, device)
         self.similarity, self.sparse_grad = similarity, check_flag("sparse_grad", sparse_grad)
         self.ignore_index, self.reduction, self.impl = check_ignore_index(ignore_index), reduction, impl
-        margins = {"angular_margin": angular_margin, "cosine_margin": cosine_margin}
-        for name, margin in margins.items():
-            if as_number(name, margin) != 0 and similarity == "dot":
-                raise ValueError(f'{name}: expected 0 for similarity="dot", got {margin}')
-        self.angular_margin, self.cosine_margin = float(angular_margin), float(cosine_margin)
+        self.angular_margin = check_margin("angular_margin", angular_margin, similarity)
+        self.cosine_margin = check_margin("cosine_margin", cosine_margin, similarity)
         self.label_smoothing = check_smoothing(label_smoothing)
         self.return_lse = check_flag("return_lse", return_lse)
         self.generator: GeneratorHandle | torch.Generator | None
@@ -143,9 +141,8 @@ class SampledSoftmaxLoss(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_classes, embedding_dim, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(num_classes, device=device, dtype=dtype)) if bias else None
         if class_weight is not None:
-            check_tensor("class_weight", class_weight, FLOATING)
-            check_shape("class_weight", class_weight, (num_classes,), "(num_classes,)")
-            class_weight = class_weight.detach().to(device=device, copy=True)
+            check_class_weights(class_weight, num_classes)
+            class_weight = class_weight.to(device=device, copy=True)
         self.register_buffer("class_weight", class_weight)
         initial = scale.detach() if isinstance(scale, Tensor) else scale
         self.initial_scale = float(initial) if learn_scale or isinstance(scale, nn.Parameter) else None

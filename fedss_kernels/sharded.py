@@ -13,16 +13,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .checks import FLOATING, check_integer, check_shape, check_tensor
+from .checks import check_integer, check_shape, check_tensor
 from .class_samplers import FrequencySampler
 from .class_sets import draw_batch_class_set
 from .class_table import ClassTable, class_table
-from .composed_loss import NONE, Extras
 from .data_parallel import check_left_alone
 from .given_target import row_losses
+from .loss_extras import NONE, Extras, check_class_weights, check_values, checked_extras
 from .loss_operator import autocast_dtype, without_autocast
 from .ranks import Ranks
-from .sampled_softmax import check_arguments, check_ids, check_labels, checked_extras, chosen_backend
+from .sampled_softmax import check_arguments, check_ids, check_labels, chosen_backend
 from .sampled_softmax_module import SampledSoftmaxLoss, TopK
 from .smoothing import mean_logits
 from .target_logits import target_logits, widened_rows
@@ -118,9 +118,8 @@ class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
         class_weight = options.pop("class_weight", None)  # of all classes
         super().__init__(len(own) or 1, embedding_dim, num_sampled, **options)
         if class_weight is not None:
-            check_tensor("class_weight", class_weight, FLOATING)
-            check_shape("class_weight", class_weight, (self._of_all_blocks,), "(num_classes,)")
-            self.class_weight = class_weight.detach().to(device=self.weight.device, copy=True)
+            check_class_weights(class_weight, self._of_all_blocks)
+            self.class_weight = class_weight.to(device=self.weight.device, copy=True)
         if isinstance(self.sampler, FrequencySampler):  # of other sizes in another number of processes
             self.sampler._non_persistent_buffers_set.update(dict(self.sampler.named_buffers()))
         if not own:
@@ -232,6 +231,8 @@ class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
             raise ValueError('impl: expected "auto", "cpp" or "triton" for sharded classes, got "reference"')
         every_class = self.weight.new_empty((self.num_classes, 0))
         extras = checked_extras(every_class, target, self.similarity, *given)
+        if target.is_cpu:
+            check_values(extras, target.reshape(-1), self.ignore_index)
         wants, grad = 0, torch.is_grad_enabled()
         if grad:
             classes = [p for p in (self.weight, self.bias) if p is not None]

@@ -11,7 +11,7 @@ from loss_cases import BF16, F16, F32, F64, Case, cpp_only, gpu_only
 from pytorch_metric_learning.losses import ArcFaceLoss, CosFaceLoss
 from tolerance import eager_loss, excess, with_features_reversed
 
-from fedss_kernels import SampledSoftmaxLoss, draw_batch_class_set
+from fedss_kernels import SampledSoftmaxLoss, ShardedSampledSoftmaxLoss, draw_batch_class_set
 from fedss_kernels import sampled_softmax_loss as loss_function
 
 EPS = 0.1
@@ -189,6 +189,12 @@ def test_a_target_on_its_class_or_opposite_has_finite_gradients(sign, dtype, sam
     x = (sign * w[t]).detach().requires_grad_()
     loss = sampled_softmax_loss(x, w, t, angular_margin=0.5)
     assert loss.isfinite() and all(g.isfinite().all() for g in torch.autograd.grad(loss, (x, w)))
+
+
+def test_a_margin_tensor_of_zeros_is_none_but_for_rounding(sampled_softmax_loss):
+    x, w, t = problem()
+    losses = (sampled_softmax_loss(x, w, t), sampled_softmax_loss(x, w, t, angular_margin=torch.zeros(6)))
+    assert_equal_with_gradients(*losses, (x, w), rtol=1e-5, atol=1e-6)
 
 
 def test_a_row_has_its_own_margins(sampled_softmax_loss):
@@ -467,6 +473,30 @@ def test_the_module_says_what_is_wrong(name, wrong):
         SampledSoftmaxLoss(12, 8, class_weight=torch.ones(3))
 
 
+@pytest.mark.parametrize("kind", [SampledSoftmaxLoss, ShardedSampledSoftmaxLoss])
+@pytest.mark.parametrize("number", [-1.0, torch.nan, torch.inf])
+def test_modules_look_at_class_weights(number, kind):
+    """In the words of the function: when they are made, and what was written into the buffer since."""
+    weights = torch.ones(12)
+    weights[5] = number
+    message = rf"class_weight\[5\] = {number}, expected a finite number of at least 0"
+    with pytest.raises(ValueError, match=message):
+        kind(12, 8, class_weight=weights)
+    criterion = kind(12, 8, class_weight=torch.ones(12))
+    criterion.class_weight[5] = number
+    with pytest.raises(ValueError, match=message):
+        criterion(problem()[0], torch.arange(6))
+
+
+@pytest.mark.parametrize("kind", [SampledSoftmaxLoss, ShardedSampledSoftmaxLoss])
+@pytest.mark.parametrize("name", ["angular_margin", "label_smoothing", "class_weight", "sampler"])
+def test_modules_learn_no_constant(name, kind):
+    value = torch.full((12,) if name in ("class_weight", "sampler") else (), 0.1, requires_grad=True)
+    called = "frequencies" if name == "sampler" else name
+    with pytest.raises(ValueError, match=f"{called}: expected a constant, got a tensor that requires grad"):
+        kind(12, 8, 3, **{name: value})
+
+
 # ---- errors ----
 
 
@@ -488,7 +518,39 @@ def test_the_module_says_what_is_wrong(name, wrong):
             "angular_margin: expected a constant",
         ),
         ({"label_smoothing": 1.5}, ValueError, "label_smoothing: expected a number from 0 to 1, got 1.5"),
-        ({"label_smoothing": -0.1}, ValueError, "label_smoothing: expected a finite number of at least 0"),
+        ({"label_smoothing": -0.1}, ValueError, "label_smoothing: expected a number from 0 to 1, got -0.1"),
+        (
+            {"label_smoothing": float("nan")},
+            ValueError,
+            "label_smoothing: expected a number from 0 to 1, got nan",
+        ),
+        *(
+            (
+                {name: torch.tensor(0.1, requires_grad=True)},
+                ValueError,
+                f"{name}: expected a constant, got a tensor",
+            )
+            for name in ("label_smoothing", "angular_margin", "cosine_margin")
+        ),
+        *(
+            (
+                {name: torch.tensor([0, 0, torch.nan, 0, 0, 0]), "target": torch.arange(6) + 3},
+                ValueError,
+                rf"{name}\[2\] = nan, expected a finite number",
+            )
+            for name in ("angular_margin", "cosine_margin")
+        ),
+        *(
+            (
+                {
+                    "class_weight": torch.ones(12).index_fill(0, torch.tensor([5]), number),
+                    "target": torch.arange(6),
+                },
+                ValueError,
+                rf"class_weight\[5\] = {number}, expected a finite number of at least 0",
+            )
+            for number in (-1.0, torch.nan, torch.inf)
+        ),
         ({"class_weight": torch.ones(6)}, ValueError, r"class_weight: expected shape \(12,\) = \(C,\)"),
         (
             {"class_weight": torch.ones(12, requires_grad=True)},

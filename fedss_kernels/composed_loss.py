@@ -5,6 +5,8 @@ L_i    = log(1 + sum_j exp(o(i, j) - o_i)),  lse_i = L_i + o_i          given_ta
 loss_i = class_weight_t * ((1 - e) * L_i + e * (lse_i - mean_i))        smoothing.py: mean_i
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -62,7 +64,7 @@ def composed_loss(
         losses = row_losses(
             *(input, table, target, corrections, *shared, ignore_index, impl, rounding, (*labels, changed))
         )
-    lse = None
+    lse = mean = None
     if given is not None:
         lse = (losses + given).to(losses.dtype)
         if extras.label_smoothing:
@@ -70,13 +72,35 @@ def composed_loss(
                 *(input, table, given, class_ids, counts, *shared),
                 *(labels[0], target if labels[1] is None else labels[1], counted, rounding),
             )
-            smooth = (lse - mean).where(counted, 0.0)
-            losses = torch.lerp(losses, smooth.to(losses.dtype), extras.label_smoothing)
+    return reduced_loss(losses, lse, mean, classes, counted, extras, reduction), lse
+
+
+def _sums(losses: Tensor, shares: Tensor) -> Sequence[Tensor]:
+    return losses.sum(), shares.sum()
+
+
+def reduced_loss(
+    losses: Tensor,  # (B,) L_i
+    lse: Tensor | None,  # (B,), for label smoothing
+    mean: Tensor | None,  # (B,), for label smoothing
+    classes: Tensor,  # (B,) in [0, C)
+    counted: Tensor,  # (B,) bool
+    extras: Extras,
+    reduction: str,
+    sums: Callable[[Tensor, Tensor], Sequence[Tensor]] = _sums,  # of the losses and of the shares in "mean"
+) -> Tensor:
+    """class_weight_t * ((1 - e) * L_i + e * (lse_i - mean_i)), reduced."""
+    if lse is not None and mean is not None:
+        smooth = (lse - mean).where(counted, 0.0)
+        losses = torch.lerp(losses, smooth.to(losses.dtype), extras.label_smoothing)
     share = counted.to(losses.dtype)
     if extras.class_weight is not None:
-        share = extras.class_weight.to(losses.dtype).index_select(0, classes).where(counted, 0.0)
+        share = extras.class_weight.index_select(0, classes).to(losses.dtype).where(counted, 0.0)
         losses = losses * share
-    return _reduced(losses, share, reduction), lse
+    if reduction == "none":
+        return losses
+    total, shares = sums(losses, share)
+    return total if reduction == "sum" else total / shares.where(shares != 0, 1.0)
 
 
 def _classes(target: Tensor, counted: Tensor, C: int) -> tuple[Tensor, Tensor | None]:
@@ -91,12 +115,3 @@ def _classes(target: Tensor, counted: Tensor, C: int) -> tuple[Tensor, Tensor | 
     if target.is_cpu:
         return classes, None
     return classes.clamp(0, C - 1), (target >= 0) & (target < C) | ~counted
-
-
-def _reduced(losses: Tensor, share: Tensor, reduction: str) -> Tensor:
-    if reduction == "none":
-        return losses
-    if reduction == "sum":
-        return losses.sum()
-    total = share.sum()
-    return losses.sum() / total.where(total != 0, 1.0)

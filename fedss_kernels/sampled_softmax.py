@@ -176,7 +176,8 @@ def sampled_softmax_loss(
     sparse_grad = check_flag("sparse_grad", sparse_grad)
     backend = chosen_backend(impl, input.device)
     check_ignore_index(ignore_index)
-    check_labels(input, target, weight.shape[0] if class_ids is None else class_ids.shape[0], *labels[:2])
+    S = weight.shape[0] if class_ids is None else class_ids.shape[0]
+    check_labels(input, target, (S, "(S,)"), *labels[:2])
     extras = NONE
     if not plain:
         given = (angular_margin, cosine_margin, label_smoothing, class_weight, return_lse)
@@ -287,10 +288,14 @@ def check_arguments(
 
 
 def check_labels(
-    input: Tensor, target: Tensor, S: int, entry_labels: Tensor | None, target_labels: Tensor | None
+    input: Tensor,
+    target: Tensor,
+    entries: tuple[int, str],  # how many, and their shape's meaning
+    entry_labels: Tensor | None,
+    target_labels: Tensor | None,
 ) -> None:
     for name, labels, shape, meaning in (
-        ("entry_labels", entry_labels, (S,), "(S,)"),
+        ("entry_labels", entry_labels, entries[:1], entries[1]),
         ("target_labels", target_labels, target.shape, "target's"),
     ):
         if labels is not None:

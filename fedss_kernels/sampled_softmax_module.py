@@ -23,7 +23,7 @@ from .class_sets import GeneratorHandle, check_generator, check_sampler, draw_ba
 from .data_parallel import SparseRows, check_sparse_communication, check_whole
 from .loss_extras import check_class_weights, check_margin, check_smoothing
 from .loss_operator import without_autocast
-from .sampled_softmax import IMPLS, as_float, check_scale, sampled_softmax_loss
+from .sampled_softmax import IMPLS, as_float, check_labels, check_scale, sampled_softmax_loss
 
 _SHORT = 2.0**-32  # a power of two: it rounds nothing
 
@@ -187,8 +187,16 @@ class SampledSoftmaxLoss(nn.Module):
         *,
         angular_margin: float | Tensor | None = None,  # (...,); None: the module's
         cosine_margin: float | Tensor | None = None,
+        entry_labels: Tensor | None = None,  # (num_classes,) int64; None: each class its own number
+        target_labels: Tensor | None = None,  # (...,) int64; None: target
     ) -> Any:
-        """The loss, or (loss, lse) with `return_lse`."""
+        """The loss, or (loss, lse) with `return_lse`.
+
+        Labels tell which classes are no negatives of a row: those with entry_labels_c == target_labels_i,
+        such as near duplicates of its class, which share a label. All classes have one, whichever are drawn:
+        the class set and its expected counts are those of a call without labels, and estimate the full
+        softmax over the row's own class and those of other labels.
+        """
         check_tensor("target", target, (torch.int64,))
         weight = self._whole_weight()
         if self.sparse_grad:
@@ -197,11 +205,15 @@ class SampledSoftmaxLoss(nn.Module):
         m, C = self.num_sampled if self.training else None, weight.shape[0]
         if m is not None and type(m) is not int:  # assigned since
             m = check_integer("num_sampled", m, 0)
+        if entry_labels is not None or target_labels is not None:
+            check_labels(input, target, (C, "(num_classes,)"), entry_labels, target_labels)
         if m is not None and m < C:
             sampler = getattr(self, "sampler", "uniform")  # a module saved whole may be without
             class_ids, log_expected_count = draw_batch_class_set(
                 target.reshape(-1), C, m, self.generator, self.ignore_index, sampler
             )
+            if entry_labels is not None:
+                entry_labels = entry_labels.index_select(0, class_ids)
         return sampled_softmax_loss(
             input,
             weight,
@@ -220,6 +232,8 @@ class SampledSoftmaxLoss(nn.Module):
             label_smoothing=self.label_smoothing,
             class_weight=self._buffers.get("class_weight"),
             return_lse=self.return_lse,
+            entry_labels=entry_labels,
+            target_labels=target_labels,
         )
 
     @torch.no_grad()

@@ -7,6 +7,7 @@
 which is the loss of one process over the union of the ranks' class sets. How the ranks talk: ranks.py.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from .checks import check_integer, check_shape, check_tensor
 from .class_samplers import FrequencySampler
 from .class_sets import draw_batch_class_set
 from .class_table import ClassTable, class_table
+from .composed_loss import reduced_loss
 from .data_parallel import check_left_alone
 from .given_target import row_losses
 from .loss_extras import NONE, Extras, check_class_weights, check_values, checked_extras
@@ -159,14 +161,16 @@ class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
     ) -> Any:
         """The loss, or (loss, lse of own rows) with `return_lse`; labels as in `sampled_softmax_loss`."""
         labels = (entry_labels, target_labels)
-        if self.ranks.world == 1 and labels == (None, None):
-            return super().forward(input, target, angular_margin=angular_margin, cosine_margin=cosine_margin)
+        if self.ranks.world == 1:
+            given: dict[str, Any] = {"angular_margin": angular_margin, "cosine_margin": cosine_margin}
+            given |= {"entry_labels": entry_labels, "target_labels": target_labels}
+            return super().forward(input, target, **given)
         margins = (
             self.angular_margin if angular_margin is None else angular_margin,
             self.cosine_margin if cosine_margin is None else cosine_margin,
         )
-        given = (*margins, self.label_smoothing, self._buffers.get("class_weight"), self.return_lse)
-        step = self._step(input, target, given, labels)
+        extras = (*margins, self.label_smoothing, self._buffers.get("class_weight"), self.return_lse)
+        step = self._step(input, target, extras, labels)
         with without_autocast(step.rows.device.type):
             return self._loss(step, target)
 
@@ -174,18 +178,13 @@ class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
         own = self.ranks.to_own_rows(self._of_block(step), step.sizes, step.wants != 0)
         dtype = torch.float64 if step.rows.dtype == torch.float64 else torch.float32
         losses, logits, sums = combined(own[:, :, 0]), own[:, :, 1].sum(0), own[:, :, 2].sum(0)
-        lse = losses + logits
-        t, smoothing = target.reshape(-1), step.extras.label_smoothing
-        share = (t != self.ignore_index).to(losses.dtype)
-        if smoothing:
-            mean = (logits + sums) / self.num_classes
-            losses = torch.lerp(losses, (lse - mean).where(share > 0, 0.0), smoothing)
-        if step.extras.class_weight is not None:
-            share = share * step.extras.class_weight.to(share.dtype)[t.where(share > 0, 0)]
-            losses = losses * share
-        loss = self._reduced(losses, share).to(dtype)
+        lse, t, extras = losses + logits, target.reshape(-1), step.extras
+        counted = t != self.ignore_index
+        mean = (logits + sums) / self.num_classes if extras.label_smoothing else None
+        of_rows = (losses, lse, mean, t.where(counted, 0), counted)
+        loss = reduced_loss(*of_rows, extras, self.reduction, self._sums_of_all).to(dtype)
         loss = loss.reshape(target.shape) if self.reduction == "none" else loss
-        return (loss, lse.to(dtype).reshape(target.shape)) if step.extras.return_lse else loss
+        return (loss, lse.to(dtype).reshape(target.shape)) if extras.return_lse else loss
 
     def _step(self, input: Tensor, target: Tensor, given: tuple, labels: tuple) -> Step:
         """Raises on every rank where the arguments of one are wrong."""
@@ -226,7 +225,7 @@ class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
         check_arguments(input, self.weight, target, None, None, None, self.bias, self.scale)
         check_ids("target", target.reshape(-1), self.num_classes, self.ignore_index)
         check_shape("weight", self.weight, (len(self.own_classes), input.shape[-1]), "(own rows, D)")
-        check_labels(input, target, len(self.own_classes), *labels)
+        check_labels(input, target, (len(self.own_classes), "(own classes,)"), *labels)
         if chosen_backend(self.impl, input.device) == "reference":
             raise ValueError('impl: expected "auto", "cpp" or "triton" for sharded classes, got "reference"')
         every_class = self.weight.new_empty((self.num_classes, 0))
@@ -333,11 +332,8 @@ class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
             return None, None
         return draw_batch_class_set(held, rows, share, self.generator, -1, self.sampler)
 
-    def _reduced(self, losses: Tensor, share: Tensor) -> Tensor:
-        if self.reduction == "none":
-            return losses
-        total = self.ranks.total(torch.stack([losses.sum(), share.sum()]))
-        return total[0] / total[1].where(total[1] != 0, 1.0) if self.reduction == "mean" else total[0]
+    def _sums_of_all(self, losses: Tensor, shares: Tensor) -> Sequence[Tensor]:
+        return self.ranks.total(torch.stack([losses.sum(), shares.sum()])).unbind()
 
     # ---- prediction ----------------------------------------------------------------------------------------
 

@@ -456,6 +456,48 @@ def test_the_module_has_them(num_sampled):
     assert loss == loss_function(x, criterion.weight, t, **given | {"cosine_margin": own})[0]
 
 
+@pytest.mark.parametrize("kind", [SampledSoftmaxLoss, ShardedSampledSoftmaxLoss])
+@pytest.mark.parametrize("num_sampled", [None, 5])
+def test_labels_of_a_modules_classes(num_sampled, kind):
+    """Each class has its label, whichever are drawn; compiled too, and in eval mode."""
+    x, _, t = problem(B=6)
+    t, of_classes, of_rows = t % 12, torch.arange(12) % 5, torch.tensor([0, 4, 2, 2, 9, 1])
+    criterion = kind(12, 8, num_sampled, generator=torch.Generator().manual_seed(0))
+    g = torch.Generator()
+    for labels in (
+        {"entry_labels": of_classes},
+        {"target_labels": of_rows},
+        dict(entry_labels=of_classes, target_labels=of_rows),
+    ):
+        g.set_state(criterion.generator.get_state())
+        ids, counts = (None, None) if num_sampled is None else draw_batch_class_set(t, 12, num_sampled, g)
+        given = dict(labels)
+        if ids is not None and "entry_labels" in given:
+            given["entry_labels"] = of_classes[ids]
+        assert torch.equal(
+            criterion(x, t, **labels), loss_function(x, criterion.weight, t, ids, counts, **given)
+        )
+        of_all = criterion.eval()(x, t, **labels)
+        assert torch.equal(of_all, loss_function(x, criterion.weight, t, **labels))
+        criterion.train()
+    with pytest.raises(
+        ValueError, match=r"entry_labels: expected shape \(12,\) = \(num_classes,\), got \(3,\)"
+    ):
+        criterion(x, t, entry_labels=torch.arange(3))
+    with pytest.raises(ValueError, match=r"target_labels: expected shape \(6,\) = target's, got \(3,\)"):
+        criterion(x, t, target_labels=torch.arange(3))
+
+
+def test_labels_of_a_module_compiled():
+    x, _, t = problem(B=6)
+    labels = {"entry_labels": torch.arange(12) % 5, "target_labels": torch.arange(6) % 5}
+    criteria = [SampledSoftmaxLoss(12, 8, 5, generator=torch.Generator().manual_seed(0)) for _ in range(2)]
+    compiled = torch.compile(criteria[0], fullgraph=True, backend="aot_eager")
+    losses = compiled(x, t, **labels), criteria[1](x, t, **labels)
+    assert torch.equal(*losses)
+    assert torch.equal(*(torch.autograd.grad(loss, x)[0] for loss in losses))
+
+
 def test_a_learned_scale_has_the_modules_dtype():
     criterion = SampledSoftmaxLoss(12, 8, learn_scale=True, dtype=F64, angular_margin=0.5)
     x, _, t = problem(dtype=F64)

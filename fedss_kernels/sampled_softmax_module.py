@@ -144,11 +144,18 @@ class SampledSoftmaxLoss(nn.Module):
             check_class_weights(class_weight, num_classes)
             class_weight = class_weight.to(device=device, copy=True)
         self.register_buffer("class_weight", class_weight)
-        initial = scale.detach() if isinstance(scale, Tensor) else scale
-        self.initial_scale = float(initial) if learn_scale or isinstance(scale, nn.Parameter) else None
-        # of shape (1,), as FSDP takes no parameter of shape ()
-        self.scale = nn.Parameter(torch.empty(1, device=device, dtype=dtype)) if learn_scale else scale
+        if learn_scale:  # of shape (1,), as FSDP takes no parameter of shape ()
+            self.initial_scale = float(scale)
+            self.register_parameter("scale", nn.Parameter(torch.empty(1, device=device, dtype=dtype)))
+        else:
+            self.scale = scale
         self.reset_parameters()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Remembers the value of a parameter that is assigned to `scale`, for `reset_parameters`."""
+        if name == "scale" and isinstance(value, nn.Parameter) and value.numel() == 1 and not value.is_meta:
+            self.initial_scale = value.item()
+        super().__setattr__(name, value)
 
     @property
     def num_classes(self) -> int:
@@ -163,6 +170,7 @@ class SampledSoftmaxLoss(nn.Module):
     def reset_parameters(self) -> None:
         """Gaussian rows of about unit length; zero bias; a learned scale at its initial value.
 
+        That of a parameter that was assigned to `scale` is the one it had then.
         A sampler's tables are those of the frequencies it was given.
         """
         with torch.no_grad():

@@ -38,6 +38,14 @@ def check_shape(name: str, value: Tensor, shape: tuple[int, ...], meaning: str) 
         raise ValueError(f"{name}: expected shape {tuple(shape)} = {meaning}, got {tuple(value.shape)}")
 
 
+def check_constant(name: str, value: Tensor) -> None:
+    """Raises ValueError for a tensor that requires grad where there is no gradient to it."""
+    if value.requires_grad:
+        raise ValueError(
+            f"{name}: expected a constant, got a tensor that requires grad; pass {name}.detach()"
+        )
+
+
 def check_device(name: str, value: Tensor, device: torch.device, of: str) -> None:
     """Raises ValueError unless `value` lies on `device`, which is that of the argument `of`."""
     if value.device != device:
@@ -97,15 +105,24 @@ def check_ignore_index(ignore_index: Any) -> int:
 
 
 def as_number(
-    name: str, value: object, least: float = -math.inf, below: float = math.inf, *, infinite: bool = False
+    name: str,
+    value: object,
+    least: float = -math.inf,
+    below: float = math.inf,
+    *,
+    most: float = math.inf,
+    infinite: bool = False,
 ) -> float:
     """A number of Python's, numpy's, or of a tensor or array of one element, as float: what torch's take.
 
-    Raises TypeError for something else, ValueError unless it is finite and in [least, below), or infinity
-    where `infinite` lets that be. Of a tensor on a GPU it waits for the number.
+    Raises TypeError for something else, ValueError unless it is finite and in [least, below) and [least,
+    most], or infinity where `infinite` lets that be, and for a tensor that requires grad. Of a tensor on a
+    GPU it waits for the number.
     """
-    if type(value) is float and -math.inf < value < below and least <= value:
+    if type(value) is float and -math.inf < value < below and least <= value <= most:
         return value
+    if isinstance(value, Tensor):
+        check_constant(name, value)
     number: Any = single_item(value)
     real = isinstance(number, (int, float)) or isinstance(number, numbers.Real)
     if isinstance(number, bool) or not real:
@@ -118,9 +135,10 @@ def as_number(
     except OverflowError:
         number, found = math.inf, "one past float64's range"
     # math.isfinite cannot be traced with a symbolic value
-    if not abs(number) < math.inf or number < least or number >= below:
+    if not abs(number) < math.inf or number < least or number >= below or number > most:
         expected = "a finite number" if least == -math.inf else f"a finite number of at least {least:g}"
         expected += "" if below == math.inf else f" and below {below:g}"
+        expected = expected if most == math.inf else f"a number from {least:g} to {most:g}"
         raise ValueError(f"{name}: expected {expected}, got {found}")
     return number
 

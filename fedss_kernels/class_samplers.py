@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .checks import as_number, check_tensor, refuse_meta
+from .checks import as_number, check_constant, check_tensor, refuse_meta
 
 UNIFORM = 2**62  # uniform numbers are whole and below it
 _NUMBERS = (
@@ -99,11 +99,12 @@ class FrequencySampler(nn.Module):
 def _shares(frequencies: object, power: float) -> np.ndarray:  # (C,) float64 of mean 1
     check_tensor("frequencies", frequencies, _NUMBERS)
     assert isinstance(frequencies, Tensor)
+    check_constant("frequencies", frequencies)
     if frequencies.dim() != 1 or not len(frequencies):
         raise ValueError(f"frequencies: expected shape (C,), C >= 1, got {tuple(frequencies.shape)}")
     if frequencies.device.type == "meta":
         refuse_meta("frequencies")
-    given = frequencies.detach().to("cpu", torch.float64).numpy()
+    given = frequencies.to("cpu", torch.float64).numpy()
     bad = np.flatnonzero(~(np.isfinite(given) & (given > 0)))
     if len(bad):
         raise ValueError(

@@ -42,15 +42,15 @@ class ClassTable(NamedTuple):
         return _applied(_Rows)(self.values, self.stand_in, classes, counted, dtype, self.sparse_parts)
 
 
-def class_table(table: Tensor, sparse_grad: bool) -> ClassTable:
+def class_table(table: Tensor, sparse_grad: bool, impl: str) -> ClassTable:
     """`table`, whose gradient is sparse or dense.
 
-    On the CPU the parts of a dense one are sparse too, if no compiler or transform is there: it is made once.
-    On GPUs they are as large as the table, and stay in its dtype; so they do where a compiler, which knows
-    plain operations best, makes the sum.
+    Of impl="cpp" the parts of a dense one are sparse too, if no compiler or transform is there: it is made
+    once. Of the GPU kernels they are as large as the table, and stay in its dtype; so they do where a
+    compiler, which knows plain operations best, makes the sum.
     """
     wide = torch.promote_types(table.dtype, torch.float32)
-    fits = table.dtype is wide if sparse_grad else not table.is_cpu
+    fits = table.dtype is wide if sparse_grad else impl == "triton"
     if fits or torch.compiler.is_compiling():
         return ClassTable(table, table, sparse_grad, sparse_grad)
     stand_in = _applied(_StandIn)(table, wide, sparse_grad)

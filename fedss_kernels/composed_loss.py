@@ -5,41 +5,16 @@ L_i    = log(1 + sum_j exp(o(i, j) - o_i)),  lse_i = L_i + o_i          given_ta
 loss_i = class_weight_t * ((1 - e) * L_i + e * (lse_i - mean_i))        smoothing.py: mean_i
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .class_table import class_table
 from .given_target import row_losses
+from .loss_extras import Extras
 from .smoothing import mean_logits
 from .target_logits import target_logits, widened_rows
-
-
-class Extras(NamedTuple):
-    """What makes a loss a composed one."""
-
-    angular_margin: float | Tensor  # or (B,)
-    cosine_margin: float | Tensor  # or (B,)
-    label_smoothing: float
-    class_weight: Tensor | None  # (C,)
-    return_lse: bool
-
-    @property
-    def margins(self) -> tuple[float | Tensor, float | Tensor]:
-        return self[:2]
-
-    @property
-    def has_margins(self) -> bool:
-        return any(isinstance(margin, Tensor) or margin != 0 for margin in self.margins)
-
-    @property
-    def of_targets(self) -> bool:
-        """Whether the targets' logits are wanted by themselves."""
-        return self.has_margins or self.label_smoothing != 0 or self.return_lse
-
-
-NONE = Extras(0.0, 0.0, 0.0, None, False)
 
 
 def composed_loss(
@@ -65,8 +40,8 @@ def composed_loss(
         scale = scale.double()
     counted = target != ignore_index
     classes, known = _classes(target, counted, weight.shape[0])
-    table = class_table(weight, sparse_grad)
-    shared = (None if bias is None else class_table(bias, sparse_grad), scale, similarity)
+    table = class_table(weight, sparse_grad, impl)
+    shared = (None if bias is None else class_table(bias, sparse_grad, impl), scale, similarity)
     rows = (input, table, classes, counted, target_counts, *shared)
 
     given = None
@@ -77,7 +52,7 @@ def composed_loss(
     losses = row_losses(
         *(input, table, target, corrections, *shared, ignore_index, impl, rounding, (*labels, changed))
     )
-    lse = None
+    lse = mean = None
     if given is not None:
         lse = (losses + given).to(losses.dtype)
         if extras.label_smoothing:
@@ -85,13 +60,35 @@ def composed_loss(
                 *(input, table, given, class_ids, counts, *shared),
                 *(labels[0], target if labels[1] is None else labels[1], counted, rounding),
             )
-            smooth = (lse - mean).where(counted, 0.0)
-            losses = torch.lerp(losses, smooth.to(losses.dtype), extras.label_smoothing)
+    return reduced_loss(losses, lse, mean, classes, counted, extras, reduction), lse
+
+
+def _sums(losses: Tensor, shares: Tensor) -> Sequence[Tensor]:
+    return losses.sum(), shares.sum()
+
+
+def reduced_loss(
+    losses: Tensor,  # (B,) L_i
+    lse: Tensor | None,  # (B,), for label smoothing
+    mean: Tensor | None,  # (B,), for label smoothing
+    classes: Tensor,  # (B,) in [0, C)
+    counted: Tensor,  # (B,) bool
+    extras: Extras,
+    reduction: str,
+    sums: Callable[[Tensor, Tensor], Sequence[Tensor]] = _sums,  # of the losses and of the shares in "mean"
+) -> Tensor:
+    """class_weight_t * ((1 - e) * L_i + e * (lse_i - mean_i)), reduced."""
+    if lse is not None and mean is not None:
+        smooth = (lse - mean).where(counted, 0.0)
+        losses = torch.lerp(losses, smooth.to(losses.dtype), extras.label_smoothing)
     share = counted.to(losses.dtype)
     if extras.class_weight is not None:
-        share = extras.class_weight.to(losses.dtype).index_select(0, classes).where(counted, 0.0)
+        share = extras.class_weight.index_select(0, classes).to(losses.dtype).where(counted, 0.0)
         losses = losses * share
-    return _reduced(losses, share, reduction), lse
+    if reduction == "none":
+        return losses
+    total, shares = sums(losses, share)
+    return total if reduction == "sum" else total / shares.where(shares != 0, 1.0)
 
 
 def _classes(target: Tensor, counted: Tensor, C: int) -> tuple[Tensor, Tensor | None]:
@@ -106,12 +103,3 @@ def _classes(target: Tensor, counted: Tensor, C: int) -> tuple[Tensor, Tensor | 
     if target.is_cpu:
         return classes, None
     return classes.clamp(0, C - 1), (target >= 0) & (target < C) | ~counted
-
-
-def _reduced(losses: Tensor, share: Tensor, reduction: str) -> Tensor:
-    if reduction == "none":
-        return losses
-    if reduction == "sum":
-        return losses.sum()
-    total = share.sum()
-    return losses.sum() / total.where(total != 0, 1.0)

@@ -131,8 +131,8 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
             checked = self._checked_groups(self.param_groups)
         for group in self.param_groups:
             for index, parameter in enumerate(group["params"]):
-                if parameter.grad is not None and parameter.grad.is_sparse:
-                    _check_sparse_step(index, parameter, parameter.grad, self.state.get(parameter, {}))
+                if (grad := parameter.grad) is not None:
+                    _check_step(index, parameter, grad, self.state.get(parameter), group)
         factor = self._clip_factor(checked)
         for stream, (group, options) in enumerate(zip(self.param_groups, checked, strict=True)):
             rounding = StochasticRounding(options.seed, as_integer(group["rounding_step"]), stream)
@@ -393,8 +393,38 @@ def _check_norms(norms: list[float | None]) -> None:
         )
 
 
-def _check_sparse_step(index: int, parameter: Tensor, grad: Tensor, state: State) -> None:
-    """Raises ValueError unless rows of `parameter` and its state can be stepped by this gradient."""
+def _check_step(
+    index: int, parameter: Tensor, grad: Tensor, state: State | None, group: dict[str, Any]
+) -> None:
+    """Raises ValueError unless `parameter` and its state can be stepped by this gradient."""
+    if grad.is_sparse:
+        _check_lists_rows(index, parameter, grad)
+    shape, dtype = parameter.shape, parameter.dtype
+    if grad.shape != shape:
+        raise ValueError(
+            f"{_called(index, group)}: expected a gradient of shape {tuple(shape)}, the parameter's, got one "
+            f"of {tuple(grad.shape)}: was it grown since its backward pass?"
+        )
+    for name, value in state.items() if state else ():
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            continue
+        casts = value.dtype != dtype and value.is_floating_point() and not has_16_bits(parameter)
+        if casts or value.shape != shape[: value.dim()]:
+            raise ValueError(
+                f"{_called(index, group)}: {tuple(shape)} {dtype}, has another shape or dtype "
+                f"than at its first step: its {name} is {tuple(value.shape)} {value.dtype}; "
+                "load_state_dict(state_dict()) casts a state, a new optimiser fits new rows"
+            )
+
+
+def _called(index: int, group: dict[str, Any]) -> str:
+    """A parameter's place in its group, and its name where the optimiser was given names."""
+    names = group.get("param_names")
+    return f"params[{index}]" + (f" ({names[index]})" if names else "")
+
+
+def _check_lists_rows(index: int, parameter: Tensor, grad: Tensor) -> None:
+    """Raises ValueError unless rows of `parameter` can be stepped by this sparse gradient."""
     if parameter.dim() not in (1, 2) or grad.sparse_dim() != 1 or parameter.dtype not in FLOATING:
         raise ValueError(
             f"params[{index}]: expected a sparse gradient to list whole rows of a floating (C, D) or (C,) "
@@ -406,14 +436,3 @@ def _check_sparse_step(index: int, parameter: Tensor, grad: Tensor, state: State
             f"params[{index}]: expected a sparse gradient of {parameter.dtype}, as it is, or of 16 bits, "
             f"got {grad.dtype}"
         )
-    of_one_dtype = not has_16_bits(parameter)
-    for name, value in state.items():
-        if not isinstance(value, Tensor) or value.dim() == 0:
-            continue
-        casts = of_one_dtype and value.is_floating_point() and value.dtype != parameter.dtype
-        if casts or value.shape != parameter.shape[: value.dim()]:
-            raise ValueError(
-                f"params[{index}]: {tuple(parameter.shape)} {parameter.dtype}, has another shape or dtype "
-                f"than at its first step: its {name} is {tuple(value.shape)} {value.dtype}; "
-                "load_state_dict(state_dict()) casts a state, a new optimiser fits new rows"
-            )

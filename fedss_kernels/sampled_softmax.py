@@ -24,8 +24,8 @@ from . import vmapped
 from .checks import (
     FLOATING,
     as_integer,
-    as_number,
     check_choice,
+    check_constant,
     check_device,
     check_flag,
     check_ignore_index,
@@ -34,9 +34,10 @@ from .checks import (
     refuse_meta,
     single_item,
 )
-from .composed_loss import NONE, Extras, composed_loss
+from .composed_loss import composed_loss
 from .direct_route import NO_LABELS, direct_loss, plain_eager
 from .implementations import triton_kernels
+from .loss_extras import NONE, Extras, check_values, checked_extras
 from .loss_operator import autocast_dtype, call_operator, scale_tensor, without_autocast
 from .reference import sampled_softmax_loss as _reference_loss
 from .sparse_rows import check_takes_sparse
@@ -95,7 +96,9 @@ def sampled_softmax_loss(
             device.
         angular_margin, cosine_margin: the target's cosine becomes cos(theta + m_a) - m_c (radians; ArcFace
             has m_a = 0.5, CosFace m_c = 0.35), where theta + m_a passes pi cos - m_a * sin(m_a) - m_c. A
-            tensor gives each row its own. Constants. In the derivative 1 - cos^2 is at least 1e-6.
+            tensor gives each row its own; one of zeros gives what none does, but for rounding (a row's last
+            digits shall not depend on other rows' margins). Constants. In the derivative 1 - cos^2 is at
+            least 1e-6.
         label_smoothing: e in [0, 1] makes (1 - e) * loss_i + e * (lse_i - mean_i), mean_i that of all
             classes' logits, estimated from the class set: (o(i, t) + sum_j z(i, j) / count_j) / C, hits left
             out.
@@ -114,12 +117,13 @@ def sampled_softmax_loss(
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device or name; a correction that requires grad, is NaN
-            or -inf; a margin or class_weight that does; a margin for "dot"; label_smoothing outside [0, 1].
+            or -inf; a margin, label_smoothing or class_weight that does or is not finite; a row's
+            class_weight below 0; a margin for "dot"; label_smoothing outside [0, 1].
         IndexError: a class out of range, by position and value, before anything is computed.
             On CUDA nothing waits for the device to look at values: there a class out of range, or a
-            correction that is NaN or -inf, makes the losses that it enters NaN, and so does a logit
-            or a squared length past the largest number. With FEDSS_VALIDATE=1 in the environment
-            wrong classes and corrections raise there too.
+            correction that is NaN or -inf, makes the losses that it enters NaN, and so does a margin or
+            class_weight that is, and a logit or a squared length past the largest number. With
+            FEDSS_VALIDATE=1 in the environment wrong numbers and classes raise there too.
         RuntimeError: when differentiated twice, or in forward mode; with `sparse_grad` for a weight that is
             computed by what takes dense gradients only, as a slice or a cast.
 
@@ -172,7 +176,8 @@ def sampled_softmax_loss(
     sparse_grad = check_flag("sparse_grad", sparse_grad)
     backend = chosen_backend(impl, input.device)
     check_ignore_index(ignore_index)
-    check_labels(input, target, weight.shape[0] if class_ids is None else class_ids.shape[0], *labels[:2])
+    S = weight.shape[0] if class_ids is None else class_ids.shape[0]
+    check_labels(input, target, (S, "(S,)"), *labels[:2])
     extras = NONE
     if not plain:
         given = (angular_margin, cosine_margin, label_smoothing, class_weight, return_lse)
@@ -206,9 +211,11 @@ def _by_backend(
         return _plain_loss(labels, extras, *arguments)
     if backend == "triton" and os.environ.get("FEDSS_VALIDATE") == "1":
         _check_values(target, weight.shape[0], corrections, ignore_index)
+        check_values(extras, target, ignore_index)
     if extras is not NONE:
         if target.is_cpu and plain_eager():
             check_ids("target", target, weight.shape[0], ignore_index)
+            check_values(extras, target, ignore_index)
         rounding = autocast_dtype(input.device.type)
         with without_autocast(input.device.type):
             loss, lse = composed_loss(
@@ -259,8 +266,8 @@ def check_arguments(
             raise ValueError(f"class_ids: expected shape (S,), got {tuple(class_ids.shape)}")
     C = weight.shape[0]
     S = C if class_ids is None else class_ids.shape[0]
-    _check_constant("log_expected_count", log_expected_count, (S,), "(S,)")
-    _check_constant("target_log_expected_count", target_log_expected_count, target.shape, "target's")
+    _check_correction("log_expected_count", log_expected_count, (S,), "(S,)")
+    _check_correction("target_log_expected_count", target_log_expected_count, target.shape, "target's")
     if bias is not None:
         check_tensor("bias", bias, (weight.dtype,))
         check_shape("bias", bias, (C,), "(C,)")
@@ -281,10 +288,14 @@ def check_arguments(
 
 
 def check_labels(
-    input: Tensor, target: Tensor, S: int, entry_labels: Tensor | None, target_labels: Tensor | None
+    input: Tensor,
+    target: Tensor,
+    entries: tuple[int, str],  # how many, and their shape's meaning
+    entry_labels: Tensor | None,
+    target_labels: Tensor | None,
 ) -> None:
     for name, labels, shape, meaning in (
-        ("entry_labels", entry_labels, (S,), "(S,)"),
+        ("entry_labels", entry_labels, entries[:1], entries[1]),
         ("target_labels", target_labels, target.shape, "target's"),
     ):
         if labels is not None:
@@ -293,57 +304,11 @@ def check_labels(
             check_device(name, labels, input.device, "input")
 
 
-def checked_extras(
-    weight: Tensor,
-    target: Tensor,
-    similarity: str,
-    angular_margin: Any,
-    cosine_margin: Any,
-    label_smoothing: Any,
-    class_weight: Any,
-    return_lse: Any,
-) -> Extras:
-    """What was given beside the plain loss' arguments; NONE if that is nothing."""
-    angular_margin = _checked_margin("angular_margin", angular_margin, target, similarity)
-    cosine_margin = _checked_margin("cosine_margin", cosine_margin, target, similarity)
-    label_smoothing = check_smoothing(label_smoothing)
-    if class_weight is not None:
-        _check_constant("class_weight", class_weight, (weight.shape[0],), "(C,)")
-        check_device("class_weight", class_weight, weight.device, "weight")
-    return_lse = check_flag("return_lse", return_lse)
-    extras = Extras(angular_margin, cosine_margin, label_smoothing, class_weight, return_lse)
-    return extras if extras.of_targets or class_weight is not None else NONE
-
-
-def check_smoothing(label_smoothing: Any) -> float:
-    """It as a float; raises TypeError unless it is a number, ValueError unless that is in [0, 1]."""
-    label_smoothing = as_number("label_smoothing", label_smoothing, 0.0)
-    if label_smoothing > 1:
-        raise ValueError(f"label_smoothing: expected a number from 0 to 1, got {label_smoothing}")
-    return label_smoothing
-
-
-def _checked_margin(name: str, margin: Any, target: Tensor, similarity: str) -> float | Tensor:
-    if isinstance(margin, Tensor) and (margin.dim() > 0 or target.dim() == 0):
-        _check_constant(name, margin, target.shape, "target's")
-        check_device(name, margin, target.device, "target")
-        margin = margin.reshape(-1)
-    else:
-        margin = as_number(name, margin)
-    if similarity == "dot" and (isinstance(margin, Tensor) or margin != 0):
-        raise ValueError(f'{name}: expected 0 for similarity="dot", as a margin is one of angles, got one')
-    return margin
-
-
-def _check_constant(name: str, value: Tensor | None, shape: tuple[int, ...], meaning: str) -> None:
-    if value is None:
-        return
-    check_tensor(name, value, FLOATING)
-    check_shape(name, value, shape, meaning)
-    if value.requires_grad:
-        raise ValueError(
-            f"{name}: expected a constant, got a tensor that requires grad; pass {name}.detach()"
-        )
+def _check_correction(name: str, value: Tensor | None, shape: tuple[int, ...], meaning: str) -> None:
+    if value is not None:
+        check_tensor(name, value, FLOATING)
+        check_shape(name, value, shape, meaning)
+        check_constant(name, value)
 
 
 def as_float(scale: Any) -> Any:
@@ -400,6 +365,7 @@ def _plain_loss(
     """impl="reference": the definition, in float32 or better, after the same checks of values."""
     input, weight, target, corrections, bias, scale, similarity, ignore_index, reduction = arguments
     _check_values(target, weight.shape[0], corrections, ignore_index)
+    check_values(extras, target, ignore_index)
     class_ids, log_expected_count, target_log_expected_count = corrections
     device_type, dtype = input.device.type, torch.promote_types(input.dtype, torch.float32)
     rounding = autocast_dtype(device_type)

@@ -21,8 +21,9 @@ from .checks import (
 from .class_samplers import FrequencySampler
 from .class_sets import GeneratorHandle, check_generator, check_sampler, draw_batch_class_set
 from .data_parallel import SparseRows, check_sparse_communication, check_whole
+from .loss_extras import check_class_weights, check_margin, check_smoothing
 from .loss_operator import without_autocast
-from .sampled_softmax import IMPLS, as_float, check_scale, check_smoothing, sampled_softmax_loss
+from .sampled_softmax import IMPLS, as_float, check_labels, check_scale, sampled_softmax_loss
 
 _SHORT = 2.0**-32  # a power of two: it rounds nothing
 
@@ -131,11 +132,8 @@ class SampledSoftmaxLoss(nn.Module):
         self.sampler = _as_sampler(sampler, sampler_power, num_classes, device)
         self.similarity, self.sparse_grad = similarity, check_flag("sparse_grad", sparse_grad)
         self.ignore_index, self.reduction, self.impl = check_ignore_index(ignore_index), reduction, impl
-        margins = {"angular_margin": angular_margin, "cosine_margin": cosine_margin}
-        for name, margin in margins.items():
-            if as_number(name, margin) != 0 and similarity == "dot":
-                raise ValueError(f'{name}: expected 0 for similarity="dot", got {margin}')
-        self.angular_margin, self.cosine_margin = float(angular_margin), float(cosine_margin)
+        self.angular_margin = check_margin("angular_margin", angular_margin, similarity)
+        self.cosine_margin = check_margin("cosine_margin", cosine_margin, similarity)
         self.label_smoothing = check_smoothing(label_smoothing)
         self.return_lse = check_flag("return_lse", return_lse)
         self.generator: GeneratorHandle | torch.Generator | None
@@ -143,15 +141,21 @@ class SampledSoftmaxLoss(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_classes, embedding_dim, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(num_classes, device=device, dtype=dtype)) if bias else None
         if class_weight is not None:
-            check_tensor("class_weight", class_weight, FLOATING)
-            check_shape("class_weight", class_weight, (num_classes,), "(num_classes,)")
-            class_weight = class_weight.detach().to(device=device, copy=True)
+            check_class_weights(class_weight, num_classes)
+            class_weight = class_weight.to(device=device, copy=True)
         self.register_buffer("class_weight", class_weight)
-        initial = scale.detach() if isinstance(scale, Tensor) else scale
-        self.initial_scale = float(initial) if learn_scale or isinstance(scale, nn.Parameter) else None
-        # of shape (1,), as FSDP takes no parameter of shape ()
-        self.scale = nn.Parameter(torch.empty(1, device=device, dtype=dtype)) if learn_scale else scale
+        if learn_scale:  # of shape (1,), as FSDP takes no parameter of shape ()
+            self.initial_scale = float(scale)
+            self.register_parameter("scale", nn.Parameter(torch.empty(1, device=device, dtype=dtype)))
+        else:
+            self.scale = scale
         self.reset_parameters()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Remembers the value of a parameter that is assigned to `scale`, for `reset_parameters`."""
+        if name == "scale" and isinstance(value, nn.Parameter) and value.numel() == 1 and not value.is_meta:
+            self.initial_scale = value.item()
+        super().__setattr__(name, value)
 
     @property
     def num_classes(self) -> int:
@@ -166,6 +170,7 @@ class SampledSoftmaxLoss(nn.Module):
     def reset_parameters(self) -> None:
         """Gaussian rows of about unit length; zero bias; a learned scale at its initial value.
 
+        That of a parameter that was assigned to `scale` is the one it had then.
         A sampler's tables are those of the frequencies it was given.
         """
         with torch.no_grad():
@@ -190,8 +195,16 @@ class SampledSoftmaxLoss(nn.Module):
         *,
         angular_margin: float | Tensor | None = None,  # (...,); None: the module's
         cosine_margin: float | Tensor | None = None,
+        entry_labels: Tensor | None = None,  # (num_classes,) int64; None: each class its own number
+        target_labels: Tensor | None = None,  # (...,) int64; None: target
     ) -> Any:
-        """The loss, or (loss, lse) with `return_lse`."""
+        """The loss, or (loss, lse) with `return_lse`.
+
+        Labels tell which classes are no negatives of a row: those with entry_labels_c == target_labels_i,
+        such as near duplicates of its class, which share a label. All classes have one, whichever are drawn:
+        the class set and its expected counts are those of a call without labels, and estimate the full
+        softmax over the row's own class and those of other labels.
+        """
         check_tensor("target", target, (torch.int64,))
         weight = self._whole_weight()
         if self.sparse_grad:
@@ -200,11 +213,15 @@ class SampledSoftmaxLoss(nn.Module):
         m, C = self.num_sampled if self.training else None, weight.shape[0]
         if m is not None and type(m) is not int:  # assigned since
             m = check_integer("num_sampled", m, 0)
+        if entry_labels is not None or target_labels is not None:
+            check_labels(input, target, (C, "(num_classes,)"), entry_labels, target_labels)
         if m is not None and m < C:
             sampler = getattr(self, "sampler", "uniform")  # a module saved whole may be without
             class_ids, log_expected_count = draw_batch_class_set(
                 target.reshape(-1), C, m, self.generator, self.ignore_index, sampler
             )
+            if entry_labels is not None:
+                entry_labels = entry_labels.index_select(0, class_ids)
         return sampled_softmax_loss(
             input,
             weight,
@@ -223,6 +240,8 @@ class SampledSoftmaxLoss(nn.Module):
             label_smoothing=self.label_smoothing,
             class_weight=self._buffers.get("class_weight"),
             return_lse=self.return_lse,
+            entry_labels=entry_labels,
+            target_labels=target_labels,
         )
 
     @torch.no_grad()

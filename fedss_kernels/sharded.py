@@ -7,22 +7,24 @@
 which is the loss of one process over the union of the ranks' class sets. How the ranks talk: ranks.py.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .checks import FLOATING, check_integer, check_shape, check_tensor
+from .checks import check_integer, check_shape, check_tensor
 from .class_samplers import FrequencySampler
 from .class_sets import draw_batch_class_set
 from .class_table import ClassTable, class_table
-from .composed_loss import NONE, Extras
+from .composed_loss import reduced_loss
 from .data_parallel import check_left_alone
 from .given_target import row_losses
+from .loss_extras import NONE, Extras, check_class_weights, check_values, checked_extras
 from .loss_operator import autocast_dtype, without_autocast
 from .ranks import Ranks
-from .sampled_softmax import check_arguments, check_ids, check_labels, checked_extras, chosen_backend
+from .sampled_softmax import check_arguments, check_ids, check_labels, chosen_backend
 from .sampled_softmax_module import SampledSoftmaxLoss, TopK
 from .smoothing import mean_logits
 from .target_logits import target_logits, widened_rows
@@ -118,9 +120,8 @@ class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
         class_weight = options.pop("class_weight", None)  # of all classes
         super().__init__(len(own) or 1, embedding_dim, num_sampled, **options)
         if class_weight is not None:
-            check_tensor("class_weight", class_weight, FLOATING)
-            check_shape("class_weight", class_weight, (self._of_all_blocks,), "(num_classes,)")
-            self.class_weight = class_weight.detach().to(device=self.weight.device, copy=True)
+            check_class_weights(class_weight, self._of_all_blocks)
+            self.class_weight = class_weight.to(device=self.weight.device, copy=True)
         if isinstance(self.sampler, FrequencySampler):  # of other sizes in another number of processes
             self.sampler._non_persistent_buffers_set.update(dict(self.sampler.named_buffers()))
         if not own:
@@ -160,14 +161,16 @@ class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
     ) -> Any:
         """The loss, or (loss, lse of own rows) with `return_lse`; labels as in `sampled_softmax_loss`."""
         labels = (entry_labels, target_labels)
-        if self.ranks.world == 1 and labels == (None, None):
-            return super().forward(input, target, angular_margin=angular_margin, cosine_margin=cosine_margin)
+        if self.ranks.world == 1:
+            given: dict[str, Any] = {"angular_margin": angular_margin, "cosine_margin": cosine_margin}
+            given |= {"entry_labels": entry_labels, "target_labels": target_labels}
+            return super().forward(input, target, **given)
         margins = (
             self.angular_margin if angular_margin is None else angular_margin,
             self.cosine_margin if cosine_margin is None else cosine_margin,
         )
-        given = (*margins, self.label_smoothing, self._buffers.get("class_weight"), self.return_lse)
-        step = self._step(input, target, given, labels)
+        extras = (*margins, self.label_smoothing, self._buffers.get("class_weight"), self.return_lse)
+        step = self._step(input, target, extras, labels)
         with without_autocast(step.rows.device.type):
             return self._loss(step, target)
 
@@ -175,18 +178,13 @@ class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
         own = self.ranks.to_own_rows(self._of_block(step), step.sizes, step.wants != 0)
         dtype = torch.float64 if step.rows.dtype == torch.float64 else torch.float32
         losses, logits, sums = combined(own[:, :, 0]), own[:, :, 1].sum(0), own[:, :, 2].sum(0)
-        lse = losses + logits
-        t, smoothing = target.reshape(-1), step.extras.label_smoothing
-        share = (t != self.ignore_index).to(losses.dtype)
-        if smoothing:
-            mean = (logits + sums) / self.num_classes
-            losses = torch.lerp(losses, (lse - mean).where(share > 0, 0.0), smoothing)
-        if step.extras.class_weight is not None:
-            share = share * step.extras.class_weight.to(share.dtype)[t.where(share > 0, 0)]
-            losses = losses * share
-        loss = self._reduced(losses, share).to(dtype)
+        lse, t, extras = losses + logits, target.reshape(-1), step.extras
+        counted = t != self.ignore_index
+        mean = (logits + sums) / self.num_classes if extras.label_smoothing else None
+        of_rows = (losses, lse, mean, t.where(counted, 0), counted)
+        loss = reduced_loss(*of_rows, extras, self.reduction, self._sums_of_all).to(dtype)
         loss = loss.reshape(target.shape) if self.reduction == "none" else loss
-        return (loss, lse.to(dtype).reshape(target.shape)) if step.extras.return_lse else loss
+        return (loss, lse.to(dtype).reshape(target.shape)) if extras.return_lse else loss
 
     def _step(self, input: Tensor, target: Tensor, given: tuple, labels: tuple) -> Step:
         """Raises on every rank where the arguments of one are wrong."""
@@ -227,11 +225,13 @@ class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
         check_arguments(input, self.weight, target, None, None, None, self.bias, self.scale)
         check_ids("target", target.reshape(-1), self.num_classes, self.ignore_index)
         check_shape("weight", self.weight, (len(self.own_classes), input.shape[-1]), "(own rows, D)")
-        check_labels(input, target, len(self.own_classes), *labels)
+        check_labels(input, target, (len(self.own_classes), "(own classes,)"), *labels)
         if chosen_backend(self.impl, input.device) == "reference":
             raise ValueError('impl: expected "auto", "cpp" or "triton" for sharded classes, got "reference"')
         every_class = self.weight.new_empty((self.num_classes, 0))
         extras = checked_extras(every_class, target, self.similarity, *given)
+        if target.is_cpu:
+            check_values(extras, target.reshape(-1), self.ignore_index)
         wants, grad = 0, torch.is_grad_enabled()
         if grad:
             classes = [p for p in (self.weight, self.bias) if p is not None]
@@ -270,8 +270,9 @@ class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
         counted = step.target != self.ignore_index
         local = step.target - self.own_classes.start
         is_own = counted & (local >= 0) & (local < len(self.own_classes))
-        weight = class_table(self.weight, self.sparse_grad)
-        bias = None if self.bias is None else class_table(self.bias, self.sparse_grad)
+        impl = chosen_backend(self.impl, rows.device)
+        weight = class_table(self.weight, self.sparse_grad, impl)
+        bias = None if self.bias is None else class_table(self.bias, self.sparse_grad, impl)
         shared = (bias, step.scale, self.similarity)
         mine = self._logits_of_own_classes(step, weight, bias, rows, local, is_own, rounding)
         logits = self.ranks.summed(mine, step.wants != 0)
@@ -283,7 +284,6 @@ class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
         if entries is not None and class_ids is not None:
             entries = entries[class_ids]
         labels = step.labels.where(counted, _IGNORED)
-        impl = chosen_backend(self.impl, rows.device)
         losses = row_losses(
             *(rows, weight, labels, (class_ids, counts, None), *shared),
             *(_IGNORED, impl, rounding, (entries, None, logits)),
@@ -332,11 +332,8 @@ class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
             return None, None
         return draw_batch_class_set(held, rows, share, self.generator, -1, self.sampler)
 
-    def _reduced(self, losses: Tensor, share: Tensor) -> Tensor:
-        if self.reduction == "none":
-            return losses
-        total = self.ranks.total(torch.stack([losses.sum(), share.sum()]))
-        return total[0] / total[1].where(total[1] != 0, 1.0) if self.reduction == "mean" else total[0]
+    def _sums_of_all(self, losses: Tensor, shares: Tensor) -> Sequence[Tensor]:
+        return self.ranks.total(torch.stack([losses.sum(), shares.sum()])).unbind()
 
     # ---- prediction ----------------------------------------------------------------------------------------
 

@@ -32,7 +32,7 @@ def loss_given_target(impl, x, w, labels, given, ids=None, counts=None, *, bias=
     options = {"similarity": "cosine", "ignore_index": -100, "sparse_grad": False} | options
     labels_of = (options.pop("entry_labels", None), options.pop("target_labels", None), given)
     sparse_grad, similarity = options.pop("sparse_grad"), options.pop("similarity")
-    weight, bias = (None if table is None else class_table(table, sparse_grad) for table in (w, bias))
+    weight, bias = (None if table is None else class_table(table, sparse_grad, impl) for table in (w, bias))
     return row_losses(
         *(x, weight, labels, (ids, counts, None), bias, scale, similarity),
         **options,

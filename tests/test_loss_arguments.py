@@ -11,7 +11,7 @@ from loss_cases import BF16, F16, F32, F64, Case, cpp_only, gpu_only
 from pytorch_metric_learning.losses import ArcFaceLoss, CosFaceLoss
 from tolerance import eager_loss, excess, with_features_reversed
 
-from fedss_kernels import SampledSoftmaxLoss, draw_batch_class_set
+from fedss_kernels import SampledSoftmaxLoss, ShardedSampledSoftmaxLoss, draw_batch_class_set
 from fedss_kernels import sampled_softmax_loss as loss_function
 
 EPS = 0.1
@@ -180,6 +180,12 @@ def test_a_target_on_its_class_or_opposite_has_finite_gradients(sign, dtype, sam
     x = (sign * w[t]).detach().requires_grad_()
     loss = sampled_softmax_loss(x, w, t, angular_margin=0.5)
     assert loss.isfinite() and all(g.isfinite().all() for g in torch.autograd.grad(loss, (x, w)))
+
+
+def test_a_margin_tensor_of_zeros_is_none_but_for_rounding(sampled_softmax_loss):
+    x, w, t = problem()
+    losses = (sampled_softmax_loss(x, w, t), sampled_softmax_loss(x, w, t, angular_margin=torch.zeros(6)))
+    assert_equal_with_gradients(*losses, (x, w), rtol=1e-5, atol=1e-6)
 
 
 def test_a_row_has_its_own_margins(sampled_softmax_loss):
@@ -438,11 +444,65 @@ def test_the_module_has_them(num_sampled):
     assert loss == loss_function(x, criterion.weight, t, **given | {"cosine_margin": own})[0]
 
 
+@pytest.mark.parametrize("kind", [SampledSoftmaxLoss, ShardedSampledSoftmaxLoss])
+@pytest.mark.parametrize("num_sampled", [None, 5])
+def test_labels_of_a_modules_classes(num_sampled, kind):
+    """Each class has its label, whichever are drawn; compiled too, and in eval mode."""
+    x, _, t = problem(B=6)
+    t, of_classes, of_rows = t % 12, torch.arange(12) % 5, torch.tensor([0, 4, 2, 2, 9, 1])
+    criterion = kind(12, 8, num_sampled, generator=torch.Generator().manual_seed(0))
+    g = torch.Generator()
+    for labels in (
+        {"entry_labels": of_classes},
+        {"target_labels": of_rows},
+        dict(entry_labels=of_classes, target_labels=of_rows),
+    ):
+        g.set_state(criterion.generator.get_state())
+        ids, counts = (None, None) if num_sampled is None else draw_batch_class_set(t, 12, num_sampled, g)
+        given = dict(labels)
+        if ids is not None and "entry_labels" in given:
+            given["entry_labels"] = of_classes[ids]
+        assert torch.equal(
+            criterion(x, t, **labels), loss_function(x, criterion.weight, t, ids, counts, **given)
+        )
+        of_all = criterion.eval()(x, t, **labels)
+        assert torch.equal(of_all, loss_function(x, criterion.weight, t, **labels))
+        criterion.train()
+    with pytest.raises(
+        ValueError, match=r"entry_labels: expected shape \(12,\) = \(num_classes,\), got \(3,\)"
+    ):
+        criterion(x, t, entry_labels=torch.arange(3))
+    with pytest.raises(ValueError, match=r"target_labels: expected shape \(6,\) = target's, got \(3,\)"):
+        criterion(x, t, target_labels=torch.arange(3))
+
+
+def test_labels_of_a_module_compiled():
+    x, _, t = problem(B=6)
+    labels = {"entry_labels": torch.arange(12) % 5, "target_labels": torch.arange(6) % 5}
+    criteria = [SampledSoftmaxLoss(12, 8, 5, generator=torch.Generator().manual_seed(0)) for _ in range(2)]
+    compiled = torch.compile(criteria[0], fullgraph=True, backend="aot_eager")
+    losses = compiled(x, t, **labels), criteria[1](x, t, **labels)
+    assert torch.equal(*losses)
+    assert torch.equal(*(torch.autograd.grad(loss, x)[0] for loss in losses))
+
+
 def test_a_learned_scale_has_the_modules_dtype():
     criterion = SampledSoftmaxLoss(12, 8, learn_scale=True, dtype=F64, angular_margin=0.5)
     x, _, t = problem(dtype=F64)
     criterion(x, t).backward()
     assert criterion.scale.dtype is criterion.scale.grad.dtype is F64 and criterion.scale.grad != 0
+
+
+def test_a_scale_assigned_later_is_reset_to_what_it_was_then():
+    criterion = SampledSoftmaxLoss(12, 8, learn_scale=True)
+    criterion.reset_parameters()
+    assert criterion.scale == 20
+    for assigned in (torch.tensor([7.0]), torch.tensor(5.0)):
+        criterion.scale = torch.nn.Parameter(assigned.clone())
+        with torch.no_grad():
+            criterion.scale.mul_(3)  # trained
+        criterion.double().reset_parameters()
+        assert criterion.scale == assigned
 
 
 @pytest.mark.parametrize(
@@ -453,6 +513,30 @@ def test_the_module_says_what_is_wrong(name, wrong):
         SampledSoftmaxLoss(12, 8, **{name: wrong})
     with pytest.raises(ValueError, match=r"class_weight: expected shape \(12,\)"):
         SampledSoftmaxLoss(12, 8, class_weight=torch.ones(3))
+
+
+@pytest.mark.parametrize("kind", [SampledSoftmaxLoss, ShardedSampledSoftmaxLoss])
+@pytest.mark.parametrize("number", [-1.0, torch.nan, torch.inf])
+def test_modules_look_at_class_weights(number, kind):
+    """In the words of the function: when they are made, and what was written into the buffer since."""
+    weights = torch.ones(12)
+    weights[5] = number
+    message = rf"class_weight\[5\] = {number}, expected a finite number of at least 0"
+    with pytest.raises(ValueError, match=message):
+        kind(12, 8, class_weight=weights)
+    criterion = kind(12, 8, class_weight=torch.ones(12))
+    criterion.class_weight[5] = number
+    with pytest.raises(ValueError, match=message):
+        criterion(problem()[0], torch.arange(6))
+
+
+@pytest.mark.parametrize("kind", [SampledSoftmaxLoss, ShardedSampledSoftmaxLoss])
+@pytest.mark.parametrize("name", ["angular_margin", "label_smoothing", "class_weight", "sampler"])
+def test_modules_learn_no_constant(name, kind):
+    value = torch.full((12,) if name in ("class_weight", "sampler") else (), 0.1, requires_grad=True)
+    called = "frequencies" if name == "sampler" else name
+    with pytest.raises(ValueError, match=f"{called}: expected a constant, got a tensor that requires grad"):
+        kind(12, 8, 3, **{name: value})
 
 
 # ---- errors ----
@@ -476,7 +560,39 @@ def test_the_module_says_what_is_wrong(name, wrong):
             "angular_margin: expected a constant",
         ),
         ({"label_smoothing": 1.5}, ValueError, "label_smoothing: expected a number from 0 to 1, got 1.5"),
-        ({"label_smoothing": -0.1}, ValueError, "label_smoothing: expected a finite number of at least 0"),
+        ({"label_smoothing": -0.1}, ValueError, "label_smoothing: expected a number from 0 to 1, got -0.1"),
+        (
+            {"label_smoothing": float("nan")},
+            ValueError,
+            "label_smoothing: expected a number from 0 to 1, got nan",
+        ),
+        *(
+            (
+                {name: torch.tensor(0.1, requires_grad=True)},
+                ValueError,
+                f"{name}: expected a constant, got a tensor",
+            )
+            for name in ("label_smoothing", "angular_margin", "cosine_margin")
+        ),
+        *(
+            (
+                {name: torch.tensor([0, 0, torch.nan, 0, 0, 0]), "target": torch.arange(6) + 3},
+                ValueError,
+                rf"{name}\[2\] = nan, expected a finite number",
+            )
+            for name in ("angular_margin", "cosine_margin")
+        ),
+        *(
+            (
+                {
+                    "class_weight": torch.ones(12).index_fill(0, torch.tensor([5]), number),
+                    "target": torch.arange(6),
+                },
+                ValueError,
+                rf"class_weight\[5\] = {number}, expected a finite number of at least 0",
+            )
+            for number in (-1.0, torch.nan, torch.inf)
+        ),
         ({"class_weight": torch.ones(6)}, ValueError, r"class_weight: expected shape \(12,\) = \(C,\)"),
         (
             {"class_weight": torch.ones(12, requires_grad=True)},

@@ -466,12 +466,14 @@ CHANGED_SINCE = [
 
 @pytest.mark.parametrize("kind, options", [(RowSGD, {"lr": 0.5, "momentum": 0.5}), (RowAdam, {"lr": 0.5})])
 @pytest.mark.parametrize("change, message", CHANGED_SINCE, ids=["larger", "double"])
-def test_parameters_that_changed_since_their_first_step(kind, options, change, message):
+@pytest.mark.parametrize("dense", [False, True])
+def test_parameters_that_changed_since_their_first_step(dense, kind, options, change, message):
     """Refused before anything changes, and what the message names goes on."""
     weight, bias = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3))
     optimizer = kind([weight, bias], **options)
     for step in range(2):
-        weight.grad, bias.grad = sparse([1], torch.ones(1, 2, dtype=weight.dtype), len(weight)), torch.ones(3)
+        listed = sparse([1], torch.ones(1, 2, dtype=weight.dtype), len(weight))
+        weight.grad, bias.grad = listed.to_dense() if dense else listed, torch.ones(3)
         if step == 0:
             optimizer.step()
             weight.grad, weight.data = None, change(weight.data)
@@ -483,6 +485,18 @@ def test_parameters_that_changed_since_their_first_step(kind, options, change, m
         optimizer.load_state_dict(optimizer.state_dict())
         optimizer.step()
         assert not torch.equal(bias, before)
+
+
+@pytest.mark.parametrize("kind", [RowSGD, RowAdam])
+def test_a_parameter_grown_since_its_backward_pass_is_named(kind):
+    weight, bias = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3))
+    optimizer = kind([("bias", bias), ("head.weight", weight)], lr=0.5)
+    weight.grad, bias.grad = torch.ones(3, 2), torch.ones(3)
+    weight.data = torch.ones(6, 2)
+    message = r"params\[1\] \(head.weight\): expected a gradient of shape \(6, 2\), .* got one of \(3, 2\)"
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert (bias == 1).all() and not optimizer.state
 
 
 def test_sparse_gradients_of_another_dtype():

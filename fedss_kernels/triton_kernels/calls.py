@@ -158,7 +158,8 @@ class Calls:
             if values is None:
                 return None
             found = torch.zeros_like(values, dtype=tensors[1].dtype)
-            scatter_add(found.view(len(found), -1), first, order, values.view(len(found), -1), None)
+            rows = len(values), values.shape[1:].numel()
+            scatter_add(found.view(rows), first, order, values.view(rows), None)
             return found
 
         return outputs._replace(rows=sums(outputs.rows), row_bias=sums(outputs.row_bias), ids=ids[None])

@@ -1,0 +1,125 @@
+"""Margins, label smoothing, class weights, lse: what was given beside the plain loss' arguments, checked."""
+
+import math
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .checks import FLOATING, as_number, check_constant, check_device, check_flag, check_shape, check_tensor
+
+
+class Extras(NamedTuple):
+    """What makes a loss a composed one."""
+
+    angular_margin: float | Tensor  # or (B,)
+    cosine_margin: float | Tensor  # or (B,)
+    label_smoothing: float
+    class_weight: Tensor | None  # (C,)
+    return_lse: bool
+
+    @property
+    def margins(self) -> tuple[float | Tensor, float | Tensor]:
+        return self[:2]
+
+    @property
+    def has_margins(self) -> bool:
+        return any(isinstance(margin, Tensor) or margin != 0 for margin in self.margins)
+
+    @property
+    def of_targets(self) -> bool:
+        """Whether the targets' logits are wanted by themselves."""
+        return self.has_margins or self.label_smoothing != 0 or self.return_lse
+
+
+NONE = Extras(0.0, 0.0, 0.0, None, False)
+
+
+def checked_extras(
+    weight: Tensor,  # (C, ...)
+    target: Tensor,
+    similarity: str,
+    angular_margin: Any,
+    cosine_margin: Any,
+    label_smoothing: Any,
+    class_weight: Any,
+    return_lse: Any,
+) -> Extras:
+    """What was given, margins flat; NONE if that is nothing. What tensors hold `check_values` looks at."""
+    angular_margin = _checked_margin("angular_margin", angular_margin, target, similarity)
+    cosine_margin = _checked_margin("cosine_margin", cosine_margin, target, similarity)
+    label_smoothing = check_smoothing(label_smoothing)
+    if class_weight is not None:
+        _check_class_weight(class_weight, weight.shape[0])
+        check_device("class_weight", class_weight, weight.device, "weight")
+    return_lse = check_flag("return_lse", return_lse)
+    extras = Extras(angular_margin, cosine_margin, label_smoothing, class_weight, return_lse)
+    return extras if extras.of_targets or class_weight is not None else NONE
+
+
+def check_values(
+    extras: Extras,
+    target: Tensor,  # (B,) classes that there are, or ignore_index
+    ignore_index: int,
+) -> None:
+    """Raises ValueError for a margin or a row's class weight that is not finite, or a weight below 0.
+
+    Waits for the device.
+    """
+    for name, margin in zip(("angular_margin", "cosine_margin"), extras.margins, strict=True):
+        if isinstance(margin, Tensor):
+            _check_numbers(name, margin)
+    if extras.class_weight is not None:
+        classes = target[target != ignore_index]
+        _check_numbers("class_weight", extras.class_weight[classes], 0.0, classes)
+
+
+def check_smoothing(label_smoothing: Any) -> float:
+    """It as a float; raises TypeError unless it is a number, ValueError unless that is in [0, 1]."""
+    return as_number("label_smoothing", label_smoothing, 0.0, most=1.0)
+
+
+def check_margin(name: str, margin: Any, similarity: str) -> float:
+    """That of all rows, as a float; raises TypeError or ValueError."""
+    margin = as_number(name, margin)
+    if margin != 0 and similarity == "dot":
+        _refuse_for_dot(name, margin)
+    return margin
+
+
+def check_class_weights(class_weight: Any, C: int) -> None:
+    """Of a module; raises TypeError or ValueError."""
+    _check_class_weight(class_weight, C)
+    if not class_weight.is_meta:
+        _check_numbers("class_weight", class_weight, 0.0)
+
+
+def _check_class_weight(class_weight: Any, C: int) -> None:
+    check_tensor("class_weight", class_weight, FLOATING)
+    check_shape("class_weight", class_weight, (C,), "(C,)")
+    check_constant("class_weight", class_weight)
+
+
+def _checked_margin(name: str, margin: Any, target: Tensor, similarity: str) -> float | Tensor:
+    if not isinstance(margin, Tensor) or (margin.dim() == 0 and target.dim() > 0):
+        return check_margin(name, margin, similarity)
+    check_tensor(name, margin, FLOATING)
+    check_shape(name, margin, target.shape, "target's")
+    check_constant(name, margin)
+    check_device(name, margin, target.device, "target")
+    if similarity == "dot":
+        _refuse_for_dot(name, "a tensor")
+    return margin.reshape(-1)
+
+
+def _refuse_for_dot(name: str, found: object) -> None:
+    raise ValueError(f'{name}: expected 0 for similarity="dot", as a margin is one of angles, got {found}')
+
+
+def _check_numbers(name: str, values: Tensor, least: float = -math.inf, places: Tensor | None = None) -> None:
+    """`places`: where the values are in what is called `name`."""
+    good = values.isfinite() & (values >= least)
+    if not good.all():
+        bad = int((~good).nonzero()[0, 0])
+        place = bad if places is None else int(places[bad])
+        expected = "a finite number" + (f" of at least {least:g}" if least > -math.inf else "")
+        raise ValueError(f"{name}[{place}] = {float(values[bad])}, expected {expected}")

@@ -1,6 +1,6 @@
 """A net whose trainable parameters are one vector, phi: what a client trains and the server averages."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -85,22 +85,12 @@ class Extractor:
         images = centre_crop(images, self.crop_size) if self.crop_size else images
         return as_input(images.to(self.device))
 
+    @torch.no_grad()
     def embed(self, images: Tensor, batch_size: int = 512) -> Tensor:  # (T, channels, H, W) uint8 -> (T, D)
-        return outputs(self.module, self.as_input, images, batch_size)
-
-
-@torch.no_grad()
-def outputs(
-    module: nn.Module,
-    prepared: Callable[[Tensor], Tensor],  # images -> its input, where it is
-    images: Tensor,  # (T, channels, H, W) uint8
-    batch_size: int = 512,
-) -> Tensor:  # (T, D) float32, in main memory
-    """What a module makes of images, in batches, in eval mode."""
-    module.eval()
-    batch_size = max(1, min(batch_size, EMBEDDED_NUMBERS // images[0].numel()))
-    made = [as_embeddings(module(prepared(batch))) for batch in images.split(batch_size)]
-    return torch.cat([part.to(CPU, torch.float32) for part in made])
+        self.module.eval()
+        batch_size = max(1, min(batch_size, EMBEDDED_NUMBERS // images[0].numel()))
+        embedded = [as_embeddings(self.module(self.as_input(batch))) for batch in images.split(batch_size)]
+        return torch.cat([part.to(CPU, torch.float32) for part in embedded])
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

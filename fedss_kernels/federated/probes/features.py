@@ -8,11 +8,12 @@ the tokens of a sequence.
 import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from ..clients.augment import as_input
-from ..clients.extractor import outputs
+from ..clients.extractor import CPU, EMBEDDED_NUMBERS, as_embeddings
 from ..models.blocks import blocks_of
 
 Prepared = Callable[[Tensor], Tensor]  # uint8 images -> the net's input
@@ -51,6 +52,20 @@ def features(
 ) -> Tensor:  # (N, F) float32, in main memory
     """In batches, in eval mode. Raises ValueError for a depth that the net has not."""
     return outputs(prefix(net, depth), prepared, images, batch_size)
+
+
+@torch.no_grad()
+def outputs(
+    module: nn.Module,
+    prepared: Prepared,
+    images: Tensor,  # (N, channels, H, W) uint8
+    batch_size: int = 512,
+) -> Tensor:  # (N, F) float32, in main memory
+    """What a module makes of images, in batches, in eval mode."""
+    module.eval()
+    batch_size = max(1, min(batch_size, EMBEDDED_NUMBERS // images[0].numel()))
+    made = [as_embeddings(module(prepared(batch))) for batch in images.split(batch_size)]
+    return torch.cat([part.to(CPU, torch.float32) for part in made])
 
 
 def pooled(made: Tensor) -> Tensor:

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..clients.augment import as_input
-from ..clients.extractor import outputs
 from ..randomness import NO_CLIENT, Purpose, generator
-from .features import Prepared, prefix
+from .features import Prepared, outputs, prefix
 from .linear import Standard
 from .rows import finite, share
 

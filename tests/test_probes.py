@@ -75,6 +75,18 @@ def test_a_net_without_blocks_has_the_depth_of_what_it_makes():
     assert torch.equal(features(net, images, 0), net(images / 255))
 
 
+def test_what_a_net_without_blocks_has_for_a_pool_is_its_own_affair():
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pool, self.layer = nn.MaxPool2d(2), nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(self.pool(x).flatten(1))
+
+    assert features(Plain(), torch.zeros(5, 1, 4, 4, dtype=torch.uint8), 0).shape == (5, 3)
+
+
 def test_features_are_made_in_batches_in_eval_mode_of_images_as_the_extractor_takes_them():
     net = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(4, 2))
     extractor, images = Extractor(net, crop_size=2), torch.arange(5 * 16).view(5, 1, 4, 4).to(torch.uint8)

@@ -7,6 +7,7 @@ the tokens of a sequence.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,8 @@ def prefix(net: nn.Module, depth: int) -> nn.Sequential:
     modules = _stem_and_blocks(net)
     if not 0 <= depth < len(modules):
         raise ValueError(f"depth: expected one in [0, {len(modules) - 1}], got {depth}")
-    return nn.Sequential(*modules[: depth + 1], _Pool(getattr(net, "pool", pooled)))
+    pool: Any = getattr(net, "pool", pooled) if hasattr(net, "blocks") else pooled
+    return nn.Sequential(*modules[: depth + 1], _Pool(pool))
 
 
 def features(

@@ -21,6 +21,10 @@ MOMENTUM = 0.9
 Changed = Callable[[Tensor, np.random.Generator], Tensor]  # uint8 images -> input to train on
 
 
+def plain(images: Tensor, rng: np.random.Generator) -> Tensor:
+    return as_input(images)
+
+
 def fine_tuned(
     net: nn.Module,
     depth: int,
@@ -34,7 +38,7 @@ def fine_tuned(
     batch_size: int = 32,
     seed: int = 0,
     prepared: Prepared = as_input,
-    changed: Changed = lambda images, rng: as_input(images),  # as an Augmentation
+    changed: Changed = plain,  # as an Augmentation
 ) -> float:
     """The share of test images whose class the stem, the blocks down to a depth and a linear layer name.
 

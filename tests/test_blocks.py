@@ -9,21 +9,26 @@ import torch
 from torch import nn
 
 from fedss_kernels.federated.models import MODELS, build_model
-from fedss_kernels.federated.models.blocks import blocks_of
+from fedss_kernels.federated.models.blocks import Chain, blocks_of
 
-# the blocks between the stem and the embedding
+# the blocks between the stem and the embedding, or the end
 MIDDLE = {
     "conv4": 3,
     "conv4_rgb": 3,
     "conv4_32": 3,
+    "conv4_ws": 3,
+    "isotropic": 12,
+    "vit": 12,
     "mobilenet_v3_small": 12,
     "mobilenet_v3_large": 16,
     "resnet18": 4,
+    "resnet18_32": 8,
 }
+DIMS = {"conv4_ws": 128, "isotropic": 64, "vit": 64, "resnet18_32": 512}  # else 256
 
 
 def built(name: str, seed: int = 0) -> nn.Module:
-    return build_model(name, 256, seed)
+    return build_model(name, DIMS.get(name, 256), seed)
 
 
 def images(name: str) -> torch.Tensor:
@@ -33,7 +38,7 @@ def images(name: str) -> torch.Tensor:
 def in_a_chain(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
     for _, block in blocks_of(net):
         x = block(x)
-    return x
+    return net.pool(x) if isinstance(net, Chain) else x
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -42,7 +47,7 @@ def test_one_after_another_they_are_the_net_to_the_bit(name, torchvision):
     assert [block for block, _ in blocks_of(net)] == [
         "stem",
         *(f"block{i}" for i in range(1, MIDDLE[name] + 1)),
-        "embedding",
+        *([] if isinstance(net, Chain) else ["embedding"]),
     ]
     whole = net(x)
     whole.square().sum().backward()
@@ -50,7 +55,7 @@ def test_one_after_another_they_are_the_net_to_the_bit(name, torchvision):
     net.zero_grad()
     chained = in_a_chain(net, x)
     chained.square().sum().backward()
-    assert torch.equal(chained, whole) and chained.shape == (2, 256)
+    assert torch.equal(chained, whole) and chained.shape == (2, DIMS.get(name, 256))
     assert all(map(torch.equal, gradients, (p.grad for p in net.parameters())))
 
 

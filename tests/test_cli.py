@@ -79,6 +79,10 @@ def own_cache(tmp_path_factory, monkeypatch):
             ["compare", "--model", "conv"],
             f"fedss compare: --model: expected one of {', '.join(MODELS)}, got 'conv' (did you mean conv4?)",
         ),
+        (
+            ["run", "--model", "conv4:depth=2"],
+            "fedss run: --model: conv4: expected no settings, got 'depth=2'",
+        ),
         (["run", "--rounds"], "fedss run: --rounds: expected one argument"),
         (["run", "--rounds", "ten"], "fedss run: --rounds: expected an integer of at least 1, got 'ten'"),
         (["run", "--rounds", "0"], "fedss run: --rounds: expected an integer of at least 1, got 0"),

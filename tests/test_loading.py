@@ -150,6 +150,7 @@ def test_large_folders_have_the_papers_settings(monkeypatch):
         ({"client_lr": 0.2, "warmup_rounds": 0}, (0.2, 10.0, 0)),
         ({"init_checkpoint": "net.pt"}, (0.01, 20.0, 0)),
         ({"model": "mobilenet_v3_large"}, (0.01, 20.0, 0)),
+        ({"model": "vit:depth=2"}, (0.05, 10.0, 20)),
     ],
 )
 def test_a_small_net_that_begins_from_nothing_learns_as_those_of_the_small_sets(given, pace):
@@ -164,6 +165,7 @@ def test_a_small_net_that_begins_from_nothing_learns_as_those_of_the_small_sets(
     "given, chosen",
     [
         ({"model": "mobilenet_v3_large"}, {"image_size": 256, "crop_size": 224}),
+        ({"model": "vit:depth=2"}, {"image_size": 37, "crop_size": 32, "model": "vit:depth=2"}),
         ({"image_size": 36}, {"image_size": 36, "crop_size": 31, "model": "conv4_rgb"}),
         ({"crop_size": 30}, {"image_size": 35, "crop_size": 30}),
         ({"crop_size": 0}, {"image_size": 32, "crop_size": 0}),

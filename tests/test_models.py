@@ -105,3 +105,48 @@ def test_conv4_32_is_fedbabus_4conv():
 def test_conv4_32_has_no_layer_for_another_embedding():
     with pytest.raises(ValueError, match="model: conv4_32: expected embedding_dim 256, .* got 64"):
         build_model("conv4_32", 64, seed=0)
+
+
+def test_settings_follow_a_name():
+    whole, small = (build_model(name, 64, seed=0) for name in ("vit", "vit:patch=8,depth=2"))
+    assert len(whole.blocks) == 13 and len(small.blocks) == 3
+    assert small.blocks.stem(torch.rand(1, 3, 32, 32)).shape == (1, 16, 64)
+    assert len(build_model("isotropic:depth=4", 32, seed=0).blocks) == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "vit:width=96",
+            "vit: expected settings of depth, heads, patch, side, each once, .*, got 'width=96'",
+        ),
+        ("vit:depth=2,depth=3", "vit: expected settings .*, got 'depth=3'"),
+        ("vit:", "vit: expected settings .*, got ''"),
+        *[
+            (
+                f"isotropic:depth={value}",
+                rf"isotropic: expected settings of depth, patch, .*, got 'depth={value}'",
+            )
+            for value in ("", "-1", "1.5", "six", "99999", "\u0663")
+        ],
+        ("conv4:depth=2", "conv4: expected no settings, got 'depth=2'"),
+        ("resnet:depth=2", "expected one of conv4, .*, got 'resnet:depth=2'"),
+    ],
+)
+def test_other_settings_are_refused_by_name(name, message):
+    with pytest.raises(ValueError, match=f"model: {message}"):
+        build_model(name, 64, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "dim"), [("vit:depth=1", 32), ("isotropic:depth=1", 32), ("conv4_ws", 128), ("resnet18_32", 512)]
+)
+def test_those_for_learning_without_labels_are_of_the_seed_row_by_row_and_learn_in_all_parts(name, dim):
+    first, again, other = (build_model(name, dim, seed) for seed in (3, 3, 4))
+    flat = [nn.utils.parameters_to_vector(net.parameters()) for net in (first, again, other)]
+    assert torch.equal(flat[0], flat[1]) and not torch.equal(flat[0], flat[2])
+    images = torch.rand(3, 3, 32, 32)
+    torch.testing.assert_close(first(images)[1:2], first(images[1:2]), rtol=1e-4, atol=1e-5)
+    first(images).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in first.parameters())

@@ -23,7 +23,7 @@ from .config_error import ConfigError, raise_together
 from .data import DATASETS, PARTITIONS, TASKS
 from .disk import write_whole
 from .ledger import WIRE_DTYPES
-from .models import MODELS
+from .models import MODELS, family_of
 
 MAX_NORM = 1000.0
 LARGEST = 3e38  # that float32 holds, about
@@ -129,11 +129,12 @@ def option(
     above: float | None = None,  # the value must be greater than this
     below: float | None = None,  # the value must be less than this
     choices: Callable[[], Sequence[str]] | None = None,
+    chosen: Callable[[str], str] = str,  # what of a value is one of them
     saved: bool = True,
 ) -> Any:
     """A field of Config: its default, its help, and what it may be."""
-    bounds = {"low": low, "above": above, "below": below, "choices": choices, "saved": saved}
-    return dataclasses.field(default=default, metadata={"help": help, **bounds})
+    bounds = {"low": low, "above": above, "below": below, "choices": choices, "chosen": chosen}
+    return dataclasses.field(default=default, metadata={"help": help, "saved": saved, **bounds})
 
 
 @dataclass(frozen=True)
@@ -311,7 +312,12 @@ class Config:
     server_lr: float = option(1.0, "learning rate of the server", above=0)
     server_momentum: float = option(0.9, "momentum of the server's sgd", low=0, below=1)
 
-    model: str = option(PRESET, "the net that maps an image to an embedding", choices=lambda: (*MODELS, OWN))
+    model: str = option(
+        PRESET,
+        "the net that maps an image to an embedding, with settings of its own as vit:depth=6,patch=8",
+        choices=lambda: (*MODELS, OWN),
+        chosen=family_of,
+    )
     init_checkpoint: Path | None = option(
         None, "a file of parameters to start the net from, as of torch.save; none: drawn from the seed"
     )
@@ -539,7 +545,7 @@ def _in_bounds(field: dataclasses.Field, value: Any) -> bool:
         (low is None or value >= low)
         and (above is None or value > above)
         and (below is None or value < below)
-        and (choices is None or value in choices())
+        and (choices is None or field.metadata["chosen"](value) in choices())
     )
 
 

@@ -12,7 +12,7 @@ from .data import RESIZED, FederatedData, Found, Partition, load
 from .data.class_folders import ClassFolders
 from .data.holdout import held_out, number_held_out
 from .data.images import OnProgress
-from .models import SIDES
+from .models import SIDES, family_of
 from .models.vision import unavailable
 
 COHORT = 32  # clients, or all there are where they are fewer
@@ -127,7 +127,8 @@ def fitted(config: Config, found: Found) -> Config:
 
 def _pace(config: Config) -> dict[str, Any]:
     """How fast it learns: a small net that begins from nothing as on CIFAR, others as the paper's."""
-    like = PRESETS["cifar10" if config.model in SIDES and config.init_checkpoint is None else "sop"]
+    small = family_of(config.model) in SIDES and config.init_checkpoint is None
+    like = PRESETS["cifar10" if small else "sop"]
     pace = {name: like[name] for name in ("client_lr", "scale")}
     pace["warmup_rounds"] = min(like["warmup_rounds"], config.rounds // 10)
     return {name: value for name, value in pace.items() if getattr(config, name) is None}
@@ -140,7 +141,7 @@ def with_a_net(config: Config) -> Config:
         return config
     if model is None:
         model = "conv4_rgb" if unavailable(NET) else NET
-    whole = SIDES.get(model, 256)
+    whole = SIDES.get(family_of(model), 256)
     if size is None:
         size = -(-8 * crop // 7) if crop else whole
     return replace(config, model=model, image_size=size, crop_size=7 * size // 8 if crop is None else crop)

@@ -15,7 +15,7 @@ from ..algorithms import METHODS
 from ..config import STICKY
 from ..fedavg_round import TooFewClients
 from ..files.run_folder import check_trained_on, make_folder, read_config, read_kept, read_model
-from ..models import MODELS
+from ..models import MODELS, family_of
 from ..reports.remarks import remarks
 from ..run_loop import run
 from ..workers import WorkerLost
@@ -240,7 +240,7 @@ def _privacy(arguments: argparse.Namespace) -> int:
 def _add_parameters_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
-        type=one_of(*MODELS),
+        type=one_of(*MODELS, chosen=family_of),
         default="mobilenet_v3_large",
         metavar="NAME",
         help=f"one of {', '.join(MODELS)} (default: mobilenet_v3_large, the paper's)",

@@ -182,9 +182,11 @@ def read_shapes(text: str) -> list[tuple[int, ...]]:
     return shapes
 
 
-def one_of(*choices: str) -> Callable[[str], str]:
+def one_of(*choices: str, chosen: Callable[[str], str] = str) -> Callable[[str], str]:
+    """For argparse: text that is one of these, or of which `chosen` is."""
+
     def read(text: str) -> str:
-        if text not in choices:
+        if chosen(text) not in choices:
             raise argparse.ArgumentTypeError(f"expected one of {', '.join(choices)}, got {text!r}")
         return text
 

@@ -39,6 +39,21 @@ def named_blocks(**blocks: nn.Module) -> nn.Sequential:
     return nn.Sequential(OrderedDict(blocks))
 
 
+class Chain(nn.Module):
+    """Blocks one after another, then `pool`, which has no parameters: images (B, channels, H, W) to (B, F).
+
+    `pool` takes what any of the blocks makes, so that a net may end after each of them.
+    """
+
+    def __init__(self, pool: nn.Module, **blocks: nn.Module) -> None:
+        super().__init__()
+        self.blocks = named_blocks(**blocks)
+        self.pool = pool
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.pool(self.blocks(images))
+
+
 def ranges(sizes: Sequence[int], chosen: Sequence[bool]) -> list[slice]:
     """The ranges of a vector that its chosen blocks take, in order: neighbours are one."""
     found: list[slice] = []

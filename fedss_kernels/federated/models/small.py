@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .blocks import named_blocks
+from .layers import check_features
 
 
 class SmallConvNet(nn.Module):
@@ -64,11 +65,7 @@ class FourConvNet(nn.Module):
 
     def __init__(self, embedding_dim: int = 256, groups: int = 4) -> None:
         super().__init__()
-        if embedding_dim != 256:
-            raise ValueError(
-                "model: conv4_32: expected embedding_dim 256, its features, which no layer follows, got "
-                f"{embedding_dim}"
-            )
+        check_features("conv4_32", 256, embedding_dim)
         self.blocks = named_blocks(
             stem=_convolution(3, groups),
             block1=_convolution(64, groups),

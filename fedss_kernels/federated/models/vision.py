@@ -16,19 +16,7 @@ from torch import Tensor, nn
 
 from ...doctor import misfit
 from .blocks import named_blocks
-
-CHANNELS_OF_A_GROUP = 8  # every layer has a multiple
-
-
-def group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(channels // CHANNELS_OF_A_GROUP, channels)
-
-
-class InColour(nn.Module):
-    """Images of one channel as three."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+from .layers import InColour, group_norm
 
 
 class MobileNet(nn.Sequential):
@@ -44,7 +32,11 @@ class MobileNet(nn.Sequential):
 
 
 class ResNet(nn.Sequential):
-    """InColour and torchvision's ResNet. Blocks: the stem and its pooling, the four stages, the embedding."""
+    """InColour and torchvision's ResNet. Blocks: the stem and its pooling, the four stages, the embedding.
+
+    Trained stage by stage it needs little less memory than as a whole: most of its activations are the first
+    stage's, whose images are largest. Several times less takes a net of one width and grid throughout.
+    """
 
     @property
     def blocks(self) -> nn.Sequential:

@@ -61,7 +61,7 @@ def _add_probe_arguments(parser: argparse.ArgumentParser) -> None:
         help="epochs on the same images; the last one counts (default: 0, there is none)",
     )
     tuning.add_argument(
-        "--rate", type=_POSITIVE, default=0.01, metavar="NUMBER", help="at first (default: 0.01)"
+        "--rate", type=_POSITIVE, default=0.03, metavar="NUMBER", help="at first (default: 0.03)"
     )
     tuning.add_argument(
         "--batch-size", type=_COUNT, default=32, metavar="INT", help="images of a step (default: 32)"

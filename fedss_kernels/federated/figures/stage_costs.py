@@ -1,7 +1,7 @@
 """What layer-wise learning costs a client stage by stage, beside training the whole net end to end.
 
-Of one step on a batch: forward and backward, with the mean square of the features for a loss. A head, a second
-view of each image and an optimiser's velocities are left out of all alike.
+Of one step on a batch: forward and backward, with the mean square of the features for a loss. A head, a
+second view of each image and an optimiser's velocities are left out of all alike.
 """
 
 import copy

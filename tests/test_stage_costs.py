@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from fedss_kernels.federated.figures import costs, stage_costs
+from fedss_kernels.federated.models import build_model
 from fedss_kernels.federated.models.blocks import named_blocks
 
 B, WIDTH, L = 64, 32, 4
@@ -71,6 +72,21 @@ def test_the_net_is_left_as_it_is():
     stage_costs.measure(net, IMAGES), stage_costs.end_to_end(net, IMAGES)
     assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, net.parameters(), strict=True))
     assert not net.training and not any(p.requires_grad for p in net.parameters())
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("model", "embedding_dim"), [("vit", 96), ("isotropic", 192)])
+def test_nets_of_equal_blocks_take_a_fifth_of_the_memory_in_the_worst_stage(model, embedding_dim):
+    """Multiply-adds and traffic are nearly those of the paper; checkpoints give much of the memory too."""
+    net, images = build_model(model, embedding_dim, 0), torch.rand(25, 3, 32, 32)
+    whole, lines = stage_costs.end_to_end(net, images), stage_costs.measure(net, images)
+    assert 5 * max(line.memory for line in lines) <= whole.memory
+    for line in lines:
+        compute, traffic = costs.compute_share(line.stage, 12), costs.traffic_share(line.stage, 12)
+        assert line.costs.multiply_adds / whole.costs.multiply_adds == pytest.approx(compute, abs=0.02)
+        assert line.traffic / whole.traffic == pytest.approx(traffic, abs=0.02)
+    again = stage_costs.end_to_end(net, images, checkpointed=True)
+    assert max(line.memory for line in lines) < again.memory < whole.memory / 2
 
 
 def test_what_cannot_be_is_refused():

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ..files.run_folder import check_trained_on, make_folder, read_config, read_net
+from ..probes import Probing
 from .command import Command
 from .measure import write_measured
 from .options import mistakes, read_numbers, reader, refuse_lost
@@ -15,12 +16,20 @@ from .output import read_data
 
 _COUNT = reader(int, "an integer of at least 1", low=1)
 _POSITIVE = reader(float, "a number greater than 0", low=1e-300)
+_USUAL = Probing()
 
 
 def _add_probe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
-    looked_at = parser.add_argument_group("what is looked at")
-    looked_at.add_argument(
+    _add_looked_at(parser.add_argument_group("what is looked at"))
+    _add_fine_tuning(parser.add_argument_group("fine-tuning of the blocks and a linear layer"))
+    parser.add_argument(
+        "--out", type=Path, metavar="PATH", help="folder for table and plot (default: the run's)"
+    )
+
+
+def _add_looked_at(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
         "--depths",
         type=read_numbers,
         default=[],
@@ -28,46 +37,57 @@ def _add_probe_arguments(parser: argparse.ArgumentParser) -> None:
         help="after how many blocks of the net, with commas between; 0: its stem alone (default: the first, "
         "a quarter, half and all of them)",
     )
-    looked_at.add_argument(
+    group.add_argument(
         "--labels",
         type=reader(float, "a number greater than 0 and at most 1", low=1e-300, high=1.0),
-        default=1.0,
+        default=_USUAL.labels,
         metavar="NUMBER",
-        help="share of the training images of each class whose labels are known (default: 1)",
+        help="share of the training images of each class whose labels are known (default: all)",
     )
-    looked_at.add_argument(
-        "--neighbours", type=_COUNT, default=50, metavar="INT", help="that vote for a class (default: 50)"
+    group.add_argument(
+        "--neighbours",
+        type=_COUNT,
+        default=_USUAL.neighbours,
+        metavar="INT",
+        help=f"that vote for a class (default: {_USUAL.neighbours})",
     )
-    looked_at.add_argument(
+    group.add_argument(
         "--temperature",
         type=_POSITIVE,
-        default=0.1,
+        default=_USUAL.temperature,
         metavar="NUMBER",
-        help="of their votes, e^(cosine / temperature) (default: 0.1)",
+        help=f"of their votes, e^(cosine / temperature) (default: {_USUAL.temperature})",
     )
-    looked_at.add_argument(
+    group.add_argument(
         "--seed",
         type=reader(int, "an integer of at least 0", low=0),
-        default=0,
+        default=_USUAL.seed,
         metavar="INT",
-        help="of what is drawn: whose labels are known, the order of fine-tuning (default: 0)",
+        help=f"of what is drawn: whose labels are known, the order of fine-tuning (default: {_USUAL.seed})",
     )
-    tuning = parser.add_argument_group("fine-tuning of the blocks and a linear layer")
-    tuning.add_argument(
+
+
+def _add_fine_tuning(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
         "--fine-tune",
         type=reader(int, "an integer of at least 0", low=0),
-        default=0,
+        default=_USUAL.epochs,
         metavar="INT",
-        help="epochs on the same images; the last one counts (default: 0, there is none)",
+        help="epochs on the same images; the last one counts (default: there is none)",
     )
-    tuning.add_argument(
-        "--rate", type=_POSITIVE, default=0.03, metavar="NUMBER", help="at first (default: 0.03)"
+    group.add_argument(
+        "--rate",
+        type=_POSITIVE,
+        default=_USUAL.rate,
+        metavar="NUMBER",
+        help=f"at first (default: {_USUAL.rate})",
     )
-    tuning.add_argument(
-        "--batch-size", type=_COUNT, default=32, metavar="INT", help="images of a step (default: 32)"
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="PATH", help="folder for table and plot (default: the run's)"
+    group.add_argument(
+        "--batch-size",
+        type=_COUNT,
+        default=_USUAL.batch_size,
+        metavar="INT",
+        help=f"images of a step (default: {_USUAL.batch_size})",
     )
 
 
@@ -75,7 +95,6 @@ def _probe(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from ..figures import probe
-    from ..probes import Probing
     from ..reports.progress import ReadingProgress
 
     folder, out = arguments.run, arguments.out or arguments.run

@@ -80,8 +80,10 @@ def by_depth(
     at = probing.depths or depths(next(iter(nets.values())))
     for net in nets.values():
         prefix(net, max(at))  # before anything is measured
-    rows = labelled(data.labels, probing.labels, probing.seed)
-    train = data.images[rows], data.labels[rows]
+    train = data.images, data.labels
+    if probing.labels < 1:
+        rows = labelled(data.labels, probing.labels, probing.seed)
+        train = data.images[rows], data.labels[rows]
     found = list[Line]()
     for depth in at:
         for weights, net in nets.items():

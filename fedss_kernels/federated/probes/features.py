@@ -26,10 +26,20 @@ def depth_of(net: nn.Module) -> int:
     return len(stem_and_blocks(net)) - 1
 
 
-def depths(net: nn.Module) -> tuple[int, ...]:
-    """Those that a net is looked at: the first, a quarter, half and all of its L blocks, each once."""
+def places(net: nn.Module) -> dict[str, int]:
+    """The depths that a net is looked at, by name: its first block, a quarter, half and the whole of them."""
     whole = depth_of(net)
-    return tuple(sorted({min(1, whole), math.ceil(whole / 4), math.ceil(whole / 2), whole}))
+    return {
+        "first": min(1, whole),
+        "quarter": math.ceil(whole / 4),
+        "half": math.ceil(whole / 2),
+        "whole": whole,
+    }
+
+
+def depths(net: nn.Module) -> tuple[int, ...]:
+    """These, ascending and each once."""
+    return tuple(sorted(set(places(net).values())))
 
 
 def prefix(net: nn.Module, depth: int) -> nn.Sequential:

@@ -31,7 +31,7 @@ FLOORS = (
     ("clients",),
     ("loading", "server"),
     ("any_round", "metrics", "sending", "workers"),
-    ("fine_tuning", "reports"),
+    ("fine_tuning", "probes", "reports"),
     ("evaluation", "fedavg_round"),
     ("figures",),
     ("run_loop",),

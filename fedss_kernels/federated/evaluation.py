@@ -61,14 +61,16 @@ class Evaluation:
     def __init__(self, config: Config, team: Team):
         self.config, self.team, self.data = config, team, team.player.data
 
-    def shared(self, phi: Tensor, weight: RowTable, *, finite: bool, last: bool) -> dict[str, float | None]:
-        """Of one model on all test images.
+    def shared(
+        self, phi: Tensor, weight: RowTable, round: int, *, finite: bool, last: bool
+    ) -> dict[str, float | None]:
+        """Of one model, that of a round, on all test images.
 
         In a classification task a retrieval, the dearer and the second thing, is measured in the last round
         only; top-1 of a retrieval task, whose test classes have no rows, never. Of a model that is not finite
         nothing is.
         """
-        embeddings, labels = self.team.embed(phi), self.data.test_labels
+        embeddings, labels = self.team.embed(phi, round), self.data.test_labels
         with self.team.watch("evaluation"):
             found = _not_finite(embeddings)
             if not finite:
@@ -79,13 +81,13 @@ class Evaluation:
                     return found
             return found | retrieval(embeddings, labels).measured
 
-    def own(self, phi: Tensor, homes: Homes, *, finite: bool) -> dict[str, float | None]:
+    def own(self, phi: Tensor, homes: Homes, round: int, *, finite: bool) -> dict[str, float | None]:
         """Of each client's own model on its own test images: their mean, all clients alike."""
         tested = [(k, rows) for k, rows in enumerate(self.data.test_clients) if len(rows)]
         if not (finite and tested):
             return {}
-        at_home = self.team.player.parts.net_at_home
-        shared = None if at_home else self.team.embed(phi)
+        at_home = METHODS[self.config.method].alone
+        shared = None if at_home else self.team.embed(phi, round)
         embedded, scores = list[Tensor](), list[float]()
         with self.team.watch("evaluation"):
             for k, rows in tested:

@@ -12,7 +12,7 @@ from ..messages import Request, Update
 from ..models.blocks import of_blocks
 from ..randomness import Purpose, generator
 from .augment import Augmentation
-from .extractor import CPU, Extractor, as_embeddings
+from .extractor import CPU, Extractor
 from .objectives import ClassRows
 from .sgd import sgd_step
 
@@ -56,6 +56,7 @@ class Client:
         """SGD over the client's images, in batches drawn for this round; its velocity starts from 0."""
         model, held = self.extractor, self.data.clients[client]
         model.flat.copy_(phi)
+        model.present = parts.present
         if not model.module.training:
             model.module.train()
         key = self.seed, round, attempt, client
@@ -112,7 +113,7 @@ class Client:
         model, rows = self.extractor, objective.rows
         model.zero_gradient()
         rows.grad = None
-        loss = objective.loss(as_embeddings(model.module(images)), target)
+        loss = objective.loss(model(images), target)
         loss.backward()
         with torch.no_grad():
             of_phi, of_rows = velocity or (None, None)

@@ -11,19 +11,19 @@ SIZES = [STEM, BLOCK, BLOCK, BLOCK]
 
 
 class Residual(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(DIM, DIM)
+        self.linear = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + torch.tanh(self.linear(x))
 
 
 class Layered(nn.Module):
-    def __init__(self, layers: int = 3) -> None:
+    def __init__(self, layers: int, width: int) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Flatten(), nn.Linear(PIXELS, DIM), nn.Tanh())
-        self.layers = nn.ModuleList(Residual() for _ in range(layers))
+        self.stem = nn.Sequential(nn.Flatten(), nn.Linear(PIXELS, width), nn.Tanh())
+        self.layers = nn.ModuleList(Residual(width) for _ in range(layers))
         self.pool = nn.Identity()
 
     @property
@@ -35,6 +35,6 @@ class Layered(nn.Module):
         return self.pool(self.blocks(images))
 
 
-def layered_net(layers: int = 3) -> Layered:
+def layered_net(layers: int = 3, width: int = DIM) -> Layered:
     torch.manual_seed(3)
-    return Layered(layers)
+    return Layered(layers, width)

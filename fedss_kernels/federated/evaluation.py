@@ -23,11 +23,20 @@ _PERSONAL = {  # a measure of a run -> what fine_tuning calls it
     "nearest_mean_top1": "nearest_mean",
     "personal_top1": "personalised",
 }
+# Of a net without class rows, whatever the task: what embeddings alone are worth.
+EMBEDDINGS = Measures(
+    ("map_at_10", "recall_at_1", "recall_at_10", "not_finite"),
+    "recall_at_1",
+    ("recall_at_1", "map_at_10"),
+    ("recall_at_1", "map_at_10"),
+)
 
 
 def measures_of(config: Config, data: FederatedData) -> Measures:
     """Those of a run, and which is the one it is judged by."""
     measures = BY_TASK[data.task]
+    if METHODS[config.method].contrastive:
+        return EMBEDDINGS
     if METHODS[config.method].personal:
         measures = Measures(("own_top1", "not_finite"), "own_top1", ("own_top1",), ("own_top1",))
     if not config.personalise_epochs:
@@ -75,7 +84,7 @@ class Evaluation:
             found = _not_finite(embeddings)
             if not finite:
                 return found
-            if self.data.task == "classification":
+            if self.data.task == "classification" and not METHODS[self.config.method].contrastive:
                 found["top1"] = top1(embeddings, weight, labels, similarity=self.config.similarity)
                 if not last:
                     return found

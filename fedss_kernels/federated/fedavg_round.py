@@ -83,7 +83,8 @@ class Simulation:
     @staticmethod
     def facts(config: Config, player: Player) -> Facts:
         measures, flows = measures_of(config, player.data), player.flows
-        return Facts.of(player.data, len(player.extractor.flat), measures, flows)
+        size = len(player.extractor.flat) - player.num_projecting
+        return Facts.of(player.data, size, measures, flows)
 
     def play(self, round: int) -> Played:
         """One round. Where fewer than `min_clients` count nothing is applied and another cohort is drawn.
@@ -222,4 +223,5 @@ class Simulation:
         extractor = self.player.extractor
         extractor.move([True] * len(extractor.block_sizes))
         extractor.flat.copy_(self.server.extractor)
-        return Trained(extractor.module.eval().cpu(), self.server.weight, self.homes)
+        table = None if self.method.contrastive else self.server.weight
+        return Trained(extractor.module.eval().cpu(), table, self.homes)

@@ -64,6 +64,16 @@ RULES: tuple[Rule, ...] = (
         lambda c: METHODS[c.method].rows is not Part.TRAINED and not METHODS[c.method].alone,
     ),
     (
+        ("scale", "similarity", "weight_init_scale"),
+        "the method has no class rows",
+        lambda c: METHODS[c.method].contrastive,
+    ),
+    (
+        ("max_shift", "flip"),
+        "the method takes views of an image, which are flipped and cropped anyway",
+        lambda c: METHODS[c.method].contrastive,
+    ),
+    (
         ("personalise_part", "personalise_rate"),
         "personalise_epochs is 0",
         lambda c: c.personalise_epochs == 0,

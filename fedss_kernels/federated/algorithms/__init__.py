@@ -13,6 +13,7 @@ from .local_only import LOCAL_ONLY
 from .method import Method
 from .neg_only import NEG_ONLY
 from .pos_only import POS_ONLY
+from .simclr import SIMCLR
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -29,6 +30,7 @@ METHODS: dict[str, Method] = {
         FEDPER,
         FEDREP,
         LOCAL_ONLY,
+        SIMCLR,
     )
 }
 

@@ -32,6 +32,8 @@ class Method:
     samples: bool = False  # whether clients ask for negatives
     own_push: bool = True  # whether an image is pushed from the client's other classes
     spreads: bool = False  # whether the server pushes near class rows apart after each round
+    contrastive: bool = False  # whether clients learn without labels, with a projection head on the net
+    baseline: str = "full_softmax"  # the method, by name, that its traffic is held against
     pooled: bool = False  # whether there are no clients: all the images are in one place
 
     def schedule(self, settings: Settings, num_blocks: int) -> Schedule:

@@ -22,16 +22,25 @@ from ..models import (
     refuse_batch_norm,
 )
 from ..models.blocks import blocks_of
+from ..models.projection import projection_head
 from ..models.vision import load_checkpoint
 from ..randomness import Purpose, generator, initial_rows
 from .augment import Augmentation, as_input, centre_crop
 from .client import Client
+from .contrastive import ContrastiveClient
 from .extractor import CPU, Extractor, as_embeddings
 from .poison import poisoned
 from .pooled import PooledClient
+from .views import Views
 
 EVALUATION_BATCH = 512  # test images
-_ROWS = {Part.TRAINED: "travel", Part.KNOWN: "seed", Part.HOME: "home"}  # as the ledger calls it
+_ROWS = {  # as the ledger calls it
+    Part.TRAINED: "travel",
+    Part.KNOWN: "seed",
+    Part.HOME: "home",
+    Part.ABSENT: "none",
+}
+_NO_CLASSES = torch.empty(0, dtype=torch.int64)
 
 
 class Player:
@@ -48,7 +57,8 @@ class Player:
         module = copy.deepcopy(model) if model is not None else _build_model(config)
         _check_model(module, config, data.images[:2])
         blocks = [block for _, block in blocks_of(module)] if self.method.by_block else []
-        self.extractor = Extractor(module, config.crop_size, device, blocks)
+        head = projection_head(config.embedding_dim, config.seed) if self.method.contrastive else None
+        self.extractor = Extractor(module, config.crop_size, device, blocks, head)
         options: dict[str, Any] = {
             "schedule": self.method.passes(config.local_epochs, config.head_epochs),
             "batch_size": config.batch_size,
@@ -58,8 +68,13 @@ class Player:
             "momentum": config.client_momentum,
             "augmentation": Augmentation(config.crop_size, config.max_shift, config.flip),
         }
+        self.client: Client
         if self.method.pooled:
-            self.client: Client = PooledClient(self.extractor, data, cohort=config.cohort, **options)
+            self.client = PooledClient(self.extractor, data, cohort=config.cohort, **options)
+        elif self.method.contrastive:
+            views = Views("simclr", config.crop_size or min(data.images.shape[2:]))
+            options |= {"views": views, "temperature": config.temperature}
+            self.client = ContrastiveClient(self.extractor, data, **options)
         else:
             self.client = Client(self.extractor, data, **options)
 
@@ -73,7 +88,10 @@ class Player:
 
     def request(self, round: int, attempt: int, client: int) -> Request:
         """What the client asks for."""
-        config, positives = self.config, self.client.positives(client)
+        config, positives = self.config, _NO_CLASSES
+        if self.method.contrastive:  # nobody reads a label
+            return self.method.request(self.data.num_classes, positives, positives, config.correction)
+        positives = self.client.positives(client)
         negatives = self._negatives(round, attempt, client, positives)
         return self.method.request(self.data.num_classes, positives, negatives, config.correction)
 
@@ -94,6 +112,11 @@ class Player:
     def schedule(self) -> Schedule:
         """Where the parts of the model stand in a round."""
         return self.method.schedule(self.config, len(self.extractor.block_sizes))
+
+    @property
+    def num_projecting(self) -> int:
+        """Numbers of the projection head; 0 where there is none."""
+        return self.extractor.block_sizes[-1] if self.method.contrastive else 0
 
     def num_trained(self, round: int) -> int:
         """Numbers of the net that come back from each client of a round."""
@@ -123,11 +146,12 @@ class Player:
             return Traffic()  # nothing leaves its place
         parts = self.schedule.parts(round, attempt, client)
         return client_traffic(
-            self._num(parts, Part.TRAINED),
+            self._num(parts, Part.TRAINED) - self.num_projecting,
             len(request.class_ids),
             self.config.row_dim,
             rows=_ROWS[self.method.rows],
             frozen=self._num(parts, Part.FROZEN),
+            projection=self.num_projecting,
             sends_ids=request.sends_ids,
             answers=answers,
             dtype=self.config.wire_dtype,

@@ -96,7 +96,7 @@ class Choice:
     boxes: np.ndarray  # (B, 4): top, left, height, width
     factors: np.ndarray  # (B, 3): of brightness, contrast, saturation
     turns: np.ndarray  # (B,): of the hue
-    orders: np.ndarray  # (B, 4): permutations of these four
+    orders: np.ndarray  # (B, 3 or 4): permutations of these, without the hue where it is never turned
     grey: np.ndarray  # the images in grey, (n,) ascending
     blurred: np.ndarray  # those that are blurred, (m,) ascending
     sigmas: np.ndarray  # (B,)
@@ -117,7 +117,7 @@ def choose(draws: np.ndarray, recipe: Recipe, shape: tuple[int, int]) -> Choice:
         _boxes(tries.reshape(-1, TRIES, 2), place, recipe.smallest, *shape),
         1 + STRENGTH * amounts[:, :3],
         recipe.turn * amounts[:, 3],
-        keys.argsort(1),
+        keys[:, : 4 if recipe.turn else 3].argsort(1),
         np.flatnonzero(grey < GREY),
         np.flatnonzero(blurs < recipe.blurred),
         low + (high - low) * sigma[:, 0],

@@ -229,7 +229,30 @@ class Config:
     )
 
     temperature: float = option(
-        0.2, "of simclr: what cosines of two views are divided by in the loss", above=0
+        0.2, "of simclr and layerwise: what cosines of two views are divided by in the loss", above=0
+    )
+    stages: int | None = option(
+        None, "of layerwise: stages that the rounds are cut into, none: one for each block of the net", low=1
+    )
+    depth_budget: int | None = option(
+        None,
+        "of layerwise: blocks that a client holds at most, frozen ones left out at random, none: all",
+        low=2,
+    )
+    freeze: str = option(
+        "yes",
+        "of layerwise: yes, blocks of earlier stages stay as they are; no, they go on being trained",
+        choices=lambda: ("yes", "no"),
+    )
+    frozen: str = option(
+        "sent",
+        "of layerwise: frozen blocks are sent in every round, or kept, by a client that had them before",
+        choices=lambda: ("sent", "kept"),
+    )
+    projection: str = option(
+        "kept",
+        "of layerwise: the projection head in a new stage: kept, it goes on; new, it is drawn anew",
+        choices=lambda: ("kept", "new"),
     )
 
     rounds: int = option(PRESET, "rounds of training", low=1)

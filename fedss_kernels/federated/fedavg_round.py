@@ -61,7 +61,8 @@ class Simulation:
             statistic=statistic(config),
             store=None if self.method.personal else store,
         )
-        self.store, self.homes, self.first = store, None, self.server.extractor
+        self.store, self.homes = store, None
+        self.first = self.server.extractor if self.method.contrastive else None  # phi
         if self.method.personal:
             rows = self.server.weight[:]
             net = self.server.extractor if self.method.alone else None
@@ -199,7 +200,7 @@ class Simulation:
     def evaluate(self, *, last: bool) -> dict[str, float | None]:
         phi, weight, finite = self.server.extractor, self.server.weight, self.not_finite_since is None
         round = max(self.rounds - 1, 0)
-        if self.method.contrastive:
+        if self.first is not None:
             found = self.evaluation.of_features(phi, self.first, round, finite=finite, last=last)
         elif self.homes:
             found = self.evaluation.own(phi, self.homes, round, finite=finite)

@@ -122,10 +122,10 @@ class Player:
 
     def new_head(self, round: int) -> Tensor | None:
         """The projection head's numbers where a round begins with a new one."""
-        stage = self.schedule.stage(round)
-        if self.config.projection == "kept" or stage == self.schedule.stage(round - 1):
+        config, stage = self.config, self.schedule.stage
+        if config.projection == "kept" or stage(round) == stage(round - 1):
             return None
-        head = projection_head(self.config.embedding_dim, self.config.seed, stage)
+        head = projection_head(config.embedding_dim, config.seed, stage(round))
         return torch.cat([p.detach().flatten() for p in head.parameters()])
 
     def num_trained(self, round: int) -> int:

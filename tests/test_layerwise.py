@@ -9,7 +9,7 @@ from layered_net import layered_net
 from tiny_federation import PIXELS, tiny_config, tiny_data
 from torch import nn
 
-from fedss_kernels.federated import ConfigError, Stopped, run
+from fedss_kernels.federated import CheckpointError, ConfigError, Stopped, run
 from fedss_kernels.federated.algorithms import METHODS
 from fedss_kernels.federated.algorithms.parts import Part
 from fedss_kernels.federated.clients.client import Client
@@ -219,6 +219,22 @@ def test_it_goes_on_in_the_middle_and_at_the_edge_of_a_stage(stop_after, tmp_pat
     assert bits(train(**options, out=tmp_path / "run", frozen="kept", resume=True)) == bits(whole)
     found = [(tmp_path / name / "ledger.csv").read_text() for name in ("whole", "run")]
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    "stop_after, way", [(2, "go on with 8, or start"), (None, "of 8 is finished: start")]
+)
+def test_of_another_number_of_rounds_the_stages_would_be_others(stop_after, way, tmp_path):
+    if stop_after:
+        with pytest.raises(Stopped):
+            train(out=tmp_path, stop_after=stop_after)
+    else:
+        train(out=tmp_path)
+    words = (
+        "rounds: 8 there, 12 here: which blocks layerwise trains in a round is by the number of all rounds"
+    )
+    with pytest.raises(CheckpointError, match=f"{words}; .*{way} a run of 12 anew"):
+        train(out=tmp_path, resume=True, rounds=12)
 
 
 def test_a_crash_at_the_edge_of_a_stage_loses_nothing(tmp_path):

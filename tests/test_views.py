@@ -234,6 +234,13 @@ def test_other_images_are_refused(images, got):
         Views("simclr", 8)(images, np.random.default_rng(0))
 
 
+def test_draws_for_other_images_are_refused():
+    views = Views("simclr", 8)
+    draws = views.draw(3, np.random.default_rng(0))
+    with pytest.raises(ValueError, match=rf"draws: expected shape \(2, {DRAWS}\), got \(3, {DRAWS}\)"):
+        views.made(some_images(2), draws)
+
+
 def test_other_kinds_and_sizes_are_refused():
     with pytest.raises(ValueError, match="views: expected one of simclr, moco, got 'byol'"):
         Views("byol", 32)

@@ -49,7 +49,7 @@ class Views:
     and standard deviation are taken out.
 
     A view is a function of its image and of DRAWS numbers: it depends neither on the rest of the batch nor on
-    the number of threads. Raises ValueError for another kind, size or images.
+    the number of threads. Raises ValueError for another kind, size, images or draws.
     """
 
     kind: str
@@ -78,6 +78,8 @@ class Views:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
             got = f"{images.dtype} {tuple(images.shape)}"
             raise ValueError(f"images: expected uint8 (B, 1 or 3, H, W), got {got}")
+        if draws.shape != (len(images), DRAWS):
+            raise ValueError(f"draws: expected shape {(len(images), DRAWS)}, got {draws.shape}")
         choice = choose(draws, RECIPES[self.kind], (images.shape[2], images.shape[3]))
         # turned before the rest, which has no left and right, at no cost
         found = resampled(as_input(images), choice.boxes, choice.flipped, self.size)

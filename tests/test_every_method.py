@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from layered_net import layered_net
 from tiny_federation import NUM_PARAMETERS, tiny_config, tiny_data, tiny_model
 from torch.nn.functional import cross_entropy, normalize
 
@@ -22,7 +23,7 @@ from fedss_kernels.federated.server.cohort import draw_cohort
 
 FEDERATED = [name for name, method in METHODS.items() if not method.pooled]
 # One for each place where class rows and the net can stand between two rounds; the others take minutes.
-KINDS = ["fedss", "fedbabu_ss", "fedrep", "local_only"]
+KINDS = ["fedss", "fedbabu_ss", "fedrep", "local_only", "simclr"]
 SOME = [pytest.param(name, marks=[] if name in KINDS else pytest.mark.exhaustive) for name in FEDERATED]
 
 
@@ -32,7 +33,7 @@ def train(method: str, **options) -> Result:
     return run(
         tiny_config(**({"rounds": 6, "local_epochs": 2, "method": method} | options)),
         data=tiny_data(),
-        model=tiny_model(),
+        model=layered_net() if METHODS[method].by_round else tiny_model(),
         on_round=on_round,
         resume=resume,
         stop=None if stop_after is None else lambda: seen[-1].round == stop_after,
@@ -40,7 +41,9 @@ def train(method: str, **options) -> Result:
 
 
 def bits(result: Result) -> list[bytes]:
-    tensors = [result.weight, *result.extractor.state_dict().values()]
+    tensors = [*result.extractor.state_dict().values()]
+    if result.weight is not None:
+        tensors.insert(0, result.weight)
     if result.homes:
         tensors.append(result.homes.table[:])
     return [tensor.numpy().tobytes() for tensor in tensors]
@@ -119,7 +122,7 @@ def test_what_travels_as_bfloat16_is_rounded_and_nothing_else(method):
 
 @pytest.mark.parametrize("method", SOME)
 def test_a_class_store_changes_no_bit(method, tmp_path):
-    if METHODS[method].rows is Part.KNOWN:
+    if not METHODS[method].stores:
         with pytest.raises(ConfigError, match="class_store: expected none"):
             train(method, class_store=tmp_path / "store")
         return

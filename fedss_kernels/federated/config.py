@@ -228,6 +228,33 @@ class Config:
         1024, "of fedaws: rows whose neighbours are looked at in a round, none: all", low=1
     )
 
+    temperature: float = option(
+        0.2, "of simclr and layerwise: what cosines of two views are divided by in the loss", above=0
+    )
+    stages: int | None = option(
+        None, "of layerwise: stages that the rounds are cut into, none: one for each block of the net", low=1
+    )
+    depth_budget: int | None = option(
+        None,
+        "of layerwise: blocks that a client holds at most, frozen ones left out at random, none: all",
+        low=2,
+    )
+    freeze: str = option(
+        "yes",
+        "of layerwise: yes, blocks of earlier stages stay as they are; no, they go on being trained",
+        choices=lambda: ("yes", "no"),
+    )
+    frozen: str = option(
+        "sent",
+        "of layerwise: frozen blocks are sent in every round, or kept, by a client that had them before",
+        choices=lambda: ("sent", "kept"),
+    )
+    projection: str = option(
+        "kept",
+        "of layerwise: the projection head in a new stage: kept, it goes on; new, it is drawn anew",
+        choices=lambda: ("kept", "new"),
+    )
+
     rounds: int = option(PRESET, "rounds of training", low=1)
     cohort: int = option(PRESET, "clients drawn for each round", low=1)
     local_epochs: int = option(1, "passes of a client over its images in one round", low=1)
@@ -403,6 +430,14 @@ class Config:
             )
         if not method.stores and self.class_store is not None:
             yield no_store([self.method], self.class_store)
+        if method.contrastive and self.personalise_epochs:
+            expected = f"expected 0 with {self.method}, which has no class rows to name a class by"
+            yield ConfigError("personalise_epochs", f"{expected}, got {self.personalise_epochs}")
+        if method.contrastive and self.batch_size == 1:
+            expected = (
+                f"expected at least 2 with {self.method}, as an image alone has no other to be told from"
+            )
+            yield ConfigError("batch_size", f"{expected}, got 1")
 
     @property
     def row_dim(self) -> int:
@@ -467,7 +502,10 @@ def no_store(methods: Sequence[str], got: Path) -> ConfigError:
 
 def storeless(methods: Sequence[str]) -> str:
     """Of methods without a class store: why there is none."""
-    return f"{', '.join(methods)}, whose class rows are drawn where they are needed"
+    drawn = [name for name in methods if not METHODS[name].contrastive]
+    without = [name for name in methods if METHODS[name].contrastive]
+    reasons = (drawn, "whose class rows are drawn where they are needed"), (without, "without class rows")
+    return ", and ".join(f"{', '.join(names)}, {why}" for names, why in reasons if names)
 
 
 def learning_rate(config: Config, round: int) -> float:

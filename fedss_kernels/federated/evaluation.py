@@ -11,8 +11,10 @@ from .config import Config, ConfigError
 from .data import FederatedData
 from .fine_tuning import Tuning, check_measurable, personalise
 from .fine_tuning import measures as personal_measures
-from .measures import BY_TASK, Measures
+from .measures import BY_TASK, OF_FEATURES, Measures
 from .metrics import retrieval, top1
+from .probes.features import depth_of
+from .probes.of_a_run import at_the_end, before_training, while_training
 from .server.kept_by_clients import Homes
 from .server.row_table import RowTable
 from .workers import Team
@@ -28,6 +30,8 @@ _PERSONAL = {  # a measure of a run -> what fine_tuning calls it
 def measures_of(config: Config, data: FederatedData) -> Measures:
     """Those of a run, and which is the one it is judged by."""
     measures = BY_TASK[data.task]
+    if METHODS[config.method].contrastive:
+        return OF_FEATURES[data.task]
     if METHODS[config.method].personal:
         measures = Measures(("own_top1", "not_finite"), "own_top1", ("own_top1",), ("own_top1",))
     if not config.personalise_epochs:
@@ -61,14 +65,16 @@ class Evaluation:
     def __init__(self, config: Config, team: Team):
         self.config, self.team, self.data = config, team, team.player.data
 
-    def shared(self, phi: Tensor, weight: RowTable, *, finite: bool, last: bool) -> dict[str, float | None]:
-        """Of one model on all test images.
+    def shared(
+        self, phi: Tensor, weight: RowTable, round: int, *, finite: bool, last: bool
+    ) -> dict[str, float | None]:
+        """Of one model, that of a round, on all test images.
 
         In a classification task a retrieval, the dearer and the second thing, is measured in the last round
         only; top-1 of a retrieval task, whose test classes have no rows, never. Of a model that is not finite
         nothing is.
         """
-        embeddings, labels = self.team.embed(phi), self.data.test_labels
+        embeddings, labels = self.team.embed(phi, round), self.data.test_labels
         with self.team.watch("evaluation"):
             found = _not_finite(embeddings)
             if not finite:
@@ -79,13 +85,32 @@ class Evaluation:
                     return found
             return found | retrieval(embeddings, labels).measured
 
-    def own(self, phi: Tensor, homes: Homes, *, finite: bool) -> dict[str, float | None]:
+    def of_features(
+        self, phi: Tensor, first: Tensor, round: int, *, finite: bool, last: bool
+    ) -> dict[str, float | None]:
+        """Of a net without class rows, as far as its blocks are there in a round; `first`: its first phi."""
+        if not finite:
+            return {}
+        player, found = self.team.player, dict[str, float | None]()
+        extractor, net = player.extractor, player.extractor.module
+        absent = len(extractor.block_sizes) - sum(player.schedule.whole(round).present)
+        depth, prepared = depth_of(net) - absent, extractor.as_input
+        with self.team.watch("evaluation"):
+            extractor.flat.copy_(phi)
+            found |= while_training(net, self.data, depth, self.config.seed, prepared)
+            if last:
+                found |= at_the_end(net, self.data, prepared)
+                extractor.flat.copy_(first)
+                found |= before_training(net, self.data, prepared)
+        return found
+
+    def own(self, phi: Tensor, homes: Homes, round: int, *, finite: bool) -> dict[str, float | None]:
         """Of each client's own model on its own test images: their mean, all clients alike."""
         tested = [(k, rows) for k, rows in enumerate(self.data.test_clients) if len(rows)]
         if not (finite and tested):
             return {}
-        at_home = self.team.player.parts.net_at_home
-        shared = None if at_home else self.team.embed(phi)
+        at_home = METHODS[self.config.method].alone
+        shared = None if at_home else self.team.embed(phi, round)
         embedded, scores = list[Tensor](), list[float]()
         with self.team.watch("evaluation"):
             for k, rows in tested:

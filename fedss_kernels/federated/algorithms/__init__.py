@@ -9,10 +9,12 @@ from .fedper import FEDPER
 from .fedrep import FEDREP
 from .fedss import FEDSS
 from .full_softmax import FULL_SOFTMAX
+from .layerwise import LAYERWISE
 from .local_only import LOCAL_ONLY
 from .method import Method
 from .neg_only import NEG_ONLY
 from .pos_only import POS_ONLY
+from .simclr import SIMCLR
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -29,6 +31,8 @@ METHODS: dict[str, Method] = {
         FEDPER,
         FEDREP,
         LOCAL_ONLY,
+        SIMCLR,
+        LAYERWISE,
     )
 }
 

@@ -68,6 +68,15 @@ _BY_ROWS = {
         held="class rows that a client keeps and trains, on average",
         matrix="All the class rows, C of them. Each client has its own.",
     ),
+    Part.ABSENT: Place(
+        net="averaged",
+        rows="none",
+        moves="the net, and a projection head",
+        in_a_round="In each of {rounds} rounds {cohort} download the net and a small head on top of it, "
+        "train both on their own images without a label, and upload what changed; the server averages.",
+        held="class rows: there are none",
+        matrix="There is none.",
+    ),
 }
 _MIXED = (
     "In each of {rounds} rounds {cohort} train. The methods differ in what of the model clients share, and "

@@ -176,9 +176,7 @@ def test_what_cannot_be_read_is_not_called_damaged(name, stopped, tmp_path):
     with pytest.raises(CheckpointError, match=f"checkpoint-000003 is damaged: it has no {name}$"):
         train(stopped, resume=True)
     path.mkdir()  # which nobody can read as a file, root neither
-    with pytest.raises(
-        CheckpointError, match=f"checkpoint-000003 cannot be read: Is a directory: .*{name}$"
-    ):
+    with pytest.raises(CheckpointError, match=f"checkpoint-000003 cannot be read: Is a directory: .*{name}$"):
         train(stopped, resume=True)
     path.rmdir()
     (tmp_path / name).rename(path)

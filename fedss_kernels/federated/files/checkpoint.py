@@ -157,7 +157,7 @@ def _sealed(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _bytes(path: Path, name: str) -> bytes:
-    """What one of its files holds. Raises CheckpointError: without it the checkpoint is damaged, else maybe not."""
+    """What one of its files holds. Raises CheckpointError: damaged is one without it, not what is refused."""
     try:
         return (path / name).read_bytes()
     except FileNotFoundError:

@@ -9,6 +9,7 @@ one.
 import copy
 import itertools
 import math
+import reprlib
 import weakref
 from dataclasses import dataclass
 
@@ -160,7 +161,12 @@ def draw_batch_class_set(
 
 def check_sampler(sampler: object, num_classes: int) -> None:
     """Raises ValueError unless it is a known name or a FrequencySampler of so many classes."""
-    if not isinstance(sampler, FrequencySampler):
+    if not isinstance(sampler, (str, FrequencySampler)):
+        raise ValueError(
+            f'sampler: expected "uniform" or "log_uniform", got {reprlib.repr(sampler)}; frequencies are '
+            "given as FrequencySampler(torch.as_tensor(frequencies))"
+        )
+    if isinstance(sampler, str):
         check_choice("sampler", sampler, ("uniform", "log_uniform"))
     elif sampler.kept.shape[0] != num_classes:
         raise ValueError(

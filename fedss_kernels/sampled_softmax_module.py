@@ -124,7 +124,7 @@ class SampledSoftmaxLoss(nn.Module):
         scale = as_float(scale)
         check_scale(scale, torch.device("cpu"))
         held = dtype or torch.get_default_dtype()
-        if learn_scale and not torch.tensor(scale, dtype=torch.float64, device="cpu").to(held).isfinite():
+        if learn_scale and not torch.as_tensor(scale, dtype=torch.float64, device="cpu").to(held).isfinite():
             raise ValueError(f"scale: expected a number that {held} holds, as it is learned, got {scale}")
         num_classes = check_integer("num_classes", num_classes, 1)
         embedding_dim = check_integer("embedding_dim", embedding_dim, 1)

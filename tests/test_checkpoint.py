@@ -169,6 +169,20 @@ def test_a_flipped_bit_is_an_error_wherever_it_is(name, stopped):
     train(stopped, resume=True)
 
 
+@pytest.mark.parametrize("name", ["state.safetensors", "checkpoint.json"])
+def test_what_cannot_be_read_is_not_called_damaged(name, stopped, tmp_path):
+    path = stopped / "checkpoint-000003" / name
+    path.rename(tmp_path / name)
+    with pytest.raises(CheckpointError, match=f"checkpoint-000003 is damaged: it has no {name}$"):
+        train(stopped, resume=True)
+    path.mkdir()  # which nobody can read as a file, root neither
+    with pytest.raises(CheckpointError, match=f"checkpoint-000003 cannot be read: Is a directory: .*{name}$"):
+        train(stopped, resume=True)
+    path.rmdir()
+    (tmp_path / name).rename(path)
+    train(stopped, resume=True)
+
+
 def test_there_must_be_something_to_go_on_from(stopped, tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint in"):
         train(tmp_path / "nothing", resume=True)

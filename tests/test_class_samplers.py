@@ -226,6 +226,11 @@ def test_added_classes_need_a_new_sampler():
     [
         ("zipf", ValueError, """sampler: expected "uniform" or "log_uniform", got 'zipf'"""),
         ([1.0] * C, ValueError, """sampler: expected "uniform" or "log_uniform", got \\[1.0"""),
+        (
+            [1.0] * 10**6,
+            ValueError,
+            r"got \[(1\.0, ){6}\.\.\.\]; frequencies are given as FrequencySampler\(",
+        ),
         (torch.ones(C - 1), ValueError, "sampler: expected frequencies of 50 classes, got 49"),
         (torch.ones(C, 1), ValueError, r"frequencies: expected shape \(C,\), C >= 1, got \(50, 1\)"),
         (torch.arange(C), ValueError, r"frequencies: expected finite positive .* got 0.0 at position 0"),

@@ -198,9 +198,10 @@ def test_a_link_to_nothing_is_an_error(tmp_path):
         read(folder, how=TWO)
 
 
-def test_an_image_that_is_a_link_to_nothing_is_missing_and_can_be_left_out(tmp_path, caplog):
+@pytest.mark.parametrize("target", ["gone.jpg", "data/ant/9.jpg"])  # the latter is itself
+def test_an_image_that_is_a_link_to_nothing_is_missing_and_can_be_left_out(target, tmp_path, caplog):
     folder = write_tree(tmp_path / "data", {"ant": 5, "bee": 5})
-    (folder / "ant" / "9.jpg").symlink_to(tmp_path / "gone.jpg")
+    (folder / "ant" / "9.jpg").symlink_to(tmp_path / target)
     advice = (
         r"1 of 11 images are missing: .*ant/9\.jpg; .* go on without them: --skip-damaged; all of them are"
     )

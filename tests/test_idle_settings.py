@@ -68,6 +68,10 @@ def test_defaults_are_not_worth_a_word(name):
             {"rounds": 10, "warmup_rounds": 20},
             "warmup_rounds 20 is more than the 10 rounds: the clients' rate comes to 0.025, not to",
         ),
+        (
+            {"method": "neg_only", "num_negatives": 0},
+            "num_negatives 0: neg_only trains nothing, as it pushes",
+        ),
     ],
 )
 def test_a_setting_without_effect_is_named_with_the_reason(options, line):

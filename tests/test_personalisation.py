@@ -310,7 +310,7 @@ def test_runs_without_clients_test_images_are_refused(folder, capsys):
     out = f"--out={folder / 'out'}"
     capsys.readouterr()
     assert cli.main(["personalise", natural, out]) == 2
-    assert "nobody knows which test images of glyphs are whose" in capsys.readouterr().err
+    assert "fedss personalise: nobody knows which test images of glyphs are whose" in capsys.readouterr().err
     assert cli.main(["personalise", search, out]) == 2
     assert "expected a classification, got a retrieval" in capsys.readouterr().err
     assert cli.main(["personalise", str(folder / "nowhere"), out]) == 2

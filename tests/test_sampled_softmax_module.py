@@ -59,6 +59,12 @@ def test_compiles_fullgraph_and_equals_eager():
     assert torch.equal(compiled(x, t), eager)
 
 
+@pytest.mark.parametrize("scale", [torch.tensor(5.0), torch.tensor([5.0], requires_grad=True)])
+def test_a_learned_scale_begins_with_a_tensors_number(scale):
+    criterion = SampledSoftmaxLoss(C, D, scale=scale, learn_scale=True)
+    assert criterion.scale is not scale and criterion.scale.tolist() == [5.0]
+
+
 def test_compiles_fullgraph_with_a_generator_and_equals_eager():
     """Two losses, so two draws, which a compiler must not take for one; a copy draws as the original does."""
     criterion = SampledSoftmaxLoss(C, D, 7, generator=torch.Generator().manual_seed(5))

@@ -66,6 +66,13 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
             load_checkpoint(model, tmp_path / name)
 
 
+def test_parameters_that_are_not_finite_are_refused_by_name(tmp_path):
+    state = {"weight": torch.zeros(2, 3), "bias": torch.tensor([0.0, torch.nan])}
+    torch.save(state, tmp_path / "nan")
+    with pytest.raises(ValueError, match="nan holds numbers that are not finite, in bias$"):
+        load_checkpoint(nn.Linear(3, 2), tmp_path / "nan")
+
+
 def test_what_is_no_checkpoint_is_named_as_what_it_is_in_a_line(tmp_path):
     model = nn.Linear(30, 200)
     torch.save(model.state_dict(), tmp_path / "whole")

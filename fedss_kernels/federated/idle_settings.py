@@ -112,7 +112,7 @@ RULES: tuple[Rule, ...] = (
 def idle(configs: Iterable[Config]) -> list[str]:
     """A line for each option that is not at its default and takes effect in none of these runs.
 
-    And for a warm-up longer than the rounds, whose rate never comes to be client_lr.
+    And for a warm-up longer than the rounds, whose rate never comes to client_lr, and where nothing trains.
     """
     found = [_idle(config) for config in configs]
     return [line for line in dict.fromkeys(found[0]) if all(line in other for other in found)]
@@ -131,6 +131,11 @@ def _idle(config: Config) -> list[str]:
         lines.append(
             f"warmup_rounds {config.warmup_rounds} is more than the {config.rounds} rounds: the clients' "
             f"rate comes to {highest:.3g}, not to client_lr {config.client_lr:g}"
+        )
+    method = METHODS[config.method]
+    if method.samples and not method.own_push and config.num_negatives == 0 and not config.equal_pushes:
+        lines.append(
+            f"num_negatives 0: {config.method} trains nothing, as it pushes images from negatives alone"
         )
     return lines
 

@@ -139,6 +139,7 @@ def _data_of(configs: dict[Path, Config]) -> FederatedData:
         _, data = read_data(next(iter(configs.values())), [])
     with noted(wrong):
         check_measurable(data)
+    wrong = [line.removeprefix("personalise: ") for line in wrong]  # the command says its name itself
     for folder in configs:
         with noted(wrong):
             check_trained_on(folder, data)

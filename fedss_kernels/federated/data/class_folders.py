@@ -12,6 +12,8 @@ from collections import Counter
 from pathlib import Path
 from typing import NoReturn
 
+from .damage import NOWHERE
+
 ByClass = dict[str, list[Path]]  # the files of each class, sorted
 
 # Formats that Pillow knows and that are no pictures: EPS is a program for Ghostscript, MPEG a film.
@@ -203,10 +205,8 @@ class ClassFolders:
 def _leads_nowhere(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_symlink() and not entry.stat()
-    except FileNotFoundError:
-        return True
-    except OSError:  # another matter
-        return False
+    except OSError as error:  # else, as of a folder that nobody may enter, another matter
+        return error.errno in NOWHERE
 
 
 def _some(names: list[str]) -> str:

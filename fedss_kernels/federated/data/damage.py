@@ -17,6 +17,11 @@ NAMED = 5  # of many, that a message names
 OR_SKIP = "; or go on without them: --skip-damaged"
 ESCAPES = {b"\\": rb"\\", b"\t": rb"\t", b"\n": rb"\n", b"\r": rb"\r"}  # in a list, the backslash first
 UNREAD = "cannot be read: "  # in a list, before the reasons that may be gone the next time
+NOWHERE = (
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.ELOOP,
+)  # no file at a path's or a link's end: it is missing
 log = logging.getLogger(__name__)
 
 

@@ -33,7 +33,7 @@ from ..lock import InUse, Lock
 from . import decoding
 from .array_file import DIGEST, ArrayFile, Shape, is_whole, map_images
 from .cache import default_cache_dir, key_of, remove_leftovers, written_to
-from .damage import DamagedImages, MissingImages, read_list, some, write_list
+from .damage import NOWHERE, DamagedImages, MissingImages, read_list, some, write_list
 from .pixels import Failure, decode, failure, read_file, unlimited
 
 VERSION = 3  # raise it whenever the same files would give another array
@@ -127,7 +127,9 @@ class _Files:
                     self.say(f"{self.name}: looking at files", seen, self.total)
                 try:
                     stat = file.stat()
-                except (FileNotFoundError, NotADirectoryError):
+                except OSError as error:
+                    if error.errno not in NOWHERE:
+                        raise
                     missing.append(file)
                     continue
                 digest = begin.copy()

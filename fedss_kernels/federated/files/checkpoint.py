@@ -30,7 +30,7 @@ from torch import Tensor
 from ... import _C
 from ..algorithms import METHODS
 from ..config import Config, learning_rate
-from ..disk import sync_folder, write_synced
+from ..disk import reason, sync_folder, write_synced
 from .fingerprint import Fingerprint
 
 FORMAT = 4
@@ -105,10 +105,7 @@ def read(folder: Path, config: Config) -> Checkpoint:
     another configuration's, with a list of what differs; and as `_check_rounds`.
     """
     path, rest = _sealed(folder)
-    try:
-        state = (path / _STATE).read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from None
+    state = _bytes(path, _STATE)
     if rest["state_sha256"] != hashlib.sha256(state).hexdigest():
         raise CheckpointError(f"{path} is damaged: its checksum is another")
     there = rest["config"] | {"rounds": config.rounds}  # of which there may be more
@@ -144,10 +141,11 @@ def _sealed(folder: Path) -> tuple[Path, dict[str, Any]]:
     if not found:
         raise CheckpointError(f"no checkpoint in {folder}")
     path = found[-1]
+    read = _bytes(path, _REST)
     try:
-        rest = json.loads((path / _REST).read_bytes())
+        rest = json.loads(read)
         whole = rest.pop("sha256") == _seal(rest)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
     if not whole:
         raise CheckpointError(f"{path} is damaged: its checksum is another")
@@ -157,6 +155,16 @@ def _sealed(folder: Path) -> tuple[Path, dict[str, Any]]:
             "fedss-kernels that wrote it, or start anew"
         )
     return path, rest
+
+
+def _bytes(path: Path, name: str) -> bytes:
+    """What one of its files holds. Raises CheckpointError: damaged is one without it, not what is refused."""
+    try:
+        return (path / name).read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is damaged: it has no {name}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {reason(error)}") from None
 
 
 def _check_rounds(there: Config, here: Config, done: int) -> None:

@@ -76,7 +76,7 @@ def load_checkpoint(model: nn.Module, path: Any) -> nn.Module:
     """The parameters in a file of torch.save: a state dict, or {"extractor": one}, as a run's model.pt.
 
     Where shapes differ, as in the head of another D, the model's own stay. Raises ValueError for a file that
-    holds none of the model's parameters, or anything but tensors.
+    holds none of the model's parameters, some that are not finite, or anything but tensors.
     """
     found = _loaded(path)
     state = found.get("extractor", found) if isinstance(found, dict) else {}
@@ -88,6 +88,8 @@ def load_checkpoint(model: nn.Module, path: Any) -> nn.Module:
     }
     if not fitting:
         raise ValueError(f"{path} holds no parameter of this model")
+    if wrong := [name for name, value in fitting.items() if not value.isfinite().all()]:
+        raise ValueError(f"{path} holds numbers that are not finite, in {', '.join(wrong[:3])}")
     model.load_state_dict(fitting, strict=False)
     return model
 

@@ -634,6 +634,14 @@ def test_what_is_wrong_is_said(wrong, kind, message, impl):
         loss_function(x, w, **({"target": t} | wrong), impl=impl)
 
 
+@pytest.mark.parametrize("impl", ["cpp", "reference"])
+def test_without_classes_every_row_is_ignored(impl):
+    x, w, _ = problem()
+    t, options = torch.full((6,), -100), {"label_smoothing": 0.1, "class_weight": torch.ones(0)}
+    loss, lse = loss_function(x, w[:0], t, **options, return_lse=True, impl=impl)
+    assert loss == 0 and torch.equal(lse, torch.zeros(6))
+
+
 @pytest.mark.parametrize("class_ids", [None, torch.arange(3)])
 def test_a_batch_of_no_rows_is_smoothed_to_nothing(class_ids, sampled_softmax_loss):
     x, w, t = problem()

@@ -32,8 +32,8 @@ def composed_loss(
     rounding: torch.dtype | None,  # autocast's
     labels: tuple[Tensor | None, Tensor | None],  # of entries and of targets
     extras: Extras,
-) -> tuple[Tensor, Tensor | None]:
-    """(loss, lse or None), of the reduction's shape and (B,)."""
+) -> tuple[Tensor, Tensor]:
+    """(loss, lse where the targets' logits are wanted), of the reduction's shape and (B,)."""
     class_ids, counts, target_counts = corrections
     input, rounding = widened_rows(input, weight, rounding)
     if isinstance(scale, Tensor):  # and scale's, of the losses and of targets' logits, in float64
@@ -52,7 +52,7 @@ def composed_loss(
     losses = row_losses(
         *(input, table, target, corrections, *shared, ignore_index, impl, rounding, (*labels, changed))
     )
-    lse = mean = None
+    lse, mean = losses, None  # where there are no classes: all rows are ignored
     if given is not None:
         lse = (losses + given).to(losses.dtype)
         if extras.label_smoothing:
@@ -69,7 +69,7 @@ def _sums(losses: Tensor, shares: Tensor) -> Sequence[Tensor]:
 
 def reduced_loss(
     losses: Tensor,  # (B,) L_i
-    lse: Tensor | None,  # (B,), for label smoothing
+    lse: Tensor,  # (B,)
     mean: Tensor | None,  # (B,), for label smoothing
     classes: Tensor,  # (B,) in [0, C)
     counted: Tensor,  # (B,) bool
@@ -78,11 +78,11 @@ def reduced_loss(
     sums: Callable[[Tensor, Tensor], Sequence[Tensor]] = _sums,  # of the losses and of the shares in "mean"
 ) -> Tensor:
     """class_weight_t * ((1 - e) * L_i + e * (lse_i - mean_i)), reduced."""
-    if lse is not None and mean is not None:
+    if mean is not None:
         smooth = (lse - mean).where(counted, 0.0)
         losses = torch.lerp(losses, smooth.to(losses.dtype), extras.label_smoothing)
     share = counted.to(losses.dtype)
-    if extras.class_weight is not None:
+    if extras.class_weight is not None and extras.class_weight.shape[0] > 0:
         share = extras.class_weight.index_select(0, classes).to(losses.dtype).where(counted, 0.0)
         losses = losses * share
     if reduction == "none":

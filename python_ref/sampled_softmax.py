@@ -92,7 +92,7 @@ def sampled_softmax_loss(
         smooth = torch.where(counted, lse - (o_target + estimated) / C, 0.0)
         loss = (1 - label_smoothing) * loss + label_smoothing * smooth
     share = counted.to(dtype)
-    if class_weight is not None:
+    if class_weight is not None and C > 0:
         share = torch.where(counted, class_weight.to(dtype)[t], 0.0)
         loss = loss * share
     if reduction == "none":

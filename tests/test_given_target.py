@@ -171,6 +171,34 @@ def test_opcheck(all_classes, impl):
     torch.library.opcheck(OPERATORS.sampled_softmax_loss_backward.default, backward)
 
 
+@pytest.mark.parametrize("kernel", ["cpp", "triton"])
+@pytest.mark.parametrize("sparse_grad", [False, True])
+def test_opcheck_of_stand_ins(sparse_grad, kernel):
+    """Of 16-bit tables, whose gradients come in float32. (The reference is no operator.)"""
+    (x, w, bias, _), scale, labels, ids, counts = problem(F32)
+    labels = labels.clamp(min=0)
+    stand_ins = [torch.zeros(t.shape).requires_grad_() for t in (w, bias)]
+    values = [t.detach().bfloat16() for t in (w, bias)]
+    options = ("cosine", -100, "none", sparse_grad, kernel, [False] * 4, None, None, None, None, *values)
+    tensors = (x, stand_ins[0], labels, ids, counts, None, stand_ins[1], scale)
+    # torch has no sparse gradients on fake tensors
+    checks = ["test_schema", "test_autograd_registration"]
+    checks += [] if sparse_grad else ["test_faketensor"]
+    checks += ["test_aot_dispatch_dynamic"] if kernel == "cpp" and not sparse_grad else []
+    torch.library.opcheck(OPERATORS.sampled_softmax_loss.default, (*tensors, *options), test_utils=checks)
+    loss = OPERATORS.sampled_softmax_loss(*tensors, *options)[0]
+    gradients = torch.autograd.grad(loss.sum(), stand_ins)
+    assert all(g.dtype is F32 and g.is_sparse == sparse_grad for g in gradients)
+    right = reference_loss(
+        *(x, values[0].double(), labels, ids, counts),
+        bias=values[1].double(),
+        scale=scale,
+        reduction="none",
+        dtype=F64,
+    )
+    torch.testing.assert_close(loss.double(), right, rtol=1e-4, atol=1e-5)
+
+
 def test_shards_of_the_classes_add_up(impl):
     """L = log(1 + sum_r (exp(L_r) - 1)): each part of the classes by itself, as where they lie on devices."""
     (x, w, _, given), _, labels, *_ = problem()

@@ -13,6 +13,7 @@ namespace {
 
 struct Problem {
   Tensor input, weight, target, class_ids, log_count, target_log_count, bias, grad_loss;
+  Tensor entry_labels, target_labels, target_logit;
   SampledSoftmax view;  // of the tensors above
   unsigned wanted = 0;  // results: a bit for each
   int64_t S = 0;
@@ -45,12 +46,19 @@ struct Problem {
     if (given & 2) target_log_count = corrections(draw, B), view.target_log_expected_count = target_log_count.vector();
     if (given & 4) bias = draw.vector(draw.floating(), C), view.bias = bias.vector();
     if (given & 8) grad_loss = draw.vector(draw.floating(), B), view.grad_loss = grad_loss.vector();
+    // Few labels, so that there are hits, and some that nobody else has.
+    if (given & 16) entry_labels = draw.ids(S, 1 + draw.below(5)), view.entry_labels = entry_labels.vector();
+    if (given & 32) target_labels = draw.ids(B, 1 + draw.below(5)), view.target_labels = target_labels.vector();
+    if (given & 64 && view.reduction == Reduction::none) {
+      target_logit = draw.vector(draw.floating(), B), view.target_logit = target_logit.vector();
+    }
+    if (given & 16 && wanted & (4 | 8)) wanted |= 32;  // the rows of a class under several labels become one
   }
 
   // How the message that refuses the problem begins, or nothing.
   std::string refused() const {
     const int64_t C = view.weight.rows;
-    std::string bad = first_bad_id("target", view.target, C, &view.ignore_index);
+    std::string bad = view.target_logit ? "" : first_bad_id("target", view.target, C, &view.ignore_index);
     if (bad.empty()) bad = first_bad_id("class_ids", view.class_ids, C);
     if (bad.empty()) bad = first_bad_correction("log_expected_count", view.log_expected_count, false);
     if (bad.empty()) bad = first_bad_correction("target_log_expected_count", view.target_log_expected_count, true);
@@ -59,14 +67,20 @@ struct Problem {
 
   bool counts(int64_t i) const { return target.id(i) != view.ignore_index; }
 
-  // Ascending: the classes that are listed, and not left out, or a target.
+  // Rows of results for the classes that take part.
+  int64_t capacity() const {
+    const int64_t C = weight.rows, entries = S + input.rows;
+    return view.all_classes ? C : view.entry_labels ? entries : std::min(entries, C);
+  }
+
+  // Ascending: the classes that are listed, and not left out, or a target whose logit is made.
   std::set<int64_t> touched() const {
     std::set<int64_t> ids;
     for (int64_t j = 0; j < S; ++j) {
       if (view.all_classes || value(view.log_expected_count, j) < kInf)
         ids.insert(view.all_classes ? j : class_ids.id(j));
     }
-    for (int64_t i = 0; i < target.rows; ++i) {
+    for (int64_t i = 0; i < target.rows && !view.target_logit; ++i) {
       if (counts(i)) ids.insert(target.id(i));
     }
     return ids;
@@ -77,11 +91,14 @@ struct Problem {
     double sum = 0;
     for (int64_t i = 0; i < target.rows; ++i) {
       if (!counts(i)) continue;
-      const double o_t = logit(i, target.id(i)) - value(view.target_log_expected_count, i);
+      const double o_t =
+          view.target_logit ? view.target_logit[i] : logit(i, target.id(i)) - value(view.target_log_expected_count, i);
+      const int64_t label = view.target_labels ? target_labels.id(i) : target.id(i);
       std::vector<double> o{o_t};
       for (int64_t j = 0; j < S; ++j) {
         const int64_t id = view.all_classes ? j : class_ids.id(j);
-        if (id != target.id(i)) o.push_back(logit(i, id) - value(view.log_expected_count, j));
+        if ((view.entry_labels ? entry_labels.id(j) : id) != label)
+          o.push_back(logit(i, id) - value(view.log_expected_count, j));
       }
       const double max = *std::max_element(o.begin(), o.end());
       double terms = 0;
@@ -137,10 +154,10 @@ struct Answer {
   std::string refused;
 
   Answer(const Problem& p, int threads, char filling) : filling_(filling) {
-    const int64_t B = p.view.input.rows, C = p.view.weight.rows, D = p.view.input.cols;
+    const int64_t B = p.view.input.rows, D = p.view.input.cols;
     const DType type = p.view.input.dtype == DType::float64 ? DType::float64 : DType::float32;
     SampledSoftmaxResult result;
-    result.capacity = p.view.all_classes ? C : std::min(p.S + B, C);
+    result.capacity = p.capacity();
     const auto room = [&](unsigned bit, Tensor& t, DType dtype, int64_t n) -> void* {
       if (!(p.wanted >> bit & 1)) return nullptr;
       t.dtype = dtype, t.rows = n, t.cols = 1;
@@ -204,9 +221,10 @@ bool zeros_from(const Tensor& t, int64_t first, int64_t n) {
 
 void check_rows(const Problem& p, const Answer& a) {
   const std::set<int64_t> touched = p.touched();
-  promise(a.touched == int64_t(touched.size()), "as many rows touched as there are classes that take part");
-  const int64_t capacity =
-      p.view.all_classes ? p.view.weight.rows : std::min(p.S + p.view.input.rows, p.view.weight.rows);
+  if (!p.view.entry_labels || p.view.all_classes || a.row_ids.elements() > 0) {
+    promise(a.touched == int64_t(touched.size()), "as many rows touched as there are classes that take part");
+  }
+  const int64_t capacity = p.capacity();
   promise(zeros_from(a.grad_rows, a.touched, capacity), "no gradient behind the rows that were touched");
   promise(zeros_from(a.grad_bias, a.touched, capacity), "no gradient behind the biases that were touched");
   auto id = touched.begin();

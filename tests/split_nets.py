@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fedss_kernels.federated.split_learning.client_halves import ClientHalves
+from fedss_kernels.federated.split_learning.client_halves import ClientHalves, unchanged
 from fedss_kernels.federated.split_learning.half import Half, cut
 from fedss_kernels.federated.split_learning.joint import Joint
 from fedss_kernels.federated.split_learning.key_queue import KeyQueue
@@ -53,10 +53,10 @@ def views(step, B=12):
     return torch.randn(2, B, 2, SIDE, SIDE, generator=generator, dtype=torch.float64)
 
 
-def joint(rules, after=1, queues=None, whole=None, **options):
+def joint(rules, after=1, queues=None, whole=None, travels=unchanged):
     first, rest = cut(whole or net(), after, head())
     queues = queues or [KeyQueue(noise())]
-    return Joint(ClientHalves(Half(first), rules), ServerHalf(Half(rest), queues, rules), **options)
+    return Joint(ClientHalves(Half(first), rules, travels), ServerHalf(Half(rest), queues, rules))
 
 
 def play(made, steps, K, lr=LR, *, period=1, first=0, images=None):

@@ -402,9 +402,12 @@ def test_what_is_stored_is_all_that_counts(copies):
 
 def test_numbers_change_on_their_way_where_they_do():
     seen = []
-    made = joint(Rules(), travels=lambda numbers: seen.append(numbers.shape) or numbers)
+    made = joint(Rules(), travels=lambda numbers: seen.append(tuple(numbers.shape)) or numbers)
     play(made, 1, 3)
-    assert len(seen) == 3 and len(set(seen)) == 1  # latents of both halves up, their gradients down
+    P, latents = len(made.clients.weights), (1, 3, 4, 4, SIDE, SIDE)
+    each = [(P,)] * 3, [latents] * 3, [(3, P), (P,)] * 3
+    # C, its copy and velocity down; latents of both halves up, gradients down; all three up and down again
+    assert seen == [shape for part in each for shape in part]
 
 
 @pytest.mark.parametrize(

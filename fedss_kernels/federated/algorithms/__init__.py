@@ -11,6 +11,7 @@ from .fedss import FEDSS
 from .full_softmax import FULL_SOFTMAX
 from .local_only import LOCAL_ONLY
 from .method import Method
+from .mocosfl import MOCOSFL
 from .neg_only import NEG_ONLY
 from .pos_only import POS_ONLY
 from .simclr import SIMCLR
@@ -31,6 +32,7 @@ METHODS: dict[str, Method] = {
         FEDREP,
         LOCAL_ONLY,
         SIMCLR,
+        MOCOSFL,
     )
 }
 

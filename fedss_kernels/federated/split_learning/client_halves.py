@@ -1,6 +1,6 @@
 """The clients' half: one for each of a cohort, and their average in between."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,12 @@ from .half import Half
 from .latents import Latents
 from .rules import Rules
 from .sgd import sgd_step
+
+Way = Callable[[Tensor], Tensor]  # what becomes of numbers as they travel
+
+
+def unchanged(numbers: Tensor) -> Tensor:
+    return numbers
 
 
 @dataclass
@@ -27,8 +33,8 @@ class ClientHalves:
     Where the copies or the velocities are "kept", every client that ever took part has its own for good.
     """
 
-    def __init__(self, half: Half, rules: Rules):
-        self.half, self.rules = half, rules
+    def __init__(self, half: Half, rules: Rules, travels: Way = unchanged):
+        self.half, self.rules, self.travels = half, rules, travels
         self.weights = half.initial.clone()  # what a cohort is sent
         self.copy, self.velocity = self.weights.clone(), torch.zeros_like(self.weights)
         self.kept_copies, self.kept_velocities = dict[int, Tensor](), dict[int, Tensor]()
@@ -41,9 +47,9 @@ class ClientHalves:
         self.clients, K = list(clients), len(clients)
         if self.rules.frozen:
             return
-        self.each_weights = self.weights.repeat(K, 1)
-        self.each_copy = self._rows(self.kept_copies, self.copy)
-        self.each_velocity = self._rows(self.kept_velocities, self.velocity)
+        self.each_weights = self.travels(self.weights).repeat(K, 1)
+        self.each_copy = self._rows(self.kept_copies, self.travels(self.copy))
+        self.each_velocity = self._rows(self.kept_velocities, self.travels(self.velocity))
 
     def _rows(self, kept: Mapping[int, Tensor], usual: Tensor) -> Tensor:
         return torch.stack([kept.get(client, usual) for client in self.clients])
@@ -122,17 +128,21 @@ class ClientHalves:
         """C <- sum_k (n_k / n) C_k, of the cohort's clients, with n_k images each; and all C_k <- C."""
         n = torch.tensor(images, dtype=torch.float64)
         share, rules = (n / n.sum()).to(self.weights.dtype), self.rules
-        self.weights = share @ self.each_weights
+        self.weights = share @ self.travels(self.each_weights)
         self.divergence = self._divergence()
-        self.each_weights.copy_(self.weights.expand_as(self.each_weights))
+        self._send(self.weights, self.each_weights)
         if rules.momentum_copies != "kept":
             averaged = rules.momentum_copies == "averaged"
-            self.copy = share @ self.each_copy if averaged else self.weights.clone()
-            self.each_copy.copy_(self.copy.expand_as(self.each_copy))
+            self.copy = share @ self.travels(self.each_copy) if averaged else self.weights.clone()
+            self._send(self.copy, self.each_copy)
         if rules.velocities != "kept":
             averaged = rules.velocities == "averaged"
-            self.velocity = share @ self.each_velocity if averaged else torch.zeros_like(self.weights)
-            self.each_velocity.copy_(self.velocity.expand_as(self.each_velocity))
+            nothing = torch.zeros_like(self.weights)
+            self.velocity = share @ self.travels(self.each_velocity) if averaged else nothing
+            self._send(self.velocity, self.each_velocity)
+
+    def _send(self, numbers: Tensor, to: Tensor) -> None:  # (P,), (K, P)
+        to.copy_(self.travels(numbers).expand_as(to))
 
     def _divergence(self) -> float:
         """sum_l |C_k,l - C_l|, the mean over the clients k, l the half's parameters: the paper's Eq. 4."""

@@ -1,6 +1,6 @@
 """A step of clients and server together, as it is: what travels, who is left out, and who steps when."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -21,19 +21,19 @@ class Joint:
 
     clients: ClientHalves
     server: ServerHalf
-    travels: Callable[[Tensor], Tensor] = lambda numbers: numbers  # what comes of numbers on their way
     trusting: bool = False  # whether nobody is left out
     left_out: list[int] = field(default_factory=list)
 
     def step(self, first: Tensor, second: Tensor, lr: float) -> float:  # two views, (K, b, ...) each
         """The loss before: a sum of the views', each a mean over the images."""
+        travels = self.clients.travels
         sent = self.clients.forward(first, second)
-        latents = Latents(self.travels(sent.online), self.travels(sent.momentum))
+        latents = Latents(travels(sent.online), travels(sent.momentum))
         stay = self._leave(latents.finite)
         latents = latents if stay.all() else latents.of(stay)
         loss, gradient = self.server.step(latents, self.clients.clients, lr)
         if not self.server.rules.frozen:
-            self.clients.backward(self.travels(gradient), lr)
+            self.clients.backward(travels(gradient), lr)
         return loss
 
     def synchronise(self, images: Mapping[int, int]) -> None:

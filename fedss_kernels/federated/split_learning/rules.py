@@ -2,15 +2,12 @@
 
 from dataclasses import dataclass
 
-SYMMETRIC = ("server", "full", "none")
-MOMENTUM_COPIES = ("averaged", "kept", "reset")
-CLIENT_GRADIENTS = ("sent", "own")
-VELOCITIES = ("averaged", "kept", "zeroed")
+from ..algorithms.mocosfl import CLIENT_GRADIENTS, MOMENTUM_COPIES, SYMMETRIC, VELOCITIES
 
 
 @dataclass(frozen=True)
 class Rules:
-    """Raises ValueError for a name that is none of the above, or a number that cannot be."""
+    """Raises ValueError for a name that is none of algorithms/mocosfl.py's, or a number that cannot be."""
 
     temperature: float = 0.1  # T
     ema: float = 0.99  # tau: what a momentum copy keeps of itself in a step

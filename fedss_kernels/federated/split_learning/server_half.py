@@ -1,6 +1,6 @@
 """The server's half: it contrasts what clients send, steps, and says how they should."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +88,7 @@ class ServerHalf:
             "queue_next": torch.tensor([queue.next for queue in self.queues]),
         }
 
-    def restore(self, stored: dict[str, Tensor]) -> None:
+    def restore(self, stored: Mapping[str, Tensor]) -> None:
         for mine, name in ((self.weights, "server"), (self.copy, "server_copy")):
             mine.copy_(stored[name])
         self.velocity.copy_(stored["server_velocity"])

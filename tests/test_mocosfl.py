@@ -50,7 +50,7 @@ def net():
 
 
 def config(**options):
-    usual = {"method": "mocosfl", "batch_size": 2, "queue": 12, "key_dim": 3, "round_steps": STEPS}
+    usual = {"method": "mocosfl", "batch_size": 2, "queue_size": 12, "key_dim": 3, "round_steps": STEPS}
     return tiny_config(**usual | {"sync_period": 2} | options)
 
 
@@ -360,7 +360,7 @@ def test_a_round_in_which_all_diverge_changes_nothing():
 
 
 def test_where_keys_become_alike_it_is_said_once(caplog):
-    a = algorithm(queue=4)
+    a = algorithm(queue_size=4)
     with torch.no_grad():
         a.joint.server.weights.zero_()
         a.joint.server.copy.zero_()
@@ -392,7 +392,7 @@ def test_defaults_are_the_methods_where_it_has_its_own():
             "workers: expected 1 with mocosfl, whose clients and server step together",
         ),
         ({"personalise_epochs": 1}, "personalise_epochs: expected 0 with mocosfl, which has no class rows"),
-        ({"private_queues": True, "queue": 4}, "queue: expected at least 5 with private_queues"),
+        ({"private_queues": True, "queue_size": 4}, "queue_size: expected at least 5 with private_queues"),
         ({"symmetric": "both"}, "symmetric: expected one of server, full, none, got 'both'"),
         ({"temperature": 0.0}, "temperature: expected a finite number greater than 0"),
         ({"class_store": "somewhere"}, "class_store: expected none with mocosfl"),
@@ -416,8 +416,8 @@ def test_a_net_that_is_not_its_blocks_in_a_row_is_refused():
 
 
 def test_options_of_others_are_refused_and_those_without_effect_are_named(capsys):
-    assert cli.main(["run", "--data", "glyphs", "--method", "fedss", "--queue", "5"]) == 2
-    assert "--queue is for mocosfl, not for fedss" in capsys.readouterr().err
+    assert cli.main(["run", "--data", "glyphs", "--method", "fedss", "--queue-size", "5"]) == 2
+    assert "--queue-size is for mocosfl, not for fedss" in capsys.readouterr().err
     lines = idle([config(aggregation="median", max_shift=1, scale=5.0, deadline=2.0)])
     assert any("aggregation median has no effect: clients and server step together" in line for line in lines)
     assert any("max_shift 1 has no effect: the method takes views" in line for line in lines)
@@ -428,18 +428,9 @@ def test_options_of_others_are_refused_and_those_without_effect_are_named(capsys
 
 
 def test_it_runs_from_the_command_line(tmp_path, capsys):
-    small = "--glyph-writers 6 --glyph-classes 4 --rounds 1 --cohort 3 --round-steps 2 --queue 20 --key-dim 4"
-    arguments = [
-        "run",
-        "--data",
-        "glyphs",
-        "--method",
-        "mocosfl",
-        *small.split(),
-        "--out",
-        str(tmp_path / "run"),
-    ]
-    assert cli.main(arguments) == 0
+    small = "--glyph-writers 6 --glyph-classes 4 --rounds 1 --cohort 3 --round-steps 2 --queue-size 20"
+    arguments = f"run --data glyphs --method mocosfl {small} --key-dim 4 --out".split()
+    assert cli.main([*arguments, str(tmp_path / "run")]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert 0 <= summary["probe"] <= 1 and summary["traffic"]["up_latents"] > 0
     assert cli.main(["methods"]) == 0

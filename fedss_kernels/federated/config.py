@@ -245,7 +245,7 @@ class Config:
     round_steps: int = option(
         0, "of mocosfl: steps in a round, 0: as a client with the mean number of images has batches", low=0
     )
-    queue: int = option(6000, "of mocosfl: keys that queries are told from besides their own", low=1)
+    queue_size: int = option(6000, "of mocosfl: keys that queries are told from besides their own", low=1)
     private_queues: bool = option(
         False, "of mocosfl: each client has a queue of its own, its share of the keys, and no one else's keys"
     )

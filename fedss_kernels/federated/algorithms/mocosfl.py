@@ -36,7 +36,16 @@ MOCOSFL = Method(
     split=True,
     baseline="simclr",
     options=(
-        *("cut", "sync_period", "round_steps", "queue", "private_queues", "key_dim", "temperature", "ema"),
+        *(
+            "cut",
+            "sync_period",
+            "round_steps",
+            "queue_size",
+            "private_queues",
+            "key_dim",
+            "temperature",
+            "ema",
+        ),
         *("symmetric", "in_turn", "client_gradient", "momentum_copies", "velocities", "freeze_clients"),
         "weight_decay",
     ),

@@ -72,10 +72,10 @@ def _head(features: int, config: Config) -> nn.Module:
 def _queues(config: Config, player: Player, device: torch.device) -> list[KeyQueue]:
     """One, or one for each client, of unit vectors at random."""
     number = len(player.data.clients) if config.private_queues else 1
-    if config.queue < number:
+    if config.queue_size < number:
         expected = f"expected at least {number:,} with private_queues, a key for each client"
-        raise ConfigError("queue", f"{expected}, got {config.queue:,}")
-    return [KeyQueue(_noise(config, k, config.queue // number).to(device)) for k in range(number)]
+        raise ConfigError("queue_size", f"{expected}, got {config.queue_size:,}")
+    return [KeyQueue(_noise(config, k, config.queue_size // number).to(device)) for k in range(number)]
 
 
 def _noise(config: Config, queue: int, keys: int) -> Tensor:  # (M, d)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.func import functional_call
 
 from fedss_kernels.federated.models import build_model
-from fedss_kernels.federated.models.isotropic import isotropic
+from fedss_kernels.federated.models.isotropic import isotropic_net
 
 
 def images(*shape):
@@ -64,7 +64,7 @@ def test_grey_images_are_taken_as_they_are_in_colour():
 
 def test_its_parameters_are_counted():
     """Of width 48: a stem of 7x7 and 12 blocks of two 3x3, each with a norm."""
-    count = sum(p.numel() for p in isotropic(192).parameters())
+    count = sum(p.numel() for p in isotropic_net(192).parameters())
     assert count == (3 * 49 * 48 + 96) + 12 * 2 * (9 * 48 * 48 + 96)
 
 
@@ -79,4 +79,4 @@ def test_its_parameters_are_counted():
 )
 def test_others_are_refused(settings, message):
     with pytest.raises(ValueError, match=f"model: isotropic: {message}"):
-        isotropic(**settings)
+        isotropic_net(**settings)

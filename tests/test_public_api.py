@@ -24,11 +24,15 @@ def _of(place: str) -> Iterator[str]:
         found = getattr(module, name)
         yield f"{place}.{name}{_signature(found)}"
         if inspect.isclass(found):
-            for method, value in sorted(vars(found).items()):
-                if not method.startswith("_") and callable(getattr(found, method)):
-                    yield f"{place}.{name}.{method}{_signature(getattr(found, method))}"
-                elif not method.startswith("_") and isinstance(value, property):
-                    yield f"{place}.{name}.{method}"
+            for member, value in inspect.getmembers(found, _is_ours):
+                if not member.startswith("_"):
+                    yield f"{place}.{name}.{member}{'' if isinstance(value, property) else _signature(value)}"
+
+
+def _is_ours(member: object) -> bool:
+    """Not torch's, and no field's default."""
+    of = member.fget if isinstance(member, property) else member
+    return inspect.isroutine(of) and str(getattr(of, "__module__", "")).startswith("fedss_kernels")
 
 
 def _signature(found: object) -> str:

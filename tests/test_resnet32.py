@@ -30,6 +30,15 @@ def test_a_convolution_by_its_formula(kernel, stride):
     )
 
 
+def test_a_filter_of_equal_weights_is_none_and_has_a_gradient():
+    layer, x = StandardisedConv2d(4, 6, 3), torch.rand(2, 4, 7, 8)
+    with torch.no_grad():
+        layer.weight[:3] = 0.5
+    y = layer(x)
+    y.square().sum().backward()
+    assert not y[:, :3].any() and y[:, 3:].any() and layer.weight.grad.isfinite().all()
+
+
 def test_a_filters_size_says_nothing():
     """Behind a norm: the same features from filters ten times as large."""
     net, x = build_model("conv4_ws", 128, seed=0), torch.rand(2, 3, 32, 32)
@@ -48,12 +57,10 @@ def test_resnet18_is_torchvisions_with_another_stem_and_standardised_filters(tor
     theirs = resnet18(norm_layer=lambda channels: nn.GroupNorm(channels // 4, channels))
     theirs.conv1, theirs.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
     theirs.fc = nn.Identity()
-    ours, count = list(net.parameters()), len(list(theirs.parameters()))
-    assert len(ours) == count
+    drawn = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for p in ours:
-            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
-        for p, own in zip(theirs.double().parameters(), ours, strict=True):
+        for p, own in zip(theirs.double().parameters(), net.parameters(), strict=True):
+            own.add_(0.1 * torch.randn(own.shape, generator=drawn))
             p.copy_(standardised(own) if own.dim() == 4 else own)
     x = images(2, 3, 32, 32)
     torch.testing.assert_close(net(x), theirs(x), rtol=1e-8, atol=1e-10)

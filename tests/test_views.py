@@ -1,5 +1,6 @@
 """Views: against torchvision's functions step by step, the draws by what they must be, and repeatable."""
 
+import itertools
 import math
 
 import numpy as np
@@ -157,10 +158,10 @@ def test_what_is_drawn_is_what_the_recipe_says(kind):
     for factors in choice.factors[jittered].T:
         assert 0.6 <= factors.min() < 0.601 and 1.399 < factors.max() < 1.4
         assert abs(factors.mean() - 1) < 5 * 0.8 / math.sqrt(12 * len(factors))
-    assert len(np.unique(choice.orders, axis=0)) == 24
-    for op in range(4):
-        for place in range(4):
-            share(choice.orders[:, place] == op, 0.25)
+    steps = 3 if kind == "simclr" else 4
+    assert choice.orders.shape == (n, steps)
+    for order in itertools.permutations(range(steps)):
+        share((choice.orders == order).all(1), 1 / math.factorial(steps))
     share(choice.flipped, 0.5)
     share(np.isin(np.arange(n), choice.grey), 0.2)
     if kind == "simclr":
@@ -231,6 +232,13 @@ def test_of_no_image_there_is_none():
 def test_other_images_are_refused(images, got):
     with pytest.raises(ValueError, match=rf"images: expected uint8 \(B, 1 or 3, H, W\), got {got}"):
         Views("simclr", 8)(images, np.random.default_rng(0))
+
+
+def test_draws_for_other_images_are_refused():
+    views = Views("simclr", 8)
+    draws = views.draw(3, np.random.default_rng(0))
+    with pytest.raises(ValueError, match=rf"draws: expected shape \(2, {DRAWS}\), got \(3, {DRAWS}\)"):
+        views.made(some_images(2), draws)
 
 
 def test_other_kinds_and_sizes_are_refused():

@@ -6,7 +6,7 @@ from torch import nn
 from torch.func import functional_call
 
 from fedss_kernels.federated.models import build_model
-from fedss_kernels.federated.models.vit import Block, vit
+from fedss_kernels.federated.models.vit import Block, vision_transformer
 
 
 def theirs(block: Block) -> nn.Module:
@@ -37,9 +37,10 @@ def images(*shape):
 def test_it_is_what_torchs_layers_make(heads, patch):
     """A patch's token by hand, torch's encoder layer for each block; every weight is moved from its start."""
     net = build_model(f"vit:depth=2,heads={heads},patch={patch}", 48, seed=0).double()
+    drawn = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in net.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+            p.add_(0.1 * torch.randn(p.shape, generator=drawn))
     x = images(2, 3, 32, 32)
     stem, *blocks = net.blocks
     convolution, across = stem.patches[1], 32 // patch
@@ -87,7 +88,7 @@ def test_the_papers_size():
 
 
 def test_heads_are_of_32_numbers_unless_said():
-    assert [vit(dim, depth=1).blocks.block1.heads for dim in (16, 96, 192)] == [1, 3, 6]
+    assert [vision_transformer(dim, depth=1).blocks.block1.heads for dim in (16, 96, 192)] == [1, 3, 6]
 
 
 @pytest.mark.parametrize(
@@ -104,9 +105,9 @@ def test_heads_are_of_32_numbers_unless_said():
 )
 def test_others_are_refused(settings, message):
     with pytest.raises(ValueError, match=f"model: vit: {message}"):
-        vit(**settings)
+        vision_transformer(**settings)
 
 
 def test_images_of_another_side_are_refused():
     with pytest.raises(ValueError, match="expected images of 32x32 pixels, its setting side, got 28x32"):
-        vit(32, depth=1)(torch.rand(1, 3, 28, 32))
+        vision_transformer(32, depth=1)(torch.rand(1, 3, 28, 32))

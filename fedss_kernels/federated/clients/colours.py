@@ -15,22 +15,26 @@ def jitter(
     images: Tensor,  # (B, 1 or 3, H, W)
     factors: np.ndarray,  # (B, 3): of brightness, contrast and saturation; 1 changes nothing
     turns: np.ndarray,  # (B,): of the hue, as a share of the circle; 0 changes nothing
-    orders: np.ndarray,  # (B, 4): the four, in the order in which an image undergoes them
+    orders: np.ndarray,  # (B, 3 or 4): these, or the first three, as an image undergoes them
 ) -> None:
     """Brightness, contrast and saturation, x <- f x + (1 - f) y in [0, 1], and hue, in any order.
 
     y is black, or the mean of the image's grey, or each pixel's grey. One channel has no saturation or hue.
     """
     coloured = images.shape[1] == 3
-    for step in orders.T:
+    amounts = np.concatenate([factors, np.ones((len(factors), 1))], 1)  # the hue is none of them
+    if not coloured:
+        amounts[:, SATURATION] = 1
+    numbers = [np.take_along_axis(amounts, orders, 1), orders == SATURATION, orders == CONTRAST]
+    steps = torch.from_numpy(np.stack(numbers, 1)).to(images)[..., None, None, None].unbind(2)
+    for step, op in zip(steps, orders.T, strict=True):
         if coloured:
-            turn_hue(images, np.flatnonzero((step == HUE) & (turns != 0)), turns)
-        blends = step < (HUE if coloured else SATURATION)
-        f = np.where(blends, np.take_along_axis(factors, np.minimum(step, SATURATION)[:, None], 1)[:, 0], 1)
+            turn_hue(images, np.flatnonzero((op == HUE) & (turns != 0)), turns)
+        f, of_grey, of_mean = step.unbind(1)
         grey = _grey(images)
         mean = grey.mean(-1, keepdim=True).mean(-2, keepdim=True)  # of one image too, without its threads
-        towards = _numbers(step == SATURATION, images) * grey + _numbers(step == CONTRAST, images) * mean
-        torch.lerp(towards, images, _numbers(f, images), out=images).clamp_(0, 1)
+        towards = torch.addcmul(of_mean * mean, of_grey, grey)
+        torch.lerp(towards, images, f, out=images).clamp_(0, 1)
 
 
 def turn_hue(
@@ -50,9 +54,11 @@ def turn_hue(
     r, g, b = chosen.unbind(1)
     top, bottom = chosen.amax(1), chosen.amin(1)
     spread = top - bottom
-    h = torch.where(top == r, g - b, torch.where(top == g, b - r + 2 * spread, r - g + 4 * spread))
-    h = h.div_(spread.clamp(min=torch.finfo(h.dtype).tiny)) + _numbers(6 * turns[which], images)[:, 0]
-    h.sub_(6 * (h / 6).floor_())
+    near_green, near_blue = (b - r).add_(spread, alpha=2), (r - g).add_(spread, alpha=4)
+    h = torch.where(top == r, g - b, torch.where(top == g, near_green, near_blue))
+    h.div_(spread.clamp(min=torch.finfo(h.dtype).tiny))
+    h.add_(torch.from_numpy(6 * turns[which]).to(h)[:, None, None])
+    h.sub_((h / 6).floor_(), alpha=6)
     # red is at 0 and at 6, so its distance is from 3, counted the other way
     distance = h[:, None] - h.new_tensor([3, 2, 4]).view(3, 1, 1)
     share = distance.abs_().mul_(h.new_tensor([1, -1, -1]).view(3, 1, 1))
@@ -72,7 +78,3 @@ def _grey(images: Tensor) -> Tensor:  # (B, 1, H, W)
     r, g, b = images.split(1, dim=1)
     red, green, blue = LUMA
     return (red * r).add_(g, alpha=green).add_(b, alpha=blue)
-
-
-def _numbers(values: np.ndarray, like: Tensor) -> Tensor:  # (B,) -> (B, 1, 1, 1)
-    return torch.from_numpy(values).to(like)[:, None, None, None]

@@ -49,7 +49,7 @@ class Views:
     and standard deviation are taken out.
 
     A view is a function of its image and of DRAWS numbers: it depends neither on the rest of the batch nor on
-    the number of threads. Raises ValueError for another kind, size or images.
+    the number of threads. Raises ValueError for another kind, size, images or draws.
     """
 
     kind: str
@@ -78,6 +78,8 @@ class Views:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
             got = f"{images.dtype} {tuple(images.shape)}"
             raise ValueError(f"images: expected uint8 (B, 1 or 3, H, W), got {got}")
+        if draws.shape != (len(images), DRAWS):
+            raise ValueError(f"draws: expected shape {(len(images), DRAWS)}, got {draws.shape}")
         choice = choose(draws, RECIPES[self.kind], (images.shape[2], images.shape[3]))
         # turned before the rest, which has no left and right, at no cost
         found = resampled(as_input(images), choice.boxes, choice.flipped, self.size)
@@ -96,7 +98,7 @@ class Choice:
     boxes: np.ndarray  # (B, 4): top, left, height, width
     factors: np.ndarray  # (B, 3): of brightness, contrast, saturation
     turns: np.ndarray  # (B,): of the hue
-    orders: np.ndarray  # (B, 4): permutations of these four
+    orders: np.ndarray  # (B, 3 or 4): permutations of these, without the hue where it is never turned
     grey: np.ndarray  # the images in grey, (n,) ascending
     blurred: np.ndarray  # those that are blurred, (m,) ascending
     sigmas: np.ndarray  # (B,)
@@ -117,7 +119,7 @@ def choose(draws: np.ndarray, recipe: Recipe, shape: tuple[int, int]) -> Choice:
         _boxes(tries.reshape(-1, TRIES, 2), place, recipe.smallest, *shape),
         1 + STRENGTH * amounts[:, :3],
         recipe.turn * amounts[:, 3],
-        keys.argsort(1),
+        keys[:, : 4 if recipe.turn else 3].argsort(1),
         np.flatnonzero(grey < GREY),
         np.flatnonzero(blurs < recipe.blurred),
         low + (high - low) * sigma[:, 0],

@@ -9,19 +9,19 @@ from functools import partial
 import torch
 from torch import nn
 
-from .isotropic import isotropic
+from .isotropic import isotropic_net
 from .resnet32 import conv4_ws, resnet18_32
 from .small import FourConvNet, SmallConvNet
 from .vision import mobilenet_v3_large, mobilenet_v3_small, resnet18
-from .vit import vit
+from .vit import vision_transformer
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "conv4": SmallConvNet,
     "conv4_rgb": partial(SmallConvNet, in_channels=3),
     "conv4_32": FourConvNet,
     "conv4_ws": conv4_ws,
-    "isotropic": isotropic,
-    "vit": vit,
+    "isotropic": isotropic_net,
+    "vit": vision_transformer,
     "mobilenet_v3_small": mobilenet_v3_small,
     "mobilenet_v3_large": mobilenet_v3_large,
     "resnet18": resnet18,
@@ -60,7 +60,7 @@ def family_of(name: str) -> str:
 
 
 def _read(name: str) -> tuple[str, dict[str, int]]:
-    """ "vit:depth=6,patch=8" as ("vit", {"depth": 6, "patch": 8})."""
+    """The family and the settings: of "vit:depth=6,patch=8" ("vit", {"depth": 6, "patch": 8})."""
     family, colon, text = name.partition(":")
     if family not in MODELS:
         raise ValueError(f"model: expected one of {', '.join(MODELS)}, got {name!r}")

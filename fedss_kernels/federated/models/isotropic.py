@@ -9,7 +9,7 @@ from .blocks import Chain
 from .layers import InColour, check_at_least_1, group_norm
 
 
-def isotropic(embedding_dim: int = 192, depth: int = 12, patch: int = 4) -> Chain:
+def isotropic_net(embedding_dim: int = 192, depth: int = 12, patch: int = 4) -> Chain:
     """Images (B, 1 or 3, H, W) in [0, 1] to (B, D), by `depth` blocks of D / 4 channels.
 
     The stem makes a grid of one place for each patch x patch pixels: 8x8 of 32x32 pixels. Features are means

@@ -50,8 +50,8 @@ class StandardisedConv2d(nn.Conv2d):
         super().__init__(before, after, kernel, stride, padding=kernel // 2, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        variance, mean = torch.var_mean(self.weight, dim=(1, 2, 3), correction=1, keepdim=True)
-        weight = (self.weight - mean) / (variance.sqrt() + 1e-5)
+        deviation, mean = torch.std_mean(self.weight, dim=(1, 2, 3), correction=1, keepdim=True)
+        weight = (self.weight - mean) / (deviation + 1e-5)
         return F.conv2d(x, weight, None, self.stride, self.padding)
 
 

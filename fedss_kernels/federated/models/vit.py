@@ -8,7 +8,7 @@ from .blocks import Chain
 from .layers import InColour, check_at_least_1
 
 
-def vit(
+def vision_transformer(
     embedding_dim: int = 192, depth: int = 12, heads: int | None = None, patch: int = 4, side: int = 32
 ) -> Chain:
     """Images (B, 1 or 3, side, side) in [0, 1] to (B, D), by `depth` blocks of width D.

@@ -108,6 +108,12 @@ def test_a_run_measures_features_and_divergence_and_gives_the_net_away(tmp_path,
         assert words in page, words
 
 
+def test_a_retrieval_is_measured_as_one():
+    result = train(tiny_data("retrieval"), rounds=1)
+    assert result.summary.headline.name == "map_at_10" and 0 <= result.summary.accuracy <= 1
+    assert result.summary.random_map_at_10 is not None and result.summary.divergence > 0
+
+
 def test_a_round_is_its_steps_played_by_hand():
     """Each client's own images and views, an average every two steps and after the last."""
     run_of_it, by_hand = algorithm(velocities="kept"), algorithm(velocities="kept")

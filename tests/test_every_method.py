@@ -21,7 +21,7 @@ from fedss_kernels.federated.randomness import Purpose, generator
 from fedss_kernels.federated.reports.remarks import remarks
 from fedss_kernels.federated.server.cohort import draw_cohort
 
-FEDERATED = [name for name, method in METHODS.items() if not method.pooled]
+FEDERATED = [name for name, method in METHODS.items() if not (method.pooled or method.split)]
 # One for each place where class rows and the net can stand between two rounds; the others take minutes.
 KINDS = ["fedss", "fedbabu_ss", "fedrep", "local_only", "simclr"]
 SOME = [pytest.param(name, marks=[] if name in KINDS else pytest.mark.exhaustive) for name in FEDERATED]

@@ -32,7 +32,7 @@ FLOORS = (
     ("loading", "server"),
     ("any_round", "metrics", "sending", "workers"),
     ("fine_tuning", "probes", "reports"),
-    ("evaluation", "fedavg_round"),
+    ("evaluation", "fedavg_round", "split_learning"),
     ("figures",),
     ("run_loop",),
     ("comparisons",),

@@ -12,6 +12,7 @@ from .full_softmax import FULL_SOFTMAX
 from .layerwise import LAYERWISE
 from .local_only import LOCAL_ONLY
 from .method import Method
+from .mocosfl import MOCOSFL
 from .neg_only import NEG_ONLY
 from .pos_only import POS_ONLY
 from .simclr import SIMCLR
@@ -33,6 +34,7 @@ METHODS: dict[str, Method] = {
         LOCAL_ONLY,
         SIMCLR,
         LAYERWISE,
+        MOCOSFL,
     )
 }
 

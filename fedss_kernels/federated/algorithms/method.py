@@ -1,8 +1,9 @@
 """What a federated method is, here: which parts of the model a client gets, and what it does with them."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor
 
@@ -35,6 +36,8 @@ class Method:
     contrastive: bool = False  # whether clients learn without labels, with a projection head on the net
     baseline: str = "full_softmax"  # the method, by name, that its traffic is held against
     pooled: bool = False  # whether there are no clients: all the images are in one place
+    split: bool = False  # whether clients and server each have a part of the net, and step together
+    presets: Mapping[str, Any] = field(default_factory=dict, hash=False)  # options -> their defaults
 
     def schedule(self, settings: Settings, num_blocks: int) -> Schedule:
         """Of a run. Raises ConfigError for settings that do not fit a net of so many blocks."""
@@ -49,6 +52,11 @@ class Method:
     def stores(self) -> bool:
         """Whether there are class rows for a class store to hold."""
         return self.rows in (Part.TRAINED, Part.HOME)
+
+    @property
+    def rowless(self) -> bool:
+        """Whether there are no class rows."""
+        return self.rows is Part.ABSENT
 
     @cached_property
     def alone(self) -> bool:

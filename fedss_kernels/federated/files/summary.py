@@ -96,7 +96,7 @@ def _full_traffic(config: Config, facts: Facts, counts: Mapping[str, int], round
         numbers = {True: rounds * config.cohort}  # of the clients that there would be
     options: dict[str, Any] = {"sends_ids": False, "dtype": config.wire_dtype}
     sizes = facts.num_parameters, facts.num_classes, config.row_dim
-    if METHODS[config.method].contrastive:
+    if METHODS[METHODS[config.method].baseline].contrastive:
         options |= {"rows": "none", "projection": projection_size(config.embedding_dim)}
     each = {answers: client_traffic(*sizes, answers=answers, **options) for answers in numbers}
     return sum((each[answers].times(n) for answers, n in numbers.items()), Traffic())

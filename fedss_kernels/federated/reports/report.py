@@ -59,7 +59,7 @@ def _run_page(folder: Path, run: Run, plots: Sequence[str]) -> str:
     rows = (f"{summary.mean_class_set:.0f} of {summary.num_classes:,}", place(method).held)
     figures = [
         (measure.text(summary.accuracy), f"{measure.label}: {measure.meaning}"),
-        *([] if method.contrastive else [rows]),
+        *([] if method.rowless else [rows]),
         *_savings(run),
     ]
     return html_page(
@@ -88,7 +88,7 @@ def _savings(run: Run) -> list[tuple[str, str]]:
     if not run.summary.traffic.total:
         return [("0 MB", f"what moves: {place(method).moves}")]
     everything = percent(run.saving), f"saved of everything moved, against {against}"
-    if method.contrastive:
+    if method.rowless:
         return [everything]
     if method.rows is not Part.TRAINED:
         return [("none", "of the class rows moves"), everything]
@@ -136,7 +136,7 @@ def _method_cards(runs: Sequence[Run]) -> str:
         share = float(np.mean([s.mean_class_set / s.num_classes for s in summaries]))
         measure = summaries[0].headline
         where = "all the images in one place"
-        if METHODS[case.method].contrastive:
+        if METHODS[case.method].rowless:
             where = "no class rows"
         elif not METHODS[case.method].pooled:
             where = f"{percent(share)} of the class rows on a client"

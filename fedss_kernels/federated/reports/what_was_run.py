@@ -28,7 +28,7 @@ def what_was_run(runs: Sequence[Run]) -> str:
 
 def _rows(names: Sequence[str], run: Run) -> str:
     """What a model has beside the net, where one of the methods has it."""
-    if all(METHODS[name].contrastive for name in names):
+    if all(METHODS[name].rowless for name in names):
         return ""
     bias = ", and a bias," if run.config.similarity == "dot" else ""
     s = run.summary

@@ -142,10 +142,11 @@ class SampledSoftmaxLoss(nn.Module):
         self.bias = nn.Parameter(torch.empty(num_classes, device=device, dtype=dtype)) if bias else None
         if class_weight is not None:
             check_class_weights(class_weight, num_classes)
+            self.initial_class_weight = class_weight.to(device="cpu", copy=True)
             class_weight = class_weight.to(device=device, copy=True)
         self.register_buffer("class_weight", class_weight)
         if learn_scale:  # of shape (1,), as FSDP takes no parameter of shape ()
-            self.initial_scale = float(scale)
+            self.initial_scale = float(scale.detach() if isinstance(scale, Tensor) else scale)
             self.register_parameter("scale", nn.Parameter(torch.empty(1, device=device, dtype=dtype)))
         else:
             self.scale = scale
@@ -171,7 +172,7 @@ class SampledSoftmaxLoss(nn.Module):
         """Gaussian rows of about unit length; zero bias; a learned scale at its initial value.
 
         That of a parameter that was assigned to `scale` is the one it had then.
-        A sampler's tables are those of the frequencies it was given.
+        A sampler's tables are those of the frequencies it was given, class weights those that were given.
         """
         with torch.no_grad():
             self.weight.normal_(std=self.embedding_dim**-0.5, generator=self._generator_of_rows())
@@ -179,6 +180,8 @@ class SampledSoftmaxLoss(nn.Module):
                 self.bias.zero_()
             if isinstance(self.scale, Tensor) and self.initial_scale is not None:
                 self.scale.fill_(self.initial_scale)
+            if (class_weight := self._buffers.get("class_weight")) is not None:
+                class_weight.copy_(self.initial_class_weight)
         sampler = getattr(self, "sampler", "uniform")
         if isinstance(sampler, FrequencySampler):
             sampler.reset_parameters()

@@ -204,12 +204,15 @@ def test_reset_parameters_makes_what_a_new_module_has(dtype):
     def new(device):
         generator = torch.Generator().manual_seed(4)
         options = {"bias": True, "learn_scale": True, "scale": 7.0, "dtype": dtype, "device": device}
-        return SampledSoftmaxLoss(C, D, 5, generator=generator, **options)
+        return SampledSoftmaxLoss(C, D, 5, generator=generator, class_weight=weights, **options)
+
+    weights = torch.rand(C, generator=torch.Generator().manual_seed(5))
 
     fresh, late = new("cpu"), new("meta").to_empty(device="cpu")
-    for parameter in late.parameters():
-        parameter.data.fill_(torch.nan)
+    for tensor in (*late.parameters(), *late.buffers()):
+        tensor.data.fill_(torch.nan)
     late.reset_parameters()
+    assert torch.equal(late.class_weight, weights)
     for (name, a), (_, b) in zip(fresh.named_parameters(), late.named_parameters(), strict=True):
         assert torch.equal(a, b) and a.dtype == b.dtype == dtype, name
     x, t = batch()

@@ -52,6 +52,29 @@ def test_parameters_come_from_a_checkpoint_but_for_a_head_of_another_size(torchv
         assert torch.equal(model[1].fc.weight, build_model("resnet18", 10, seed=0)[1].fc.weight)
 
 
+def test_names_of_wrappers_and_nested_state_dicts_are_understood(tmp_path, caplog):
+    theirs = nn.Linear(3, 2)
+    for prefix in ("", "module.", "_orig_mod.", "module._orig_mod."):
+        state = {prefix + name: value for name, value in theirs.state_dict().items()}
+        torch.save({"state_dict": state, "epoch": torch.tensor(3)}, tmp_path / "nested")
+        assert torch.equal(load_checkpoint(nn.Linear(3, 2), tmp_path / "nested").weight, theirs.weight)
+    assert not caplog.records
+
+
+def test_what_a_checkpoint_does_not_have_is_named(tmp_path, caplog):
+    torch.save({"weight": torch.zeros(2, 3), "bias": torch.zeros(5)}, tmp_path / "other head")
+    load_checkpoint(nn.Linear(3, 2), tmp_path / "other head")
+    assert caplog.messages == [
+        f"{tmp_path / 'other head'}: without, or in another shape: bias; the net's own stay"
+    ]
+
+
+def test_whole_numbers_are_no_parameters(tmp_path):
+    torch.save({"weight": torch.zeros(2, 3, dtype=torch.int64), "bias": torch.zeros(2)}, tmp_path / "whole")
+    with pytest.raises(ValueError, match="whole: expected torch.float32 in weight, got torch.int64$"):
+        load_checkpoint(nn.Linear(3, 2), tmp_path / "whole")
+
+
 def test_what_is_no_checkpoint_is_refused(tmp_path):
     model = nn.Linear(3, 2)
     torch.save({"other": torch.zeros(2)}, tmp_path / "other")

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from .. import data
+from .. import data, models
 from ..config import did_you_mean
 from ..disk import reason
 from ..given_back import give_back
@@ -65,7 +65,7 @@ def _main(argv: list[str]) -> int:
         arguments = _parse(name, command, argv[1:])
         _require(name, command)
         if launched()[0] == 0:  # of many processes one speaks
-            say_what_is_logged(arguments.command, data)
+            say_what_is_logged(arguments.command, data, models)
         return command.main(arguments)
     except Mistake as mistake:
         print(mistake if str(mistake).startswith("fedss") else f"{name}: {mistake}", file=sys.stderr)

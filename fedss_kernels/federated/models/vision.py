@@ -6,6 +6,7 @@ instead of 1280 dimensional embedding we output 64", GroupNorm in place of Batch
 
 import importlib
 import importlib.util
+import logging
 import pickle
 import re
 import warnings
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 from ...doctor import misfit
 from .blocks import named_blocks
 from .layers import InColour, group_norm
+
+log = logging.getLogger(__name__)
+_WRAPPED = re.compile(r"^((module|_orig_mod)\.)+")
 
 
 class MobileNet(nn.Sequential):
@@ -75,23 +79,42 @@ def resnet18(embedding_dim: int = 64) -> nn.Module:
 def load_checkpoint(model: nn.Module, path: Any) -> nn.Module:
     """The parameters in a file of torch.save: a state dict, or {"extractor": one}, as a run's model.pt.
 
-    Where shapes differ, as in the head of another D, the model's own stay. Raises ValueError for a file that
-    holds none of the model's parameters, some that are not finite, or anything but tensors.
+    Names may begin as a wrapper's do ("module.", "_orig_mod."), and the state dict may lie under "state_dict"
+    or "model". Where the file has none, or one of another shape, as of the head of another D, the model's own
+    stay, and a warning names them. Raises ValueError for a file that holds none of the model's parameters,
+    some that are no floating-point numbers or not finite, or anything but tensors.
     """
-    found = _loaded(path)
-    state = found.get("extractor", found) if isinstance(found, dict) else {}
     own = model.state_dict()
-    fitting = {
-        name: value
-        for name, value in _named_alike(state, own).items()
-        if isinstance(value, Tensor) and value.shape == own[name].shape
-    }
+    state = _named_alike(_state_dict(_loaded(path)), own)
+    fitting = {name: value for name, value in state.items() if value.shape == own[name].shape}
     if not fitting:
         raise ValueError(f"{path} holds no parameter of this model")
+    if wrong := [
+        name
+        for name, value in fitting.items()
+        if value.dtype.is_floating_point != own[name].dtype.is_floating_point
+    ]:
+        raise ValueError(
+            f"{path}: expected {own[wrong[0]].dtype} in {wrong[0]}, got {fitting[wrong[0]].dtype}"
+        )
     if wrong := [name for name, value in fitting.items() if not value.isfinite().all()]:
         raise ValueError(f"{path} holds numbers that are not finite, in {', '.join(wrong[:3])}")
+    if kept := [name for name in own if name not in fitting]:
+        more = f" and {len(kept) - 3} more" if len(kept) > 3 else ""
+        log.warning(
+            "%s: without, or in another shape: %s%s; the net's own stay", path, ", ".join(kept[:3]), more
+        )
     model.load_state_dict(fitting, strict=False)
     return model
+
+
+def _state_dict(found: Any) -> dict[str, Tensor]:
+    """Of what a file holds, names without those of wrappers."""
+    for place in ("extractor", "state_dict", "model"):
+        if isinstance(found, dict) and isinstance(found.get(place), dict):
+            found = found[place]
+    tensors = found.items() if isinstance(found, dict) else ()
+    return {_WRAPPED.sub("", name): value for name, value in tensors if isinstance(value, Tensor)}
 
 
 def _loaded(path: Any) -> Any:

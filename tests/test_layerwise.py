@@ -333,12 +333,12 @@ class Shrinking(nn.Module):
 
 
 class Doubled(nn.Module):
-    def __init__(self, inner: nn.Module) -> None:
+    def __init__(self, inner: nn.Module, *, pool: bool) -> None:
         super().__init__()
-        self.blocks, self.pool = inner.blocks, inner.pool
+        self.blocks, self.pool = inner.blocks, nn.Identity() if pool else None
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return 2 * self.pool(self.blocks(images))
+        return 2 * self.blocks(images)
 
 
 @pytest.mark.parametrize(
@@ -354,7 +354,8 @@ class Doubled(nn.Module):
             {},
             "model: expected a stem and .* got 1",
         ),
-        (lambda: Doubled(net()), {}, "model: expected a net that is its blocks and then its pool"),
+        (lambda: Doubled(net(), pool=False), {}, "model: expected an attribute pool, .* got NoneType"),
+        (lambda: Doubled(net(), pool=True), {}, "model: expected a net that is its blocks and then its pool"),
         (lambda: Shrinking(0), {}, "model: expected as many features after each block, got 24, 12"),
         (
             lambda: Shrinking(WIDTH),

@@ -436,7 +436,7 @@ def test_halves_are_made_as_the_settings_say():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"cut": 2}, "cut: expected 0 to 1, as the net has 2 blocks, got 2"),
+        ({"cut": 2}, "cut: expected 0 to 1, as the net has 2 blocks and the server needs one, got 2"),
         (
             {"workers": 2},
             "workers: expected 1 with mocosfl, whose clients and server step together",
@@ -461,7 +461,9 @@ def test_a_net_that_is_not_its_blocks_in_a_row_is_refused():
     whole = Other(net().pool, **dict(net().blocks.named_children()))
     with pytest.raises(ConfigError, match="model: expected a net that is its blocks one after another"):
         run(config(), data=tiny_data(), model=whole)
-    with pytest.raises(ConfigError, match="cut: expected 0 to 0, as the net has none, got 1"):
+    with pytest.raises(
+        ConfigError, match="cut: expected 0 to 0, as the net has 1 block and the server needs one, got 1"
+    ):
         run(config(), data=tiny_data(), model=nn.Sequential(nn.Flatten(), nn.Linear(36, 4)))
 
 

@@ -23,7 +23,7 @@ def check_layered(module: nn.Module, images: Tensor, *, one_shape: bool) -> None
         raise ConfigError(
             "model",
             "expected an attribute pool, a module without parameters that makes features of any block's "
-            f"output, got {type(pool).__name__}",
+            f"output, as isotropic and vit have, got {type(pool).__name__}",
         )
     stem, *layers = blocks
     x, shapes, features = stem(images), [], []

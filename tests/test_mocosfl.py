@@ -17,6 +17,7 @@ from fedss_kernels.federated.clients.player import Player
 from fedss_kernels.federated.clients.views import Views
 from fedss_kernels.federated.files.run_folder import read_run
 from fedss_kernels.federated.idle_settings import idle
+from fedss_kernels.federated.ledger import Traffic
 from fedss_kernels.federated.models.blocks import Chain
 from fedss_kernels.federated.reports import report
 from fedss_kernels.federated.reports.reported_run import Run
@@ -213,9 +214,9 @@ def test_a_view_is_of_the_clients_own_image():
 
 
 def flows(**options):
-    """Of each client of a run's one round, and how many steps and averages it was there for."""
-    result = train(rounds=1, cohort=CLIENTS, **options)
-    return result.summary.traffic
+    """Of one round of all clients."""
+    entries = algorithm(cohort=CLIENTS, **options).play(0).entries
+    return sum((entry.traffic for entry in entries), Traffic())
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,7 @@ def test_a_run_measures_features_and_divergence_and_gives_the_net_away(tmp_path,
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     for words in ("MocoSFL", "linear probe", "latents of the images&#x27; views, up", "divergence"):
         assert words in page, words
+    assert "positives" not in page and "<dt>block</dt>" in page
 
 
 def test_a_retrieval_is_measured_as_one():

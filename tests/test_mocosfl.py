@@ -359,6 +359,12 @@ def test_a_client_that_sends_nan_is_left_out_and_the_run_goes_on(tmp_path, caplo
         train(grey(range(CLIENTS)), rounds=2)
 
 
+def test_where_all_are_trusted_nan_spreads_and_it_is_said_since_when():
+    result = train(grey([2]), rounds=2, cohort=CLIENTS, trust_updates=True)
+    assert [metrics.not_finite_since for metrics in result.history] == [1, 1]
+    assert result.summary.probe is None and result.history[-1].rejected == 0
+
+
 def test_a_round_in_which_all_diverge_changes_nothing():
     a = algorithm(grey(range(CLIENTS)))
     before = {name: value.clone() for name, value in a.stored().items()}

@@ -17,6 +17,7 @@ from fedss_kernels.federated.clients.player import Player
 from fedss_kernels.federated.clients.views import Views
 from fedss_kernels.federated.files.run_folder import read_run
 from fedss_kernels.federated.idle_settings import idle
+from fedss_kernels.federated.ledger import Traffic
 from fedss_kernels.federated.models.blocks import Chain
 from fedss_kernels.federated.reports import report
 from fedss_kernels.federated.reports.reported_run import Run
@@ -106,6 +107,7 @@ def test_a_run_measures_features_and_divergence_and_gives_the_net_away(tmp_path,
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     for words in ("MocoSFL", "linear probe", "latents of the images&#x27; views, up", "divergence"):
         assert words in page, words
+    assert "positives" not in page and "<dt>block</dt>" in page
 
 
 def test_a_retrieval_is_measured_as_one():
@@ -213,9 +215,9 @@ def test_a_view_is_of_the_clients_own_image():
 
 
 def flows(**options):
-    """Of each client of a run's one round, and how many steps and averages it was there for."""
-    result = train(rounds=1, cohort=CLIENTS, **options)
-    return result.summary.traffic
+    """Of one round of all clients."""
+    entries = algorithm(cohort=CLIENTS, **options).play(0).entries
+    return sum((entry.traffic for entry in entries), Traffic())
 
 
 @pytest.mark.parametrize(
@@ -357,6 +359,12 @@ def test_a_client_that_sends_nan_is_left_out_and_the_run_goes_on(tmp_path, caplo
         train(grey(range(CLIENTS)), rounds=2)
 
 
+def test_where_all_are_trusted_nan_spreads_and_it_is_said_since_when():
+    result = train(grey([2]), rounds=2, cohort=CLIENTS, trust_updates=True)
+    assert [metrics.not_finite_since for metrics in result.history] == [1, 1]
+    assert result.summary.probe is None and result.history[-1].rejected == 0
+
+
 def test_a_round_in_which_all_diverge_changes_nothing():
     a = algorithm(grey(range(CLIENTS)))
     before = {name: value.clone() for name, value in a.stored().items()}
@@ -436,7 +444,7 @@ def test_halves_are_made_as_the_settings_say():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"cut": 2}, "cut: expected 0 to 1, as the net has 2 blocks, got 2"),
+        ({"cut": 2}, "cut: expected 0 to 1, as the net has 2 blocks and the server needs one, got 2"),
         (
             {"workers": 2},
             "workers: expected 1 with mocosfl, whose clients and server step together",
@@ -461,7 +469,9 @@ def test_a_net_that_is_not_its_blocks_in_a_row_is_refused():
     whole = Other(net().pool, **dict(net().blocks.named_children()))
     with pytest.raises(ConfigError, match="model: expected a net that is its blocks one after another"):
         run(config(), data=tiny_data(), model=whole)
-    with pytest.raises(ConfigError, match="cut: expected 0 to 0, as the net has none, got 1"):
+    with pytest.raises(
+        ConfigError, match="cut: expected 0 to 0, as the net has 1 block and the server needs one, got 1"
+    ):
         run(config(), data=tiny_data(), model=nn.Sequential(nn.Flatten(), nn.Linear(36, 4)))
 
 

@@ -12,7 +12,10 @@ from .reported_run import Run, method_names
 def glossary(runs: Sequence[Run]) -> str:
     config = runs[0].config
     names = dict.fromkeys(name for run in runs for name in run.summary.measures.names)
-    of_features = [run.summary.measures in OF_FEATURES.values() for run in runs]
+    of_features = [
+        any(set(run.summary.measures.names) >= set(each.names) for each in OF_FEATURES.values())
+        for run in runs
+    ]
     rows, its_matrix = _ROW[config.similarity], matrix(method_names(runs))
     terms = {
         **({} if all(of_features) else {"class row": rows, "class matrix W": its_matrix}),

@@ -17,14 +17,15 @@ from torch import Tensor
 from .direct_route import plain_eager
 from .vmapped import each_problem
 
+_SMALL_SHARE = 16  # of classes that pays for sparse parts of a dense gradient: one in so many
+
 
 class ClassTable(NamedTuple):
     """Weight or bias: a row, or a number, for each class."""
 
     values: Tensor  # (C, D) or (C,), a constant
     stand_in: Tensor  # as large, but in float32 or float64: there are no numbers in it
-    sparse_grad: bool  # whether the gradient of weight or bias is a sparse COO tensor
-    sparse_parts: bool  # whether those of the stand-in are
+    sparse_parts: bool  # whether gradients of the stand-in are sparse COO tensors
 
     def rows(
         self,
@@ -42,19 +43,31 @@ class ClassTable(NamedTuple):
         return _applied(_Rows)(self.values, self.stand_in, classes, counted, dtype, self.sparse_parts)
 
 
-def class_table(table: Tensor, sparse_grad: bool) -> ClassTable:
-    """`table`, whose gradient is sparse or dense.
+def class_tables(
+    weight: Tensor,
+    bias: Tensor | None,
+    sparse_grad: bool,
+    entries: int | None,  # of the class set and the batch; None: all classes
+) -> tuple[ClassTable, ClassTable | None]:
+    """Both, whose gradients are sparse or dense.
 
-    On the CPU the parts of a dense one are sparse too, if no compiler or transform is there: it is made once.
-    On GPUs they are as large as the table, and stay in its dtype; so they do where a compiler, which knows
-    plain operations best, makes the sum.
+    The parts of dense ones are sparse too where these are a small share of the classes, on the CPU, if no
+    compiler or transform is there. On GPUs they stay in the tables' dtype, as they are as large; so they do
+    where a compiler, which knows plain operations best, makes the sum.
     """
-    wide = torch.promote_types(table.dtype, torch.float32)
-    fits = table.dtype is wide if sparse_grad else not table.is_cpu
-    if fits or torch.compiler.is_compiling():
-        return ClassTable(table, table, sparse_grad, sparse_grad)
-    stand_in = _applied(_StandIn)(table, wide, sparse_grad)
-    return ClassTable(table.detach(), stand_in, sparse_grad, sparse_grad or plain_eager())
+    few = entries is not None and entries * _SMALL_SHARE < weight.shape[0]
+    parts = sparse_grad or (few and weight.is_cpu and plain_eager())
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    fits = weight.dtype is wide and parts == sparse_grad
+    on_gpu = not (weight.is_cpu or sparse_grad)
+
+    def table(values: Tensor) -> ClassTable:
+        if fits or on_gpu or torch.compiler.is_compiling():
+            return ClassTable(values, values, sparse_grad)
+        stand_in = _applied(_StandIn)(values, wide, sparse_grad)
+        return ClassTable(values.detach(), stand_in, parts)
+
+    return table(weight), None if bias is None else table(bias)
 
 
 def _applied(function: type[torch.autograd.Function]) -> Callable[..., Tensor]:

@@ -5,7 +5,7 @@ import torch
 from fedss_kernels.reference import sampled_softmax_loss as reference_loss
 from loss_cases import F32, F64
 
-from fedss_kernels.class_table import class_table
+from fedss_kernels.class_table import class_tables
 from fedss_kernels.given_target import row_losses
 from fedss_kernels.loss_operator import OPERATORS
 
@@ -14,7 +14,7 @@ B, C, D = 6, 9, 8
 
 def loss_given_target(x, w, labels, given, ids=None, counts=None, *, bias=None, scale=20.0, **options):
     entry_labels, sparse_grad = options.get("entry_labels"), options.get("sparse_grad", False)
-    weight, bias = (None if table is None else class_table(table, sparse_grad) for table in (w, bias))
+    weight, bias = class_tables(w, bias, sparse_grad, None if ids is None else len(ids) + len(x))
     return row_losses(
         *(x, weight, labels, (ids, counts, None), bias, scale, "cosine", -100, "cpp", None),
         labels=(entry_labels, None, given),

@@ -17,7 +17,7 @@ from torch import Tensor
 from .direct_route import plain_eager
 from .vmapped import each_problem
 
-_SMALL_SHARE = 16  # of classes that pays for sparse parts of a dense gradient: one in so many
+_SMALL_SHARE = 16  # one class in so many: then sparse parts of a dense gradient are faster
 
 
 class ClassTable(NamedTuple):
@@ -51,9 +51,9 @@ def class_tables(
 ) -> tuple[ClassTable, ClassTable | None]:
     """Both, whose gradients are sparse or dense.
 
-    The parts of dense ones are sparse too where these are a small share of the classes, on the CPU, if no
-    compiler or transform is there. On GPUs they stay in the tables' dtype, as they are as large; so they do
-    where a compiler, which knows plain operations best, makes the sum.
+    The parts of dense ones are sparse too where the entries are a small share of the classes, on the CPU, if
+    no compiler or transform is there. On GPUs they are dense and stay in the tables' dtype, as each is as
+    large as the table; so they do where a compiler, which knows plain operations best, makes the sum.
     """
     few = entries is not None and entries * _SMALL_SHARE < weight.shape[0]
     parts = sparse_grad or (few and weight.is_cpu and plain_eager())
@@ -77,6 +77,8 @@ def _applied(function: type[torch.autograd.Function]) -> Callable[..., Tensor]:
 
 
 class _StandIn(torch.autograd.Function):
+    """A place for gradients, which takes no memory."""
+
     @staticmethod
     def forward(table: Tensor, wide: torch.dtype, sparse: bool) -> Tensor:
         return table.new_zeros((), dtype=wide).expand(table.shape)
@@ -103,6 +105,8 @@ class _StandIn(torch.autograd.Function):
 
 
 class _Rows(torch.autograd.Function):
+    """Rows of a table; their gradient goes to its stand-in."""
+
     @staticmethod
     def forward(table, stand_in, classes, counted, dtype, sparse):
         return table.index_select(0, classes).to(dtype)

@@ -45,26 +45,14 @@ def composed_loss(
     shared = (biases, scale, similarity)
     rows = (input, table, classes, counted, target_counts, *shared)
 
-    def own_logits(margins: tuple[float | Tensor, float | Tensor]) -> Tensor:
-        logits = target_logits(*rows, margins, rounding)
-        return logits if known is None else logits.where(known, torch.nan)
-
     given = None
     if extras.of_targets and weight.shape[0] > 0:
-        given = own_logits(extras.margins)
+        given = target_logits(*rows, extras.margins, rounding)
+        given = given if known is None else given.where(known, torch.nan)
     changed = given if extras.has_margins else None
-    if changed is not None and impl == "triton":  # whose kernels move what they make, which comes to the same
-        moved = changed - own_logits((0.0, 0.0))
-        counts_of_targets = -moved.detach() if target_counts is None else target_counts - moved.detach()
-        corrected = (class_ids, counts, counts_of_targets.to(torch.promote_types(input.dtype, torch.float32)))
-        losses = row_losses(
-            *(input, table, target, corrected, *shared, ignore_index, impl, rounding, (*labels, None))
-        )
-        losses = losses + (torch.expm1(-losses.detach()) * (moved - moved.detach())).to(losses.dtype)
-    else:
-        losses = row_losses(
-            *(input, table, target, corrections, *shared, ignore_index, impl, rounding, (*labels, changed))
-        )
+    losses = row_losses(
+        *(input, table, target, corrections, *shared, ignore_index, impl, rounding, (*labels, changed))
+    )
     lse, mean = losses, None  # where there are no classes: all rows are ignored
     if given is not None:
         lse = (losses + given).to(losses.dtype)

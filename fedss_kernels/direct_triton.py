@@ -56,7 +56,7 @@ def direct_triton_loss(
             on_device, factor = scale, 1.0
         else:
             return None
-    tensors = (input, weight, *constants, bias, on_device)
+    tensors = (input, weight, *constants, bias, on_device, None, None, None)  # no labels
     options = (similarity, ignore_index, reduction, rounding)
     key = (*map(_kind, tensors), *options, *kernels.circumstances(input, weight, similarity, factor))
     calls = _known.get(key)
@@ -135,7 +135,7 @@ class _Loss(torch.autograd.Function):
     def backward(ctx, grad_loss):
         refuse_batches(grad_loss)
         saved = ctx.saved_tensors
-        tensors, learned, made = saved[:8], saved[8], saved[9:]
+        tensors, learned, made = saved[:11], saved[11], saved[12:]
         calls, factor, wanted, rounding = ctx.rest
         if torch.is_grad_enabled():  # create_graph: the operator refuses a second derivative
             traits, needed = calls.traits, wanted.needed

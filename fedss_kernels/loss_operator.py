@@ -243,13 +243,9 @@ def _triton():
 
 def loss_by_triton(p: Arguments) -> tuple[Tensor, Sequence[Tensor | None]]:
     """(loss, what the gradients are made of)"""
-    if any(given is not None for given in p[15:]):
-        raise ValueError(
-            'impl: expected "cpp" or "reference" for labels and given logits of targets, got "triton"'
-        )
     kernels = _triton()
     wanted = kernels.Wanted(tuple(p.wanted), p.sparse_grad, p.scale.dtype)
-    return kernels.loss(kernels.Problem.of(*p[:11], p.rounding), wanted)
+    return kernels.loss(kernels.Problem.of(*p[:11], p.rounding, *p[15:18]), wanted)
 
 
 def gradients_by_triton(
@@ -257,7 +253,7 @@ def gradients_by_triton(
 ) -> Sequence[Tensor | None]:
     """Of input, weight, bias and scale."""
     kernels = _triton()
-    problem = kernels.Problem.of(*p[:11], p.rounding)
+    problem = kernels.Problem.of(*p[:11], p.rounding, *p[15:18])
     kept, *sums = made
     there = (kept, *(None if each.numel() == 0 else each for each in sums))
     return kernels.gradients(
@@ -411,7 +407,8 @@ def _touched(p: Arguments, made: Gradients, touched: int | None) -> tuple[Tensor
     ids = torch.arange(len(p.weight), device=p.weight.device)
     if p.sparse_grad and p.log_expected_count is not None:
         takes_part = p.log_expected_count < math.inf
-        takes_part[p.target[p.target != p.ignore_index]] = True
+        if p.target_logit is None:  # targets are labels then
+            takes_part[p.target[p.target != p.ignore_index]] = True
         ids = ids[takes_part]
     return ids, slice(None) if len(ids) == len(p.weight) else ids
 

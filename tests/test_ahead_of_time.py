@@ -41,9 +41,12 @@ TENSOR_MEMORY = 512  # columns
 def call(
     B=32, S=1000, C=5000, D=512, dtype=BF16, weight_dtype=None, rounding=None, bias=True, learned=True,
     similarity="cosine", reduction="mean", counts=True, sparse=False, precision="highest", transposed=False,
-    scale=20.0, offsets=F32,
+    scale=20.0, offsets=F32, labels=False, given=None,
 ):  # fmt: skip
-    """The loss and all its gradients, on tensors that have no memory. S = None: every class."""
+    """The loss and all its gradients, on tensors that have no memory. S = None: every class.
+
+    given: the dtype of the targets' given logits.
+    """
 
     def empty(*shape, dtype=F32):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -61,6 +64,8 @@ def call(
             *(x, w, empty(B, dtype=torch.int64), ids),
             *((empty(S or C, dtype=offsets), empty(B, dtype=offsets)) if counts else (None, None)),
             *(empty(C, dtype=w.dtype) if bias else None, scale, similarity, -100, reduction, rounding),
+            *((empty(n, dtype=torch.int64) if labels else None) for n in (S or C, B)),
+            None if given is None else empty(B, dtype=given),
         )
         wanted = Wanted((True, True, bias, learned), sparse, scale.dtype)
         loss, made = sampled_softmax.loss(problem, wanted)
@@ -83,6 +88,11 @@ BRANCHES = [
     {"S": None, "C": 1000, "similarity": "dot", "reduction": "none", "bias": False, "counts": False},
     {"learned": False, "sparse": True, "reduction": "sum"},
     {"transposed": True},
+    {"labels": True},
+    {"labels": True, "S": None, "C": 1000},
+    {"given": F64, "reduction": "none", "counts": False, "sparse": True},
+    {"given": F32, "reduction": "none", "S": None, "C": 1000, "similarity": "dot"},
+    *({"labels": True, "dtype": dtype} for dtype in (F32, F64)),
 ]
 # in chunks, for each dtype and each branch
 CHUNKED = [{"B": 256, "S": 3000, "D": 500 + 12 * (dtype == DTYPES[0])} | dtype for dtype in DTYPES]

@@ -1,84 +1,137 @@
 """The loss of rows whose targets' logits are given, and labels that tell accidental hits."""
 
+from functools import partial
+
 import pytest
 import torch
 from fedss_kernels.reference import sampled_softmax_loss as reference_loss
-from loss_cases import F32, F64
+from loss_cases import F32, F64, GPU_IMPLEMENTATIONS, blocks_of_16
 
 from fedss_kernels.class_table import class_tables
 from fedss_kernels.given_target import row_losses
 from fedss_kernels.loss_operator import OPERATORS
+from fedss_kernels.triton_kernels.configurations import forced
 
-B, C, D = 6, 9, 8
+B, C, D, S = 6, 20, 18, 35  # the GPU kernels' blocks have 16 classes and columns
+
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")
 
 
-def loss_given_target(x, w, labels, given, ids=None, counts=None, *, bias=None, scale=20.0, **options):
-    entry_labels, sparse_grad = options.get("entry_labels"), options.get("sparse_grad", False)
+@pytest.fixture(params=["cpp", *GPU_IMPLEMENTATIONS])
+def impl(request):
+    """Each implementation, tensors made where it runs; without a GPU its kernels both ways, interpreted."""
+    if request.param in ("cpp", "gpu"):
+        with torch.device("cpu" if request.param == "cpp" else "cuda"):
+            yield "cpp" if request.param == "cpp" else "triton"
+    else:
+        with forced(partial(blocks_of_16, request.param == "triton in two launches")):
+            yield "triton"
+
+
+def loss_given_target(impl, x, w, labels, given, ids=None, counts=None, *, bias=None, scale=20.0, **options):
+    options = {"similarity": "cosine", "ignore_index": -100, "sparse_grad": False} | options
+    similarity, ignore_index, sparse_grad = (options.pop(n) for n in list(options)[:3])
     weight, bias = class_tables(w, bias, sparse_grad, None if ids is None else len(ids) + len(x))
     return row_losses(
-        *(x, weight, labels, (ids, counts, None), bias, scale, "cosine", -100, "cpp", None),
-        labels=(entry_labels, None, given),
+        *(x, weight, labels, (ids, counts, None), bias, scale, similarity, ignore_index, impl, None),
+        labels=(options.get("entry_labels"), options.get("target_labels"), given),
     )
 
 
 def problem(dtype=F64, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    x, w, bias, given = (torch.randn(*n, generator=g, dtype=F64) for n in ((B, D), (C, D), (C,), (B,)))
-    tensors = [t.to(dtype).requires_grad_() for t in (x, w, bias, 3 * given)]
-    scale = torch.tensor(7.0, dtype=dtype, requires_grad=True)
-    labels, ids = torch.randint(4, (B,), generator=g), torch.randint(C, (12,), generator=g)
-    labels[1] = -100
-    return tensors, scale, labels, ids, torch.randn(12, generator=g)
-
-
-def both(x, w, bias, given, scale, labels, ids, counts, entries, **options):
-    found = loss_given_target(
-        *(x, w, labels, given, ids, counts),
-        bias=bias,
-        scale=scale,
-        entry_labels=entries,
-        **options,
+    g, here = torch.Generator().manual_seed(seed), torch.empty(0).device
+    x, w, bias, given = (
+        torch.randn(*n, generator=g, dtype=F64, device="cpu") for n in ((B, D), (C, D), (C,), (B,))
     )
+    tensors = [t.to(here, dtype).requires_grad_() for t in (x, w, bias, 3 * given)]
+    scale = torch.tensor(7.0, dtype=dtype, requires_grad=True)
+    labels, ids = (torch.randint(n, (m,), generator=g, device="cpu") for n, m in ((4, B), (C, S)))
+    labels[1] = -100
+    return tensors, scale, labels.to(here), ids.to(here), torch.randn(S, generator=g, device="cpu").to(here)
+
+
+def both(impl, x, w, bias, given, scale, labels, ids, counts, **options):
+    found = loss_given_target(impl, x, w, labels, given, ids, counts, bias=bias, scale=scale, **options)
+    options.pop("sparse_grad", None)
     right = reference_loss(
         *(x, w, labels, ids, counts),
         bias=bias,
         scale=scale,
-        entry_labels=entries,
         target_logit=given,
         reduction="none",
+        **options,
     )
     return found, right
+
+
+def assert_equal_with_gradients(found, right, tensors):
+    torch.testing.assert_close(found, right)
+    upstream = torch.linspace(-1, 1, B, dtype=F64)
+    of_found, of_right = (torch.autograd.grad(loss, tensors, upstream) for loss in (found, right))
+    for a, b in zip(of_found, of_right, strict=True):
+        torch.testing.assert_close(a.to_dense(), b)
+    return of_found
 
 
 @pytest.mark.parametrize("sparse_grad", [False, True])
 @pytest.mark.parametrize("entries", ["of classes", "of entries", "none"])
 @pytest.mark.parametrize("all_classes", [False, True])
-def test_equals_the_definition(all_classes, entries, sparse_grad):
+def test_equals_the_definition(all_classes, entries, sparse_grad, impl):
     """A class may be listed under several labels: then it is a hit of a row under some of them only."""
     (x, w, bias, given), scale, labels, ids, counts = problem()
     ids = ids if not all_classes else None
     listed = torch.arange(C) if ids is None else ids
     entry_labels = {"of classes": listed % 4, "of entries": torch.arange(len(listed)) % 4, "none": None}
-    counts = counts[: len(listed)]
+    counts = counts[: len(listed)].clone()
+    counts[3], listed = torch.inf, torch.cat([listed[:3], listed[4:]])
     found, right = both(
-        *(x, w, bias, given, scale, labels, ids, counts), entry_labels[entries], sparse_grad=sparse_grad
+        *(impl, x, w, bias, given, scale, labels, ids, counts),
+        entry_labels=entry_labels[entries],
+        sparse_grad=sparse_grad,
     )
-    torch.testing.assert_close(found, right)
-    upstream, tensors = torch.linspace(-1, 1, B), (x, w, bias, given, scale)
-    of_found, of_right = (torch.autograd.grad(loss, tensors, upstream.double()) for loss in (found, right))
-    for a, b in zip(of_found, of_right, strict=True):
-        torch.testing.assert_close(a.to_dense() if a.is_sparse else a, b)
-    if sparse_grad:
-        classes = of_found[1].indices()[0]
-        assert of_found[1].is_coalesced() and (classes.diff() > 0).all()
+    of_found = assert_equal_with_gradients(found, right, (x, w, bias, given, scale))
+    if sparse_grad:  # of a class that is nobody's but a target's label none is listed
+        assert set(of_found[1].coalesce().indices()[0].tolist()) == set(listed.tolist())
+    if sparse_grad and impl == "cpp":
+        assert of_found[1].is_coalesced() and (of_found[1].indices()[0].diff() > 0).all()
+
+
+@pytest.mark.parametrize("similarity, ignore_index", [("cosine", -1), ("dot", -100)])
+def test_a_label_is_any_number(similarity, ignore_index, impl):
+    """Past 32 bits too, where 32 of them are a class; and -1, as wrong classes' numbers are."""
+    (x, w, bias, given), scale, labels, ids, counts = problem()
+    labels = torch.tensor([3, ignore_index, 2**32 + 3, -1, -(2**63), 2**63 - 1])
+    options = {"similarity": similarity, "ignore_index": ignore_index}
+    scale = scale if similarity == "cosine" else torch.tensor(0.5, dtype=F64, requires_grad=True)
+    for entries in (None, labels[torch.arange(S) % 6]):
+        tensors = (x, w, bias, given, scale)
+        found, right = both(impl, *tensors, labels, ids, counts, entry_labels=entries, **options)
+        assert_equal_with_gradients(found, right, tensors)
+
+
+def test_labels_of_their_own_beside_a_given_logit(impl):
+    (x, w, bias, given), scale, labels, ids, counts = problem()
+    own, tensors = torch.arange(B) % 5, (x, w, bias, given, scale)
+    found, right = both(impl, *tensors, labels, ids, counts, entry_labels=ids % 5, target_labels=own)
+    assert_equal_with_gradients(found, right, tensors)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_given_logit_that_is_not_finite_makes_its_own_loss_so(value, impl):
+    (x, w, _, given), _, labels, *_ = problem(F32)
+    given = given.detach().clone()
+    given[:3] = value  # one of them ignored
+    losses = loss_given_target(impl, x, w, labels, given)
+    assert losses.isfinite().tolist() == [False, True, False, True, True, True]
 
 
 def test_gradcheck():
+    """The CPU kernel's: the others are compared with the definition."""
     (x, w, bias, given), scale, labels, ids, counts = problem()
 
     def loss(*tensors):
         return loss_given_target(
-            *(tensors[0], tensors[1], labels, tensors[3], ids, counts),
+            *("cpp", tensors[0], tensors[1], labels, tensors[3], ids, counts),
             bias=tensors[2],
             scale=tensors[4],
             entry_labels=ids % 4,
@@ -87,11 +140,11 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(loss, (x, w, bias, given, scale))
 
 
-def test_the_operator_gives_the_bits_of_the_direct_route():
+def test_the_operator_gives_the_bits_of_the_direct_route(impl):
     (x, w, bias, given), scale, labels, ids, counts = problem(F32)
 
     def loss(x, w, given):
-        return loss_given_target(x, w, labels, given, ids, counts, entry_labels=ids % 4)
+        return loss_given_target(impl, x, w, labels, given, ids, counts, entry_labels=ids % 4)
 
     alone, compiled = loss(x, w, given), torch.compile(loss, fullgraph=True, backend="aot_eager")(x, w, given)
     assert torch.equal(alone, compiled)
@@ -99,16 +152,17 @@ def test_the_operator_gives_the_bits_of_the_direct_route():
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("all_classes", [False, True])
-def test_opcheck(all_classes):
+@pytest.mark.parametrize("all_classes", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
+def test_opcheck(all_classes, impl):
     (x, w, bias, given), scale, labels, ids, counts = problem(F32)
     ids, counts = (None, None) if all_classes else (ids, counts)
-    entries = torch.arange(C if ids is None else 12) % 4
+    entries = torch.arange(C if ids is None else S) % 4
     tensors = (x, w, labels, ids, counts, None, bias, scale)
-    options = ("cosine", -100, "none", False, "cpp", [False] * 4, None, entries, labels, given)
+    options = ("cosine", -100, "none", False, impl, [False] * 4, None, entries, labels, given)
     torch.library.opcheck(OPERATORS.sampled_softmax_loss.default, (*tensors, *options))
     tensors = [t if t is None else t.detach() for t in tensors]
-    made = [x.new_empty(0)] * 6
+    with torch.no_grad():
+        _, *made = OPERATORS.sampled_softmax_loss(*tensors, *options)
     backward = (torch.ones(B), made, [True] * 4, *tensors, *options[:-1], given.detach())
     torch.library.opcheck(OPERATORS.sampled_softmax_loss_backward.default, backward)
 
@@ -141,11 +195,12 @@ def test_opcheck_of_stand_ins(sparse_grad, kernel):
     torch.testing.assert_close(loss.double(), right, rtol=1e-4, atol=1e-5)
 
 
-def test_shards_of_the_classes_add_up():
+def test_shards_of_the_classes_add_up(impl):
     """L = log(1 + sum_r (exp(L_r) - 1)): each part of the classes by itself, as where they lie on devices."""
     (x, w, _, given), _, labels, *_ = problem()
     parts = [
-        loss_given_target(x, w[part], labels, given, entry_labels=part) for part in torch.arange(C).split(4)
+        loss_given_target(impl, x, w[part], labels, given, entry_labels=part)
+        for part in torch.arange(C).split(9)
     ]
-    whole = loss_given_target(x, w, labels, given)
+    whole = loss_given_target(impl, x, w, labels, given)
     torch.testing.assert_close(torch.log1p(torch.stack([part.expm1() for part in parts]).sum(0)), whole)

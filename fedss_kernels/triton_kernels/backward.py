@@ -28,7 +28,9 @@ from .tiles import (
     Vectors,
     add_product,
     dots,
+    left_out,
     load_classes,
+    load_hits,
     load_rows,
     load_scale,
     load_targets,
@@ -37,6 +39,7 @@ from .tiles import (
     product_or_zero,
     rounded,
     same,
+    sums_of,
     wide,
 )
 
@@ -95,10 +98,10 @@ def pulls_tile(
     ids, corrections, live, _ = load_classes(
         vectors.class_ids, vectors.counts, entries, sizes.S, sizes.C, ACC
     )
-    hits = same(ids, targets, sizes.C)
+    is_own = same(ids, targets, sizes.C)
     read = live
     if vectors.class_ids is None:  # a target is a column of the tile like any other
-        read = live | ((entries < sizes.S) & (tl.max((hits & known[:, None]).to(tl.int32), 0) > 0))
+        read = live | ((entries < sizes.S) & (tl.max((is_own & known[:, None]).to(tl.int32), 0) > 0))
     sums, x_inverse, w_inverse = dots(
         input, weight, rows, counted, ids, read, COSINE, OPERAND, ACC, PRECISION, BLOCK_D
     )
@@ -115,7 +118,10 @@ def pulls_tile(
     own = tl.zeros(rows.shape, ACC)
     if vectors.class_ids is None:
         own = tl.load(kept + 2 * wide(sizes.B) + rows, mask=known & counted, other=0.0).to(ACC)
-    probs = tl.where(hits, own[:, None], probs)
+    hits = load_hits(
+        vectors.entry_labels, vectors.target_labels, ids, targets, entries, sizes.S, rows, counted, sizes.C
+    )
+    probs = left_out(probs, hits, is_own, own, vectors)
     dlogits = product_or_zero(probs, upstream[:, None])
     # A zero row has inverse norm 0: nothing passes through it, even of an infinite upstream.
     pulls = product_or_zero(probs, product_or_zero(scale * x_inverse, upstream)[:, None])
@@ -132,7 +138,7 @@ def pulls_tile(
         beyond -= (of_target - nearest).to(ACC)[:, None]
     beyond *= x_inverse[:, None]
     if vectors.class_ids is None:  # a target's dlogit is as large as all others'
-        beyond = tl.where(hits, 0.0, beyond)
+        beyond = tl.where(is_own, 0.0, beyond)
     # Of what takes part, a dlogit of 0 too: of a logit of -inf it makes NaN.
     sloping = live[None, :] & (upstream != 0.0)[:, None] & (beyond != 0.0)
     slopes = tl.where(sloping, dlogits * beyond, 0.0)
@@ -151,8 +157,8 @@ def target_pulls(
     dot = tl.load(at + B, mask=inside, other=0.0).to(ACC)
     x_inverse = tl.load(at + 2 * wide(B), mask=inside, other=0.0).to(ACC)
     w_inverse = tl.load(at + 3 * wide(B), mask=inside, other=0.0).to(ACC)
-    own = tl.where(known, own, tl.where(counted, float("nan"), 0.0))
-    x_inverse, w_inverse = tl.where(known, x_inverse, 0.0), tl.where(known, w_inverse, 0.0)
+    own = tl.where(known, own, tl.where(counted, own - own, 0.0))  # NaN beside a loss that is
+    w_inverse = tl.where(known, w_inverse, 0.0)
     dlogits = product_or_zero(own, load_upstream(grad_loss, kept, rows, counted, B, ACC, PER_ROW))
     pulls = product_or_zero(scale * x_inverse * w_inverse, dlogits)
     return targets, counted, known, dlogits, pulls, dot, x_inverse, w_inverse
@@ -206,15 +212,17 @@ def store_target_rows(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def small_tiles(
-    input, weight, target, class_ids, counts, bias, learned, grad_loss, kept, found, B, C, S, ignore_index,
-    factor: tl.float64, COSINE: tl.constexpr, PER_ROW: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr,
-    SUMS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr,
+    input, weight, target, class_ids, counts, bias, learned, entry_labels, target_labels, grad_loss, kept,
+    found, B, C, S, ignore_index, factor: tl.float64, COSINE: tl.constexpr, PER_ROW: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Program (t, g): all rows, the t-th tile of classes, every groups-th block of columns from the g-th on.
 
-    The last t, where not all classes are in the set: the rows' own targets.
+    The last t, where targets are not among all classes: the rows' own.
     """
+    ACC: tl.constexpr = tl.float64 if OPERAND == tl.float64 else tl.float32
+    SUMS: tl.constexpr = sums_of(OPERAND, PRECISION)
     tile, group, D = tl.program_id(0), tl.program_id(1), input.D
     step = tl.num_programs(1) * BLOCK_D
     scale = load_scale(factor, learned, ACC)
@@ -222,8 +230,10 @@ def small_tiles(
     if tile < tl.cdiv(S, BLOCK_S):
         entries = tile * BLOCK_S + tl.arange(0, BLOCK_S)
         dlogits, pulls, along, slopes, counted, ids, read, w_inverse = pulls_tile(
-            input, weight, Vectors(target, class_ids, counts, None, bias, None), Sizes(B, C, S, ignore_index),
-            grad_loss, kept, rows, entries, scale, COSINE, PER_ROW, OPERAND, ACC, PRECISION, BLOCK_D,
+            input, weight,
+            Vectors(target, class_ids, counts, None, bias, None, entry_labels, target_labels, None),
+            Sizes(B, C, S, ignore_index), grad_loss, kept, rows, entries, scale,
+            COSINE, PER_ROW, OPERAND, ACC, PRECISION, BLOCK_D,
         )  # fmt: skip
         share_classes = share_along(tl.sum(along, 0), w_inverse)
         if group == 0:
@@ -271,7 +281,7 @@ def finish_input_row(
     targets, counted, known, _, pulls, dot, x_inverse, _ = target_pulls(
         vectors.target, grad_loss, kept, rows, sizes.B, sizes.C, sizes.ignore_index, scale, ACC, PER_ROW
     )
-    x = load_rows(input, rows, known, columns, OPERAND)  # on its way beside the tiles' sums
+    x = load_rows(input, rows, counted, columns, OPERAND)  # on its way beside the tiles' sums
     values = tl.zeros((1, columns.shape[0]), ACC)
     for start in range(0, tiles, BLOCK_TILES):
         at = (start + tile).to(tl.int64) * sizes.B + row
@@ -333,7 +343,7 @@ def listed_ids(vectors, sizes, entries, BLOCK: tl.constexpr):
 def sparse_ids(class_ids, counts, target, found, B, C, S, ignore_index, BLOCK_S: tl.constexpr):
     """The class of each row of the compact gradient, see `listed_id`."""
     entries = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
-    vectors = Vectors(target, class_ids, counts, None, None, None)
+    vectors = Vectors(target, class_ids, counts, None, None, None, None, None, None)
     ids = listed_ids(vectors, Sizes(B, C, S, ignore_index), entries, BLOCK_S)
     tl.store(found + entries, ids, mask=entries < S + B)
 
@@ -409,7 +419,7 @@ def small_results(
     at = tl.program_id(0)
     first_columns = tl.program_id(1) == 0
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    vectors = Vectors(target, class_ids, counts, None, None, None)
+    vectors = Vectors(target, class_ids, counts, None, None, None, None, None, None)
     sizes = Sizes(B, C, S, ignore_index)
     if at < B:
         if results.input is not None:

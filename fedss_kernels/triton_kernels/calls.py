@@ -16,7 +16,7 @@ from .problem import Problem, operand_of
 from .scatter_add import scatter_add
 
 Tensors = Sequence[Any]  # those of a problem, None for those not given, in the order of its fields
-KEPT, LOSS, OUTPUTS = 8, 9, 10  # places of what a plan is given, after the problem's tensors
+KEPT, LOSS, OUTPUTS = 11, 12, 13  # places of what a plan is given, after the problem's tensors
 
 
 class Wanted(NamedTuple):
@@ -43,13 +43,17 @@ class Outputs(NamedTuple):
     weight: Any  # (C, D) zeros: dense, where class_ids are given
     bias: Any  # (C,) zeros: likewise
     scale: Any  # ()
-    rows: Any  # (S + B, D): of the class set's entries and of the targets; all C with no class_ids
-    row_bias: Any  # (S + B,), or (C,)
-    ids: Any  # (1, S + B): the rows' classes where gradients are sparse; or (1, C)
+    rows: Any  # (entries, D): the compact gradient, see `Calls`
+    row_bias: Any  # (entries,)
+    ids: Any  # (1, entries): their classes, where gradients are sparse
 
 
 class Calls:
-    """Calls alike: of one signature. What they launch is planned once."""
+    """Calls alike: of one signature. What they launch is planned once.
+
+    The compact gradient of class rows has S + B entries: the class set's and the targets'. S where these have
+    no class, and all C where every class is in the set.
+    """
 
     def __init__(self, p: Problem):
         self.traits, self.device, self.ignore_index = p.traits, p.input.device, p.ignore_index
@@ -57,8 +61,11 @@ class Calls:
         self.input_dtype = p.input.dtype
         given = [None if tensor is None else Given(place) for place, tensor in enumerate(p.tensors)]
         self.input, self.weight, self.target, self.class_ids = given[:4]
-        self.counts, self.target_counts, self.bias, self.learned = given[4:]
+        self.counts, self.target_counts, self.bias, self.learned = given[4:8]
+        self.entry_labels, self.target_labels, self.target_logit = given[8:]
         self.cosine, self.fold = p.traits.cosine, p.traits.fold
+        self.targets_apart = not self.fold and p.target_logit is None
+        self.entries = p.sizes[2] + self.targets_apart * p.sizes[0]
         # Each class' sum is rounded once, where many round away what plain PyTorch keeps.
         self.merges = not self.fold and p.weight.itemsize == 2 and p.input.dtype != p.weight.dtype
 
@@ -68,9 +75,8 @@ class Calls:
     def outputs(self, tensors: Tensors, wanted: Wanted, spreads: bool) -> Outputs:
         """spreads: the plan adds compact gradients up to dense ones, which it then holds itself."""
         input, weight = tensors[:2]
-        B, C, S, D = self.sizes
+        (B, C, _, D), entries = self.sizes, self.entries
         to_input, to_weight, to_bias, to_scale = wanted.needed
-        entries = C if self.fold else S + B
         dense = not (self.fold or wanted.sparse)
         dtype = self.traits.accumulator if dense or (wanted.sparse and self.merges) else weight.dtype
         rows = row_bias = ids = None
@@ -115,8 +121,8 @@ class Calls:
         if self.fold or wanted.sparse:
             weight, bias = outputs.rows, outputs.row_bias
         if outputs.ids is not None:
-            # nnz = S + B, the class set's entries and then the targets'; those that take no part are zeros,
-            # or NaN beside losses that are NaN too. Where there is no class at all none could stand for them.
+            # Always as many; those that take no part are zeros, or NaN beside losses that are NaN too. Where
+            # there is no class at all none could stand for them.
             ids, C = outputs.ids, len(tensors[1])
             if C == 0:
                 ids = ids[:, :0]
@@ -134,7 +140,9 @@ class Calls:
             return
         _, C, _, _ = self.sizes
         target, class_ids = tensors[2:4]
-        ids = torch.cat([class_ids, target.where(target != self.ignore_index, -1)])
+        ids = class_ids
+        if self.targets_apart:
+            ids = torch.cat([class_ids, target.where(target != self.ignore_index, -1)])
         ids, order = ids.clamp(-1, C).sort(stable=True)  # -1 or C where there is none
         if outputs.weight is not None:
             scatter_add(outputs.weight, ids, order, outputs.rows, None)

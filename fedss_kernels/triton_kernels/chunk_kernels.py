@@ -32,9 +32,11 @@ from .tiles import (
     Sizes,
     in_range,
     inverse_norm,
+    left_out,
     load_bias,
     load_classes,
     load_elements,
+    load_hits,
     load_rows,
     load_scale,
     load_targets,
@@ -157,7 +159,7 @@ def chunk_logits(
     dots, vectors, kept, inverses, rows, entries, last_row, last_entry, at, B, C, ignore_index, scale, unit,
     COSINE: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
-    """(logits in units, dot products, which rows count, hits, which entries are live, 1 / norms of both).
+    """(logits in units, dot products, which rows count, hits, own targets, live entries, 1 / norms of both).
 
     (R, J) of pairs, (R,) of rows, (J,) of entries. Logits are -inf of entries that are left out.
     """
@@ -179,7 +181,11 @@ def chunk_logits(
     offsets = (load_bias(vectors.bias, ids, live, ACC) - corrections) / unit
     offsets = tl.where(live, offsets, tl.where(wrong, float("nan"), float("-inf")))
     logits = (found * w_inverse[None, :]) * ((scale / unit) * x_inverse)[:, None] + offsets[None, :]
-    return logits, found, counted, same(ids, targets, C) & known[:, None], live, x_inverse, w_inverse
+    hits = load_hits(
+        vectors.entry_labels, vectors.target_labels, ids, targets, entries, last_entry, rows, counted, C
+    )
+    is_own = same(ids, targets, C) & known[:, None]
+    return logits, found, counted, hits, is_own, live, x_inverse, w_inverse
 
 
 @triton.jit
@@ -219,7 +225,7 @@ def chunk_terms(
     total = tl.zeros((BLOCK_B,), ACC)
     for start in range(tl.program_id(1) * BLOCK_S, entries, tl.num_programs(1) * BLOCK_S):
         among = entry + start + tl.arange(0, BLOCK_S)
-        logits, _, _, hits, _, _, _ = chunk_logits(
+        logits, _, _, hits, _, _, _, _ = chunk_logits(
             dots, vectors, kept, inverses, nth, among, row + rows, entry + entries,
             places(nth, among, row, entry, entries), B, C, ignore_index, scale, unit, COSINE, NARROW,
         )  # fmt: skip
@@ -257,7 +263,10 @@ def merge_terms(
     scale = load_scale(factor, vectors.learned, tl.float64)
     unit = logit_unit(scale.to(ACC), COSINE).to(tl.float64)
     targets, counted, known = load_targets(vectors.target, nth, row + rows, C, ignore_index)
-    own = target_logits(vectors.target_counts, vectors.bias, kept, nth, targets, known, B, scale, unit)
+    own = target_logits(
+        vectors.target_logit, vectors.target_counts, vectors.bias, kept, nth, targets, counted, known,
+        B, scale, unit,
+    )  # fmt: skip
     own = own.to(ACC).to(tl.float64)  # as the others: what is equal stays so
     largest_other = tl.full((BLOCK,), float("-inf"), tl.float64)
     others = tl.zeros((BLOCK,), tl.float64)
@@ -334,7 +343,7 @@ def chunk_pulls(
     at = places(nth, among, row, entry, entries)
     scale = load_scale(factor, vectors.learned, ACC)
     unit = logit_unit(scale, COSINE)
-    logits, found, counted, hits, live, x_inverse, w_inverse = chunk_logits(
+    logits, found, counted, hits, is_own, live, x_inverse, w_inverse = chunk_logits(
         dots, vectors, kept, inverses, nth, among, row + rows, entry + entries, at, B, C, ignore_index,
         scale, unit, COSINE, NARROW,
     )  # fmt: skip
@@ -349,7 +358,7 @@ def chunk_pulls(
     own = tl.zeros(nth.shape, ACC)
     if vectors.class_ids is None:  # a target is a column like any other
         own = tl.load(kept + 2 * wide(B) + nth, mask=counted, other=0.0).to(ACC)
-    probs = tl.where(hits, own[:, None], probs)
+    probs = left_out(probs, hits, is_own, own, vectors)
     factors = product_or_zero(scale * x_inverse, upstream)
     if range_of_pulls is not None:
         factors *= tl.load(range_of_pulls)

@@ -72,7 +72,8 @@ class ChunkedCalls(Calls):
             for given, operand in zip((self.input, self.weight), operands, strict=True)
         ]
         self.vectors = Vectors(
-            self.target, self.class_ids, self.counts, self.target_counts, self.bias, self.learned
+            *(self.target, self.class_ids, self.counts, self.target_counts, self.bias, self.learned),
+            *(self.entry_labels, self.target_labels, self.target_logit),
         )
         # products of float32 rows in float64, which a scale asks for: infinite where float32 ends
         narrow = p.traits.operand == torch.float64 != p.input.dtype and not self.cosine
@@ -185,7 +186,9 @@ class ChunkedPlan(Plan):
                 self._finish_classes(sums, to, 0, S)
             self._finish(sums, to)
         if to.ids is not None:
-            self._by_entries(k.sparse_ids, S + B, calls.vectors, to.ids, B, C, S, calls.ignore_index)
+            targets = B if calls.targets_apart else 0
+            given = (calls.vectors, to.ids, targets, C, S, calls.ignore_index)
+            self._by_entries(k.sparse_ids, calls.entries, *given)
         return self
 
     def _own_sums(self, to: Outputs) -> Sums:
@@ -212,7 +215,7 @@ class ChunkedPlan(Plan):
         """What is finished once for all chunks."""
         calls, k, (B, C, S, _) = self.calls, self.kernels, self.calls.sizes
         given = (Given(LOSS), Given(KEPT))
-        of_targets = (None, None) if calls.fold else (to.rows, to.row_bias)
+        of_targets = (to.rows, to.row_bias) if calls.targets_apart else (None, None)
         if to.input is not None or of_targets != (None, None):
             self._by_rows(
                 k.finish_rows,

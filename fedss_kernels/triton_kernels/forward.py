@@ -18,12 +18,13 @@ from .tiles import (
     inverse_norm,
     load_bias,
     load_classes,
+    load_hits,
     load_rows,
     load_scale,
     load_targets,
     logit_unit,
     logits_of,
-    same,
+    sums_of,
     target_cosines,
     wide,
 )
@@ -61,16 +62,18 @@ def dots_with_targets(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def partial_terms(
-    input, weight, target, class_ids, counts, bias, learned, partials, kept, B, C, S, ignore_index,
-    factor: tl.float64, COSINE: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, SUMS: tl.constexpr,
+    input, weight, target, class_ids, counts, bias, learned, entry_labels, target_labels, partials, kept,
+    B, C, S, ignore_index, factor: tl.float64, COSINE: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_PAIRED: tl.constexpr,
 ):  # fmt: skip
     """Program s: all rows and every splits-th tile of classes, from the s - 1st on.
 
-    Program 0: the rows and their own targets, with sums in SUMS, BLOCK_PAIRED columns of both at a time.
+    Program 0: the rows and their own targets, see `sums_of`, BLOCK_PAIRED columns of both at a time.
     partials: (2, splits, B) the largest o, in units, and sum exp(o - largest) of each split.
     """
+    ACC: tl.constexpr = partials.dtype.element_ty
+    SUMS: tl.constexpr = sums_of(OPERAND, PRECISION)
     split, splits = tl.program_id(0) - 1, tl.num_programs(0) - 1
     rows = tl.arange(0, BLOCK_B)
     targets, counted, known = load_targets(target, rows, B, C, ignore_index)
@@ -94,7 +97,8 @@ def partial_terms(
                 input, weight, rows, counted, ids, live, COSINE, OPERAND, ACC, PRECISION, BLOCK_D
             )
             logits = logits_of(sums, x_inverse, w_inverse, scale, unit, bias, ids, live, wrong, corrections)
-            logits = tl.where(same(ids, targets, C), float("-inf"), logits)
+            hits = load_hits(entry_labels, target_labels, ids, targets, entries, S, rows, counted, C)
+            logits = tl.where(hits, float("-inf"), logits)
             larger = tl.maximum(largest, tl.max(logits, 1))
             shift = tl.where(larger == float("-inf"), 0.0, larger)
             total = total * tl.exp((largest - shift) * unit)
@@ -106,14 +110,18 @@ def partial_terms(
 
 
 @triton.jit
-def target_logits(target_counts, bias, kept, rows, targets, known, B, scale, unit):
+def target_logits(target_logit, target_counts, bias, kept, rows, targets, counted, known, B, scale, unit):
     """(R,) in units; NaN without a class that exists, or of a correction that is not finite."""
-    own = (scale / unit) * target_cosines(kept, rows, known, B, scale.dtype)
-    own += load_bias(bias, targets, known, scale.dtype) / unit
-    if target_counts is not None:
-        correction = tl.load(target_counts + rows, mask=known, other=0.0).to(scale.dtype)
-        own -= tl.where(tl.abs(correction) < float("inf"), correction / unit, float("nan"))
-    return tl.where(known, own, float("nan"))
+    if target_logit is not None:
+        own = tl.load(target_logit + rows, mask=counted, other=0.0).to(tl.float64)
+        return (own / unit.to(tl.float64)).to(scale.dtype)
+    else:
+        own = (scale / unit) * target_cosines(kept, rows, known, B, scale.dtype)
+        own += load_bias(bias, targets, known, scale.dtype) / unit
+        if target_counts is not None:
+            correction = tl.load(target_counts + rows, mask=known, other=0.0).to(scale.dtype)
+            own -= tl.where(tl.abs(correction) < float("inf"), correction / unit, float("nan"))
+        return tl.where(known, own, float("nan"))
 
 
 @triton.jit
@@ -135,7 +143,7 @@ def store_losses_terms(kept, rows, counted, there, own, largest_other, largest, 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def merge_splits(
-    target, target_counts, bias, learned, partials, kept, loss, B, C, splits, ignore_index,
+    target, target_counts, bias, learned, target_logit, partials, kept, loss, B, C, splits, ignore_index,
     factor: tl.float64, COSINE: tl.constexpr, ACC: tl.constexpr, REDUCTION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
@@ -151,7 +159,9 @@ def merge_splits(
     for start in range(tl.program_id(0) * BLOCK_B, B, step):
         rows = start + tl.arange(0, BLOCK_B)
         targets, counted, known = load_targets(target, rows, B, C, ignore_index)
-        own = target_logits(target_counts, bias, kept, rows, targets, known, B, scale, unit)
+        own = target_logits(
+            target_logit, target_counts, bias, kept, rows, targets, counted, known, B, scale, unit
+        )
         split = tl.arange(0, BLOCK_SPLITS)
         at = partials + split.to(tl.int64)[:, None] * B + rows[None, :]
         there = (split < splits)[:, None] & counted[None, :]

@@ -21,6 +21,7 @@ TYPES = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
 }
+TORCH_TYPES = {of_triton: of_torch for of_torch, of_triton in TYPES.items()}
 # HIP's addresses are specialized for the size of what they point to as well.
 _LOOKED_UP = bool(INTERPRETED.value) or torch.version.hip is not None
 _INT32 = range(-(2**31), 2**31)

@@ -38,6 +38,9 @@ class Problem(NamedTuple):
     target_log_expected_count: Tensor | None  # (B,)
     bias: Tensor | None  # (C,)
     learned: Tensor | None  # (): the scale is this, or 1, times ...
+    entry_labels: Tensor | None  # (S,); None: class_ids
+    target_labels: Tensor | None  # (B,); None: hits are told by classes
+    target_logit: Tensor | None  # (B,): of rows whose target is no class then, see `without_classes`
     factor: float  # ... this
     ignore_index: int
     traits: Traits
@@ -57,6 +60,9 @@ class Problem(NamedTuple):
         ignore_index: int,
         reduction: str,
         rounding: torch.dtype | None,
+        entry_labels: Tensor | None = None,
+        target_labels: Tensor | None = None,
+        target_logit: Tensor | None = None,
     ) -> "Problem":
         learned = None
         if not isinstance(scale, Tensor):
@@ -69,6 +75,11 @@ class Problem(NamedTuple):
         if abs(factor) > LARGEST_FACTOR[similarity]:
             operand = torch.float64
         float32 = operand == torch.float64
+        if any(given is not None for given in (entry_labels, target_labels, target_logit)):
+            entry_labels = class_ids if entry_labels is None else entry_labels
+            target_labels = target if target_labels is None else target_labels
+        if target_logit is not None:
+            target = without_classes(target, ignore_index)
         return cls(
             input,
             weight,
@@ -78,6 +89,9 @@ class Problem(NamedTuple):
             _contiguous(target_log_expected_count, float32),
             _contiguous(bias, float32),
             _contiguous(learned, float32),
+            _contiguous(entry_labels),
+            _contiguous(target_labels),
+            _contiguous(target_logit),
             factor,
             ignore_index,
             Traits(
@@ -94,7 +108,7 @@ class Problem(NamedTuple):
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """Those of the fields that are, in order."""
-        return self[:8]
+        return self[:11]
 
     @property
     def signature(self) -> Hashable:
@@ -118,6 +132,12 @@ class Problem(NamedTuple):
         input, weight = (operand_of(tensor, self.traits) for tensor in (self.input, self.weight))
         (input_row, input_column), (weight_row, weight_column) = input.stride(), weight.stride()
         return input, weight, (input_row, input_column, weight_row, weight_column)
+
+
+def without_classes(target: Tensor, ignore_index: int) -> Tensor:
+    """`target`, whose rows that count have a number that is no class."""
+    no_class = -1 if ignore_index != -1 else -2
+    return torch.where(target == ignore_index, ignore_index, no_class)
 
 
 def _exact() -> bool:

@@ -73,7 +73,8 @@ def empty_loss(
 def _calls_for(p: Problem) -> SmallCalls | ChunkedCalls:
     B, _, S, D = p.sizes
     traits, problem_bytes = p.traits, bytes_of(p.input, p.weight)
-    way = configure(table_of(p.input.device), B, S, D, traits.operand, traits.rows, problem_bytes)
+    labels = p.target_labels is not None
+    way = configure(table_of(p.input.device), B, S, D, traits.operand, traits.rows, problem_bytes, labels)
     if not isinstance(way, Configuration):
         return ChunkedCalls(p, way)
     if p.input.stride(1) != 1 or p.weight.stride(1) != 1:  # rows are copied first, once

@@ -11,10 +11,10 @@ from . import backward, forward
 from .backward import Parts, Results
 from .calls import KEPT, LOSS, Calls, Gradients, Outputs, Tensors, Wanted
 from .configurations import Configuration, Table, table_of
-from .launch import TYPES, Variant
+from .launch import TORCH_TYPES, TYPES, Variant
 from .plan import FACTOR, Given, Plan
 from .problem import Problem, Traits
-from .tiles import Matrix
+from .tiles import Matrix, sums_of
 
 PREPARED = 2**22  # bytes that may wait for the backward pass
 
@@ -28,22 +28,13 @@ class Kernels(NamedTuple):
     small_results: Variant
 
 
-def sums_of(traits: Traits) -> torch.dtype:
-    """Of what there is once for a row: what its target adds, and the sum of the tiles' parts.
-
-    What lies along a row may be most of all that is pulled to it, and is taken out again: of float32 rows
-    that have one large feature in common plain PyTorch leaves less than float32 sums would.
-    """
-    exact = traits.operand == torch.float32 and traits.precision == "ieee"
-    return torch.float64 if exact else traits.accumulator
-
-
 def kernels_of(traits: Traits, c: Configuration, table: Table) -> Kernels:
-    operand, accumulator, sums = (TYPES[t] for t in (traits.operand, traits.accumulator, sums_of(traits)))
+    operand, accumulator = TYPES[traits.operand], TYPES[traits.accumulator]
+    sums = sums_of(operand, traits.precision)
     rows, classes, columns, warps, stages = c.blocks
     options: dict[str, Any] = {"COSINE": traits.cosine, "enable_fp_fusion": True, **table.all_registers}
     products = options | table.products | {"num_warps": warps, "num_stages": stages}
-    products |= {"OPERAND": operand, "ACC": accumulator, "SUMS": sums, "PRECISION": traits.precision}
+    products |= {"OPERAND": operand, "PRECISION": traits.precision}
     products |= {"BLOCK_B": rows, "BLOCK_S": classes, "BLOCK_D": columns}
     paired = max(32 * warps * table.paired // rows, 16)
     merging = options | {"REDUCTION": traits.reduction, "ACC": accumulator, "num_warps": c.merge_warps}
@@ -104,12 +95,13 @@ class SmallCalls(Calls):
             self.kernels.partial_terms,
             (c.splits + 1,),
             *(*self.matrices, self.target, self.class_ids, self.counts, self.bias, self.learned),
-            *(partials, kept, B, C, S, self.ignore_index, FACTOR),
+            *(self.entry_labels, self.target_labels, partials, kept, B, C, S, self.ignore_index, FACTOR),
         )
         plan.launch(
             self.kernels.merge_splits,
             (max(triton.cdiv(B, c.merged_rows), 1) if self.traits.reduction == "none" else 1,),
-            *(self.target, self.target_counts, self.bias, self.learned, partials, kept, losses),
+            *(self.target, self.target_counts, self.bias, self.learned, self.target_logit),
+            *(partials, kept, losses),
             *(B, C, c.splits, self.ignore_index, FACTOR),
         )
         return plan
@@ -171,7 +163,8 @@ class SmallCalls(Calls):
     def _plan_gradients(self, wanted: Wanted) -> Plan:
         plan, (B, C, S, D) = Plan(self.device), self.sizes
         c, accumulator = self.configuration, self.traits.accumulator
-        tiles, entries = triton.cdiv(S, c.blocks.classes), C if self.fold else S + B
+        tiles, entries = triton.cdiv(S, c.blocks.classes), self.entries
+        sums = TORCH_TYPES[sums_of(TYPES[self.traits.operand], self.traits.precision)]
         to = self.places(wanted, spreads=True)
 
         def part(is_wanted: bool, *shape: int, dtype: torch.dtype = accumulator) -> Any:
@@ -181,18 +174,29 @@ class SmallCalls(Calls):
             to.rows or part(wanted.needed[1], entries, D),
             to.row_bias or part(wanted.needed[2], entries),
             part(wanted.needed[0], tiles, B, D),
-            part(wanted.needed[0] and self.cosine, tiles, c.column_groups, B, dtype=sums_of(self.traits)),
+            part(wanted.needed[0] and self.cosine, tiles, c.column_groups, B, dtype=sums),
             part(wanted.needed[3], tiles, dtype=torch.float64),
         )
         results = Results(to.input, to.weight, to.bias, to.scale, to.ids)
         kept, upstream = Given(KEPT), Given(LOSS)
         plan.launch(
             self.kernels.small_tiles,
-            (tiles + (not self.fold), c.column_groups),
+            (tiles + self.targets_apart, c.column_groups),
             *(*self.matrices, self.target, self.class_ids, self.counts, self.bias, self.learned),
-            *(upstream, kept, parts, B, C, S, self.ignore_index, FACTOR),
+            *(
+                self.entry_labels,
+                self.target_labels,
+                upstream,
+                kept,
+                parts,
+                B,
+                C,
+                S,
+                self.ignore_index,
+                FACTOR,
+            ),
         )
-        spread = 0 if to.weight is None and to.bias is None and to.ids is None else S + B
+        spread = 0 if to.weight is None and to.bias is None and to.ids is None else entries
         plan.launch(
             self.kernels.small_results,
             (B + 1 + spread, triton.cdiv(max(D, 1), c.result_columns)),

@@ -38,6 +38,9 @@ class Vectors(NamedTuple):
     target_counts: Any  # (B,)
     bias: Any  # (C,)
     learned: Any  # (), a factor of the scale
+    entry_labels: Any  # (S,), what hits are told by; None: the entries' numbers
+    target_labels: Any  # (B,), likewise; None: there are no labels, classes tell
+    target_logit: Any  # (B,), where they are given; no row's target is a class then
 
 
 class Sizes(NamedTuple):
@@ -57,6 +60,17 @@ UNSPECIALIZED += ["grad_loss", "kept", "partials", "loss", "row_losses"]
 # The interpreter multiplies bfloat16 wrongly and truncates where it should round. There, and only there,
 # operands are widened, which is exact, and rounding is done by hand.
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.constexpr_function
+def sums_of(operand, precision):
+    """The dtype of what there is once for a row: what its target adds, and the sum of the tiles' parts.
+
+    What lies along a row may be most of all that is pulled to it, and is taken out again: of float32 rows
+    that have one large feature in common plain PyTorch leaves less than float32 sums would.
+    """
+    exact = operand == tl.float64 or (operand == tl.float32 and precision == "ieee")
+    return tl.float64 if exact else tl.float32
 
 
 @triton.jit
@@ -171,6 +185,31 @@ def load_classes(class_ids, counts, entries, S, C, ACC: tl.constexpr):
 def same(ids, targets, C):
     """(R, J) whether an entry's class is a row's target; compared in 32 bits where these hold all classes."""
     return ids.to(C.dtype)[None, :] == targets.to(C.dtype)[:, None]
+
+
+@triton.jit
+def load_hits(entry_labels, target_labels, ids, targets, entries, S, rows, counted, C):
+    """(R, J) whether an entry is left out of a row, as it is of the same class, or label where there are any."""
+    if target_labels is None:
+        return same(ids, targets, C)
+    else:
+        of_rows = tl.load(target_labels + rows, mask=counted, other=0)
+        of_entries = entries.to(tl.int64)
+        if entry_labels is not None:
+            of_entries = tl.load(entry_labels + entries, mask=entries < S, other=0)
+        return of_entries[None, :] == of_rows[:, None]
+
+
+@triton.jit
+def left_out(probs, hits, is_own, own, vectors):
+    """probs (R, J), 0 of hits; where all classes are in the set, own (R,) more in the targets' columns."""
+    if vectors.target_labels is None:  # a hit is the row's own target
+        return tl.where(hits, own[:, None], probs)
+    else:
+        probs = tl.where(hits, 0.0, probs)
+        if vectors.class_ids is None:
+            probs += tl.where(is_own, own[:, None], 0.0)
+        return probs
 
 
 @triton.jit

@@ -177,6 +177,15 @@ def every_argument(rank, world):
             agrees_with_one_process(p, criterion, **call)
 
 
+def the_gpu_kernels_take_part(rank, world):
+    """On GPUs; here interpreted."""
+    p = Problem(rank, world)
+    p.target[1] = -100
+    labels = {"entry_labels": torch.arange(C) % 7, "target_labels": p.target % 7}
+    agrees_with_one_process(p, p.criterion(7, impl="triton", bias=True, learn_scale=True), angular_margin=0.5)
+    agrees_with_one_process(p, p.criterion(None, impl="triton", sparse_grad=True), **labels)
+
+
 def sparse_gradients(rank, world):
     p = Problem(rank, world)
     criterion = p.criterion(7, sparse_grad=True, bias=True)
@@ -535,6 +544,7 @@ CHECKS = [
     both_similarities_a_bias_and_a_learned_scale,
     every_reduction,
     every_argument,
+    the_gpu_kernels_take_part,
     sparse_gradients,
     few_classes_leave_ranks_without_any,
     one_rank_has_all_targets_of_its_own_block,

@@ -168,6 +168,34 @@ def test_a_client_takes_two_launches_each_way(S, sparse_grad, reduction, monkeyp
         assert len(names) == 4
 
 
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("S", [None, 20])
+def test_labels_and_given_logits_take_no_launch_more(S, given, monkeypatch):
+    x, w, t, ids, counts = problem(B=32, C=24, D=32, S=S or 24)
+    logits = torch.zeros(32, device=DEVICE, requires_grad=True) if given else None
+    scale = torch.tensor(20.0, dtype=F64)
+    options = ("cosine", -100, "none", False, "triton", [False] * 4, None, counts.long(), t, logits)
+    with counted_launches(monkeypatch) as names:
+        loss = OPS.sampled_softmax_loss(x, w, t, ids if S else None, counts, None, None, scale, *options)[0]
+        assert names == ["partial_terms", "merge_splits"]
+        gradients(loss, x, w)
+        assert names[2:] == ["small_tiles", "small_results"]
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_a_wrong_class_makes_the_losses_that_it_enters_nan(small):
+    """Not those that leave it out by its label."""
+    x, w, t, ids, counts = problem()
+    ids[4] = 12
+    labels = torch.arange(9, device=DEVICE) % 3
+    with forced(partial(blocks_of_16, small)):
+        losses = loss_by_triton(
+            x, w, t, ids, counts, entry_labels=labels, target_labels=torch.arange(6, device=DEVICE) % 3,
+            reduction="none",
+        )  # fmt: skip
+    assert losses.isnan().tolist() == [True, False, True] * 2
+
+
 @pytest.fixture
 def memories(monkeypatch):
     """Of each run, as if all but the first were launched without Triton; None: the run's own."""

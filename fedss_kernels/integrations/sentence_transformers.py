@@ -112,8 +112,7 @@ class InBatchSoftmaxLoss(nn.Module):
 
     The documents are the batch's positives and its hard negatives. Where no item repeats this is
     MultipleNegativesRankingLoss, which takes a positive that stands in the batch twice for a negative of
-    itself. Memory O(batch x D), so that large batches need no caching for the logits' sake. On CPUs:
-    the GPU kernels do not tell items apart yet, and say so.
+    itself. Memory O(batch x D), so that large batches need no caching for the logits' sake.
 
     Args:
         model: the SentenceTransformer.

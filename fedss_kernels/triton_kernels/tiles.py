@@ -189,7 +189,7 @@ def same(ids, targets, C):
 
 @triton.jit
 def load_hits(entry_labels, target_labels, ids, targets, entries, S, rows, counted, C):
-    """(R, J) whether an entry is left out of a row, as it is of the same class, or label where there are any."""
+    """(R, J) whether an entry is left out of a row: of the same class, or label where there are any."""
     if target_labels is None:
         return same(ids, targets, C)
     else:

@@ -21,7 +21,7 @@ from .checks import refuse_forward_mode
 from .operator_names import named_by_schema
 
 library = torch.library.Library("fedss_kernels", "FRAGMENT")
-_ARGUMENTS = (
+ARGUMENTS = (
     "Tensor input, Tensor weight, Tensor target, Tensor? class_ids, Tensor? log_expected_count, "
     "Tensor? target_log_expected_count, Tensor? bias, Tensor scale, str similarity, int ignore_index, "
     "str reduction, bool sparse_grad, str impl, bool[4] wanted, ScalarType? rounding, "
@@ -34,11 +34,11 @@ _ARGUMENTS = (
 # The results after the loss are for the backward operator. impl="cpp": Gradients, and nothing; "triton": what
 # its kernels keep of each row, and sums for gradients where they are begun with the loss.
 _LOSS, _loss_schema = named_by_schema(
-    f"sampled_softmax_loss({_ARGUMENTS}) -> "
+    f"sampled_softmax_loss({ARGUMENTS}) -> "
     "(Tensor loss, Tensor made_0, Tensor made_1, Tensor made_2, Tensor made_3, Tensor made_4, Tensor made_5)"
 )
 _BACKWARD, _backward_schema = named_by_schema(
-    f"sampled_softmax_loss_backward(Tensor grad_loss, Tensor[] made, bool[4] needed, {_ARGUMENTS}) -> "
+    f"sampled_softmax_loss_backward(Tensor grad_loss, Tensor[] made, bool[4] needed, {ARGUMENTS}) -> "
     "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_scale)"
 )
 library.define(_loss_schema)
@@ -172,7 +172,7 @@ def _empty_results(
 def _operator_results(p: Arguments, made: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     """The operator's: tensors without elements for what is not made."""
     given = (*made, *[None] * (MADE - len(made)))
-    return tuple(_nothing(p.input) if result is None else result for result in given)
+    return tuple(nothing(p.input) if result is None else result for result in given)
 
 
 _ROUNDINGS = {None: "none", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -283,7 +283,7 @@ def _gradients(grad_loss: Tensor, made: list[Tensor], needed: list[bool], *argum
         results = [g if g is None else g.to(like.dtype) for g, like in zip(found, likes, strict=True)]
     else:
         results = finish_gradients(p, Gradients(*made[:5]), None, grad_loss, needed)
-    return tuple(_nothing(p.input) if result is None else result for result in results)
+    return tuple(nothing(p.input) if result is None else result for result in results)
 
 
 for _device in ("CPU", "CUDA"):
@@ -300,14 +300,14 @@ def _backward_fake(grad_loss: Tensor, made: list[Tensor], needed: list[bool], *a
             "torch has no sparse ones there; take sparse_grad=False, or leave the loss out of what is traced"
         )
     return (
-        torch.empty_like(p.input, memory_format=torch.contiguous_format) if needed[0] else _nothing(p.input),
-        p.weight.new_empty(p.weight.shape) if needed[1] else _nothing(p.input),
-        p.weight.new_empty(p.weight.shape[:1]) if needed[2] else _nothing(p.input),
-        p.input.new_empty((), dtype=p.scale.dtype) if needed[3] else _nothing(p.input),
+        torch.empty_like(p.input, memory_format=torch.contiguous_format) if needed[0] else nothing(p.input),
+        p.weight.new_empty(p.weight.shape) if needed[1] else nothing(p.input),
+        p.weight.new_empty(p.weight.shape[:1]) if needed[2] else nothing(p.input),
+        p.input.new_empty((), dtype=p.scale.dtype) if needed[3] else nothing(p.input),
     )
 
 
-def _nothing(like: Tensor) -> Tensor:
+def nothing(like: Tensor) -> Tensor:
     return like.new_empty((0,))
 
 
@@ -471,7 +471,7 @@ def refuse_batches(grad_loss: Tensor) -> None:
         )
 
 
-def _refuse_double_backward(ctx, *_):
+def refuse_double_backward(ctx, *_):
     raise RuntimeError(
         "sampled_softmax_loss cannot be differentiated twice (a gradient penalty does that too); "
         'impl="reference" can'
@@ -481,7 +481,7 @@ def _refuse_double_backward(ctx, *_):
 torch.library.register_autograd(
     f"fedss_kernels::{_LOSS}", _backward, setup_context=_setup_context, lib=library
 )
-torch.library.register_autograd(f"fedss_kernels::{_BACKWARD}", _refuse_double_backward, lib=library)
+torch.library.register_autograd(f"fedss_kernels::{_BACKWARD}", refuse_double_backward, lib=library)
 
 
 def _register_autocast(device_type: str, key: str) -> None:

@@ -23,9 +23,11 @@ from fedss_kernels.triton_kernels import (
     row_momentum,
     sampled_softmax,
     scatter_add,
+    stacked_kernels,
     tiles,
 )
 from fedss_kernels.triton_kernels.calls import Wanted
+from fedss_kernels.triton_kernels.stacked import at_once, stacked_calls
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 MULTIPLYING = {"partial_terms", "small_tiles"}
@@ -41,15 +43,15 @@ TENSOR_MEMORY = 512  # columns
 def call(
     B=32, S=1000, C=5000, D=512, dtype=BF16, weight_dtype=None, rounding=None, bias=True, learned=True,
     similarity="cosine", reduction="mean", counts=True, sparse=False, precision="highest", transposed=False,
-    scale=20.0, offsets=F32, labels=False, given=None,
+    scale=20.0, offsets=F32, labels=False, given=None, problems=None,
 ):  # fmt: skip
     """The loss and all its gradients, on tensors that have no memory. S = None: every class.
 
-    given: the dtype of the targets' given logits.
+    given: the dtype of the targets' given logits; problems: as many at once.
     """
 
     def empty(*shape, dtype=F32):
-        return torch.empty(shape, dtype=dtype, device="meta")
+        return torch.empty((*([] if problems is None else [problems]), *shape), dtype=dtype, device="meta")
 
     def matrix(rows, dtype):
         return empty(D, rows, dtype=dtype).T if transposed else empty(rows, D, dtype=dtype)
@@ -60,14 +62,26 @@ def call(
         x, w = matrix(B, dtype), matrix(C, weight_dtype or dtype)
         ids = None if S is None else empty(S, dtype=torch.int64)
         scale = empty(dtype=offsets) if learned else torch.tensor(scale)
-        problem = sampled_softmax.Problem.of(
+        plain = (
             *(x, w, empty(B, dtype=torch.int64), ids),
             *((empty(S or C, dtype=offsets), empty(B, dtype=offsets)) if counts else (None, None)),
-            *(empty(C, dtype=w.dtype) if bias else None, scale, similarity, -100, reduction, rounding),
+            *(empty(C, dtype=w.dtype) if bias else None, scale),
+        )
+        options = (similarity, -100, reduction, rounding)
+        wanted = Wanted((True, True, bias, learned), sparse, scale.dtype)
+        if problems is not None and not at_once(B, S or C, D, x, w, rounding):
+            return
+        if problems is not None:
+            calls, tensors, factor = stacked_calls(problems, [True] * 7 + [learned], plain, *options)
+            loss, made = calls.loss(tensors, factor, None)
+            calls.gradients(tensors, factor, made, torch.empty_like(loss), wanted)
+            return
+        problem = sampled_softmax.Problem.of(
+            *plain,
+            *options,
             *((empty(n, dtype=torch.int64) if labels else None) for n in (S or C, B)),
             None if given is None else empty(B, dtype=given),
         )
-        wanted = Wanted((True, True, bias, learned), sparse, scale.dtype)
         loss, made = sampled_softmax.loss(problem, wanted)
         sampled_softmax.gradients(problem, made, torch.empty_like(loss), wanted)
     finally:
@@ -122,8 +136,10 @@ def shipped(device: str) -> list[Launch]:
     branches = [size | branch for branch in BRANCHES for size in SIZES]
     huge = [{"dtype": F16, "learned": False, "scale": 1e30, "S": 20}]  # 16 bits in float64
     offsets = [{"dtype": F32, "S": 20, "offsets": dtype} for dtype in (BF16, F16)]
+    many = [dtype | {"problems": 64} for dtype in DTYPES]
+    many += [{"B": 128, "problems": 64} | branch for branch in (*BRANCHES[:1], {"learned": False})]
     one = {"B": 1, "S": 1, "C": 1, "D": 1}
-    return launched(device, [*table, *branches, *huge, *offsets, one, *CHUNKED])
+    return launched(device, [*table, *branches, *huge, *offsets, *many, one, *CHUNKED])
 
 
 def _entry(launch: Launch) -> tuple:
@@ -212,7 +228,7 @@ def check(launches: list[Launch], device: str) -> None:
 
 def test_kernels_are_short():
     """And what they call: with more arguments than this, nobody sees which is which."""
-    for module in (backward, chunk_kernels, forward, tiles):
+    for module in (backward, chunk_kernels, forward, stacked_kernels, tiles):
         for name, function in vars(module).items():
             if getattr(getattr(function, "fn", None), "__module__", None) != module.__name__:
                 continue

@@ -147,9 +147,11 @@ def test_the_operator_gives_the_bits_of_the_direct_route(impl):
         return loss_given_target(impl, x, w, labels, given, ids, counts, entry_labels=ids % 4)
 
     alone, compiled = loss(x, w, given), torch.compile(loss, fullgraph=True, backend="aot_eager")(x, w, given)
-    assert torch.equal(alone, compiled)
-    for a, b in zip(*(torch.autograd.grad(f.sum(), (x, w, given)) for f in (alone, compiled)), strict=True):
-        assert torch.equal(a, b)
+    tolerance = 0 if impl == "cpp" else 1e-6  # numpy's products depend on where in memory they are
+    for a, b in zip(
+        *((f, *torch.autograd.grad(f.sum(), (x, w, given))) for f in (alone, compiled)), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("all_classes", [False, pytest.param(True, marks=pytest.mark.exhaustive)])

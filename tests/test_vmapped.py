@@ -1,10 +1,14 @@
 """torch.vmap over the loss: the bits of calls one by one, without a warning, on CPUs and GPUs."""
 
+from functools import partial
+
 import pytest
 import torch
-from loss_cases import BF16, F32
+from loss_cases import BF16, F32, blocks_of_16
+from test_triton_kernels import DEVICE, counted_launches
 
-from fedss_kernels import sampled_softmax_loss
+from fedss_kernels import sampled_softmax_loss, vmapped
+from fedss_kernels.triton_kernels.configurations import forced
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")
 
@@ -45,6 +49,80 @@ def test_the_bits_of_calls_one_by_one(K, reduction, impl):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("K", [3, pytest.param(64, marks=pytest.mark.exhaustive)])
+def test_small_problems_take_one_launch_a_kernel(K, monkeypatch):
+    with torch.device(DEVICE), counted_launches(monkeypatch) as names:
+        x, w, target, ids, counts = (
+            t.detach().to(DEVICE).requires_grad_(t.requires_grad) for t in problems(K)
+        )
+        loss = torch.vmap(lambda *given: sampled_softmax_loss(*given, impl="triton"))(
+            x, w, target, ids, counts
+        )
+        assert names == ["stacked_terms", "stacked_merging"]
+        torch.autograd.grad(loss.sum(), (x, w))
+    assert names[2:] == ["stacked_tiles", "stacked_results"]
+
+
+@pytest.mark.parametrize(
+    "S, reduction",
+    [(None, "none"), *(pytest.param(*n, marks=pytest.mark.exhaustive) for n in ((35, "none"), (35, "sum")))],
+)
+def test_stacks_that_cross_the_edges_of_blocks(S, reduction, monkeypatch):
+    """Whatever lies between: rows of a wider stack, a matrix that all share, scales on the device."""
+    g = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(n, 3, 40, generator=g)[..., 4:37].to(DEVICE) for n in (20, 44))
+    x, w = x.movedim(1, 0).requires_grad_(), w[:, 0].requires_grad_()
+    t, ids = (torch.randint(44, (3, n), generator=g).to(DEVICE) for n in (20, 35))
+    t[0, 3], bias = -100, torch.randn(3, 44, generator=g).to(DEVICE).requires_grad_()
+    scale = torch.tensor([1.0, 10, 20], device=DEVICE, requires_grad=True)
+    options = {"reduction": reduction, "impl": "triton"}
+
+    def loss(x, t, ids, bias, scale):
+        return sampled_softmax_loss(x, w, t, ids if S else None, bias=bias, scale=scale, **options)
+
+    stacks = (x, t, ids, bias, scale)
+    with forced(partial(blocks_of_16, True)):
+        with counted_launches(monkeypatch) as names:
+            together = torch.vmap(loss)(*stacks)
+            assert len(names) == 2
+        alone = torch.stack([loss(*one) for one in zip(*stacks, strict=True)])
+        assert torch.equal(together, alone)
+        upstream, wanted = torch.linspace(-1, 1, alone.numel(), device=DEVICE), (x, bias, scale, w)
+        found, right = (
+            torch.autograd.grad(each, wanted, upstream.view(each.shape)) for each in (together, alone)
+        )
+    for a, b in zip(found[:3], right[:3], strict=True):
+        assert torch.equal(a, b)
+    torch.testing.assert_close(found[3], right[3], rtol=1e-5, atol=1e-6)  # their sum, in another order
+
+
+def test_as_many_problems_at_once_as_memory_is_for(monkeypatch):
+    from fedss_kernels.triton_kernels import stacked
+
+    x, w, target, ids, counts = (t.detach().to(DEVICE) for t in problems(5))
+    loss = torch.vmap(partial(sampled_softmax_loss, impl="triton"))
+    expected = loss(x, w, target, ids, counts)
+    monkeypatch.setattr(stacked, "BUDGET", 4 * 6 * 8 * 2)  # two problems' tiles
+    with counted_launches(monkeypatch) as names:
+        assert torch.equal(loss(x, w, target, ids, counts), expected)
+    assert len(names) == 3 * 2
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_opcheck(reduction):
+    x, w, target, ids, counts = (t.detach().to(DEVICE).requires_grad_(t.requires_grad) for t in problems(2))
+    scale = torch.tensor(20.0, device=DEVICE, requires_grad=True)
+    arguments = (x, w[0].detach().requires_grad_(), target, ids, counts, None, None, scale)
+    stacked = [True, False, True, True, True, False, False, False]
+    options = ("cosine", -100, reduction, False, "triton", [False] * 4, None)
+    torch.library.opcheck(vmapped.sampled_softmax_losses.default, (2, stacked, *arguments, *options))
+    arguments = [t if t is None else t.detach() for t in arguments]
+    losses, kept = vmapped.sampled_softmax_losses(2, stacked, *arguments, *options)
+    backward = (torch.ones_like(losses), kept, [True, True, False, True], 2, stacked, *arguments, *options)
+    torch.library.opcheck(vmapped.sampled_softmax_losses_backward.default, backward)
+
+
 def test_ragged_problems_are_padded(impl):
     """Rows that are ignored, entries that are left out: the loss and gradients of the smaller problem."""
     x, w, target, ids, counts = problems(2)
@@ -69,12 +147,11 @@ def test_other_dimensions_and_what_all_problems_share(dims, impl):
     each = [v.unbind(dim) if dim is not None else [v] * 3 for v, dim in zip(given, dims, strict=True)]
     alone = torch.stack([loss(*one) for one in zip(*each, strict=True)])
     assert torch.equal(together, alone)
-    for a, b in zip(
-        torch.autograd.grad(together.sum(), (x, w, scale)),
-        torch.autograd.grad(alone.sum(), (x, w, scale)),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b)
+    found = torch.autograd.grad(together.sum(), (x, w, scale))
+    of_each = [torch.autograd.grad(one, (x, w, scale), retain_graph=True) for one in alone]
+    for a, parts in zip(found, zip(*of_each, strict=True), strict=True):  # rounded in each sum, or in the end
+        parts = torch.stack(parts).double()
+        assert ((a - parts.sum(0)).abs() <= torch.finfo(a.dtype).eps * parts.abs().sum(0)).all()
 
 
 def test_learned_scales_and_biases_of_their_own(impl):

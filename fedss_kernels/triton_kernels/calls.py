@@ -66,33 +66,34 @@ class Calls:
         self.cosine, self.fold = p.traits.cosine, p.traits.fold
         self.targets_apart = not self.fold and p.target_logit is None
         self.entries = p.sizes[2] + self.targets_apart * p.sizes[0]
+        self.leading: tuple[int, ...] = ()  # dimensions of results, before their own
         # Each class' sum is rounded once, where many round away what plain PyTorch keeps.
         self.merges = not self.fold and p.weight.itemsize == 2 and p.input.dtype != p.weight.dtype
 
     def empty_results(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        return empty_results(input, self.traits.reduction)
+        return empty_results(input, self.traits.reduction, self.leading)
 
     def outputs(self, tensors: Tensors, wanted: Wanted, spreads: bool) -> Outputs:
         """spreads: the plan adds compact gradients up to dense ones, which it then holds itself."""
         input, weight = tensors[:2]
-        (B, C, _, D), entries = self.sizes, self.entries
+        (B, C, _, D), entries, K = self.sizes, self.entries, self.leading
         to_input, to_weight, to_bias, to_scale = wanted.needed
         dense = not (self.fold or wanted.sparse)
         dtype = self.traits.accumulator if dense or (wanted.sparse and self.merges) else weight.dtype
         rows = row_bias = ids = None
         if to_weight and not (dense and spreads):
-            rows = input.new_empty((entries, D), dtype=dtype)
+            rows = input.new_empty((*K, entries, D), dtype=dtype)
         if to_bias and not (dense and spreads):
-            row_bias = input.new_empty((entries,), dtype=dtype)
+            row_bias = input.new_empty((*K, entries), dtype=dtype)
         if wanted.sparse and (to_weight or to_bias):
             ids = (
                 self._all_classes(tensors) if self.fold else input.new_empty((1, entries), dtype=torch.int64)
             )
-        scale = input.new_empty((), dtype=wanted.scale_dtype) if to_scale else None
+        scale = input.new_empty(K, dtype=wanted.scale_dtype) if to_scale else None
         return Outputs(
-            input.new_empty((B, D)) if to_input else None,
-            weight.new_zeros((C, D)) if to_weight and dense else None,
-            weight.new_zeros((C,)) if to_bias and dense else None,
+            input.new_empty((*K, B, D)) if to_input else None,
+            weight.new_zeros((*K, C, D)) if to_weight and dense else None,
+            weight.new_zeros((*K, C)) if to_bias and dense else None,
             scale if B > 0 or scale is None else scale.zero_(),
             rows,
             row_bias,
@@ -175,13 +176,13 @@ class Calls:
         return ids[None]
 
 
-def empty_results(input: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
-    """(loss, kept), uninitialised."""
-    B = input.shape[0]
+def empty_results(input: Tensor, reduction: str, leading: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+    """(loss, kept), uninitialised; leading: dimensions before their own."""
+    B = input.shape[-2]
     result_dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     return (
-        input.new_empty((B,) if reduction == "none" else (), dtype=result_dtype),
-        input.new_empty((forward.KEPT * B + 1,), dtype=torch.float64),
+        input.new_empty((*leading, B) if reduction == "none" else leading, dtype=result_dtype),
+        input.new_empty((*leading, forward.KEPT * B + 1), dtype=torch.float64),
     )
 
 

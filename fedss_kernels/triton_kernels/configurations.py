@@ -51,7 +51,9 @@ class Table:
     few: dict[int, Blocks]  # for up to so many rows
     many: dict[int, Blocks]  # for up to SMALL_BATCH
     many_of_odd_length: bool  # whether registers hold them where rows are read an element at a time
-    labels_beside: int  # bytes of a pull, at the most, that registers hold labels beside
+    most_with_more: (
+        int  # bytes of a pull, at the most, that registers hold labels or a problem's place beside
+    )
     result_columns: int
     result_entries: int
     result_warps: int
@@ -68,7 +70,7 @@ NVIDIA = Table(
     # next tiles be copied to where they still read, if threads read the tiles too, as for norms.
     many={2: Blocks(128, 16, 32, 8, 1), 4: Blocks(128, 16, 16, 8, 1), 8: Blocks(128, 16, 16, 8, 2)},
     many_of_odd_length=True,
-    labels_beside=8,
+    most_with_more=8,
     result_columns=64,
     result_entries=64,
     result_warps=4,
@@ -84,7 +86,7 @@ AMD = Table(
     few={2: Blocks(32, 16, 32, 8, 2), 4: Blocks(32, 16, 16, 8, 1), 8: Blocks(16, 16, 16, 4, 1)},
     many={2: Blocks(128, 16, 16, 8, 1), 4: Blocks(128, 16, 16, 8, 1), 8: Blocks(128, 16, 16, 8, 1)},
     many_of_odd_length=False,
-    labels_beside=4,
+    most_with_more=4,
     result_columns=64,
     result_entries=32,
     result_warps=16,
@@ -113,17 +115,17 @@ def configure(
     operand: torch.dtype,
     rows: torch.dtype,
     problem_bytes: int,
-    labels: bool = False,
+    more: bool = False,
 ) -> Configuration | Chunks:
     """How B rows, S entries and D columns are gone about: a small problem in tiles, a large one in chunks.
 
     operand: the dtype of products; rows: the same, but for what the scale asks for. problem_bytes: of the
-    inputs and gradients. labels: hits are told by them.
+    inputs and gradients. more: labels tell hits, or the problem is one of many.
     """
     if _override is not None:
         return _override(B, S, D)
     pull_bytes = 4 if operand == torch.float16 else operand.itemsize
-    fits = is_small(B, S, D) and not (labels and pull_bytes > table.labels_beside)
+    fits = is_small(B, S, D) and not (more and pull_bytes > table.most_with_more)
     small = _small(table, B, S, D, pull_bytes) if fits else None
     return small or chunks_of(B, S, D, rows.itemsize, problem_bytes)
 

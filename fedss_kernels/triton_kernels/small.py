@@ -64,7 +64,7 @@ class SmallCalls(Calls):
         super().__init__(p)
         input, weight, strides = p.operands
         self.copies = input is not p.input or weight is not p.weight
-        self.matrices = (
+        self.matrices: tuple[Any, ...] = (
             Matrix(self.input, self.sizes[3], *strides[:2]),
             Matrix(self.weight, self.sizes[3], *strides[2:]),
         )
@@ -72,6 +72,9 @@ class SmallCalls(Calls):
         self.kernels = kernels_of(self.traits, configuration, table_of(self.device))
         self.plans: dict[Hashable, Plan] = {}
         self.prepared: dict[Wanted, tuple[Plan, int]] = {}  # and the bytes that the loss' plan needs
+
+    def new_plan(self) -> Plan:
+        return Plan(self.device)
 
     # ---- the loss ----
 
@@ -88,7 +91,7 @@ class SmallCalls(Calls):
 
     def _plan_loss(self) -> Plan:
         B, C, S, _ = self.sizes
-        plan, c = Plan(self.device), self.configuration
+        plan, c = self.new_plan(), self.configuration
         kept, losses = Given(KEPT), Given(LOSS)
         partials = plan.empty(2, c.splits, B, dtype=self.traits.accumulator)
         plan.launch(
@@ -161,7 +164,7 @@ class SmallCalls(Calls):
         return self.results(tensors, prepared.wanted, outputs)
 
     def _plan_gradients(self, wanted: Wanted) -> Plan:
-        plan, (B, C, S, D) = Plan(self.device), self.sizes
+        plan, (B, C, S, D) = self.new_plan(), self.sizes
         c, accumulator = self.configuration, self.traits.accumulator
         tiles, entries = triton.cdiv(S, c.blocks.classes), self.entries
         sums = TORCH_TYPES[sums_of(TYPES[self.traits.operand], self.traits.precision)]

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from fedss_kernels.reference import sampled_softmax_loss as reference_loss
-from loss_cases import F32, F64, GPU_IMPLEMENTATIONS, blocks_of_16
+from loss_cases import F16, F32, F64, GPU_IMPLEMENTATIONS, blocks_of_16
 
 from fedss_kernels.class_table import class_tables
 from fedss_kernels.given_target import row_losses
@@ -114,6 +114,15 @@ def test_labels_of_their_own_beside_a_given_logit(impl):
     own, tensors = torch.arange(B) % 5, (x, w, bias, given, scale)
     found, right = both(impl, *tensors, labels, ids, counts, entry_labels=ids % 5, target_labels=own)
     assert_equal_with_gradients(found, right, tensors)
+
+
+@pytest.mark.parametrize("dtype", [F32, F16])
+def test_a_class_set_of_nothing_costs_nothing(dtype, impl):
+    (x, w, *_, given), _, labels, ids, counts = problem(F32)
+    w = w.detach().to(dtype).requires_grad_()
+    losses = loss_given_target(impl, x, w, labels, given, ids[:0], counts[:0], sparse_grad=True)
+    of_x, of_w = torch.autograd.grad(losses.sum(), (x, w))
+    assert not losses.any() and not of_x.any() and of_w.coalesce().indices().numel() == 0
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

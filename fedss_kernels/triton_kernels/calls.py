@@ -159,7 +159,8 @@ class Calls:
             if values is None:
                 return None
             found = torch.zeros_like(values, dtype=tensors[1].dtype)
-            scatter_add(found.view(len(found), -1), first, order, values.view(len(found), -1), None)
+            columns = (-1, 1) if values.dim() == 1 else values.shape
+            scatter_add(found.view(columns), first, order, values.view(columns), None)
             return found
 
         return outputs._replace(rows=sums(outputs.rows), row_bias=sums(outputs.row_bias), ids=ids[None])

@@ -17,14 +17,15 @@ from torch import Tensor
 from .direct_route import plain_eager
 from .vmapped import each_problem
 
+_SMALL_SHARE = 16  # one class in so many: then sparse parts of a dense gradient are faster
+
 
 class ClassTable(NamedTuple):
     """Weight or bias: a row, or a number, for each class."""
 
     values: Tensor  # (C, D) or (C,), a constant
     stand_in: Tensor  # as large, but in float32 or float64: there are no numbers in it
-    sparse_grad: bool  # whether the gradient of weight or bias is a sparse COO tensor
-    sparse_parts: bool  # whether those of the stand-in are
+    sparse_parts: bool  # whether gradients of the stand-in are sparse COO tensors
 
     def rows(
         self,
@@ -42,19 +43,31 @@ class ClassTable(NamedTuple):
         return _applied(_Rows)(self.values, self.stand_in, classes, counted, dtype, self.sparse_parts)
 
 
-def class_table(table: Tensor, sparse_grad: bool, impl: str) -> ClassTable:
-    """`table`, whose gradient is sparse or dense.
+def class_tables(
+    weight: Tensor,
+    bias: Tensor | None,
+    sparse_grad: bool,
+    entries: int | None,  # of the class set and the batch; None: all classes
+) -> tuple[ClassTable, ClassTable | None]:
+    """Both, whose gradients are sparse or dense.
 
-    Of impl="cpp" the parts of a dense one are sparse too, if no compiler or transform is there: it is made
-    once. Of the GPU kernels they are as large as the table, and stay in its dtype; so they do where a
-    compiler, which knows plain operations best, makes the sum.
+    The parts of dense ones are sparse too where the entries are a small share of the classes, on the CPU, if
+    no compiler or transform is there. On GPUs they are dense and stay in the tables' dtype, as each is as
+    large as the table; so they do where a compiler, which knows plain operations best, makes the sum.
     """
-    wide = torch.promote_types(table.dtype, torch.float32)
-    fits = table.dtype is wide if sparse_grad else impl == "triton"
-    if fits or torch.compiler.is_compiling():
-        return ClassTable(table, table, sparse_grad, sparse_grad)
-    stand_in = _applied(_StandIn)(table, wide, sparse_grad)
-    return ClassTable(table.detach(), stand_in, sparse_grad, sparse_grad or plain_eager())
+    few = entries is not None and entries * _SMALL_SHARE < weight.shape[0]
+    parts = sparse_grad or (few and weight.is_cpu and plain_eager())
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    fits = weight.dtype is wide and parts == sparse_grad
+    on_gpu = not (weight.is_cpu or sparse_grad)
+
+    def table(values: Tensor) -> ClassTable:
+        if fits or on_gpu or torch.compiler.is_compiling():
+            return ClassTable(values, values, sparse_grad)
+        stand_in = _applied(_StandIn)(values, wide, sparse_grad)
+        return ClassTable(values.detach(), stand_in, parts)
+
+    return table(weight), None if bias is None else table(bias)
 
 
 def _applied(function: type[torch.autograd.Function]) -> Callable[..., Tensor]:
@@ -64,6 +77,8 @@ def _applied(function: type[torch.autograd.Function]) -> Callable[..., Tensor]:
 
 
 class _StandIn(torch.autograd.Function):
+    """A place for gradients, which takes no memory."""
+
     @staticmethod
     def forward(table: Tensor, wide: torch.dtype, sparse: bool) -> Tensor:
         return table.new_zeros((), dtype=wide).expand(table.shape)
@@ -90,6 +105,8 @@ class _StandIn(torch.autograd.Function):
 
 
 class _Rows(torch.autograd.Function):
+    """Rows of a table; their gradient goes to its stand-in."""
+
     @staticmethod
     def forward(table, stand_in, classes, counted, dtype, sparse):
         return table.index_select(0, classes).to(dtype)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .class_table import class_table
+from .class_table import class_tables
 from .given_target import row_losses
 from .loss_extras import Extras
 from .smoothing import mean_logits
@@ -40,8 +40,9 @@ def composed_loss(
         scale = scale.double()
     counted = target != ignore_index
     classes, known = _classes(target, counted, weight.shape[0])
-    table = class_table(weight, sparse_grad, impl)
-    shared = (None if bias is None else class_table(bias, sparse_grad, impl), scale, similarity)
+    entries = None if class_ids is None else class_ids.shape[0] + target.shape[0]
+    table, biases = class_tables(weight, bias, sparse_grad, entries)
+    shared = (biases, scale, similarity)
     rows = (input, table, classes, counted, target_counts, *shared)
 
     given = None

@@ -42,9 +42,8 @@ def row_losses(
 
     Shapes and dtypes are the caller's to check.
     """
-    sparse_grad = weight.sparse_grad or (weight.sparse_parts and corrections[0] is not None)
     stand_in, values = (None, None) if bias is None else (bias.stand_in, bias.values)
-    options = (similarity, ignore_index, "none", sparse_grad, impl, _NOTHING, rounding)
+    options = (similarity, ignore_index, "none", weight.sparse_parts, impl, _NOTHING, rounding)
     tensors = (input, weight.stand_in, target, *corrections, stand_in, scale_tensor(scale))
     p = Arguments._make((*tensors, *options, *labels, weight.values, values))
     if impl == "cpp" and plain_eager() and all(ordinary(t) for t in p.tensors if t is not None):

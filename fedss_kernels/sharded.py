@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .checks import check_integer, check_shape, check_tensor
 from .class_samplers import FrequencySampler
 from .class_sets import draw_batch_class_set
-from .class_table import ClassTable, class_table
+from .class_table import ClassTable, class_tables
 from .composed_loss import reduced_loss
 from .data_parallel import check_left_alone
 from .given_target import row_losses
@@ -270,16 +270,15 @@ class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
         counted = step.target != self.ignore_index
         local = step.target - self.own_classes.start
         is_own = counted & (local >= 0) & (local < len(self.own_classes))
-        impl = chosen_backend(self.impl, rows.device)
-        weight = class_table(self.weight, self.sparse_grad, impl)
-        bias = None if self.bias is None else class_table(self.bias, self.sparse_grad, impl)
+        class_ids, counts = self._class_set(local.where(is_own, -1)) if self.own_classes else (None, None)
+        listed = None if class_ids is None else len(class_ids) + len(rows)
+        weight, bias = class_tables(self.weight, self.bias, self.sparse_grad, listed)
         shared = (bias, step.scale, self.similarity)
         mine = self._logits_of_own_classes(step, weight, bias, rows, local, is_own, rounding)
         logits = self.ranks.summed(mine, step.wants != 0)
         nothing = torch.zeros_like(logits)
         if not self.own_classes:
             return torch.stack([logits.where(nothing > 0, 0.0), mine, nothing], 1)
-        class_ids, counts = self._class_set(local.where(is_own, -1))
         entries = step.entry_labels
         if entries is not None and class_ids is not None:
             entries = entries[class_ids]

@@ -7,7 +7,7 @@ import torch
 from fedss_kernels.reference import sampled_softmax_loss as reference_loss
 from loss_cases import F16, F32, F64, GPU_IMPLEMENTATIONS, blocks_of_16
 
-from fedss_kernels.class_table import class_table
+from fedss_kernels.class_table import class_tables
 from fedss_kernels.given_target import row_losses
 from fedss_kernels.loss_operator import OPERATORS
 from fedss_kernels.triton_kernels.configurations import forced
@@ -31,7 +31,7 @@ def impl(request):
 def loss_given_target(impl, x, w, labels, given, ids=None, counts=None, *, bias=None, scale=20.0, **options):
     options = {"similarity": "cosine", "ignore_index": -100, "sparse_grad": False} | options
     similarity, ignore_index, sparse_grad = (options.pop(n) for n in list(options)[:3])
-    weight, bias = (None if table is None else class_table(table, sparse_grad, impl) for table in (w, bias))
+    weight, bias = class_tables(w, bias, sparse_grad, None if ids is None else len(ids) + len(x))
     return row_losses(
         *(x, weight, labels, (ids, counts, None), bias, scale, similarity, ignore_index, impl, None),
         labels=(options.get("entry_labels"), options.get("target_labels"), given),

@@ -283,6 +283,7 @@ class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
         if entries is not None and class_ids is not None:
             entries = entries[class_ids]
         labels = step.labels.where(counted, _IGNORED)
+        impl = chosen_backend(self.impl, rows.device)
         losses = row_losses(
             *(rows, weight, labels, (class_ids, counts, None), *shared),
             *(_IGNORED, impl, rounding, (entries, None, logits)),

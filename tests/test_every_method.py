@@ -20,9 +20,9 @@ from fedss_kernels.federated.randomness import Purpose, generator
 from fedss_kernels.federated.reports.remarks import remarks
 from fedss_kernels.federated.server.cohort import draw_cohort
 
-FEDERATED = [name for name, method in METHODS.items() if not method.pooled]
+FEDERATED = [name for name, method in METHODS.items() if not (method.pooled or method.split)]
 # One for each place where class rows and the net can stand between two rounds; the others take minutes.
-KINDS = ["fedss", "fedbabu_ss", "fedrep", "local_only"]
+KINDS = ["fedss", "fedbabu_ss", "fedrep", "local_only", "simclr"]
 SOME = [pytest.param(name, marks=[] if name in KINDS else pytest.mark.exhaustive) for name in FEDERATED]
 
 
@@ -40,7 +40,9 @@ def train(method: str, **options) -> Result:
 
 
 def bits(result: Result) -> list[bytes]:
-    tensors = [result.weight, *result.extractor.state_dict().values()]
+    tensors = [*result.extractor.state_dict().values()]
+    if result.weight is not None:
+        tensors.insert(0, result.weight)
     if result.homes:
         tensors.append(result.homes.table[:])
     return [tensor.numpy().tobytes() for tensor in tensors]
@@ -119,7 +121,7 @@ def test_what_travels_as_bfloat16_is_rounded_and_nothing_else(method):
 
 @pytest.mark.parametrize("method", SOME)
 def test_a_class_store_changes_no_bit(method, tmp_path):
-    if METHODS[method].rows is Part.KNOWN:
+    if not METHODS[method].stores:
         with pytest.raises(ConfigError, match="class_store: expected none"):
             train(method, class_store=tmp_path / "store")
         return

@@ -160,7 +160,7 @@ def test_what_does_not_go_together_is_refused(tmp_path):
 def test_parts_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="blocks: expected none KNOWN"):
         Parts((Part.KNOWN,), Part.TRAINED)
-    with pytest.raises(ValueError, match="rows: expected TRAINED, KNOWN or HOME, got FROZEN"):
+    with pytest.raises(ValueError, match="rows: expected TRAINED, KNOWN, HOME or ABSENT, got FROZEN"):
         Parts((Part.TRAINED,), Part.FROZEN)
     with pytest.raises(ValueError, match="blocks: expected all of them HOME"):
         Parts((Part.HOME, Part.TRAINED), Part.HOME)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from .algorithms import METHODS
+from .algorithms.mocosfl import CLIENT_GRADIENTS, MOMENTUM_COPIES, SYMMETRIC, VELOCITIES
 from .config_error import ConfigError, raise_together
 from .data import DATASETS, PARTITIONS, TASKS
 from .disk import write_whole
@@ -51,6 +52,8 @@ _SMALL: dict[str, Any] = {
     "warmup_rounds": 20,
     "lr_decay": "cosine",
     "client_lr": 0.05,
+    "client_momentum": 0.0,
+    "temperature": 0.2,
     "weight_init_scale": 0.01,
 }
 # The FedSS paper's (4 and A), but for what it does not say: the initial W, ImageNet-21k's cohort.
@@ -112,6 +115,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "cifar100": _CIFAR | {"num_negatives": 20},
 }
 PRESETS[OWN] = PRESETS["glyphs"]
+
+
+def preset(data: str, method: str) -> dict[str, Any]:
+    """The defaults that are by data set, or by the method where it has its own."""
+    return PRESETS[data] | dict(METHODS[method].presets if method in METHODS else {})
+
+
 # Of the similarity dot, whatever the data: those of torch's linear layer, whose numbers are uniform in
 # +-1 / sqrt(D).
 LINEAR: dict[str, Callable[[Any], float]] = {
@@ -228,6 +238,55 @@ class Config:
         1024, "of fedaws: rows whose neighbours are looked at in a round, none: all", low=1
     )
 
+    cut: int = option(1, "of mocosfl: blocks that clients have, of the net's first", low=1)
+    sync_period: int = option(
+        50, "of mocosfl: steps between two averages of the clients' blocks; a round ends with one", low=1
+    )
+    round_steps: int = option(
+        0, "of mocosfl: steps in a round, 0: as a client with the mean number of images has batches", low=0
+    )
+    queue_size: int = option(6000, "of mocosfl: keys that queries are told from besides their own", low=1)
+    private_queues: bool = option(
+        False, "of mocosfl: each client has a queue of its own, its share of the keys, and no one else's keys"
+    )
+    key_dim: int = option(1024, "of mocosfl: numbers in a key", low=1, below=2**16)
+    temperature: float = option(
+        PRESET, "of simclr and mocosfl: what cosines of two views are divided by in the loss", above=0
+    )
+    ema: float = option(
+        0.99, "of mocosfl: what a momentum copy keeps of itself in a step", low=0, below=1.0000001
+    )
+    symmetric: str = option(
+        "server",
+        "of mocosfl: the loss of the second view, too: server, of what clients have sent; full, of two more "
+        "latents that they send; none",
+        choices=lambda: SYMMETRIC,
+    )
+    in_turn: bool = option(
+        False, "of mocosfl: the server steps on each client's latents by themselves, one after the other"
+    )
+    client_gradient: str = option(
+        "sent",
+        "of mocosfl: what a client steps along: sent, the gradient of the mean loss of all clients' images; "
+        "own, of its own images, which is as many times that as there are clients",
+        choices=lambda: CLIENT_GRADIENTS,
+    )
+    momentum_copies: str = option(
+        "averaged",
+        "of mocosfl: clients' momentum copies are averaged as their blocks are, kept by each for itself, or "
+        "reset to the average of the blocks",
+        choices=lambda: MOMENTUM_COPIES,
+    )
+    velocities: str = option(
+        "averaged",
+        "of mocosfl: so are the velocities of their steps averaged, kept, or zeroed",
+        choices=lambda: VELOCITIES,
+    )
+    freeze_clients: bool = option(
+        False, "of mocosfl: clients' blocks stay as they are: no gradients come down and nothing is averaged"
+    )
+    weight_decay: float = option(5e-4, "of mocosfl: of clients and server", low=0)
+
     rounds: int = option(PRESET, "rounds of training", low=1)
     cohort: int = option(PRESET, "clients drawn for each round", low=1)
     local_epochs: int = option(1, "passes of a client over its images in one round", low=1)
@@ -239,7 +298,7 @@ class Config:
     batch_size: int = option(PRESET, "images in one local step of a client", low=1, below=2**31)
     client_lr: float = option(PRESET, "learning rate of the clients, at its highest", above=0)
     client_momentum: float = option(
-        0.0,
+        PRESET,
         "momentum of a client's steps, over the net and its class rows; it starts from 0 in every round",
         low=0,
         below=1,
@@ -384,7 +443,7 @@ class Config:
                 if field.name == "data":  # the other defaults are by data set
                     break
         raise_together(errors)
-        usual = PRESETS[self.data]["warmup_rounds"]
+        usual = preset(self.data, self.method)["warmup_rounds"]
         if self.warmup_rounds is None and usual is not FITTED:
             object.__setattr__(self, "warmup_rounds", min(usual, self.rounds // 10))
         raise_together(self._clashes())
@@ -403,6 +462,17 @@ class Config:
             )
         if not method.stores and self.class_store is not None:
             yield no_store([self.method], self.class_store)
+        if method.rowless and self.personalise_epochs:
+            expected = f"expected 0 with {self.method}, which has no class rows to name a class by"
+            yield ConfigError("personalise_epochs", f"{expected}, got {self.personalise_epochs}")
+        if method.contrastive and self.batch_size == 1:
+            expected = (
+                f"expected at least 2 with {self.method}, as an image alone has no other to be told from"
+            )
+            yield ConfigError("batch_size", f"{expected}, got 1")
+        if method.split and self.workers > 1:
+            expected = f"expected 1 with {self.method}, whose clients and server step together in one process"
+            yield ConfigError("workers", f"{expected}, got {self.workers}")
 
     @property
     def row_dim(self) -> int:
@@ -415,7 +485,7 @@ class Config:
         if value is None and self.similarity == "dot" and field.name in LINEAR:
             value = LINEAR[field.name](self.embedding_dim)
         if value is None and field.name in PRESETS[OWN]:
-            value = PRESETS[self.data][field.name]
+            value = preset(self.data, self.method)[field.name]
             if value is FITTED or field.name == "warmup_rounds":
                 return None
         return _checked(field, value)
@@ -467,7 +537,10 @@ def no_store(methods: Sequence[str], got: Path) -> ConfigError:
 
 def storeless(methods: Sequence[str]) -> str:
     """Of methods without a class store: why there is none."""
-    return f"{', '.join(methods)}, whose class rows are drawn where they are needed"
+    drawn = [name for name in methods if not METHODS[name].rowless]
+    without = [name for name in methods if METHODS[name].rowless]
+    reasons = (drawn, "whose class rows are drawn where they are needed"), (without, "without class rows")
+    return ", and ".join(f"{', '.join(names)}, {why}" for names, why in reasons if names)
 
 
 def learning_rate(config: Config, round: int) -> float:

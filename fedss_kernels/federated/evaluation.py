@@ -23,11 +23,20 @@ _PERSONAL = {  # a measure of a run -> what fine_tuning calls it
     "nearest_mean_top1": "nearest_mean",
     "personal_top1": "personalised",
 }
+# Of a net without class rows, whatever the task: what embeddings alone are worth.
+EMBEDDINGS = Measures(
+    ("map_at_10", "recall_at_1", "recall_at_10", "not_finite"),
+    "recall_at_1",
+    ("recall_at_1", "map_at_10"),
+    ("recall_at_1", "map_at_10"),
+)
 
 
 def measures_of(config: Config, data: FederatedData) -> Measures:
     """Those of a run, and which is the one it is judged by."""
     measures = BY_TASK[data.task]
+    if METHODS[config.method].contrastive:
+        return EMBEDDINGS
     if METHODS[config.method].personal:
         measures = Measures(("own_top1", "not_finite"), "own_top1", ("own_top1",), ("own_top1",))
     if not config.personalise_epochs:
@@ -61,31 +70,33 @@ class Evaluation:
     def __init__(self, config: Config, team: Team):
         self.config, self.team, self.data = config, team, team.player.data
 
-    def shared(self, phi: Tensor, weight: RowTable, *, finite: bool, last: bool) -> dict[str, float | None]:
-        """Of one model on all test images.
+    def shared(
+        self, phi: Tensor, weight: RowTable, round: int, *, finite: bool, last: bool
+    ) -> dict[str, float | None]:
+        """Of one model, that of a round, on all test images.
 
         In a classification task a retrieval, the dearer and the second thing, is measured in the last round
         only; top-1 of a retrieval task, whose test classes have no rows, never. Of a model that is not finite
         nothing is.
         """
-        embeddings, labels = self.team.embed(phi), self.data.test_labels
+        embeddings, labels = self.team.embed(phi, round), self.data.test_labels
         with self.team.watch("evaluation"):
             found = _not_finite(embeddings)
             if not finite:
                 return found
-            if self.data.task == "classification":
+            if self.data.task == "classification" and not METHODS[self.config.method].contrastive:
                 found["top1"] = top1(embeddings, weight, labels, similarity=self.config.similarity)
                 if not last:
                     return found
             return found | retrieval(embeddings, labels).measured
 
-    def own(self, phi: Tensor, homes: Homes, *, finite: bool) -> dict[str, float | None]:
+    def own(self, phi: Tensor, homes: Homes, round: int, *, finite: bool) -> dict[str, float | None]:
         """Of each client's own model on its own test images: their mean, all clients alike."""
         tested = [(k, rows) for k, rows in enumerate(self.data.test_clients) if len(rows)]
         if not (finite and tested):
             return {}
-        at_home = self.team.player.parts.net_at_home
-        shared = None if at_home else self.team.embed(phi)
+        at_home = METHODS[self.config.method].alone
+        shared = None if at_home else self.team.embed(phi, round)
         embedded, scores = list[Tensor](), list[float]()
         with self.team.watch("evaluation"):
             for k, rows in tested:

@@ -44,6 +44,7 @@ class Simulation:
     def __init__(self, config: Config, player: Player, workers: int = 1, store: ClassStore | None = None):
         data = player.data
         self.config, self.data, self.player, self.method = config, data, player, player.method
+        self.rounds = 0  # that are done
         self.not_finite_since: int | None = None  # the round whose step left numbers that are not finite
         self.on_tuned: OnTuned = lambda done, total: None
         self.watch = Stopwatch()
@@ -62,7 +63,7 @@ class Simulation:
         self.store, self.homes = store, None
         if self.method.personal:
             rows = self.server.weight[:]
-            net = self.server.extractor if player.parts.net_at_home else None
+            net = self.server.extractor if self.method.alone else None
             self.homes = Homes(len(data.clients), rows, net, store)
         self.evaluation = Evaluation(config, self.team)
         self.spreadout = Spreadout(
@@ -72,7 +73,7 @@ class Simulation:
             config.spreadout_rows,
         )
         self.inspection = Inspection(
-            player.num_travelling,
+            player.num_trained(0),
             config.row_dim,
             max_examples=player.most_images,
             max_norm=config.max_norm,
@@ -82,7 +83,8 @@ class Simulation:
     @staticmethod
     def facts(config: Config, player: Player) -> Facts:
         measures, flows = measures_of(config, player.data), player.flows
-        return Facts.of(player.data, len(player.extractor.flat), measures, flows)
+        size = len(player.extractor.flat) - player.num_projecting
+        return Facts.of(player.data, size, measures, flows)
 
     def play(self, round: int) -> Played:
         """One round. Where fewer than `min_clients` count nothing is applied and another cohort is drawn.
@@ -96,12 +98,13 @@ class Simulation:
             if len(updates) >= (1 if self.method.pooled else config.min_clients):
                 gradient = self._gradient(round, attempt, tally)
                 with self.watch("aggregation"):
-                    self.server.step(gradient, self.player.parts.trained)
+                    self.server.step(gradient, self.player.schedule.whole(round).trained)
                     if self.homes:
                         self.homes.keep(updates)
                     if self.method.spreads:
                         rng = generator(config.seed, round, attempt, NO_CLIENT, Purpose.SPREADOUT)
                         self.spreadout.step(self.server.weight, learning_rate(config, round), rng)
+                self.rounds = round + 1
                 self._note_finite(round)
                 return Played.of(updates, entries + moved)
             entries += [replace(e, outcome="discarded") if e.outcome == "accepted" else e for e in moved]
@@ -136,14 +139,14 @@ class Simulation:
             requests = {k: self.player.request(round, attempt, k) for k in cohort}
         answered = {k: request for k, request in requests.items() if absent.get(k) is None}
         with self.watch("aggregation"):
-            tally = self._tally({k: self._travelling(request) for k, request in answered.items()})
+            tally = self._tally(round, {k: self._travelling(request) for k, request in answered.items()})
         self._play(round, attempt, answered, tally)
         faults, entries = tally.faults(), []
         for k, request in requests.items():
             outcome = absent.get(k) or ("rejected" if faults[k] else "accepted")
             if outcome == "rejected":
                 log.warning("round %d: client %d's update was left out: %s", round + 1, k, faults[k])
-            traffic = self.player.traffic(request, answers=k in answered)
+            traffic = self.player.traffic(round, attempt, k, request, answers=k in answered)
             entries.append(
                 Entry(round + 1, attempt, k, len(request.class_ids), outcome, faults.get(k, ""), traffic)
             )
@@ -161,16 +164,17 @@ class Simulation:
 
     def _travelling(self, request: Request) -> Tensor:
         """The class rows of a request that come and go back."""
-        return request.class_ids if self.player.parts.rows is Part.TRAINED else request.class_ids[:0]
+        return request.class_ids if self.method.rows is Part.TRAINED else request.class_ids[:0]
 
-    def _tally(self, asked: Mapping[int, Tensor]) -> Tally:
-        """For what comes from clients who asked for these rows."""
+    def _tally(self, round: int, asked: Mapping[int, Tensor]) -> Tally:
+        """For what comes in a round from clients who asked for these rows."""
         config, inside = self.config, self.method.pooled
+        inspection = replace(self.inspection, num_parameters=self.player.num_trained(round))
         return Tally(
             self.server,
             asked,
             {k: self.player.num_images(k) for k in asked},
-            None if config.trust_updates or inside else self.inspection,
+            None if config.trust_updates or inside else inspection,
             clip_norm=None if inside else config.clip_norm,
             keeps=self.server.statistic is not None or config.poison_rate > 0,
         )
@@ -189,10 +193,11 @@ class Simulation:
 
     def evaluate(self, *, last: bool) -> dict[str, float | None]:
         phi, weight, finite = self.server.extractor, self.server.weight, self.not_finite_since is None
+        round = max(self.rounds - 1, 0)
         if self.homes:
-            found = self.evaluation.own(phi, self.homes, finite=finite)
+            found = self.evaluation.own(phi, self.homes, round, finite=finite)
         else:
-            found = self.evaluation.shared(phi, weight, finite=finite, last=last)
+            found = self.evaluation.shared(phi, weight, round, finite=finite, last=last)
         if last and finite and self.config.personalise_epochs:
             found |= self.evaluation.personal(phi, weight, self.homes, self.on_tuned)
         return found
@@ -201,6 +206,7 @@ class Simulation:
         return self.server.stored() | (self.homes.stored() if self.homes else {})
 
     def restore(self, tensors: Mapping[str, Tensor], rounds: int) -> None:
+        self.rounds = rounds
         self.server.restore(tensors, rounds)
         if self.homes:
             self.homes.restore(tensors, rounds)
@@ -217,4 +223,5 @@ class Simulation:
         extractor = self.player.extractor
         extractor.move([True] * len(extractor.block_sizes))
         extractor.flat.copy_(self.server.extractor)
-        return Trained(extractor.module.eval().cpu(), self.server.weight, self.homes)
+        table = None if self.method.contrastive else self.server.weight
+        return Trained(extractor.module.eval().cpu(), table, self.homes)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from .algorithms import METHODS, readers, readers_in_words
 from .algorithms.parts import Part
-from .config import FITTED, OWN, PRESETS, Config
+from .config import FITTED, OWN, Config, preset
 
 log = logging.getLogger(__name__)
 Rule = tuple[tuple[str, ...], str, Callable[[Config], bool]]
@@ -62,6 +62,34 @@ RULES: tuple[Rule, ...] = (
         ("denominator",),
         "no class row travels",
         lambda c: METHODS[c.method].rows is not Part.TRAINED and not METHODS[c.method].alone,
+    ),
+    (
+        ("scale", "similarity", "weight_init_scale"),
+        "the method has no class rows",
+        lambda c: METHODS[c.method].rowless,
+    ),
+    (
+        ("max_shift", "flip"),
+        "the method takes views of an image, which are flipped and cropped anyway",
+        lambda c: METHODS[c.method].rowless,
+    ),
+    (
+        (
+            *("local_epochs", "deadline", "max_norm", "max_norm_ratio", "clip_norm", "aggregation", "trim"),
+            *("poison_rate", "server_optimizer", "server_lr"),
+        ),
+        "clients and server step together, by client_lr, and their blocks are averaged",
+        lambda c: METHODS[c.method].split,
+    ),
+    (
+        ("sync_period", "client_gradient", "momentum_copies", "velocities", "client_momentum"),
+        "clients' blocks stay as they are",
+        lambda c: METHODS[c.method].split and c.freeze_clients,
+    ),
+    (
+        ("client_gradient",),
+        "the server steps on each client's images by themselves, of which the gradient is",
+        lambda c: METHODS[c.method].split and c.in_turn,
     ),
     (
         ("personalise_part", "personalise_rate"),
@@ -125,7 +153,7 @@ def _idle(config: Config) -> list[str]:
 
 def short_warmup(config: Config) -> list[str]:
     """A line, where the warm-up is shorter than usual, as by default there are too few rounds for it."""
-    usual = PRESETS[config.data]["warmup_rounds"]
+    usual = preset(config.data, config.method)["warmup_rounds"]
     if usual is FITTED:  # it is among what was chosen
         return []
     if not config.warmup_rounds == config.rounds // 10 < usual:
@@ -134,7 +162,8 @@ def short_warmup(config: Config) -> list[str]:
 
 
 def _default(config: Config, name: str) -> object:
-    if name in PRESETS[config.data]:
-        usual = PRESETS[config.data][name]
+    usual_ones = preset(config.data, config.method)
+    if name in usual_ones:
+        usual = usual_ones[name]
         return getattr(config, name) if usual is FITTED else usual
     return next(field.default for field in dataclasses.fields(Config) if field.name == name)

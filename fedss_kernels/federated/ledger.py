@@ -7,7 +7,8 @@ of D numbers, and 4 bytes a number, or 2 where they travel as bfloat16:
     up:   the ids asked for (8 S), phi and the class rows again, unless it never answers
 
 The rows come and go in the order of the ids, so the ids travel once. FullSoftmax needs none. Rows that are
-known from a seed cost the seed (8, down), rows that stay with the client nothing.
+known from a seed cost the seed (8, down), rows that stay with the client nothing. Where there are no rows a
+projection head goes with phi.
 
 A direction and a kind are a flow, a column of the ledger: down_rows. A run has the flows of its method.
 """
@@ -63,12 +64,14 @@ declare(Kind("extractor", "the net", ("down", "up"), by_class=False))
 declare(Kind("rows", "class rows", ("down", "up"), by_class=True))
 declare(Kind("ids", "ids of the classes asked for", ("up",), by_class=True))
 declare(Kind("seed", "the seed of the class rows", ("down",), by_class=False))
+declare(Kind("projection", "the projection head", ("down", "up"), by_class=False))
 declare(Kind("frozen", "blocks of the net that are not trained", ("down",), by_class=False))
 # Where a client has its class rows from -> what moves for it and the net.
 FLOWS = {
     "travel": ("down_extractor", "down_rows", "up_ids", "up_extractor", "up_rows"),
     "seed": ("down_extractor", "down_seed", "up_extractor"),
     "home": ("down_extractor", "up_extractor"),
+    "none": ("down_extractor", "down_projection", "up_extractor", "up_projection"),
 }
 
 
@@ -141,11 +144,12 @@ def client_traffic(
     *,
     rows: str = "travel",
     frozen: int = 0,
+    projection: int = 0,
     sends_ids: bool = True,
     answers: bool = True,
     dtype: str = "float32",
 ) -> Traffic:
-    """What one client moves in one round, in bytes, where its `rows` travel, are of a seed, or are at home.
+    """What one client moves in one round, in bytes, where its `rows` travel, are of a seed, at home, or none.
 
     >>> client_traffic(1000, 10, 64).bytes
     {'down_extractor': 4000, 'down_rows': 2560, 'up_ids': 80, 'up_extractor': 4000, 'up_rows': 2560}
@@ -153,20 +157,24 @@ def client_traffic(
     {'down_extractor': 4000, 'down_seed': 8, 'up_extractor': 4000}
 
     A client that never `answers` asks and is sent its part like any other, and sends nothing back. Of a net
-    that stays at home num_parameters is 0. `frozen` numbers of the net are sent beside it and not back.
+    that stays at home num_parameters is 0. `frozen` numbers of the net are sent beside it and not back, and
+    `projection` both ways where there are no rows.
     Raises ValueError for other `rows`.
     """
     if rows not in FLOWS:
         raise ValueError(f"rows: expected one of {', '.join(FLOWS)}, got {rows!r}")
     number_bytes = WIRE_DTYPES[dtype].itemsize
     extractor, each_way = number_bytes * num_parameters, number_bytes * num_rows * embedding_dim
+    head = number_bytes * projection
     moved = {
         "down_extractor": extractor,
         "down_rows": each_way,
         "down_seed": SEED_BYTES,
+        "down_projection": head,
         "up_ids": ID_BYTES * num_rows * sends_ids,
         "up_extractor": extractor * answers,
         "up_rows": each_way * answers,
+        "up_projection": head * answers,
     }
     not_trained = {"down_frozen": number_bytes * frozen} if frozen else {}
     return Traffic({flow: moved[flow] for flow in FLOWS[rows]} | not_trained)

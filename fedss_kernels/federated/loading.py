@@ -1,6 +1,6 @@
 """The data that a configuration names, what is chosen to fit them, and whether the two fit."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -164,7 +164,7 @@ def choices(config: Config, found: Found) -> list[str]:
 
 def check_data(config: Config, data: FederatedData) -> None:
     """Raises ConfigError, of all that is wrong, if the run and the data do not fit."""
-    errors = _misfits(config, data.found)
+    errors = [*_misfits(config, data.found), *_lonely(config, data)]
     raise_together([*errors, *_misfits_of_net(config, tuple(data.images.shape[1:]))])
 
 
@@ -191,6 +191,13 @@ def _misfits(config: Config, found: Found) -> list[ConfigError]:
     if found.test < 2:
         errors.append(ConfigError("data", f"expected at least 2 test images, got {found.test}"))
     return errors
+
+
+def _lonely(config: Config, data: FederatedData) -> Iterator[ConfigError]:
+    """Clients who could never train: by a contrastive loss an image is told from the others of its client."""
+    if METHODS[config.method].contrastive and (alone := sum(len(held) < 2 for held in data.clients)):
+        expected = f"expected at least 2 images of each client with {config.method}"
+        yield ConfigError("method", f"{expected}, got clients with one: {alone:,} of {len(data.clients):,}")
 
 
 def _misfits_of_net(config: Config, shape: tuple[int, ...]) -> list[ConfigError]:

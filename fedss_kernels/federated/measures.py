@@ -121,6 +121,7 @@ def percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f}%".replace("-0.0%", "0.0%")
 
 
+_PLACES = {"first": "the first block", "quarter": "a quarter of the blocks", "half": "half of the blocks"}
 for _measure in (
     Measure(
         "top1",
@@ -190,6 +191,40 @@ for _measure in (
         more_is_better=False,
         compared=False,
     ),
+    Measure(
+        "knn",
+        "kNN",
+        "test images whose class is that of the nearest training images",
+        "The share of test images that their 50 nearest training images name rightly, by the features of the "
+        "net alone, without training anything on them: the nearer one of them, the more its class counts. Of "
+        "at most 1,500 test images and 4,000 training images, the same throughout.",
+    ),
+    Measure(
+        "probe",
+        "linear probe",
+        "test images whose class one linear layer names rightly by the features of the net",
+        "The share of test images that one linear layer names rightly, which is trained on the features of "
+        "all training images and their labels, while the net stays as it is.",
+    ),
+    *(
+        Measure(
+            f"probe_{place}",
+            f"probe of {words}",
+            f"the linear probe of the features after {words}",
+            f"The linear probe of the features that the net has after {words}.",
+        )
+        for place, words in _PLACES.items()
+    ),
+    *(
+        Measure(
+            f"random_{name}",
+            f"{label} before",
+            "the same of the net before any training",
+            f"The {label} of the net as the run began with it: at random, unless it was given another. Such "
+            "a net tells much apart, and what training adds is the difference.",
+        )
+        for name, label in {"probe": "probe", "map_at_10": "MAP@10", "recall_at_1": "recall@1"}.items()
+    ),
     Measure("recall_at_10", "recall@10", "images with one of their class in the nearest ten", compared=False),
     Measure(
         "not_finite",
@@ -206,4 +241,18 @@ _NAMES = ("top1", "map_at_10", "recall_at_1", "recall_at_10", "not_finite")
 BY_TASK = {  # of a run whose algorithm has none of its own
     "classification": Measures(_NAMES, "top1", _NAMES[:2], _NAMES[:3]),
     "retrieval": Measures(_NAMES, "map_at_10", ("recall_at_1", "map_at_10"), _NAMES[1:3]),
+}
+OF_FEATURES = {  # by task, of a run whose model is a net without class rows
+    "classification": Measures(
+        ("knn", "probe", *(f"probe_{place}" for place in _PLACES), "random_probe", "not_finite"),
+        "probe",
+        ("random_probe", "knn", "probe"),
+        ("probe", "random_probe", "knn"),
+    ),
+    "retrieval": Measures(
+        (*_NAMES[1:], "random_map_at_10", "random_recall_at_1"),
+        "map_at_10",
+        ("random_recall_at_1", "recall_at_1", "random_map_at_10", "map_at_10"),
+        ("map_at_10", "random_map_at_10", "recall_at_1", "random_recall_at_1"),
+    ),
 }

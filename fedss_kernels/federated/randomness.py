@@ -26,6 +26,10 @@ class Purpose(IntEnum):
     STICKY_NEGATIVES = 10  # those that a client asks for in every round
     NOISE = 9  # the batches that gradient noise is measured on
     PERSONALISE = 11  # how a client goes through its images as it fine-tunes the model, and changes them
+    PROJECTION = 12  # a projection head as it begins
+    QUEUE = 30  # the keys that a queue begins with
+    HEAD = 31  # the layers after a net that its keys come from
+    PROBE = 20  # which images features are measured on, and how a net is fine-tuned on them
 
 
 NO_CLIENT = 0  # for draws that belong to the round and not to a client

@@ -31,9 +31,12 @@ from .sending import check_sendable
 from .server.class_store import ClassStore, check_free
 from .server.kept_by_clients import Homes
 from .server.row_table import RowTable
+from .split_learning.split_round import SplitRound
 from .workers import WorkerLost, started
 
-OTHERS: dict[str, type[Algorithm]] = {}  # of the methods that have rounds of their own kind
+OTHERS: dict[str, type[Algorithm]] = {
+    "mocosfl": SplitRound
+}  # of the methods that have rounds of their own kind
 
 
 @dataclass(frozen=True, repr=False)

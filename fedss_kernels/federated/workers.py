@@ -90,9 +90,11 @@ class Team:
         def given_to(k: int) -> Tensor:
             with self.watch("select"):
                 numbers = given(k, requests[k])
-                return self._travelled(numbers) if self.player.parts.rows is Part.TRAINED else numbers
+                return self._travelled(numbers) if self.player.method.rows is Part.TRAINED else numbers
 
-        others = [_Elsewhere(self, rank, share, requests, given_to) for rank, share in enumerate(shares, 1)]
+        others = [
+            _Elsewhere(self, rank, share, round, requests, given_to) for rank, share in enumerate(shares, 1)
+        ]
         line = _Line(requests, take)
         trained = 0  # images, of this rank's clients
         for k in own:
@@ -115,23 +117,23 @@ class Team:
             other.receive(line)
         self._busy = False
 
-    def embed(self, phi: Tensor) -> Tensor:
-        """(T, D): the test images' embeddings, each worker's batches by its own.
+    def embed(self, phi: Tensor, round: int) -> Tensor:
+        """(T, D): the test images' embeddings by the net of a round, each worker's batches by its own.
 
         Where one is lost rank 0 makes them all, as the server has made its step: the round becomes whole, and
         can be saved. The next call to `play` says that it is lost.
         """
         try:
-            return self._embed(phi)
+            return self._embed(phi, round)
         except WorkerLost as lost:
             self._lost = lost
             with self.watch("evaluation"):
-                return torch.cat(list(self.player.embed(phi, 0, 1)))
+                return torch.cat(list(self.player.embed(phi, round)))
 
-    def _embed(self, phi: Tensor) -> Tensor:
-        self._call(Call.EMBED, phi)
+    def _embed(self, phi: Tensor, round: int) -> Tensor:
+        self._call(Call.EMBED, phi, round)
         with self.watch("evaluation"):
-            batches = {0: self.player.embed(phi, 0, self.size)}
+            batches = {0: self.player.embed(phi, round, 0, self.size)}
         for rank in range(1, self.size):
             with self.communication():
                 batches[rank] = [_receive(shape, rank) for shape in self.player.embedded(rank, self.size)]
@@ -209,10 +211,12 @@ class _Elsewhere:
         team: Team,
         rank: int,
         share: Sequence[int],
+        round: int,
         requests: Mapping[int, Request],
         given_to: Callable[[int], Tensor],
     ):
-        self.team, self.rank, self.requests, self.given_to = team, rank, requests, given_to
+        self.team, self.rank, self.round = team, rank, round
+        self.requests, self.given_to = requests, given_to
         ends = list(accumulate(map(team.player.num_images, share)))
         self.unsent = deque(
             zip(share, [0, *ends], ends, strict=False)
@@ -226,7 +230,9 @@ class _Elsewhere:
             k, _, end = self.unsent.popleft()
             numbers = self.given_to(k).flatten()
             with self.team.communication():
-                self.coming.append((end, _Incoming(k, self.rank, self.requests[k], self.team.player)))
+                self.coming.append(
+                    (end, _Incoming(k, self.rank, self.requests[k], self.round, self.team.player))
+                )
                 self.sending.append((_started(dist.isend(numbers, self.rank)), numbers))
                 while len(self.sending) > AHEAD:
                     self.sending.popleft()[0].wait()
@@ -258,7 +264,7 @@ def serve(player: Player, rank: int, size: int) -> None:
             dist.broadcast(clients, 0)
         dist.broadcast(phi, 0)
         if call == Call.EMBED:
-            for batch in player.embed(phi, rank, size):
+            for batch in player.embed(phi, round, rank, size):
                 dist.send(batch, 0)
         else:
             share = divided(clients.tolist(), player.num_images, size)[rank]
@@ -305,10 +311,10 @@ def _packed(update: Update) -> tuple[Tensor, Tensor]:
 class _Incoming:
     """An update that another rank is going to send."""
 
-    def __init__(self, client: int, rank: int, request: Request, player: Player):
-        num_rows = len(request.class_ids) if player.parts.rows is Part.TRAINED else 0
+    def __init__(self, client: int, rank: int, request: Request, round: int, player: Player):
+        num_rows = len(request.class_ids) if player.method.rows is Part.TRAINED else 0
         self.client, self.shape = client, (num_rows, player.config.row_dim)
-        self.sizes = [math.prod(self.shape), player.num_travelling, player.num_at_home]
+        self.sizes = [math.prod(self.shape), player.num_trained(round), player.num_at_home]
         self.numbers = torch.empty(sum(self.sizes))
         self.integers = torch.empty(num_rows + 2, dtype=torch.int64)
         self.works = [_started(dist.irecv(part, rank)) for part in (self.numbers, self.integers)]

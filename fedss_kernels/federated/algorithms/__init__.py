@@ -11,8 +11,10 @@ from .fedss import FEDSS
 from .full_softmax import FULL_SOFTMAX
 from .local_only import LOCAL_ONLY
 from .method import Method
+from .mocosfl import MOCOSFL
 from .neg_only import NEG_ONLY
 from .pos_only import POS_ONLY
+from .simclr import SIMCLR
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -29,6 +31,8 @@ METHODS: dict[str, Method] = {
         FEDPER,
         FEDREP,
         LOCAL_ONLY,
+        SIMCLR,
+        MOCOSFL,
     )
 }
 

@@ -1,12 +1,15 @@
 """What a federated method is, here: which parts of the model a client gets, and what it does with them."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 from torch import Tensor
 
 from ..messages import Request
 from .parts import Part, Parts, Pass, all_at_once, all_travel
+from .schedule import Always, ByRound, Schedule, Settings
 
 
 @dataclass(frozen=True)
@@ -23,15 +26,24 @@ class Method:
     request: Callable[[int, Tensor, Tensor, str], Request]
     # request(num_classes, positives (P,), negatives drawn for the client (m,), correction)
     parts: Callable[[int], Parts] = all_travel  # parts(num_blocks)
+    by_round: ByRound | None = None  # where they are others from round to round; None: as in `parts` in all
     passes: Callable[[int, int], Sequence[Pass]] = all_at_once  # passes(local_epochs, head_epochs)
     by_block: bool = False  # whether parts differ from block to block; if not, any net is one block
     options: tuple[str, ...] = ()  # of Config, that not every method reads
     samples: bool = False  # whether clients ask for negatives
     own_push: bool = True  # whether an image is pushed from the client's other classes
     spreads: bool = False  # whether the server pushes near class rows apart after each round
+    contrastive: bool = False  # whether clients learn without labels, with a projection head on the net
+    baseline: str = "full_softmax"  # the method, by name, that its traffic is held against
     pooled: bool = False  # whether there are no clients: all the images are in one place
+    split: bool = False  # whether clients and server each have a part of the net, and step together
+    presets: Mapping[str, Any] = field(default_factory=dict, hash=False)  # options -> their defaults
 
-    @property
+    def schedule(self, settings: Settings, num_blocks: int) -> Schedule:
+        """Of a run. Raises ConfigError for settings that do not fit a net of so many blocks."""
+        return self.by_round(settings, num_blocks) if self.by_round else Always(self.parts(num_blocks))
+
+    @cached_property
     def rows(self) -> Part:
         """Where the class rows stand, whatever the net."""
         return self.parts(1).rows
@@ -39,14 +51,19 @@ class Method:
     @property
     def stores(self) -> bool:
         """Whether there are class rows for a class store to hold."""
-        return self.rows is not Part.KNOWN
+        return self.rows in (Part.TRAINED, Part.HOME)
 
     @property
+    def rowless(self) -> bool:
+        """Whether there are no class rows."""
+        return self.rows is Part.ABSENT
+
+    @cached_property
     def alone(self) -> bool:
         """Whether clients never meet, as their nets are their own too."""
         return self.parts(1).net_at_home
 
-    @property
+    @cached_property
     def personal(self) -> bool:
         """Whether every client has a model of its own, so that there is none to try on everybody's images."""
         return self.parts(1).anything_at_home

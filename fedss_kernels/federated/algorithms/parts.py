@@ -12,6 +12,7 @@ class Part(Enum):
     FROZEN = "comes, and is used as it is"
     KNOWN = "is drawn from the seed wherever it is needed, and used as it is; it never travels"
     HOME = "stays with the client, who trains it; it never travels"
+    ABSENT = "does not come and is not used: the client's model is without it"
 
     @property
     def moves(self) -> bool:
@@ -30,7 +31,7 @@ class Parts:
         if Part.KNOWN in self.blocks:
             raise ValueError("blocks: expected none KNOWN, as only class rows are a function of the seed")
         if self.rows is Part.FROZEN:
-            raise ValueError("rows: expected TRAINED, KNOWN or HOME, got FROZEN")
+            raise ValueError("rows: expected TRAINED, KNOWN, HOME or ABSENT, got FROZEN")
         if Part.HOME in self.blocks and (set(self.blocks) != {Part.HOME} or self.rows is not Part.HOME):
             raise ValueError("blocks: expected all of them HOME and the class rows too, or none")
 
@@ -42,6 +43,11 @@ class Parts:
     def trained(self) -> list[bool]:
         """Of each block whether it is trained and goes back."""
         return [part is Part.TRAINED for part in self.blocks]
+
+    @property
+    def present(self) -> list[bool]:
+        """Of each block whether the client has it."""
+        return [part is not Part.ABSENT for part in self.blocks]
 
     @property
     def net_at_home(self) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..algorithms import readers, readers_in_words
+from ..algorithms import METHODS, readers, readers_in_words
 from ..config import (
     FITTED,
     OWN,
@@ -68,6 +68,7 @@ def add_config_file(parser: argparse.ArgumentParser) -> None:
 GROUPS = {
     "the data": "data",
     "the method": "method",
+    "learning by halves of a net": "cut",
     "what clients do": "rounds",
     "what travels, and what goes wrong with it": "wire_dtype",
     "the server": "server_optimizer",
@@ -121,10 +122,16 @@ def default_of(field: dataclasses.Field) -> str:
                 for name, preset in PRESETS.items()
                 if name != OWN
             }
-        )
+        ) + _by_method(field.name)
     if isinstance(field.default, bool):
         return "yes" if field.default else "no"
     return "none" if field.default is None else str(field.default)
+
+
+def _by_method(option: str) -> str:
+    """ "; 1 with a", of methods that have a default of their own."""
+    having = {name: method.presets[option] for name, method in METHODS.items() if option in method.presets}
+    return "".join(f"; {value} with {name}" for name, value in having.items())
 
 
 def _by_data_set(values: dict[str, str]) -> str:

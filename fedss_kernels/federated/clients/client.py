@@ -1,6 +1,6 @@
 """The client's half of a round: local SGD on its own images, from what came to what goes back."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -12,13 +12,16 @@ from ..messages import Request, Update
 from ..models.blocks import of_blocks
 from ..randomness import Purpose, generator
 from .augment import Augmentation
-from .extractor import CPU, Extractor, as_embeddings
-from .objectives import ClassRows
+from .extractor import CPU, Extractor
+from .objectives import ClassRows, Objective
 from .sgd import sgd_step
 
 
 class Client:
-    """Plays any client of a data set: one resident model and one set of buffers serve them all, in turn."""
+    """Plays any client of a data set: one resident model and one set of buffers serve them all, in turn.
+
+    What a batch is and what is minimised over it: `batches`, `objective`.
+    """
 
     def __init__(
         self,
@@ -36,7 +39,7 @@ class Client:
         self.extractor, self.data = extractor, data
         self.schedule, self.batch_size, self.seed = schedule, batch_size, seed
         self.scale, self.similarity, self.momentum = scale, similarity, momentum
-        self.augmentation = augmentation
+        self.augmentation, self.draws = augmentation, augmentation.draws
 
     def positives(self, client: int) -> Tensor:  # (P,) int64, ascending
         """The classes in the client's data."""
@@ -56,29 +59,23 @@ class Client:
         """SGD over the client's images, in batches drawn for this round; its velocity starts from 0."""
         model, held = self.extractor, self.data.clients[client]
         model.flat.copy_(phi)
+        model.present = parts.present
         if not model.module.training:
             model.module.train()
         key = self.seed, round, attempt, client
         _seed_torch(int(generator(*key, Purpose.MODEL).integers(2**63)), model.device)
         shuffle = changes = generator(*key, Purpose.BATCHES)
-        if self.augmentation.draws:
+        if self.draws:
             changes = generator(*key, Purpose.AUGMENTATION)
-        objective = ClassRows(
-            rows.to(model.device, copy=parts.rows.moves),
-            request.to(model.device),
-            self.scale,
-            self.similarity,
-        )
+        objective = self.objective(rows.to(model.device, copy=parts.rows.moves), request.to(model.device))
         velocity = (torch.zeros_like(model.flat), torch.zeros_like(objective.rows)) if self.momentum else None
         total, seen = torch.zeros((), dtype=torch.float64, device=model.device), 0
         for moves, order in self.passes(held, round, shuffle):
             model.move([moves.blocks and part.moves for part in parts.blocks])
             objective.rows.requires_grad_(moves.rows and parts.rows.moves)
-            images = self.augmentation(self.data.images[order], changes, model.device)
-            target = torch.searchsorted(request.class_ids, self.data.labels[order]).to(model.device)
-            for x, t in zip(images.split(self.batch_size), target.split(self.batch_size), strict=True):
+            for x, t in self.batches(order, request, changes):
                 total += len(t) * self._step(x, t, objective, lr, velocity)
-            seen += len(order)
+                seen += len(t)
         objective.rows.grad = None  # what comes now takes no more memory than a step
         trained, after = objective.rows.detach().to(CPU), model.flat.to(CPU)
         travels = parts.rows is Part.TRAINED
@@ -92,6 +89,18 @@ class Client:
             _kept(parts, trained, after),
         )
 
+    def objective(self, rows: Tensor, request: Request) -> Objective:
+        """For one round; rows: as they are trained, on the device that trains."""
+        return ClassRows(rows, request, self.scale, self.similarity)
+
+    def batches(
+        self, order: Tensor, request: Request, rng: np.random.Generator
+    ) -> Iterable[tuple[Tensor, Tensor]]:
+        """(images as the net takes them, target) of each step of a pass over the images in `order`."""
+        images = self.augmentation(self.data.images[order], rng, self.extractor.device)
+        target = torch.searchsorted(request.class_ids, self.data.labels[order]).to(self.extractor.device)
+        return zip(images.split(self.batch_size), target.split(self.batch_size), strict=True)
+
     def passes(self, held: Tensor, round: int, shuffle: np.random.Generator) -> Iterator[tuple[Pass, Tensor]]:
         """What moves, and the images that are trained on, in order."""
         for moves in self.schedule:
@@ -101,7 +110,7 @@ class Client:
         self,
         images: Tensor,
         target: Tensor,
-        objective: ClassRows,
+        objective: Objective,
         lr: float,
         velocity: tuple[Tensor, Tensor] | None,  # of phi and of the rows; None: v = g
     ) -> Tensor:
@@ -112,7 +121,7 @@ class Client:
         model, rows = self.extractor, objective.rows
         model.zero_gradient()
         rows.grad = None
-        loss = objective.loss(as_embeddings(model.module(images)), target)
+        loss = objective.loss(model(images), target)
         loss.backward()
         with torch.no_grad():
             of_phi, of_rows = velocity or (None, None)

@@ -1,6 +1,7 @@
 """A net whose trainable parameters are one vector, phi: what a client trains and the server averages."""
 
 from collections.abc import Mapping, Sequence
+from itertools import compress
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,8 @@ class Extractor:
     """A module whose trainable parameters are views of one vector `flat`, phi, their gradients of `gradient`.
 
     Loading phi, a step of SGD and the difference of two phi are then one operation each, whatever the module.
-    A block of the net is a range of phi, and so are neighbours: `move` says which of them are trained.
+    A block of the net is a range of phi, and so are neighbours: `move` says which of them are trained, and
+    `present` which of them there are. Where training puts a head on the net it is the last block.
     Frozen parameters and buffers are constants: they stay with the module and never travel. All of it is on
     `device`; what comes and goes is in main memory, where the server is.
     """
@@ -28,11 +30,13 @@ class Extractor:
         crop_size: int = 0,
         device: torch.device = CPU,
         blocks: Sequence[nn.Module] = (),  # of the module, as of blocks_of; none: it is one block
+        head: nn.Module | None = None,  # of embeddings, in training alone
     ):
         self.device = device
-        module.to(device)
-        trainable = [p for p in module.parameters() if p.requires_grad]
+        whole = [module] if head is None else [module, head]
+        trainable = [p for part in whole for p in part.to(device).parameters() if p.requires_grad]
         _check_dtypes(module)
+        self.blocks, self.head = list(blocks) or [module], head
         self.module, self.crop_size = module, crop_size
         self.flat = torch.cat([p.detach().reshape(-1) for p in trainable])
         self.gradient = torch.zeros_like(self.flat)
@@ -43,10 +47,11 @@ class Extractor:
             p.data, p.grad = values.view(p.shape), grad.view(p.shape)
         self.constants = {name: buffer.clone() for name, buffer in module.named_buffers()}
         self._parameters = [
-            [p for p in block.parameters() if p.requires_grad] for block in blocks or [module]
+            [p for p in block.parameters() if p.requires_grad] for block in (*self.blocks, *whole[1:])
         ]
         self.block_sizes = [sum(p.numel() for p in block) for block in self._parameters]  # sum to P
         self.moving = (True,) * len(self.block_sizes)
+        self.present: Sequence[bool] | None = None  # of each block whether it is run in training; None: all
         self._moves_in([slice(0, len(self.flat))])
 
     def move(self, moving: Sequence[bool]) -> None:
@@ -80,16 +85,33 @@ class Extractor:
                     f"model: expected buffers that training leaves alone, but it changed {name!r}"
                 )
 
+    def __call__(self, images: Tensor) -> Tensor:  # (B, channels, H, W) float32 -> (B, D)
+        """In training: embeddings, or what the head makes of them."""
+        found = self._embedded(images, self.present)
+        return found if self.head is None else self.head(found)
+
+    def _embedded(self, images: Tensor, present: Sequence[bool] | None) -> Tensor:
+        """By the module; without some of its blocks by the others, one after the other, and its `pool`."""
+        if present is None or all(present):
+            return as_embeddings(self.module(images))
+        for block in compress(self.blocks, present):
+            images = block(images)
+        assert isinstance(self.module.pool, nn.Module)  # of a net whose blocks may be absent
+        return as_embeddings(self.module.pool(images))
+
     def as_input(self, images: Tensor) -> Tensor:
         """uint8 images as the module's input where it isn't trained on them."""
         images = centre_crop(images, self.crop_size) if self.crop_size else images
         return as_input(images.to(self.device))
 
     @torch.no_grad()
-    def embed(self, images: Tensor, batch_size: int = 512) -> Tensor:  # (T, channels, H, W) uint8 -> (T, D)
+    def embed(
+        self, images: Tensor, batch_size: int = 512, present: Sequence[bool] | None = None
+    ) -> Tensor:  # (T, channels, H, W) uint8 -> (T, D)
+        """By the blocks that are present; None: all."""
         self.module.eval()
         batch_size = max(1, min(batch_size, EMBEDDED_NUMBERS // images[0].numel()))
-        embedded = [as_embeddings(self.module(self.as_input(batch))) for batch in images.split(batch_size)]
+        embedded = [self._embedded(self.as_input(batch), present) for batch in images.split(batch_size)]
         return torch.cat([part.to(CPU, torch.float32) for part in embedded])
 
 

@@ -1,11 +1,21 @@
 """What a client minimises, and what it trains beside the net."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ...sampled_softmax import sampled_softmax_loss
 from ..messages import Request
+
+
+class Objective(Protocol):
+    rows: Tensor  # what is trained beside the net; none where it is empty
+
+    def loss(self, embeddings: Tensor, target: Tensor) -> Tensor:
+        """The mean over a batch; target: as the objective has it."""
+        ...
 
 
 @dataclass
@@ -29,6 +39,32 @@ class ClassRows:
             bias=None if bias is None else self.scale * bias,
             scale=self.scale,
             similarity=self.similarity,
+        )
+
+
+@dataclass
+class TwoViews:
+    """SimCLR's NT-Xent, Eq. 1 of Chen et al., ICML 2020, arXiv:2002.05709: two views of an image are alike.
+
+        loss_i = -cos(u_i, u_t) / T + log sum_{j != i} exp(cos(u_i, u_j) / T),  t: the other view of its image
+
+    That is the sampled softmax with the views themselves for rows.
+    """
+
+    rows: Tensor  # (0, D): there are no others
+    temperature: float  # T
+
+    def loss(self, embeddings: Tensor, target: Tensor) -> Tensor:
+        """The mean over (2B, D): the first views of B images, then the second; target (2B,): each one's t."""
+        count = len(embeddings)
+        image = torch.arange(count, device=embeddings.device) % (count // 2)
+        return sampled_softmax_loss(  # of its own image's two views an entry is the target, or left out
+            embeddings,
+            embeddings,
+            target,
+            entry_labels=image,
+            target_labels=image,
+            scale=1 / self.temperature,
         )
 
 

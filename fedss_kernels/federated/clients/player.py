@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ...class_sets import draw_negatives
 from ..algorithms import METHODS
 from ..algorithms.parts import Part, Parts
+from ..algorithms.schedule import Schedule
 from ..config import OWN, STICKY, Config, ConfigError, learning_rate
 from ..data import FederatedData
 from ..files.fingerprint import Fingerprint
@@ -21,16 +22,25 @@ from ..models import (
     refuse_batch_norm,
 )
 from ..models.blocks import blocks_of
+from ..models.projection import projection_head
 from ..models.vision import load_checkpoint
 from ..randomness import Purpose, generator, initial_rows
 from .augment import Augmentation, as_input, centre_crop
 from .client import Client
+from .contrastive import ContrastiveClient
 from .extractor import CPU, Extractor, as_embeddings
 from .poison import poisoned
 from .pooled import PooledClient
+from .views import Views
 
 EVALUATION_BATCH = 512  # test images
-_ROWS = {Part.TRAINED: "travel", Part.KNOWN: "seed", Part.HOME: "home"}  # as the ledger calls it
+_ROWS = {  # as the ledger calls it
+    Part.TRAINED: "travel",
+    Part.KNOWN: "seed",
+    Part.HOME: "home",
+    Part.ABSENT: "none",
+}
+_NO_CLASSES = torch.empty(0, dtype=torch.int64)
 
 
 class Player:
@@ -47,7 +57,8 @@ class Player:
         module = copy.deepcopy(model) if model is not None else _build_model(config)
         _check_model(module, config, data.images[:2])
         blocks = [block for _, block in blocks_of(module)] if self.method.by_block else []
-        self.extractor = Extractor(module, config.crop_size, device, blocks)
+        head = projection_head(config.embedding_dim, config.seed) if self.method.contrastive else None
+        self.extractor = Extractor(module, config.crop_size, device, blocks, head)
         options: dict[str, Any] = {
             "schedule": self.method.passes(config.local_epochs, config.head_epochs),
             "batch_size": config.batch_size,
@@ -57,8 +68,13 @@ class Player:
             "momentum": config.client_momentum,
             "augmentation": Augmentation(config.crop_size, config.max_shift, config.flip),
         }
+        self.client: Client
         if self.method.pooled:
-            self.client: Client = PooledClient(self.extractor, data, cohort=config.cohort, **options)
+            self.client = PooledClient(self.extractor, data, cohort=config.cohort, **options)
+        elif self.method.contrastive:
+            views = Views("simclr", config.crop_size or min(data.images.shape[2:]))
+            options |= {"views": views, "temperature": config.temperature}
+            self.client = ContrastiveClient(self.extractor, data, **options)
         else:
             self.client = Client(self.extractor, data, **options)
 
@@ -72,7 +88,10 @@ class Player:
 
     def request(self, round: int, attempt: int, client: int) -> Request:
         """What the client asks for."""
-        config, positives = self.config, self.client.positives(client)
+        config, positives = self.config, _NO_CLASSES
+        if self.method.contrastive:  # nobody reads a label
+            return self.method.request(self.data.num_classes, positives, positives, config.correction)
+        positives = self.client.positives(client)
         negatives = self._negatives(round, attempt, client, positives)
         return self.method.request(self.data.num_classes, positives, negatives, config.correction)
 
@@ -90,42 +109,49 @@ class Player:
         return torch.cat([kept, draw_negatives(num_classes, others, m - len(kept), rng)])
 
     @cached_property
-    def parts(self) -> Parts:
+    def schedule(self) -> Schedule:
         """Where the parts of the model stand in a round."""
-        return self.method.parts(len(self.extractor.block_sizes))
+        return self.method.schedule(self.config, len(self.extractor.block_sizes))
 
     @property
-    def num_travelling(self) -> int:
-        """Numbers of the net that come back."""
-        return self._num(Part.TRAINED)
+    def num_projecting(self) -> int:
+        """Numbers of the projection head; 0 where there is none."""
+        return self.extractor.block_sizes[-1] if self.method.contrastive else 0
 
-    def _num(self, which: Part) -> int:
-        """Of the blocks of the net that stand there."""
-        sizes = zip(self.extractor.block_sizes, self.parts.blocks, strict=True)
+    def num_trained(self, round: int) -> int:
+        """Numbers of the net that come back from each client of a round."""
+        return self._num(self.schedule.whole(round), Part.TRAINED)
+
+    def _num(self, parts: Parts, which: Part) -> int:
+        """Of the blocks that stand there."""
+        sizes = zip(self.extractor.block_sizes, parts.blocks, strict=True)
         return sum(size for size, part in sizes if part is which)
 
     @property
     def num_at_home(self) -> int:
         """Numbers that a client keeps from round to round: its rows, and its net where that stays too."""
-        rows = self.data.num_classes * self.config.row_dim if self.parts.anything_at_home else 0
-        return rows + (len(self.extractor.flat) if self.parts.net_at_home else 0)
+        rows = self.data.num_classes * self.config.row_dim if self.method.personal else 0
+        return rows + (len(self.extractor.flat) if self.method.alone else 0)
 
     @property
     def flows(self) -> tuple[str, ...]:
         """What moves between the server and a client, as the ledger has it."""
-        flows = FLOWS[_ROWS[self.parts.rows]]
-        return (*flows, "down_frozen") if self._num(Part.FROZEN) else flows
+        flows = FLOWS[_ROWS[self.method.rows]]
+        last = self.schedule.whole(self.config.rounds - 1)
+        return (*flows, "down_frozen") if self._num(last, Part.FROZEN) else flows
 
-    def traffic(self, request: Request, *, answers: bool) -> Traffic:
+    def traffic(self, round: int, attempt: int, client: int, request: Request, *, answers: bool) -> Traffic:
         """Of one client in one round."""
         if self.method.pooled:
             return Traffic()  # nothing leaves its place
+        parts = self.schedule.parts(round, attempt, client)
         return client_traffic(
-            self.num_travelling,
+            self._num(parts, Part.TRAINED) - self.num_projecting,
             len(request.class_ids),
             self.config.row_dim,
-            rows=_ROWS[self.parts.rows],
-            frozen=self._num(Part.FROZEN),
+            rows=_ROWS[self.method.rows],
+            frozen=self._num(parts, Part.FROZEN),
+            projection=self.num_projecting,
             sends_ids=request.sends_ids,
             answers=answers,
             dtype=self.config.wire_dtype,
@@ -134,15 +160,15 @@ class Player:
     @property
     def store_size(self) -> tuple[int, int]:
         """(rows, numbers in each) of a class store: of the class matrix, or of what clients have at home."""
-        if self.parts.anything_at_home:
+        if self.method.personal:
             return len(self.client.data.clients), self.num_at_home
         return self.data.num_classes, self.config.row_dim
 
     def num_given(self, request: Request) -> int:
         """Numbers that a client needs for its round beside phi: class rows, or what it has at home."""
-        if self.parts.anything_at_home:
+        if self.method.personal:
             return self.num_at_home
-        return 0 if self.parts.rows is Part.KNOWN else len(request.class_ids) * self.config.row_dim
+        return 0 if self.method.rows is not Part.TRAINED else len(request.class_ids) * self.config.row_dim
 
     def known_rows(self, class_ids: Tensor) -> Tensor:  # (S,) -> (S, D)
         """Of the initial W, which every process draws from the seed for itself."""
@@ -153,7 +179,7 @@ class Player:
         self, round: int, attempt: int, client: int, request: Request, phi: Tensor, given: Tensor
     ) -> Update:
         """What it sends back for phi (P,), and for its rows or what it has at home (num_given,)."""
-        lr, parts = learning_rate(self.config, round), self.parts
+        lr, parts = learning_rate(self.config, round), self.schedule.parts(round, attempt, client)
         rows = self.known_rows(request.class_ids) if parts.rows is Part.KNOWN else given
         if parts.net_at_home:
             rows, phi = given.tensor_split([len(given) - len(phi)])
@@ -170,11 +196,11 @@ class Player:
         """Of the data and the net as it begins, which a resumed run must share."""
         return Fingerprint.of(self.data, self.extractor.module, self.extractor.embed)
 
-    def embed(self, phi: Tensor, part: int = 0, parts: int = 1) -> list[Tensor]:
-        """The test images' embeddings, in batches: every `parts`-th, from number `part` on."""
+    def embed(self, phi: Tensor, round: int, part: int = 0, parts: int = 1) -> list[Tensor]:
+        """The test images' embeddings by the net of a round: batches, every `parts`-th, from `part` on."""
         self.extractor.flat.copy_(phi)
-        batches = self.data.test_images.split(EVALUATION_BATCH)
-        return [self.extractor.embed(batch) for batch in batches[part::parts]]
+        batches, present = self.data.test_images.split(EVALUATION_BATCH), self.schedule.whole(round).present
+        return [self.extractor.embed(batch, present=present) for batch in batches[part::parts]]
 
     def embedded(self, part: int, parts: int) -> list[tuple[int, int]]:
         """Shapes of what `embed` makes."""

@@ -10,6 +10,7 @@ from ..algorithms import METHODS
 from ..config import Config
 from ..ledger import OUTCOMES, Traffic, client_traffic
 from ..measures import BY_TASK, Measured, Measures
+from ..models.projection import projection_size
 from .facts import Facts
 from .round_metrics import RoundMetrics
 
@@ -39,7 +40,7 @@ class Summary(Measured):
     embedding_dim: int
     mean_class_set: float  # mean |S_k|
     traffic: Traffic
-    full_traffic: Traffic  # what full_softmax moves in as many rounds
+    full_traffic: Traffic  # what the method's baseline moves in as many rounds
     seconds: float
     not_finite_since: int | None = None
     notes: list[str] = field(default_factory=list)  # as in Facts
@@ -88,14 +89,14 @@ class Summary(Measured):
 
 
 def _full_traffic(config: Config, facts: Facts, counts: Mapping[str, int], rounds: int) -> Traffic:
-    """What full_softmax moves in as many rounds, of clients that answer and of those that do not."""
+    """What the baseline moves in as many rounds, of clients that answer and of those that do not."""
     absent = counts["dropped"] + counts["late"]
     numbers = {True: sum(counts.values()) - absent, False: absent}
     if METHODS[config.method].pooled:
         numbers = {True: rounds * config.cohort}  # of the clients that there would be
+    options: dict[str, Any] = {"sends_ids": False, "dtype": config.wire_dtype}
     sizes = facts.num_parameters, facts.num_classes, config.row_dim
-    each = {
-        answers: client_traffic(*sizes, sends_ids=False, answers=answers, dtype=config.wire_dtype)
-        for answers in numbers
-    }
+    if METHODS[METHODS[config.method].baseline].contrastive:
+        options |= {"rows": "none", "projection": projection_size(config.embedding_dim)}
+    each = {answers: client_traffic(*sizes, answers=answers, **options) for answers in numbers}
     return sum((each[answers].times(n) for answers, n in numbers.items()), Traffic())

@@ -39,6 +39,16 @@ _ALONE = Place(
     held="class rows that a client trains, on average",
     matrix="All the class rows, C of them. Each client has its own.",
 )
+_SPLIT = Place(
+    net="its first blocks averaged, the rest at the server",
+    rows="none",
+    moves="what the first blocks make of images, its gradients, and the first blocks",
+    in_a_round="In each of {rounds} rounds {cohort} and the server train a net together, step by step: the "
+    "clients have its first blocks and send what these make of their images, the server has the rest and "
+    "sends gradients back; now and then the clients' blocks are averaged.",
+    held="class rows, which are not used",
+    matrix="There is none.",
+)
 _BY_ROWS = {
     Part.TRAINED: Place(
         net="averaged",
@@ -68,6 +78,15 @@ _BY_ROWS = {
         held="class rows that a client keeps and trains, on average",
         matrix="All the class rows, C of them. Each client has its own.",
     ),
+    Part.ABSENT: Place(
+        net="averaged",
+        rows="none",
+        moves="the net, and a projection head",
+        in_a_round="In each of {rounds} rounds {cohort} download the net and a small head on top of it, "
+        "train both on their own images without a label, and upload what changed; the server averages.",
+        held="class rows: there are none",
+        matrix="All the class rows, of which there are none.",
+    ),
 }
 _MIXED = (
     "In each of {rounds} rounds {cohort} train. The methods differ in what of the model clients share, and "
@@ -78,6 +97,8 @@ _MIXED = (
 def place(method: Method) -> Place:
     if method.pooled:
         return _POOLED
+    if method.split:
+        return _SPLIT
     return _ALONE if method.alone else _BY_ROWS[method.rows]
 
 

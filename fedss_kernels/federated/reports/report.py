@@ -56,9 +56,10 @@ def attempt(folder: Path, write: Callable[..., object], *arguments: object) -> l
 def _run_page(folder: Path, run: Run, plots: Sequence[str]) -> str:
     summary, method = run.summary, METHODS[run.summary.method]
     measure = summary.headline
+    rows = (f"{summary.mean_class_set:.0f} of {summary.num_classes:,}", place(method).held)
     figures = [
         (measure.text(summary.accuracy), f"{measure.label}: {measure.meaning}"),
-        (f"{summary.mean_class_set:.0f} of {summary.num_classes:,}", place(method).held),
+        *([] if method.rowless else [rows]),
         *_savings(run),
     ]
     return html_page(
@@ -72,7 +73,7 @@ def _run_page(folder: Path, run: Run, plots: Sequence[str]) -> str:
             *plots_with_captions([run], plots),
             "<h2>What was moved</h2>",
             _traffic_table(run),
-            _methods([run.summary.method, "full_softmax"]),
+            _methods([method.name, method.baseline]),
             glossary([run]),
             _settings([run]),
         ],
@@ -81,15 +82,18 @@ def _run_page(folder: Path, run: Run, plots: Sequence[str]) -> str:
 
 
 def _savings(run: Run) -> list[tuple[str, str]]:
-    """Against FullSoftmax."""
+    """Against the method's baseline."""
     method = METHODS[run.summary.method]
+    against = METHODS[method.baseline].label
     if not run.summary.traffic.total:
         return [("0 MB", f"what moves: {place(method).moves}")]
-    everything = percent(run.saving), "saved of everything moved, against FullSoftmax"
+    everything = percent(run.saving), f"saved of everything moved, against {against}"
+    if method.rowless:
+        return [everything]
     if method.rows is not Part.TRAINED:
         return [("none", "of the class rows moves"), everything]
     return [
-        (percent(run.class_saving), "saved of what the classes cost to move, against FullSoftmax"),
+        (percent(run.class_saving), f"saved of what the classes cost to move, against {against}"),
         everything,
     ]
 
@@ -132,7 +136,9 @@ def _method_cards(runs: Sequence[Run]) -> str:
         share = float(np.mean([s.mean_class_set / s.num_classes for s in summaries]))
         measure = summaries[0].headline
         where = "all the images in one place"
-        if not METHODS[case.method].pooled:
+        if METHODS[case.method].rowless:
+            where = "no class rows"
+        elif not METHODS[case.method].pooled:
             where = f"{percent(share)} of the class rows on a client"
         text = f"{measure.label} of {case.label}, with {where}"
         figures.append((measure.text(accuracy), text))
@@ -153,7 +159,7 @@ def _unfinished(run: Run) -> str:
 
 
 def _traffic_table(run: Run) -> str:
-    """Bytes per client and round by kind, next to FullSoftmax's."""
+    """Bytes per client and round by kind, next to those of the method's baseline."""
     own, full, n = run.summary.traffic, run.summary.full_traffic, run.updates
     kinds = [
         (f"{kind.label}, {' and '.join(kind.directions)}", own.of(kind.name), full.of(kind.name))
@@ -171,8 +177,9 @@ def _traffic_table(run: Run) -> str:
         for name, a, b in kinds
         if a or b
     ]
-    label = METHODS[run.summary.method].label
-    header = ("", f"{label}, kB per client and round", "FullSoftmax, kB", "saved", f"{label}, MB in all")
+    method = METHODS[run.summary.method]
+    label, against = method.label, METHODS[method.baseline].label
+    header = ("", f"{label}, kB per client and round", f"{against}, kB", "saved", f"{label}, MB in all")
     return html_table(header, rows)
 
 
@@ -219,5 +226,5 @@ _TABLE_NOTE = (
     "|S_k| is the mean number of class rows that a client has in a round, whether they are sent to it, drawn "
     "by it from a seed, or kept by it. MB count everything that moved, down and up, "
     "and what of it were class rows and ids, the part that grows with the number of classes. Savings are "
-    "against FullSoftmax in as many rounds."
+    "against FullSoftmax in as many rounds, of methods without labels against SimCLR."
 )

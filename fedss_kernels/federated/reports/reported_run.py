@@ -30,13 +30,14 @@ class Run:
 
     @property
     def saving(self) -> float:
-        """Share of all the bytes of FullSoftmax that this run did not move."""
+        """Share of all the bytes of the method's baseline that this run did not move."""
         return 1 - self.summary.traffic.total / self.summary.full_traffic.total
 
     @property
     def class_saving(self) -> float:
         """The same for what depends on the number of classes: class rows and ids."""
-        return 1 - self.summary.traffic.classification / self.summary.full_traffic.classification
+        full = self.summary.full_traffic.classification
+        return 1 - self.summary.traffic.classification / full if full else 0.0
 
 
 def course(run: Run) -> Measure:

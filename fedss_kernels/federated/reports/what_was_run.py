@@ -14,17 +14,25 @@ def what_was_run(runs: Sequence[Run]) -> str:
     seeds = len({run.summary.seed for run in runs})
     everyone = s.cohort >= s.num_clients
     cohort = "all clients" if everyone else f"{s.cohort} clients, drawn at random,"
-    bias = ", and a bias," if runs[0].config.similarity == "dot" else ""
+    rows = _rows(names, runs[0])
     repeated = f" Every method was run {seeds} times, with different random numbers." if seeds > 1 else ""
     round = in_a_round(names).format(rounds=f"{s.rounds:,}", cohort=cohort, size=s.cohort)
     notes = f"<p>Of the data: {escape('; '.join(s.notes))}.</p>" if s.notes else ""
     return (
         f"<p>{s.num_clients:,} clients, such as phones, each hold a few images of a few classes. A model is "
-        f"a net that maps an image to {s.embedding_dim} numbers, its <em>embedding</em>, and one row of "
-        f"{s.embedding_dim} numbers{bias} for each of {s.num_classes:,} classes. "
+        f"a net that maps an image to {s.embedding_dim} numbers, its <em>embedding</em>{rows}. "
         f"{round} There are {s.num_train_images:,} training images; "
         f"{_tested(runs)}.{_rows_cost(names)}{repeated}</p>{notes}"
     )
+
+
+def _rows(names: Sequence[str], run: Run) -> str:
+    """What a model has beside the net, where one of the methods has it."""
+    if all(METHODS[name].rowless for name in names):
+        return ""
+    bias = ", and a bias," if run.config.similarity == "dot" else ""
+    s = run.summary
+    return f", and one row of {s.embedding_dim} numbers{bias} for each of {s.num_classes:,} classes"
 
 
 def _tested(runs: Sequence[Run]) -> str:

@@ -1,0 +1,95 @@
+"""A net's features at a depth: what its stem and its first so many blocks make of an image, pooled.
+
+Depth 0 is the stem alone. A layer that ends a net, its block "embedding", is at no depth. The net's `pool`
+makes a vector of what a block makes; where there is none it is the mean over each quarter of a grid, or over
+the tokens of a sequence.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
+
+from ..clients.augment import as_input
+from ..clients.extractor import CPU, EMBEDDED_NUMBERS, as_embeddings
+from ..models.blocks import blocks_of
+
+Prepared = Callable[[Tensor], Tensor]  # uint8 images -> the net's input
+HEAD = "embedding"  # the block that is none of the depths
+
+
+def depth_of(net: nn.Module) -> int:
+    """L, how many blocks it has after the stem; 0 for a net without `blocks`."""
+    return len(_stem_and_blocks(net)) - 1
+
+
+def depths(net: nn.Module) -> tuple[int, ...]:
+    """Those that a net is looked at: the first, a quarter, half and all of its L blocks, each once."""
+    whole = depth_of(net)
+    return tuple(sorted({min(1, whole), math.ceil(whole / 4), math.ceil(whole / 2), whole}))
+
+
+def prefix(net: nn.Module, depth: int) -> nn.Sequential:
+    """The net's own modules as a net of their own: (B, channels, H, W) to features (B, F).
+
+    Raises ValueError for a depth that it has not.
+    """
+    modules = _stem_and_blocks(net)
+    if not 0 <= depth < len(modules):
+        raise ValueError(f"depth: expected one in [0, {len(modules) - 1}], got {depth}")
+    pool: Any = getattr(net, "pool", pooled) if hasattr(net, "blocks") else pooled
+    return nn.Sequential(*modules[: depth + 1], _Pool(pool))
+
+
+def features(
+    net: nn.Module,
+    images: Tensor,  # (N, channels, H, W) uint8
+    depth: int,
+    *,
+    prepared: Prepared = as_input,  # as an extractor's as_input, which crops, and moves to its device
+    batch_size: int = 512,
+) -> Tensor:  # (N, F) float32, in main memory
+    """In batches, in eval mode. Raises ValueError for a depth that the net has not."""
+    return outputs(prefix(net, depth), prepared, images, batch_size)
+
+
+@torch.no_grad()
+def outputs(
+    module: nn.Module,
+    prepared: Prepared,
+    images: Tensor,  # (N, channels, H, W) uint8
+    batch_size: int = 512,
+) -> Tensor:  # (N, F) float32, in main memory
+    """What a module makes of images, in batches, in eval mode."""
+    module.eval()
+    batch_size = max(1, min(batch_size, EMBEDDED_NUMBERS // images[0].numel()))
+    made = [as_embeddings(module(prepared(batch))) for batch in images.split(batch_size)]
+    return torch.cat([part.to(CPU, torch.float32) for part in made])
+
+
+def pooled(made: Tensor) -> Tensor:
+    """(B, C, H, W) to (B, 4 C) or, of one pixel, (B, C); (B, tokens, D) to (B, D); (B, F) as it is.
+
+    Quarters, for the mean over all of it forgets where in the image something is.
+    """
+    if made.dim() == 4:
+        return adaptive_avg_pool2d(made, min(2, *made.shape[2:])).flatten(1)
+    return made.mean(dim=1) if made.dim() == 3 else made
+
+
+class _Pool(nn.Module):
+    """A function, or a module, in a sequence."""
+
+    def __init__(self, pool: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.pool = pool
+
+    def forward(self, made: Tensor) -> Tensor:
+        return self.pool(made)
+
+
+def _stem_and_blocks(net: nn.Module) -> list[nn.Module]:
+    return [module for name, module in blocks_of(net) if name != HEAD]

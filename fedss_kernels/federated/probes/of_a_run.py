@@ -1,0 +1,63 @@
+"""The measures of a run whose model is a net without class rows, by name: measures.OF_FEATURES.
+
+`prepared` is the extractor's as_input, net its module with the parameters to be measured.
+"""
+
+import math
+
+from torch import nn
+
+from ..clients.augment import as_input
+from ..data import FederatedData
+from ..metrics import retrieval
+from .features import Prepared, depth_of, features
+from .labelled import some
+from .linear import linear_probe
+from .neighbours import knn
+from .rows import finite
+
+BANK, QUERIES = 4_000, 1_500  # images that are looked at while training goes on
+
+
+def while_training(
+    net: nn.Module, data: FederatedData, depth: int, seed: int, prepared: Prepared = as_input
+) -> dict[str, float]:
+    """At the depth that training has come to: nearest neighbours on a few images, or a retrieval on all."""
+    if data.task == "retrieval":
+        return retrieval(features(net, data.test_images, depth, prepared=prepared), data.test_labels).measured
+    bank, queries = some(len(data.images), BANK, seed, 0), some(len(data.test_images), QUERIES, seed, 1)
+    made = (
+        features(net, images[rows], depth, prepared=prepared)
+        for images, rows in ((data.images, bank), (data.test_images, queries))
+    )
+    near, asked = made
+    return {"knn": knn(near, data.labels[bank], asked, data.test_labels[queries])}
+
+
+def at_the_end(net: nn.Module, data: FederatedData, prepared: Prepared = as_input) -> dict[str, float]:
+    """Linear probes on all images after the first block, a quarter, half and all of them, or a retrieval."""
+    whole = depth_of(net)
+    test = features(net, data.test_images, whole, prepared=prepared)
+    lost = {"not_finite": int((~finite(test)).sum())}
+    if data.task == "retrieval":
+        return retrieval(test, data.test_labels).measured | lost
+    first = min(1, whole)
+    places = {"probe_first": first, "probe_quarter": math.ceil(whole / 4), "probe_half": math.ceil(whole / 2)}
+    probes = {depth: _probe(net, data, depth, prepared) for depth in {*places.values(), whole}}
+    return {"probe": probes[whole], **{name: probes[depth] for name, depth in places.items()}} | lost
+
+
+def before_training(net: nn.Module, data: FederatedData, prepared: Prepared = as_input) -> dict[str, float]:
+    """Of the net as the run began with it, at its whole depth."""
+    whole = depth_of(net)
+    if data.task == "classification":
+        return {"random_probe": _probe(net, data, whole, prepared)}
+    found = retrieval(features(net, data.test_images, whole, prepared=prepared), data.test_labels).measured
+    return {f"random_{name}": found[name] for name in ("map_at_10", "recall_at_1")}
+
+
+def _probe(net: nn.Module, data: FederatedData, depth: int, prepared: Prepared) -> float:
+    train, test = (
+        features(net, images, depth, prepared=prepared) for images in (data.images, data.test_images)
+    )
+    return linear_probe(train, data.labels, test, data.test_labels)

@@ -25,6 +25,7 @@ from .data import DATASETS, PARTITIONS, TASKS
 from .disk import write_whole
 from .ledger import WIRE_DTYPES
 from .models import MODELS, family_of
+from .models.bottleneck import Bottleneck
 
 MAX_NORM = 1000.0
 LARGEST = 3e38  # that float32 holds, about
@@ -239,6 +240,11 @@ class Config:
     )
 
     cut: int = option(1, "of mocosfl: blocks that clients have, of the net's first", low=1)
+    bottleneck: str | None = option(
+        None,
+        "of mocosfl: the cut is narrow: C4S2, 4 channels at half the height and width cross it, none: as the "
+        "net has it",
+    )
     sync_period: int = option(
         50, "of mocosfl: steps between two averages of the clients' blocks; a round ends with one", low=1
     )
@@ -470,6 +476,11 @@ class Config:
                 f"expected at least 2 with {self.method}, as an image alone has no other to be told from"
             )
             yield ConfigError("batch_size", f"{expected}, got 1")
+        if method.split and self.bottleneck is not None:
+            try:
+                Bottleneck.read(self.bottleneck)
+            except ValueError as error:
+                yield ConfigError("bottleneck", str(error).removeprefix("bottleneck: "))
         if method.split and self.workers > 1:
             expected = f"expected 1 with {self.method}, whose clients and server step together in one process"
             yield ConfigError("workers", f"{expected}, got {self.workers}")

@@ -38,6 +38,7 @@ MOCOSFL = Method(
     options=(
         *(
             "cut",
+            "bottleneck",
             "sync_period",
             "round_steps",
             "queue_size",

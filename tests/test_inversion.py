@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedss_kernels.federated.figures.inversion import (
+from fedss_kernels.federated.split_learning.inversion import (
     PlainDecoder,
     ResidualDecoder,
     attacked,

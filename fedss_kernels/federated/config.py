@@ -291,6 +291,11 @@ class Config:
     freeze_clients: bool = option(
         False, "of mocosfl: clients' blocks stay as they are: no gradients come down and nothing is averaged"
     )
+    half_checkpoint: Path | None = option(
+        None,
+        "of mocosfl: a file of fedss harden, of the same net, cut and bottleneck, whose halves a run begins "
+        "with; clients' stay as they are",
+    )
     weight_decay: float = option(5e-4, "of mocosfl: of clients and server", low=0)
 
     rounds: int = option(PRESET, "rounds of training", low=1)
@@ -481,6 +486,9 @@ class Config:
                 Bottleneck.read(self.bottleneck)
             except ValueError as error:
                 yield ConfigError("bottleneck", str(error).removeprefix("bottleneck: "))
+        if method.split and self.half_checkpoint is not None and not self.freeze_clients:
+            expected = "expected freeze_clients with it, as what clients' blocks resist is lost in training"
+            yield ConfigError("half_checkpoint", f"{expected}, got {self.half_checkpoint}")
         if method.split and self.workers > 1:
             expected = f"expected 1 with {self.method}, whose clients and server step together in one process"
             yield ConfigError("workers", f"{expected}, got {self.workers}")

@@ -15,6 +15,7 @@ from ..algorithms.schedule import Schedule
 from ..config import OWN, STICKY, Config, ConfigError, learning_rate
 from ..data import FederatedData
 from ..files.fingerprint import Fingerprint
+from ..files.half_file import half_of
 from ..ledger import FLOWS, Traffic, client_traffic
 from ..messages import Request, Update
 from ..models import (
@@ -56,7 +57,7 @@ class Player:
     ):
         self.config, self.data, self.method = config, data, METHODS[config.method]
         module = copy.deepcopy(model) if model is not None else _build_model(config)
-        module = _narrowed(module, config, _check_model(module, config, data.images[:2]))
+        module = _to_be_cut(module, config, _check_model(module, config, data.images[:2]))
         blocks = [block for _, block in blocks_of(module)] if self.method.by_block else []
         head = projection_head(config.embedding_dim, config.seed) if self.method.contrastive else None
         self.extractor = Extractor(module, config.crop_size, device, blocks, head)
@@ -234,7 +235,7 @@ def check_model(config: Config, shape: tuple[int, ...]) -> None:
     """Raises ConfigError where the named model can't be made or take images (channels, height, width)."""
     try:
         module = _build_model(config)
-        _narrowed(module, config, _check_model(module, config, torch.zeros(2, *shape, dtype=torch.uint8)))
+        _to_be_cut(module, config, _check_model(module, config, torch.zeros(2, *shape, dtype=torch.uint8)))
     except ConfigError:
         raise
     except ValueError as error:
@@ -243,7 +244,7 @@ def check_model(config: Config, shape: tuple[int, ...]) -> None:
 
 def _narrowed(module: nn.Module, config: Config, images: Tensor) -> nn.Module:
     """With the bottleneck at its cut, if there is to be one. Raises ConfigError where it does not fit."""
-    if not METHODS[config.method].split or config.bottleneck is None:
+    if config.bottleneck is None:
         return module
     rng = generator(config.seed, 0, 0, NO_CLIENT, Purpose.BOTTLENECK)
     seed = int(rng.integers(2**63))
@@ -251,6 +252,19 @@ def _narrowed(module: nn.Module, config: Config, images: Tensor) -> nn.Module:
         return narrowed(module, config.cut, Bottleneck.read(config.bottleneck), images, seed)
     except ValueError as error:
         raise ConfigError("bottleneck", str(error).removeprefix("bottleneck: ")) from None
+
+
+def _to_be_cut(module: nn.Module, config: Config, images: Tensor) -> nn.Module:
+    """As split learning begins with it. Raises ConfigError where it cannot."""
+    if not METHODS[config.method].split:
+        return module
+    module, half = _narrowed(module, config, images), half_of(config)
+    if half is not None:
+        try:
+            module.load_state_dict(half.net)
+        except RuntimeError:
+            raise ConfigError("half_checkpoint", f"{config.half_checkpoint} is of another net") from None
+    return module
 
 
 def _check_model(module: nn.Module, config: Config, pixels: Tensor) -> Tensor:

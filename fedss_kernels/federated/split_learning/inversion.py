@@ -8,7 +8,7 @@ always answering the mean of its own images is the line to compare with.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,8 +73,8 @@ class ResidualDecoder(nn.Module):
 
     def __init__(
         self,
-        latent: tuple[int, int, int],  # (c, h, w)
-        image: tuple[int, int, int],  # (channels, H, W)
+        latent: Sequence[int],  # (c, h, w)
+        image: Sequence[int],  # (channels, H, W)
         width: int = 64,
         depth: int = 4,
     ):
@@ -96,8 +96,8 @@ class PlainDecoder(nn.Module):
 
     def __init__(
         self,
-        latent: tuple[int, int, int],  # (c, h, w)
-        image: tuple[int, int, int],  # (channels, H, W)
+        latent: Sequence[int],  # (c, h, w)
+        image: Sequence[int],  # (channels, H, W)
         width: int = 64,
         depth: int = 3,
     ):
@@ -132,8 +132,10 @@ def _doubled(width: int) -> nn.Module:
     return nn.Sequential(enlarge, nn.BatchNorm2d(width), nn.ReLU())
 
 
-def _doublings(latent: tuple[int, int, int], image: tuple[int, int, int]) -> int:
+def _doublings(latent: Sequence[int], image: Sequence[int]) -> int:
     """Raises ValueError where no number of doublings makes the one of the other."""
+    if len(latent) != 3:
+        raise ValueError(f"latent: expected (channels, height, width), got {tuple(latent)}")
     for doublings in range(16):
         if tuple(size << doublings for size in latent[1:]) == tuple(image[1:]):
             return doublings

@@ -42,7 +42,7 @@ def fails(capsys, *argv: str) -> str:
 
 
 COMMANDS = (
-    "run, compare, compositions, noise, confusion, personalise, privacy, parameters, report, methods, bench, "
+    "run, compare, compositions, noise, confusion, personalise, privacy, parameters, invert, harden, report, methods, bench, "
     "doctor"
 )
 METHODS = ", ".join(algorithms.METHODS)

@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -303,6 +304,18 @@ def _read_summary(file: Path) -> Summary:
 
 def read_model(path: Path) -> tuple[dict[str, Tensor], Tensor]:
     """(the net's state, W (C, D)) of a finished run. Raises ValueError where there is no W, as in a store."""
+    found = _read_trained(path)
+    if "weight" not in found:
+        raise ValueError(f"{path / 'model.pt'} has no class matrix: it is in a class store, or there is none")
+    return found["extractor"], found["weight"]
+
+
+def read_net(path: Path) -> dict[str, Tensor]:
+    """The net's state of a finished run. Raises ValueError."""
+    return _read_trained(path)["extractor"]
+
+
+def _read_trained(path: Path) -> dict[str, Any]:
     if not (path / "summary.json").exists():  # a model.pt is of fewer rounds, before more were begun
         raise ValueError(f"no finished run in {path}: no summary.json")
     try:
@@ -313,9 +326,7 @@ def read_model(path: Path) -> tuple[dict[str, Tensor], Tensor]:
         found = None
     if not isinstance(found, dict) or "extractor" not in found:
         raise ValueError(f"{path / 'model.pt'} is damaged, or no run wrote it")
-    if "weight" not in found:
-        raise ValueError(f"{path / 'model.pt'} has no class matrix: it is in a class store, or there is none")
-    return found["extractor"], found["weight"]
+    return found
 
 
 def check_trained_on(path: Path, data: FederatedData) -> None:

@@ -1,5 +1,6 @@
 """Both halves of a net as a server prepares them, before any client has its own: TAResSFL's pre-training."""
 
+import logging
 import math
 from collections.abc import Callable
 
@@ -18,8 +19,10 @@ from .from_config import joint_of
 from .inversion import ResidualDecoder
 from .joint import Joint
 from .resistance import Hardening, Resistance
+from .split_round import ALIKE
 
 SOURCE, TARGET = 0, 1  # as clients, in the draw of their images
+log = logging.getLogger(__name__)
 HEAD = "1."  # in the names of the server's half
 
 
@@ -61,6 +64,10 @@ def harden(
         on_epoch(epoch, loss, seen)
         if not math.isfinite(loss + seen):
             raise Diverged(f"epoch {epoch + 1}: numbers are not finite: is client_lr too high?")
+    if loss >= ALIKE * (guessing := joint.server.rules.guessing(config.queue_size)):
+        log.warning(
+            "the loss is %.2f, and would be %.2f if all keys were alike: it has collapsed", loss, guessing
+        )
     hardening.end()
     made = {"strength": resistance.strength, "allowed": resistance.allowed, "target_images": len(target)}
     return HalfFile(*_states(player, joint), config.to_dict(), made | {"loss": loss, "attacker_ssim": seen})

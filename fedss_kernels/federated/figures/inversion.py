@@ -1,0 +1,189 @@
+"""What latents show of images: the inversion attack on clients' halves, several side by side.
+
+The attacker has some images like the clients', drawn from all of them, and trains a decoder on what a half
+makes of them (split_learning/inversion.py). It is tried on others, the same for every half. A half that looks
+resistant may only have met a weak attacker: so there are three, and who looks at no latent at all.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ...plotting import plotting
+from ..algorithms import METHODS
+from ..clients.player import Player
+from ..config import Config, ConfigError
+from ..data import FederatedData
+from ..randomness import NO_CLIENT, Purpose, generator
+from ..reports.page import write_section
+from ..reports.tables import write_csv
+from ..split_learning.half import cut
+from ..split_learning.inversion import (
+    Nearness,
+    PlainDecoder,
+    ResidualDecoder,
+    attacked,
+    nearness,
+    of_the_mean_image,
+    train_attacker,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ATTACKERS: dict[str, tuple[type[ResidualDecoder] | type[PlainDecoder], str]] = {
+    "residual, for MSE": (ResidualDecoder, "mse"),  # the paper's
+    "residual, for SSIM": (ResidualDecoder, "ssim"),
+    "plain, for MSE": (PlainDecoder, "mse"),
+}
+NO_LATENTS = "the mean image"
+SHOWN = 8  # images in the picture
+WORDS = (
+    "In split learning clients send what the first blocks of a net make of their images. Who gets that, "
+    "knows these blocks and has some images like the clients' can train a decoder back to images. Here it "
+    "was done, and tried on images that the attacker does not have. How near it comes is told by the mean "
+    "squared error of pixels from 0 to 1 (more is safer), by the structural similarity SSIM, which is 1 for "
+    "equal images, and PSNR in decibels (less is safer). The mean image is what one would answer without "
+    "any latent."
+)
+
+
+@dataclass(frozen=True)
+class Line:
+    """Means over images."""
+
+    half: str
+    latents: int  # numbers of an image that are sent
+    attacker: str
+    mse: float
+    ssim: float
+    psnr: float  # decibels
+
+
+@dataclass(frozen=True)
+class Found:
+    lines: Sequence[Line]
+    images: Tensor  # (SHOWN, channels, H, W), of those that the attack was tried on
+    pictures: Mapping[str, Tensor]  # what was made of their latents, by half and attacker
+
+
+@dataclass(frozen=True)
+class Images:
+    """(N, channels, H, W) float32 in [0, 1] each."""
+
+    own: Tensor  # that the attacker has
+    others: Tensor  # that the attack is tried on
+
+    @classmethod
+    def drawn(
+        cls, images: Tensor, share: float, count: int, seed: int, prepared: Callable[[Tensor], Tensor]
+    ) -> "Images":
+        """A share of the images, and `count` of the rest. Raises ValueError where there are not so many."""
+        known = round(share * len(images))
+        if known < 2 or known + count > len(images):
+            got = f"{known:,} and {count:,} of {len(images):,}"
+            raise ValueError(
+                f"images: expected 2 or more for the attacker, and others to try it on, got {got}"
+            )
+        rng = generator(seed, 0, 0, NO_CLIENT, Purpose.INVERSION)
+        order = torch.from_numpy(rng.permutation(len(images)))
+        return cls(*(prepared(images[rows]).cpu() for rows in order[: known + count].split([known, count])))
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError for a method whose clients send no latents."""
+    if not METHODS[config.method].split:
+        raise ConfigError("method", f"expected one whose clients send latents, got {config.method!r}")
+
+
+def clients_half(
+    config: Config, data: FederatedData, state: Mapping[str, Tensor]
+) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """(the blocks that clients have of a net with this state, how images are its input)
+
+    Raises ConfigError as `check`, and where the configuration is of another net.
+    """
+    check(config)
+    extractor = Player(replace(config, half_checkpoint=None, init_checkpoint=None), data).extractor
+    extractor.module.load_state_dict(state)
+    half, _ = cut(extractor.module.cpu(), config.cut)
+    return half.eval(), extractor.as_input
+
+
+def measure(
+    halves: Mapping[str, nn.Module],
+    images: Images,
+    *,
+    seed: int,
+    epochs: int = 50,
+    width: int = 64,
+    on_line: Callable[[Line], None] = lambda line: None,
+) -> Found:
+    """A line for the mean image, and one for each half and each of ATTACKERS.
+
+    Raises ValueError where latents are not channels of pixels, which doublings make as large as the images.
+    """
+    lines, pictures = list[Line](), dict[str, Tensor]()
+
+    def note(half: str, latents: int, attacker: str, found: Nearness) -> None:
+        lines.append(Line(half, latents, attacker, found.mse, found.ssim, found.psnr))
+        on_line(lines[-1])
+
+    note("none", 0, NO_LATENTS, of_the_mean_image(images.own, images.others))
+    for name, half in halves.items():
+        own, sent = (_latents(half, of) for of in (images.own, images.others))
+        for attacker, (decoder, learns) in ATTACKERS.items():
+            rng = generator(seed, 1, 0, NO_CLIENT, Purpose.INVERSION)
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(int(rng.integers(2**63)))
+                made = decoder(own.shape[1:], images.own.shape[1:], width)
+            train_attacker(made, own, images.own, rng, learns=learns, epochs=epochs)
+            reconstructed = attacked(made, sent)
+            note(name, sent[0].numel(), attacker, nearness(reconstructed, images.others))
+            pictures[f"{name}: {attacker}"] = reconstructed[:SHOWN]
+    return Found(lines, images.others[:SHOWN], pictures)
+
+
+@torch.no_grad()
+def _latents(half: nn.Module, images: Tensor) -> Tensor:
+    return torch.cat([half(batch) for batch in images.split(256)])
+
+
+def write(out: Path, found: Found) -> str:
+    """inversion.csv, inversion.md, inversion.png and a section of report.html; returns the table's text."""
+    write_csv(out / "inversion.csv", [[field.name for field in fields(Line)], *map(astuple, found.lines)])
+    header = ["half", "numbers sent of an image", "attacker", "MSE", "SSIM", "PSNR"]
+    rows = [
+        [
+            line.half,
+            f"{line.latents:,}",
+            line.attacker,
+            f"{line.mse:.4f}",
+            f"{line.ssim:.3f}",
+            f"{line.psnr:.1f}",
+        ]
+        for line in found.lines
+    ]
+    with plotting():
+        _plot(found).savefig(out / "inversion.png", dpi=150)
+    return write_section(out, "inversion", "What latents show of images", WORDS, header, rows)
+
+
+def _plot(found: Found) -> "Figure":
+    """A row of images, and under it a row of what each attacker made of what was sent of them."""
+    from matplotlib.figure import Figure
+
+    rows = {"the images": found.images, **found.pictures}
+    figure = Figure(figsize=(9, 0.9 * len(rows)), layout="constrained")
+    for axes, (name, images) in zip(
+        figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows.items(), strict=True
+    ):
+        line = torch.cat(list(images.permute(0, 2, 3, 1)), dim=1)  # (H, SHOWN W, channels)
+        axes.imshow(line.squeeze(2).numpy(), cmap="gray", vmin=0, vmax=1)
+        axes.set(xticks=[], yticks=[])
+        axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+    return figure

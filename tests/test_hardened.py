@@ -1,6 +1,7 @@
 """Halves that a server prepares: the file, a run that begins with it, and that it shows less of images."""
 
 import csv
+import dataclasses
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from torch import nn
 from fedss_kernels.federated import ConfigError, Stopped, run
 from fedss_kernels.federated.clients.player import Player
 from fedss_kernels.federated.config import Config
+from fedss_kernels.federated.figures import inversion
 from fedss_kernels.federated.files.half_file import HalfFile
 from fedss_kernels.federated.models.blocks import Chain
+from fedss_kernels.federated.split_learning.half import cut
 from fedss_kernels.federated.split_learning.hardened import Diverged, harden
 from fedss_kernels.federated.split_learning.resistance import Resistance
 from fedss_kernels.federated.split_learning.split_round import SplitRound
@@ -142,3 +145,34 @@ def test_targets_that_do_not_fit_and_numbers_that_are_not_finite_are_told():
         made(target=torch.zeros(1, 1, 5, 5, dtype=torch.uint8))
     with pytest.raises(Diverged, match="epoch 1: numbers are not finite"):
         made(client_lr=1e30)
+
+
+def smooth(count, seed=0, size=16):
+    """Images with something to see everywhere."""
+    coarse = torch.rand(count, 1, 5, 5, generator=torch.Generator().manual_seed(seed))
+    return (255 * nn.functional.interpolate(coarse, size=size, mode="bilinear")).to(torch.uint8)
+
+
+@pytest.mark.exhaustive
+def test_a_half_that_was_trained_against_an_attacker_shows_less_to_others():
+    """The same net, bottleneck, images and steps. The attackers are new, and see images for the first time."""
+    data = tiny_data()
+    data = dataclasses.replace(data, images=smooth(len(data.images)), test_images=smooth(21))
+    images = smooth(512, seed=1)
+    settings = config(bottleneck="C4S2", batch_size=16, rounds=3, round_steps=100, queue_size=200, key_dim=8)
+
+    def attack(strength):
+        resistance = Resistance(strength, 0.1)
+        made = harden(settings, data, images[:256], resistance, model=net(), width=8)
+        player = Player(settings, data, net())
+        player.extractor.module.load_state_dict(made.net)
+        half = cut(player.extractor.module, 1)[0].eval()
+        seen = inversion.Images(images[256:448] / 255, images[448:] / 255)
+        lines = inversion.measure({"it": half}, seen, seed=0, epochs=20, width=8).lines[1:]
+        return {line.attacker: line for line in lines}
+
+    shown, hidden = attack(0.0), attack(10.0)
+    print(shown, hidden)
+    for attacker in shown:
+        assert hidden[attacker].mse > 1.2 * shown[attacker].mse
+        assert hidden[attacker].ssim < shown[attacker].ssim - 0.05

@@ -122,7 +122,8 @@ def test_what_is_taken_away_is_the_net_alone(tmp_path):
     assert sum(p.numel() for p in result.extractor.parameters()) == NUM_PARAMETERS
     assert {*torch.load(tmp_path / "model.pt", weights_only=True)} == {"extractor"}
     assert result.summary.num_parameters == NUM_PARAMETERS
-    assert result.summary.accuracy == result.summary.recall_at_1 is not None
+    assert result.summary.accuracy == result.summary.probe is not None
+    assert result.summary.random_probe is not None and result.history[1].knn is not None
     assert result.summary.top1 is None and result.summary.mean_class_set == 0
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from layered_net import layered_net
 from tiny_federation import NUM_PARAMETERS, tiny_config, tiny_data, tiny_model
 from torch.nn.functional import cross_entropy, normalize
 
@@ -32,7 +33,7 @@ def train(method: str, **options) -> Result:
     return run(
         tiny_config(**({"rounds": 6, "local_epochs": 2, "method": method} | options)),
         data=tiny_data(),
-        model=tiny_model(),
+        model=layered_net() if METHODS[method].by_round else tiny_model(),
         on_round=on_round,
         resume=resume,
         stop=None if stop_after is None else lambda: seen[-1].round == stop_after,

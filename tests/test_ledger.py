@@ -70,7 +70,7 @@ def test_rows_known_from_a_seed_cost_the_seed_and_those_at_home_nothing():
         assert at_home == moved(down_extractor=2000, up_extractor=2000)
         assert of_seed.classification == at_home.classification == 0
         assert client_traffic(0, num_rows, 64, rows="home").total == 0, "local training"
-    with pytest.raises(ValueError, match="rows: expected one of travel, seed, home, got 'elsewhere'"):
+    with pytest.raises(ValueError, match="rows: expected one of travel, seed, home, none, got 'elsewhere'"):
         client_traffic(1, 1, 1, rows="elsewhere")
 
 

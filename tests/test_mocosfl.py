@@ -24,6 +24,7 @@ from fedss_kernels.federated.split_learning import from_config
 from fedss_kernels.federated.split_learning.batches import Batches, next_images
 from fedss_kernels.federated.split_learning.costs import Costs, Moved, in_the_paper
 from fedss_kernels.federated.split_learning.drawn import Cohort
+from fedss_kernels.federated.split_learning.joint import NobodyLeft
 from fedss_kernels.federated.split_learning.rules import Rules
 from fedss_kernels.federated.split_learning.split_round import SplitRound
 
@@ -105,6 +106,12 @@ def test_a_run_measures_features_and_divergence_and_gives_the_net_away(tmp_path,
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     for words in ("MocoSFL", "linear probe", "latents of the images&#x27; views, up", "divergence"):
         assert words in page, words
+
+
+def test_a_retrieval_is_measured_as_one():
+    result = train(tiny_data("retrieval"), rounds=1)
+    assert result.summary.headline.name == "map_at_10" and 0 <= result.summary.accuracy <= 1
+    assert result.summary.random_map_at_10 is not None and result.summary.divergence > 0
 
 
 def test_a_round_is_its_steps_played_by_hand():
@@ -359,6 +366,25 @@ def test_a_round_in_which_all_diverge_changes_nothing():
     assert [entry.outcome for entry in error.value.entries] == ["rejected"] * 3
 
 
+def test_a_round_that_fails_half_way_changes_nothing(monkeypatch):
+    a = algorithm(momentum_copies="kept")
+    a.play(0)
+    before = {name: value.clone() for name, value in a.stored().items()}
+    steps, step = [], a.joint.step
+
+    def failing(*views):
+        steps.append(len(steps))
+        if len(steps) == 4:
+            raise NobodyLeft
+        return step(*views)
+
+    monkeypatch.setattr(a.joint, "step", failing)
+    with pytest.raises(TooFewClients, match="is --client-lr too high"):
+        a.play(1)
+    after = a.stored()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_where_keys_become_alike_it_is_said_once(caplog):
     a = algorithm(queue_size=4)
     with torch.no_grad():
@@ -383,10 +409,34 @@ def test_defaults_are_the_methods_where_it_has_its_own():
     assert a.steps == 3  # of 2 images each of 28 / 5
 
 
+def test_halves_are_made_as_the_settings_say():
+    a = algorithm(
+        **{
+            "temperature": 0.3,
+            "ema": 0.7,
+            "server_momentum": 0.2,
+            "client_momentum": 0.4,
+            "weight_decay": 0.1,
+        },
+        **{"symmetric": "none", "client_gradient": "own", "momentum_copies": "reset", "velocities": "zeroed"},
+        **{"in_turn": True, "private_queues": True, "queue_size": 13, "trust_updates": True},
+    )
+    joint = a.joint
+    assert joint.clients.rules == joint.server.rules == Rules(
+        0.3, 0.7, 0.2, 0.4, 0.1, "none", "own", "reset", "zeroed", in_turn=True
+    )  # fmt: skip
+    assert [len(queue.keys) for queue in joint.server.queues] == [2] * CLIENTS and joint.trusting
+    lengths = torch.stack([queue.keys.norm(dim=1) for queue in joint.server.queues])
+    torch.testing.assert_close(lengths, torch.ones(CLIENTS, 2))
+    shared = algorithm().joint
+    assert [len(queue.keys) for queue in shared.server.queues] == [12] and not shared.trusting
+    assert algorithm(freeze_clients=True).joint.server.rules.frozen
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"cut": 2}, "cut: expected 0 to 1, as the net has 2 blocks, got 2"),
+        ({"cut": 2}, "cut: expected 0 to 1, as the net has 2 blocks and the server needs one, got 2"),
         (
             {"workers": 2},
             "workers: expected 1 with mocosfl, whose clients and server step together",
@@ -411,7 +461,9 @@ def test_a_net_that_is_not_its_blocks_in_a_row_is_refused():
     whole = Other(net().pool, **dict(net().blocks.named_children()))
     with pytest.raises(ConfigError, match="model: expected a net that is its blocks one after another"):
         run(config(), data=tiny_data(), model=whole)
-    with pytest.raises(ConfigError, match="cut: expected 0 to 0, as the net has none, got 1"):
+    with pytest.raises(
+        ConfigError, match="cut: expected 0 to 0, as the net has 1 block and the server needs one, got 1"
+    ):
         run(config(), data=tiny_data(), model=nn.Sequential(nn.Flatten(), nn.Linear(36, 4)))
 
 

@@ -25,6 +25,9 @@ class Growing:
     def __init__(self, settings, num_blocks: int) -> None:
         assert settings.rounds == ROUNDS and num_blocks == len(SIZES)
 
+    def stage(self, round: int) -> int:
+        return round // ROUNDS_EACH
+
     def whole(self, round: int) -> Parts:
         last = 1 + round // ROUNDS_EACH
         first = 0 if last == 1 else last

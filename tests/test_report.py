@@ -10,11 +10,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from layered_net import layered_net
 from rich.console import Console
 from tiny_federation import tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import Stopped, cli, run
 from fedss_kernels.federated.algorithms import METHODS
+from fedss_kernels.federated.algorithms.parts import Part
 from fedss_kernels.federated.comparisons.table import cells, header, tabulate
 from fedss_kernels.federated.data.holdout import held_out
 from fedss_kernels.federated.files.round_metrics import RoundMetrics
@@ -66,7 +68,8 @@ class Page(HTMLParser):
 
 def play(method: str, seed: int = 0, **options) -> Run:
     config = tiny_config(method=method, seed=seed, rounds=4, **options)
-    result = run(config, data=tiny_data(options.get("task", "classification")), model=tiny_model())
+    model = layered_net() if METHODS[method].by_round else tiny_model()
+    result = run(config, data=tiny_data(options.get("task", "classification")), model=model)
     return Run(result.config, result.history, result.summary)
 
 
@@ -367,7 +370,7 @@ def no_plots(monkeypatch):
 def test_a_report_says_what_moves_in_its_method_and_what_does_not(method, tmp_path, no_plots):
     """In the introduction, in what was saved, in the table of methods: the same."""
     write_run_report(tmp_path, made := play(method))
-    text, moved = page_of(tmp_path), made.summary.traffic
+    text, moved, rowless = page_of(tmp_path), made.summary.traffic, METHODS[method].rows is Part.ABSENT
     says = {
         "download the net and some class rows": moved.of("rows") > 0,
         "class rows that each draws from a seed": moved.of("seed") > 0,
@@ -378,14 +381,18 @@ def test_a_report_says_what_moves_in_its_method_and_what_does_not(method, tmp_pa
         "the result is tested on 21 images that no client holds": not METHODS[method].personal,
         "0 MB what moves: nothing": moved.total == 0,
         "Nothing moves, so there is no plot by what was moved.": moved.total == 0,
-        "none of the class rows moves": moved.total > 0 and moved.classification == 0,
+        "none of the class rows moves": moved.total > 0 and moved.classification == 0 and not rowless,
+        "train both on their own images without a label": rowless,
+        "class matrix W There is none.": rowless,
+        "and one row of 4 numbers for each of 7 classes": not rowless,
         "At 0 on the right, as no class row moves": moved.total > 0 and moved.classification == 0,
         "saved of everything moved": moved.total > 0,
         "The server keeps it.": moved.of("rows") > 0,
         "Each client has its own.": METHODS[method].personal,
     }
     assert {words: words in text for words in says} == says
-    assert f"{made.summary.mean_class_set:.0f} of 7 {place(METHODS[method]).held}" in text
+    card = f"{made.summary.mean_class_set:.0f} of 7 {place(METHODS[method]).held}"
+    assert (card in text) == (not rowless)
     assert not re.search(r"\b(nan|inf)\b", text)
 
 

@@ -629,7 +629,7 @@ def test_workers_share_the_gpus(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.split])
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.rowless])
 def test_training_on_a_gpu_is_training(method):
     """The same as on a CPU but for rounding; everything that comes back is in main memory."""
     there, here = train(method=method, max_shift=1, device="cuda"), train(method=method, max_shift=1)

@@ -106,9 +106,14 @@ def test_clients_at_once_are_clients_one_by_one():
 
 @pytest.mark.parametrize("after", [-1, 2, 3])
 def test_a_net_is_cut_where_there_are_blocks_on_either_side_or_on_the_servers(after):
-    with pytest.raises(ValueError, match=f"cut: expected 0 to 1, as the net has 2 blocks, got {after}"):
+    with pytest.raises(
+        ValueError,
+        match=f"cut: expected 0 to 1, as the net has 2 blocks and the server needs one, got {after}",
+    ):
         cut(net(), after)
-    with pytest.raises(ValueError, match="cut: expected 0 to 0, as the net has none, got 1"):
+    with pytest.raises(
+        ValueError, match="cut: expected 0 to 0, as the net has 1 block and the server needs one, got 1"
+    ):
         cut(nn.Linear(2, 2), 1)
 
 

@@ -239,6 +239,34 @@ class Config:
         1024, "of fedaws: rows whose neighbours are looked at in a round, none: all", low=1
     )
 
+    temperature: float = option(
+        PRESET,
+        "of simclr, layerwise and mocosfl: what cosines of two views are divided by in the loss",
+        above=0,
+    )
+    stages: int | None = option(
+        None, "of layerwise: stages that the rounds are cut into, none: one for each block of the net", low=1
+    )
+    depth_budget: int | None = option(
+        None,
+        "of layerwise: blocks that a client holds at most, frozen ones left out at random, none: all",
+        low=2,
+    )
+    freeze: str = option(
+        "yes",
+        "of layerwise: yes, blocks of earlier stages stay as they are; no, they go on being trained",
+        choices=lambda: ("yes", "no"),
+    )
+    frozen: str = option(
+        "sent",
+        "of layerwise: frozen blocks are sent in every round, or kept, by a client that had them before",
+        choices=lambda: ("sent", "kept"),
+    )
+    projection: str = option(
+        "kept",
+        "of layerwise: the projection head in a new stage: kept, it goes on; new, it is drawn anew",
+        choices=lambda: ("kept", "new"),
+    )
     cut: int = option(1, "of mocosfl: blocks that clients have, of the net's first", low=1)
     bottleneck: str | None = option(
         None,
@@ -256,9 +284,6 @@ class Config:
         False, "of mocosfl: each client has a queue of its own, its share of the keys, and no one else's keys"
     )
     key_dim: int = option(1024, "of mocosfl: numbers in a key", low=1, below=2**16)
-    temperature: float = option(
-        PRESET, "of simclr and mocosfl: what cosines of two views are divided by in the loss", above=0
-    )
     ema: float = option(
         0.99, "of mocosfl: what a momentum copy keeps of itself in a step", low=0, below=1.0000001
     )

@@ -11,8 +11,10 @@ from .config import Config, ConfigError
 from .data import FederatedData
 from .fine_tuning import Tuning, check_measurable, personalise
 from .fine_tuning import measures as personal_measures
-from .measures import BY_TASK, Measures
+from .measures import BY_TASK, OF_FEATURES, Measures
 from .metrics import retrieval, top1
+from .probes.features import depth_of
+from .probes.of_a_run import at_the_end, before_training, while_training
 from .server.kept_by_clients import Homes
 from .server.row_table import RowTable
 from .workers import Team
@@ -23,20 +25,13 @@ _PERSONAL = {  # a measure of a run -> what fine_tuning calls it
     "nearest_mean_top1": "nearest_mean",
     "personal_top1": "personalised",
 }
-# Of a net without class rows, whatever the task: what embeddings alone are worth.
-EMBEDDINGS = Measures(
-    ("map_at_10", "recall_at_1", "recall_at_10", "not_finite"),
-    "recall_at_1",
-    ("recall_at_1", "map_at_10"),
-    ("recall_at_1", "map_at_10"),
-)
 
 
 def measures_of(config: Config, data: FederatedData) -> Measures:
     """Those of a run, and which is the one it is judged by."""
     measures = BY_TASK[data.task]
     if METHODS[config.method].contrastive:
-        return EMBEDDINGS
+        return OF_FEATURES[data.task]
     if METHODS[config.method].personal:
         measures = Measures(("own_top1", "not_finite"), "own_top1", ("own_top1",), ("own_top1",))
     if not config.personalise_epochs:
@@ -84,11 +79,30 @@ class Evaluation:
             found = _not_finite(embeddings)
             if not finite:
                 return found
-            if self.data.task == "classification" and not METHODS[self.config.method].contrastive:
+            if self.data.task == "classification":
                 found["top1"] = top1(embeddings, weight, labels, similarity=self.config.similarity)
                 if not last:
                     return found
             return found | retrieval(embeddings, labels).measured
+
+    def of_features(
+        self, phi: Tensor, first: Tensor, round: int, *, finite: bool, last: bool
+    ) -> dict[str, float | None]:
+        """Of a net without class rows, as far as its blocks are there in a round; `first`: its first phi."""
+        if not finite:
+            return {}
+        player, found = self.team.player, dict[str, float | None]()
+        extractor, net = player.extractor, player.extractor.module
+        absent = len(extractor.block_sizes) - sum(player.schedule.whole(round).present)
+        depth, prepared = depth_of(net) - absent, extractor.as_input
+        with self.team.watch("evaluation"):
+            extractor.flat.copy_(phi)
+            found |= while_training(net, self.data, depth, self.config.seed, prepared)
+            if last:
+                found |= at_the_end(net, self.data, prepared)
+                extractor.flat.copy_(first)
+                found |= before_training(net, self.data, prepared)
+        return found
 
     def own(self, phi: Tensor, homes: Homes, round: int, *, finite: bool) -> dict[str, float | None]:
         """Of each client's own model on its own test images: their mean, all clients alike."""

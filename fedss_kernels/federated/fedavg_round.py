@@ -22,6 +22,7 @@ from .randomness import NO_CLIENT, Purpose, generator
 from .server.class_store import ClassStore
 from .server.cohort import absence, draw_cohort
 from .server.from_config import optimizer, statistic
+from .server.frozen_copies import FrozenCopies
 from .server.inspection import Inspection, reasons
 from .server.kept_by_clients import Homes
 from .server.mean import PseudoGradient
@@ -61,10 +62,12 @@ class Simulation:
             store=None if self.method.personal else store,
         )
         self.store, self.homes = store, None
+        self.first = self.server.extractor if self.method.contrastive else None  # phi
         if self.method.personal:
             rows = self.server.weight[:]
             net = self.server.extractor if self.method.alone else None
             self.homes = Homes(len(data.clients), rows, net, store)
+        self.copies = FrozenCopies(config, player.schedule, len(data.clients))
         self.evaluation = Evaluation(config, self.team)
         self.spreadout = Spreadout(
             config.spreadout_weight,
@@ -101,6 +104,8 @@ class Simulation:
                     self.server.step(gradient, self.player.schedule.whole(round).trained)
                     if self.homes:
                         self.homes.keep(updates)
+                    if (head := self.player.new_head(round + 1)) is not None:
+                        self.server.begin(len(self.player.extractor.block_sizes) - 1, head)
                     if self.method.spreads:
                         rng = generator(config.seed, round, attempt, NO_CLIENT, Purpose.SPREADOUT)
                         self.spreadout.step(self.server.weight, learning_rate(config, round), rng)
@@ -146,7 +151,8 @@ class Simulation:
             outcome = absent.get(k) or ("rejected" if faults[k] else "accepted")
             if outcome == "rejected":
                 log.warning("round %d: client %d's update was left out: %s", round + 1, k, faults[k])
-            traffic = self.player.traffic(round, attempt, k, request, answers=k in answered)
+            has = self.copies.held(k, round)
+            traffic = self.player.traffic(round, attempt, k, request, answers=k in answered, has=has)
             entries.append(
                 Entry(round + 1, attempt, k, len(request.class_ids), outcome, faults.get(k, ""), traffic)
             )
@@ -194,7 +200,9 @@ class Simulation:
     def evaluate(self, *, last: bool) -> dict[str, float | None]:
         phi, weight, finite = self.server.extractor, self.server.weight, self.not_finite_since is None
         round = max(self.rounds - 1, 0)
-        if self.homes:
+        if self.first is not None:
+            found = self.evaluation.of_features(phi, self.first, round, finite=finite, last=last)
+        elif self.homes:
             found = self.evaluation.own(phi, self.homes, round, finite=finite)
         else:
             found = self.evaluation.shared(phi, weight, round, finite=finite, last=last)

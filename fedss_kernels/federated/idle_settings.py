@@ -63,6 +63,8 @@ RULES: tuple[Rule, ...] = (
         "no class row travels",
         lambda c: METHODS[c.method].rows is not Part.TRAINED and not METHODS[c.method].alone,
     ),
+    (("frozen", "depth_budget", "projection"), "there is one stage", lambda c: c.stages == 1),
+    (("frozen",), "no block is frozen", lambda c: c.freeze == "no" and c.stages != 1),
     (
         ("scale", "similarity", "weight_init_scale"),
         "the method has no class rows",

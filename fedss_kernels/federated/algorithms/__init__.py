@@ -9,6 +9,7 @@ from .fedper import FEDPER
 from .fedrep import FEDREP
 from .fedss import FEDSS
 from .full_softmax import FULL_SOFTMAX
+from .layerwise import LAYERWISE
 from .local_only import LOCAL_ONLY
 from .method import Method
 from .mocosfl import MOCOSFL
@@ -32,6 +33,7 @@ METHODS: dict[str, Method] = {
         FEDREP,
         LOCAL_ONLY,
         SIMCLR,
+        LAYERWISE,
         MOCOSFL,
     )
 }

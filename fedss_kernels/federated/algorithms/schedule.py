@@ -14,6 +14,12 @@ class Settings(Protocol):
     def seed(self) -> int: ...
     @property
     def rounds(self) -> int: ...
+    @property
+    def stages(self) -> int | None: ...
+    @property
+    def depth_budget(self) -> int | None: ...
+    @property
+    def freeze(self) -> str: ...
 
 
 class Schedule(Protocol):
@@ -21,6 +27,10 @@ class Schedule(Protocol):
 
     All clients of a round train the same blocks, so each is averaged over all of them.
     """
+
+    def stage(self, round: int) -> int:
+        """From 0: rounds of one stage have the same parts."""
+        ...
 
     def whole(self, round: int) -> Parts:
         """Of a client that does without nothing: what is trained in the round, and what is there by then."""
@@ -36,6 +46,9 @@ class Always:
     """The same for all, in every round."""
 
     same: Parts
+
+    def stage(self, round: int) -> int:
+        return 0
 
     def whole(self, round: int) -> Parts:
         return self.same

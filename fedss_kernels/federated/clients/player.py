@@ -2,6 +2,7 @@
 
 import copy
 import os
+from collections.abc import Container
 from functools import cached_property
 from typing import Any
 
@@ -24,6 +25,7 @@ from ..models import (
 )
 from ..models.blocks import blocks_of
 from ..models.bottleneck import Bottleneck, narrowed
+from ..models.layered import check_layered
 from ..models.projection import projection_head
 from ..models.vision import load_checkpoint
 from ..randomness import NO_CLIENT, Purpose, generator, initial_rows
@@ -120,14 +122,22 @@ class Player:
         """Numbers of the projection head; 0 where there is none."""
         return self.extractor.block_sizes[-1] if self.method.contrastive else 0
 
+    def new_head(self, round: int) -> Tensor | None:
+        """The projection head's numbers where a round begins with a new one."""
+        config, stage = self.config, self.schedule.stage
+        if config.projection == "kept" or stage(round) == stage(round - 1):
+            return None
+        head = projection_head(config.embedding_dim, config.seed, stage(round))
+        return torch.cat([p.detach().flatten() for p in head.parameters()])
+
     def num_trained(self, round: int) -> int:
         """Numbers of the net that come back from each client of a round."""
         return self._num(self.schedule.whole(round), Part.TRAINED)
 
-    def _num(self, parts: Parts, which: Part) -> int:
-        """Of the blocks that stand there."""
+    def _num(self, parts: Parts, which: Part, without: Container[int] = ()) -> int:
+        """Of the blocks that stand there, without those in some places."""
         sizes = zip(self.extractor.block_sizes, parts.blocks, strict=True)
-        return sum(size for size, part in sizes if part is which)
+        return sum(size for place, (size, part) in enumerate(sizes) if part is which and place not in without)
 
     @property
     def num_at_home(self) -> int:
@@ -142,8 +152,17 @@ class Player:
         last = self.schedule.whole(self.config.rounds - 1)
         return (*flows, "down_frozen") if self._num(last, Part.FROZEN) else flows
 
-    def traffic(self, round: int, attempt: int, client: int, request: Request, *, answers: bool) -> Traffic:
-        """Of one client in one round."""
+    def traffic(
+        self,
+        round: int,
+        attempt: int,
+        client: int,
+        request: Request,
+        *,
+        answers: bool,
+        has: Container[int] = (),
+    ) -> Traffic:
+        """Of one client in one round, which `has` frozen blocks in these places already."""
         if self.method.pooled:
             return Traffic()  # nothing leaves its place
         parts = self.schedule.parts(round, attempt, client)
@@ -152,7 +171,7 @@ class Player:
             len(request.class_ids),
             self.config.row_dim,
             rows=_ROWS[self.method.rows],
-            frozen=self._num(parts, Part.FROZEN),
+            frozen=self._num(parts, Part.FROZEN, without=has),
             projection=self.num_projecting,
             sends_ids=request.sends_ids,
             answers=answers,
@@ -299,4 +318,8 @@ def _check_model(module: nn.Module, config: Config, pixels: Tensor) -> Tensor:
             f"model: expected floating embeddings of shape {expected} for {expected[0]} images "
             f"(embedding_dim {config.embedding_dim}), got {tuple(embeddings.shape)} {embeddings.dtype}"
         )
+    method = METHODS[config.method]
+    if method.by_round:
+        check_layered(module, images, one_shape=config.depth_budget is not None)
+        method.schedule(config, len(blocks_of(module)) + method.contrastive)
     return images

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from ... import _C
+from ..algorithms import METHODS
 from ..config import Config, learning_rate
 from ..disk import sync_folder, write_synced
 from .fingerprint import Fingerprint
@@ -163,12 +164,18 @@ def _check_rounds(there: Config, here: Config, done: int) -> None:
     """Raises CheckpointError where a run of so many rounds would not have come to where this one is.
 
     Another number is as good as the first while the rounds that are done would have had the same rates: with
-    a constant rate always, with one that decays until the warm-up is over, by steps until the first.
+    a constant rate always, with one that decays until the warm-up is over, by steps until the first. Where
+    parts of the model are others from round to round none is.
     """
     if here.rounds < done or (here.rounds == done < there.rounds):
         raise CheckpointError(f"rounds: {done} are done, expected at least {done + 1}, got {here.rounds}")
     finished = f"the run of {done} is finished: "
     way = finished if done == there.rounds else f"go on with {there.rounds}, or "
+    if METHODS[here.method].by_round and here.rounds != there.rounds:
+        raise CheckpointError(
+            f"rounds: {there.rounds} there, {here.rounds} here: which blocks {here.method} trains in a round "
+            f"is by the number of all rounds; {way}start a run of {here.rounds} anew"
+        )
     for round in range(done):
         before, now = learning_rate(there, round), learning_rate(here, round)
         if before != now:

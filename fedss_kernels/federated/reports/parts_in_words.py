@@ -85,7 +85,7 @@ _BY_ROWS = {
         in_a_round="In each of {rounds} rounds {cohort} download the net and a small head on top of it, "
         "train both on their own images without a label, and upload what changed; the server averages.",
         held="class rows: there are none",
-        matrix="All the class rows, of which there are none.",
+        matrix="There is none.",
     ),
 }
 _MIXED = (

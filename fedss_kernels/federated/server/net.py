@@ -66,6 +66,13 @@ class Net:
                 state.zero_()
         self.phi = self._read()
 
+    def begin(self, block: int, numbers: Tensor) -> None:
+        """A block begins anew, with these numbers (N,) and as if it had made no step."""
+        at = sum(self.blocks[:block])
+        self.weight[0, at : at + self.blocks[block]] = numbers
+        self.state[0, at : at + self.blocks[block]] = 0
+        self.phi = self._read()
+
     def _ranges(self, trained: Sequence[bool]) -> list[tuple[int, int, bool]]:
         """(begin, end, whether it is stepped) of neighbours of one kind: of all blocks, one."""
         if len(trained) != len(self.blocks):

@@ -104,3 +104,7 @@ class Server:
         """
         self.weight.step(gradient.class_ids, gradient.rows)
         self._net.step(gradient.extractor, trained)
+
+    def begin(self, block: int, numbers: Tensor) -> None:
+        """A block of phi begins anew, with these numbers and no velocity."""
+        self._net.begin(block, numbers)

@@ -33,11 +33,7 @@ class Costs:
     half: int  # P, numbers of the clients' half
     latent: int  # L, numbers of one image's latent
     images: int  # b, in a step
-    number_bytes: int = 4
-
-    @classmethod
-    def of(cls, rules: Rules, half: int, latent: int, images: int, dtype: str) -> "Costs":
-        return cls(rules, half, latent, images, WIRE_DTYPES[dtype].itemsize)
+    dtype: str = "float32"  # what numbers travel as
 
     def traffic(self, moved: Moved) -> Traffic:
         """With the half go its momentum copy and its velocity where the server averages them too.
@@ -45,10 +41,11 @@ class Costs:
         >>> Costs(Rules(), 1856, 65536, 1).traffic(Moved(50, 50, 1, 1)).bytes["up_latents"]
         26214400
         """
-        rules, each = self.rules, self.number_bytes * self.half
+        rules, number = self.rules, WIRE_DTYPES[self.dtype].itemsize
+        each = number * self.half
         copy = each * (rules.momentum_copies == "averaged" and not rules.frozen)
         velocity = each * (rules.velocities == "averaged" and rules.client_momentum > 0 and not rules.frozen)
-        image = self.number_bytes * self.latent * self.images
+        image = number * self.latent * self.images
         return Traffic(
             {
                 "down_extractor": each * moved.downloads,

@@ -44,7 +44,8 @@ def joint_of(config: Config, player: Player) -> Joint:
     try:
         first, rest = cut(extractor.module, config.cut)
     except ValueError as error:
-        raise ConfigError("cut", str(error).removeprefix("cut: ")) from None
+        option, _, words = str(error).partition(": ")  # of the cut or the model
+        raise ConfigError(option, words) from None
     with torch.no_grad():
         again = rest(first(images))
     if again.shape != features.shape or not torch.allclose(

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from ..models.blocks import blocks_of
+
 
 class Half:
     """y = half(flat, x), for any vector `flat` (P,) of the module's trainable parameters.
@@ -34,12 +36,13 @@ class Half:
 def cut(net: nn.Module, after: int, head: nn.Module | None = None) -> tuple[nn.Module, nn.Module]:
     """(the first `after` blocks, the rest with the net's pooling and a head), on parameters of their own.
 
-    Raises ValueError where the net has no blocks, or not that many and one more.
+    Raises ValueError where the net has not that many blocks and one more, and as `blocks_of`.
     """
     net = copy.deepcopy(net)
-    blocks = list(getattr(net, "blocks", []))
+    blocks = [block for _, block in blocks_of(net)]
     if not 0 <= after < len(blocks):
-        there = f"as the net has {len(blocks)} blocks" if blocks else "as the net has none"
-        raise ValueError(f"cut: expected 0 to {max(0, len(blocks) - 1)}, {there}, got {after}")
-    pool = [net.pool] if isinstance(getattr(net, "pool", None), nn.Module) else []
-    return nn.Sequential(*blocks[:after]), nn.Sequential(*blocks[after:], *pool, *([head] if head else []))
+        there = f"as the net has {len(blocks)} block{'s' * (len(blocks) > 1)} and the server needs one"
+        raise ValueError(f"cut: expected 0 to {len(blocks) - 1}, {there}, got {after}")
+    pool = getattr(net, "pool", None)
+    rest = [*blocks[after:], *(module for module in (pool, head) if isinstance(module, nn.Module))]
+    return nn.Sequential(*blocks[:after]), nn.Sequential(*rest)

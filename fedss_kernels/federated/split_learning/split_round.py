@@ -67,7 +67,7 @@ class SplitRound:
             seen = self.views(self.data.images[:1], generator(0, 0, 0, 0, Purpose.AUGMENTATION))
             latent = clients.half(clients.weights, seen).numel()
         sizes = len(clients.weights), latent, config.batch_size
-        self.costs = Costs.of(clients.rules, *sizes, config.wire_dtype)
+        self.costs = Costs(clients.rules, *sizes, config.wire_dtype)
         self.steps = config.round_steps or _epoch([len(held) for held in self.data.clients], config)
         self._collapsed = False
 
@@ -112,12 +112,9 @@ class SplitRound:
             staying = cohort.staying(self.steps)
             if len(staying) >= config.min_clients:
                 return cohort, entries
-            entries += [
-                Entry(
-                    round + 1, attempt, k, 0, "discarded" if k in staying else "dropped", "", self._nothing()
-                )
-                for k in cohort.clients
-            ]
+            for client in cohort.clients:
+                outcome = "discarded" if client in staying else "dropped"
+                entries.append(Entry(round + 1, attempt, client, 0, outcome, "", Traffic.none(FLOWS)))
         words = f"round {round + 1}: of {ATTEMPTS} cohorts of {config.cohort} none had {config.min_clients} "
         raise TooFewClients(f"{words}clients who stayed to the end", entries)
 
@@ -190,10 +187,6 @@ class SplitRound:
             return Entry(round + 1, cohort.attempt, client, 0, outcome, fault, traffic)
 
         return [of(client) for client in cohort.clients]
-
-    @staticmethod
-    def _nothing() -> Traffic:
-        return Traffic.none(FLOWS)
 
     def _note(self, round: int, loss: float) -> None:
         """What a user should know of the model as it is now."""

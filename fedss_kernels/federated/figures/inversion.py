@@ -178,12 +178,12 @@ def _plot(found: Found) -> "Figure":
     from matplotlib.figure import Figure
 
     rows = {"the images": found.images, **found.pictures}
-    figure = Figure(figsize=(9, 0.9 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(7, 1.15 * len(rows)), layout="constrained")
     for axes, (name, images) in zip(
         figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows.items(), strict=True
     ):
         line = torch.cat(list(images.permute(0, 2, 3, 1)), dim=1)  # (H, SHOWN W, channels)
         axes.imshow(line.squeeze(2).numpy(), cmap="gray", vmin=0, vmax=1)
         axes.set(xticks=[], yticks=[])
-        axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+        axes.set_title(name, loc="left", fontsize=8)
     return figure

@@ -63,7 +63,7 @@ def harden(
         loss, seen = (found / steps).tolist()
         on_epoch(epoch, loss, seen)
         if not math.isfinite(loss + seen):
-            raise Diverged(f"epoch {epoch + 1}: numbers are not finite: is client_lr too high?")
+            raise Diverged(f"epoch {epoch + 1}: numbers are not finite: is --client-lr too high?")
     if loss >= ALIKE * (guessing := joint.server.rules.guessing(config.queue_size)):
         log.warning(
             "the loss is %.2f, and would be %.2f if all keys were alike: it has collapsed", loss, guessing

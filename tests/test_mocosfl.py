@@ -17,6 +17,7 @@ from fedss_kernels.federated.clients.player import Player
 from fedss_kernels.federated.clients.views import Views
 from fedss_kernels.federated.files.run_folder import read_run
 from fedss_kernels.federated.idle_settings import idle
+from fedss_kernels.federated.ledger import Traffic
 from fedss_kernels.federated.models.blocks import Chain
 from fedss_kernels.federated.reports import report
 from fedss_kernels.federated.reports.reported_run import Run
@@ -106,6 +107,7 @@ def test_a_run_measures_features_and_divergence_and_gives_the_net_away(tmp_path,
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     for words in ("MocoSFL", "linear probe", "latents of the images&#x27; views, up", "divergence"):
         assert words in page, words
+    assert "positives" not in page and "<dt>block</dt>" in page
 
 
 def test_a_retrieval_is_measured_as_one():
@@ -213,9 +215,9 @@ def test_a_view_is_of_the_clients_own_image():
 
 
 def flows(**options):
-    """Of each client of a run's one round, and how many steps and averages it was there for."""
-    result = train(rounds=1, cohort=CLIENTS, **options)
-    return result.summary.traffic
+    """Of one round of all clients."""
+    entries = algorithm(cohort=CLIENTS, **options).play(0).entries
+    return sum((entry.traffic for entry in entries), Traffic())
 
 
 @pytest.mark.parametrize(
@@ -355,6 +357,12 @@ def test_a_client_that_sends_nan_is_left_out_and_the_run_goes_on(tmp_path, caplo
     assert "round 1: client 2 was left out: its numbers are not finite" in caplog.text
     with pytest.raises(TooFewClients, match="round 1: all clients sent numbers that are not finite"):
         train(grey(range(CLIENTS)), rounds=2)
+
+
+def test_where_all_are_trusted_nan_spreads_and_it_is_said_since_when():
+    result = train(grey([2]), rounds=2, cohort=CLIENTS, trust_updates=True)
+    assert [metrics.not_finite_since for metrics in result.history] == [1, 1]
+    assert result.summary.probe is None and result.history[-1].rejected == 0
 
 
 def test_a_round_in_which_all_diverge_changes_nothing():

@@ -101,7 +101,7 @@ def test_a_share_of_the_labels_is_of_each_class_and_of_the_seed():
     assert labels[rows].tolist() == [0] * 5 + [1] * 3 + [2] and torch.equal(rows, rows.unique())
     assert torch.equal(rows, labelled(labels, 0.1, seed=0))
     assert not torch.equal(rows, labelled(labels, 0.1, seed=1))
-    assert torch.equal(labelled(labels, 1.0, seed=0), torch.arange(83))
+    assert torch.equal(labelled(labels, 1.0, seed=0), torch.arange(83))  # all
 
 
 def test_with_few_labels_their_images_alone_are_looked_at():

@@ -25,6 +25,7 @@ from .methods import METHODS
 from .options import Mistake, Parser, refuse
 from .output import say_what_is_logged
 from .personalise import PERSONALISE
+from .probe import PROBE
 from .report import REPORT
 from .streams import forgiving
 from .tools import BENCH, DOCTOR
@@ -85,6 +86,7 @@ COMMANDS: dict[str, Command] = {
     "noise": NOISE,
     "confusion": CONFUSION,
     "personalise": PERSONALISE,
+    "probe": PROBE,
     "privacy": PRIVACY,
     "parameters": PARAMETERS,
     "invert": INVERT,

@@ -10,6 +10,8 @@ model.pt      {"extractor": state dict, "weight": W}, for torch.load(path, weigh
               where that is in a class store; of clients that keep their own rows these too: "clients" (n,),
               "heads" (n, C, D), and "bodies" (n, P) where their nets are their own
 report.html, accuracy_by_round.png, accuracy_by_bytes.png
+probe.csv, probe.md, probe.png
+              what `fedss probe` found
 *-changed.csv what another program made of a table
 error.txt     the traceback, where a run of `fedss compare` failed
 """
@@ -50,6 +52,7 @@ RUN_FILES = (
     "report.html",
     "accuracy_by_round.png",
     "accuracy_by_bytes.png",
+    *(f"probe.{kind}" for kind in ("csv", "md", "png")),
     "error.txt",
 )
 MAY_CHANGE = ("rounds", *checkpoint.MAY_DIFFER)  # options of a run that goes on
@@ -304,18 +307,18 @@ def _read_summary(file: Path) -> Summary:
 
 def read_model(path: Path) -> tuple[dict[str, Tensor], Tensor]:
     """(the net's state, W (C, D)) of a finished run. Raises ValueError where there is no W, as in a store."""
-    found = _read_trained(path)
+    found = _read_model(path)
     if "weight" not in found:
         raise ValueError(f"{path / 'model.pt'} has no class matrix: it is in a class store, or there is none")
     return found["extractor"], found["weight"]
 
 
 def read_net(path: Path) -> dict[str, Tensor]:
-    """The net's state of a finished run. Raises ValueError."""
-    return _read_trained(path)["extractor"]
+    """The net's state of a finished run. Raises ValueError where there is none."""
+    return _read_model(path)["extractor"]
 
 
-def _read_trained(path: Path) -> dict[str, Any]:
+def _read_model(path: Path) -> dict[str, Any]:
     if not (path / "summary.json").exists():  # a model.pt is of fewer rounds, before more were begun
         raise ValueError(f"no finished run in {path}: no summary.json")
     try:

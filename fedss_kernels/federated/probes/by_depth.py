@@ -11,13 +11,22 @@ from torch import Tensor, nn
 
 from ..clients.augment import as_input
 from ..data import FederatedData
+from ..measures import Measure, declare
 from ..metrics import retrieval
 from . import tuned
-from .features import Prepared, depths, features
+from .features import Prepared, depths, features, prefix
 from .labelled import labelled
 from .linear import linear_probe
 from .neighbours import NEIGHBOURS, TEMPERATURE, knn
 from .tuned import Changed, fine_tuned
+
+declare(
+    Measure(
+        "fine_tuned",
+        "fine-tuned",
+        "test images whose class the net and a linear layer name rightly, trained together",
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -69,8 +78,12 @@ def by_depth(
     Raises ValueError for a depth that a net has not.
     """
     at = probing.depths or depths(next(iter(nets.values())))
-    rows = labelled(data.labels, probing.labels, probing.seed)
-    train = data.images[rows], data.labels[rows]
+    for net in nets.values():
+        prefix(net, max(at))  # before anything is measured
+    train = data.images, data.labels
+    if probing.labels < 1:
+        rows = labelled(data.labels, probing.labels, probing.seed)
+        train = data.images[rows], data.labels[rows]
     found = list[Line]()
     for depth in at:
         for weights, net in nets.items():

@@ -23,13 +23,23 @@ HEAD = "embedding"  # the block that is none of the depths
 
 def depth_of(net: nn.Module) -> int:
     """L, how many blocks it has after the stem; 0 for a net without `blocks`."""
-    return len(_stem_and_blocks(net)) - 1
+    return len(stem_and_blocks(net)) - 1
+
+
+def places(net: nn.Module) -> dict[str, int]:
+    """The depths that a net is looked at, by name: its first block, a quarter, half and the whole of them."""
+    whole = depth_of(net)
+    return {
+        "first": min(1, whole),
+        "quarter": math.ceil(whole / 4),
+        "half": math.ceil(whole / 2),
+        "whole": whole,
+    }
 
 
 def depths(net: nn.Module) -> tuple[int, ...]:
-    """Those that a net is looked at: the first, a quarter, half and all of its L blocks, each once."""
-    whole = depth_of(net)
-    return tuple(sorted({min(1, whole), math.ceil(whole / 4), math.ceil(whole / 2), whole}))
+    """These, ascending and each once."""
+    return tuple(sorted(set(places(net).values())))
 
 
 def prefix(net: nn.Module, depth: int) -> nn.Sequential:
@@ -37,11 +47,10 @@ def prefix(net: nn.Module, depth: int) -> nn.Sequential:
 
     Raises ValueError for a depth that it has not.
     """
-    modules = _stem_and_blocks(net)
+    modules = stem_and_blocks(net)
     if not 0 <= depth < len(modules):
         raise ValueError(f"depth: expected one in [0, {len(modules) - 1}], got {depth}")
-    pool: Any = getattr(net, "pool", pooled) if hasattr(net, "blocks") else pooled
-    return nn.Sequential(*modules[: depth + 1], _Pool(pool))
+    return nn.Sequential(*modules[: depth + 1], pool_of(net))
 
 
 def features(
@@ -70,6 +79,12 @@ def outputs(
     return torch.cat([part.to(CPU, torch.float32) for part in made])
 
 
+def pool_of(net: nn.Module) -> nn.Module:
+    """What makes features of what any of its blocks makes."""
+    pool: Any = getattr(net, "pool", pooled) if hasattr(net, "blocks") else pooled
+    return _Pool(pool)
+
+
 def pooled(made: Tensor) -> Tensor:
     """(B, C, H, W) to (B, 4 C) or, of one pixel, (B, C); (B, tokens, D) to (B, D); (B, F) as it is.
 
@@ -91,5 +106,6 @@ class _Pool(nn.Module):
         return self.pool(made)
 
 
-def _stem_and_blocks(net: nn.Module) -> list[nn.Module]:
+def stem_and_blocks(net: nn.Module) -> list[nn.Module]:
+    """Without the layer that ends it."""
     return [module for name, module in blocks_of(net) if name != HEAD]

@@ -8,8 +8,6 @@ from ..randomness import NO_CLIENT, Purpose, generator
 
 def labelled(labels: Tensor, share: float, seed: int) -> Tensor:  # (N,) -> (n,) int64, ascending
     """Rows of this share of each class, one at least, drawn by the seed."""
-    if share == 1:
-        return torch.arange(len(labels))
     rng = generator(seed, 1, 0, NO_CLIENT, Purpose.PROBE)
     kept = list[Tensor]()
     for label in labels.unique():

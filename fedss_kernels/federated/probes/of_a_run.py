@@ -3,14 +3,12 @@
 `prepared` is the extractor's as_input, net its module with the parameters to be measured.
 """
 
-import math
-
 from torch import nn
 
 from ..clients.augment import as_input
 from ..data import FederatedData
 from ..metrics import retrieval
-from .features import Prepared, depth_of, features
+from .features import Prepared, depth_of, depths, features, places
 from .labelled import some
 from .linear import linear_probe
 from .neighbours import knn
@@ -36,15 +34,13 @@ def while_training(
 
 def at_the_end(net: nn.Module, data: FederatedData, prepared: Prepared = as_input) -> dict[str, float]:
     """Linear probes on all images after the first block, a quarter, half and all of them, or a retrieval."""
-    whole = depth_of(net)
-    test = features(net, data.test_images, whole, prepared=prepared)
+    test = features(net, data.test_images, depth_of(net), prepared=prepared)
     lost = {"not_finite": int((~finite(test)).sum())}
     if data.task == "retrieval":
         return retrieval(test, data.test_labels).measured | lost
-    first = min(1, whole)
-    places = {"probe_first": first, "probe_quarter": math.ceil(whole / 4), "probe_half": math.ceil(whole / 2)}
-    probes = {depth: _probe(net, data, depth, prepared) for depth in {*places.values(), whole}}
-    return {"probe": probes[whole], **{name: probes[depth] for name, depth in places.items()}} | lost
+    found = {depth: _probe(net, data, depth, prepared) for depth in depths(net)}
+    probes = {f"probe_{place}": found[depth] for place, depth in places(net).items()}
+    return {"probe": probes.pop("probe_whole")} | probes | lost
 
 
 def before_training(net: nn.Module, data: FederatedData, prepared: Prepared = as_input) -> dict[str, float]:

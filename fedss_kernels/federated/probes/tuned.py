@@ -16,8 +16,9 @@ from .linear import Standard
 from .rows import finite, share
 
 EPOCHS = 20
-RATE = 0.01
+RATE = 0.03
 MOMENTUM = 0.9
+CLIP_NORM = 1.0
 Changed = Callable[[Tensor, np.random.Generator], Tensor]  # uint8 images -> input to train on
 
 
@@ -44,7 +45,8 @@ def fine_tuned(
 
     A copy of them is trained on all the images, with SGD of momentum 0.9 whose rate falls to 0 as a cosine
     over the steps; what counts is how it is after the last epoch. The layer begins at 0, on features that are
-    standardised as they are before the training. All is a function of the arguments. Raises ValueError for a
+    standardised as they are before the training. That makes gradients large where features hardly differ, so
+    a step's gradient is of length 1 at most. All is a function of the arguments. Raises ValueError for a
     depth that the net has not.
     """
     rng = generator(seed, 0, 0, NO_CLIENT, Purpose.PROBE)
@@ -83,5 +85,6 @@ def _train(
             x = changed(images[rows], rng).to(device)
             optimizer.zero_grad()
             cross_entropy(whole(x), targets[rows].to(device)).backward()
+            nn.utils.clip_grad_norm_(whole.parameters(), CLIP_NORM)
             optimizer.step()
             schedule.step()

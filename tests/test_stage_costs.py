@@ -1,0 +1,108 @@
+"""Costs of layer-wise learning stage by stage, of a net whose blocks can be counted by hand."""
+
+import pytest
+import torch
+from torch import nn
+
+from fedss_kernels.federated.figures import costs, stage_costs
+from fedss_kernels.federated.models import build_model
+from fedss_kernels.federated.models.blocks import named_blocks
+
+B, WIDTH, L = 64, 32, 4
+MADE = B * WIDTH * 4  # bytes of what a layer makes
+
+
+class Flat(nn.Module):
+    """A stem of 16 pixels to WIDTH, then L blocks Linear, ReLU, Linear, ReLU."""
+
+    def __init__(self, blocks: int = L) -> None:
+        super().__init__()
+        layers = lambda: (nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU())  # noqa: E731
+        self.blocks = named_blocks(
+            stem=nn.Sequential(nn.Flatten(), nn.Linear(16, WIDTH)),
+            **{f"block{i}": nn.Sequential(*layers()) for i in range(1, blocks + 1)},
+        )
+        self.pool = nn.Identity()
+
+
+IMAGES = torch.rand(B, 1, 4, 4)
+STEM, BLOCK = (16 + 1) * WIDTH * 4, 2 * (WIDTH + 1) * WIDTH * 4  # bytes of parameters
+
+
+def test_a_stage_saves_what_its_block_makes():
+    lines = stage_costs.measure(Flat(), IMAGES)
+    assert [line.stage for line in lines] == [1, 2, 3, 4]
+    # What each ReLU makes, and what comes from before as the first layer's input.
+    assert [line.costs.saved for line in lines] == [3 * MADE] * L
+    assert [line.held for line in lines] == [STEM + stage * BLOCK for stage in range(1, L + 1)]
+    assert [line.trained for line in lines] == [STEM + BLOCK, BLOCK, BLOCK, BLOCK]
+
+
+def test_a_budget_holds_so_many_blocks():
+    lines = stage_costs.measure(Flat(), IMAGES, budget=2)
+    assert [line.held for line in lines] == [STEM + BLOCK, *[STEM + 2 * BLOCK] * 3]
+    of_all = stage_costs.measure(Flat(), IMAGES)
+    assert [line.costs.multiply_adds for line in lines[1:]] == [of_all[1].costs.multiply_adds] * 3
+
+
+def test_multiply_adds_by_stage_are_the_papers_but_for_the_stem():
+    """Of many blocks the stem is little."""
+    net, blocks = Flat(12), 12
+    whole = stage_costs.end_to_end(net, IMAGES).costs.multiply_adds
+    for line in stage_costs.measure(net, IMAGES):
+        share = line.costs.multiply_adds / whole
+        assert share == pytest.approx(costs.compute_share(line.stage, blocks), abs=0.02)
+    one = B * WIDTH * WIDTH
+    assert whole == 12 * 2 * 3 * one + 2 * B * 16 * WIDTH
+    last = stage_costs.measure(net, IMAGES)[-1].costs.multiply_adds
+    assert last == (11 * 2 + 5) * one + B * 16 * WIDTH  # none to what comes from before
+
+
+def test_end_to_end_saves_all_and_with_checkpoints_what_goes_into_blocks():
+    plain = stage_costs.end_to_end(Flat(), IMAGES)
+    again = stage_costs.end_to_end(Flat(), IMAGES, checkpointed=True)
+    assert plain.costs.saved == (2 * L + 1) * MADE and again.costs.saved == (L + 1) * MADE
+    assert plain.held == plain.trained == STEM + L * BLOCK
+    assert again.costs.peak < plain.costs.peak and again.costs.multiply_adds > plain.costs.multiply_adds
+
+
+def test_the_net_is_left_as_it_is():
+    net = Flat().requires_grad_(False).eval()
+    before = [p.clone() for p in net.parameters()]
+    stage_costs.measure(net, IMAGES), stage_costs.end_to_end(net, IMAGES)
+    assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, net.parameters(), strict=True))
+    assert not net.training and not any(p.requires_grad for p in net.parameters())
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("model", "embedding_dim"), [("vit", 96), ("isotropic", 192)])
+def test_nets_of_equal_blocks_take_a_fifth_of_the_memory_in_the_worst_stage(model, embedding_dim):
+    """Multiply-adds and traffic are nearly those of the paper; checkpoints give much of the memory too."""
+    net, images = build_model(model, embedding_dim, 0), torch.rand(25, 3, 32, 32)
+    whole, lines = stage_costs.end_to_end(net, images), stage_costs.measure(net, images)
+    assert 5 * max(line.memory for line in lines) <= whole.memory
+    for line in lines:
+        compute, traffic = costs.compute_share(line.stage, 12), costs.traffic_share(line.stage, 12)
+        assert line.costs.multiply_adds / whole.costs.multiply_adds == pytest.approx(compute, abs=0.02)
+        assert line.traffic / whole.traffic == pytest.approx(traffic, abs=0.02)
+    again = stage_costs.end_to_end(net, images, checkpointed=True)
+    assert max(line.memory for line in lines) < again.memory < whole.memory / 2
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="budget: expected at least 2 blocks, got 1"):
+        stage_costs.measure(Flat(), IMAGES, budget=1)
+    with pytest.raises(ValueError, match="model: expected a net of several blocks, got 0 of them"):
+        stage_costs.measure(nn.Linear(2, 2), IMAGES)
+
+
+def test_the_plot_has_shares_of_end_to_end():
+    net = Flat()
+    cases = {"layer-wise": stage_costs.measure(net, IMAGES), "2 blocks": stage_costs.measure(net, IMAGES, 2)}
+    whole = stage_costs.end_to_end(net, IMAGES)
+    figure = stage_costs.plot(cases, {"end to end": whole, "with checkpoints": whole})
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == ["memory", "multiply-adds", "traffic"]
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[2].lines}
+    share = 100 * (STEM + BLOCK) / whole.held
+    assert drawn["layer-wise"][0] == [1, pytest.approx(share)]

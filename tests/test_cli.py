@@ -42,8 +42,8 @@ def fails(capsys, *argv: str) -> str:
 
 
 COMMANDS = (
-    "run, compare, compositions, noise, confusion, personalise, probe, privacy, parameters, report, methods, "
-    "bench, doctor"
+    "run, compare, compositions, noise, confusion, personalise, probe, privacy, parameters, invert, harden, "
+    "report, methods, bench, doctor"
 )
 METHODS = ", ".join(algorithms.METHODS)
 SMALL = ["--glyph-classes=12", "--glyph-writers=4", "--cohort=2", "--num-negatives=3", "--embedding-dim=8"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedss_kernels.federated.figures.inversion import (
+from fedss_kernels.federated.split_learning.inversion import (
     PlainDecoder,
     ResidualDecoder,
     attacked,
@@ -149,3 +149,8 @@ def test_an_attacker_of_one_image_is_refused():
     with pytest.raises(ValueError, match="got 1 for 1"):
         train_attacker(decoder, images(1), images(1), np.random.default_rng(0))
     assert math.isfinite(of_the_mean_image(images(2), images(2)).psnr)
+
+
+def test_latents_that_are_no_pixels_are_refused():
+    with pytest.raises(ValueError, match=r"latent: expected \(channels, height, width\), got \(65, 192\)"):
+        PlainDecoder((65, 192), (3, 32, 32))

@@ -25,6 +25,7 @@ from .data import DATASETS, PARTITIONS, TASKS
 from .disk import write_whole
 from .ledger import WIRE_DTYPES
 from .models import MODELS, family_of
+from .models.bottleneck import Bottleneck
 
 MAX_NORM = 1000.0
 LARGEST = 3e38  # that float32 holds, about
@@ -267,6 +268,11 @@ class Config:
         choices=lambda: ("kept", "new"),
     )
     cut: int = option(1, "of mocosfl: blocks that clients have, of the net's first", low=1)
+    bottleneck: str | None = option(
+        None,
+        "of mocosfl: the cut is narrow: C4S2, 4 channels at half the height and width cross it, none: as the "
+        "net has it",
+    )
     sync_period: int = option(
         50, "of mocosfl: steps between two averages of the clients' blocks; a round ends with one", low=1
     )
@@ -309,6 +315,11 @@ class Config:
     )
     freeze_clients: bool = option(
         False, "of mocosfl: clients' blocks stay as they are: no gradients come down and nothing is averaged"
+    )
+    half_checkpoint: Path | None = option(
+        None,
+        "of mocosfl: a file of fedss harden, of the same net, cut and bottleneck, whose halves a run begins "
+        "with; clients' stay as they are",
     )
     weight_decay: float = option(5e-4, "of mocosfl: of clients and server", low=0)
 
@@ -495,6 +506,14 @@ class Config:
                 f"expected at least 2 with {self.method}, as an image alone has no other to be told from"
             )
             yield ConfigError("batch_size", f"{expected}, got 1")
+        if method.split and self.bottleneck is not None:
+            try:
+                Bottleneck.read(self.bottleneck)
+            except ValueError as error:
+                yield ConfigError("bottleneck", str(error).removeprefix("bottleneck: "))
+        if method.split and self.half_checkpoint is not None and not self.freeze_clients:
+            expected = "expected freeze_clients with it, as what clients' blocks resist is lost in training"
+            yield ConfigError("half_checkpoint", f"{expected}, got {self.half_checkpoint}")
         if method.split and self.workers > 1:
             expected = f"expected 1 with {self.method}, whose clients and server step together in one process"
             yield ConfigError("workers", f"{expected}, got {self.workers}")

@@ -28,6 +28,9 @@ class Purpose(IntEnum):
     PERSONALISE = 11  # how a client goes through its images as it fine-tunes the model, and changes them
     PROJECTION = 12  # a projection head as it begins
     DEPTH = 13  # the frozen blocks that a client does without
+    BOTTLENECK = 40  # the layers at a narrow cut
+    HARDEN = 41  # what a server knows that prepares a half, and whom it trains against
+    INVERSION = 42  # what an attacker knows, and is
     QUEUE = 30  # the keys that a queue begins with
     HEAD = 31  # the layers after a net that its keys come from
     PROBE = 20  # which images features are measured on, and how a net is fine-tuned on them

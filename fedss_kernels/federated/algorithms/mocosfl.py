@@ -38,6 +38,7 @@ MOCOSFL = Method(
     options=(
         *(
             "cut",
+            "bottleneck",
             "sync_period",
             "round_steps",
             "queue_size",
@@ -47,7 +48,7 @@ MOCOSFL = Method(
             "ema",
         ),
         *("symmetric", "in_turn", "client_gradient", "momentum_copies", "velocities", "freeze_clients"),
-        "weight_decay",
+        *("half_checkpoint", "weight_decay"),
     ),
     presets={
         "rounds": 200,

@@ -19,6 +19,7 @@ from ..given_back import give_back
 from ..interrupts import Interrupted, at_once
 from ..workers import launched
 from .command import Command
+from .inversion import HARDEN, INVERT
 from .measure import CONFUSION, NOISE, PARAMETERS, PRIVACY
 from .methods import METHODS
 from .options import Mistake, Parser, refuse
@@ -88,6 +89,8 @@ COMMANDS: dict[str, Command] = {
     "probe": PROBE,
     "privacy": PRIVACY,
     "parameters": PARAMETERS,
+    "invert": INVERT,
+    "harden": HARDEN,
     "report": REPORT,
     "methods": METHODS,
     "bench": BENCH,

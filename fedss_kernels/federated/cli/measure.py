@@ -179,12 +179,19 @@ def _confusion(arguments: argparse.Namespace) -> int:
 
 
 def _told_apart(found: Sequence["Confusion"], folders: Sequence[Path]) -> list["Confusion"]:
-    """Runs of one method by their folders too: by name, or where that is the same by path."""
-    methods, names = [each.name for each in found], [folder.resolve().name for folder in folders]
-    places = [name if names.count(name) == 1 else folder for name, folder in zip(names, folders, strict=True)]
+    """Runs of one method by their folders too."""
+    methods = [each.name for each in found]
     return [
         each if methods.count(each.name) == 1 else dataclasses.replace(each, name=f"{each.name} ({place})")
-        for each, place in zip(found, places, strict=True)
+        for each, place in zip(found, places(folders), strict=True)
+    ]
+
+
+def places(folders: Sequence[Path]) -> list[str]:
+    """Folders by name, or where that is the same by path."""
+    names = [folder.resolve().name for folder in folders]
+    return [
+        name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders, strict=True)
     ]
 
 

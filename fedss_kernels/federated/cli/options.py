@@ -218,7 +218,12 @@ def config_of(arguments: argparse.Namespace, preset: Mapping[str, Any] | None = 
 
 
 # What a run reads from, besides its own folder, and what that is; kept as it was given, so maybe relative.
-PLACES = {"data_dir": "folder", "init_checkpoint": "file", "class_store": "folder"}
+PLACES = {
+    "data_dir": "folder",
+    "init_checkpoint": "file",
+    "half_checkpoint": "file",
+    "class_store": "folder",
+}
 
 
 def refuse_lost(
@@ -228,7 +233,7 @@ def refuse_lost(
 
     again: how to go on, if not by giving it again. store: where its class store is, if it is read.
     """
-    found = {"data_dir": config.data_dir, "init_checkpoint": config.init_checkpoint, "class_store": store}
+    found = {name: store if name == "class_store" else getattr(config, name) for name in PLACES}
     refuse(
         f"{flag(name)}: no such {PLACES[name]}: {place}, relative to where the run began; "
         f"{again or f'give {flag(name)} again'}"

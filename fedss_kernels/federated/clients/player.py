@@ -16,6 +16,7 @@ from ..algorithms.schedule import Schedule
 from ..config import OWN, STICKY, Config, ConfigError, learning_rate
 from ..data import FederatedData
 from ..files.fingerprint import Fingerprint
+from ..files.half_file import half_of
 from ..ledger import FLOWS, Traffic, client_traffic
 from ..messages import Request, Update
 from ..models import (
@@ -23,10 +24,11 @@ from ..models import (
     refuse_batch_norm,
 )
 from ..models.blocks import blocks_of
+from ..models.bottleneck import Bottleneck, narrowed
 from ..models.layered import check_layered
 from ..models.projection import projection_head
 from ..models.vision import load_checkpoint
-from ..randomness import Purpose, generator, initial_rows
+from ..randomness import NO_CLIENT, Purpose, generator, initial_rows
 from .augment import Augmentation, as_input, centre_crop
 from .client import Client
 from .contrastive import ContrastiveClient
@@ -57,7 +59,7 @@ class Player:
     ):
         self.config, self.data, self.method = config, data, METHODS[config.method]
         module = copy.deepcopy(model) if model is not None else _build_model(config)
-        _check_model(module, config, data.images[:2])
+        module = _to_be_cut(module, config, _check_model(module, config, data.images[:2]))
         blocks = [block for _, block in blocks_of(module)] if self.method.by_block else []
         head = projection_head(config.embedding_dim, config.seed) if self.method.contrastive else None
         self.extractor = Extractor(module, config.crop_size, device, blocks, head)
@@ -251,15 +253,44 @@ def _build_model(config: Config) -> nn.Module:
 def check_model(config: Config, shape: tuple[int, ...]) -> None:
     """Raises ConfigError where the named model can't be made or take images (channels, height, width)."""
     try:
-        _check_model(_build_model(config), config, torch.zeros(2, *shape, dtype=torch.uint8))
+        module = _build_model(config)
+        _to_be_cut(module, config, _check_model(module, config, torch.zeros(2, *shape, dtype=torch.uint8)))
     except ConfigError:
         raise
     except ValueError as error:
         raise ConfigError("model", str(error).removeprefix("model: ")) from None
 
 
-def _check_model(module: nn.Module, config: Config, pixels: Tensor) -> None:
-    """Raises ValueError unless the module maps these images to (B, D) and can be averaged."""
+def _narrowed(module: nn.Module, config: Config, images: Tensor) -> nn.Module:
+    """With the bottleneck at its cut, if there is to be one. Raises ConfigError where it does not fit."""
+    if config.bottleneck is None:
+        return module
+    rng = generator(config.seed, 0, 0, NO_CLIENT, Purpose.BOTTLENECK)
+    seed = int(rng.integers(2**63))
+    try:
+        return narrowed(module, config.cut, Bottleneck.read(config.bottleneck), images, seed)
+    except ValueError as error:
+        raise ConfigError("bottleneck", str(error).removeprefix("bottleneck: ")) from None
+
+
+def _to_be_cut(module: nn.Module, config: Config, images: Tensor) -> nn.Module:
+    """As split learning begins with it. Raises ConfigError where it cannot."""
+    if not METHODS[config.method].split:
+        return module
+    module, half = _narrowed(module, config, images), half_of(config)
+    if half is not None:
+        try:
+            module.load_state_dict(half.net)
+        except RuntimeError:
+            raise ConfigError("half_checkpoint", f"{config.half_checkpoint} is of another net") from None
+    return module
+
+
+def _check_model(module: nn.Module, config: Config, pixels: Tensor) -> Tensor:
+    """These images as the module takes them.
+
+    Raises ValueError unless it maps them to (B, D) and can be averaged.
+    """
     refuse_batch_norm(module)
     module.eval()
     images = as_input(pixels)
@@ -291,3 +322,4 @@ def _check_model(module: nn.Module, config: Config, pixels: Tensor) -> None:
     if method.by_round:
         check_layered(module, images, one_shape=config.depth_budget is not None)
         method.schedule(config, len(blocks_of(module)) + method.contrastive)
+    return images

@@ -1,209 +1,189 @@
-"""What whoever sees a client's latents can make of its images: the model inversion attack.
+"""What latents show of images: the inversion attack on clients' halves, several side by side.
 
-Li et al., "MocoSFL: enabling cross-client collaborative self-supervised learning", ICLR 2023, section 4. The
-server is honest but curious, knows the client's half of the net, and has some images like the clients'. It
-trains a decoder from latents to images on these, and applies it to what clients send. How near it comes is
-told by MSE, PSNR = -10 log10(MSE) and SSIM of pixels in [0, 1], means over images. What it would get by
-always answering the mean of its own images is the line to compare with.
+The attacker has some images like the clients', drawn from all of them, and trains a decoder on what a half
+makes of them (split_learning/inversion.py). It is tried on others, the same for every half. A half that looks
+resistant may only have met a weak attacker: so there are three, and who looks at no latent at all.
 """
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-WINDOW, SIGMA = 11, 1.5  # of SSIM's Gaussian
-LEARNS = ("mse", "ssim")
-VALIDATION = 0.1  # of the attacker's images: they choose the epoch
+from ...plotting import plotting
+from ..algorithms import METHODS
+from ..clients.player import Player
+from ..config import Config, ConfigError
+from ..data import FederatedData
+from ..randomness import NO_CLIENT, Purpose, generator
+from ..reports.page import write_section
+from ..reports.tables import write_csv
+from ..split_learning.half import cut
+from ..split_learning.inversion import (
+    Nearness,
+    PlainDecoder,
+    ResidualDecoder,
+    attacked,
+    nearness,
+    of_the_mean_image,
+    train_attacker,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ATTACKERS: dict[str, tuple[type[ResidualDecoder] | type[PlainDecoder], str]] = {
+    "residual, for MSE": (ResidualDecoder, "mse"),  # the paper's
+    "residual, for SSIM": (ResidualDecoder, "ssim"),
+    "plain, for MSE": (PlainDecoder, "mse"),
+}
+NO_LATENTS = "the mean image"
+SHOWN = 8  # images in the picture
+WORDS = (
+    "In split learning clients send what the first blocks of a net make of their images. Who gets that, "
+    "knows these blocks and has some images like the clients' can train a decoder back to images. Here it "
+    "was done, and tried on images that the attacker does not have. How near it comes is told by the mean "
+    "squared error of pixels from 0 to 1 (more is safer), by the structural similarity SSIM, which is 1 for "
+    "equal images, and PSNR in decibels (less is safer). The mean image is what one would answer without "
+    "any latent."
+)
 
 
 @dataclass(frozen=True)
-class Nearness:
-    """Of reconstructions to images: means over the images."""
+class Line:
+    """Means over images."""
 
+    half: str
+    latents: int  # numbers of an image that are sent
+    attacker: str
     mse: float
     ssim: float
     psnr: float  # decibels
 
 
-def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """The structural similarity of images (B, channels, H, W) with numbers in [0, 1]: (B,), 1 of equal ones.
+@dataclass(frozen=True)
+class Found:
+    lines: Sequence[Line]
+    images: Tensor  # (SHOWN, channels, H, W), of those that the attack was tried on
+    pictures: Mapping[str, Tensor]  # what was made of their latents, by half and attacker
 
-    Wang, Bovik, Sheikh and Simoncelli, 2004: (2 m_a m_b + c1)(2 s_ab + c2) / ((m_a^2 + m_b^2 + c1)(s_a^2 +
-    s_b^2 + c2)) of local means, variances and covariance under a Gaussian window of 11 x 11 pixels, sigma
-    1.5, with zeros around the image; c1 = 1e-4, c2 = 9e-4; the mean over pixels and channels. Differentiable.
+
+@dataclass(frozen=True)
+class Images:
+    """(N, channels, H, W) float32 in [0, 1] each."""
+
+    own: Tensor  # that the attacker has
+    others: Tensor  # that the attack is tried on
+
+    @classmethod
+    def drawn(
+        cls, images: Tensor, share: float, count: int, seed: int, prepared: Callable[[Tensor], Tensor]
+    ) -> "Images":
+        """A share of the images, and `count` of the rest. Raises ValueError where there are not so many."""
+        known = round(share * len(images))
+        if known < 2 or known + count > len(images):
+            got = f"{known:,} and {count:,} of {len(images):,}"
+            raise ValueError(
+                f"images: expected 2 or more for the attacker, and others to try it on, got {got}"
+            )
+        rng = generator(seed, 0, 0, NO_CLIENT, Purpose.INVERSION)
+        order = torch.from_numpy(rng.permutation(len(images)))
+        return cls(*(prepared(images[rows]).cpu() for rows in order[: known + count].split([known, count])))
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError for a method whose clients send no latents."""
+    if not METHODS[config.method].split:
+        raise ConfigError("method", f"expected one whose clients send latents, got {config.method!r}")
+
+
+def clients_half(
+    config: Config, data: FederatedData, state: Mapping[str, Tensor]
+) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """(the blocks that clients have of a net with this state, how images are its input)
+
+    Raises ConfigError as `check`, and where the configuration is of another net.
     """
-    channels = a.shape[1]
-    x = torch.arange(WINDOW, dtype=a.dtype, device=a.device) - WINDOW // 2
-    line = torch.exp(-(x**2) / (2 * SIGMA**2))
-    line = line / line.sum()
-
-    def local(values: Tensor) -> Tensor:  # the window is a product of two lines
-        rows = line.view(1, 1, 1, -1).expand(channels, 1, 1, -1)
-        across = F.conv2d(values, rows, padding=(0, WINDOW // 2), groups=channels)
-        return F.conv2d(across, rows.transpose(2, 3), padding=(WINDOW // 2, 0), groups=channels)
-
-    mean_a, mean_b = local(a), local(b)
-    both = mean_a * mean_b
-    squares = mean_a**2 + mean_b**2
-    variances, covariance = local(a**2 + b**2) - squares, local(a * b) - both
-    c1, c2 = 1e-4, 9e-4
-    found = (2 * both + c1) * (2 * covariance + c2) / ((squares + c1) * (variances + c2))
-    return found.mean((1, 2, 3))
+    check(config)
+    extractor = Player(replace(config, half_checkpoint=None, init_checkpoint=None), data).extractor
+    extractor.module.load_state_dict(state)
+    half, _ = cut(extractor.module.cpu(), config.cut)
+    return half.eval(), extractor.as_input
 
 
-def nearness(reconstructed: Tensor, images: Tensor) -> Nearness:
-    """Of images (B, channels, H, W) with numbers in [0, 1]. PSNR is of each image, as MSE is."""
-    mse = (reconstructed - images).square().mean((1, 2, 3)).double()
-    psnr = -10 * mse.clamp_min(1e-12).log10()  # 120 dB at most: of 8-bit pixels none is nearer
-    return Nearness(mse.mean().item(), ssim(reconstructed, images).mean().item(), psnr.mean().item())
-
-
-class ResidualDecoder(nn.Module):
-    """Latents (B, c, h, w) -> images (B, channels, H, W) in [0, 1]; H / h = W / w a power of two.
-
-    The attacker of MocoSFL's paper: residual blocks of `width` channels, norm - ReLU - 3x3 twice. One takes
-    the latents in, `depth` follow; then transposed convolutions double the size as often as it takes, and a
-    block stands in for each of two that isn't needed; a last block makes pixels.
-    """
-
-    def __init__(
-        self,
-        latent: tuple[int, int, int],  # (c, h, w)
-        image: tuple[int, int, int],  # (channels, H, W)
-        width: int = 64,
-        depth: int = 4,
-    ):
-        super().__init__()
-        doublings = _doublings(latent, image)
-        self.layers = nn.Sequential(
-            _Residual(latent[0], width),
-            *(_Residual(width, width) for _ in range(depth + max(0, 2 - doublings))),
-            *(_doubled(width) for _ in range(doublings)),
-            _Residual(width, image[0]),
-        )
-
-    def forward(self, latents: Tensor) -> Tensor:
-        return self.layers(latents).sigmoid()
-
-
-class PlainDecoder(nn.Module):
-    """An attacker of another architecture: convolutions and bilinear doublings, no shortcut anywhere."""
-
-    def __init__(
-        self,
-        latent: tuple[int, int, int],  # (c, h, w)
-        image: tuple[int, int, int],  # (channels, H, W)
-        width: int = 64,
-        depth: int = 3,
-    ):
-        super().__init__()
-        layers, at = list[nn.Module](), latent[0]
-        for layer in range(depth + _doublings(latent, image)):
-            if layer >= depth:
-                layers.append(nn.Upsample(scale_factor=2, mode="bilinear"))
-            layers += [nn.Conv2d(at, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-            at = width
-        self.layers = nn.Sequential(*layers, nn.Conv2d(at, image[0], 3, padding=1))
-
-    def forward(self, latents: Tensor) -> Tensor:
-        return self.layers(latents).sigmoid()
-
-
-class _Residual(nn.Module):
-    def __init__(self, into: int, out: int):
-        super().__init__()
-        self.branch = nn.Sequential(
-            *(nn.BatchNorm2d(into), nn.ReLU(), nn.Conv2d(into, out, 3, padding=1, bias=False)),
-            *(nn.BatchNorm2d(out), nn.ReLU(), nn.Conv2d(out, out, 3, padding=1)),
-        )
-        self.shortcut = nn.Identity() if into == out else nn.Conv2d(into, out, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.shortcut(x) + self.branch(x)
-
-
-def _doubled(width: int) -> nn.Module:
-    enlarge = nn.ConvTranspose2d(width, width, 3, stride=2, padding=1, output_padding=1, bias=False)
-    return nn.Sequential(enlarge, nn.BatchNorm2d(width), nn.ReLU())
-
-
-def _doublings(latent: tuple[int, int, int], image: tuple[int, int, int]) -> int:
-    """Raises ValueError where no number of doublings makes the one of the other."""
-    for doublings in range(16):
-        if tuple(size << doublings for size in latent[1:]) == tuple(image[1:]):
-            return doublings
-    raise ValueError(
-        f"latent: expected a height and width that doublings make those of images, {image[1]} x {image[2]}, "
-        f"got {latent[1]} x {latent[2]}"
-    )
-
-
-def train_attacker(
-    decoder: nn.Module,
-    latents: Tensor,  # (N, c, h, w) of the attacker's own images
-    images: Tensor,  # (N, channels, H, W) in [0, 1]
-    rng: np.random.Generator,  # which of them are held out, and the order of the others
+def measure(
+    halves: Mapping[str, nn.Module],
+    images: Images,
     *,
-    learns: str = "mse",  # one of LEARNS: to lessen MSE, or to raise SSIM
+    seed: int,
     epochs: int = 50,
-    batch_size: int = 32,
-    lr: float = 1e-3,  # of Adam
-    on_epoch: Callable[[int, float], None] = lambda epoch, loss: None,  # the loss on held-out images
-) -> nn.Module:
-    """Trains `decoder` in place and returns it, in eval mode and as it was after its best epoch.
+    width: int = 64,
+    on_line: Callable[[Line], None] = lambda line: None,
+) -> Found:
+    """A line for the mean image, and one for each half and each of ATTACKERS.
 
-    The best is that of the least mean loss on a tenth of the images, which is not trained on. Raises
-    ValueError for fewer than two images, or latents of others.
+    Raises ValueError where latents are not channels of pixels, which doublings make as large as the images.
     """
-    if learns not in LEARNS:
-        raise ValueError(f"learns: expected one of {', '.join(LEARNS)}, got {learns!r}")
-    if len(latents) != len(images) or len(images) < 2:
-        raise ValueError(
-            f"latents: expected one for each of two images or more, got {len(latents)} for {len(images)}"
-        )
-    order = torch.from_numpy(rng.permutation(len(images)))
-    count = max(1, round(VALIDATION * len(images)))
-    held_out, own = order[:count], order[count:]
-    optimizer = torch.optim.Adam(decoder.parameters(), lr=lr)
-    best, kept = math.inf, _copy(decoder)
-    for epoch in range(epochs):
-        decoder.train()
-        for batch in own[torch.from_numpy(rng.permutation(len(own)))].split(batch_size):
-            optimizer.zero_grad()
-            _loss(decoder(latents[batch]), images[batch], learns).mean().backward()
-            optimizer.step()
-        decoder.eval()
-        with torch.no_grad():
-            parts = [_loss(decoder(latents[part]), images[part], learns) for part in held_out.split(256)]
-        loss = torch.cat(parts).mean().item()
-        on_epoch(epoch, loss)
-        if loss < best:
-            best, kept = loss, _copy(decoder)
-    decoder.load_state_dict(kept)
-    return decoder.eval()
+    lines, pictures = list[Line](), dict[str, Tensor]()
 
+    def note(half: str, latents: int, attacker: str, found: Nearness) -> None:
+        lines.append(Line(half, latents, attacker, found.mse, found.ssim, found.psnr))
+        on_line(lines[-1])
 
-def _loss(reconstructed: Tensor, images: Tensor, learns: str) -> Tensor:  # (B,)
-    if learns == "mse":
-        return (reconstructed - images).square().mean((1, 2, 3))
-    return 1 - ssim(reconstructed, images)
-
-
-def _copy(module: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    note("none", 0, NO_LATENTS, of_the_mean_image(images.own, images.others))
+    for name, half in halves.items():
+        own, sent = (_latents(half, of) for of in (images.own, images.others))
+        for attacker, (decoder, learns) in ATTACKERS.items():
+            rng = generator(seed, 1, 0, NO_CLIENT, Purpose.INVERSION)
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(int(rng.integers(2**63)))
+                made = decoder(own.shape[1:], images.own.shape[1:], width)
+            train_attacker(made, own, images.own, rng, learns=learns, epochs=epochs)
+            reconstructed = attacked(made, sent)
+            note(name, sent[0].numel(), attacker, nearness(reconstructed, images.others))
+            pictures[f"{name}: {attacker}"] = reconstructed[:SHOWN]
+    return Found(lines, images.others[:SHOWN], pictures)
 
 
 @torch.no_grad()
-def attacked(decoder: nn.Module, latents: Tensor, batch_size: int = 256) -> Tensor:
-    """What the decoder makes of latents (N, c, h, w): images (N, channels, H, W)."""
-    return torch.cat([decoder(batch) for batch in latents.split(batch_size)])
+def _latents(half: nn.Module, images: Tensor) -> Tensor:
+    return torch.cat([half(batch) for batch in images.split(256)])
 
 
-def of_the_mean_image(own: Tensor, images: Tensor) -> Nearness:
-    """What an attacker gets that looks at no latent, and always answers the mean of its `own` images."""
-    return nearness(own.mean(0, keepdim=True).expand_as(images), images)
+def write(out: Path, found: Found) -> str:
+    """inversion.csv, inversion.md, inversion.png and a section of report.html; returns the table's text."""
+    write_csv(out / "inversion.csv", [[field.name for field in fields(Line)], *map(astuple, found.lines)])
+    header = ["half", "numbers sent of an image", "attacker", "MSE", "SSIM", "PSNR"]
+    rows = [
+        [
+            line.half,
+            f"{line.latents:,}",
+            line.attacker,
+            f"{line.mse:.4f}",
+            f"{line.ssim:.3f}",
+            f"{line.psnr:.1f}",
+        ]
+        for line in found.lines
+    ]
+    with plotting():
+        _plot(found).savefig(out / "inversion.png", dpi=150)
+    return write_section(out, "inversion", "What latents show of images", WORDS, header, rows)
+
+
+def _plot(found: Found) -> "Figure":
+    """A row of images, and under it a row of what each attacker made of what was sent of them."""
+    from matplotlib.figure import Figure
+
+    rows = {"the images": found.images, **found.pictures}
+    figure = Figure(figsize=(7, 1.15 * len(rows)), layout="constrained")
+    for axes, (name, images) in zip(
+        figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows.items(), strict=True
+    ):
+        line = torch.cat(list(images.permute(0, 2, 3, 1)), dim=1)  # (H, SHOWN W, channels)
+        axes.imshow(line.squeeze(2).numpy(), cmap="gray", vmin=0, vmax=1)
+        axes.set(xticks=[], yticks=[])
+        axes.set_title(name, loc="left", fontsize=8)
+    return figure

@@ -34,9 +34,10 @@ from ..disk import reason, sync_folder, write_synced
 from .fingerprint import Fingerprint
 
 FORMAT = 4
-# Options that no bit of a result depends on; init_checkpoint is a place, what is there the fingerprint knows.
+# Options that no bit of a result depends on. What is in the files of init_checkpoint and half_checkpoint the
+# fingerprint knows.
 MAY_DIFFER = (
-    *("out", "data_dir", "cache_dir", "class_store", "init_checkpoint"),
+    *("out", "data_dir", "cache_dir", "class_store", "init_checkpoint", "half_checkpoint"),
     *("checkpoint_every", "workers"),
 )
 _STATE, _REST = "state.safetensors", "checkpoint.json"

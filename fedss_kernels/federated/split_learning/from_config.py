@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..clients.player import Player
 from ..config import Config, ConfigError
+from ..files.half_file import half_of
 from ..ledger import over_the_wire
 from ..randomness import NO_CLIENT, Purpose, generator
 from .client_halves import ClientHalves, unchanged
@@ -67,7 +68,10 @@ def _head(features: int, config: Config) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int(rng.integers(2**63)))
         first, last = nn.Linear(features, config.key_dim), nn.Linear(config.key_dim, config.key_dim)
-    return nn.Sequential(first, nn.ReLU(), last)
+    head = nn.Sequential(first, nn.ReLU(), last)
+    if half := half_of(config):
+        head.load_state_dict(half.head)
+    return head
 
 
 def _queues(config: Config, player: Player, device: torch.device) -> list[KeyQueue]:

@@ -1,5 +1,6 @@
 """What the two halves of a net agree on, whatever they are halves of."""
 
+import math
 from dataclasses import dataclass
 
 from ..algorithms.mocosfl import CLIENT_GRADIENTS, MOMENTUM_COPIES, SYMMETRIC, VELOCITIES
@@ -39,6 +40,10 @@ class Rules:
     def latents(self) -> int:
         """That a client sends of one image: of each online view, and of each momentum view."""
         return 4 if self.symmetric == "full" else 2
+
+    def guessing(self, keys: int) -> float:
+        """The loss where all keys are alike, those of a queue of so many too."""
+        return (1 if self.symmetric == "none" else 2) * math.log(keys + 1)
 
     @property
     def gradients(self) -> int:

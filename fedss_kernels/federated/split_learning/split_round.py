@@ -5,7 +5,6 @@ clients' halves every `sync_period` steps and after the last
 """
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -198,8 +197,7 @@ class SplitRound:
         if self.not_finite_since is None and not finite:
             self.not_finite_since = round + 1
             log.warning("round %d: from here on the model has numbers that are not finite", round + 1)
-        terms = 1 if self.config.symmetric == "none" else 2
-        guessing = terms * math.log(len(server.queues[0].keys) + 1)
+        guessing = server.rules.guessing(len(server.queues[0].keys))
         if not self._collapsed and loss >= ALIKE * guessing:
             self._collapsed = True
             words = "round %d: the loss is %.2f, and would be %.2f if all keys were alike: has it collapsed?"

@@ -1,0 +1,225 @@
+"""`fedss invert` and `harden`: what latents show of images, and a clients' half that shows less."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import Config
+from ..data import DATASETS, FederatedData
+from ..files.run_folder import check_trained_on, make_folder, read_config, read_net
+from ..randomness import NO_CLIENT, Purpose, generator
+from .command import Command
+from .measure import places, write_measured
+from .options import (
+    Mistake,
+    add_config_file,
+    add_options,
+    config_of,
+    mistakes,
+    noted,
+    one_of,
+    reader,
+    refuse,
+    refuse_lost,
+)
+from .output import read_data, say_what_is_logged
+
+if TYPE_CHECKING:
+    from ..figures.inversion import Found, Images
+
+HALF = "half.safetensors"
+PRESET = {"method": "mocosfl", "bottleneck": "C4S2", "batch_size": 128}  # by default, of a run's options
+
+
+def _add_attack_arguments(parser: argparse._ActionsContainer) -> None:
+    count = reader(int, "an integer of at least 1", low=1)
+    share = reader(float, "a number greater than 0 and at most 1", low=1e-9, high=1)
+    for name, kind, default, metavar, words in (
+        ("share", share, 0.01, "NUMBER", "of the clients' images, that the attacker has"),
+        ("images", count, 128, "INT", "of others, that the attack is tried on"),
+        ("epochs", count, 50, "INT", "in which a decoder is trained"),
+        ("width", count, 64, "INT", "channels of the decoders"),
+    ):
+        settings: dict[str, Any] = {"type": kind, "default": default, "metavar": metavar}
+        parser.add_argument(f"--attack-{name}", help=f"{words} (default: {default})", **settings)
+
+
+def _add_invert_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of finished split runs")
+    _add_attack_arguments(parser)
+    seed = reader(int, "an integer of at least 0", low=0)
+    parser.add_argument("--seed", type=seed, default=0, metavar="INT", help="of the attack (default: 0)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/inversion"), metavar="PATH", help="default: runs/inversion"
+    )
+
+
+def _invert(arguments: argparse.Namespace) -> int:
+    from ..figures import inversion
+
+    halves, drawn, wrong = {}, list[inversion.Images](), list[str]()
+    for folder, name in zip(arguments.runs, places(arguments.runs), strict=True):
+        with noted(wrong):
+            config = dataclasses.replace(read_config(folder)[0], half_checkpoint=None, init_checkpoint=None)
+            inversion.check(config)
+            refuse_lost(arguments, config, "start this there")
+            state = read_net(folder)
+            config, data = read_data(config, [])
+            check_trained_on(folder, data)
+            halves[name], prepared = inversion.clients_half(config, data, state)
+            drawn.append(_drawn(arguments, data.images, arguments.seed, prepared))
+            if not _same(drawn[-1], drawn[0]):
+                raise Mistake(f"{folder}: expected a run on the same data as {arguments.runs[0]}")
+    refuse(wrong)
+    with mistakes():
+        make_folder(arguments.out)
+    torch.set_num_threads(config.threads)
+    found = _attack(arguments, halves, drawn[0], arguments.seed)
+    return write_measured(arguments, arguments.out, lambda: inversion.write(arguments.out, found))
+
+
+def _drawn(
+    arguments: argparse.Namespace, images: Tensor, seed: int, prepared: Callable[[Tensor], Tensor]
+) -> "Images":
+    from ..figures.inversion import Images
+
+    return Images.drawn(images, arguments.attack_share, arguments.attack_images, seed, prepared)
+
+
+def _same(images: "Images", others: "Images") -> bool:
+    pairs = (images.own, others.own), (images.others, others.others)
+    return all(torch.equal(mine, theirs) for mine, theirs in pairs)
+
+
+def _attack(
+    arguments: argparse.Namespace, halves: Mapping[str, nn.Module], images: "Images", seed: int
+) -> "Found":
+    from ..figures import inversion
+
+    def say(line: inversion.Line) -> None:
+        words = f"{line.half}, {line.attacker}: MSE {line.mse:.4f}, SSIM {line.ssim:.3f}"
+        print(f"fedss {arguments.command}: {words}", file=sys.stderr, flush=True)
+
+    how = {"epochs": arguments.attack_epochs, "width": arguments.attack_width}
+    with mistakes():  # of latents that no decoder takes
+        return inversion.measure(halves, images, seed=seed, on_line=say, **how)
+
+
+def _add_harden_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("whom it is trained against")
+    number = reader(float, "a number of at least 0", low=0)
+    group.add_argument(
+        "--strength",
+        type=number,
+        default=2.0,
+        metavar="NUMBER",
+        help="what an SSIM over the allowed is multiplied by in the loss (default: 2.0)",
+    )
+    group.add_argument(
+        "--allowed",
+        type=reader(float, "an SSIM, from -1 to 1", low=-1, high=1),
+        default=0.6,
+        metavar="NUMBER",
+        help="SSIM of the attacker's images up to which nothing is done (default: 0.6)",
+    )
+    group = parser.add_argument_group("images like the clients', which are not those of --data")
+    group.add_argument(
+        "--target",
+        type=one_of(*DATASETS),
+        metavar="NAME",
+        help="the clients' data set, which the attack at the end is tried on (default: none, that of --data)",
+    )
+    group.add_argument("--target-dir", type=Path, metavar="PATH", help="the folder of its files")
+    group.add_argument(
+        "--target-share",
+        type=reader(float, "a number of at least 0 and less than 1", low=0, high=0.999999),
+        default=0.01,
+        metavar="NUMBER",
+        help="of its images, that the server trains with, too (default: 0.01)",
+    )
+    _add_attack_arguments(parser.add_argument_group("the attack at the end"))
+    add_config_file(parser)
+    add_options(parser, without=_NOT_OF_IT)
+
+
+_NOT_OF_IT = (
+    *("method", "half_checkpoint", "freeze_clients", "private_queues", "in_turn", "sync_period"),
+    *("client_gradient", "momentum_copies", "velocities", "workers", "class_store", "eval_every"),
+    *("checkpoint_every", "min_clients", "dropout_rate"),
+)
+
+
+def _harden(arguments: argparse.Namespace) -> int:
+    from ..figures import inversion
+    from ..split_learning import hardened
+    from ..split_learning.resistance import Resistance
+
+    with mistakes():
+        config = config_of(arguments, PRESET)
+        inversion.check(config)
+        out = config.out or Path("runs") / f"harden-{config.data}"
+        if (out / HALF).exists() and not config.overwrite:
+            raise Mistake(f"{out / HALF} is there: choose another folder, or replace it with --overwrite")
+        config = dataclasses.replace(config, out=None, half_checkpoint=None, freeze_clients=False)
+        config, source = read_data(config, [config], lambda: make_folder(out), arguments.given)
+        target = _target(arguments, config) if arguments.target else None
+        known = source.images[:0] if target is None else _known(arguments, config, target)
+        clients = source if target is None else target
+        resistance = Resistance(arguments.strength, arguments.allowed)
+        _drawn(arguments, clients.images, config.seed, lambda pixels: pixels)  # are there so many?
+
+    def say(epoch: int, loss: float, seen: float) -> None:
+        words = f"epoch {epoch + 1} of {config.rounds}: loss {loss:.2f}, the attacker's SSIM {seen:.3f}"
+        print(f"fedss harden: {words}", file=sys.stderr, flush=True)
+
+    torch.set_num_threads(config.threads)
+    say_what_is_logged(arguments.command, hardened)
+    try:
+        with mistakes():  # of latents that no decoder takes
+            settings = {"width": arguments.attack_width, "on_epoch": say}
+            half = hardened.harden(config, source, known, resistance, **settings)
+    except hardened.Diverged as error:
+        print(f"fedss harden: {error}", file=sys.stderr)
+        return 1
+    half.write(out / HALF)  # before the attack, which takes its time
+    first, prepared = inversion.clients_half(config, clients, half.net)
+    images = _drawn(arguments, clients.images, config.seed, prepared)
+    found = _attack(arguments, {out.resolve().name: first}, images, config.seed)
+    attack = [dataclasses.asdict(line) for line in found.lines]
+    dataclasses.replace(half, made={**half.made, "attack": attack}).write(out / HALF)
+    print(f"the halves, for a run's --half-checkpoint: {out / HALF}")
+    return write_measured(arguments, out, lambda: inversion.write(out, found))
+
+
+def _target(arguments: argparse.Namespace, config: Config) -> FederatedData:
+    """The clients' data set, shared among them as the source is."""
+    there = dataclasses.replace(config, data=arguments.target, data_dir=arguments.target_dir)
+    return read_data(there, [])[1]
+
+
+def _known(arguments: argparse.Namespace, config: Config, target: FederatedData) -> Tensor:
+    rng = generator(config.seed, 1, 0, NO_CLIENT, Purpose.HARDEN)
+    count = round(arguments.target_share * len(target.images))
+    return target.images[torch.from_numpy(rng.permutation(len(target.images))[:count])]
+
+
+INVERT = Command(
+    "measure what an attacker makes of what clients of split runs send",
+    ("matplotlib", "rich"),
+    _add_invert_arguments,
+    _invert,
+)
+
+
+HARDEN = Command(
+    "train halves of a net of which the clients' resists inversion, for --half-checkpoint",
+    ("matplotlib", "rich", "safetensors"),
+    _add_harden_arguments,
+    _harden,
+)

@@ -1,0 +1,166 @@
+"""`fedss invert` and `harden`: whose images, which attackers, what is written, and what is refused."""
+
+import csv
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+from fedss_kernels.federated import ConfigError, cli
+from fedss_kernels.federated.config import Config
+from fedss_kernels.federated.figures import inversion
+from fedss_kernels.federated.files.half_file import HalfFile
+from fedss_kernels.federated.loading import load_data
+from fedss_kernels.federated.split_learning.inversion import nearness
+
+DATA = "--data=glyphs --glyph-classes=6 --glyph-writers=8 --cohort=2".split()
+NET = "--model=conv4_ws --embedding-dim=128 --key-dim=8 --queue-size=40 --rounds=1 --round-steps=2".split()
+ATTACK = "--attack-share=0.1 --attack-images=9 --attack-epochs=1 --attack-width=4".split()
+ALL = ["residual, for MSE", "residual, for SSIM", "plain, for MSE"]
+
+
+def fedss(command, *arguments):
+    return cli.main([command, *map(str, arguments)])
+
+
+def train(out, *options):
+    assert fedss("run", *DATA, *NET, "--method=mocosfl", f"--out={out}", *options) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("runs") / "wide")
+
+
+def pixels(count, seed=0):
+    return torch.rand(count, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def table(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_attacker_has_a_share_and_is_tried_on_others_by_the_seed():
+    images = torch.arange(200, dtype=torch.uint8).view(-1, 1, 1, 1)
+
+    def drawn(**options):
+        found = inversion.Images.drawn(
+            images, prepared=lambda x: x, **{"share": 0.1, "count": 30, "seed": 0} | options
+        )
+        return found.own.flatten().tolist(), found.others.flatten().tolist()
+
+    own, others = drawn()
+    assert len(own) == 20 and len(others) == 30 and not {*own} & {*others}
+    assert drawn() == (own, others) and drawn(seed=1) != (own, others)
+    assert inversion.Images.drawn(images, 0.1, 3, 0, lambda x: x / 255).own.max() <= 1
+    for options in ({"share": 0.005}, {"share": 0.9}):
+        with pytest.raises(
+            ValueError, match="images: expected 2 or more for the attacker, and others to try it on"
+        ):
+            drawn(**options)
+
+
+def test_a_half_that_shows_more_is_inverted_better_and_all_meet_the_same_attackers():
+    x = torch.nn.functional.interpolate(pixels(90)[:, :, ::4, ::4], scale_factor=4, mode="bilinear")
+    images, lines = inversion.Images(x[:60], x[60:]), []
+    shows, hides = nn.AvgPool2d(2), nn.Sequential(nn.AvgPool2d(8), nn.Upsample(scale_factor=4))
+    found = inversion.measure(
+        {"shows": shows, "hides": hides}, images, seed=0, epochs=8, width=8, on_line=lines.append
+    )
+    assert found.lines == lines
+    assert [(line.half, line.attacker) for line in lines] == [("none", "the mean image")] + [
+        (half, attacker) for half in ("shows", "hides") for attacker in ALL
+    ]
+    mse = {(line.half, line.attacker): line.mse for line in lines}
+    assert mse["none", "the mean image"] == nearness(x[:60].mean(0).expand(30, -1, -1, -1), x[60:]).mse
+    assert all(mse["shows", attacker] < mse["hides", attacker] for attacker in ALL[::2])
+    assert [line.latents for line in lines] == [0] + [16] * 6
+    assert torch.equal(found.images, x[60:68]) and list(found.pictures) == [
+        f"{half}: {attacker}" for half in ("shows", "hides") for attacker in ALL
+    ]
+    again = inversion.measure({"hides": hides}, images, seed=0, epochs=8, width=8)
+    assert again.lines[1:] == found.lines[4:]  # whatever else is measured
+
+
+def test_runs_are_attacked_side_by_side(wide, tmp_path, capsys):
+    runs = [wide, train(tmp_path / "narrow", "--bottleneck=C2S2")]
+    out = tmp_path / "out"
+    capsys.readouterr()
+    assert fedss("invert", *runs, *ATTACK, f"--out={out}") == 0
+    lines = table(out / "inversion.csv")
+    assert [(line["half"], line["latents"]) for line in lines] == [
+        ("none", "0"),
+        *[("wide", str(16 * 14 * 14))] * 3,
+        *[("narrow", str(2 * 7 * 7))] * 3,
+    ]
+    assert all(0 < float(line["mse"]) < 1 and -1 <= float(line["ssim"]) <= 1 for line in lines)
+    said = capsys.readouterr()
+    assert (out / "inversion.md").read_text() in said.out
+    assert "fedss invert: narrow, plain, for MSE: MSE " in said.err
+    assert (out / "inversion.png").read_bytes().startswith(b"\x89PNG")
+    assert "What latents show of images" in (out / "report.html").read_text()
+    trained = torch.load(runs[1] / "model.pt", weights_only=True)["extractor"]
+    config = Config.load(runs[1] / "config.json")
+    half, _ = inversion.clients_half(config, load_data(config), trained)
+    assert torch.equal(half[0][1].weight, trained["blocks.stem.1.weight"])
+
+
+def test_what_cannot_be_attacked_is_told_in_a_line(wide, tmp_path, capsys):
+    other, whole = shutil.copytree(wide, tmp_path / "other"), tmp_path / "whole"
+    for file in (other / "config.json", *other.glob("checkpoint*/checkpoint.json")):
+        file.unlink()
+    dataclasses.replace(Config.load(wide / "config.json"), data_seed=1).save(other / "config.json")
+    assert fedss("run", *DATA, "--rounds=1", f"--out={whole}") == 0
+    capsys.readouterr()
+
+    def words(*arguments):
+        assert fedss("invert", *arguments, f"--out={tmp_path / 'out'}") == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    assert "expected one whose clients send latents, got 'fedss'" in words(whole, *ATTACK)
+    assert "other: expected a run on the same data as" in words(wide, other, *ATTACK)
+    assert "images: expected 2 or more for the attacker" in words(wide, "--attack-images=100000")
+    assert "no run in" in words(tmp_path / "none")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_half_is_made_attacked_and_begun_with(tmp_path, capsys):
+    out, half = tmp_path / "half", tmp_path / "half" / "half.safetensors"
+    arguments = [*DATA, *NET, *ATTACK, "--batch-size=6", f"--out={out}"]
+    assert fedss("harden", *arguments, "--target=glyphs", "--target-share=0.02", "--strength=3") == 0
+    said = capsys.readouterr()
+    assert "fedss harden: epoch 1 of 1: loss " in said.err and str(half) in said.out
+    made = HalfFile.read(half)
+    assert made.config["bottleneck"] == "C4S2" and made.config["batch_size"] == 6
+    assert made.made["strength"] == 3 and made.made["target_images"] > 0
+    lines = table(out / "inversion.csv")
+    assert [{name: str(value) for name, value in line.items()} for line in made.made["attack"]] == lines
+    assert [line["attacker"] for line in lines] == ["the mean image", *ALL]
+    train(tmp_path / "run", "--bottleneck=C4S2", f"--half-checkpoint={half}", "--freeze-clients")
+    capsys.readouterr()
+    assert fedss("invert", tmp_path / "run", *ATTACK, f"--out={tmp_path / 'inverted'}") == 0
+    again = table(tmp_path / "inverted" / "inversion.csv")
+    assert [line["mse"] for line in again] == [line["mse"] for line in lines]  # it is the same half
+    assert fedss("harden", *arguments) == 2
+    assert "half.safetensors is there: choose another folder" in capsys.readouterr().err
+    assert fedss("harden", *arguments, "--overwrite") == 0
+    assert HalfFile.read(half).made["target_images"] == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["traffic"]["down_gradients"] == 0
+
+
+def test_a_training_that_comes_to_nothing_writes_no_half(tmp_path, capsys):
+    out = tmp_path / "half"
+    assert fedss("harden", *DATA, *NET, *ATTACK, "--batch-size=6", "--client-lr=1e30", f"--out={out}") == 1
+    assert "epoch 1: numbers are not finite" in capsys.readouterr().err and not any(out.iterdir())
+
+
+def test_only_split_runs_have_a_half():
+    with pytest.raises(ConfigError, match="method: expected one whose clients send latents, got 'fedss'"):
+        inversion.check(Config())

@@ -22,8 +22,8 @@ from fedss_kernels.federated import Config, algorithms, cli
 from fedss_kernels.federated.cli.options import GROUPS, flag
 from fedss_kernels.federated.cli.output import show_tuned
 from fedss_kernels.federated.comparisons.compare import Comparison
-from fedss_kernels.federated.config import OWN, PRESETS
 from fedss_kernels.federated.data import DATASETS
+from fedss_kernels.federated.defaults import OWN, PRESETS
 from fedss_kernels.federated.files.run_folder import faults, make_folder
 from fedss_kernels.federated.fine_tuning import FineTuner
 from fedss_kernels.federated.models import MODELS, build_model

@@ -25,7 +25,7 @@ FLOORS = (
     ("data", "models"),
     ("messages", "surroundings"),
     ("algorithms",),
-    ("config", "idle_settings"),
+    ("config", "defaults", "idle_settings"),
     ("files",),
     ("plan",),
     ("clients",),

@@ -8,7 +8,7 @@ from tiny_federation import tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import Config, cli, run
 from fedss_kernels.federated.comparisons.compare import Comparison
-from fedss_kernels.federated.config import PRESETS
+from fedss_kernels.federated.defaults import PRESETS
 from fedss_kernels.federated.idle_settings import RULES, idle, short_warmup
 
 

@@ -14,9 +14,9 @@ from PIL import Image
 from tiny_federation import tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import Config, ConfigError, cli, loading, run
-from fedss_kernels.federated.config import PRESETS
 from fedss_kernels.federated.data import Found, Partition
 from fedss_kernels.federated.data.partition import divide
+from fedss_kernels.federated.defaults import PRESETS
 from fedss_kernels.federated.loading import choices, fitted, load_data
 
 FITTED = ("cohort", "images_per_client", "classes_per_client", "model", "image_size", "crop_size")

@@ -12,15 +12,18 @@ B, WIDTH, L = 64, 32, 4
 MADE = B * WIDTH * 4  # bytes of what a layer makes
 
 
+def _linear() -> tuple[nn.Module, nn.Module]:
+    return nn.Linear(WIDTH, WIDTH), nn.ReLU()
+
+
 class Flat(nn.Module):
     """A stem of 16 pixels to WIDTH, then L blocks Linear, ReLU, Linear, ReLU."""
 
     def __init__(self, blocks: int = L) -> None:
         super().__init__()
-        layers = lambda: (nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU())  # noqa: E731
         self.blocks = named_blocks(
             stem=nn.Sequential(nn.Flatten(), nn.Linear(16, WIDTH)),
-            **{f"block{i}": nn.Sequential(*layers()) for i in range(1, blocks + 1)},
+            **{f"block{i}": nn.Sequential(*_linear(), *_linear()) for i in range(1, blocks + 1)},
         )
         self.pool = nn.Identity()
 

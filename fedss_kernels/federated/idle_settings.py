@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from .algorithms import METHODS, readers, readers_in_words
 from .algorithms.parts import Part
-from .config import FITTED, OWN, Config, preset
+from .config import Config
+from .defaults import FITTED, OWN, preset
 
 log = logging.getLogger(__name__)
 Rule = tuple[tuple[str, ...], str, Callable[[Config], bool]]

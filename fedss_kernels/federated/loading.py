@@ -6,12 +6,13 @@ from typing import Any
 
 from .algorithms import METHODS
 from .clients.player import check_model
-from .config import OWN, PRESETS, Config, ConfigError
+from .config import Config, ConfigError
 from .config_error import raise_together
 from .data import RESIZED, FederatedData, Found, Partition, load
 from .data.class_folders import ClassFolders
 from .data.holdout import held_out, number_held_out
 from .data.images import OnProgress
+from .defaults import OWN, PRESETS
 from .models import SIDES, family_of
 from .models.vision import unavailable
 

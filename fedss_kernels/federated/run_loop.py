@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from . import idle_settings
 from .any_round import Algorithm, OnTuned, Played, TooFewClients
 from .clients.player import Player, training_device
-from .config import OWN, Config, ConfigError, learning_rate
+from .config import Config, ConfigError, learning_rate
 from .data import FederatedData
+from .defaults import OWN
 from .evaluation import check_measured
 from .fedavg_round import Simulation
 from .files.checkpoint import Checkpoint, CheckpointError

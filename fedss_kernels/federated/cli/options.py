@@ -9,15 +9,13 @@ from typing import Any, NoReturn
 
 from ..algorithms import METHODS, readers, readers_in_words
 from ..config import (
-    FITTED,
-    OWN,
-    PRESETS,
     Config,
     ConfigError,
     expectation,
     option_type,
     read_options,
 )
+from ..defaults import FITTED, OWN, PRESETS
 from ..disk import reason
 
 

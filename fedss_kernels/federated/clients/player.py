@@ -13,8 +13,9 @@ from ...class_sets import draw_negatives
 from ..algorithms import METHODS
 from ..algorithms.parts import Part, Parts
 from ..algorithms.schedule import Schedule
-from ..config import OWN, STICKY, Config, ConfigError, learning_rate
+from ..config import STICKY, Config, ConfigError, learning_rate
 from ..data import FederatedData
+from ..defaults import OWN
 from ..files.fingerprint import Fingerprint
 from ..files.half_file import half_of
 from ..ledger import FLOWS, Traffic, client_traffic

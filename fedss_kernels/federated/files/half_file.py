@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from ..algorithms import METHODS
-from ..config import OWN, Config, ConfigError
+from ..config import Config, ConfigError
+from ..defaults import OWN
 from ..disk import replacing
 from .checkpoint import safetensors
 

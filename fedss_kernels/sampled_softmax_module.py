@@ -145,18 +145,12 @@ class SampledSoftmaxLoss(nn.Module):
             self.initial_class_weight = class_weight.to(device="cpu", copy=True)
             class_weight = class_weight.to(device=device, copy=True)
         self.register_buffer("class_weight", class_weight)
-        if learn_scale:  # of shape (1,), as FSDP takes no parameter of shape ()
+        given = isinstance(scale, nn.Parameter) and not scale.is_meta
+        if learn_scale or given:
             self.initial_scale = float(scale.detach() if isinstance(scale, Tensor) else scale)
-            self.register_parameter("scale", nn.Parameter(torch.empty(1, device=device, dtype=dtype)))
-        else:
-            self.scale = scale
+        # of shape (1,), as FSDP takes no parameter of shape ()
+        self.scale = nn.Parameter(torch.empty(1, device=device, dtype=dtype)) if learn_scale else scale
         self.reset_parameters()
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Remembers the value of a parameter that is assigned to `scale`, for `reset_parameters`."""
-        if name == "scale" and isinstance(value, nn.Parameter) and value.numel() == 1 and not value.is_meta:
-            self.initial_scale = value.item()
-        super().__setattr__(name, value)
 
     @property
     def num_classes(self) -> int:
@@ -169,10 +163,10 @@ class SampledSoftmaxLoss(nn.Module):
         return self.weight.shape[-1]
 
     def reset_parameters(self) -> None:
-        """Gaussian rows of about unit length; zero bias; a learned scale at its initial value.
+        """Gaussian rows of about unit length; zero bias; a learned scale at the module's initial value.
 
-        That of a parameter that was assigned to `scale` is the one it had then.
-        A sampler's tables are those of the frequencies it was given, class weights those that were given.
+        (Also one that was assigned since, as wrappers such as FSDP assign parameters of their own.) A
+        sampler's tables are those of the frequencies it was given, class weights those that were given.
         """
         with torch.no_grad():
             self.weight.normal_(std=self.embedding_dim**-0.5, generator=self._generator_of_rows())

@@ -25,6 +25,7 @@ CASE, LINEAR_CASE, IN_BATCH_CASE, _ = gpu.INTERPRETED_CASES
 # ---- whole runs --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_without_a_gpu_it_runs_interpreted_and_says_so(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(

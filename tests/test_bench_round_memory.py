@@ -5,6 +5,7 @@ from fedss_kernels.bench import round_memory
 from fedss_kernels.bench.peak_memory import CLEAR
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(
     not CLEAR.exists(),
     reason="a process resets its peak of memory by Linux' /proc/self/clear_refs, which is not there",

@@ -8,6 +8,7 @@ import pytest
 from fedss_kernels.bench.server import STAGES
 
 
+@pytest.mark.exhaustive
 def test_every_number_of_classes_is_measured_and_saved(tmp_path, monkeypatch):
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # pytest-benchmark, inside, times in no worker
     command = [sys.executable, "-m", "fedss_kernels.bench.server", "--rounds", "2"]

@@ -103,6 +103,7 @@ def operations(monkeypatch, crash_at: int | None) -> list[str]:
     return done
 
 
+@pytest.mark.exhaustive
 def test_a_crash_at_any_moment_of_a_checkpoint_hurts_nothing(tmp_path, undisturbed, monkeypatch):
     with monkeypatch.context() as patch:
         done = operations(patch, None)
@@ -151,6 +152,7 @@ def test_another_version_is_refused(stopped, monkeypatch):
         train(stopped, resume=True)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["state.safetensors", "checkpoint.json"])
 def test_a_flipped_bit_is_an_error_wherever_it_is(name, stopped):
     path = stopped / "checkpoint-000003" / name

@@ -57,6 +57,7 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit(stop_after, tmp_path):
     assert torch.equal(result.table[:], expected.table[:])
 
 
+@pytest.mark.exhaustive
 def test_killed_at_random_moments_runs_go_on_bit_for_bit(tmp_path):
     """Of both kinds of store; most kills hit a write, as the runs do little else."""
     script = Path(__file__).parent / "kill_and_resume.py"

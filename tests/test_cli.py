@@ -410,6 +410,7 @@ def test_a_whole_comparison(tmp_path, capsys):
     assert (out / "table.md").is_file() and (out / "pos_only-seed1" / "model.pt").is_file()
 
 
+@pytest.mark.exhaustive
 def test_an_encoding_without_the_tables_letters_loses_letters_and_no_results(tmp_path):
     command = [sys.executable, "-m", "fedss_kernels", "compare", *SMALL, "--rounds=1", "--methods=fedss"]
     command += ["--poison-rate=0.3"]  # nor is there a line for each answer that is left out

@@ -156,6 +156,7 @@ class Stop(Exception):
     pass
 
 
+@pytest.mark.exhaustive
 def test_a_comparison_that_is_stopped_goes_on_and_plays_nothing_twice(tmp_path):
     """Stopped while the second of three runs is between checkpoints; the third had not begun."""
     config = Config(**(SMALL | {"rounds": 6}), checkpoint_every=2, cache_dir=tmp_path / "cache")
@@ -203,6 +204,7 @@ def test_cases_are_methods_and_where_they_ask_for_negatives_counts():
     assert one.cases == [Case("fedss", None)] and one.runs(Path("out"), {})[0].num_negatives == 7
 
 
+@pytest.mark.exhaustive
 def test_each_case_has_the_best_of_the_rates(tmp_path):
     """One rate trains, the other is so small that nothing moves; resumed, no trial is played again."""
     options = SMALL | {"rounds": 40, "glyph_writers": 12, "warmup_rounds": 0}

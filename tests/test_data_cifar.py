@@ -324,6 +324,7 @@ def test_no_retrieval(tmp_path):
         read("cifar100", tmp_path, task="retrieval")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(
     not (DATA / "cifar10_jpeg.tar.xz").is_file(),
     reason=f"cifar10_jpeg.tar.xz is not in {DATA}; FEDSS_TEST_DATA names the folder above it",

@@ -19,6 +19,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.exhaustive
 def test_corpus(folder):
     """One test for all targets, as they share the objects of csrc/."""
     for target in TARGETS:

@@ -41,6 +41,7 @@ def left(given: str) -> float:
     return float(done.stdout)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc",
     reason="what is set is glibc's threshold; the malloc of this system has none, and nothing is set there",

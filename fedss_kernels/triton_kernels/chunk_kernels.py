@@ -285,6 +285,7 @@ def merge_terms(
     there = nth < row + rows
     found = store_losses_terms(kept, nth, counted, there, own, largest_other, largest, others, unit, B)
     tl.store(losses + nth, found, mask=there)
+    tl.store(kept + wide(B) * 6, tl.full((), 1.0, tl.float64))  # what is reduced writes its own
 
 
 # ---- pulls -------------------------------------------------------------------------------------------------

@@ -76,8 +76,9 @@ def sampled_softmax_loss(
         loss_i = -o(i, t) + logsumexp(o(i, t), o(i, j) for every j with class_ids_j != t)
         o(i, j) = scale * cos(input_i, weight_j) + bias_j - log_expected_count_j
 
-    The target is in the denominator exactly once, whether or not `class_ids` lists it; each copy of a
-    repeated class is a term of its own. With `class_ids=None` this is the full softmax.
+    The target is in the denominator exactly once, whether or not `class_ids` lists it (with labels: where the
+    entries that are the target have its label); each copy of a repeated class is a term of its own. With
+    `class_ids=None` this is the full softmax.
 
     Args:
         target_log_expected_count: what the target's own logit loses.
@@ -106,7 +107,9 @@ def sampled_softmax_loss(
             are not ignored (with smoothing too, where F.cross_entropy weights the mean's classes).
         return_lse: returns (loss, lse): lse_i = logsumexp(o(i, t), every o(i, j)), target's shape, 0 for an
             ignored row; both may be differentiated.
-        entry_labels, target_labels: entry j is left out of row i where entry_labels_j == target_labels_i.
+        entry_labels, target_labels: entry j is left out of row i where entry_labels_j == target_labels_i, and
+            there alone: labels stand for the class ids, so give both, and an entry that is a row's target
+            that row's label.
 
     Returns:
         float32, or float64 for a float64 `input`: a 0-d tensor, or target's shape for "none"; with

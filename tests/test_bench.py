@@ -34,6 +34,7 @@ def read(path) -> list[dict[str, str]]:
 # ---- whole runs --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_the_loss_is_checked_timed_printed_and_saved(tmp_path, capsys):
     names = ["ours", "eager", "lce", "mm", "ours_gather", "eager_gather_sparse", "dense"]
     argv = ["--shapes=5x7x8x20", f"--contenders={','.join(names)}", f"--out={tmp_path}"]
@@ -64,6 +65,7 @@ def test_the_loss_is_checked_timed_printed_and_saved(tmp_path, capsys):
     assert machine["threads"] == 1 and machine["copy_bytes"] > 0
 
 
+@pytest.mark.exhaustive
 def test_the_aggregator_is_checked_timed_printed_and_saved(tmp_path, capsys):
     argv = ["--shapes=50x8x20,6x4x9", f"--out={tmp_path}"]
     assert cli.main(["bench", "aggregator", *argv, *QUICKLY]) == 0

@@ -87,6 +87,7 @@ def test_margins_make_the_target_harder():
     assert losses["softmax"] < min(losses["CosFace"], losses["ArcFace"])
 
 
+@pytest.mark.exhaustive
 def test_every_setting_is_measured_once_and_read_after(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(margins, "load", lambda *_, **__: data)
     monkeypatch.setattr(margins, "RATES", (0.01, 0.001))

@@ -31,6 +31,7 @@ def test_the_training_alone_is_what_the_clients_do():
     torch.testing.assert_close(phi - trained, update.extractor, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.exhaustive
 def test_every_line_is_measured_and_saved(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # pytest-benchmark, inside, times in no worker
     Config(**SMALL).save(tmp_path / "config.json")

@@ -314,6 +314,7 @@ def test_a_store_that_went_on_with_another_copy_of_the_run_is_refused(tmp_path):
         train(tmp_path, resume=True)
 
 
+@pytest.mark.exhaustive
 def test_another_store_is_refused(tmp_path):
     with pytest.raises(Stopped):
         train(tmp_path, stop_after=3)

@@ -409,6 +409,7 @@ def _train_in_parallel(rank: int, world: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.exhaustive
 def test_data_parallel_averages_the_gradients(tmp_path):
     mp.spawn(_train_in_parallel, args=(2, tmp_path), nprocs=2)
     got = torch.load(tmp_path / "gradient.pt", weights_only=True)

@@ -27,8 +27,16 @@ def main() -> None:
     torch.set_num_threads(1)
     if "RANK" in os.environ:  # by torchrun
         dist.init_process_group("gloo")
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    learn(given.steps, given.batch)
+    if dist.is_initialized():
+        # DistributedDataParallel keeps the group's threads: let them finish before the interpreter goes. It
+        # has gone itself: its destructor may wait for a thread that waits for the interpreter.
+        dist.barrier()
+        dist.destroy_process_group()
 
+
+def learn(steps: int, batch: int) -> None:
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     data = load_glyphs(seed=0)
     net = build_model("conv4", 64, seed=0)
     if world > 1:
@@ -37,8 +45,8 @@ def main() -> None:
     criterion = ShardedSampledSoftmaxLoss(data.num_classes, 64, num_sampled=200, sparse_grad=True)
     optimizer = RowAdam([*net.parameters(), *criterion.parameters()], lr=0.003)
     batches = torch.Generator().manual_seed(1)  # the same on all ranks: each takes its part
-    for step in range(given.steps):
-        rows = torch.randint(len(data.images), (given.batch,), generator=batches)[rank::world]
+    for step in range(steps):
+        rows = torch.randint(len(data.images), (batch,), generator=batches)[rank::world]
         loss = criterion(net(data.images[rows] / 255.0), data.labels[rows])
         optimizer.zero_grad()
         loss.backward()
@@ -54,10 +62,6 @@ def main() -> None:
         dist.all_reduce(right)
     if rank == 0:
         print(f"top-1 over {data.num_classes} classes: {right.item() / len(data.test_labels):.3f}")
-    if world > 1:
-        # DistributedDataParallel keeps the group's threads: let them finish before the interpreter goes.
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import csv
 
+import pytest
 import torch
 from fedss_kernels.bench import rounds
 

@@ -496,18 +496,6 @@ def test_a_learned_scale_has_the_modules_dtype():
     assert criterion.scale.dtype is criterion.scale.grad.dtype is F64 and criterion.scale.grad != 0
 
 
-def test_a_scale_assigned_later_is_reset_to_what_it_was_then():
-    criterion = SampledSoftmaxLoss(12, 8, learn_scale=True)
-    criterion.reset_parameters()
-    assert criterion.scale == 20
-    for assigned in (torch.tensor([7.0]), torch.tensor(5.0)):
-        criterion.scale = torch.nn.Parameter(assigned.clone())
-        with torch.no_grad():
-            criterion.scale.mul_(3)  # trained
-        criterion.double().reset_parameters()
-        assert criterion.scale == assigned
-
-
 @pytest.mark.parametrize(
     "name, wrong", [("angular_margin", "big"), ("label_smoothing", 2), ("return_lse", 1)]
 )

@@ -236,6 +236,7 @@ def test_kernels_are_short():
             assert len(inspect.signature(function.fn).parameters) <= 24, name
 
 
+@pytest.mark.exhaustive
 def test_kernels_fit():
     """One target; every one is below."""
     check([*some("sm_90"), *unfused("sm_90")], "sm_90")

@@ -302,6 +302,7 @@ def test_a_scale_past_float32_takes_products_in_float64(similarity, scale):
     torch.testing.assert_close(found, expected.to(F32))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore:All-NaN slice encountered")  # numpy's, of the interpreter
 def test_rows_that_do_not_count_may_hold_anything():
     """Ignored ones, classes left out, rows with no upstream gradient: products read zeros there."""
@@ -369,6 +370,7 @@ def test_opcheck(reduction, wanted):
         torch.library.opcheck(OPS.sampled_softmax_loss_backward.default, backward)
 
 
+@pytest.mark.exhaustive
 def test_compiled_for_any_batch():
     """One compilation for all batches that are cut alike."""
     x, w, t, ids, counts = problem(B=40, C=60, D=33, S=20)

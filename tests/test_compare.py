@@ -112,6 +112,7 @@ def test_a_plan_that_cannot_be_is_refused(methods, seeds, message):
         Plan(Config(), methods, seeds)
 
 
+@pytest.mark.exhaustive
 def test_a_run_that_fails_leaves_the_others(tmp_path):
     """An earlier comparison is replaced, but one of its folders now holds something that is nobody's run."""
     out = tmp_path / "out"
@@ -268,6 +269,7 @@ def in_this_process(monkeypatch):
     monkeypatch.setattr(jobs, "write_run_report", lambda folder, run: (folder / "report.html").touch())
 
 
+@pytest.mark.exhaustive
 def test_a_rate_that_does_not_train_is_the_worst_and_the_rest_goes_on(tmp_path, in_this_process):
     """Resumed too, where it fails again; a method that trains at no rate is left out, with the reason."""
     config = Config(**SMALL, warmup_rounds=0, cache_dir=tmp_path / "cache")

@@ -130,6 +130,7 @@ def test_what_clients_keep_is_looked_at_and_where_it_is_in_a_store_nothing_is(
     assert f"expected a run with one model for all, got one of {method}" in capsys.readouterr().err
 
 
+@pytest.mark.exhaustive
 def test_runs_of_one_method_are_told_apart_and_of_other_data_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("FEDSS_CACHE", str(tmp_path / "cache"))
     small = ["--glyph-classes=6", "--glyph-writers=4", "--cohort=2", "--embedding-dim=8", "--rounds=1"]

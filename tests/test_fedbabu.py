@@ -34,7 +34,7 @@ def assert_same_bits(a: Result, b: Result) -> None:
         assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("method", FROZEN)
 def test_the_head_is_what_the_seed_gives_in_every_process(method, workers):
     result = train(method, rounds=5, workers=workers, seed=3)

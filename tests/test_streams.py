@@ -50,6 +50,7 @@ def test_output_that_is_lost_otherwise_is_told_and_stops_nothing(stdout_to, tmp_
     assert capfd.readouterr().err == "fedss run: its output could not be written: No space left on device\n"
 
 
+@pytest.mark.exhaustive
 def test_closed_streams_are_nowhere_and_not_the_next_file(tmp_path):
     """What is printed with file descriptors 1 and 2 free would go to the files that are opened next."""
     command = f"exec {sys.executable} -m fedss_kernels run {' '.join(SMALL)} --rounds=1 --out={tmp_path}/a"

@@ -95,6 +95,7 @@ def test_validation_can_be_asked_for(name, bad, monkeypatch):
         loss_by_triton(x, w, torch.zeros_like(t), torch.zeros_like(ids), counts * torch.nan)
 
 
+@pytest.mark.exhaustive
 def test_interpreting_is_asked_for_not_fallen_into():
     """Without the interpreter impl="triton" refuses CPU tensors, and says how to have it."""
     code = """

@@ -151,6 +151,7 @@ def test_an_error_in_the_middle_of_a_call_is_an_error_and_not_a_wait(monkeypatch
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.exhaustive
 def test_a_script_that_cannot_be_spawned_from_is_told_why(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
@@ -221,6 +222,7 @@ def free_port() -> int:
         return listening.getsockname()[1]
 
 
+@pytest.mark.exhaustive
 def test_torchrun_gives_the_workers(tmp_path):
     """The same command under torchrun and alone: the same results, written once."""
     options = ["--data", "glyphs", "--glyph-classes", "20", "--glyph-writers", "12", "--rounds", "2"]

@@ -1,6 +1,6 @@
 """A net whose trainable parameters are one vector, phi: what a client trains and the server averages."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import compress
 
 import torch
@@ -110,9 +110,14 @@ class Extractor:
     ) -> Tensor:  # (T, channels, H, W) uint8 -> (T, D)
         """By the blocks that are present; None: all."""
         self.module.eval()
-        batch_size = max(1, min(batch_size, EMBEDDED_NUMBERS // images[0].numel()))
-        embedded = [self._embedded(self.as_input(batch), present) for batch in images.split(batch_size)]
-        return torch.cat([part.to(CPU, torch.float32) for part in embedded])
+        return in_batches(lambda batch: self._embedded(self.as_input(batch), present), images, batch_size)
+
+
+def in_batches(make: Callable[[Tensor], Tensor], images: Tensor, batch_size: int) -> Tensor:
+    """What is made of images, of so many at a time or fewer where they are large: float32, in main memory."""
+    batch_size = max(1, min(batch_size, EMBEDDED_NUMBERS // images[0].numel()))
+    made = [make(batch) for batch in images.split(batch_size)]
+    return torch.cat([part.to(CPU, torch.float32) for part in made])
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from ..clients.augment import as_input
-from ..clients.extractor import CPU, EMBEDDED_NUMBERS, as_embeddings
+from ..clients.extractor import as_embeddings, in_batches
 from ..models.blocks import blocks_of
 
 Prepared = Callable[[Tensor], Tensor]  # uint8 images -> the net's input
@@ -74,9 +74,7 @@ def outputs(
 ) -> Tensor:  # (N, F) float32, in main memory
     """What a module makes of images, in batches, in eval mode."""
     module.eval()
-    batch_size = max(1, min(batch_size, EMBEDDED_NUMBERS // images[0].numel()))
-    made = [as_embeddings(module(prepared(batch))) for batch in images.split(batch_size)]
-    return torch.cat([part.to(CPU, torch.float32) for part in made])
+    return in_batches(lambda batch: as_embeddings(module(prepared(batch))), images, batch_size)
 
 
 def pool_of(net: nn.Module) -> nn.Module:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..clients.sgd import sgd_step
 from .half import Half
 from .latents import Latents
 from .rules import Rules
-from .sgd import sgd_step
 
 Way = Callable[[Tensor], Tensor]  # what becomes of numbers as they travel
 
@@ -121,8 +121,8 @@ class ClientHalves:
             gradient = gradient * len(self.clients)
         (found,) = torch.autograd.grad(graph.online, graph.weights, gradient)
         found = found if len(found) == len(graph.rows) else found[graph.rows]
-        step = lr, rules.client_momentum, rules.weight_decay
-        sgd_step(self.each_weights, found, self.each_velocity, *step)
+        step = lr, rules.client_momentum, self.each_velocity, rules.weight_decay
+        sgd_step(self.each_weights, found, *step)
 
     def synchronise(self, images: Sequence[int]) -> None:
         """C <- sum_k (n_k / n) C_k, of the cohort's clients, with n_k images each; and all C_k <- C."""

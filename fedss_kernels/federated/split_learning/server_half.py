@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..clients.sgd import sgd_step
 from .contrast import contrast
 from .half import Half
 from .key_queue import KeyQueue
 from .latents import Latents
 from .rules import Rules
-from .sgd import sgd_step
 
 
 class ServerHalf:
@@ -55,7 +55,7 @@ class ServerHalf:
         loss = self._loss(queries.view(rows), keys, clients)
         wanted = (weights,) if rules.frozen else (weights, h)
         gradient, *of_latents = torch.autograd.grad(loss, wanted)
-        sgd_step(self.weights, gradient, self.velocity, lr, rules.momentum, rules.weight_decay)
+        sgd_step(self.weights, gradient, lr, rules.momentum, self.velocity, rules.weight_decay)
         for queue, at in self._queues(clients):  # the first view's keys first
             queue.enqueue(keys[:, at].flip(0).flatten(0, 2))
         sent = of_latents[0] if of_latents else h.new_zeros(())

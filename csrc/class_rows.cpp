@@ -31,7 +31,8 @@ struct Entry {
   int64_t id, position;
 };
 
-// By id, then by position: the digits of the ids from the last to the first, each a stable counting sort.
+// By id, then by position: the digits of the ids from the last to the first, each a stable counting sort. Few ids have
+// short digits, as a sort passes over all values of a digit too.
 std::vector<Entry> sorted_entries(const std::vector<int64_t>& ids) {
   const int64_t n = int64_t(ids.size());
   std::vector<Entry> entries(n);
@@ -43,11 +44,11 @@ std::vector<Entry> sorted_entries(const std::vector<int64_t>& ids) {
     ascending = ascending && (i == 0 || ids[i - 1] <= ids[i]);
   }
   if (ascending) return entries;
-  constexpr int kDigit = 11;
+  const int width = n < 1000 ? 7 : 11;
   std::vector<Entry> other(n);
-  std::vector<int64_t> begin(1 << kDigit);
-  for (int shift = 0; bits >> shift; shift += kDigit) {
-    const auto digit = [shift](int64_t id) { return uint64_t(id) >> shift & ((1 << kDigit) - 1); };
+  std::vector<int64_t> begin(size_t(1) << width);
+  for (int shift = 0; shift < 64 && bits >> shift; shift += width) {
+    const auto digit = [&](int64_t id) { return uint64_t(id) >> shift & (begin.size() - 1); };
     std::fill(begin.begin(), begin.end(), 0);
     for (const Entry& entry : entries) ++begin[digit(entry.id)];
     int64_t sum = 0;
@@ -58,7 +59,6 @@ std::vector<Entry> sorted_entries(const std::vector<int64_t>& ids) {
     }
     for (const Entry& entry : entries) other[begin[digit(entry.id)]++] = entry;
     entries.swap(other);
-    if (shift + kDigit >= 64) break;
   }
   return entries;
 }
@@ -146,7 +146,8 @@ void ClassRows::merge(const SampledSoftmax& p, const std::vector<int64_t>& class
   std::vector<Entry> listed = sorted_entries(class_ids);
   const std::vector<Entry> wanted = sorted_entries(targets);
   const std::vector<int64_t> labels = copied_ids(p.entry_labels);
-  const auto label = [&](const Entry& entry) { return p.entry_labels ? labels[entry.position] : entry.id; };
+  const bool labelled = has_labels(p), given = bool(p.entry_labels);
+  const auto label = [&](const Entry& entry) { return given ? labels[entry.position] : entry.id; };
   target_slot.resize(targets.size()), target_column.resize(targets.size());
   const size_t most = listed.size() + wanted.size();
   ids_.reserve(most), column_slot_.reserve(listed.size()), log_count_.reserve(listed.size());
@@ -155,24 +156,26 @@ void ClassRows::merge(const SampledSoftmax& p, const std::vector<int64_t>& class
         next_wanted == wanted.size() || (next < listed.size() && listed[next].id <= wanted[next_wanted].id);
     const int64_t id = from_list ? listed[next].id : wanted[next_wanted].id, slot = int64_t(ids_.size());
     const bool is_target = next_wanted < wanted.size() && wanted[next_wanted].id == id;
-    int64_t column = -1;
-    auto begin = listed.begin() + next;
+    const auto begin = listed.begin() + next;
     while (next < listed.size() && listed[next].id == id) ++next;
     const auto end = listed.begin() + next;
-    if (p.entry_labels) {
+    const int64_t columns = int64_t(log_count_.size());
+    const auto add_column = [&](const Entry* first, const Entry* last) {
+      const double log_count = merged_log_count(p.log_expected_count, first, last);
+      if (log_count == kInf) return;
+      log_count_.push_back(log_count), column_slot_.push_back(int64_t(ids_.size())), ids_.push_back(id);
+      if (labelled) column_label.push_back(label(*first));
+    };
+    if (!given && begin != end) add_column(&*begin, &*begin + (end - begin));
+    if (given) {  // a column for each label
       std::stable_sort(begin, end, [&](const Entry& a, const Entry& b) { return label(a) < label(b); });
-    }
-    while (begin != end) {  // a column for each label
-      const auto same = [&](const Entry& entry) { return !p.entry_labels || label(entry) == label(*begin); };
-      const auto next_label = std::find_if_not(begin, end, same);
-      const double log_count = merged_log_count(p.log_expected_count, &*begin, &*begin + (next_label - begin));
-      if (log_count < kInf) {
-        if (column < 0) column = int64_t(log_count_.size());
-        log_count_.push_back(log_count), column_slot_.push_back(int64_t(ids_.size())), ids_.push_back(id);
-        if (has_labels(p)) column_label.push_back(label(*begin));
+      for (auto first = begin; first != end;) {
+        const auto last = std::find_if_not(first, end, [&](const Entry& e) { return label(e) == label(*first); });
+        add_column(&*first, &*first + (last - first));
+        first = last;
       }
-      begin = next_label;
     }
+    const int64_t column = int64_t(log_count_.size()) > columns ? columns : -1;
     if (column < 0 && is_target) ids_.push_back(id);
     for (; next_wanted < wanted.size() && wanted[next_wanted].id == id; ++next_wanted) {
       target_slot[wanted[next_wanted].position] = slot;

@@ -10,7 +10,16 @@ import math
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, strided
+from torch._C import (
+    _get_tracing_state,
+    _is_any_autocast_enabled,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
+from torch._C._functorch import peek_interpreter_stack
+from torch.compiler import is_compiling
+from torch.nn import Parameter
 
 from .direct_triton import direct_triton_loss
 from .loss_operator import (
@@ -71,14 +80,14 @@ def direct_loss(
     if (
         impl not in ("auto", "cpp")
         or not input.is_cpu
-        or (torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled("cpu"))
+        or (_is_any_autocast_enabled() and torch.is_autocast_enabled("cpu"))
         or (isinstance(scale, Tensor) and not scale.is_cpu)
     ):
         return None
     learned = None
     if isinstance(scale, Tensor):
         learned, scale = scale, scale.item()
-    if torch.is_grad_enabled() and (
+    if is_grad_enabled() and (
         input.requires_grad
         or weight.requires_grad
         or (bias is not None and bias.requires_grad)
@@ -96,19 +105,19 @@ _NOTHING = [False] * 4
 
 def plain_eager() -> bool:
     return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._len_torch_function_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
+        not is_compiling()
+        and _len_torch_dispatch_stack() == 0
+        and _len_torch_function_stack() == 0
+        and peek_interpreter_stack() is None
+        and _get_tracing_state() is None
         and forward_ad._current_level < 0
     )
 
 
 def ordinary(tensor: Tensor) -> bool:
     return (
-        (type(tensor) is Tensor or type(tensor) is nn.Parameter)
-        and tensor.layout is torch.strided
+        (type(tensor) is Tensor or type(tensor) is Parameter)
+        and tensor.layout is strided
         and not tensor.is_neg()
     )
 
@@ -116,7 +125,7 @@ def ordinary(tensor: Tensor) -> bool:
 def _constant(tensor: Tensor) -> bool:
     return (
         type(tensor) is Tensor
-        and tensor.layout is torch.strided
+        and tensor.layout is strided
         and not tensor.requires_grad
         and not tensor.is_neg()
     )
@@ -159,7 +168,7 @@ class _Loss(torch.autograd.Function):
         refuse_batches(grad_loss)
         options, sparse_grad, wanted, touched, dense = ctx.rest
         made, ctx.made = ctx.made, None  # handed on; a second backward makes them again
-        grad_mode = torch.is_grad_enabled()
+        grad_mode = is_grad_enabled()
         if dense and made is not None and not grad_mode and math.isfinite(upstream := grad_loss.item()):
             if upstream == 1 and input.dtype is weight.dtype is grad_loss.dtype:
                 return made.input, made.rows, None, None, None

@@ -359,7 +359,9 @@ def finish_gradients(
         rows = (grad_loss / count).expand(len(p.input))
         (_, made, touched), upstream = run(p._replace(reduction="none"), needed, rows), None
         owned = True
-    elif made is None or any(need and not was for need, was in zip(needed, p.wanted, strict=True)):
+    elif made is None or (
+        needed != p.wanted and any(need and not was for need, was in zip(needed, p.wanted, strict=True))
+    ):
         (_, made, touched), owned = run(p, needed), True
     return [
         finish(made.input, upstream, p.input, owned) if needed[0] else None,

@@ -138,7 +138,7 @@ def sampled_softmax_loss(
         scale = as_float(scale)
     if type(ignore_index) is not int:
         ignore_index = as_integer(ignore_index)
-    if sparse_grad is True and isinstance(weight, Tensor) and not torch.compiler.is_compiling():
+    if sparse_grad is True and isinstance(weight, Tensor) and weight.grad_fn is not None:
         check_takes_sparse(weight)
     plain = (
         type(angular_margin) is type(cosine_margin) is type(label_smoothing) is float

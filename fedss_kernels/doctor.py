@@ -26,6 +26,7 @@ EXTRAS = {
         ("safetensors", "safetensors"),
     ),
     "vision": (("torchvision", "torchvision"),),
+    "dp": (("dp_accounting", "dp-accounting"),),
     "bench": (("pytest", "pytest"), ("pytest_benchmark", "pytest-benchmark")),
 }
 

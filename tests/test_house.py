@@ -26,7 +26,7 @@ FLOORS = (
     ("data", "models"),
     ("messages", "surroundings"),
     ("algorithms",),
-    ("config", "defaults", "idle_settings", "learning_rate"),
+    ("clashes", "config", "defaults", "idle_settings", "learning_rate", "privacy_budget"),
     ("cohort", "files"),
     ("plan",),
     ("clients",),

@@ -11,7 +11,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,20 +19,18 @@ from typing import Any
 import numpy as np
 
 from .algorithms import METHODS
+from .algorithms.method import SHARED, STICKY
 from .algorithms.mocosfl import CLIENT_GRADIENTS, MOMENTUM_COPIES, SYMMETRIC, VELOCITIES
+from .clashes import clashes
 from .config_error import ConfigError, raise_together
 from .data import DATASETS, PARTITIONS, TASKS
 from .defaults import FITTED, LINEAR, OWN, PRESETS, preset
 from .disk import write_whole
 from .ledger import WIRE_DTYPES
 from .models import MODELS, family_of
-from .models.bottleneck import Bottleneck
-from .secure_sums import MOST_CLIENTS
 
 MAX_NORM = 1000.0
 LARGEST = 3e38  # that float32 holds, about
-STICKY = {"fresh": 0.0, "sticky": 1.0, "mixed": 0.5}  # the share of its negatives that a client keeps
-SHARED = "shared"  # negatives that all clients of a cohort have
 
 PRESET = None  # the default of an option that defaults.py decides
 
@@ -305,6 +303,18 @@ class Config:
         choices=lambda: ("mean", "median", "trimmed_mean"),
     )
     trim: float = option(0.1, "share that trimmed_mean leaves out at either end", low=0, below=0.5)
+    noise_multiplier: float = option(
+        0.0,
+        "for differential privacy: standard deviation, in clip_norms, of the noise on the sum of the "
+        "clients' changes, which then all weigh the same",
+        low=0,
+    )
+    delta: float | None = option(
+        None,
+        "of differential privacy: the chance that epsilon does not hold, none: 1 / N^1.1, N clients",
+        above=0,
+        below=1,
+    )
     poison_rate: float = option(
         0.0, "share of the answers that are rubbish, to try the server's checks", low=0, below=1
     )
@@ -391,56 +401,7 @@ class Config:
         usual = preset(self.data, self.method)["warmup_rounds"]
         if self.warmup_rounds is None and usual is not FITTED:
             object.__setattr__(self, "warmup_rounds", min(usual, self.rounds // 10))
-        raise_together(self._clashes())
-
-    def _clashes(self) -> Iterator[ConfigError]:
-        """Options that cannot be beside others."""
-        method = METHODS[self.method]
-        if self.cohort is not None and self.min_clients > self.cohort:
-            yield ConfigError(
-                "min_clients", f"expected at most {self.cohort}, the cohort, got {self.min_clients}"
-            )
-        if method.spreads and self.similarity != "cosine":
-            yield ConfigError(
-                "similarity",
-                f"expected cosine with {self.method}, whose server turns rows apart, got {self.similarity!r}",
-            )
-        if not method.stores and self.class_store is not None:
-            yield no_store([self.method], self.class_store)
-        if method.rowless and self.personalise_epochs:
-            expected = f"expected 0 with {self.method}, which has no class rows to name a class by"
-            yield ConfigError("personalise_epochs", f"{expected}, got {self.personalise_epochs}")
-        if method.contrastive and self.batch_size == 1:
-            expected = (
-                f"expected at least 2 with {self.method}, as an image alone has no other to be told from"
-            )
-            yield ConfigError("batch_size", f"{expected}, got 1")
-        if self.shares:
-            yield from self._clashes_with_sums()
-        elif self.negatives == SHARED and "negatives" in method.options:
-            expected = f"expected one of {', '.join(STICKY)} with {self.method}"
-            yield ConfigError("negatives", f"{expected}, got {SHARED!r}")
-        if method.split and self.bottleneck is not None:
-            try:
-                Bottleneck.read(self.bottleneck)
-            except ValueError as error:
-                yield ConfigError("bottleneck", str(error).removeprefix("bottleneck: "))
-        if method.split and self.half_checkpoint is not None and not self.freeze_clients:
-            expected = "expected freeze_clients with it, as what clients' blocks resist is lost in training"
-            yield ConfigError("half_checkpoint", f"{expected}, got {self.half_checkpoint}")
-        if method.split and self.workers > 1:
-            expected = f"expected 1 with {self.method}, whose clients and server step together in one process"
-            yield ConfigError("workers", f"{expected}, got {self.workers}")
-
-    def _clashes_with_sums(self) -> Iterator[ConfigError]:
-        """Where the server sees sums alone, of at most MOST_CLIENTS terms of integers."""
-        for name, expected in (("aggregation", "mean"), ("poison_rate", 0), ("wire_dtype", "float32")):
-            if (got := getattr(self, name)) != expected:
-                words = f"expected {expected} with {SHARED} negatives, whose changes go into a secure sum"
-                yield ConfigError(name, f"{words}, got {got}")
-        if self.cohort is not None and self.cohort > MOST_CLIENTS:
-            words = f"expected at most {MOST_CLIENTS:,} with {SHARED} negatives, whom a secure sum holds"
-            yield ConfigError("cohort", f"{words}, got {self.cohort:,}")
+        raise_together(clashes(self))
 
     @property
     def shares(self) -> bool:
@@ -502,18 +463,6 @@ class Config:
     @classmethod
     def load(cls, path: Path) -> "Config":
         return cls.from_dict(read_options(path), path)
-
-
-def no_store(methods: Sequence[str], got: Path) -> ConfigError:
-    return ConfigError("class_store", f"expected none with {storeless(methods)}, got {got}")
-
-
-def storeless(methods: Sequence[str]) -> str:
-    """Of methods without a class store: why there is none."""
-    drawn = [name for name in methods if not METHODS[name].rowless]
-    without = [name for name in methods if METHODS[name].rowless]
-    reasons = (drawn, "whose class rows are drawn where they are needed"), (without, "without class rows")
-    return ", and ".join(f"{', '.join(names)}, {why}" for names, why in reasons if names)
 
 
 def read_options(path: Path) -> dict[str, Any]:

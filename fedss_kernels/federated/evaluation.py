@@ -13,6 +13,7 @@ from .fine_tuning import Tuning, check_measurable, personalise
 from .fine_tuning import measures as personal_measures
 from .measures import BY_TASK, OF_FEATURES, Measures
 from .metrics import retrieval, top1
+from .privacy_budget import EPSILON
 from .probes.features import depth_of
 from .probes.of_a_run import at_the_end, before_training, while_training
 from .server.kept_by_clients import Homes
@@ -29,6 +30,15 @@ _PERSONAL = {  # a measure of a run -> what fine_tuning calls it
 
 def measures_of(config: Config, data: FederatedData) -> Measures:
     """Those of a run, and which is the one it is judged by."""
+    measures = _of_accuracy(config, data)
+    if not config.noise_multiplier:
+        return measures
+    name = (EPSILON.name,)
+    lists = measures.names + name, measures.headline, measures.shown + name, measures.told + name
+    return Measures(*lists)
+
+
+def _of_accuracy(config: Config, data: FederatedData) -> Measures:
     measures = BY_TASK[data.task]
     if METHODS[config.method].contrastive:
         return OF_FEATURES[data.task]

@@ -22,10 +22,12 @@ from .files.run_folder import RunFolder
 from .learning_rate import learning_rate
 from .ledger import Entry
 from .messages import Request
+from .privacy_budget import EPSILON, check, epsilon
 from .randomness import NO_CLIENT, Purpose, generator
 from .server.class_store import ClassStore
 from .server.from_config import optimizer, statistic
 from .server.frozen_copies import FrozenCopies
+from .server.gaussian import noisy
 from .server.inspection import Inspection, reasons
 from .server.kept_by_clients import Homes
 from .server.mean import PseudoGradient
@@ -46,6 +48,8 @@ class Simulation:
     """A run's state, which is the server's, and everything that is made once."""
 
     def __init__(self, config: Config, player: Player, workers: int = 1, store: ClassStore | None = None):
+        if config.noise_multiplier:
+            check()
         data = player.data
         self.config, self.data, self.player, self.method = config, data, player, player.method
         self.rounds = 0  # that are done
@@ -62,6 +66,7 @@ class Simulation:
             denominator=config.denominator,
             blocks=player.extractor.block_sizes,
             statistic=statistic(config),
+            clients=config.cohort if config.noise_multiplier else None,
             store=None if self.method.personal else store,
         )
         self.store, self.homes = store, None
@@ -83,8 +88,9 @@ class Simulation:
             config.row_dim,
             max_examples=player.most_images,
             max_norm=config.max_norm,
-            # what goes into a secure sum its client alone can look at
-            max_norm_ratio=math.inf if config.shares else config.max_norm_ratio,
+            # What goes into a secure sum its client alone can look at; with noise no answer may decide on
+            # another.
+            max_norm_ratio=math.inf if config.shares or config.noise_multiplier else config.max_norm_ratio,
             largest=secure_sums.RANGE if config.shares else math.inf,
         )
 
@@ -185,13 +191,29 @@ class Simulation:
             self.server,
             asked,
             {k: self.player.num_images(k) for k in asked},
-            None if inside or (config.trust_updates and not config.shares) else inspection,
+            inspection if self._looks else None,
             clip_norm=None if inside else config.clip_norm,
             keeps=self.server.statistic is not None or config.poison_rate > 0,
         )
 
+    @property
+    def _looks(self) -> bool:
+        """Whether answers are looked at before they count."""
+        config = self.config
+        return not self.method.pooled and bool(
+            config.shares or config.noise_multiplier or not config.trust_updates
+        )
+
     def _gradient(self, round: int, attempt: int, tally: Tally) -> PseudoGradient:
-        """Of the answers that count."""
+        """Of the answers that count, with noise where there is to be some."""
+        gradient, config = self._mean(round, attempt, tally), self.config
+        if not config.noise_multiplier:
+            return gradient
+        assert config.clip_norm is not None  # or it were refused
+        rng = generator(config.seed, round, attempt, NO_CLIENT, Purpose.PRIVACY_NOISE)
+        return noisy(gradient, config.noise_multiplier * config.clip_norm / config.cohort, rng)
+
+    def _mean(self, round: int, attempt: int, tally: Tally) -> PseudoGradient:
         with self.watch("aggregation"):
             gradient = tally.gradient()
         if gradient is not None:
@@ -211,6 +233,8 @@ class Simulation:
             found = self.evaluation.own(phi, self.homes, round, finite=finite)
         else:
             found = self.evaluation.shared(phi, weight, round, finite=finite, last=last)
+        if self.config.noise_multiplier:
+            found |= {EPSILON.name: epsilon(self.config, len(self.data.clients), self.rounds)}
         if last and finite and self.config.personalise_epochs:
             found |= self.evaluation.personal(phi, weight, self.homes, self.on_tuned)
         return found

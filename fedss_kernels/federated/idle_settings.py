@@ -69,6 +69,13 @@ RULES: tuple[Rule, ...] = (
         "the server sees no client's changes, but their sum",
         lambda c: c.shares,
     ),
+    (
+        ("trust_updates", "max_norm_ratio"),
+        "with noise each answer is looked at by itself",
+        lambda c: c.noise_multiplier > 0,
+    ),
+    (("denominator",), "with noise all clients weigh the same", lambda c: c.noise_multiplier > 0),
+    (("delta",), "noise_multiplier is 0", lambda c: c.noise_multiplier == 0),
     (("denominator",), "all of a cohort have the same class rows", lambda c: c.shares),
     (("min_holders",), "negatives are not shared", lambda c: METHODS[c.method].common and not c.shares),
     (("frozen", "depth_budget", "projection"), "there is one stage", lambda c: c.stages == 1),
@@ -108,7 +115,11 @@ RULES: tuple[Rule, ...] = (
     ),
     (("workers",), "the method has no clients to share", lambda c: METHODS[c.method].pooled),
     (("latency_spread",), "there is no deadline", lambda c: c.deadline is None),
-    (("max_norm", "max_norm_ratio"), "trust_updates is set", lambda c: c.trust_updates and not c.shares),
+    (
+        ("max_norm", "max_norm_ratio"),
+        "trust_updates is set",
+        lambda c: c.trust_updates and not c.shares and not c.noise_multiplier,
+    ),
     (
         ("clip_norm",),
         "answers of a norm over max_norm are left out before",

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from .algorithms import METHODS
-from .config import Config, ConfigError, did_you_mean, no_store, read_options
+from .clashes import no_store
+from .config import Config, ConfigError, did_you_mean, read_options
 from .config_error import raise_together
 from .disk import write_whole
 from .files.checkpoint import CheckpointError, differences

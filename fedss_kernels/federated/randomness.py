@@ -29,6 +29,7 @@ class Purpose(IntEnum):
     PROJECTION = 12  # a projection head as it begins
     COMMON_NEGATIVES = 14  # those that all clients of a cohort have
     SECURE_SUM = 15  # how what a client adds to a sum is rounded
+    PRIVACY_NOISE = 16  # on the sum of the clients' changes
     DEPTH = 13  # the frozen blocks that a client does without
     BOTTLENECK = 40  # the layers at a narrow cut
     HARDEN = 41  # what a server knows that prepares a half, and whom it trains against

@@ -5,11 +5,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..messages import Request
 from .parts import Part, Parts, Pass, all_at_once, all_travel
 from .schedule import Always, ByRound, Schedule, Settings
+
+STICKY = {"fresh": 0.0, "sticky": 1.0, "mixed": 0.5}  # the share of its negatives that a client keeps
+SHARED = "shared"  # negatives that all clients of a cohort have
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,12 @@ class Method:
     def rowless(self) -> bool:
         """Whether there are no class rows."""
         return self.rows is Part.ABSENT
+
+    @property
+    def tells(self) -> bool:
+        """Whether the rows that a client asks for and sends depend on the classes that it holds."""
+        one, none = torch.tensor([0]), torch.tensor([], dtype=torch.int64)
+        return self.rows is Part.TRAINED and len(self.request(2, one, none, "none").class_ids) < 2
 
     @cached_property
     def alone(self) -> bool:

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..clashes import storeless
 from ..config import (
     Config,
     ConfigError,
-    storeless,
 )
 from ..disk import reason
 from ..fedavg_round import TooFewClients

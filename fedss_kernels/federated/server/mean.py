@@ -45,8 +45,9 @@ class Holders:
 class Mean:
     """g = sum_k (n_k / n) update_k, in the order of `add`, so the bits depend on nothing else."""
 
-    def __init__(self, holders: Holders):
-        self.holders = holders
+    def __init__(self, holders: Holders, clients: int | None = None):
+        """clients: each update weighs 1 / clients, whatever its images; None: by these."""
+        self.holders, self.clients = holders, clients
         self._sum: PseudoGradient | None = None
 
     def add(self, update: Update) -> None:
@@ -55,9 +56,10 @@ class Mean:
         if self._sum is None:
             rows = torch.zeros(len(holders.class_ids), update.rows.shape[1], dtype=torch.float32)
             self._sum = PseudoGradient(holders.class_ids, rows, torch.zeros_like(update.extractor))
-        share = torch.tensor([update.num_examples / holders.total], dtype=torch.float32)
+        weight = 1 / self.clients if self.clients else update.num_examples / holders.total
+        share = torch.tensor([weight], dtype=torch.float32)
         of_rows = share.expand(len(places))
-        if holders.n is not None:
+        if holders.n is not None and not self.clients:
             of_rows = (update.num_examples / holders.n[places]).to(torch.float32)
         _scatter_add(self._sum.rows, places, update.rows, of_rows)
         _scatter_add(self._sum.extractor[None], _FIRST, update.extractor[None], share)

@@ -31,9 +31,10 @@ class Server:
         blocks: Sequence[int] | None = None,  # sizes of the blocks of phi, in order; None: it is one
         denominator: str = "cohort",
         statistic: Statistic | None = None,  # of each number over the clients, unweighted; None: their mean
+        clients: int | None = None,  # each counts as one of so many; None: by its images
         store: ClassStore | None = None,  # where W is; None: in memory
     ):
-        self.denominator, self.statistic = denominator, statistic
+        self.denominator, self.statistic, self.clients = denominator, statistic, clients
         self.weight = RowTable(num_classes, embedding_dim, optimizer, initial_rows, store)
         self._net = Net(extractor, optimizer, [len(extractor)] if blocks is None else blocks)
 
@@ -67,9 +68,9 @@ class Server:
         """For updates of these class rows, (S,) each, and of so many images: their average, to be added up.
 
         An update weighs n_k / n, n = sum n_k over the updates; for class rows and `denominator="holders"`, n
-        is the sum over the updates that hold the row.
+        is the sum over the updates that hold the row. Where `clients` are alike: 1 / clients.
         """
-        return Mean(Holders(held, counts, self.denominator))
+        return Mean(Holders(held, counts, self.denominator), self.clients)
 
     def aggregate(self, updates: Sequence[Update]) -> PseudoGradient:
         """g of the updates: their mean, in their order, or their robust statistic.

@@ -1,0 +1,91 @@
+"""Options of a run that cannot be beside others."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from .algorithms import METHODS
+from .algorithms.method import SHARED, STICKY
+from .config_error import ConfigError
+from .models.bottleneck import Bottleneck
+from .secure_sums import MOST_CLIENTS
+
+
+def clashes(config: Any) -> Iterator[ConfigError]:
+    """Of a Config."""
+    method = METHODS[config.method]
+    if config.cohort is not None and config.min_clients > config.cohort:
+        yield ConfigError(
+            "min_clients", f"expected at most {config.cohort}, the cohort, got {config.min_clients}"
+        )
+    if method.spreads and config.similarity != "cosine":
+        yield ConfigError(
+            "similarity",
+            f"expected cosine with {config.method}, whose server turns rows apart, got {config.similarity!r}",
+        )
+    if not method.stores and config.class_store is not None:
+        yield no_store([config.method], config.class_store)
+    if method.rowless and config.personalise_epochs:
+        expected = f"expected 0 with {config.method}, which has no class rows to name a class by"
+        yield ConfigError("personalise_epochs", f"{expected}, got {config.personalise_epochs}")
+    if method.contrastive and config.batch_size == 1:
+        expected = f"expected at least 2 with {config.method}, as an image alone has no other to be told from"
+        yield ConfigError("batch_size", f"{expected}, got 1")
+    if config.shares:
+        yield from _with_sums(config)
+    elif config.negatives == SHARED and "negatives" in method.options:
+        expected = f"expected one of {', '.join(STICKY)} with {config.method}"
+        yield ConfigError("negatives", f"{expected}, got {SHARED!r}")
+    if config.noise_multiplier:
+        yield from _with_noise(config)
+    if method.split and config.bottleneck is not None:
+        try:
+            Bottleneck.read(config.bottleneck)
+        except ValueError as error:
+            yield ConfigError("bottleneck", str(error).removeprefix("bottleneck: "))
+    if method.split and config.half_checkpoint is not None and not config.freeze_clients:
+        expected = "expected freeze_clients with it, as what clients' blocks resist is lost in training"
+        yield ConfigError("half_checkpoint", f"{expected}, got {config.half_checkpoint}")
+    if method.split and config.workers > 1:
+        expected = f"expected 1 with {config.method}, whose clients and server step together in one process"
+        yield ConfigError("workers", f"{expected}, got {config.workers}")
+
+
+def _with_sums(config: Any) -> Iterator[ConfigError]:
+    """Where the server sees sums alone, of at most MOST_CLIENTS terms of integers."""
+    for name, expected in (("aggregation", "mean"), ("poison_rate", 0), ("wire_dtype", "float32")):
+        if (got := getattr(config, name)) != expected:
+            words = f"expected {expected} with {SHARED} negatives, whose changes go into a secure sum"
+            yield ConfigError(name, f"{words}, got {got}")
+    if config.cohort is not None and config.cohort > MOST_CLIENTS:
+        words = f"expected at most {MOST_CLIENTS:,} with {SHARED} negatives, whom a secure sum holds"
+        yield ConfigError("cohort", f"{words}, got {config.cohort:,}")
+
+
+def _with_noise(config: Any) -> Iterator[ConfigError]:
+    """What would claim more privacy than there is."""
+    method = METHODS[config.method]
+    if method.pooled or method.alone or method.split:
+        why = f"expected 0 with {config.method}, whose clients send no changes to be averaged"
+    elif method.tells:
+        why = f"expected 0 with {config.method}, whose clients tell by the rows they ask for what they hold"
+    else:
+        why = ""
+    if why:
+        yield ConfigError("noise_multiplier", f"{why}, got {config.noise_multiplier:g}")
+    elif config.clip_norm is None:
+        yield ConfigError("clip_norm", "expected a number with noise, which hides changes up to it, got none")
+    if config.aggregation != "mean":
+        yield ConfigError("aggregation", f"expected mean with noise, got {config.aggregation}")
+
+
+def no_store(methods: Sequence[str], got: Path) -> ConfigError:
+    return ConfigError("class_store", f"expected none with {storeless(methods)}, got {got}")
+
+
+def storeless(methods: Sequence[str]) -> str:
+    """Of methods without a class store: why there is none."""
+    drawn = [name for name in methods if not METHODS[name].rowless]
+    without = [name for name in methods if METHODS[name].rowless]
+    reasons = (drawn, "whose class rows are drawn where they are needed"), (without, "without class rows")
+    return ", and ".join(f"{', '.join(names)}, {why}" for names, why in reasons if names)

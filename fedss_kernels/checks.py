@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -69,6 +70,13 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
+def unwrapped(values: Tensor) -> Tensor:
+    """(n,) numbers to look at: inside torch.vmap and torch.func.grad those of all problems."""
+    while is_functorch_wrapped_tensor(values):
+        values = get_unwrapped(values)
+    return values.reshape(-1)
+
+
 def single_item(value: Any) -> Any:
     """What a tensor or an array of one element holds; else `value`."""
     held = isinstance(value, (Tensor, np.ndarray)) and math.prod(value.shape) == 1
@@ -102,6 +110,18 @@ def check_ignore_index(ignore_index: Any) -> int:
     if type(ignore_index) is not int or not -(2**63) <= ignore_index < 2**63:
         raise TypeError(f"ignore_index: expected a 64-bit integer, got {ignore_index!r}")
     return ignore_index
+
+
+def check_ids(name: str, ids: Tensor, C: int, ignore_index: int | None) -> None:
+    """Raises IndexError for an id that is no class, by its place and value. Waits for the device."""
+    ids = unwrapped(ids)
+    bad = (ids < 0) | (ids >= C)
+    if ignore_index is not None:
+        bad &= ids != ignore_index
+    if bad.any():
+        i = int(bad.nonzero()[0, 0])
+        also = "" if ignore_index is None else f" or ignore_index {ignore_index}"
+        raise IndexError(f"{name}[{i}] = {int(ids[i])}, expected a class in [0, {C}){also}")
 
 
 def as_number(

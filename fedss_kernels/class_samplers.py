@@ -54,7 +54,7 @@ class FrequencySampler(nn.Module):
     a power that is no finite number of at least 0.
 
     >>> sampler = FrequencySampler(torch.tensor([1, 1, 2]), power=1.0)
-    >>> sampler.draw(torch.arange(12) * (UNIFORM // 12))[1].exp().unique()
+    >>> sampler.draw(torch.arange(12) * (2**62 // 12))[1].exp().unique()
     tensor([0.2500, 0.5000], dtype=torch.float64)
     """
 
@@ -83,9 +83,9 @@ class FrequencySampler(nn.Module):
 
     def draw(
         self,
-        uniform: Tensor,  # (m,) int64 in [0, UNIFORM)
+        uniform: Tensor,  # (m,) int64 in [0, 2**62), as of torch.randint(2**62, (m,))
     ) -> tuple[Tensor, Tensor]:
-        """(classes (m,) int64, log probability of each (m,) float64)."""
+        """(classes (m,) int64, log probability of each (m,) float64), on the tables' device."""
         C = self.kept.shape[0]
         coins = UNIFORM // C
         cell, coin = uniform % C, (uniform // C).clamp(max=coins - 1)

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import check_choice, check_ignore_index, check_integer, check_tensor
+from .checks import check_choice, check_ids, check_ignore_index, check_integer, check_tensor
 from .class_samplers import UNIFORM, FrequencySampler, draw_log_uniform
+from .direct_route import plain_eager
 from .operator_names import named_by_schema
 
 
@@ -129,8 +130,24 @@ def draw_batch_class_set(
     the backward pass is refused (RuntimeError): what torch.utils.checkpoint runs again would draw others, as
     it restores the state of torch's default generators only. Raises TypeError and ValueError for a target
     that is no (B,) int64 tensor, num_classes < 1, num_sampled < 0, an ignore_index that is no integer, an
-    unknown sampler or one of another number of classes.
+    unknown sampler or one of another number of classes; on the CPU IndexError for a target that is no class.
     """
+    check_tensor("target", target, (torch.int64,))
+    if target.is_cpu and plain_eager():
+        classes = check_integer("num_classes", num_classes, 1)
+        check_ids("target", target, classes, check_ignore_index(ignore_index))
+    return batch_class_set(target, num_classes, num_sampled, generator, ignore_index, sampler)
+
+
+def batch_class_set(
+    target: Tensor,
+    num_classes: int,
+    num_sampled: int,
+    generator: "torch.Generator | GeneratorHandle | None",
+    ignore_index: int,
+    sampler: str | FrequencySampler,
+) -> tuple[Tensor, Tensor]:
+    """`draw_batch_class_set` of targets that somebody else looks at, as the loss does."""
     check_tensor("target", target, (torch.int64,))
     if target.dim() != 1:
         raise ValueError(f"target: expected shape (B,), got {tuple(target.shape)}")

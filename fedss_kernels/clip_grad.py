@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .checks import as_number
-from .sparse_rows import is_listed_once, runs_of_entries, summed_values
+from .sparse_rows import has_16_bits, is_listed_once, runs_of_entries, summed_values
 
 
 @torch.no_grad()
@@ -99,13 +99,22 @@ def total_norm(
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
+    wide: bool = False,
 ) -> Tensor:
-    """The norm of all gradients as one vector, a tensor without dimensions."""
+    """The norm of all gradients as one vector, a tensor without dimensions.
+
+    wide: of a dense gradient of 16 bits in float32, which holds any; torch's is of 16 bits.
+    """
     order = math.inf if norm_type in ("inf", math.inf) else as_number("norm_type", norm_type)
     if order <= 0:
         raise ValueError(f"norm_type: expected a number above 0, got {norm_type}")
     summed = [summed_values(grad) if grad.is_sparse else grad for grad in gradients]
     listed = [values for values in summed if values.numel()]  # infinity is no norm of nothing
+    if wide:
+        listed = [
+            torch.linalg.vector_norm(values, order, dtype=torch.float32) if has_16_bits(values) else values
+            for values in listed
+        ]
     sharded = [values for values in listed if hasattr(values, "full_tensor")]
     if 0 < len(sharded) < len(listed):  # torch takes DTensors or others, not both
         plain = [values for values in listed if not hasattr(values, "full_tensor")]

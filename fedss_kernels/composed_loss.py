@@ -39,7 +39,7 @@ def composed_loss(
     if isinstance(scale, Tensor):  # and scale's, of the losses and of targets' logits, in float64
         scale = scale.double()
     counted = target != ignore_index
-    classes, known = _classes(target, counted, weight.shape[0])
+    classes, known = _classes(target, counted, weight.shape[0], class_ids, counts)
     entries = None if class_ids is None else class_ids.shape[0] + target.shape[0]
     table, biases = class_tables(weight, bias, sparse_grad, entries)
     shared = (biases, scale, similarity)
@@ -92,15 +92,26 @@ def reduced_loss(
     return total if reduction == "sum" else total / shares.where(shares != 0, 1.0)
 
 
-def _classes(target: Tensor, counted: Tensor, C: int) -> tuple[Tensor, Tensor | None]:
+def _classes(
+    target: Tensor, counted: Tensor, C: int, class_ids: Tensor | None, counts: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """(targets that are rows of weight, on a GPU which of them are).
 
-    An ignored row has the class of one that is not: sparse gradients list no others.
+    An ignored row has the class of one that is not, or where all are ignored that of an entry that takes
+    part: sparse gradients list no others.
     """
     if C == 0 or target.shape[0] == 0:
         return torch.zeros_like(target), None
-    some = target.gather(0, counted.to(torch.uint8).argmax(0, keepdim=True)).clamp(0, C - 1)
-    classes = target.where(counted, some)
+    some = target.gather(0, _first_place(counted))
+    if class_ids is None or class_ids.shape[0] > 0:
+        entry = torch.zeros_like(some) if counts is None else _first_place(counts < torch.inf)
+        some = some.where(counted.any(), entry if class_ids is None else class_ids.gather(0, entry))
+    classes = target.where(counted, some.clamp(0, C - 1))
     if target.is_cpu:
         return classes, None
     return classes.clamp(0, C - 1), (target >= 0) & (target < C) | ~counted
+
+
+def _first_place(there: Tensor) -> Tensor:
+    """(1,) the first place of a bool that is true, or 0."""
+    return there.to(torch.uint8).argmax(0, keepdim=True)

@@ -5,7 +5,16 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .checks import FLOATING, as_number, check_constant, check_device, check_flag, check_shape, check_tensor
+from .checks import (
+    FLOATING,
+    as_number,
+    check_constant,
+    check_device,
+    check_flag,
+    check_shape,
+    check_tensor,
+    unwrapped,
+)
 
 
 class Extras(NamedTuple):
@@ -61,16 +70,18 @@ def check_values(
     target: Tensor,  # (B,) classes that there are, or ignore_index
     ignore_index: int,
 ) -> None:
-    """Raises ValueError for a margin or a row's class weight that is not finite, or a weight below 0.
+    """Raises ValueError for a margin or a row's class weight that is not finite or out of range.
 
     Waits for the device.
     """
     for name, margin in zip(("angular_margin", "cosine_margin"), extras.margins, strict=True):
         if isinstance(margin, Tensor):
-            _check_numbers(name, margin)
+            _check_numbers(name, unwrapped(margin), *_RANGES[name])
     if extras.class_weight is not None:
-        classes = target[target != ignore_index]
-        _check_numbers("class_weight", extras.class_weight[classes], 0.0, classes)
+        weights, classes = unwrapped(extras.class_weight), unwrapped(target)
+        if len(weights) == extras.class_weight.shape[0]:  # else each of several problems has its own
+            classes = classes[classes != ignore_index]
+            _check_numbers("class_weight", weights[classes], *_RANGES["class_weight"], classes)
 
 
 def check_smoothing(label_smoothing: Any) -> float:
@@ -81,6 +92,9 @@ def check_smoothing(label_smoothing: Any) -> float:
 def check_margin(name: str, margin: Any, similarity: str) -> float:
     """That of all rows, as a float; raises TypeError or ValueError."""
     margin = as_number(name, margin)
+    if name == "angular_margin" and abs(margin) > math.pi:
+        expected = f"{_RANGES[name][1]}, got {margin:g}"
+        raise ValueError(f"{name}: expected {expected}; {margin:g} degrees are {math.radians(margin):.4g}")
     if margin != 0 and similarity == "dot":
         _refuse_for_dot(name, margin)
     return margin
@@ -90,7 +104,7 @@ def check_class_weights(class_weight: Any, C: int) -> None:
     """Of a module; raises TypeError or ValueError."""
     _check_class_weight(class_weight, C)
     if not class_weight.is_meta:
-        _check_numbers("class_weight", class_weight, 0.0)
+        _check_numbers("class_weight", class_weight, *_RANGES["class_weight"])
 
 
 def _check_class_weight(class_weight: Any, C: int) -> None:
@@ -115,11 +129,23 @@ def _refuse_for_dot(name: str, found: object) -> None:
     raise ValueError(f'{name}: expected 0 for similarity="dot", as a margin is one of angles, got {found}')
 
 
-def _check_numbers(name: str, values: Tensor, least: float = -math.inf, places: Tensor | None = None) -> None:
-    """`places`: where the values are in what is called `name`."""
-    good = values.isfinite() & (values >= least)
+# What a number may be, as least and most, and in words.
+_RANGES = {
+    "angular_margin": ((-math.pi, math.pi), "radians from -pi to pi"),
+    "cosine_margin": ((-math.inf, math.inf), "a finite number"),
+    "class_weight": ((0.0, math.inf), "a finite number of at least 0"),
+}
+
+
+def _check_numbers(
+    name: str,
+    values: Tensor,  # (n,)
+    bounds: tuple[float, float],
+    expected: str,
+    places: Tensor | None = None,  # (n,) where they are in what is called `name`
+) -> None:
+    good = values.isfinite() & (values >= bounds[0]) & (values <= bounds[1])
     if not good.all():
         bad = int((~good).nonzero()[0, 0])
         place = bad if places is None else int(places[bad])
-        expected = "a finite number" + (f" of at least {least:g}" if least > -math.inf else "")
         raise ValueError(f"{name}[{place}] = {float(values[bad])}, expected {expected}")

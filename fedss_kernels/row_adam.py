@@ -269,10 +269,12 @@ class RowAdam(RowOptimizer):
         for name in ("exp_avg", "exp_avg_sq"):
             check_dense(name, state[name])
         as_number("step", state["step"], least=0)
-        row_steps = torch.as_tensor(state.get("row_steps", ()))
-        if not (counts := row_steps >= 0).all():  # NaN too
-            i = int((~counts).nonzero()[0, 0])
-            raise ValueError(f"row_steps[{i}]: expected at least 0, got {row_steps[i].item():g}")
+        for name in ("exp_avg_sq", "row_steps"):
+            held = torch.as_tensor(state.get(name, ()))
+            held = held.to_local() if hasattr(held, "to_local") else held
+            if not held.is_meta and not (good := held >= 0).all():  # NaN too
+                place = (~good).nonzero()[0].tolist()
+                raise ValueError(f"{name}{place}: expected at least 0, got {held[tuple(place)].item():g}")
 
     def _steps_rows(self, parameter: Tensor) -> bool:
         return "row_steps" in self.state.get(parameter, {})

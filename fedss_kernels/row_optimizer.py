@@ -203,7 +203,8 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         if max_norm is None:
             return None
         parameters = (p for group in self.param_groups for p in group["params"])
-        return clip_factor(total_norm([p.grad for p in parameters if p.grad is not None]), max_norm)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        return clip_factor(total_norm(gradients, wide=True), max_norm)
 
     def _step_dense_parameters(
         self,

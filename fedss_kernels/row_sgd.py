@@ -53,11 +53,11 @@ class RowSGD(RowOptimizer):
         weight_decay: >= 0.
         nesterov: Nesterov's momentum; needs momentum > 0.
         max_norm: as `clip_grad_norm_` of all gradients of the optimiser before each step, but the gradients
-            stay as they are; None: no clipping. With a GradScaler it is of the unscaled gradients, as
-            `scaler.step` unscales first. Groups have one and the same. Each process of
-            ZeroRedundancyOptimizer or FullyShardedDataParallel steps a part of the model, and would clip by
-            the norm of that part: there leave it None, and before each step call `clip_grad_norm_` of the
-            model's parameters, or FullyShardedDataParallel's method of that name.
+            stay as they are, and of 16-bit ones the norm is a float32; None: no clipping. With a GradScaler
+            it is of the unscaled gradients, as `scaler.step` unscales first. Groups have one and the same.
+            Each process of ZeroRedundancyOptimizer or FullyShardedDataParallel steps a part of the model, and
+            would clip by the norm of that part: there leave it None, and before each step call
+            `clip_grad_norm_` of the model's parameters, or FullyShardedDataParallel's method of that name.
         seed: an integer >= 0, of the rounding of 16-bit parameters.
 
     Raises:

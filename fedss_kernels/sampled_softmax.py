@@ -28,11 +28,13 @@ from .checks import (
     check_constant,
     check_device,
     check_flag,
+    check_ids,
     check_ignore_index,
     check_shape,
     check_tensor,
     refuse_meta,
     single_item,
+    unwrapped,
 )
 from .composed_loss import composed_loss
 from .direct_route import NO_LABELS, direct_loss, plain_eager
@@ -95,11 +97,11 @@ def sampled_softmax_loss(
             calls or backward passes say; bfloat16 and float32 ones it does.
         impl: "cpp", "triton", "reference" (plain PyTorch, stores the logits), or "auto": by the tensors'
             device.
-        angular_margin, cosine_margin: the target's cosine becomes cos(theta + m_a) - m_c (radians; ArcFace
-            has m_a = 0.5, CosFace m_c = 0.35), where theta + m_a passes pi cos - m_a * sin(m_a) - m_c. A
-            tensor gives each row its own; one of zeros gives what none does, but for rounding (a row's last
-            digits shall not depend on other rows' margins). Constants. In the derivative 1 - cos^2 is at
-            least 1e-6.
+        angular_margin, cosine_margin: the target's cosine becomes cos(theta + m_a) - m_c (m_a
+            in radians, -pi to pi; ArcFace has m_a = 0.5, CosFace m_c = 0.35), where theta + m_a passes pi
+            cos - m_a * sin(m_a) - m_c. A tensor gives each row its own; one of zeros gives what none does,
+            but for rounding (a row's last digits shall not depend on other rows' margins). Constants. In the
+            derivative 1 - cos^2 is at least 1e-6.
         label_smoothing: e in [0, 1] makes (1 - e) * loss_i + e * (lse_i - mean_i), mean_i that of all
             classes' logits, estimated from the class set: (o(i, t) + sum_j z(i, j) / count_j) / C, hits left
             out.
@@ -108,8 +110,8 @@ def sampled_softmax_loss(
         return_lse: returns (loss, lse): lse_i = logsumexp(o(i, t), every o(i, j)), target's shape, 0 for an
             ignored row; both may be differentiated.
         entry_labels, target_labels: entry j is left out of row i where entry_labels_j == target_labels_i, and
-            there alone: labels stand for the class ids, so give both, and an entry that is a row's target
-            that row's label.
+            there alone: labels stand for the class ids, so both are given, or neither, and an entry that is a
+            row's target has that row's label.
 
     Returns:
         float32, or float64 for a float64 `input`: a 0-d tensor, or target's shape for "none"; with
@@ -120,8 +122,9 @@ def sampled_softmax_loss(
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device or name; a correction that requires grad, is NaN
-            or -inf; a margin, label_smoothing or class_weight that does or is not finite; a row's
-            class_weight below 0; a margin for "dot"; label_smoothing outside [0, 1].
+            or -inf; a margin, label_smoothing or class_weight that does or is not finite; an angular margin
+            past pi, as one in degrees; a row's class_weight below 0; a margin for "dot"; label_smoothing
+            outside [0, 1]; labels of entries or of targets alone.
         IndexError: a class out of range, by position and value, before anything is computed.
             On CUDA nothing waits for the device to look at values: there a class out of range, or a
             correction that is NaN or -inf, makes the losses that it enters NaN, and so does a margin or
@@ -134,7 +137,7 @@ def sampled_softmax_loss(
     >>> sampled_softmax_loss(eye[:1], eye, torch.tensor([0]), scale=1.0)
     tensor(0.3133)
     """
-    if type(scale) is not float and not isinstance(scale, Tensor):
+    if type(scale) is not float and not (isinstance(scale, Tensor) and scale.is_floating_point()):
         scale = as_float(scale)
     if type(ignore_index) is not int:
         ignore_index = as_integer(ignore_index)
@@ -297,6 +300,7 @@ def check_labels(
     entry_labels: Tensor | None,
     target_labels: Tensor | None,
 ) -> None:
+    """Raises TypeError or ValueError; also where one is given alone, as labels are no numbers of classes."""
     for name, labels, shape, meaning in (
         ("entry_labels", entry_labels, entries[:1], entries[1]),
         ("target_labels", target_labels, target.shape, "target's"),
@@ -305,6 +309,9 @@ def check_labels(
             check_tensor(name, labels, (torch.int64,))
             check_shape(name, labels, shape, meaning)
             check_device(name, labels, input.device, "input")
+    if (entry_labels is None) != (target_labels is None):
+        given, absent = ("target_labels", "entry_labels")[:: 1 if entry_labels is None else -1]
+        raise ValueError(f"{absent}: expected labels, as there are {given} to compare with them, got None")
 
 
 def _check_correction(name: str, value: Tensor | None, shape: tuple[int, ...], meaning: str) -> None:
@@ -314,8 +321,16 @@ def _check_correction(name: str, value: Tensor | None, shape: tuple[int, ...], m
         check_constant(name, value)
 
 
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
 def as_float(scale: Any) -> Any:
-    """Any real number, NumPy's too, as a float; what is none comes back, for `check_scale` to refuse."""
+    """Any real number, NumPy's too, as a float, a tensor of integers as one of float64.
+
+    What is no number comes back, for `check_scale` to refuse.
+    """
+    if isinstance(scale, Tensor):  # as it is on its device
+        return scale.double() if scale.dtype in _INTEGERS else scale
     if isinstance(scale, np.ndarray):
         scale = single_item(scale)
     if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
@@ -405,19 +420,10 @@ def _check_values(
     _check_counts("target_log_expected_count", target_log_expected_count, of_targets=True)
 
 
-def check_ids(name: str, ids: Tensor, C: int, ignore_index: int | None) -> None:
-    bad = (ids < 0) | (ids >= C)
-    if ignore_index is not None:
-        bad &= ids != ignore_index
-    if bad.any():
-        i = int(bad.nonzero()[0, 0])
-        also = "" if ignore_index is None else f" or ignore_index {ignore_index}"
-        raise IndexError(f"{name}[{i}] = {int(ids[i])}, expected a class in [0, {C}){also}")
-
-
 def _check_counts(name: str, counts: Tensor | None, of_targets: bool) -> None:
     if counts is None:
         return
+    counts = unwrapped(counts)
     good = counts.isfinite() if of_targets else counts > -torch.inf
     if not good.all():
         i = int((~good).nonzero()[0, 0])

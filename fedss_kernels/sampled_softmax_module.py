@@ -19,7 +19,7 @@ from .checks import (
     check_tensor,
 )
 from .class_samplers import FrequencySampler
-from .class_sets import GeneratorHandle, check_generator, check_sampler, draw_batch_class_set
+from .class_sets import GeneratorHandle, batch_class_set, check_generator, check_sampler
 from .data_parallel import SparseRows, check_sparse_communication, check_whole
 from .loss_extras import check_class_weights, check_margin, check_smoothing
 from .loss_operator import without_autocast
@@ -192,15 +192,16 @@ class SampledSoftmaxLoss(nn.Module):
         *,
         angular_margin: float | Tensor | None = None,  # (...,); None: the module's
         cosine_margin: float | Tensor | None = None,
-        entry_labels: Tensor | None = None,  # (num_classes,) int64; None: each class its own number
-        target_labels: Tensor | None = None,  # (...,) int64; None: target
+        entry_labels: Tensor | None = None,  # (num_classes,) int64
+        target_labels: Tensor | None = None,  # (...,) int64
     ) -> Any:
         """The loss, or (loss, lse) with `return_lse`.
 
         Labels tell which classes are no negatives of a row: those with entry_labels_c == target_labels_i,
-        such as near duplicates of its class, which share a label. All classes have one, whichever are drawn:
-        the class set and its expected counts are those of a call without labels, and estimate the full
-        softmax over the row's own class and those of other labels.
+        such as near duplicates of its class, which share a label. Both are given, or neither; a row's is
+        mostly entry_labels[target]. All classes have one, whichever are drawn: the class set and its expected
+        counts are those of a call without labels, and estimate the full softmax over the row's own class and
+        those of other labels.
         """
         check_tensor("target", target, (torch.int64,))
         weight = self._whole_weight()
@@ -214,7 +215,7 @@ class SampledSoftmaxLoss(nn.Module):
             check_labels(input, target, (C, "(num_classes,)"), entry_labels, target_labels)
         if m is not None and m < C:
             sampler = getattr(self, "sampler", "uniform")  # a module saved whole may be without
-            class_ids, log_expected_count = draw_batch_class_set(
+            class_ids, log_expected_count = batch_class_set(
                 target.reshape(-1), C, m, self.generator, self.ignore_index, sampler
             )
             if entry_labels is not None:
@@ -340,10 +341,32 @@ class SampledSoftmaxLoss(nn.Module):
 
     def extra_repr(self) -> str:
         scale = "learned" if isinstance(self.scale, nn.Parameter) else self.scale
-        return (
+        shown = (
             f"{self.num_classes}, {self.embedding_dim}, num_sampled={self.num_sampled}, scale={scale}, "
             f"similarity={self.similarity!r}, bias={self.bias is not None}, sparse_grad={self.sparse_grad}"
         )
+        others = {name: getattr(self, name, usual) for name, usual in _UNSHOWN.items()}
+        others = {
+            name: value
+            for name, value in others.items()
+            if not isinstance(value, nn.Module) and value != _UNSHOWN[name]
+        }
+        if self._buffers.get("class_weight") is not None:
+            others["class_weight"] = True
+        return shown + "".join(f", {name}={value!r}" for name, value in others.items())
+
+
+# Options that are not worth a word while they are these; frequencies are a module of their own.
+_UNSHOWN: dict[str, Any] = {
+    "sampler": "uniform",
+    "angular_margin": 0.0,
+    "cosine_margin": 0.0,
+    "label_smoothing": 0.0,
+    "ignore_index": -100,
+    "reduction": "mean",
+    "return_lse": False,
+    "impl": "auto",
+}
 
 
 def _as_sampler(

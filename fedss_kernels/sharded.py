@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .checks import check_integer, check_shape, check_tensor
+from .checks import check_ids, check_integer, check_shape, check_tensor
 from .class_samplers import FrequencySampler
-from .class_sets import draw_batch_class_set
+from .class_sets import batch_class_set
 from .class_table import ClassTable, class_tables
 from .composed_loss import reduced_loss
 from .data_parallel import check_left_alone
@@ -24,7 +24,7 @@ from .given_target import row_losses
 from .loss_extras import NONE, Extras, check_class_weights, check_values, checked_extras
 from .loss_operator import autocast_dtype, without_autocast
 from .ranks import Ranks
-from .sampled_softmax import check_arguments, check_ids, check_labels, chosen_backend
+from .sampled_softmax import check_arguments, check_labels, chosen_backend
 from .sampled_softmax_module import SampledSoftmaxLoss, TopK
 from .smoothing import mean_logits
 from .target_logits import target_logits, widened_rows
@@ -202,11 +202,8 @@ class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
         targets = self.ranks.gather(target.reshape(-1), sizes)
         entry_labels, target_labels = labels
         of_targets = targets - self.own_classes.start
-        if settings["labels"] != (False, False):  # the classes' own where none are given
-            if entry_labels is None:
-                entry_labels = torch.arange(self.own_classes.start, self.own_classes.stop, device=rows.device)
-            own = target if target_labels is None else target_labels
-            of_targets = self.ranks.gather(own.reshape(-1), sizes)
+        if target_labels is not None:
+            of_targets = self.ranks.gather(target_labels.reshape(-1), sizes)
         margins = [
             self.ranks.gather(m.double(), sizes) if isinstance(m, Tensor) else m for m in extras.margins
         ]
@@ -246,7 +243,7 @@ class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
             "label_smoothing": extras.label_smoothing,
             "class_weight": extras.class_weight is not None,
             "return_lse": extras.return_lse,
-            "labels": tuple(each is not None for each in labels),
+            "labels": labels[0] is not None,
         }
         return target.numel(), wants, settings | self._settings(), extras
 
@@ -330,7 +327,7 @@ class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
         share = max(share, min(m, 1))
         if share >= rows:
             return None, None
-        return draw_batch_class_set(held, rows, share, self.generator, -1, self.sampler)
+        return batch_class_set(held, rows, share, self.generator, -1, self.sampler)
 
     def _sums_of_all(self, losses: Tensor, shares: Tensor) -> Sequence[Tensor]:
         return self.ranks.total(torch.stack([losses.sum(), shares.sum()])).unbind()

@@ -128,6 +128,27 @@ def own_cache(tmp_path_factory, monkeypatch):
             f"fedss compare: --methods: expected some of {METHODS}, got 'foo'",
         ),
         (
+            ["compare", "--methods=fedss,foo", "--rates=nan", "--rounds=0", "--counts=2,2"],
+            f"fedss compare: --methods: expected some of {METHODS}, got 'foo'; --rates: expected numbers "
+            "greater than 0 with commas between, got 'nan'; --rounds: expected an integer of at least 1, got "
+            "0; --counts: expected at least one, each once, got 2, 2",
+        ),
+        (
+            ["run", "--batch-size=1", "--method=simclr", "--class-store=store"],
+            "fedss run: --class-store: expected none with simclr, without class rows, got store; "
+            "--batch-size: expected at least 2 with simclr, as an image alone has no other to be told from, "
+            "got 1",
+        ),
+        (
+            ["run", "--method=mocosfl", "--half-checkpoint=half"],
+            "fedss run: --half-checkpoint: expected --freeze-clients with it, as what clients' blocks resist "
+            "is lost in training, got half",
+        ),
+        (
+            ["run", *SMALL[:2], "--cohort=2", "--max-shift=28"],
+            "fedss run: --max-shift: expected less than 28, the pixels on a side that the net sees, got 28",
+        ),
+        (
             ["compare", "--seeds", "0,-1"],
             "fedss compare: --seeds: expected integers of at least 0 with commas between, got '-1'",
         ),
@@ -197,6 +218,28 @@ def test_a_link_to_nothing_is_no_folder(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "nothing")
     with pytest.raises(OSError, match="link cannot be written to: a link to what is not there"):
         make_folder(tmp_path / "link")
+
+
+def test_an_option_is_spelled_as_it_is_typed(tmp_path, capsys):
+    """Whoever finds what is wrong: not only what checks the options alone."""
+    file, words = tmp_path / "file", "a file, not a folder"
+    file.touch()
+    options = [*SMALL, f"--out={tmp_path}/out"]
+    line = fails(capsys, "run", *options, f"--class-store={file}")
+    assert line == f"fedss run: --class-store: {file} is {words}"
+    line = fails(capsys, "run", "--data=imagenet21k", f"--data-dir={tmp_path}", "--task=retrieval")
+    assert line == "fedss run: --task: expected classification for imagenet21k, got 'retrieval'"
+    folder = tmp_path / "data" / "client_lr"
+    for i in range(20):
+        write_image(folder / f"class{i % 2}/{i}.png", i)
+    assert cli.main(["run", "--data=image_folder", f"--data-dir={folder}", f"--cache-dir={file}"]) == 2
+    line = capsys.readouterr().err
+    assert f"{file}: it is {words}; set --cache-dir, or FEDSS_CACHE, to a folder" in line
+    (folder / "class0/0.png").unlink()
+    (folder / "class0/0.png").symlink_to(tmp_path / "nothing")
+    assert cli.main(["run", "--data=image_folder", f"--data-dir={folder}", f"--cache-dir={file}"]) == 2
+    line = capsys.readouterr().err  # no option is a part of a path
+    assert f"1 of 20 images are missing: {folder}/class0/0.png; get them" in line
 
 
 def test_a_folder_in_use_is_one_line(tmp_path, capsys):
@@ -373,7 +416,7 @@ def test_the_command_line_starts_without_the_extras():
         "import runpy, sys\n"
         "for name in ('matplotlib', 'rich', 'tyro', 'safetensors', 'PIL'):\n"
         "    sys.modules[name] = None\n"
-        "sys.argv = ['fedss', 'run', '--rounds', '0']\n"
+        "sys.argv = ['fedss', 'run', '--rounds', '1']\n"
         "runpy.run_module('fedss_kernels', run_name='__main__')\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
@@ -592,7 +635,7 @@ def test_more_rounds_of_a_finished_run_whose_table_was_edited(tmp_path, capsys):
     assert cli.main(["run", *SMALL, "--lr-decay=constant", "--rounds=2", f"--out={out}"]) == 0
     capsys.readouterr()
     fewer = fails(capsys, "run", f"--resume={out}", "--rounds=1")
-    assert fewer == "fedss run: rounds: 2 are done, expected at least 3, got 1"
+    assert fewer == "fedss run: --rounds: 2 are done, expected at least 3, got 1"
     table = out / "metrics.csv"
     table.write_text(table.read_text().replace(",", ";"))
     assert cli.main(["run", f"--resume={out}", "--rounds=3"]) == 0
@@ -609,7 +652,7 @@ def test_what_is_wrong_with_a_config_file_is_said_of_the_file(tmp_path, capsys):
     for text, words in {
         '{"zip_code": 3}': f"in {file}: zip_code: no such option{later}",
         '{"roundz": 3}': f"in {file}: roundz: no such option (did you mean rounds?){later}",
-        '{"rounds": "3"}': f"in {file}: rounds: expected an integer of at least 1, got '3'",
+        '{"rounds": "3"}': f"in {file}: rounds: expected an integer of at least 1, got '3' of type str",
         '{"rounds": null, "seed": null}': f"in {file}: seed: expected an integer of at least 0 and less than "
         "9223372036854775808, got None",
         "": f"{file} is not JSON: Expecting value: line 1 column 1 (char 0)",

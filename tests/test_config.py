@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from fedss_kernels.federated import Config, ConfigError
 from fedss_kernels.federated.algorithms import METHODS
@@ -46,19 +47,30 @@ def test_a_preset_fills_what_is_left_out_and_only_that(name):
     "options, message",
     [
         ({"rounds": 0}, "rounds: expected an integer of at least 1, got 0"),
-        ({"rounds": 2.0}, "rounds: expected an integer of at least 1, got 2.0"),
-        ({"rounds": True}, "rounds: expected an integer of at least 1, got True"),
+        ({"rounds": 2.0}, "rounds: expected an integer of at least 1, got 2.0 of type float"),
+        ({"rounds": True}, "rounds: expected an integer of at least 1, got True of type bool"),
         ({"num_negatives": -1}, "num_negatives: expected an integer of at least 0, got -1"),
         ({"client_lr": 0}, "client_lr: expected a finite number greater than 0, got 0.0"),
+        (
+            {"client_lr": "0.1"},
+            "client_lr: expected a finite number greater than 0, got '0.1' of type str",
+        ),
+        (
+            {"client_lr": torch.tensor(0.5)},
+            "client_lr: expected a finite number greater than 0, got tensor(0.5000) of type Tensor",
+        ),
         ({"client_lr": float("nan")}, "client_lr: expected a finite number greater than 0, got nan"),
         ({"server_lr": float("inf")}, "server_lr: expected a finite number greater than 0, got inf"),
         (
             {"server_momentum": 1},
             "server_momentum: expected a finite number of at least 0 and less than 1, got 1.0",
         ),
-        ({"seed": "1"}, "seed: expected an integer of at least 0 and less than 9223372036854775808, got '1'"),
-        ({"overwrite": 1}, "overwrite: expected true or false, got 1"),
-        ({"out": 3}, "out: expected a path, got 3"),
+        (
+            {"seed": "1"},
+            "seed: expected an integer of at least 0 and less than 9223372036854775808, got '1' of type str",
+        ),
+        ({"overwrite": 1}, "overwrite: expected true or false, got 1 of type int"),
+        ({"out": 3}, "out: expected a path, got 3 of type int"),
         (
             {"data": None},
             f"data: expected one of {', '.join(DATASETS)}, own, got None",

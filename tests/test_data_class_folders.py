@@ -1,9 +1,11 @@
 """Walks over folders of images: what is found, what is said to be left out, and what is an error."""
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -228,8 +230,34 @@ def test_a_folder_that_cannot_be_read_is_an_error(unreadable, tmp_path, monkeypa
         return real(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    with pytest.raises(PermissionError, match=f"image_folder: .*{unreadable} is not to be read"):
+    why = rf"{unreadable} is not to be read \(Permission denied\)"
+    with pytest.raises(
+        PermissionError, match=rf"image_folder: .*{why}; or go on without .*: --skip-damaged$"
+    ):
         read(folder, how=TWO)
+    (folder / "cat").mkdir()
+    for i in range(5):
+        write_image(folder / "cat" / f"{i}.png", i)
+    data = read(folder, how=TWO, skip_damaged=True)
+    assert data.class_names == (("ant", "cat") if unreadable == "bee" else ("ant", "bee", "cat"))
+    assert any(re.fullmatch(f"left out what cannot be read: .*{why}", note) for note in data.notes)
+
+
+def test_a_folder_that_nothing_can_be_looked_at_in(tmp_path, monkeypatch):
+    """Its files' names can be read: each of them is left out."""
+    folder, real = write_tree(tmp_path / "data", {"ant": 5, "bee": 5, "cat": 5}), Path.stat
+
+    def stat(path, **options):
+        if path.parent == folder / "bee":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    words = r"5 of 15 images are missing or cannot be read: .*bee/00\d\.jpg \(Permission denied\)"
+    with pytest.raises(ValueError, match=f"{words}.*; or go on without them: --skip-damaged"):
+        read(folder, how=TWO)
+    data = read(folder, how=TWO, skip_damaged=True)
+    assert data.class_names == ("ant", "cat") and "left out 5 images" in data.notes[-1]
 
 
 def test_what_is_no_file_is_said_with_its_reason(tmp_path):

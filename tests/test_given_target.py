@@ -1,5 +1,6 @@
 """The loss of rows whose targets' logits are given, and labels that tell accidental hits."""
 
+import math
 from functools import partial
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from fedss_kernels.reference import sampled_softmax_loss as reference_loss
 from loss_cases import F16, F32, F64, GPU_IMPLEMENTATIONS, blocks_of_16
 
+from fedss_kernels import composed_loss
 from fedss_kernels.class_table import class_tables
 from fedss_kernels.given_target import row_losses
 from fedss_kernels.loss_operator import OPERATORS
@@ -215,3 +217,16 @@ def test_shards_of_the_classes_add_up(impl):
     ]
     whole = loss_given_target(impl, x, w, labels, given)
     torch.testing.assert_close(torch.log1p(torch.stack([part.expm1() for part in parts]).sum(0)), whole)
+
+
+@pytest.mark.parametrize(
+    "class_ids, counts, place",
+    [([0, 7, 8], [math.inf, 0, 0], 7), (None, [math.inf, 0.0], 1), (None, None, 0)],
+)
+def test_a_batch_of_ignored_rows_has_a_class_that_is_drawn(class_ids, counts, place):
+    """On a GPU sparse gradients list it, with zeros; not one that stands for nothing."""
+    class_ids, counts = (None if given is None else torch.tensor(given) for given in (class_ids, counts))
+    target, counted = torch.full((3,), -100), torch.zeros(3, dtype=torch.bool)
+    assert composed_loss._classes(target, counted, 10, class_ids, counts)[0].tolist() == [place] * 3
+    counted[1], target[1] = True, 4
+    assert composed_loss._classes(target, counted, 10, class_ids, counts)[0].tolist() == [4] * 3

@@ -462,6 +462,10 @@ def nadam_state(weight):
     return theirs.state_dict()
 
 
+def filled(weight, row, number):
+    return torch.zeros_like(weight).index_fill(0, torch.tensor([row]), number)
+
+
 def changed(state, **values):
     state["state"][0].update(values)
     return state
@@ -476,6 +480,8 @@ BAD_STATES = [
     (lambda w: changed(adamw_state(w), step=-1), "step: expected a finite number of at least 0, got -1"),
     (lambda w: changed(adamw_state(w), row_steps=torch.tensor([0, 1, 2, -3, 4])), r"row_steps\[3\]: expected at least 0, got -3"),
     (lambda w: changed(adamw_state(w), row_steps=torch.full((5,), math.nan)), r"row_steps\[0\]: expected at least 0, got nan"),
+    (lambda w: changed(adamw_state(w), exp_avg_sq=filled(w, 1, -1.0)), r"exp_avg_sq\[1, 0\]: expected at least 0, got -1"),
+    (lambda w: changed(adamw_state(w), exp_avg_sq=filled(w, 4, math.nan)), r"exp_avg_sq\[4, 0\]: expected at least 0, got nan"),
     (lambda w: changed(adamw_state(w), exp_avg=torch.ones(5, 3).to_sparse()), "exp_avg: expected a dense tensor, got layout torch.sparse_coo"),
     (lambda w: changed(adamw_state(w), exp_avg_sq=None), r"state: expected exp_avg_sq of shape \(5, 3\), got none"),
     (lambda w: changed(adamw_state(w), row_steps=None), r"state: expected row_steps of shape \(5,\), got none"),

@@ -358,6 +358,16 @@ def test_a_norm_may_be_any_number_in_several_groups(norm):
     torch.testing.assert_close(torch.cat(weights), torch.full((2,), -(0.5**0.5)))
 
 
+@pytest.mark.parametrize("kind", [RowSGD, RowAdam])
+def test_a_norm_past_the_largest_float16(kind):
+    """65504 is the largest: of 4 numbers of 40,000 the norm is 80,000, and the step is as with others."""
+    weights = [nn.Parameter(torch.zeros(4, dtype=torch.float16)) for _ in range(2)]
+    for weight, grad in zip(weights, (40_000.0, 0.5), strict=True):
+        weight.grad = torch.full_like(weight, grad)
+        kind([weight], lr=0.5, weight_decay=0.0, max_norm=1.0).step()
+    assert torch.equal(*weights) and weights[0].min() == weights[0].max() < -0.2
+
+
 def test_numbers_of_the_row_step():
     weight, ids, rows = torch.ones(2, 1), torch.tensor([1]), torch.ones(1, 1)
     numbers = {"lr": torch.tensor(0.5), "momentum": np.float32(0), "weight_decay": np.int64(1)}

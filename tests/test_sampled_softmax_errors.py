@@ -64,7 +64,7 @@ BAD = [
     ({"bias": torch.zeros(C, 1)}, ValueError, r"bias: expected shape \(9,\) = \(C,\), got \(9, 1\)"),
     ({"scale": torch.ones(2)}, ValueError, r"scale: expected a number or a 0-d tensor or \(1,\), got shape \(2,\)"),
     ({"scale": torch.ones(1, 1)}, ValueError, r"scale: expected a number or a 0-d tensor or \(1,\), got shape \(1, 1\)"),
-    ({"scale": torch.tensor(1)}, TypeError, "scale: expected .* got int64"),
+    ({"scale": torch.tensor(True)}, TypeError, "scale: expected .* got bool"),
     ({"sparse_grad": 1}, TypeError, "sparse_grad: expected True or False, got int"),
     ({"scale": "20"}, TypeError, "scale: expected a number or a 0-d tensor, got str"),
     ({"scale": torch.nan}, ValueError, "scale: expected a finite number, got nan"),
@@ -106,6 +106,19 @@ def test_any_real_number_is_a_scale(scale, impl):
     assert torch.equal(sampled_softmax_loss(**given | {"scale": scale}), expected)
     module = SampledSoftmaxLoss(C, D, scale=scale)
     assert type(module.scale) is float and module.scale == 2
+
+
+@pytest.mark.parametrize("scale", [torch.tensor(2), torch.tensor([2], dtype=torch.uint8)], ids=str)
+def test_a_tensor_of_an_integer_is_a_scale(scale, impl):
+    given = arguments(impl=impl)
+    expected = sampled_softmax_loss(**given | {"scale": 2.0})
+    assert torch.equal(sampled_softmax_loss(**given | {"scale": scale}), expected)
+    x, t = given["input"], given["target"]
+    criteria = [SampledSoftmaxLoss(C, D, scale=s, impl=impl) for s in (scale, 2.0)]
+    criteria[1].load_state_dict(criteria[0].state_dict())
+    assert torch.equal(criteria[0](x, t), criteria[1](x, t))
+    assert torch.equal(criteria[0].topk(x, 2).values, criteria[1].topk(x, 2).values)
+    assert SampledSoftmaxLoss(C, D, scale=scale, learn_scale=True).scale.tolist() == [2.0]
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])

@@ -173,7 +173,31 @@ def test_state_copies_and_saves():
 
 
 def test_representation_says_what_it_is():
-    assert "50, 8, num_sampled=5, scale=20.0, similarity='cosine'" in repr(SampledSoftmaxLoss(C, D, 5))
+    shown = repr(SampledSoftmaxLoss(C, D, 5))
+    assert shown == (
+        "SampledSoftmaxLoss(50, 8, num_sampled=5, scale=20.0, similarity='cosine', bias=False, "
+        "sparse_grad=False)"
+    )
+    options = {"sampler": "log_uniform", "angular_margin": 0.5, "cosine_margin": 0.25}
+    options |= {"label_smoothing": 0.1, "ignore_index": 0, "reduction": "sum", "return_lse": True}
+    shown = repr(SampledSoftmaxLoss(C, D, 5, class_weight=torch.ones(C), **options, impl="cpp"))
+    words = ", ".join(f"{name}={value!r}" for name, value in (options | {"impl": "cpp"}).items())
+    assert f"sparse_grad=False, {words}, class_weight=True)" in shown
+    shown = repr(SampledSoftmaxLoss(C, D, 5, sampler=torch.arange(1, C + 1)))
+    assert shown.count("sampler") == 1 and "(sampler): FrequencySampler(50, power=0.75)" in shown
+
+
+@pytest.mark.parametrize("target", [C, -1, 2**62])
+def test_a_class_that_is_none_is_not_drawn_for(target):
+    """Nothing is drawn: the generator is as it was."""
+    generator = torch.Generator().manual_seed(0)
+    before = generator.get_state()
+    with pytest.raises(
+        IndexError, match=rf"^target\[1\] = {target}, expected a class in \[0, 50\) or ignore"
+    ):
+        draw_batch_class_set(torch.tensor([-100, target]), C, 5, generator)
+    assert torch.equal(generator.get_state(), before)
+    draw_batch_class_set(torch.tensor([-100, 3]), C, 5, generator)
 
 
 # ---- its parameters ----------------------------------------------------------------------------------------

@@ -189,6 +189,26 @@ def test_a_class_that_one_problem_does_not_have():
         torch.vmap(sampled_softmax_loss)(x, w, target)
 
 
+@pytest.mark.parametrize("options", [{}, {"angular_margin": 0.5, "label_smoothing": 0.1}], ids=str)
+def test_gradients_inside_by_the_reference(options):
+    """As what refuses them for the kernels says."""
+    x, w, target, ids, _ = problems(3)
+
+    def loss(x, w, target, impl="reference"):
+        return sampled_softmax_loss(x, w, target, ids[0], **options, impl=impl)
+
+    with pytest.raises(RuntimeError, match='torch.func.grad with impl="reference"'):
+        torch.vmap(torch.func.grad(lambda *given: loss(*given, impl="auto")))(x, w, target)
+    found = torch.vmap(torch.func.grad(loss))(x, w, target)
+    losses = torch.stack([loss(*one) for one in zip(x, w, target, strict=True)])
+    torch.testing.assert_close(found, torch.autograd.grad(losses.sum(), x)[0])
+    for bad in (-3, 12):
+        target[1, 2] = bad
+        place = 1 * target.shape[1] + 2  # of all problems together
+        with pytest.raises(IndexError, match=rf"target\[{place}\] = {bad}, expected a class in \[0, 12\)"):
+            torch.vmap(torch.func.grad(loss))(x, w, target)
+
+
 def test_no_problems():
     x, w, target, *_ = problems(3)
     with pytest.raises(ValueError, match="at least 1 problem, got 0"):

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import json
 import math
+import reprlib
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -422,7 +423,7 @@ class Config:
             value = preset(self.data, self.method)[field.name]
             if value is FITTED or field.name == "warmup_rounds":
                 return None
-        return _checked(field, value)
+        return checked(field, value)
 
     def to_dict(self) -> dict[str, Any]:
         """Every option with its resolved value, in JSON's types; the inverse of `from_dict`."""
@@ -494,8 +495,8 @@ def option_type(name: str) -> tuple[type, bool]:
     return typing.get_args(hint)[0], True
 
 
-def _checked(field: dataclasses.Field, value: Any) -> Any:
-    """`value` as the field's type, or ConfigError."""
+def checked(field: dataclasses.Field, value: Any) -> Any:
+    """`value` as the field's type. Raises ConfigError for one of another type, or out of range."""
     kind, optional = option_type(field.name)
     if value is None and optional:
         return None
@@ -505,8 +506,12 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
         return Path(value)
     if kind is float and type(value) is int and abs(value) < 2**63:
         value = float(value)
+    if type(value) is not kind:
+        kind_of_it = "" if value is None else f" of type {type(value).__name__}"
+        got = f"{reprlib.repr(value)}{kind_of_it}"
+        raise ConfigError(field.name, f"expected {expectation(field)}, got {got}")
     finite = not isinstance(value, float) or abs(value) < LARGEST
-    if type(value) is not kind or not finite or not _in_bounds(field, value):
+    if not finite or not _in_bounds(field, value):
         held = "; float32 holds 3e38" if isinstance(value, float) and LARGEST <= abs(value) < math.inf else ""
         nearest = _nearest(field, value)
         raise ConfigError(field.name, f"expected {expectation(field)}, got {value!r}{nearest}{held}")

@@ -61,13 +61,7 @@ class Plan:
 
     def _misfits(self) -> Iterator[ConfigError]:
         for option in LISTS:
-            values = getattr(self, option)
-            strange = [line for value in values if (line := _strange(option, value))]
-            yield from (ConfigError(option, line) for line in strange)
-            few = option in ("methods", "seeds") and not values
-            if few or (not strange and len(set(values)) < len(values)):
-                listed = ", ".join(map(str, values)) or "none"
-                yield ConfigError(option, f"expected at least one, each once, got {listed}")
+            yield from (ConfigError(option, line) for line in misfits(option, getattr(self, option)))
         if self.config.workers > 1:
             yield ConfigError(
                 "workers", f"expected 1 in a comparison, which has jobs, got {self.config.workers}"
@@ -180,6 +174,16 @@ class Plan:
                 different.append(f"{name}: {before} there, {now} here")
         if different:
             raise CheckpointError(f"the comparison in {out} is another: {'; '.join(different)}")
+
+
+def misfits(option: str, values: Sequence[Any]) -> list[str]:
+    """What is wrong with the list of this name, a line each."""
+    strange = [line for value in values if (line := _strange(option, value))]
+    few = option in ("methods", "seeds") and not values
+    if few or (not strange and len(set(values)) < len(values)):
+        listed = ", ".join(map(str, values)) or "none"
+        return [f"expected at least one, each once, got {listed}"]
+    return strange
 
 
 def _strange(option: str, value: Any) -> str:

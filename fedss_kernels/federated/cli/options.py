@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,12 +12,14 @@ from ..algorithms import METHODS, readers, readers_in_words
 from ..config import (
     Config,
     ConfigError,
+    checked,
     expectation,
     option_type,
     read_options,
 )
 from ..defaults import FITTED, OWN, PRESETS
 from ..disk import reason
+from ..plan import LISTS, misfits
 
 
 class Mistake(Exception):
@@ -94,7 +97,7 @@ def add_options(parser: argparse.ArgumentParser, without: Sequence[str] = ()) ->
         if kind is bool:
             settings["action"] = "store_true"
         else:
-            settings |= {"type": reader(kind, expectation(field)), "metavar": _METAVARS[kind]}
+            settings |= {"type": _reader_of(field), "metavar": _METAVARS[kind]}
         group.add_argument(flag(field.name), **settings)
 
 
@@ -157,6 +160,36 @@ def reader(
         return value
 
     return read
+
+
+def _reader_of(field: dataclasses.Field) -> Callable[[str], Any]:
+    """Text -> a value that the option can have, for argparse, which then tells of all that can't be."""
+    read = reader(option_type(field.name)[0], expectation(field))
+
+    def read_and_check(text: str) -> Any:
+        try:
+            return checked(field, read(text))
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(_without_own(error.message)) from None
+
+    return read_and_check
+
+
+def reader_of_list(option: str, read: Callable[[str], list[Any]]) -> Callable[[str], list[Any]]:
+    """As `read`, for argparse, of one of a plan's lists."""
+
+    def read_and_check(text: str) -> list[Any]:
+        values = read(text)
+        if wrong := misfits(option, values):
+            raise argparse.ArgumentTypeError(together(wrong))
+        return values
+
+    return read_and_check
+
+
+def _without_own(message: str) -> str:
+    """What is expected, but what nobody can hand over here."""
+    return message.replace(f", {OWN}, got ", ", got ")
 
 
 def read_names(text: str) -> list[str]:
@@ -249,16 +282,29 @@ def refuse_unread(arguments: argparse.Namespace, methods: Sequence[str]) -> None
     )
 
 
+_FIELDS = [field.name for field in dataclasses.fields(Config)]
+# An option that a message begins with, or one of several there; one in the middle, which no other word is.
+_SAID = re.compile(
+    rf"(?:^|(?<=; )|(?<=is another: ))(?:{'|'.join([*_FIELDS, *LISTS])})(?=: )"
+    rf"|(?<![\w/.-])(?:{'|'.join(name for name in _FIELDS if '_' in name)})(?![\w/.:-])"
+)
+
+
+def as_typed(error: Exception) -> str:
+    """What is wrong in one line, options spelled as on the command line."""
+    words = reason(error) if isinstance(error, OSError) else str(error)
+    if isinstance(error, ConfigError):
+        words = _without_own(error.worded(flag))
+    return _SAID.sub(lambda option: flag(option[0]), " ".join(words.split()))
+
+
 @contextlib.contextmanager
 def mistakes() -> Iterator[None]:
     """Wraps what reads and checks the user's choices, and nothing else: there, an error is a mistake."""
     try:
         yield
-    except ConfigError as error:  # what is expected, but what nobody can hand over here
-        raise Mistake(error.worded(flag).replace(f", {OWN}, got ", ", got ")) from None
-    except (ValueError, OSError) as error:
-        words = reason(error) if isinstance(error, OSError) else str(error)
-        raise Mistake(" ".join(words.split())) from None
+    except (ValueError, OSError) as error:  # a ConfigError too
+        raise Mistake(as_typed(error)) from None
 
 
 @contextlib.contextmanager

@@ -34,6 +34,7 @@ from .options import (
     Mistake,
     add_config_file,
     add_options,
+    as_typed,
     config_of,
     flag,
     mistakes,
@@ -41,6 +42,7 @@ from .options import (
     read_numbers,
     read_rates,
     reader,
+    reader_of_list,
     refuse,
     refuse_lost,
     refuse_unread,
@@ -126,10 +128,8 @@ def _run(arguments: argparse.Namespace) -> int:
                 resume=resume,
                 stop=stop,
             )
-    except ConfigError as error:
-        raise Mistake(error.worded(flag)) from None
-    except (CheckpointError, FileExistsError, InUse) as error:
-        raise Mistake(str(error)) from None
+    except (ConfigError, CheckpointError, FileExistsError, InUse) as error:
+        raise Mistake(as_typed(error)) from None
     except TooFewClients as error:
         print(f"fedss run: {error}; what was done is in {out}", file=sys.stderr)
         return 1
@@ -187,7 +187,7 @@ def _options_of(folder: Path) -> dict[str, Any]:
 def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--methods",
-        type=read_names,
+        type=reader_of_list("methods", read_names),
         metavar="NAMES",
         help="the methods, with commas between (default: fedss,full_softmax,pos_only,neg_only)",
     )
@@ -215,20 +215,20 @@ def _add_comparison_arguments(parser: argparse.ArgumentParser, without: Sequence
     add_config_file(parser)
     parser.add_argument(
         "--seeds",
-        type=read_numbers,
+        type=reader_of_list("seeds", read_numbers),
         metavar="INTS",
         help="the seeds, with commas between; every method is run with each (default: 0,1,2)",
     )
     parser.add_argument(
         "--counts",
-        type=read_numbers,
+        type=reader_of_list("counts", read_numbers),
         metavar="INTS",
         help="numbers of negatives, with commas between; methods that ask for some are run with each "
         "(default: --num-negatives)",
     )
     parser.add_argument(
         "--rates",
-        type=read_rates,
+        type=reader_of_list("rates", read_rates),
         metavar="NUMBERS",
         help="values of --client-lr, with commas between: the best for each method and number of "
         "negatives is found first, by what a run is judged by (top-1, MAP@10 of a retrieval, with "
@@ -331,7 +331,7 @@ def _compare(arguments: argparse.Namespace) -> int:
                 stop=stop,
             )
     except ConfigError as error:  # found with the data, before anything begins
-        raise Mistake(error.worded(flag)) from None
+        raise Mistake(as_typed(error)) from None
     except (JobsStopped, Interrupted) as stopped:
         print(f"{command}: stopped; {go_on}", file=sys.stderr)
         return stopped.exit_code if isinstance(stopped, Interrupted) else stop.exit_code

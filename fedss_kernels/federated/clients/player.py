@@ -343,6 +343,12 @@ def _check_model(module: nn.Module, config: Config, pixels: Tensor) -> Tensor:
                 f"expected at most {min(images.shape[2:])}, the images' pixels, got {config.crop_size}",
             )
         images = centre_crop(images, config.crop_size)
+    if config.max_shift >= min(images.shape[2:]) and not METHODS[config.method].rowless:
+        raise ConfigError(
+            "max_shift",
+            f"expected less than {min(images.shape[2:])}, the pixels on a side that the net sees, got "
+            f"{config.max_shift}",
+        )
     try:
         with torch.no_grad():
             returned = module(images)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from .damage import NOWHERE
+from .damage import NOWHERE, OR_SKIP
 
 ByClass = dict[str, list[Path]]  # the files of each class, sorted
 
@@ -55,10 +57,16 @@ class ClassFolders:
     Raises OSError for what can't be read, ValueError for a folder that is there twice, by links.
     """
 
-    def __init__(self, name: str, endings: frozenset[str] | None = None):
-        self.name = name  # of the data set
+    def __init__(
+        self,
+        name: str,  # of the data set
+        endings: frozenset[str] | None = None,
+        skip_damaged: bool | None = None,  # go on without folders in others that may not be read; None: never
+    ):
+        self.name, self.skip_damaged = name, skip_damaged
         self.endings = image_endings() if endings is None else endings
         self.left_out = Counter[str]()  # files, by ending or reason
+        self.unread: list[str] = []  # what can't be read, and why
         self.unused: list[str] = []  # folders without an image, or beside those that are used
         self.levels: list[str] = []  # what may be the classes instead
         self._seen: dict[tuple[int, int], Path] = {}
@@ -68,12 +76,13 @@ class ClassFolders:
         self._enter(folder)
         found = ByClass()
         for entry in self._entries(folder):
-            if not self._is_folder(entry):
-                self.left_out["in no class's folder"] += 1
-            elif files := self.images(Path(entry.path)):
-                found[entry.name] = files
-            else:
-                self.unused.append(entry.name)
+            with self._reading():
+                if not self._is_folder(entry):
+                    self.left_out["in no class's folder"] += 1
+                elif files := self.images(Path(entry.path)):
+                    found[entry.name] = files
+                else:
+                    self.unused.append(entry.name)
         if not found:
             self._nothing_found(folder)
         self._check_level(folder, found)
@@ -84,16 +93,34 @@ class ClassFolders:
         self._enter(folder)
         found = []
         for entry in self._entries(folder):
-            ending = os.path.splitext(entry.name)[1].lower()
-            if ending in self.endings and _leads_nowhere(entry):  # whoever reads it says that it is missing
-                found.append(Path(entry.path))
-            elif self._is_folder(entry):
-                found += self.images(Path(entry.path))
-            elif ending not in self.endings:
-                self.left_out[ending or "no ending"] += 1
-            else:  # a FIFO too: whoever reads it says that it is none
-                found.append(Path(entry.path))
+            with self._reading():
+                found += self._images_at(entry)
         return sorted(found)
+
+    def _images_at(self, entry: os.DirEntry[str]) -> list[Path]:
+        ending = os.path.splitext(entry.name)[1].lower()
+        if ending in self.endings and _leads_nowhere(entry):  # whoever reads it says that it is missing
+            return [Path(entry.path)]
+        if self._is_folder(entry):
+            return self.images(Path(entry.path))
+        if ending not in self.endings:
+            self.left_out[ending or "no ending"] += 1
+            return []
+        return [Path(entry.path)]  # a FIFO too: whoever reads it says that it is none
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """A folder that may not be read is left out here, or the reason to end, as one that is gone is."""
+        try:
+            yield
+        except PermissionError as error:
+            words = str(error)
+            if self.skip_damaged:
+                self.unread.append(words.removeprefix(f"{self.name}: "))
+            elif self.skip_damaged is None or words.endswith(OR_SKIP):
+                raise
+            else:
+                raise PermissionError(words + OR_SKIP) from None
 
     def split(self, folder: Path) -> tuple[Path, Path] | None:
         """(training's folder, the test's) where `folder` has such."""
@@ -122,6 +149,8 @@ class ClassFolders:
             missing = [ending for ending in OF_PICTURES if ending in self.left_out]
             if missing:
                 notes.append(f"the Pillow installed here reads no {', '.join(missing)}")
+        if self.unread:
+            notes.append(f"left out what cannot be read: {_some(self.unread)}")
         if self.unused:
             notes.append(f"unused folders: {_some(sorted(self.unused))}")
         return (*notes, *self.levels)

@@ -17,6 +17,7 @@ NAMED = 5  # of many, that a message names
 OR_SKIP = "; or go on without them: --skip-damaged"
 ESCAPES = {b"\\": rb"\\", b"\t": rb"\t", b"\n": rb"\n", b"\r": rb"\r"}  # in a list, the backslash first
 UNREAD = "cannot be read: "  # in a list, before the reasons that may be gone the next time
+MISSING = "missing"  # a reason
 NOWHERE = (
     errno.ENOENT,
     errno.ENOTDIR,
@@ -73,16 +74,22 @@ class DamagedImages(ValueError):
 
 
 class MissingImages(DamagedImages, FileNotFoundError):
-    """Files that are not there."""
+    """Files that are not there, or that nobody may look at."""
 
     @classmethod
-    def of(cls, name: str, files: list[Path], total: int, prefix: Path, source: str) -> MissingImages:
-        reasons = dict.fromkeys(files, "missing")
-        listing = prefix.with_name(f"{prefix.name}{key_of(map(os.fsencode, files))}-missing.txt")
+    def of(
+        cls, name: str, reasons: Mapping[Path, str], total: int, prefix: Path, source: str
+    ) -> MissingImages:
+        listing = prefix.with_name(f"{prefix.name}{key_of(map(os.fsencode, reasons))}-missing.txt")
         listed = _try_to_list(listing, reasons)
+        if set(reasons.values()) == {MISSING}:
+            fault, named = "are missing", some(map(printable, reasons))
+        else:
+            fault = "are missing or cannot be read"
+            named = some(f"{printable(file)} ({reason})" for file, reason in reasons.items())
         return cls(
-            f"{name}: {len(files)} of {total} images are missing: {some(map(printable, files))}; "
-            f"get them from {source}{OR_SKIP}{listed}",
+            f"{name}: {len(reasons)} of {total} images {fault}: {named}; get them from {source}"
+            f"{OR_SKIP}{listed}",
             reasons,
             listing,
         )

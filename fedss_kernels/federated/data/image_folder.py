@@ -46,7 +46,7 @@ def load_image_folder(
     each class' images is the test set of a classification, a share of the classes that of a retrieval.
     """
     folder = _existing(data_dir)
-    walk = ClassFolders("image_folder")
+    walk = ClassFolders("image_folder", skip_damaged=skip_damaged)
     if given := walk.split(folder):
         train, test = walk.classes(given[0]), walk.classes(given[1])
     else:

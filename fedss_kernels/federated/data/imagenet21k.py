@@ -38,7 +38,7 @@ def load_imagenet21k(
     """The images of every folder n<8 digits> in `data_dir`; `seed` draws the test's fifth and the clients."""
     if task != "classification":
         raise ValueError(f"task: expected classification for imagenet21k, got {task!r}")
-    folder, walk = _existing(data_dir), ClassFolders("imagenet21k")
+    folder, walk = _existing(data_dir), ClassFolders("imagenet21k", skip_damaged=skip_damaged)
     by_class = walk.classes(folder)
     strange = [name for name in by_class if not SYNSET.fullmatch(name)]
     if strange:

@@ -33,7 +33,7 @@ from ..lock import InUse, Lock
 from . import decoding
 from .array_file import DIGEST, ArrayFile, Shape, is_whole, map_images
 from .cache import default_cache_dir, key_of, remove_leftovers, written_to
-from .damage import NOWHERE, DamagedImages, MissingImages, read_list, some, write_list
+from .damage import MISSING, NOWHERE, DamagedImages, MissingImages, read_list, some, write_list
 from .pixels import Failure, decode, failure, read_file, unlimited
 
 VERSION = 3  # raise it whenever the same files would give another array
@@ -114,11 +114,11 @@ class _Files:
         return self.folder / f"{self.prefix}{key}-damaged.txt"
 
     def look(self) -> list[_Part]:
-        """Each file's size and time of change. Raises MissingImages."""
+        """Each file's size and time of change. Raises MissingImages at once, as decoding takes long."""
         import PIL
 
         begin = hashlib.sha256(json.dumps([VERSION, PIL.__version__, self.image_size]).encode())
-        missing, seen = list[Path](), 0
+        lost, seen = dict[Path, str](), 0
         for files in self.parts:
             digests, size, before = bytearray(), 0, seen
             for file in files:
@@ -128,9 +128,7 @@ class _Files:
                 try:
                     stat = file.stat()
                 except OSError as error:
-                    if error.errno not in NOWHERE:
-                        raise
-                    missing.append(file)
+                    lost[file] = MISSING if error.errno in NOWHERE else error.strerror or str(error)
                     continue
                 digest = begin.copy()
                 digest.update(os.fsencode(file.absolute()) + b"\0%d\0%d" % (stat.st_size, stat.st_mtime_ns))
@@ -139,8 +137,8 @@ class _Files:
             path = self.folder / f"{self.prefix}{key_of([bytes(digests)])}.npy"
             shape = (len(files), 3, self.image_size, self.image_size)
             self.found.append(_Part(files, np.frombuffer(digests, DIGEST), size, path, shape, before))
-        if missing:
-            raise MissingImages.of(self.name, missing, self.total, self.folder / self.prefix, self.source)
+        if lost:
+            raise MissingImages.of(self.name, lost, self.total, self.folder / self.prefix, self.source)
         return self.found
 
 

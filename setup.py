@@ -1,6 +1,7 @@
 """Builds csrc/ into fedss_kernels._C: C++17 and pybind11 alone, so one build serves every torch."""
 
 import platform
+import sysconfig
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension
@@ -28,8 +29,28 @@ INSTRUCTION_SETS = (
 )
 
 
+def refusal() -> str | None:
+    """Why the kernels are not built for this Python, and what to do instead."""
+    if platform.system() == "Windows":
+        return (
+            "they are written for a GNU or Clang compiler, POSIX threads and dlopen. "
+            "Use WSL, where the wheels for Linux install"
+        )
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        return (
+            "they have not been run on a free-threaded Python. "
+            f"Use the ordinary build of CPython {platform.python_version()}"
+        )
+    return None
+
+
 class BuildExtension(build_ext):
-    """Says what to do where there is no compiler."""
+    """Says what to do where there is no compiler, or where the kernels were never run."""
+
+    def run(self):
+        if why := refusal():
+            raise SystemExit(f"fedss-kernels: its C++ kernels are not built here: {why}.")
+        super().run()
 
     def build_extension(self, ext):
         try:

@@ -107,7 +107,14 @@ def run(
     """
     played_by = OTHERS.get(config.method, Simulation)
     return run_by(
-        played_by, config, data=data, model=model, on_round=on_round, on_tuned=on_tuned, resume=resume, stop=stop
+        played_by,
+        config,
+        data=data,
+        model=model,
+        on_round=on_round,
+        on_tuned=on_tuned,
+        resume=resume,
+        stop=stop,
     )
 
 

@@ -335,6 +335,7 @@ def test_a_node_without_its_number_is_told_how_to_get_one(tmp_path):
             "layerwise learns is measured with training images, and the server has none",
         ),
         ({"method": "mocosfl"}, "clients and server of mocosfl step together"),
+        ({"cohort": 3}, "cohort: expected at most 2, the nodes, got 3"),
         ({"workers": 2}, "workers: expected 1 over a network"),
         ({"poison-rate": 0.5}, "poison_rate: expected 0 over a network"),
         ({"nodes": 0}, "nodes: expected an integer of at least 1, got 0"),
@@ -349,8 +350,18 @@ def test_what_cannot_be_is_said_before_anything_is_sent(changed, words):
         Settings.of({"nodes": 2, "out": "runs/mine", **changed})
 
 
+def test_a_folder_in_use_is_said_before_anybody_is_waited_for(tmp_path):
+    (tmp_path / "federated").mkdir()
+    (tmp_path / "federated" / "mine.txt").touch()
+    grid = grid_of()
+    with pytest.raises(FileExistsError, match="is not empty"):
+        federated(tmp_path, grid)
+    assert not grid.sent
+
+
 def test_options_have_dashes_or_underscores():
     settings, config = Settings.of({"nodes": 3, "out": "runs/mine", "num-negatives": 5, "client_lr": 0.25})
+    assert config.cohort == 3  # all, where nothing is said
     assert (settings.nodes, settings.resume, config.num_negatives, config.client_lr) == (3, False, 5, 0.25)
 
 

@@ -64,10 +64,10 @@ class Network:
         self.processes: dict[str, subprocess.Popen] = {}
 
     def start(self, name: str, *command: str) -> None:
-        log = (self.folder / f"{name}.log").open("ab")
-        self.processes[name] = subprocess.Popen(
-            command, env=self.environment, stdout=log, stderr=log, start_new_session=True, cwd=self.folder
-        )
+        with (self.folder / f"{name}.log").open("ab") as log:
+            self.processes[name] = subprocess.Popen(
+                command, env=self.environment, stdout=log, stderr=log, start_new_session=True, cwd=self.folder
+            )
 
     def begin(self) -> None:
         port = str(self.port)

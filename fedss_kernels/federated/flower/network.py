@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from ..messages import Silence
 from .wire import message, word_of
 
-PAUSE = 0.3  # seconds between two looks for answers
+PAUSE = 1.0  # seconds between two looks for answers
 GRACE = 60.0  # seconds that Flower keeps a message longer than it is waited for
 log = logging.getLogger(__name__)
 
@@ -57,24 +57,23 @@ class Network:
         self._node[client] = node
         self.images.setdefault(client, images)
 
-    def wait_for(self, clients: Iterable[int], count: int) -> list[int]:
-        """Those of them who are not there, once so many are, or `timeout` seconds are over."""
-        clients, end = list(clients), time.monotonic() + self.timeout
-        while True:
-            there = self.there()
-            missing = [k for k in clients if k not in there]
-            if len(clients) - len(missing) >= count or time.monotonic() > end:
-                return missing
-            time.sleep(PAUSE)
+    def wait_for(self, clients: Collection[int], count: int) -> None:
+        """Until so many of them are there, or `timeout` seconds are over."""
+        self._until(lambda: len(self.there().keys() & set(clients)) >= count)
 
     def wait_for_all(self) -> None:
-        """Raises Incomplete where one does not come in time, or cannot take part."""
-        missing = self.wait_for(range(self.nodes), self.nodes)
+        """Raises Incomplete where one does not come in time, or says that it cannot take part."""
+        self._until(lambda: len(self.there()) == self.nodes or bool(self.refused))
+        there = self.there()
+        missing = ", ".join(str(k) for k in range(self.nodes) if k not in there)
         if missing:
-            why = "; ".join(
-                [*self.refused, f"missing after {self.timeout:g} s: {', '.join(map(str, missing))}"]
-            )
-            raise Incomplete(f"of {self.nodes} nodes {self.nodes - len(missing)} are there: {why}")
+            why = self.refused or [f"missing after {self.timeout:g} s: {missing}"]
+            raise Incomplete(f"of {self.nodes} nodes {len(there)} are there: {'; '.join(why)}")
+
+    def _until(self, done: Callable[[], bool]) -> None:
+        end = time.monotonic() + self.timeout
+        while not done() and time.monotonic() < end:
+            time.sleep(PAUSE)
 
     def exchanged(
         self, kind: str, contents: Mapping[int, RecordDict]

@@ -18,6 +18,7 @@ from ..data import FederatedData
 from ..data.handed_over import integers, tensor
 from ..files.checkpoint import CheckpointError
 from ..files.round_metrics import RoundMetrics
+from ..files.run_folder import RUN_FILES, check_folder
 from ..run_loop import Result, run_by
 from .network import Network
 from .team import ROLL, federation
@@ -50,6 +51,8 @@ def federate(
     if settings.resume:
         network.images = _roll(config)
     else:
+        assert config.out is not None
+        check_folder(config.out, RUN_FILES, overwrite=config.overwrite)  # before anybody is waited for
         network.wait_for_all()
     return run_by(
         federation(network),
@@ -87,18 +90,20 @@ class Settings:
             raise ConfigError("timeout", f"expected seconds greater than 0, got {timeout!r}")
         if not isinstance(resume, bool):
             raise ConfigError("resume", f"expected true or false, got {resume!r}")
-        config = Config.from_dict({"data": "own", "overwrite": False, **options})
-        _check(config)
+        config = Config.from_dict({"data": "own", "cohort": nodes, **options})
+        _check(config, nodes)
         return cls(nodes, float(timeout), resume), config
 
 
-def _check(config: Config) -> None:
+def _check(config: Config, nodes: int) -> None:
     """Raises ConfigError for what there is in simulations alone."""
     method, over = METHODS[config.method], "over a network"
     if (reason := _simulated(method)) is not None:
         raise ConfigError("method", f"expected another {over}: {reason}")
     if config.workers > 1:
         raise ConfigError("workers", f"expected 1 {over}, where nodes train, got {config.workers}")
+    if config.cohort > nodes:
+        raise ConfigError("cohort", f"expected at most {nodes}, the nodes, got {config.cohort}")
     if config.poison_rate:
         raise ConfigError("poison_rate", f"expected 0 {over}, got {config.poison_rate}")
     if config.out is None:

@@ -18,9 +18,10 @@ pytest.importorskip("flwr", reason="flwr is not installed: pip install 'fedss-ke
 from flower_network import LocalGrid
 from flwr.app import Array, ArrayRecord, Error
 
+from fedss_kernels.federated import flower
 from fedss_kernels.federated.flower import client_app
+from fedss_kernels.federated.flower.federate import Settings, federate
 from fedss_kernels.federated.flower.network import Incomplete
-from fedss_kernels.federated.flower.server_app import Settings, federate
 from fedss_kernels.federated.flower.wire import NUMBERS, WORDS, message, packed, unpacked
 
 DATA = tiny_data()
@@ -424,3 +425,8 @@ def test_nothing_is_written_over(app, capsys):
     assert main(["flower", "new", str(app)]) == 2
     assert capsys.readouterr().err == f"fedss flower: expected a new or an empty folder, got {app}\n"
     assert (app / "federation" / "data.py").read_text() == "mine"
+
+
+def test_the_functions_are_there_when_their_apps_are_made():
+    client, server = flower.client_app(node_data), flower.server_app(NUM_CLASSES, server_data)
+    assert callable(flower.client_app) and callable(flower.server_app) and client and server

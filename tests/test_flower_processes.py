@@ -157,7 +157,7 @@ def simulated(network: Network, out: Path, **options):
     try:
         from federation.data import glyphs
 
-        from fedss_kernels.federated.flower.server_app import Settings
+        from fedss_kernels.federated.flower.federate import Settings
     finally:
         sys.path.remove(str(network.app))
     import tomllib

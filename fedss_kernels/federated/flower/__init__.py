@@ -53,7 +53,7 @@ def server_app(
     Raises ImportError without flwr.
     """
     _check_installed()
-    from .server_app import app
+    from .federate import app
 
     return app(classes, test, model)
 

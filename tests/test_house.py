@@ -36,7 +36,7 @@ FLOORS = (
     ("evaluation", "fedavg_round", "split_learning"),
     ("figures",),
     ("run_loop",),
-    ("comparisons",),
+    ("comparisons", "flower"),
     ("cli",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 LISTING = Path(__file__).parent / "public_api.txt"
 MOST = 120  # characters of a signature in one line
-PLACES = ("fedss_kernels", "fedss_kernels.federated")
+PLACES = ("fedss_kernels", "fedss_kernels.federated", "fedss_kernels.federated.flower")
 
 
 def listing() -> str:

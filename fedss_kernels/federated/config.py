@@ -7,6 +7,7 @@ from that.
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import reprlib
@@ -487,9 +488,14 @@ def did_you_mean(name: str, names: Sequence[str]) -> str:
     return f" (did you mean {' or '.join(bare[each] for each in near)}?)" if near else ""
 
 
+@functools.cache
+def _hints() -> dict[str, Any]:
+    return typing.get_type_hints(Config)
+
+
 def option_type(name: str) -> tuple[type, bool]:
     """(type, whether None is allowed) of an option of Config, from its annotation."""
-    hint = typing.get_type_hints(Config)[name]
+    hint = _hints()[name]
     if not isinstance(hint, types.UnionType):
         return hint, False
     return typing.get_args(hint)[0], True

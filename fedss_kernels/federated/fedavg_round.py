@@ -20,8 +20,8 @@ from .evaluation import Evaluation, measures_of
 from .files.facts import Facts
 from .files.run_folder import RunFolder
 from .learning_rate import learning_rate
-from .ledger import Entry
-from .messages import Request
+from .ledger import Entry, Traffic
+from .messages import Request, Silence
 from .privacy_budget import EPSILON, check, epsilon
 from .randomness import NO_CLIENT, Purpose, generator
 from .server.class_store import ClassStore
@@ -56,7 +56,7 @@ class Simulation:
         self.not_finite_since: int | None = None  # the round whose step left numbers that are not finite
         self.on_tuned: OnTuned = lambda done, total: None
         self.watch = Stopwatch()
-        self.team = Team(player, workers, self.watch)
+        self.team = self._team_of(player, workers)
         self.server = Server(
             player.extractor.flat.to("cpu"),
             data.num_classes,
@@ -93,6 +93,10 @@ class Simulation:
             max_norm_ratio=math.inf if config.shares or config.noise_multiplier else config.max_norm_ratio,
             largest=secure_sums.RANGE if config.shares else math.inf,
         )
+
+    def _team_of(self, player: Player, workers: int) -> Team:
+        """Who plays the clients."""
+        return Team(player, workers, self.watch)
 
     @staticmethod
     def facts(config: Config, player: Player) -> Facts:
@@ -147,31 +151,47 @@ class Simulation:
     def _attempt(self, round: int, attempt: int) -> tuple[Tally, list[Entry]]:
         """What came back from a cohort, and a line on each client, in order of their ids."""
         config = self.config
-        cohort, absent = [0], dict[int, str | None]()
+        cohort = [0]
         if not self.method.pooled:
             cohort = draw_cohort(config.seed, round, attempt, len(self.data.clients), config.cohort)
-            absent = {k: absence(config, round, attempt, k) for k in cohort}
         with self.watch("select"):
-            requests = {k: self.player.request(round, attempt, k) for k in cohort}
-        answered = {k: request for k, request in requests.items() if absent.get(k) is None}
+            requests, silent = self.team.requests(round, attempt, cohort)
+        if not self.method.pooled:
+            absent = {k: absence(config, round, attempt, k) for k in requests}
+            silent |= {k: Silence(outcome) for k, outcome in absent.items() if outcome}
+        answering = {k: request for k, request in requests.items() if k not in silent}
         with self.watch("aggregation"):
-            tally = self._tally(round, {k: self._travelling(request) for k, request in answered.items()})
-        self._play(round, attempt, answered, tally)
-        faults, entries = tally.faults(), []
-        for k, request in requests.items():
-            outcome = absent.get(k) or ("rejected" if faults[k] else "accepted")
-            if outcome == "rejected":
-                log.warning("round %d: client %d's update was left out: %s", round + 1, k, faults[k])
-            has = self.copies.held(k, round)
-            traffic = self.player.traffic(round, attempt, k, request, answers=k in answered, has=has)
-            entries.append(
-                Entry(round + 1, attempt, k, len(request.class_ids), outcome, faults.get(k, ""), traffic)
-            )
-        return tally, entries
+            tally = self._tally(round, {k: self._travelling(request) for k, request in answering.items()})
+        silent |= self._play(round, attempt, answering, tally)
+        found = {k: Silence("rejected", fault) if fault else None for k, fault in tally.faults().items()}
+        return tally, [self._entry(round, attempt, k, requests.get(k), silent, found) for k in cohort]
 
-    def _play(self, round: int, attempt: int, requests: Mapping[int, Request], tally: Tally) -> None:
-        phi = self.server.extractor
-        self.team.play(round, attempt, requests, phi, self._given, tally.take)
+    def _entry(
+        self,
+        round: int,
+        attempt: int,
+        client: int,
+        request: Request | None,  # None: it never asked
+        silent: Mapping[int, Silence],
+        found: Mapping[int, Silence | None],  # of those who answered, what their answers are left out for
+    ) -> Entry:
+        """Of a client that was drawn."""
+        left_out = silent.get(client) or found[client]
+        outcome, fault = (left_out.outcome, left_out.fault) if left_out else ("accepted", "")
+        if outcome == "rejected":
+            log.warning("round %d: client %d's update was left out: %s", round + 1, client, fault)
+        traffic, num_rows = Traffic.none(self.player.flows), 0
+        if request is not None:
+            answers, has = client not in silent, self.copies.held(client, round)
+            traffic = self.player.traffic(round, attempt, client, request, answers=answers, has=has)
+            num_rows = len(request.class_ids)
+        return Entry(round + 1, attempt, client, num_rows, outcome, fault, traffic)
+
+    def _play(
+        self, round: int, attempt: int, requests: Mapping[int, Request], tally: Tally
+    ) -> dict[int, Silence]:
+        """Who of them sends nothing back."""
+        return self.team.play(round, attempt, requests, self.server.extractor, self._given, tally.take)
 
     def _given(self, client: int, request: Request) -> Tensor:  # Player.num_given numbers
         """What a client needs for its round beside phi."""
@@ -193,7 +213,7 @@ class Simulation:
             {k: self.player.num_images(k) for k in asked},
             inspection if self._looks else None,
             clip_norm=None if inside else config.clip_norm,
-            keeps=self.server.statistic is not None or config.poison_rate > 0,
+            keeps=self.server.statistic is not None or config.poison_rate > 0 or not self.team.repeats,
         )
 
     @property

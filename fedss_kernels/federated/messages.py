@@ -25,6 +25,14 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Silence:
+    """Why a client that was drawn for a round has no part in it, as the ledger has it."""
+
+    outcome: str  # "dropped", "late" or "rejected"
+    fault: str = ""  # what was wrong with what it said, where it is rejected
+
+
+@dataclass(frozen=True)
 class Update:
     """What a client sends back: how far it moved, as old minus new, so that the server can step along it.
 

@@ -106,13 +106,37 @@ def run(
     RuntimeError, for a round that no cohort makes, WorkerLost, one too, for a process that is gone. With
     `config.workers` a script needs `if __name__ == "__main__":`.
     """
+    played_by = OTHERS.get(config.method, Simulation)
+    return run_by(
+        played_by,
+        config,
+        data=data,
+        model=model,
+        on_round=on_round,
+        on_tuned=on_tuned,
+        resume=resume,
+        stop=stop,
+    )
+
+
+def run_by(
+    played_by: type[Algorithm],
+    config: Config,
+    *,
+    data: FederatedData | None = None,
+    model: nn.Module | None = None,
+    on_round: Callable[[RoundMetrics], None] | None = None,
+    on_tuned: OnTuned | None = None,
+    resume: bool = False,
+    stop: Callable[[], bool] | None = None,
+) -> Result:
+    """As `run`, of rounds that this algorithm plays."""
     if resume and config.out is None:
         raise ConfigError("out", "expected the folder of the run to resume, got none")
     config, data = _settled(config, data, model)
     told, stop = on_round or _ignore, stop or (lambda: False)
     with _torch_settings(config.threads):
         player = Player(config, data, model, training_device(config))
-        played_by = OTHERS.get(config.method, Simulation)
         facts = played_by.facts(config, player)
         folder, checkpoint, history = _open_folder(config, player, facts, resume)
         store = None

@@ -24,7 +24,7 @@ from enum import IntEnum
 from itertools import accumulate
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -37,7 +37,7 @@ from .data import FederatedData
 from .given_back import give_back
 from .interrupts import deaf, ending, ignore
 from .ledger import over_the_wire
-from .messages import Request, Update
+from .messages import Request, Silence, Update
 from .scratch import scratch
 from .stopwatch import Stopwatch
 
@@ -64,11 +64,19 @@ class Call(IntEnum):
 class Team:
     """Rank 0's view of the workers, itself among them. With one, nothing is sent."""
 
+    repeats: ClassVar[bool] = True  # whether a round can be played once more, to the same bits
+
     player: Player
     size: int
     watch: Stopwatch
     _busy: bool = False  # the others are in a call
     _lost: WorkerLost | None = None  # noticed in an evaluation, which rank 0 then did alone
+
+    def requests(
+        self, round: int, attempt: int, clients: Sequence[int]
+    ) -> tuple[dict[int, Request], dict[int, Silence]]:
+        """(what these clients ask for, in their order; those of them who do not ask)"""
+        return {k: self.player.request(round, attempt, k) for k in clients}, {}
 
     def play(
         self,
@@ -78,8 +86,10 @@ class Team:
         phi: Tensor,  # (P,)
         given: Callable[[int, Request], Tensor],  # (client, request) -> what it needs beside phi
         take: Callable[[int, Update], None],  # (client, what it sends back)
-    ) -> None:
+    ) -> dict[int, Silence]:
         """Has the clients who make these requests trained, and `take`s what they send back, in their order.
+
+        Returns who of them sends nothing back: here nobody.
 
         Rows are asked for as a client's turn comes, and an update is let go as it is taken: in one process
         there are those of one client at a time, or of as many as have few numbers (TOGETHER). Raises
@@ -126,6 +136,7 @@ class Team:
         for other in others:
             other.receive(line)
         self._busy = False
+        return {}
 
     def embed(self, phi: Tensor, round: int) -> Tensor:
         """(T, D): the test images' embeddings by the net of a round, each worker's batches by its own.

@@ -19,6 +19,7 @@ from ..given_back import give_back
 from ..interrupts import Interrupted, at_once
 from ..workers import launched
 from .command import Command
+from .flower import FLOWER
 from .inversion import HARDEN, INVERT
 from .measure import CONFUSION, NOISE, PARAMETERS, PRIVACY
 from .methods import METHODS
@@ -92,6 +93,7 @@ COMMANDS: dict[str, Command] = {
     "invert": INVERT,
     "harden": HARDEN,
     "report": REPORT,
+    "flower": FLOWER,
     "methods": METHODS,
     "bench": BENCH,
     "doctor": DOCTOR,

@@ -83,7 +83,7 @@ RULES: tuple[Rule, ...] = (
     ),
     (
         (
-            *("local_epochs", "deadline", "max_norm", "max_norm_ratio", "clip_norm", "aggregation", "trim"),
+            *("local_epochs", "deadline", "max_norm", "clip_norm", "aggregation", "trim"),
             *("poison_rate", "server_optimizer", "server_lr"),
         ),
         "clients and server step together, by client_lr, and their blocks are averaged",

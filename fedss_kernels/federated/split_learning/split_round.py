@@ -32,7 +32,7 @@ from .batches import Batches, next_images
 from .costs import FLOWS, Costs, Moved
 from .drawn import Cohort
 from .from_config import joint_of
-from .joint import NobodyLeft
+from .joint import REASONS, NobodyLeft
 
 ATTEMPTS = 100  # at a cohort of which enough stay to the end, before the round is given up
 ALIKE = 0.999  # of the loss of guessing, from which on keys are taken to be all alike
@@ -186,7 +186,7 @@ class SplitRound:
         def of(client: int) -> Entry:
             outcome, fault = "accepted", ""
             if client in self.joint.left_out:
-                outcome, fault = "rejected", "not finite"
+                outcome, fault = "rejected", self.joint.left_out[client]
             elif cohort.steps[client] < self.steps:
                 outcome = "dropped"
             traffic = self.costs.traffic(moved[client])
@@ -197,8 +197,8 @@ class SplitRound:
     def _note(self, round: int, loss: float) -> None:
         """What a user should know of the model as it is now."""
         server, clients = self.joint.server, self.joint.clients
-        for client in self.joint.left_out:
-            log.warning("round %d: client %d was left out: its numbers are not finite", round + 1, client)
+        for client, fault in self.joint.left_out.items():
+            log.warning("round %d: client %d was left out: %s", round + 1, client, REASONS[fault])
         finite = all(bool(numbers.isfinite().all()) for numbers in (server.weights, clients.weights))
         if self.not_finite_since is None and not finite:
             self.not_finite_since = round + 1

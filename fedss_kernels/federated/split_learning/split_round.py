@@ -7,14 +7,18 @@ clients' halves every `sync_period` steps and after the last
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from ..algorithms import METHODS
 from ..any_round import OnTuned, Played, TooFewClients, Trained
 from ..clients.player import Player
+from ..clients.pooled import pooled
 from ..clients.views import Views
 from ..config import Config, ConfigError
+from ..data import FederatedData
 from ..files.facts import Facts
 from ..files.run_folder import RunFolder
 from ..learning_rate import learning_rate
@@ -29,7 +33,7 @@ from .batches import Batches, next_images
 from .costs import FLOWS, Costs, Moved
 from .drawn import Cohort
 from .from_config import joint_of
-from .joint import NobodyLeft
+from .joint import REASONS, NobodyLeft
 
 ATTEMPTS = 100  # at a cohort of which enough stay to the end, before the round is given up
 ALIKE = 0.999  # of the loss of guessing, from which on keys are taken to be all alike
@@ -55,7 +59,9 @@ class SplitRound:
     def __init__(self, config: Config, player: Player, workers: int = 1, store: ClassStore | None = None):
         if workers > 1:  # by torchrun
             raise ConfigError("workers", f"expected 1 with {config.method}, got {workers}")
-        self.config, self.player, self.data = config, player, player.data
+        inside = METHODS[config.method].pooled
+        config, data = in_one_place(config, player.data) if inside else (config, player.data)
+        self.config, self.player, self.data = config, player, data
         self.not_finite_since: int | None = None
         self.on_tuned: OnTuned = lambda done, total: None
         self.watch = Stopwatch()
@@ -67,7 +73,7 @@ class SplitRound:
         with torch.no_grad():
             seen = self.views(self.data.images[:1], generator(0, 0, 0, 0, Purpose.AUGMENTATION))
             latent = clients.half(clients.weights, seen).numel()
-        sizes = len(clients.weights), latent, config.batch_size
+        sizes = (0, 0, 0) if inside else (len(clients.weights), latent, config.batch_size)  # nothing moves
         self.costs = Costs(clients.rules, *sizes, config.wire_dtype)
         self.steps = config.round_steps or _epoch([len(held) for held in self.data.clients], config)
         self._collapsed = False
@@ -181,7 +187,7 @@ class SplitRound:
         def of(client: int) -> Entry:
             outcome, fault = "accepted", ""
             if client in self.joint.left_out:
-                outcome, fault = "rejected", "not finite"
+                outcome, fault = "rejected", self.joint.left_out[client]
             elif cohort.steps[client] < self.steps:
                 outcome = "dropped"
             traffic = self.costs.traffic(moved[client])
@@ -192,8 +198,8 @@ class SplitRound:
     def _note(self, round: int, loss: float) -> None:
         """What a user should know of the model as it is now."""
         server, clients = self.joint.server, self.joint.clients
-        for client in self.joint.left_out:
-            log.warning("round %d: client %d was left out: its numbers are not finite", round + 1, client)
+        for client, fault in self.joint.left_out.items():
+            log.warning("round %d: client %d was left out: %s", round + 1, client, REASONS[fault])
         finite = all(bool(numbers.isfinite().all()) for numbers in (server.weights, clients.weights))
         if self.not_finite_since is None and not finite:
             self.not_finite_since = round + 1
@@ -243,6 +249,25 @@ class SplitRound:
         extractor = self.player.extractor
         extractor.flat.copy_(self._net())
         return Trained(extractor.module.eval().cpu())
+
+
+def in_one_place(config: Config, data: FederatedData) -> tuple[Config, FederatedData]:
+    """A client who has every image, and takes in a step as many as a cohort's clients together."""
+    steps = config.round_steps or _epoch([len(held) for held in data.clients], config)
+    alone = replace(
+        config,
+        cohort=1,
+        min_clients=1,
+        batch_size=config.cohort * config.batch_size,
+        round_steps=steps,
+        private_queues=False,
+        freeze_clients=False,
+        momentum_copies="averaged",
+        velocities="averaged",
+        dropout_rate=0.0,
+        wire_dtype="float32",
+    )
+    return alone, pooled(data)
 
 
 def _epoch(sizes: Sequence[int], config: Config) -> int:

@@ -16,12 +16,14 @@ import torch
 from tiny_federation import tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import CheckpointError, Config, ConfigError, run
+from fedss_kernels.federated.algorithms import METHODS
 from fedss_kernels.federated.comparisons import jobs
 from fedss_kernels.federated.comparisons.compare import compare, report_again
 from fedss_kernels.federated.comparisons.table import cells, header, tabulate, write_tables
 from fedss_kernels.federated.data import DATASETS
 from fedss_kernels.federated.data.holdout import held_out
-from fedss_kernels.federated.plan import LISTS, PRESETS, Case, Plan, read_preset
+from fedss_kernels.federated.plan import LISTS, PRESETS, Case, Plan, read_preset, with_defaults
+from fedss_kernels.federated.reports import plots
 from fedss_kernels.federated.reports.mean_sd import mean_sd
 from fedss_kernels.federated.reports.reported_run import Run
 from fedss_kernels.federated.run_loop import Stopped
@@ -439,12 +441,75 @@ def test_a_job_that_cannot_be_started_and_one_that_leaves_nothing_leave_the_othe
         assert failures[job].words == f"not begun: there is no {tmp_path / str(job)}"
 
 
+OWN = {
+    "fedss": {"rounds": 4},
+    "FedSS, eager": {"method": "fedss", "client_lr": 0.3, "rounds": 5},
+}
+
+
+def test_a_method_may_be_there_twice_with_options_of_its_own(tmp_path):
+    plan = Plan(Config(cohort=3), ["fedss", "FedSS, eager", "pos_only"], [0, 1], own=OWN)
+    assert plan.cases == [
+        Case("fedss", None),
+        Case("fedss", None, "FedSS, eager"),
+        Case("pos_only", None),
+    ]
+    first = plan.runs(Path("out"), {})[:3]
+    assert [run.rounds for run in first] == [4, 5, Config().rounds]
+    assert [run.client_lr for run in first] == [Config().client_lr, 0.3, Config().client_lr]
+    assert [run.label for run in first] == [None, "FedSS, eager", None]
+    assert [run.out.name for run in first] == ["fedss-seed0", "fedss-eager-seed0", "pos_only-seed0"]
+    assert all(run.cohort == 3 for run in first)
+    rates = {case: 0.1 for case in plan.cases}
+    assert {run.client_lr for run in plan.runs(Path("out"), rates)} == {0.1}  # chosen: no longer its own
+    plan.save(tmp_path)
+    assert Plan.read(tmp_path) == plan
+    with pytest.raises(CheckpointError, match="is another: .*own: .*'rounds': 4.* there, .} here"):
+        Plan(Config(cohort=3), ["fedss"], [0, 1]).check_same(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "own, message",
+    [
+        ({"fedsss": {}}, "own: expected options of fedss, got 'fedsss'"),
+        ({"fedss": {"round": 3}}, "own: fedss: no such option: round .did you mean rounds"),
+        ({"fedss": {"seed": 3}}, "own: fedss: seed is the same for all that is compared"),
+        ({"fedss": {"partition": "iid"}}, "own: fedss: partition is the same for all that is compared"),
+        ({"fedss": {"method": "none"}}, "methods: expected some of .*, got 'fedss'"),
+        ({"fedss": {"rounds": 0}}, "rounds: expected an integer of at least 1, got 0"),
+    ],
+)
+def test_options_of_its_own_that_cannot_be_are_refused(own, message):
+    with pytest.raises(ConfigError, match=message):
+        Plan(Config(), ["fedss"], [0], own=own)
+
+
+def test_a_methods_own_defaults_are_taken_where_nothing_was_chosen():
+    usual = METHODS["mocosfl"].presets
+    found = with_defaults(["fedss", "mocosfl", "x"], {"x": {"method": "mocosfl", "cut": 2}}, {"rounds"})
+    left = {name: value for name, value in usual.items() if name != "rounds"}
+    assert found == {"mocosfl": left, "x": {"method": "mocosfl", "cut": 2} | left}
+    assert with_defaults(["mocosfl"], {"mocosfl": {"batch_size": 7}}, ())["mocosfl"]["batch_size"] == 7
+
+
+def test_runs_of_one_method_with_names_have_lines_and_curves_of_their_own(tmp_path):
+    runs = [play("fedss"), play("fedss", top1=0.25), play("fedss", top1=0.75)]
+    runs[1:] = [replace(run, config=replace(run.config, label="eager")) for run in runs[1:]]
+    table = tabulate(runs)
+    assert [(line.label, line.seeds) for line in table] == [("FedSS", 1), ("eager", 2)]
+    assert cells(table)[1][0] == "eager" and cells(table)[1][2].startswith("50.0 ")
+    looks = [look for look, _ in plots._lines(runs)]
+    assert [look["label"] for look in looks] == ["FedSS", "eager"]
+    assert looks[0]["color"] == looks[1]["color"] and looks[0]["marker"] != looks[1]["marker"]
+
+
 def test_presets_are_plans_and_files_that_can_be_edited(tmp_path):
     names = [path.stem for path in PRESETS.glob("*.json")]
     assert {"glyphs", "omniglot"} <= set(names)
     for name in names:
         found = read_preset(name)
-        plan = Plan(Config.from_dict(found["config"]), *(found[part] for part in LISTS))
+        lists = {part: found[part] for part in LISTS}
+        plan = Plan(Config.from_dict(found["config"]), **lists, own=found.get("own", {}))
         assert plan.config.data == (name if name in DATASETS else "cifar10") and plan.cases
     own = tmp_path / "own.json"
     own.write_text(json.dumps(read_preset("glyphs") | {"seeds": [5]}))
@@ -452,6 +517,7 @@ def test_presets_are_plans_and_files_that_can_be_edited(tmp_path):
     for content, message in {
         '{"method": ["fedss"]}': "preset: no such entry in .*: method .did you mean methods",
         '{"seeds": 3}': "preset: expected a list for seeds in .*, got 3",
+        '{"own": {"fedss": 3}}': "preset: expected an object of objects for own in .*, got .'fedss': 3.",
         "nothing": "config: .* is not JSON",
     }.items():
         own.write_text(content)

@@ -11,10 +11,12 @@ from torch.nn.functional import cross_entropy, normalize
 
 from fedss_kernels.federated import Config, ConfigError, Stopped, run
 from fedss_kernels.federated.clients import contrastive
-from fedss_kernels.federated.clients.objectives import TwoViews
+from fedss_kernels.federated.clients.contrast import contrast
+from fedss_kernels.federated.clients.objectives import Queued, TwoViews
 from fedss_kernels.federated.clients.player import Player
+from fedss_kernels.federated.clients.views import Views
 from fedss_kernels.federated.idle_settings import idle
-from fedss_kernels.federated.models.projection import projection_head, projection_size
+from fedss_kernels.federated.models.projection import PROJECTED, projection_head, projection_size
 from fedss_kernels.federated.randomness import Purpose, generator
 
 WIDTH = 12
@@ -200,3 +202,58 @@ def test_settings_of_class_rows_have_no_effect():
     assert idle([tiny_config(temperature=0.5)])[0].startswith(
         "temperature 0.5 has no effect: it is for simclr"
     )
+
+
+# ---- fl_moco: against keys of the round --------------------------------------------------------------------
+
+
+def test_a_view_is_told_from_the_keys_of_the_steps_before():
+    generator = torch.Generator().manual_seed(0)
+    objective = Queued(torch.empty(0, 6), temperature=0.2, size=10)
+    seen = torch.empty(0, 6)
+    for _ in range(4):
+        queries = torch.randn(6, 6, generator=generator, requires_grad=True)
+        keys = normalize(torch.randn(6, 6, generator=generator))
+        cosines = normalize(queries) @ torch.cat([keys, seen[-10:]]).T / 0.2
+        others = torch.eye(6, 6, dtype=torch.bool)
+        cosines[:, :6] = cosines[:, :6].masked_fill(~others, -torch.inf)  # not the others of its batch
+        expected = cross_entropy(cosines, torch.arange(6))
+        torch.testing.assert_close(objective.loss(queries, keys), expected)
+        seen = torch.cat([seen, keys])
+    assert torch.equal(objective.keys, seen[-10:])
+
+
+def test_a_round_of_fl_moco_is_sgd_on_it():
+    """A client's copy begins as the net that it is sent, and steps before each batch."""
+    settings = config(method="fl_moco", client_lr=0.05, batch_size=4, queue_size=9, ema=0.9)
+    player = Player(settings, tiny_data(), net())
+    phi = player.extractor.flat.clone()
+    request = player.request(0, 0, 2)
+    update = player.update(0, 0, 2, request, phi.clone(), torch.empty(0))
+    by_hand = Player(settings, tiny_data(), net())
+    online, slow, keys = by_hand.extractor, by_hand.client.copy, torch.empty(0, PROJECTED)
+    online.module.train(), slow.module.train()
+    shuffle = generator(0, 0, 0, 2, Purpose.BATCHES)
+    draws = generator(0, 0, 0, 2, Purpose.AUGMENTATION)
+    order = tiny_data().clients[2][torch.from_numpy(shuffle.permutation(8))]
+    for batch in order.split(4):
+        images = tiny_data().images[batch]
+        first, second = Views("moco", 6)(images, draws), Views("moco", 6)(images, draws)
+        slow.flat.mul_(0.9).add_(online.flat, alpha=1 - 0.9)
+        views = torch.cat([first, second])
+        with torch.no_grad():
+            made = normalize(slow(views), dim=1).roll(4, 0)
+        online.zero_gradient()
+        contrast(online(views), made, keys, 0.1).backward()
+        with torch.no_grad():
+            online.step(0.05)
+        keys = torch.cat([keys, made])[-9:]
+    torch.testing.assert_close(update.extractor, phi - online.flat, rtol=1e-5, atol=1e-7)
+    assert update.extractor.abs().max() > 0
+
+
+def test_fl_moco_learns_and_moves_what_simclr_moves():
+    result = train(method="fl_moco", rounds=2)
+    assert result.summary.traffic == result.summary.full_traffic and result.summary.probe is not None
+    said = "".join(idle([config(method="fl_moco", queue_size=5, ema=0.5)]))
+    assert "queue_size" not in said and "ema" not in said

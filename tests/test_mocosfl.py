@@ -14,6 +14,7 @@ from torch import nn
 from fedss_kernels.federated import Config, ConfigError, Stopped, cli, run
 from fedss_kernels.federated.any_round import TooFewClients
 from fedss_kernels.federated.clients.player import Player
+from fedss_kernels.federated.clients.pooled import pooled
 from fedss_kernels.federated.clients.views import Views
 from fedss_kernels.federated.files.run_folder import read_run
 from fedss_kernels.federated.idle_settings import idle
@@ -138,6 +139,33 @@ def test_a_round_is_its_steps_played_by_hand():
     assert there.keys() == here.keys()
     for name, value in there.items():
         assert torch.equal(value, here[name]), name
+
+
+# ---- in one place ------------------------------------------------------------------------------------------
+
+
+def test_central_moco_is_the_run_of_one_client_with_all_images_and_a_cohorts_batch():
+    data, everybody = tiny_data(), pooled(tiny_data())
+    central = algorithm(method="central_moco", cohort=3, dropout_rate=0.9, min_clients=3)
+    alone = algorithm(everybody, cohort=1, batch_size=6)
+    assert len(central.data.clients) == 1 and len(data.clients) == CLIENTS
+    for round in range(3):
+        played = central.play(round)
+        assert played.loss == alone.play(round).loss and played.num_images == 6 * STEPS
+        assert all(entry.traffic.total == 0 for entry in played.entries)
+    for name, value in alone.stored().items():
+        assert torch.equal(value, central.stored()[name]), name
+
+
+def test_central_moco_takes_as_many_steps_as_a_client_does():
+    steps = round(sum(SIZES.values()) / CLIENTS / 2)
+    assert algorithm(method="central_moco", round_steps=0).steps == steps
+
+
+def test_what_is_of_clients_has_no_effect_in_one_place_but_the_momentum():
+    there = "\n".join(idle([config(method="central_moco", min_clients=2, server_momentum=0.5)]))
+    assert "min_clients 2 has no effect" in there and "sync_period 2 has no effect" in there
+    assert "server_momentum" not in there
 
 
 @pytest.mark.parametrize(

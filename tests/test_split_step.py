@@ -20,7 +20,7 @@ from split_nets import (
 )
 from torch import nn
 
-from fedss_kernels.federated.split_learning.contrast import contrast
+from fedss_kernels.federated.clients.contrast import contrast
 from fedss_kernels.federated.split_learning.half import Half, cut
 from fedss_kernels.federated.split_learning.joint import NobodyLeft
 from fedss_kernels.federated.split_learning.key_queue import KeyQueue

@@ -144,7 +144,8 @@ class Config:
 
     temperature: float = option(
         PRESET,
-        "of simclr, layerwise and mocosfl: what cosines of two views are divided by in the loss",
+        "of simclr, layerwise, mocosfl, central_moco and fl_moco: what cosines of two views are divided by "
+        "in the loss",
         above=0,
     )
     stages: int | None = option(
@@ -180,20 +181,30 @@ class Config:
         50, "of mocosfl: steps between two averages of the clients' blocks; a round ends with one", low=1
     )
     round_steps: int = option(
-        0, "of mocosfl: steps in a round, 0: as a client with the mean number of images has batches", low=0
+        0,
+        "of mocosfl and central_moco: steps in a round, 0: as a client with the mean number of images has "
+        "batches",
+        low=0,
     )
-    queue_size: int = option(6000, "of mocosfl: keys that queries are told from besides their own", low=1)
+    queue_size: int = option(
+        6000,
+        "of mocosfl, central_moco and fl_moco: keys that queries are told from besides their own, at most",
+        low=1,
+    )
     private_queues: bool = option(
         False, "of mocosfl: each client has a queue of its own, its share of the keys, and no one else's keys"
     )
-    key_dim: int = option(1024, "of mocosfl: numbers in a key", low=1, below=2**16)
+    key_dim: int = option(1024, "of mocosfl and central_moco: numbers in a key", low=1, below=2**16)
     ema: float = option(
-        0.99, "of mocosfl: what a momentum copy keeps of itself in a step", low=0, below=1.0000001
+        0.99,
+        "of mocosfl, central_moco and fl_moco: what a momentum copy keeps of itself in a step",
+        low=0,
+        below=1.0000001,
     )
     symmetric: str = option(
         "server",
-        "of mocosfl: the loss of the second view, too: server, of what clients have sent; full, of two more "
-        "latents that they send; none",
+        "of mocosfl and central_moco: the loss of the second view, too: server, of what clients have sent; "
+        "full, of two more latents that they send; none",
         choices=lambda: SYMMETRIC,
     )
     in_turn: bool = option(
@@ -224,7 +235,7 @@ class Config:
         "of mocosfl: a file of fedss harden, of the same net, cut and bottleneck, whose halves a run begins "
         "with; clients' stay as they are",
     )
-    weight_decay: float = option(5e-4, "of mocosfl: of clients and server", low=0)
+    weight_decay: float = option(5e-4, "of mocosfl and central_moco: of all of the net", low=0)
 
     rounds: int = option(PRESET, "rounds of training", low=1)
     cohort: int = option(PRESET, "clients drawn for each round", low=1)
@@ -356,6 +367,7 @@ class Config:
         "folder for the class matrix, or for the class rows and nets that clients keep with themselves (of "
         "fedper, fedrep, local_only), where it is larger than memory, none: it is in memory",
     )
+    label: str | None = option(None, "what the run is called beside others, none: as its method")
     seed: int = option(0, "the seed of everything but the data", low=0, below=2**63)
     eval_every: int = option(10, "rounds between two looks at the test images", low=1)
     checkpoint_every: int = option(10, "rounds between two checkpoints in the run's folder, 0: none", low=0)

@@ -45,10 +45,15 @@ RULES: tuple[Rule, ...] = (
         (
             *("denominator", "wire_dtype", "dropout_rate", "deadline", "latency_spread", "min_clients"),
             *("trust_updates", "max_norm", "max_norm_ratio", "clip_norm", "aggregation", "trim"),
-            *("poison_rate", "server_optimizer", "server_lr", "server_momentum"),
+            *("poison_rate", "server_optimizer", "server_lr"),
         ),
         "the method has no clients",
         lambda c: METHODS[c.method].pooled,
+    ),
+    (
+        ("server_momentum",),
+        "the method has no clients",
+        lambda c: METHODS[c.method].pooled and not METHODS[c.method].split,
     ),
     (
         (

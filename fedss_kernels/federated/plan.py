@@ -1,8 +1,9 @@
 """What a comparison compares: methods, numbers of negatives and seeds; the rates that are tried."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from .files.checkpoint import CheckpointError, differences
 
 HOLDOUT = 0.1  # of the training clients, for the choice of a rate
 FILE = "comparison.json"
-LISTS = ("methods", "seeds", "counts", "rates")
+LISTS, OBJECTS = ("methods", "seeds", "counts", "rates"), ("config", "own")
+SHARED = ("label", "seed", "class_store", "workers", "out", "overwrite")  # by all that is compared
 NUMBERS: dict[str, type | tuple[type, ...]] = {"seeds": int, "counts": int, "rates": (int, float)}
 PRESETS = Path(__file__).with_name("presets")
 
@@ -27,27 +29,34 @@ class Case:
 
     method: str
     num_negatives: int | None
+    called: str | None = None  # where it has a name of its own
 
     @property
     def name(self) -> str:
         """In names of folders."""
-        return self.method if self.num_negatives is None else f"{self.method}-m{self.num_negatives}"
+        name = self.method if self.called is None else re.sub(r"[^a-z0-9_]+", "-", self.called.lower())
+        return name if self.num_negatives is None else f"{name}-m{self.num_negatives}"
 
     @property
     def label(self) -> str:
-        label = METHODS[self.method].label
+        label = self.called or METHODS[self.method].label
         return label if self.num_negatives is None else f"{label}, {self.num_negatives} negatives"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Raises ConfigError for names or numbers that cannot be, or a class store that no method has."""
+    """Raises ConfigError for names or numbers that cannot be, or a class store that no method has.
+
+    A method may be there under several names, with options of its own under each: `own` has for each name its
+    options, and for one that is no method's the "method" among them. They win over `config`.
+    """
 
     config: Config  # everything but method, seed and out; its class store is for methods that have one
     methods: Sequence[str]
     seeds: Sequence[int]
     counts: Sequence[int] = ()  # numbers of negatives; none: the configuration's
     rates: Sequence[float] = ()  # client_lr to choose from; none: the configuration's
+    own: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for option in NUMBERS:
@@ -61,7 +70,7 @@ class Plan:
     def _misfits(self) -> Iterator[ConfigError]:
         for option in LISTS:
             values = getattr(self, option)
-            strange = [line for value in values if (line := _strange(option, value))]
+            strange = [line for value in values if (line := self._strange(option, value))]
             yield from (ConfigError(option, line) for line in strange)
             few = option in ("methods", "seeds") and not values
             if few or (not strange and len(set(values)) < len(values)):
@@ -71,6 +80,44 @@ class Plan:
             yield ConfigError(
                 "workers", f"expected 1 in a comparison, which has jobs, got {self.config.workers}"
             )
+        strange = [*self._misfits_of_own()]
+        yield from strange
+        if not strange and not any(self._strange("methods", name) for name in self.methods):
+            yield from (error for case in self.cases if (error := self._misfit(case)))
+
+    def _strange(self, option: str, value: Any) -> str:
+        """Why it cannot be in the list of this name; "" if it can."""
+        if option in NUMBERS:
+            plain = isinstance(value, NUMBERS[option]) and not isinstance(value, bool)
+            return "" if plain else f"expected numbers, got {value!r}"
+        if isinstance(value, str) and self._method(value) in METHODS:
+            return ""
+        names = [*METHODS, *(name for name in self.own if name not in METHODS)]
+        return f"expected some of {', '.join(names)}, got {value!r}{did_you_mean(str(value), names)}"
+
+    def _misfits_of_own(self) -> Iterator[ConfigError]:
+        names = [field.name for field in fields(Config)]
+        shared = {*names[: names.index("method")], *SHARED}  # the data first
+        for name, options in self.own.items():
+            if name not in self.methods:
+                yield ConfigError("own", f"expected options of {', '.join(self.methods)}, got {name!r}")
+            for option in options.keys() - {"method"}:
+                if option not in names:
+                    yield ConfigError("own", f"{name}: no such option: {option}{did_you_mean(option, names)}")
+                elif option in shared:
+                    yield ConfigError("own", f"{name}: {option} is the same for all that is compared")
+
+    def _misfit(self, case: Case) -> ConfigError | None:
+        """What is wrong with its options, where it has some."""
+        try:
+            if self._own(case):
+                self.config_of(case)
+        except ConfigError as error:
+            return error
+        return None
+
+    def _method(self, name: str) -> str:
+        return self.own.get(name, {}).get("method", name)
 
     @property
     def several(self) -> bool:
@@ -80,16 +127,26 @@ class Plan:
     @property
     def storeless(self) -> list[str]:
         """The methods that have no class store, where others have one."""
-        return [name for name in self.methods if self.config.class_store and not METHODS[name].stores]
+        names = [self._method(name) for name in self.methods]
+        return [name for name in names if self.config.class_store and not METHODS[name].stores]
 
     @property
     def cases(self) -> list[Case]:
         """A method that asks for negatives has one for each count, if there are several."""
         return [
-            Case(method, count)
-            for method in self.methods
-            for count in (self.counts if METHODS[method].samples and self.several else [None])
+            Case(self._method(name), count, None if name in METHODS else name)
+            for name in self.methods
+            for count in (self.counts if METHODS[self._method(name)].samples and self.several else [None])
         ]
+
+    def config_of(self, case: Case) -> Config:
+        """Its options, but for seed, rate and folder. Raises ConfigError for some that cannot be."""
+        own = {name: value for name, value in self._own(case).items() if name != "method"}
+        store = self.config.class_store if METHODS[case.method].stores else None
+        return replace(self.config, method=case.method, label=case.called, class_store=store, **own)
+
+    def _own(self, case: Case) -> Mapping[str, Any]:
+        return self.own.get(case.called or case.method, {})
 
     def trials(self, out: Path) -> list[Config]:
         """The runs that choose a rate, rates of one case next to each other.
@@ -113,11 +170,11 @@ class Plan:
         ]
 
     def _cohort(self, case: Case) -> dict[str, int]:
-        cohort = self.config.cohort
-        if not METHODS[case.method].alone or cohort is None:
+        config = self.config_of(case)
+        if not METHODS[case.method].alone or config.cohort is None:
             return {}
-        cohort = max(1, round(HOLDOUT * cohort))
-        return {"cohort": cohort, "min_clients": min(self.config.min_clients, cohort)}
+        cohort = max(1, round(HOLDOUT * config.cohort))
+        return {"cohort": cohort, "min_clients": min(config.min_clients, cohort)}
 
     def runs(self, out: Path, rates: Mapping[Case, float]) -> list[Config]:
         """The runs that are compared, cases of one seed next to each other."""
@@ -128,7 +185,7 @@ class Plan:
                 seed,
                 out / f"{case.name}-seed{seed}",
                 store,
-                client_lr=rates.get(case, self.config.client_lr),
+                **({"client_lr": rates[case]} if case in rates else {}),
             )
             for seed in self.seeds
             for case in self.cases
@@ -144,8 +201,7 @@ class Plan:
         elif len(self.counts) == 1:
             options["num_negatives"] = self.counts[0]
         return replace(
-            self.config,
-            method=case.method,
+            self.config_of(case),
             seed=seed,
             out=out,
             class_store=store / out.name if store and METHODS[case.method].stores else None,
@@ -153,8 +209,9 @@ class Plan:
         )
 
     def save(self, out: Path) -> None:
-        lists = {name: list(getattr(self, name)) for name in LISTS}
-        text = json.dumps(lists | {"config": self.config.to_dict()}, indent=2)
+        lists: dict[str, Any] = {name: list(getattr(self, name)) for name in LISTS}
+        own = {"own": self.own} if self.own else {}
+        text = json.dumps(lists | own | {"config": self.config.to_dict()}, indent=2)
         write_whole(out / FILE, text + "\n")
 
     @classmethod
@@ -165,7 +222,8 @@ class Plan:
             missing = [name for name in ("config", *LISTS) if name not in found]
             if missing:
                 raise ConfigError("config", f"{out / FILE} has no {', '.join(missing)}")
-            return cls(Config.from_dict(found["config"], out / FILE), *(found[name] for name in LISTS))
+            config = Config.from_dict(found["config"], out / FILE)
+            return cls(config, **{name: found[name] for name in LISTS}, own=found.get("own", {}))
         except ConfigError as error:
             raise CheckpointError(f"no comparison to go on with in {out}: {error}") from None
 
@@ -177,22 +235,14 @@ class Plan:
             before, now = list(getattr(there, name)), list(getattr(self, name))
             if before != now:
                 different.append(f"{name}: {before} there, {now} here")
+        if there.own != self.own:
+            different.append(f"own: {there.own} there, {self.own} here")
         if different:
             raise CheckpointError(f"the comparison in {out} is another: {'; '.join(different)}")
 
 
-def _strange(option: str, value: Any) -> str:
-    """Why it cannot be in the list of this name; "" if it can."""
-    if option in NUMBERS:
-        plain = isinstance(value, NUMBERS[option]) and not isinstance(value, bool)
-        return "" if plain else f"expected numbers, got {value!r}"
-    if isinstance(value, str) and value in METHODS:
-        return ""
-    return f"expected some of {', '.join(METHODS)}, got {value!r}{did_you_mean(str(value), [*METHODS])}"
-
-
 def read_preset(name: str) -> dict[str, Any]:
-    """A preset of the package by its name, or a file: {"config": {...}} and any of LISTS, as comparison.json.
+    """A preset of the package by its name, or a file: any of OBJECTS and LISTS, as comparison.json.
 
     Raises ConfigError for a name that is neither, or a file that is none.
     """
@@ -204,19 +254,40 @@ def read_preset(name: str) -> dict[str, Any]:
 
 
 def read_plan(path: Path, option: str) -> dict[str, Any]:
-    """What of {"config": {...}} and LISTS is in a file. Raises ConfigError, of `option`, for what else is."""
+    """What of OBJECTS and LISTS is in a file. Raises ConfigError, of `option`, for what else is."""
     found = read_options(path)
     for key, value in found.items():
-        if key not in ("config", *LISTS):
+        if key not in (*OBJECTS, *LISTS):
             raise ConfigError(
-                option, f"no such entry in {path}: {key}{did_you_mean(key, ['config', *LISTS])}"
+                option, f"no such entry in {path}: {key}{did_you_mean(key, [*OBJECTS, *LISTS])}"
             )
-        if not isinstance(value, dict if key == "config" else list):
-            kind = "an object" if key == "config" else "a list"
+        inside = value.values() if key == "own" and isinstance(value, dict) else ()
+        if not isinstance(value, dict if key in OBJECTS else list) or not all(
+            isinstance(options, dict) for options in inside
+        ):
+            kind = {"config": "an object", "own": "an object of objects"}.get(key, "a list")
             raise ConfigError(option, f"expected {kind} for {key} in {path}, got {value!r}")
+    return found
+
+
+def with_defaults(
+    methods: Sequence[str],
+    own: Mapping[str, Mapping[str, Any]],
+    given: Container[str],  # options that the user chose for all
+) -> dict[str, dict[str, Any]]:
+    """`own`, and before it the defaults that a method has of its own, of options that are left to it."""
+    found = dict[str, dict[str, Any]]()
+    for name in methods:
+        options = dict(own.get(name, {}))
+        if method := METHODS.get(options.get("method", name)):
+            usual = {option: value for option, value in method.presets.items() if option not in given}
+            options = usual | options
+        if options:
+            found[name] = options
     return found
 
 
 def case_of(config: Config, several: bool) -> Case:
     """The case of a run, where a comparison has several numbers of negatives or one."""
-    return Case(config.method, config.num_negatives if several and METHODS[config.method].samples else None)
+    count = config.num_negatives if several and METHODS[config.method].samples else None
+    return Case(config.method, count, config.label)

@@ -35,9 +35,10 @@ from .server.row_table import RowTable
 from .split_learning.split_round import SplitRound
 from .workers import WorkerLost, started
 
-OTHERS: dict[str, type[Algorithm]] = {
-    "mocosfl": SplitRound
-}  # of the methods that have rounds of their own kind
+OTHERS: dict[str, type[Algorithm]] = {  # of the methods that have rounds of their own kind
+    "mocosfl": SplitRound,
+    "central_moco": SplitRound,
+}
 
 
 @dataclass(frozen=True, repr=False)

@@ -1,5 +1,6 @@
 """The federated methods by name, one file each."""
 
+from .central_moco import CENTRAL_MOCO
 from .centralized import CENTRALIZED
 from .fedavg import FEDAVG
 from .fedaws import FEDAWS
@@ -8,6 +9,7 @@ from .fedbabu_ss import FEDBABU_SS
 from .fedper import FEDPER
 from .fedrep import FEDREP
 from .fedss import FEDSS
+from .fl_moco import FL_MOCO
 from .full_softmax import FULL_SOFTMAX
 from .layerwise import LAYERWISE
 from .local_only import LOCAL_ONLY
@@ -35,6 +37,8 @@ METHODS: dict[str, Method] = {
         SIMCLR,
         LAYERWISE,
         MOCOSFL,
+        CENTRAL_MOCO,
+        FL_MOCO,
     )
 }
 

@@ -34,6 +34,7 @@ class Method:
     own_push: bool = True  # whether an image is pushed from the client's other classes
     spreads: bool = False  # whether the server pushes near class rows apart after each round
     contrastive: bool = False  # whether clients learn without labels, with a projection head on the net
+    queued: bool = False  # whether these tell a view from keys that they had before, by a momentum copy
     baseline: str = "full_softmax"  # the method, by name, that its traffic is held against
     pooled: bool = False  # whether there are no clients: all the images are in one place
     split: bool = False  # whether clients and server each have a part of the net, and step together

@@ -23,7 +23,7 @@ from ..files.run_folder import RUN_FILES, check_folder, faults, read_config
 from ..interrupts import Interrupted, noticed
 from ..ledger import OUTCOMES
 from ..lock import InUse
-from ..plan import FILE, LISTS, Plan, read_preset
+from ..plan import FILE, LISTS, Plan, read_preset, with_defaults
 from ..run_loop import Result, Stopped, run
 from ..server.class_store import check_free
 from ..server.inspection import explained
@@ -271,8 +271,15 @@ def _planned(arguments: argparse.Namespace) -> Plan:
         vars(arguments).update(arguments.own)
         own = {name: getattr(arguments, name) for name in LISTS}
         lists = _COMPARED | preset | {name: value for name, value in own.items() if value is not None}
-        plan = Plan(config_of(arguments, preset.get("config", {})), *(lists[name] for name in LISTS))
-        refuse_unread(arguments, plan.methods)
+        config = config_of(arguments, preset.get("config", {}))
+        of_preset = {
+            name: {option: value for option, value in options.items() if option not in arguments}
+            for name, options in preset.get("own", {}).items()
+            if name in lists["methods"]
+        }
+        own = with_defaults(lists["methods"], of_preset, arguments.given)
+        plan = Plan(config, **{name: lists[name] for name in LISTS}, own=own)
+        refuse_unread(arguments, [case.method for case in plan.cases])
         return plan
     _refuse_others(arguments)
     there, out = Plan.read(arguments.resume), arguments.resume
@@ -298,6 +305,7 @@ def _compare(arguments: argparse.Namespace) -> int:
         names = [trial_name(plan, trial) for trial in plan.trials(out)]
         runs = plan.runs(out, {})
         names += [job_name(plan, run) for run in runs]
+        rounds = [each.rounds for each in (*plan.trials(out), *runs)]
 
         def ready() -> None:
             if not resume:
@@ -315,7 +323,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     say_what_is_logged(arguments.command, jobs)
     finishing = f"{command}: finishing the rounds of the runs"
     try:
-        with RunProgress(names, plan.config.rounds) as progress, noticed(finishing) as stop:
+        with RunProgress(names, rounds) as progress, noticed(finishing) as stop:
 
             def show(first: int) -> Callable[[int, RoundMetrics | None], None]:
                 return lambda job, m: progress.advance(first + job, m) if m else progress.start(first + job)

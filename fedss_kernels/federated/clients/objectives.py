@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ...sampled_softmax import sampled_softmax_loss
 from ..messages import Request
+from .contrast import contrast
 
 
 class Objective(Protocol):
@@ -66,6 +67,22 @@ class TwoViews:
             target_labels=image,
             scale=1 / self.temperature,
         )
+
+
+@dataclass
+class Queued:
+    """MoCo's loss (contrast.py), symmetric: against the last `size` keys of the steps before this one."""
+
+    rows: Tensor  # (0, D): there are no others
+    temperature: float  # T
+    size: int  # M
+    keys: Tensor | None = None  # (at most M, d), the oldest first
+
+    def loss(self, embeddings: Tensor, target: Tensor) -> Tensor:
+        """The mean over (2B, d): the views of B images; target (2B, d): each one's own key, of length 1."""
+        queue = target[:0] if self.keys is None else self.keys
+        self.keys = torch.cat([queue, target])[-self.size :]
+        return contrast(embeddings, target, queue, self.temperature)
 
 
 def weight_and_bias(rows: Tensor, similarity: str) -> tuple[Tensor, Tensor | None]:

@@ -32,7 +32,7 @@ from ..models.vision import load_checkpoint
 from ..randomness import NO_CLIENT, Purpose, generator, initial_rows
 from .augment import Augmentation, as_input, centre_crop
 from .client import Client
-from .contrastive import ContrastiveClient
+from .contrastive import ContrastiveClient, MomentumClient
 from .extractor import CPU, Extractor, as_embeddings
 from .poison import poisoned
 from .pooled import PooledClient
@@ -74,12 +74,17 @@ class Player:
             "augmentation": Augmentation(config.crop_size, config.max_shift, config.flip),
         }
         self.client: Client
-        if self.method.pooled:
+        if self.method.pooled and not self.method.split:
             self.client = PooledClient(self.extractor, data, cohort=config.cohort, **options)
         elif self.method.contrastive:
-            views = Views("simclr", config.crop_size or min(data.images.shape[2:]))
+            size = config.crop_size or min(data.images.shape[2:])
+            views = Views("moco" if self.method.queued else "simclr", size)
             options |= {"views": views, "temperature": config.temperature}
-            self.client = ContrastiveClient(self.extractor, data, **options)
+            if self.method.queued:
+                options |= {"queue_size": config.queue_size, "ema": config.ema}
+                self.client = MomentumClient(self.extractor, data, **options)
+            else:
+                self.client = ContrastiveClient(self.extractor, data, **options)
         else:
             self.client = Client(self.extractor, data, **options)
 

@@ -120,8 +120,10 @@ def _check(plan: Plan, data: FederatedData) -> None:
     """Raises ConfigError where a case does not fit the data, or cannot be measured on them."""
     check_data(fitted(plan.config, data.found), data)
     tried: dict[bool, FederatedData] = {}
-    for method in plan.methods:
-        config, alone = dataclasses.replace(plan.config, method=method), METHODS[method].alone
+    for case in plan.cases:
+        config, alone = plan.config_of(case), METHODS[case.method].alone
+        if case.method in plan.own or case.called:
+            check_data(fitted(config, data.found), data)
         check_measured(config, data)
         if plan.rates:
             if alone not in tried:

@@ -20,6 +20,7 @@ class Line:
     """A case's line in the table, means over its seeds. Bytes are of a whole run, but where they say."""
 
     method: str
+    label: str
     num_negatives: int | None  # where there are several
     client_lr: float
     seeds: int
@@ -78,6 +79,7 @@ def _line(case: Case, runs: Sequence[Run]) -> Line:
     measures, mean = summaries[0].measures, statistics.fmean
     return Line(
         method=case.method,
+        label=case.label,
         num_negatives=case.num_negatives,
         client_lr=runs[0].config.client_lr,
         seeds=len(runs),
@@ -114,7 +116,7 @@ def cells(table: Sequence[Line]) -> list[list[str]]:
 
 def _cells(line: Line, shown: Sequence[str]) -> list[str]:
     return [
-        Case(line.method, line.num_negatives).label,
+        line.label,
         f"{line.client_lr:g}",
         *(_with_sd(MEASURES[name], *line.measured.get(name, (None, None))) for name in shown),
         f"{line.class_set:.1f} ({percent(line.class_set_share)})",

@@ -1,7 +1,7 @@
 """Where the parts of a model stand in a method, and what follows from it, in words."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..algorithms import METHODS, Method
 from ..algorithms.parts import Part
@@ -29,6 +29,9 @@ _POOLED = Place(
     "steps as a client would, each on as many images as those of {size} clients together.",
     held="class rows in the loss",
     matrix="All the class rows, C of them.",
+)
+_POOLED_WITHOUT_ROWS = replace(
+    _POOLED, rows="none", held="class rows: there are none", matrix="There is none."
 )
 _ALONE = Place(
     net="each client's own",
@@ -96,7 +99,7 @@ _MIXED = (
 
 def place(method: Method) -> Place:
     if method.pooled:
-        return _POOLED
+        return _POOLED_WITHOUT_ROWS if method.rowless else _POOLED
     if method.split:
         return _SPLIT
     return _ALONE if method.alone else _BY_ROWS[method.rows]

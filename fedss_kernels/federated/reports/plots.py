@@ -15,7 +15,7 @@ from ..measures import Measure
 from ..plan import Case
 from .page import data_uri
 from .reported_run import MEGABYTE, Run, by_case, course, several_seeds
-from .styles import style
+from .styles import style, styles
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -140,15 +140,15 @@ def _finish(figure: "Figure", axes, runs: Sequence[Run], theme: dict[str, str], 
 
 def _lines(runs: Sequence[Run]) -> list[tuple[dict[str, str], list[Run]]]:
     """(style, runs) of one case of each method: of several numbers of negatives the one in the middle."""
-    lines: dict[str, list[tuple[Case, list[Run]]]] = {}
+    lines: dict[tuple[str, str | None], list[tuple[Case, list[Run]]]] = {}
     for case, group in by_case(runs).items():
-        lines.setdefault(case.method, []).append((case, group))
+        lines.setdefault((case.method, case.called), []).append((case, group))
     found = []
-    for cases in lines.values():
+    for cases, look in zip(lines.values(), styles([method for method, _ in lines]), strict=True):
         case, group = sorted(cases, key=lambda each: each[0].num_negatives or 0)[len(cases) // 2]
         measure = course(group[0])
         other = "" if measure == course(runs[0]) else f" ({measure.label})"  # than the axis says
-        found.append((style(case.method) | {"label": case.label + other}, group))
+        found.append((look | {"label": case.label + other}, group))
     return found
 
 
@@ -184,7 +184,7 @@ def save_plots(folder: Path, runs: Sequence[Run]) -> list[str]:
         (accuracy_by_round, f"{subject} by rounds of training"),
         (accuracy_by_bytes, f"{subject} by megabytes moved"),
     ]
-    if len(by_case(runs)) > len({run.summary.method for run in runs}):
+    if any(case.num_negatives is not None for case in by_case(runs)):
         plots.append((accuracy_by_class_set, f"{subject} by class rows on a client"))
     for plot, alt in plots:
         with plotting():

@@ -29,8 +29,10 @@ QUICK_SECONDS = 0.5  # reading that takes no longer needs no plain line
 class RunProgress:
     """Loss, accuracy and time left of one or more jobs. A context manager; `advance` it after every round."""
 
-    def __init__(self, names: Sequence[str], rounds: int, console: Console | None = None):
-        self.names, self.rounds = names, rounds
+    def __init__(self, names: Sequence[str], rounds: int | Sequence[int], console: Console | None = None):
+        """rounds: of all of them, or of each."""
+        self.names = names
+        self.rounds = [rounds] * len(names) if isinstance(rounds, int) else rounds
         self.console = console or Console()
         self.accuracy = ["–"] * len(names)
         self.said: dict[int, float] = {}  # job -> when its last plain line was
@@ -47,8 +49,8 @@ class RunProgress:
         )
         # A job's clock starts with its first round, so those that wait their turn show no time.
         self.tasks = [
-            self.bars.add_task(name, total=rounds, loss="–", accuracy="–", start=len(names) == 1)
-            for name in names
+            self.bars.add_task(name, total=total, loss="–", accuracy="–", start=len(names) == 1)
+            for name, total in zip(names, self.rounds, strict=True)
         ]
 
     def __enter__(self) -> "RunProgress":
@@ -89,13 +91,14 @@ class RunProgress:
                 print(f"{self.names[job]}: {line}", file=sys.stderr, flush=True)
 
     def _say(self, job: int, metrics: RoundMetrics) -> None:
-        last, now = metrics.round == self.rounds, time.monotonic()
+        rounds, now = self.rounds[job], time.monotonic()
+        last = metrics.round == rounds
         if not last and now - self.said.setdefault(job, now) < QUIET_SECONDS:
             return
         self.said[job] = now
-        left = metrics.seconds / metrics.round * (self.rounds - metrics.round)
+        left = metrics.seconds / metrics.round * (rounds - metrics.round)
         print(
-            f"{self.names[job]}: round {metrics.round}/{self.rounds}, loss {metrics.loss:.3f}, "
+            f"{self.names[job]}: round {metrics.round}/{rounds}, loss {metrics.loss:.3f}, "
             f"{self.accuracy[job]}, {metrics.seconds:.0f} s, {left:.0f} s left",
             file=self.console.file,
             flush=True,

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..clients.contrast import contrast
 from ..clients.sgd import sgd_step
-from .contrast import contrast
 from .half import Half
 from .key_queue import KeyQueue
 from .latents import Latents

@@ -7,14 +7,18 @@ clients' halves every `sync_period` steps and after the last
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from ..algorithms import METHODS
 from ..any_round import OnTuned, Played, TooFewClients, Trained
 from ..clients.player import Player
+from ..clients.pooled import pooled
 from ..clients.views import Views
 from ..config import Config, ConfigError, learning_rate
+from ..data import FederatedData
 from ..files.facts import Facts
 from ..files.run_folder import RunFolder
 from ..ledger import Entry, Traffic
@@ -54,7 +58,9 @@ class SplitRound:
     def __init__(self, config: Config, player: Player, workers: int = 1, store: ClassStore | None = None):
         if workers > 1:  # by torchrun
             raise ConfigError("workers", f"expected 1 with {config.method}, got {workers}")
-        self.config, self.player, self.data = config, player, player.data
+        inside = METHODS[config.method].pooled
+        config, data = in_one_place(config, player.data) if inside else (config, player.data)
+        self.config, self.player, self.data = config, player, data
         self.not_finite_since: int | None = None
         self.on_tuned: OnTuned = lambda done, total: None
         self.watch = Stopwatch()
@@ -66,7 +72,7 @@ class SplitRound:
         with torch.no_grad():
             seen = self.views(self.data.images[:1], generator(0, 0, 0, 0, Purpose.AUGMENTATION))
             latent = clients.half(clients.weights, seen).numel()
-        sizes = len(clients.weights), latent, config.batch_size
+        sizes = (0, 0, 0) if inside else (len(clients.weights), latent, config.batch_size)  # nothing moves
         self.costs = Costs(clients.rules, *sizes, config.wire_dtype)
         self.steps = config.round_steps or _epoch([len(held) for held in self.data.clients], config)
         self._collapsed = False
@@ -242,6 +248,25 @@ class SplitRound:
         extractor = self.player.extractor
         extractor.flat.copy_(self._net())
         return Trained(extractor.module.eval().cpu())
+
+
+def in_one_place(config: Config, data: FederatedData) -> tuple[Config, FederatedData]:
+    """A client who has every image, and takes in a step as many as a cohort's clients together."""
+    steps = config.round_steps or _epoch([len(held) for held in data.clients], config)
+    alone = replace(
+        config,
+        cohort=1,
+        min_clients=1,
+        batch_size=config.cohort * config.batch_size,
+        round_steps=steps,
+        private_queues=False,
+        freeze_clients=False,
+        momentum_copies="averaged",
+        velocities="averaged",
+        dropout_rate=0.0,
+        wire_dtype="float32",
+    )
+    return alone, pooled(data)
 
 
 def _epoch(sizes: Sequence[int], config: Config) -> int:

@@ -1,30 +1,53 @@
 """What layer-wise learning costs a client stage by stage, beside training the whole net end to end.
 
-Of one step on a batch: forward and backward, with the mean square of the features for a loss. A head, a
-second view of each image and an optimiser's velocities are left out of all alike.
+Of one step on a batch: forward and backward, with the mean square of the features for a loss. A head and an
+optimiser's velocities are left out of all alike.
 """
 
 import copy
+import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import takewhile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ...plotting import plotting
+from ..algorithms import METHODS
+from ..algorithms.parts import Part, Parts
+from ..algorithms.schedule import Schedule
+from ..config import Config
+from ..models.layered import check_layered
 from ..probes.features import pool_of, stem_and_blocks
+from ..reports.page import write_section
 from ..reports.styles import COLOURS
+from ..reports.tables import write_csv
 from . import costs
 from .costs import Costs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+MB = 1e6
+WHOLE, CHECKPOINTED = "end to end", "end to end, with checkpoints"
+WORDS = (
+    "What one step costs a client, forward and backward, on {images} images (of a contrastive method each "
+    "image is there twice). Memory is the parameters that the client has, the peak of the step with its "
+    "gradients among it, and not what a library takes for itself; saved is what is kept from forward to "
+    "backward. Of several stages memory, saved bytes, multiply-adds and traffic are those of the worst, and"
+    " the mean is over the stages: what all of them cost, of what as many steps cost {whole}. With "
+    "checkpoints the inside of each block is computed again in backward. The projection head is left out. "
+    "It is a model of one client, measured with torch's CPU allocator: a simulation holds the whole net."
+)
+
 
 @dataclass(frozen=True)
 class StageCosts:
-    stage: int  # the block that is trained, from 1; of end to end the last
+    stage: int  # from 1
     held: int  # bytes of the parameters that a client has
     trained: int  # of these that it trains and sends back
     costs: Costs
@@ -40,23 +63,31 @@ class StageCosts:
         return self.held + self.trained
 
 
-def measure(net: nn.Module, images: Tensor, budget: int | None = None) -> list[StageCosts]:
-    """Of each stage, on images (B, channels, H, W) as the net takes them.
+def parts_of_stages(schedule: Schedule, rounds: int) -> list[Parts]:
+    """Of a client in each stage; which blocks a depth budget leaves out makes no difference to its costs."""
+    first = {schedule.stage(round): round for round in reversed(range(rounds))}
+    return [schedule.parts(first[stage], 0, 0) for stage in sorted(first)]
 
-    In stage l stem and blocks 1 to l - 1 are fixed, without a graph, and block l is trained, the first with
-    the stem. With a budget a client has so many blocks at most: the first, the last fixed ones, the active.
-    Raises ValueError for a net without several blocks or a budget below 2.
+
+def by_block(blocks: int, budget: int | None = None) -> list[Parts]:
+    """A stage for each block of a net, and a depth budget. Raises ConfigError for one that cannot be."""
+    config = Config(data="own", method="layerwise", rounds=blocks, depth_budget=budget)
+    return parts_of_stages(METHODS["layerwise"].schedule(config, blocks + 2), blocks)
+
+
+def measure(net: nn.Module, images: Tensor, stages: Sequence[Parts]) -> list[StageCosts]:
+    """Of each stage, on images (B, channels, H, W) as the net takes them; parts: of stem and blocks first.
+
+    Blocks before the first that is trained run without a graph, and those that are absent do not run.
+    Raises ValueError for a net without several blocks.
     """
     modules, pool = _copied(net)
     found = []
-    for stage in range(1, len(modules)):
-        kept = modules[:stage]
-        if budget is not None:
-            if budget < 2:
-                raise ValueError(f"budget: expected at least 2 blocks, got {budget}")
-            kept = kept[:2] + kept[max(2, stage + 2 - budget) :]
-        fixed, active = ([], modules[:2]) if stage == 1 else (kept, modules[stage : stage + 1])
-        found.append(_measured(stage, fixed, active, pool, images))
+    for stage, parts in enumerate(stages, 1):
+        there = [(m, p) for m, p in zip(modules, parts.blocks, strict=False) if p is not Part.ABSENT]
+        fixed = [*takewhile(lambda each: not each[1].moves, there)]
+        before, active = ([m for m, _ in of] for of in (fixed, there[len(fixed) :]))
+        found.append(_measured(stage, before, active, pool, images))
     return found
 
 
@@ -99,6 +130,83 @@ class _Checkpointed(nn.Module):
 
     def forward(self, made: Tensor) -> Tensor:
         return checkpoint(self.block, made, use_reentrant=False)
+
+
+def of_model(
+    net: nn.Module, images: Tensor, budget: int | None = None
+) -> tuple[dict[str, list[StageCosts]], dict[str, StageCosts]]:
+    """(layer-wise, and with a budget beside it: a line a stage; end to end, and that with checkpoints).
+
+    Raises ConfigError for a net that cannot be trained block by block, or with the budget.
+    """
+    check_layered(net, images[:2], one_shape=budget is not None)
+    layers = len(_copied(net)[0]) - 1
+    cases = {"layer-wise": measure(net, images, by_block(layers))}
+    if budget is not None:
+        cases[f"layer-wise, budget {budget}"] = measure(net, images, by_block(layers, budget))
+    whole = {WHOLE: end_to_end(net, images), CHECKPOINTED: end_to_end(net, images, checkpointed=True)}
+    return cases, whole
+
+
+def write(
+    out: Path,
+    model: str,
+    images: int,
+    cases: Mapping[str, Sequence[StageCosts]],
+    whole: Mapping[str, StageCosts],
+) -> str:
+    """costs.csv, costs.md, costs.png and a section of report.html; returns the table's text."""
+    every = {**{name: [line] for name, line in whole.items()}, **cases}
+    of_costs = [field.name for field in fields(Costs)]
+    write_csv(
+        out / "costs.csv",
+        [
+            ["case", "stage", "held", "trained", *of_costs, "memory", "traffic"],
+            *(
+                [
+                    name,
+                    x.stage,
+                    x.held,
+                    x.trained,
+                    *(getattr(x.costs, n) for n in of_costs),
+                    x.memory,
+                    x.traffic,
+                ]
+                for name, lines in every.items()
+                for x in lines
+            ),
+        ],
+    )
+    of_all = whole[WHOLE]
+    header = [
+        "",
+        "memory (MB)",
+        "times less",
+        "saved (MB)",
+        "multiply-adds (G)",
+        "mean",
+        "traffic (MB)",
+        "mean",
+    ]
+    rows = [[name, *_figures(lines, of_all)] for name, lines in every.items()]
+    with plotting():
+        plot(cases, whole).savefig(out / "costs.png", dpi=150)
+    words = WORDS.format(images=images, whole=WHOLE)
+    return write_section(out, "costs", f"What a step of {model} costs a client", words, header, rows)
+
+
+def _figures(lines: Sequence[StageCosts], of_all: StageCosts) -> list[str]:
+    memory = max(line.memory for line in lines)
+    computed, moved = [line.costs.multiply_adds for line in lines], [line.traffic for line in lines]
+    return [
+        f"{memory / MB:.1f}",
+        f"{of_all.memory / memory:.1f}",
+        f"{max(line.costs.saved for line in lines) / MB:.1f}",
+        f"{max(computed) / 1e9:.2f}",
+        f"{100 * statistics.fmean(computed) / of_all.costs.multiply_adds:.1f}%",
+        f"{max(moved) / MB:.2f}",
+        f"{100 * statistics.fmean(moved) / of_all.traffic:.1f}%",
+    ]
 
 
 def plot(cases: Mapping[str, Sequence[StageCosts]], whole: Mapping[str, StageCosts]) -> "Figure":

@@ -8,9 +8,10 @@ from torch import nn
 
 from fedss_kernels.federated import Config, cli
 from fedss_kernels.federated.algorithms import METHODS
-from fedss_kernels.federated.figures import costs, stage_costs
+from fedss_kernels.federated.figures.costs import by_block, plot
 from fedss_kernels.federated.models import build_model
 from fedss_kernels.federated.models.blocks import named_blocks
+from fedss_kernels.federated.probes import costs, stage_costs
 
 B, WIDTH, L = 64, 32, 4
 MADE = B * WIDTH * 4  # bytes of what a layer makes
@@ -37,7 +38,7 @@ STEM, BLOCK = (16 + 1) * WIDTH * 4, 2 * (WIDTH + 1) * WIDTH * 4  # bytes of para
 
 
 def measure(net, images=IMAGES, budget=None):
-    return stage_costs.measure(net, images, stage_costs.by_block(len(net.blocks) - 1, budget))
+    return stage_costs.measure(net, images, by_block(len(net.blocks) - 1, budget))
 
 
 def test_a_stage_saves_what_its_block_makes():
@@ -151,7 +152,7 @@ def test_the_plot_has_shares_of_end_to_end():
     net = Flat()
     cases = {"layer-wise": measure(net), "2 blocks": measure(net, budget=2)}
     whole = stage_costs.end_to_end(net, IMAGES)
-    figure = stage_costs.plot(cases, {"end to end": whole, "with checkpoints": whole})
+    figure = plot(cases, {"end to end": whole, "with checkpoints": whole})
     titles = [axes.get_title() for axes in figure.axes]
     assert titles == ["memory", "multiply-adds", "traffic"]
     drawn = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[2].lines}

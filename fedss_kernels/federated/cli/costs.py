@@ -48,17 +48,15 @@ def _add_costs_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _costs(arguments: argparse.Namespace) -> int:
-    from ..figures import stage_costs
+    from ..figures import costs
 
     with mistakes():
         net = build_model(arguments.model, arguments.embedding_dim, seed=0)
         images = torch.rand(arguments.images, 3, arguments.side, arguments.side)
-        cases, whole = stage_costs.of_model(net, images, arguments.depth_budget)
+        cases, whole = costs.of_model(net, images, arguments.depth_budget)
         make_folder(arguments.out)
     out, model = arguments.out, arguments.model
-    return write_measured(
-        arguments, out, lambda: stage_costs.write(out, model, arguments.images, cases, whole)
-    )
+    return write_measured(arguments, out, lambda: costs.write(out, model, arguments.images, cases, whole))
 
 
 COSTS = Command(

@@ -8,7 +8,7 @@ from torch import nn
 
 from fedss_kernels.federated import Config, cli
 from fedss_kernels.federated.algorithms import METHODS
-from fedss_kernels.federated.figures.costs import by_block, plot
+from fedss_kernels.federated.figures.costs import by_block, of_model, plot
 from fedss_kernels.federated.models import build_model
 from fedss_kernels.federated.models.blocks import named_blocks
 from fedss_kernels.federated.probes import costs, stage_costs
@@ -87,25 +87,38 @@ def test_the_net_is_left_as_it_is():
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize(("model", "embedding_dim"), [("vit", 96), ("isotropic", 192)])
+@pytest.mark.parametrize(
+    ("model", "embedding_dim"),
+    [("vit:patch=4", 96), ("vit:patch=8", 96), ("isotropic", 192), ("isotropic:depth=16", 192)],
+)
 def test_nets_of_equal_blocks_take_a_fifth_of_the_memory_in_the_worst_stage(model, embedding_dim):
-    """Multiply-adds and traffic are nearly those of the paper; checkpoints give much of the memory too."""
-    net, images = build_model(model, embedding_dim, 0), torch.rand(25, 3, 32, 32)
-    whole, lines = stage_costs.end_to_end(net, images), measure(net, images)
-    assert 5 * max(line.memory for line in lines) <= whole.memory
-    for line in lines:
-        compute, traffic = costs.compute_share(line.stage, 12), costs.traffic_share(line.stage, 12)
-        assert line.costs.multiply_adds / whole.costs.multiply_adds == pytest.approx(compute, abs=0.02)
-        assert line.traffic / whole.traffic == pytest.approx(traffic, abs=0.02)
-    again = stage_costs.end_to_end(net, images, checkpointed=True)
-    assert max(line.memory for line in lines) < again.memory < whole.memory / 2
+    """With a budget of half the blocks, and of many even without. Of 25 images in two views.
+
+    Multiply-adds and traffic are nearly those of the paper; checkpoints give much of the memory too.
+    """
+    net, images = build_model(model, embedding_dim, 0), torch.rand(50, 3, 32, 32)
+    layers = len(net.blocks) - 1
+    budget = layers // 2
+    cases, whole = of_model(net, images, budget)
+    of_all, again = whole["end to end"], whole["end to end, with checkpoints"]
+    for name, held in (("layer-wise", None), (f"layer-wise, budget {budget}", budget)):
+        lines = cases[name]
+        assert 5 * max(line.costs.saved for line in lines) <= of_all.costs.saved
+        if held or model != "isotropic":
+            assert 5 * max(line.memory for line in lines) <= of_all.memory
+        assert max(line.memory for line in lines) < again.memory < of_all.memory / 2
+        for line in lines:
+            compute = costs.compute_share(line.stage, layers, held)
+            traffic = costs.traffic_share(line.stage, layers, held)
+            assert line.costs.multiply_adds / of_all.costs.multiply_adds == pytest.approx(compute, abs=0.02)
+            assert line.traffic / of_all.traffic == pytest.approx(traffic, abs=0.02)
 
 
 def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="depth_budget: expected an integer of at least 2, got 1"):
         measure(Flat(), budget=1)
     with pytest.raises(ValueError, match="model: expected a net of several blocks, got 0 of them"):
-        stage_costs.end_to_end(nn.Linear(2, 2), IMAGES)
+        stage_costs.measure(nn.Linear(2, 2), IMAGES, [])
 
 
 def test_blocks_that_go_on_being_trained_and_several_at_a_time_cost_what_they_are():

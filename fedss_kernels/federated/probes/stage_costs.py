@@ -51,6 +51,8 @@ def measure(net: nn.Module, images: Tensor, stages: Sequence[Parts]) -> list[Sta
     Raises ValueError for a net without several blocks.
     """
     modules, pool = _copied(net)
+    if len(modules) < 3:
+        raise ValueError(f"model: expected a net of several blocks, got {len(modules) - 1} of them")
     found = []
     for stage, parts in enumerate(stages, 1):
         there = [(m, p) for m, p in zip(modules, parts.blocks, strict=False) if p is not Part.ABSENT]
@@ -70,10 +72,7 @@ def end_to_end(net: nn.Module, images: Tensor, *, checkpointed: bool = False) ->
 
 def _copied(net: nn.Module) -> tuple[list[nn.Module], nn.Module]:
     net = copy.deepcopy(net).requires_grad_(True).train()
-    modules = stem_and_blocks(net)
-    if len(modules) < 3:
-        raise ValueError(f"model: expected a net of several blocks, got {len(modules) - 1} of them")
-    return modules, pool_of(net)
+    return stem_and_blocks(net), pool_of(net)
 
 
 def _measured(

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 
 from fedss_kernels.federated import Config, ConfigError, Stopped, run
+from fedss_kernels.federated.clients import contrastive
 from fedss_kernels.federated.clients.contrast import contrast
 from fedss_kernels.federated.clients.objectives import Queued, TwoViews
 from fedss_kernels.federated.clients.player import Player
@@ -109,6 +110,27 @@ def test_a_clients_round_is_torchs_sgd_on_two_views(momentum):
     torch.testing.assert_close(update.extractor, phi - after, rtol=1e-3, atol=1e-5)
     assert update.loss == pytest.approx(sum(losses) / 4, rel=1e-4) and update.num_examples == 7
     assert len(update.class_ids) == 0 and update.rows.shape == (0, WIDTH)
+
+
+def test_the_views_of_a_pass_are_made_at_once_as_far_as_there_is_room(monkeypatch):
+    """Of 7 images batches of 3, 3 and 1, the last left out; the bits are those of a call for each view."""
+    order, made = torch.tensor([6, 1, 4, 3, 0, 2, 5]), []
+    client = Player(config(), tiny_data(), net()).client
+    by_itself = generator(0, 1, 0, 2, Purpose.AUGMENTATION)
+    expected = [
+        torch.cat([client.views(tiny_data().images[batch], by_itself) for _ in range(2)])
+        for batch in order.split(3)[:2]
+    ]
+    call = type(client.views).made
+    monkeypatch.setattr(type(client.views), "made", lambda *of: made.append(len(of[1])) or call(*of))
+    rooms = ((contrastive.AHEAD, [12]), (12 * PIXELS, [12]), (12 * PIXELS - 1, [6, 6]), (1, [6, 6]))
+    for room, counts in rooms:
+        monkeypatch.setattr(contrastive, "AHEAD", room)
+        made.clear()
+        found = [*client.batches(order, None, generator(0, 1, 0, 2, Purpose.AUGMENTATION))]
+        assert made == counts
+        assert all(torch.equal(x, e) for (x, _), e in zip(found, expected, strict=True))
+        assert [other.tolist() for _, other in found] == [[3, 4, 5, 0, 1, 2]] * 2
 
 
 def test_no_label_is_read_in_training():

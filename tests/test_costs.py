@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fedss_kernels.federated.figures import costs
+from fedss_kernels.federated.probes import costs
 
 B, WIDTHS = 64, (32, 48, 16)
 FLOAT = 4  # bytes

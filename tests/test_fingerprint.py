@@ -170,6 +170,16 @@ def test_who_is_tested_on_which_image_counts_and_an_earlier_versions_lacks_it():
     assert dataclasses.replace(found, parts=parts).differences(found) == []
 
 
+def test_someone_who_is_tested_on_nothing_counts_whatever_the_strides_are():
+    """As of NumPy where every class has one image, which is fine-tuned on."""
+    data, nothing = tiny_data(), torch.from_numpy(np.arange(4)[np.zeros(4, dtype=bool)])
+    strided = torch.empty(0, dtype=torch.int64).as_strided((0,), (0,))
+    first, second = (
+        dataclasses.replace(data, newcomers=((data.clients[0], none),)) for none in (nothing, strided)
+    )
+    assert fingerprint(Net(), first).differences(fingerprint(Net(), second)) == []
+
+
 def test_of_many_images_a_sample_is_read(monkeypatch):
     monkeypatch.setattr("fedss_kernels.federated.files.fingerprint.ALL_BYTES", 0)
     monkeypatch.setattr("fedss_kernels.federated.files.fingerprint.SAMPLE", 4)

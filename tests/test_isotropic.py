@@ -14,15 +14,16 @@ def images(*shape):
 
 
 def by_formula(net, x, groups, patch):
-    """The stem, then x + f(f(x)) in each block, f a convolution, norm and ReLU; means over quarters."""
+    """The stem, then x + f(f(x)) in each block, f a norm, ReLU and a convolution; means over quarters."""
 
-    def f(x, weight, gain, bias, stride=1):
-        x = F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2)
-        return F.relu(F.group_norm(x, groups, gain, bias))
+    def f(x, gain, bias, weight):
+        return F.conv2d(F.relu(F.group_norm(x, groups, gain, bias)), weight, padding=1)
 
-    stem, *rest = zip(*[iter(net.parameters())] * 3, strict=True)
-    x = f(x, *stem, stride=patch)
-    for first, second in zip(rest[::2], rest[1::2], strict=True):
+    weight, gain, bias, *rest = net.parameters()
+    x = F.conv2d(x, weight, stride=patch, padding=patch - 1)
+    x = F.relu(F.group_norm(x, groups, gain, bias))
+    convolutions = [*zip(*[iter(rest)] * 3, strict=True)]
+    for first, second in zip(convolutions[::2], convolutions[1::2], strict=True):
         x = x + f(f(x, *first), *second)
     h, w = x.shape[2] // 2, x.shape[3] // 2
     quarters = [x[:, :, i : i + h, j : j + w].mean((2, 3)) for i in (0, h) for j in (0, w)]
@@ -35,6 +36,13 @@ def test_it_is_what_its_formula_says(side, patch):
     x = images(2, 3, side, side)
     assert net.blocks.stem(x).shape == (2, 16, side // patch, side // patch)
     torch.testing.assert_close(net(x), by_formula(net, x, groups=2, patch=patch), rtol=1e-10, atol=1e-12)
+
+
+def test_a_block_can_take_away():
+    net = build_model("isotropic:depth=2", 64, seed=0)
+    x = net.blocks.stem(torch.rand(4, 3, 32, 32))
+    for block in list(net.blocks)[1:]:
+        assert (block(x) < x).any() and (block(x) > x).any()
 
 
 def test_its_gradients_are_right():

@@ -260,6 +260,25 @@ def test_what_is_measured_is_of_the_blocks_that_are_there(monkeypatch):
     assert result.summary.probe is not None and result.summary.random_probe is not None
 
 
+@pytest.mark.parametrize(
+    "options, steps",
+    [
+        ({"method": "simclr"}, 2 * PIXELS * WIDTH + 3 * LAYERS * WIDTH**2),
+        ({"depth_budget": 2}, 2 * PIXELS * WIDTH + 3 * WIDTH**2),
+        ({"freeze": "no"}, 2 * PIXELS * WIDTH + 3 * LAYERS * WIDTH**2),
+        ({"stages": 2}, 2 * PIXELS * WIDTH + 6 * WIDTH**2),
+    ],
+    ids=str,
+)
+def test_a_step_is_counted_in_the_stage_that_takes_most(options, steps):
+    """Of 3 images in two views. Of what comes from before a block no gradient is asked for."""
+    found = train(**options).summary
+    assert found.client_multiply_adds == pytest.approx(6 * steps / 1e9, rel=1e-9)
+    held = STEM + LAYERS * BLOCK if options.get("method") or options.get("freeze") else STEM + 2 * BLOCK
+    assert found.client_memory > 4 * held / 1e6
+    assert {"client_memory", "client_multiply_adds"} < {*found.measures.shown}
+
+
 def test_rubbish_is_left_out_and_others_go_on():
     result = train(poison_rate=0.4, cohort=4, dropout_rate=0.2, min_clients=2, depth_budget=2)
     assert sum(m.rejected for m in result.history) > 0 and sum(m.dropped for m in result.history) > 0

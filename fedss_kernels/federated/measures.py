@@ -19,6 +19,7 @@ class Measure:
     share: bool = True  # in [0, 1] and shown in %, or else a number as it is
     more_is_better: bool = True
     compared: bool = True  # whether a comparison has its mean over the seeds
+    digits: int = 4  # after the point, of a number below 100
 
     @property
     def column(self) -> str:
@@ -43,7 +44,11 @@ class Measure:
         """A value under `column`."""
         if self.share:
             return f"{100 * value:.1f}"
-        return f"{value:,}" if isinstance(value, int) else f"{value:,.{1 if abs(value) >= 100 else 4}f}"
+        return (
+            f"{value:,}"
+            if isinstance(value, int)
+            else f"{value:,.{1 if abs(value) >= 100 else self.digits}f}"
+        )
 
     def text(self, value: float | None) -> str:
         """A value where nothing else says what it is; – for one that was not measured."""
@@ -225,6 +230,30 @@ for _measure in (
         )
         for name, label in {"probe": "probe", "map_at_10": "MAP@10", "recall_at_1": "recall@1"}.items()
     ),
+    Measure(
+        "client_memory",
+        "client's memory (MB)",
+        "what a client needs for a step, in the stage that needs most",
+        "What a client has in memory in a step: the parameters that it was sent, and the most that torch "
+        "takes at a time beside them for forward and backward, gradients among it; of several stages in the"
+        " one that takes most. It is a model of one client, measured on a net of its own without a "
+        "projection head: a simulation has the whole net in memory, whatever the method.",
+        of="of a client",
+        share=False,
+        more_is_better=False,
+        digits=1,
+    ),
+    Measure(
+        "client_multiply_adds",
+        "multiply-adds (G)",
+        "of one step of a client, in the stage that takes most",
+        "Multiplications with an addition in one step of a client, forward and backward, in 10^9; "
+        "of several stages in the one that takes most.",
+        of="of a client",
+        share=False,
+        more_is_better=False,
+        digits=2,
+    ),
     Measure("recall_at_10", "recall@10", "images with one of their class in the nearest ten", compared=False),
     Measure(
         "not_finite",
@@ -242,6 +271,7 @@ BY_TASK = {  # of a run whose algorithm has none of its own
     "classification": Measures(_NAMES, "top1", _NAMES[:2], _NAMES[:3]),
     "retrieval": Measures(_NAMES, "map_at_10", ("recall_at_1", "map_at_10"), _NAMES[1:3]),
 }
+OF_A_STEP = ("client_memory", "client_multiply_adds")
 OF_FEATURES = {  # by task, of a run whose model is a net without class rows
     "classification": Measures(
         ("knn", "probe", *(f"probe_{place}" for place in _PLACES), "random_probe", "not_finite"),

@@ -19,6 +19,7 @@ from ..given_back import give_back
 from ..interrupts import Interrupted, at_once
 from ..workers import launched
 from .command import Command
+from .costs import COSTS
 from .flower import FLOWER
 from .inversion import HARDEN, INVERT
 from .measure import CONFUSION, NOISE, PARAMETERS, PRIVACY
@@ -90,6 +91,7 @@ COMMANDS: dict[str, Command] = {
     "probe": PROBE,
     "privacy": PRIVACY,
     "parameters": PARAMETERS,
+    "costs": COSTS,
     "invert": INVERT,
     "harden": HARDEN,
     "report": REPORT,

@@ -15,6 +15,8 @@ from .extractor import Extractor
 from .objectives import Objective, Queued, TwoViews
 from .views import Views
 
+AHEAD = 2**22  # numbers in the views that are made at a time, 16 MiB, or those of one batch
+
 
 class ContrastiveClient(Client):
     """Its batches are of B images in 2B views, and nothing reads a label.
@@ -33,12 +35,20 @@ class ContrastiveClient(Client):
     def batches(
         self, order: Tensor, request: Request, rng: np.random.Generator
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """(views (2B, channels, size, size), of each where the other one of its image is (2B,))."""
-        for batch in order.split(self.batch_size):
-            if len(batch) > 1:
-                images = self.data.images[batch].to(self.extractor.device)
-                other = torch.arange(2 * len(batch), device=images.device).roll(len(batch))
-                yield torch.cat([self.views(images, rng), self.views(images, rng)]), other
+        """(views (2B, channels, size, size), of each where the other one of its image is (2B,)).
+
+        Views of a pass, or of as many of its batches as AHEAD has room for, are made in one call: of a few
+        images most of the time goes into the calls.
+        """
+        twice = [torch.cat([batch, batch]) for batch in order.split(self.batch_size) if len(batch) > 1]
+        numbers = 2 * self.batch_size * self.data.images.shape[1] * self.views.size**2
+        at_once = max(1, AHEAD // numbers)
+        for first in range(0, len(twice), at_once):
+            rows = twice[first : first + at_once]
+            views = self.views(self.data.images[torch.cat(rows)].to(self.extractor.device), rng)
+            for of_batch in views.split([len(batch) for batch in rows]):
+                count = len(of_batch)
+                yield of_batch, torch.arange(count, device=views.device).roll(count // 2)
 
 
 class MomentumClient(ContrastiveClient):

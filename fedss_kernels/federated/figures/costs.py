@@ -1,127 +1,146 @@
-"""What one training step costs a client, in memory by two measures and in multiply-adds; the paper's shares.
+"""What a step costs a client who learns block by block, beside training the whole net end to end."""
 
-Saved bytes are what autograd keeps from forward to backward: exact, the same on any device, and blind to what
-is computed again in backward, as with checkpoints. The peak is of all that the step has from the allocator:
-gradients and passing results too, but not a library's own scratch. Neither counts what is there before the
-step: parameters, velocities, images.
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-The shares are those of federated layer-wise learning (Guo et al., arXiv:2309.05213) of what training L equal
-blocks end to end costs, in the stage that trains block l. A client has h blocks, one active and h - 1 fixed;
-h is l, or at most a budget. Stem and head are left out.
+from torch import Tensor, nn
 
-    compute  (h + 2) / (3 L)         forward 1, backward 2; fixed blocks forward alone
-    traffic  (h + 1) / (2 L)         h come, 1 goes back
-    memory   (1 + (h - 1) f) / L     f: a fixed block's, of an active one's
-"""
+from ...plotting import plotting
+from ..algorithms import METHODS
+from ..algorithms.parts import Parts
+from ..config import Config
+from ..models.layered import check_layered
+from ..probes.costs import Costs
+from ..probes.features import depth_of
+from ..probes.stage_costs import StageCosts, end_to_end, measure, parts_of_stages
+from ..reports.page import write_section
+from ..reports.styles import COLOURS
+from ..reports.tables import write_csv
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-import torch
-from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
-from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
-
-Step = Callable[[], object]
-FIXED_SHARE = 0.15  # f that fits the paper's 22% and 14%
-
-
-@dataclass(frozen=True)
-class Costs:
-    saved: int  # bytes
-    peak: int  # bytes
-    multiply_adds: int
-
-
-def measure(step: Step, known: Iterable[Tensor], device: torch.device | str = "cpu") -> Costs:
-    """Of a step that is called four times, the first to warm up. `known` as in `saved_bytes`."""
-    known = list(known)
-    step()
-    return Costs(saved_bytes(step, known), peak_bytes(step, device), multiply_adds(step))
+MB = 1e6
+WHOLE, CHECKPOINTED = "end to end", "end to end, with checkpoints"
+WORDS = (
+    "What one step costs a client, forward and backward, on {images} images (of a contrastive method each "
+    "image is there twice). Memory is the parameters that the client has, the peak of the step with its "
+    "gradients among it, and not what a library takes for itself; saved is what is kept from forward to "
+    "backward. Of several stages memory, saved bytes, multiply-adds and traffic are those of the worst, and"
+    " the mean is over the stages: what all of them cost, of what as many steps cost {whole}. With "
+    "checkpoints the inside of each block is computed again in backward. The projection head is left out. "
+    "It is a model of one client, measured with torch's CPU allocator: a simulation holds the whole net."
+)
 
 
-def saved_bytes(step: Step, known: Iterable[Tensor]) -> int:
-    """Of the storages that autograd saves, each once and in whole, however many views of it are saved.
+def by_block(blocks: int, budget: int | None = None) -> list[Parts]:
+    """A stage for each block of a net, and a depth budget. Raises ConfigError for one that cannot be."""
+    config = Config(data="own", method="layerwise", rounds=blocks, depth_budget=budget)
+    return parts_of_stages(METHODS["layerwise"].schedule(config, blocks + 2), blocks)
 
-    Those of `known` tensors, as parameters and input, are left out. All are kept alive meanwhile, so a step
-    should be one forward and backward: of several it is their sum. Nets that save tensors of no storage, as
-    sparse ones, are beyond it.
+
+def of_model(
+    net: nn.Module, images: Tensor, budget: int | None = None
+) -> tuple[dict[str, list[StageCosts]], dict[str, StageCosts]]:
+    """(layer-wise, and with a budget beside it: a line a stage; end to end, and that with checkpoints).
+
+    Raises ConfigError for a net that cannot be trained block by block, or with the budget.
     """
-    there = {_place(tensor) for tensor in known}
-    kept = dict[int, torch.UntypedStorage]()
-
-    def pack(tensor: Tensor) -> Tensor:
-        if (place := _place(tensor)) not in there:
-            kept[place] = tensor.untyped_storage()
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        step()
-    return sum(storage.nbytes() for storage in kept.values())
+    check_layered(net, images[:2], one_shape=budget is not None)
+    layers = depth_of(net)
+    cases = {"layer-wise": measure(net, images, by_block(layers))}
+    if budget is not None:
+        cases[f"layer-wise, budget {budget}"] = measure(net, images, by_block(layers, budget))
+    whole = {WHOLE: end_to_end(net, images), CHECKPOINTED: end_to_end(net, images, checkpointed=True)}
+    return cases, whole
 
 
-def _place(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+def write(
+    out: Path,
+    model: str,
+    images: int,
+    cases: Mapping[str, Sequence[StageCosts]],
+    whole: Mapping[str, StageCosts],
+) -> str:
+    """costs.csv, costs.md, costs.png and a section of report.html; returns the table's text."""
+    every = {**{name: [line] for name, line in whole.items()}, **cases}
+    of_costs = [field.name for field in fields(Costs)]
+    write_csv(
+        out / "costs.csv",
+        [
+            ["case", "stage", "held", "trained", *of_costs, "memory", "traffic"],
+            *(
+                [
+                    name,
+                    x.stage,
+                    x.held,
+                    x.trained,
+                    *(getattr(x.costs, n) for n in of_costs),
+                    x.memory,
+                    x.traffic,
+                ]
+                for name, lines in every.items()
+                for x in lines
+            ),
+        ],
+    )
+    of_all = whole[WHOLE]
+    header = [
+        "",
+        "memory (MB)",
+        "times less",
+        "saved (MB)",
+        "multiply-adds (G)",
+        "mean",
+        "traffic (MB)",
+        "mean",
+    ]
+    rows = [[name, *_figures(lines, of_all)] for name, lines in every.items()]
+    with plotting():
+        plot(cases, whole).savefig(out / "costs.png", dpi=150)
+    words = WORDS.format(images=images, whole=WHOLE)
+    return write_section(out, "costs", f"What a step of {model} costs a client", words, header, rows)
 
 
-def peak_bytes(step: Step, device: torch.device | str = "cpu") -> int:
-    """The most that it has allocated at a time.
-
-    On a CPU what it frees of what was there before is not taken off, as the profiler does not see it.
-    """
-    if torch.device(device).type == "cuda":
-        return _peak_on_gpu(step, device)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        step()
-    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+def _figures(lines: Sequence[StageCosts], of_all: StageCosts) -> list[str]:
+    memory = max(line.memory for line in lines)
+    computed, moved = [line.costs.multiply_adds for line in lines], [line.traffic for line in lines]
+    return [
+        f"{memory / MB:.1f}",
+        f"{of_all.memory / memory:.1f}",
+        f"{max(line.costs.saved for line in lines) / MB:.1f}",
+        f"{max(computed) / 1e9:.2f}",
+        f"{100 * statistics.fmean(computed) / of_all.costs.multiply_adds:.1f}%",
+        f"{max(moved) / MB:.2f}",
+        f"{100 * statistics.fmean(moved) / of_all.traffic:.1f}%",
+    ]
 
 
-def _peak_on_gpu(step: Step, device: torch.device | str) -> int:
-    """Rounded up to 512 bytes an allocation, as its allocator does."""
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    step()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+def plot(cases: Mapping[str, Sequence[StageCosts]], whole: Mapping[str, StageCosts]) -> "Figure":
+    """Shares of the first of `whole` over the stages: a line for each case, a level one for each of these."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-
-def multiply_adds(step: Step) -> int:
-    """Of its matrix products, convolutions and attention, forward, backward and what is computed again."""
-    with FlopCounterMode(display=False) as counter:
-        step()
-    return counter.get_total_flops() // 2
-
-
-# ---- the paper's shares
-
-
-def compute_share(stage: int, blocks: int, budget: int | None = None) -> float:
-    """Raises ValueError for a stage that is none of the blocks', or a budget below 2. So do the others."""
-    return (_held(stage, blocks, budget) + 2) / (3 * blocks)
-
-
-def traffic_share(stage: int, blocks: int, budget: int | None = None) -> float:
-    return (_held(stage, blocks, budget) + 1) / (2 * blocks)
-
-
-def memory_share(stage: int, blocks: int, budget: int | None = None, *, fixed: float = FIXED_SHARE) -> float:
-    """fixed: what a fixed block takes of an active one's, f."""
-    return (1 + (_held(stage, blocks, budget) - 1) * fixed) / blocks
-
-
-def _held(stage: int, blocks: int, budget: int | None) -> int:
-    """h, the blocks that a client has."""
-    if not 1 <= stage <= blocks:
-        raise ValueError(f"stage: expected one in [1, {blocks}], got {stage}")
-    if budget is None:
-        return stage
-    if budget < 2:
-        raise ValueError(f"budget: expected at least 2 blocks, got {budget}")
-    return min(stage, budget)
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    of_all = next(iter(whole.values()))
+    quantities = {
+        "memory": lambda line: line.memory,
+        "multiply-adds": lambda line: line.costs.multiply_adds,
+        "traffic": lambda line: line.traffic,
+    }
+    for axes, (title, of) in zip(figure.subplots(1, 3), quantities.items(), strict=True):
+        for (name, lines), colour in zip(cases.items(), COLOURS, strict=False):
+            shares = [100 * of(line) / of(of_all) for line in lines]
+            axes.plot([line.stage for line in lines], shares, marker="o", color=colour, label=name)
+        for (name, line), dashes in zip(whole.items(), ("-", "--", ":"), strict=False):
+            axes.axhline(100 * of(line) / of(of_all), color="grey", linestyle=dashes, label=name)
+        axes.set(title=title, xlabel="stage")
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.4)
+    figure.axes[0].set_ylabel(f"of {next(iter(whole))} (%)")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    return figure

@@ -134,7 +134,8 @@ def _digest(parts: Iterable[Any]) -> str:
         if isinstance(part, Tensor):
             content = part.detach().cpu().contiguous()
             digest.update(repr((tuple(content.shape), content.dtype)).encode())
-            digest.update(content.reshape(-1).view(torch.uint8).numpy().data)
+            if content.numel():  # one without numbers may have strides that no view can be made of
+                digest.update(content.reshape(-1).view(torch.uint8).numpy().data)
         else:
             digest.update(repr(part).encode())
     return digest.hexdigest()

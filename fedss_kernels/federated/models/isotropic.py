@@ -20,22 +20,30 @@ def isotropic_net(embedding_dim: int = 192, depth: int = 12, patch: int = 4) -> 
         expected = "expected embedding_dim a multiple of 32, 4 times its width"
         raise ValueError(f"model: isotropic: {expected}, got {embedding_dim}")
     width = embedding_dim // 4
-    stem = nn.Sequential(InColour(), *_convolved(3, width, 2 * patch - 1, patch))
+    stem = nn.Sequential(InColour(), _convolution(3, width, 2 * patch - 1, patch), *_norm_and_relu(width))
     blocks = {f"block{i}": Residual(width) for i in range(1, depth + 1)}
     return Chain(nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten()), stem=stem, **blocks)
 
 
 class Residual(nn.Module):
-    """(B, width, h, w) to the same: x and what two convolutions make of it, each with a norm and ReLU."""
+    """(B, width, h, w) to the same: x and what two convolutions make of it, a norm and ReLU before each.
+
+    What is added may be of either sign. If ReLU came last blocks could only add: what all images have in
+    common grows from block to block, and a chain of them tells images apart less well the longer it is.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.branch = nn.Sequential(*_convolved(width, width, 3), *_convolved(width, width, 3))
+        convolved = [[*_norm_and_relu(width), _convolution(width, width, 3)] for _ in range(2)]
+        self.branch = nn.Sequential(*convolved[0], *convolved[1])
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.branch(x)
 
 
-def _convolved(before: int, after: int, kernel: int, stride: int = 1) -> list[nn.Module]:
-    convolution = nn.Conv2d(before, after, kernel, stride, padding=kernel // 2, bias=False)
-    return [convolution, group_norm(after), nn.ReLU(inplace=True)]
+def _norm_and_relu(width: int) -> list[nn.Module]:
+    return [group_norm(width), nn.ReLU(inplace=True)]
+
+
+def _convolution(before: int, after: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(before, after, kernel, stride, padding=kernel // 2, bias=False)

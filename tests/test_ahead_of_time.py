@@ -23,7 +23,6 @@ from fedss_kernels.triton_kernels import (
     row_momentum,
     sampled_softmax,
     scatter_add,
-    stacked_kernels,
     tiles,
 )
 from fedss_kernels.triton_kernels.calls import Wanted
@@ -228,7 +227,7 @@ def check(launches: list[Launch], device: str) -> None:
 
 def test_kernels_are_short():
     """And what they call: with more arguments than this, nobody sees which is which."""
-    for module in (backward, chunk_kernels, forward, stacked_kernels, tiles):
+    for module in (backward, chunk_kernels, forward, tiles):
         for name, function in vars(module).items():
             if getattr(getattr(function, "fn", None), "__module__", None) != module.__name__:
                 continue

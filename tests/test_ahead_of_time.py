@@ -23,7 +23,6 @@ from fedss_kernels.triton_kernels import (
     row_momentum,
     sampled_softmax,
     scatter_add,
-    stacked_kernels,
     tiles,
 )
 from fedss_kernels.triton_kernels.calls import Wanted
@@ -149,14 +148,26 @@ def _entry(launch: Launch) -> tuple:
 
 
 def unfused(device: str) -> list[Launch]:
-    """Of the aggregator and the optimiser."""
-    made = []
-    with mock.patch.object(configurations, "TABLE", TABLES[device]):
-        specimens = [*scatter_add.specimens(), *row_adam.specimens(), *row_momentum.specimens()]
-    for kernel, types, constants, options in specimens:
-        types = {name: kind for name, kind in types.items() if kind != "constexpr"}
-        made.append(Launch(kernel, types, constants, options=options))
-    return made
+    """Of the aggregator and the optimisers: each dtype, rows of each length, rows far apart."""
+
+    def empty(n, D, dtype, row=None):
+        return torch.empty_strided((n, D), (row or D, 1), dtype=dtype, device="meta")
+
+    ids = torch.empty(50, dtype=torch.int32, device="meta")
+    order, counts = (torch.empty(n, dtype=torch.int64, device="meta") for n in (50, 300))
+    with (
+        recorded(forward.partial_terms) as launches,
+        mock.patch.object(configurations, "TABLE", TABLES[device]),
+    ):
+        for dtype, of_rows, D, row in ((F32, F32, 64, 2**32), (F32, BF16, 7, None), (F64, F16, 4096, 2**32)):
+            out, rows, scale = empty(300, D, dtype, row), empty(50, D, of_rows), empty(50, 1, dtype)[:, 0]
+            scatter_add.scatter_add(out, ids, order, rows, scale if row else None)
+            moves = (empty(300, D, dtype), 0.1, 0.9, 0.01) if row else (None, 0.1, 0.0, 0.0)
+            row_momentum.row_momentum_step(out, moves[0], ids, order, rows, *moves[1:], dtype == F64)
+            state = (out, out, empty(300, D, dtype), counts)
+            row_adam.row_adam_step(*state, ids, order, rows, 0.1, 0.9, 0.99, 1e-8, 0.01)
+        scatter_add.scatter_add(empty(300, 64, BF16), ids, order, empty(50, 64, F32), None)
+    return launches
 
 
 @triton.jit
@@ -228,7 +239,7 @@ def check(launches: list[Launch], device: str) -> None:
 
 def test_kernels_are_short():
     """And what they call: with more arguments than this, nobody sees which is which."""
-    for module in (backward, chunk_kernels, forward, stacked_kernels, tiles):
+    for module in (backward, chunk_kernels, forward, tiles):
         for name, function in vars(module).items():
             if getattr(getattr(function, "fn", None), "__module__", None) != module.__name__:
                 continue

@@ -58,9 +58,9 @@ def test_small_problems_take_one_launch_a_kernel(K, monkeypatch):
         loss = torch.vmap(lambda *given: sampled_softmax_loss(*given, impl="triton"))(
             x, w, target, ids, counts
         )
-        assert names == ["stacked_terms", "stacked_merging"]
+        assert names == ["partial_terms", "merge_splits"]
         torch.autograd.grad(loss.sum(), (x, w))
-    assert names[2:] == ["stacked_tiles", "stacked_results"]
+    assert names[2:] == ["small_tiles", "small_results"]
 
 
 @pytest.mark.parametrize(

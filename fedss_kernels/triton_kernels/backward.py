@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from .tiles import (
+    KEPT,
     UNSPECIALIZED,
     Sizes,
     Vectors,
@@ -36,9 +37,11 @@ from .tiles import (
     load_targets,
     logit_unit,
     logits_of,
+    of_problem,
     product_or_zero,
     rounded,
     same,
+    shifted,
     sums_of,
     wide,
 )
@@ -65,12 +68,26 @@ class Results(NamedTuple):
 
 
 @triton.jit
+def parts_of_problem(found, class_ids, steps, B, C, S, D, tiles, groups):
+    entries = wide(C)
+    if class_ids is not None:
+        entries = wide(S) + B
+    return Parts(
+        shifted(found.rows, steps, entries * D),
+        shifted(found.bias, steps, entries),
+        shifted(found.input, steps, wide(tiles) * B * D),
+        shifted(found.along, steps, wide(tiles) * groups * B),
+        shifted(found.scale, steps, tiles),
+    )
+
+
+@triton.jit
 def load_upstream(grad_loss, kept, rows, counted, B, ACC: tl.constexpr, PER_ROW: tl.constexpr):
     """(R,) upstream gradient of each row's loss: its own, or one for all by the factor of "mean"."""
     if PER_ROW:
         upstream = tl.load(grad_loss + rows, mask=rows < B, other=0.0).to(ACC)
     else:
-        upstream = tl.load(grad_loss).to(ACC) * tl.load(kept + wide(B) * 6).to(ACC)
+        upstream = tl.load(grad_loss).to(ACC) * tl.load(kept + wide(B) * KEPT).to(ACC)
     return tl.where(counted, upstream, 0.0)
 
 
@@ -213,7 +230,7 @@ def store_target_rows(
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def small_tiles(
     input, weight, target, class_ids, counts, bias, learned, entry_labels, target_labels, grad_loss, kept,
-    found, B, C, S, ignore_index, factor: tl.float64, COSINE: tl.constexpr, PER_ROW: tl.constexpr,
+    found, steps, B, C, S, ignore_index, factor: tl.float64, COSINE: tl.constexpr, PER_ROW: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -225,14 +242,17 @@ def small_tiles(
     SUMS: tl.constexpr = sums_of(OPERAND, PRECISION)
     tile, group, D = tl.program_id(0), tl.program_id(1), input.D
     step = tl.num_programs(1) * BLOCK_D
-    scale = load_scale(factor, learned, ACC)
+    sizes = Sizes(B, C, S, ignore_index)
+    vectors = Vectors(target, class_ids, counts, None, bias, learned, entry_labels, target_labels, None)
+    input, weight, vectors, kept = of_problem(input, weight, vectors, kept, steps, B)
+    grad_loss = shifted(grad_loss, steps, B if PER_ROW else 1)
+    found = parts_of_problem(found, class_ids, steps, B, C, S, D, tl.cdiv(S, BLOCK_S), tl.num_programs(1))
+    scale = load_scale(factor, vectors.learned, ACC)
     rows = tl.arange(0, BLOCK_B)
     if tile < tl.cdiv(S, BLOCK_S):
         entries = tile * BLOCK_S + tl.arange(0, BLOCK_S)
         dlogits, pulls, along, slopes, counted, ids, read, w_inverse = pulls_tile(
-            input, weight,
-            Vectors(target, class_ids, counts, None, bias, None, entry_labels, target_labels, None),
-            Sizes(B, C, S, ignore_index), grad_loss, kept, rows, entries, scale,
+            input, weight, vectors, sizes, grad_loss, kept, rows, entries, scale,
             COSINE, PER_ROW, OPERAND, ACC, PRECISION, BLOCK_D,
         )  # fmt: skip
         share_classes = share_along(tl.sum(along, 0), w_inverse)
@@ -265,8 +285,8 @@ def small_tiles(
         for start in range(group * BLOCK_D, tl.maximum(D, 1), step):  # the bias is there without columns too
             columns = start + tl.arange(0, BLOCK_D)
             store_target_rows(
-                input, weight, target, grad_loss, kept, found.rows, found.bias, rows, columns,
-                B, C, S, ignore_index, load_scale(factor, learned, SUMS), COSINE, PER_ROW, OPERAND, SUMS,
+                input, weight, vectors.target, grad_loss, kept, found.rows, found.bias, rows, columns, B, C,
+                S, ignore_index, load_scale(factor, vectors.learned, SUMS), COSINE, PER_ROW, OPERAND, SUMS,
             )  # fmt: skip
 
 
@@ -339,15 +359,6 @@ def listed_ids(vectors, sizes, entries, BLOCK: tl.constexpr):
     return ids
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
-def sparse_ids(class_ids, counts, target, found, B, C, S, ignore_index, BLOCK_S: tl.constexpr):
-    """The class of each row of the compact gradient, see `listed_id`."""
-    entries = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
-    vectors = Vectors(target, class_ids, counts, None, None, None, None, None, None)
-    ids = listed_ids(vectors, Sizes(B, C, S, ignore_index), entries, BLOCK_S)
-    tl.store(found + entries, ids, mask=entries < S + B)
-
-
 @triton.jit
 def spread_entry(
     vectors,
@@ -410,8 +421,8 @@ def finish_scale(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def small_results(
-    input, weight, target, class_ids, counts, learned, grad_loss, kept, found, results,
-    B, C, S, ignore_index, tiles, groups, factor: tl.float64, COSINE: tl.constexpr, PER_ROW: tl.constexpr,
+    input, weight, target, class_ids, counts, learned, grad_loss, kept, found, results, steps, B, C, S,
+    ignore_index, tiles, groups, factor: tl.float64, COSINE: tl.constexpr, PER_ROW: tl.constexpr,
     OPERAND: tl.constexpr, ACC: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_TILES: tl.constexpr,
     BLOCK_ENTRIES: tl.constexpr,
 ):  # fmt: skip
@@ -419,13 +430,24 @@ def small_results(
     at = tl.program_id(0)
     first_columns = tl.program_id(1) == 0
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    vectors = Vectors(target, class_ids, counts, None, None, None, None, None, None)
+    vectors = Vectors(target, class_ids, counts, None, None, learned, None, None, None)
     sizes = Sizes(B, C, S, ignore_index)
+    input, weight, vectors, kept = of_problem(input, weight, vectors, kept, steps, B)
+    grad_loss = shifted(grad_loss, steps, B if PER_ROW else 1)
+    found = parts_of_problem(found, class_ids, steps, B, C, S, input.D, tiles, groups)
+    results = Results(
+        shifted(results.input, steps, wide(B) * input.D),
+        shifted(results.weight, steps, wide(C) * input.D),
+        shifted(results.bias, steps, C),
+        shifted(results.scale, steps, 1),
+        results.ids,
+    )
     if at < B:
         if results.input is not None:
             finish_input_row(
                 input, weight, vectors, sizes, grad_loss, kept, found, results.input, at, columns,
-                tiles, groups, load_scale(factor, learned, ACC), COSINE, PER_ROW, OPERAND, ACC, BLOCK_TILES,
+                tiles, groups, load_scale(factor, vectors.learned, ACC), COSINE, PER_ROW, OPERAND, ACC,
+                BLOCK_TILES,
             )  # fmt: skip
     elif at == B:
         if results.scale is not None:

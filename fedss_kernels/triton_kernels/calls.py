@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import forward
+from . import tiles
 from .plan import Given
 from .problem import Problem, operand_of
 from .scatter_add import scatter_add
@@ -183,7 +183,7 @@ def empty_results(input: Tensor, reduction: str, leading: tuple[int, ...] = ()) 
     result_dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     return (
         input.new_empty((*leading, B) if reduction == "none" else leading, dtype=result_dtype),
-        input.new_empty((*leading, forward.KEPT * B + 1), dtype=torch.float64),
+        input.new_empty((*leading, tiles.KEPT.value * B + 1), dtype=torch.float64),
     )
 
 

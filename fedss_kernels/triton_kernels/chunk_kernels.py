@@ -27,6 +27,7 @@ from .backward import (
 )
 from .forward import store_losses_terms, target_logits
 from .tiles import (
+    KEPT,
     UNSPECIALIZED,
     Matrix,
     Sizes,
@@ -285,7 +286,7 @@ def merge_terms(
     there = nth < row + rows
     found = store_losses_terms(kept, nth, counted, there, own, largest_other, largest, others, unit, B)
     tl.store(losses + nth, found, mask=there)
-    tl.store(kept + wide(B) * 6, tl.full((), 1.0, tl.float64))  # what is reduced writes its own
+    tl.store(kept + wide(B) * KEPT, tl.full((), 1.0, tl.float64))  # what is reduced writes its own
 
 
 # ---- pulls -------------------------------------------------------------------------------------------------
@@ -403,7 +404,7 @@ def load_factor(grad_loss, kept, range_of_pulls, B, ACC: tl.constexpr, PER_ROW: 
     """(1,) what sums of pulls are still to be multiplied by."""
     found = tl.full((1,), 1.0, ACC)
     if not PER_ROW:
-        found *= tl.load(grad_loss).to(ACC) * tl.load(kept + wide(B) * 6).to(ACC)
+        found *= tl.load(grad_loss).to(ACC) * tl.load(kept + wide(B) * KEPT).to(ACC)
     if range_of_pulls is not None:
         found /= tl.load(range_of_pulls).to(ACC)
     return found

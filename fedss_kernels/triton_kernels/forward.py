@@ -1,6 +1,6 @@
 """The loss: softmax terms over splits of the class set, then the splits merged.
 
-What the backward pass needs is kept, O(B): see `KEPT`.
+What the backward pass needs is kept, O(B): see tiles.py.
 
 Bytes: `partial_terms` reads each gathered row of `weight` once (D elements, an id and a correction), each row
 of `input` once for each tile of classes (from the caches: a tile of rows is small), the B rows and those of
@@ -12,7 +12,9 @@ import triton
 import triton.language as tl
 
 from .tiles import (
+    KEPT,
     UNSPECIALIZED,
+    Vectors,
     dots,
     in_range,
     inverse_norm,
@@ -24,15 +26,13 @@ from .tiles import (
     load_targets,
     logit_unit,
     logits_of,
+    of_problem,
+    shifted,
+    shifted_vectors,
     sums_of,
     target_cosines,
     wide,
 )
-
-# (KEPT, B) float64 numbers of each row, then 1 / (rows that "mean" counts):
-#   the largest logit o, the target's too, in logit units; 1 / sum exp(o - largest); p_t - 1; the dot product
-#   with the target's row; 1 / |input|; 1 / |weight_t|
-KEPT = 6
 
 
 @triton.jit
@@ -63,7 +63,7 @@ def dots_with_targets(
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def partial_terms(
     input, weight, target, class_ids, counts, bias, learned, entry_labels, target_labels, partials, kept,
-    B, C, S, ignore_index, factor: tl.float64, COSINE: tl.constexpr, OPERAND: tl.constexpr,
+    steps, B, C, S, ignore_index, factor: tl.float64, COSINE: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_PAIRED: tl.constexpr,
 ):  # fmt: skip
@@ -76,7 +76,10 @@ def partial_terms(
     SUMS: tl.constexpr = sums_of(OPERAND, PRECISION)
     split, splits = tl.program_id(0) - 1, tl.num_programs(0) - 1
     rows = tl.arange(0, BLOCK_B)
-    targets, counted, known = load_targets(target, rows, B, C, ignore_index)
+    v = Vectors(target, class_ids, counts, None, bias, learned, entry_labels, target_labels, None)
+    input, weight, v, kept = of_problem(input, weight, v, kept, steps, B)
+    partials = shifted(partials, steps, 2 * wide(splits) * B)
+    targets, counted, known = load_targets(v.target, rows, B, C, ignore_index)
     if split < 0:
         product, x_inverse, w_inverse = dots_with_targets(
             input, weight, rows, counted, targets, known, COSINE, OPERAND, SUMS, BLOCK_PAIRED
@@ -86,18 +89,18 @@ def partial_terms(
         tl.store(at + B, x_inverse, mask=rows < B)
         tl.store(at + 2 * B, w_inverse, mask=rows < B)
     else:
-        scale = load_scale(factor, learned, ACC)
+        scale = load_scale(factor, v.learned, ACC)
         unit = logit_unit(scale, COSINE)
         largest = tl.full((BLOCK_B,), float("-inf"), ACC)
         total = tl.zeros((BLOCK_B,), ACC)
         for start in tl.range(split * BLOCK_S, S, splits * BLOCK_S, disable_licm=True):
             entries = start + tl.arange(0, BLOCK_S)
-            ids, corrections, live, wrong = load_classes(class_ids, counts, entries, S, C, ACC)
+            ids, corrections, live, wrong = load_classes(v.class_ids, v.counts, entries, S, C, ACC)
             sums, x_inverse, w_inverse = dots(
                 input, weight, rows, counted, ids, live, COSINE, OPERAND, ACC, PRECISION, BLOCK_D
             )
-            logits = logits_of(sums, x_inverse, w_inverse, scale, unit, bias, ids, live, wrong, corrections)
-            hits = load_hits(entry_labels, target_labels, ids, targets, entries, S, rows, counted, C)
+            logits = logits_of(sums, x_inverse, w_inverse, scale, unit, v.bias, ids, live, wrong, corrections)
+            hits = load_hits(v.entry_labels, v.target_labels, ids, targets, entries, S, rows, counted, C)
             logits = tl.where(hits, float("-inf"), logits)
             larger = tl.maximum(largest, tl.max(logits, 1))
             shift = tl.where(larger == float("-inf"), 0.0, larger)
@@ -143,24 +146,30 @@ def store_losses_terms(kept, rows, counted, there, own, largest_other, largest, 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def merge_splits(
-    target, target_counts, bias, learned, target_logit, partials, kept, loss, B, C, splits, ignore_index,
-    factor: tl.float64, COSINE: tl.constexpr, ACC: tl.constexpr, REDUCTION: tl.constexpr,
+    target, target_counts, bias, learned, target_logit, partials, kept, loss, steps, B, C, splits,
+    ignore_index, factor: tl.float64, COSINE: tl.constexpr, ACC: tl.constexpr, REDUCTION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
     """A tile of rows each program; for "mean" and "sum" a single program takes them all, in order.
 
     loss: (B,), or () where the rows are reduced.
     """
-    scale = load_scale(factor, learned, ACC)
+    v = Vectors(target, None, None, target_counts, bias, learned, None, None, target_logit)
+    if steps is not None:
+        v = shifted_vectors(v, steps)
+    kept = shifted(kept, steps, wide(B) * KEPT + 1)
+    partials = shifted(partials, steps, 2 * wide(splits) * B)
+    loss = shifted(loss, steps, B if REDUCTION == "none" else 1)
+    scale = load_scale(factor, v.learned, ACC)
     unit = logit_unit(scale, COSINE)
     sum_of_losses = tl.zeros((), tl.float64)
     rows_counted = tl.zeros((), tl.int32)
     step = tl.num_programs(0) * BLOCK_B
     for start in range(tl.program_id(0) * BLOCK_B, B, step):
         rows = start + tl.arange(0, BLOCK_B)
-        targets, counted, known = load_targets(target, rows, B, C, ignore_index)
-        own = target_logits(
-            target_logit, target_counts, bias, kept, rows, targets, counted, known, B, scale, unit
+        targets, counted, known = load_targets(v.target, rows, B, C, ignore_index)
+        of_targets = target_logits(
+            v.target_logit, v.target_counts, v.bias, kept, rows, targets, counted, known, B, scale, unit
         )
         split = tl.arange(0, BLOCK_SPLITS)
         at = partials + split.to(tl.int64)[:, None] * B + rows[None, :]
@@ -168,11 +177,11 @@ def merge_splits(
         largest_of = tl.load(at, mask=there, other=float("-inf"))
         total_of = tl.load(at + wide(splits) * B, mask=there, other=0.0)
         largest_other = tl.max(largest_of, 0)
-        largest = tl.maximum(largest_other, own)
+        largest = tl.maximum(largest_other, of_targets)
         terms = total_of * tl.exp((largest_of - largest[None, :]) * unit)
         others = tl.sum(tl.where(total_of == 0.0, 0.0, terms), 0)
         losses = store_losses_terms(
-            kept, rows, counted, rows < B, own, largest_other, largest, others, unit, B
+            kept, rows, counted, rows < B, of_targets, largest_other, largest, others, unit, B
         )
         if REDUCTION == "none":
             tl.store(loss + rows, losses, mask=rows < B)
@@ -184,7 +193,7 @@ def merge_splits(
         inverse = 1.0 / tl.maximum(rows_counted, 1).to(tl.float64)
     if REDUCTION != "none":
         tl.store(loss, sum_of_losses * inverse)
-    tl.store(kept + wide(B) * 6, inverse)
+    tl.store(kept + wide(B) * KEPT, inverse)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -210,4 +219,4 @@ def reduce_losses(
     if REDUCTION == "mean":
         inverse = 1.0 / tl.maximum(tl.sum(rows_counted, 0), 1).to(tl.float64)
     tl.store(loss, tl.sum(sums, 0) * inverse)
-    tl.store(kept + wide(B) * 6, inverse)
+    tl.store(kept + wide(B) * KEPT, inverse)

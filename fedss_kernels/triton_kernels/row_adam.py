@@ -12,9 +12,8 @@ written once.
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.cuda import device_of
 
-from .scatter_add import add_runs, options, own_runs, specimen, tile
+from .scatter_add import cells, matrix, over_runs, own_runs, sum_of_runs
 
 
 @triton.jit
@@ -30,62 +29,32 @@ def root_of(x):
 
 @triton.jit(do_not_specialize=["C", "M"])
 def row_adam_kernel(
-    weight,  # (C, D)
-    exp_avg,  # (C, D)
-    exp_avg_sq,  # (C, D)
-    row_steps,  # (C,)
-    class_ids,  # (M,) ascending
-    order,  # (M,) the i of each
-    rows,  # (M, D)
+    class_ids, M, C, weight, exp_avg, exp_avg_sq, row_steps, row_steps_stride, order, rows,
     steps,  # (M,) n of each
     rate,  # (M,) lr / (1 - beta1^n)
     root,  # (M,) sqrt(1 - beta2^n)
-    C,
-    D,
-    M,
-    weight_row,
-    weight_column,
-    exp_avg_row,
-    exp_avg_column,
-    exp_avg_sq_row,
-    exp_avg_sq_column,
-    row_steps_stride,
-    rows_row,
-    rows_column,
     keep: tl.float64,  # unannotated, a Python number would come as float32
-    first: tl.float64,
-    beta2: tl.float64,
-    second: tl.float64,
-    eps: tl.float64,
-    POSITIONS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    dtype: tl.constexpr = weight.dtype.element_ty
-    at, ids, heads, columns = own_runs(class_ids, M, C, D, POSITIONS, COLUMNS)
-    inside = (columns < D)[None, :]
-    wanted = heads[:, None] & inside
+    first: tl.float64, beta2: tl.float64, second: tl.float64, eps: tl.float64,
+    POSITIONS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = weight.at.dtype.element_ty
+    at, ids, heads, columns, wanted = own_runs(class_ids, M, C, weight.D, POSITIONS, COLUMNS)
     n = tl.load(steps + at, mask=heads, other=1)
     counts = row_steps + ids[:, None] * row_steps_stride + columns[None, :] * 0
     tl.store(counts, n[:, None], mask=wanted & (columns == 0)[None, :])
     step_rate = tl.load(rate + at, mask=heads, other=1.0)[:, None]
     step_root = tl.load(root + at, mask=heads, other=1.0)[:, None]
-    g = tl.zeros((POSITIONS, COLUMNS), dtype) * -1.0  # -0 + x is x, for x = -0 too
-    row = rows + columns[None, :] * rows_column
-    g = add_runs(g, at, ids, heads, inside, class_ids, order, M, row, rows_row, None, 0)
-    cells = exp_avg + ids[:, None] * exp_avg_row + columns[None, :] * exp_avg_column
-    m = tl.load(cells, mask=wanted, other=0.0)
+    g = sum_of_runs(at, ids, heads, columns, class_ids, order, M, rows, dtype)
+    m = tl.load(cells(exp_avg, ids, columns), mask=wanted, other=0.0)
     m = m + tl.full((), first, dtype) * (g - m)
-    tl.store(cells, m, mask=wanted)
-    cells = exp_avg_sq + ids[:, None] * exp_avg_sq_row + columns[None, :] * exp_avg_sq_column
-    v = tl.full((), beta2, dtype) * tl.load(cells, mask=wanted, other=0.0)
+    tl.store(cells(exp_avg, ids, columns), m, mask=wanted)
+    v = tl.full((), beta2, dtype) * tl.load(cells(exp_avg_sq, ids, columns), mask=wanted, other=0.0)
     v = v + tl.full((), second, dtype) * (g * g)
-    tl.store(cells, v, mask=wanted)
-    cells = weight + ids[:, None] * weight_row + columns[None, :] * weight_column
-    w = tl.load(cells, mask=wanted, other=0.0)
-    moved = quotient(
-        m, quotient(root_of(v), tl.broadcast_to(step_root, POSITIONS, COLUMNS)) + tl.full((), eps, dtype)
-    )
-    tl.store(cells, tl.full((), keep, dtype) * w - step_rate * moved, mask=wanted)
+    tl.store(cells(exp_avg_sq, ids, columns), v, mask=wanted)
+    w = tl.load(cells(weight, ids, columns), mask=wanted, other=0.0)
+    deviation = quotient(root_of(v), tl.broadcast_to(step_root, POSITIONS, COLUMNS))
+    moved = quotient(m, deviation + tl.full((), eps, dtype))
+    tl.store(cells(weight, ids, columns), tl.full((), keep, dtype) * w - step_rate * moved, mask=wanted)
 
 
 def row_adam_step(
@@ -104,33 +73,11 @@ def row_adam_step(
 ) -> None:
     if rows.numel() == 0 or weight.numel() == 0:
         return
-    (C, D), M = weight.shape, len(class_ids)
-    steps = row_steps[class_ids.long().clamp(0, C - 1)] + 1
+    steps = row_steps[class_ids.long().clamp(0, len(weight) - 1)] + 1
     n = steps.double()
     rate, root = (lr / (1 - beta1**n)).to(weight.dtype), (1 - beta2**n).sqrt().to(weight.dtype)
-    positions, columns = tile(D)
-    programs = triton.cdiv(M, positions) * triton.cdiv(D, columns)
-    state = weight, exp_avg, exp_avg_sq, row_steps
-    strides = (stride for tensor in (*state, rows) for stride in tensor.stride())
-    with device_of(weight):
-        row_adam_kernel[(programs,)](
-            *(*state, class_ids, order, rows, steps, rate, root),
-            *(C, D, M, *strides),
-            *(1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, eps),
-            *(positions, columns),
-            **options(weight.device),
-        )
-
-
-def specimens() -> list[tuple]:
-    """Configurations that cover every branch and dtype, to compile ahead of time; see `specimen`."""
-    made = []
-    for dtype, row, D in (("fp32", "fp32", 64), ("fp32", "bf16", 7), ("fp64", "fp16", 4096)):
-        floating = ("weight", "exp_avg", "exp_avg_sq", "rate", "root")
-        types = dict.fromkeys(floating, f"*{dtype}") | dict.fromkeys(("row_steps", "order", "steps"), "*i64")
-        types |= {"class_ids": "*i32", "rows": f"*{row}", "exp_avg_row": "i64"}
-        types |= dict.fromkeys(("keep", "first", "beta2", "second", "eps"), "fp64")
-        constants: dict = dict(zip(("POSITIONS", "COLUMNS"), tile(D), strict=True))
-        constants |= {"weight_column": 1, "rows_column": 1} if D == 7 else {}
-        made.append(specimen(row_adam_kernel, types, constants))
-    return made
+    over_runs(
+        *(row_adam_kernel, class_ids, weight, matrix(exp_avg), matrix(exp_avg_sq)),
+        *(row_steps, row_steps.stride(0), order, matrix(rows), steps, rate, root),
+        *(1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, eps),
+    )

@@ -14,7 +14,7 @@ from .configurations import Configuration, Table, table_of
 from .launch import TORCH_TYPES, TYPES, Variant
 from .plan import FACTOR, Given, Plan
 from .problem import Problem, Traits
-from .tiles import Matrix, sums_of
+from .tiles import Matrix, Steps, sums_of
 
 PREPARED = 2**22  # bytes that may wait for the backward pass
 
@@ -60,10 +60,14 @@ class Prepared(NamedTuple):
 
 
 class SmallCalls(Calls):
-    def __init__(self, p: Problem, configuration: Configuration):
+    """Or of as many problems of one size, one launch a kernel; results have them as first dimension."""
+
+    def __init__(self, p: Problem, configuration: Configuration, *problems: int, steps: Steps | None = None):
+        """p: the problem, or the first of the problems"""
         super().__init__(p)
         input, weight, strides = p.operands
         self.copies = input is not p.input or weight is not p.weight
+        self.leading, self.steps = problems, steps
         self.matrices: tuple[Any, ...] = (
             Matrix(self.input, self.sizes[3], *strides[:2]),
             Matrix(self.weight, self.sizes[3], *strides[2:]),
@@ -73,8 +77,8 @@ class SmallCalls(Calls):
         self.plans: dict[Hashable, Plan] = {}
         self.prepared: dict[Wanted, tuple[Plan, int]] = {}  # and the bytes that the loss' plan needs
 
-    def new_plan(self) -> Plan:
-        return Plan(self.device)
+    def _launch(self, plan: Plan, kernel: Variant, grid: tuple[int, int], *arguments: Any) -> None:
+        plan.launch(kernel, (*grid, *self.leading), *arguments)
 
     # ---- the loss ----
 
@@ -91,21 +95,24 @@ class SmallCalls(Calls):
 
     def _plan_loss(self) -> Plan:
         B, C, S, _ = self.sizes
-        plan, c = self.new_plan(), self.configuration
+        plan, c = Plan(self.device), self.configuration
         kept, losses = Given(KEPT), Given(LOSS)
-        partials = plan.empty(2, c.splits, B, dtype=self.traits.accumulator)
-        plan.launch(
+        partials = plan.empty(*self.leading, 2, c.splits, B, dtype=self.traits.accumulator)
+        self._launch(
+            plan,
             self.kernels.partial_terms,
-            (c.splits + 1,),
+            (c.splits + 1, 1),
             *(*self.matrices, self.target, self.class_ids, self.counts, self.bias, self.learned),
-            *(self.entry_labels, self.target_labels, partials, kept, B, C, S, self.ignore_index, FACTOR),
+            *(self.entry_labels, self.target_labels, partials, kept),
+            *(self.steps, B, C, S, self.ignore_index, FACTOR),
         )
-        plan.launch(
+        self._launch(
+            plan,
             self.kernels.merge_splits,
-            (max(triton.cdiv(B, c.merged_rows), 1) if self.traits.reduction == "none" else 1,),
+            (max(triton.cdiv(B, c.merged_rows), 1) if self.traits.reduction == "none" else 1, 1),
             *(self.target, self.target_counts, self.bias, self.learned, self.target_logit),
             *(partials, kept, losses),
-            *(B, C, c.splits, self.ignore_index, FACTOR),
+            *(self.steps, B, C, c.splits, self.ignore_index, FACTOR),
         )
         return plan
 
@@ -164,14 +171,14 @@ class SmallCalls(Calls):
         return self.results(tensors, prepared.wanted, outputs)
 
     def _plan_gradients(self, wanted: Wanted) -> Plan:
-        plan, (B, C, S, D) = self.new_plan(), self.sizes
+        plan, (B, C, S, D) = Plan(self.device), self.sizes
         c, accumulator = self.configuration, self.traits.accumulator
         tiles, entries = triton.cdiv(S, c.blocks.classes), self.entries
         sums = TORCH_TYPES[sums_of(TYPES[self.traits.operand], self.traits.precision)]
         to = self.places(wanted, spreads=True)
 
         def part(is_wanted: bool, *shape: int, dtype: torch.dtype = accumulator) -> Any:
-            return plan.empty(*shape, dtype=dtype) if is_wanted else None
+            return plan.empty(*self.leading, *shape, dtype=dtype) if is_wanted else None
 
         parts = Parts(
             to.rows or part(wanted.needed[1], entries, D),
@@ -182,30 +189,22 @@ class SmallCalls(Calls):
         )
         results = Results(to.input, to.weight, to.bias, to.scale, to.ids)
         kept, upstream = Given(KEPT), Given(LOSS)
-        plan.launch(
+        self._launch(
+            plan,
             self.kernels.small_tiles,
             (tiles + self.targets_apart, c.column_groups),
             *(*self.matrices, self.target, self.class_ids, self.counts, self.bias, self.learned),
-            *(
-                self.entry_labels,
-                self.target_labels,
-                upstream,
-                kept,
-                parts,
-                B,
-                C,
-                S,
-                self.ignore_index,
-                FACTOR,
-            ),
+            *(self.entry_labels, self.target_labels, upstream, kept, parts),
+            *(self.steps, B, C, S, self.ignore_index, FACTOR),
         )
         spread = 0 if to.weight is None and to.bias is None and to.ids is None else entries
-        plan.launch(
+        self._launch(
+            plan,
             self.kernels.small_results,
             (B + 1 + spread, triton.cdiv(max(D, 1), c.result_columns)),
             *(*self.matrices, self.target, self.class_ids, self.counts, self.learned),
             *(upstream, kept, parts, results),
-            *(B, C, S, self.ignore_index, tiles, c.column_groups, FACTOR),
+            *(self.steps, B, C, S, self.ignore_index, tiles, c.column_groups, FACTOR),
         )
         return plan
 

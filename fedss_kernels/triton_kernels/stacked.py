@@ -6,56 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import stacked_kernels
 from .calls import Tensors
 from .chunks import BUDGET, Chunks
 from .configurations import Configuration, configure, table_of
-from .launch import Variant
-from .plan import Argument, Given, Plan, Scratch
 from .problem import Problem, bytes_of, dtype_of_products, widened
-from .small import Kernels, SmallCalls
-from .stacked_kernels import Stacked, StackedMatrix
+from .small import SmallCalls
+from .tiles import Steps
 
 MOST = 65_535  # programs of a grid's third axis
-_calls: dict[Hashable, "StackedCalls"] = {}
+_calls: dict[Hashable, SmallCalls] = {}
 _MOST_CALLS = 1024
-
-
-class StackedPlan(Plan):
-    def __init__(self, device: torch.device, problems: int):
-        super().__init__(device)
-        self.problems = problems
-
-    def empty(self, *shape: int, dtype: torch.dtype) -> Scratch:
-        return super().empty(self.problems, *shape, dtype=dtype)
-
-    def launch(self, variant: Variant, grid: tuple[int, ...], *arguments: Argument) -> None:
-        x, y = (*grid, 1)[:2]
-        super().launch(variant, (x, y, self.problems), *arguments)
-
-
-class StackedCalls(SmallCalls):
-    """Results have the problems as their first dimension."""
-
-    def __init__(self, first: Problem, configuration: Configuration, problems: int, steps: Sequence[int]):
-        """first: of the problems; steps: elements from one's tensor to the next one's, 0 if they share it"""
-        super().__init__(first, configuration)
-        self.leading = (problems,)
-        names = ("target", "class_ids", "counts", "target_counts", "bias", "learned")
-        for place, name in enumerate(names, 2):
-            if first.tensors[place] is not None:
-                setattr(self, name, Stacked(Given(place), steps[place]))
-        self.matrices = tuple(
-            StackedMatrix(Given(place), step, *matrix[1:])
-            for place, (step, matrix) in enumerate(zip(steps, self.matrices, strict=False))
-        )
-        k = stacked_kernels
-        over_problems = (k.stacked_terms, k.stacked_merging, k.stacked_tiles, k.stacked_results)
-        pairs = zip(over_problems, self.kernels, strict=True)
-        self.kernels = Kernels(*(Variant(kernel, **of_one.named) for kernel, of_one in pairs))
-
-    def new_plan(self) -> Plan:
-        return StackedPlan(self.device, *self.leading)
 
 
 def at_once(B: int, S: int, D: int, input: Tensor, weight: Tensor, rounding: torch.dtype | None) -> int:
@@ -78,7 +38,7 @@ def stacked_calls(
     ignore_index: int,
     reduction: str,
     rounding: torch.dtype | None,
-) -> tuple[StackedCalls, Tensors, float]:
+) -> tuple[SmallCalls, Tensors, float]:
     """(calls, what they are given, the scale's factor)"""
     own = [is_own and t is not None for is_own, t in zip(stacked, given, strict=True)]
     *firsts, scale = _firsts(own, given)
@@ -117,9 +77,9 @@ def _as_read(own: Sequence[bool], tensors: Sequence[Any], first: Any) -> list[An
     return [*matrices, *found]
 
 
-def _calls_for(p: Problem, problems: int, steps: Sequence[int]) -> StackedCalls:
+def _calls_for(p: Problem, problems: int, steps: Sequence[int]) -> SmallCalls:
     B, _, S, D = p.sizes
     traits, problem_bytes = p.traits, bytes_of(p.input, p.weight)
     way = configure(table_of(p.input.device), B, S, D, traits.operand, traits.rows, problem_bytes)
     assert isinstance(way, Configuration)
-    return StackedCalls(p, way, problems, steps)
+    return SmallCalls(p, way, problems, steps=Steps(*steps))

@@ -52,6 +52,27 @@ class Sizes(NamedTuple):
     ignore_index: Any
 
 
+class Steps(NamedTuple):
+    """Of many problems of one size: elements from one's tensor to the next one's; 0: they share it.
+
+    A grid's third axis goes over the problems. What kernels write lies contiguous, problem by problem.
+    """
+
+    input: Any
+    weight: Any
+    target: Any
+    class_ids: Any
+    counts: Any
+    target_counts: Any
+    bias: Any
+    learned: Any
+
+
+# Of each row (KEPT, B) float64 numbers wait for the backward pass, then 1 / (rows that "mean" counts):
+#   the largest logit o, the target's too, in logit units; 1 / sum exp(o - largest); p_t - 1; the dot product
+#   with the target's row; 1 / |input|; 1 / |weight_t|
+KEPT = tl.constexpr(6)
+
 # What a kernel is not compiled anew for: sizes that become 1 or a multiple of 16, and vectors at an address
 # that is none. (For AMD a specialized pointer is a descriptor too, of four scalar registers.)
 UNSPECIALIZED = [*Vectors._fields, *Sizes._fields, "splits", "tiles", "groups"]
@@ -87,6 +108,44 @@ def rounded(values, dtype: tl.constexpr):
 def wide(n):
     """A size as int64."""
     return tl.full((), n, tl.int64)
+
+
+@triton.jit
+def shifted(at, steps, step):
+    """Where what is at `at` for the first problem is for this program's; None of None."""
+    if at is None or steps is None:
+        return at
+    else:
+        return at + tl.program_id(2).to(tl.int64) * step
+
+
+@triton.jit
+def of_problem(input, weight, vectors, kept, steps, B):
+    """These of this program's problem. No problem of many has labels, or is given its targets' logits."""
+    if steps is None:
+        return input, weight, vectors, kept
+    else:
+        return (
+            Matrix(shifted(input.at, steps, steps.input), input.D, input.row, input.column),
+            Matrix(shifted(weight.at, steps, steps.weight), weight.D, weight.row, weight.column),
+            shifted_vectors(vectors, steps),
+            shifted(kept, steps, wide(B) * KEPT + 1),
+        )
+
+
+@triton.jit
+def shifted_vectors(vectors, steps):
+    return Vectors(
+        shifted(vectors.target, steps, steps.target),
+        shifted(vectors.class_ids, steps, steps.class_ids),
+        shifted(vectors.counts, steps, steps.counts),
+        shifted(vectors.target_counts, steps, steps.target_counts),
+        shifted(vectors.bias, steps, steps.bias),
+        shifted(vectors.learned, steps, steps.learned),
+        None,
+        None,
+        None,
+    )
 
 
 @triton.jit

@@ -55,9 +55,11 @@ def environment(python: str, folder: Path) -> Path:
 
 
 def source_distribution() -> Path:
-    shutil.rmtree(BUILD / "sdist", ignore_errors=True)
-    subprocess.run([sys.executable, "-m", "build", "--sdist", "--outdir", BUILD / "sdist", ROOT], check=True)
-    (made,) = (BUILD / "sdist").iterdir()
+    folder = BUILD / "sdist"
+    shutil.rmtree(folder, ignore_errors=True)
+    command = [sys.executable, "-m", "build", "--sdist", "--outdir", folder, ROOT]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)  # a line for each file
+    (made,) = folder.iterdir()
     return made
 
 

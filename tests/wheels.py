@@ -68,7 +68,10 @@ def build(python: str, tag: str, source: Path) -> None:
     import ziglang
 
     zig = Path(ziglang.__file__).parent / "zig"
-    compilers = {"CC": f"{zig} cc -target {TARGET}", "CXX": f"{zig} c++ -target {TARGET}"}
+    headers = "-idirafter /usr/include"  # where Debian has a part of its Pythons' own
+    compilers = {
+        name: f"{zig} {tool} -target {TARGET} {headers}" for name, tool in (("CC", "cc"), ("CXX", "c++"))
+    }
     made = BUILD / tag / "dist"
     shutil.rmtree(made, ignore_errors=True)
     pip = [environment(python, BUILD / tag / "environment"), "-m", "pip"]

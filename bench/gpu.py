@@ -34,6 +34,7 @@ from typing import Any
 
 import torch
 
+from ..federated.cli.options import read_shapes
 from . import bench_sampled_softmax as loss_bench
 from .bench_sampled_softmax import (
     LOSS_TOLERANCE,
@@ -152,6 +153,10 @@ def measure(plan: Plan, ends: float = math.inf) -> Iterator[Row]:
 
 
 def cases_of(plan: Plan) -> list[Case]:
+    if plan.shapes:
+        return [
+            Case(Shape(*sizes), dtype) for sizes in plan.shapes for dtype in (torch.float32, torch.bfloat16)
+        ]
     return (QUICK_CASES if plan.quick else CASES) if CUDA else INTERPRETED_CASES
 
 
@@ -291,7 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         remarks.append(f"pytest -m gpu: {said}")
         progress(remarks[0])
     begun = time.monotonic()
-    plan = Plan(quick=given.quick, seconds=given.seconds, progress=progress)
+    plan = Plan(given.quick, given.shapes, seconds=given.seconds, progress=progress)
     progress(f"{Budget(cases_of(plan), plan.seconds)}, of {given.minutes:g}")
     progress("the device's own limits" if CUDA else NO_DEVICE)
     device = measure_device(plan.seconds)
@@ -317,6 +322,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--quick", action="store_true", help="two shapes instead of all")
+    parser.add_argument(
+        "--shapes",
+        type=read_shapes,
+        metavar="BxSxDxC,...",
+        help="these instead, each in float32 and in bfloat16",
+    )
     parser.add_argument("--seconds", type=float, default=0.1, help="for each timing (default 0.1)")
     parser.add_argument(
         "--minutes", type=float, default=8.0, help="after which nothing more begins (default 8)"
@@ -327,6 +338,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name in ("seconds", "minutes"):
         if not getattr(given, name) > 0:
             parser.error(f"--{name}: expected more than 0, got {getattr(given, name):g}")
+    for sizes in given.shapes or ():
+        if len(sizes) != len(Shape._fields):
+            parser.error(f"--shapes: expected BxSxDxC, got {'x'.join(map(str, sizes))!r}")
     if given.tests is not None and not given.tests.is_dir():
         parser.error(f"--tests: expected a folder of tests, found none at {given.tests}")
     return given

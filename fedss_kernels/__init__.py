@@ -29,7 +29,7 @@ from .sampled_softmax_module import SampledSoftmaxLoss
 from .scatter_add import scatter_add_
 from .sharded import ShardedSampledSoftmaxLoss
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "ClassSet",
     "FrequencySampler",

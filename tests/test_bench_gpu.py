@@ -133,6 +133,7 @@ def test_tests_that_take_too_long_are_stopped(tmp_path, monkeypatch):
         (["--seconds=0"], "--seconds: expected more than 0, got 0"),
         (["--minutes=-1"], "--minutes: expected more than 0, got -1"),
         (["--tests=nowhere"], "--tests: expected a folder of tests, found none at nowhere"),
+        (["--shapes=32x100"], "--shapes: expected BxSxDxC, got '32x100'"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message, capsys):
@@ -157,6 +158,11 @@ def test_all_of_it_is_planned_to_take_less_than_eight_minutes(monkeypatch):
     # A language model's: ours, products, four of PyTorch's, Liger, CCE and QuACK; no graphs.
     language_model = gpu.Budget(gpu.CASES[:1], seconds=0.1)
     assert (language_model.contenders, language_model.timings) == (9, 18)
+
+
+def test_shapes_of_ones_own_are_measured_instead():
+    cases = gpu.cases_of(gpu.Plan(quick=True, shapes=[(3, 5, 16, 9)]))
+    assert cases == [Case(Shape(3, 5, 16, 9), dtype) for dtype in (torch.float32, torch.bfloat16)]
 
 
 def test_the_shapes_that_count_are_measured():

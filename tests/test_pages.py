@@ -52,14 +52,15 @@ def test_examples_run_as_they_stand_but_for_the_number_of_rounds(page, tmp_path,
         assert names["best"].indices.shape == (4, 5) and names["loss"].isfinite()
     if page == "docs/simulate.md":
         assert (tmp_path / "net.pt").exists()
-        first, own_data, own_method = capsys.readouterr().out.splitlines()
+        first, own_data, own_method, last_block = capsys.readouterr().out.splitlines()
         assert len(first.split()) == 3
         assert re.fullmatch(
             r"<FederatedData mine, classification: 4 classes, 40 training and 8 test images, 4 clients> "
             r"<Result of fedss on mine after round 2: top-1 \d+\.\d%>",
             own_data,
         )
-        assert re.fullmatch(r"<Result of neighbours on glyphs after round 2: top-1 \d+\.\d%>", own_method)
+        for method, line in (("neighbours", own_method), ("last_block", last_block)):
+            assert re.fullmatch(rf"<Result of {method} on glyphs after round 2: top-1 \d+\.\d%>", line)
 
 
 @pytest.mark.parametrize("page, line", COMMAND_LINES)

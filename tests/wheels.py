@@ -55,9 +55,11 @@ def environment(python: str, folder: Path) -> Path:
 
 
 def source_distribution() -> Path:
-    shutil.rmtree(BUILD / "sdist", ignore_errors=True)
-    subprocess.run([sys.executable, "-m", "build", "--sdist", "--outdir", BUILD / "sdist", ROOT], check=True)
-    (made,) = (BUILD / "sdist").iterdir()
+    folder = BUILD / "sdist"
+    shutil.rmtree(folder, ignore_errors=True)
+    command = [sys.executable, "-m", "build", "--sdist", "--outdir", folder, ROOT]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)  # a line for each file
+    (made,) = folder.iterdir()
     return made
 
 
@@ -66,7 +68,10 @@ def build(python: str, tag: str, source: Path) -> None:
     import ziglang
 
     zig = Path(ziglang.__file__).parent / "zig"
-    compilers = {"CC": f"{zig} cc -target {TARGET}", "CXX": f"{zig} c++ -target {TARGET}"}
+    headers = "-idirafter /usr/include"  # where Debian has a part of its Pythons' own
+    compilers = {
+        name: f"{zig} {tool} -target {TARGET} {headers}" for name, tool in (("CC", "cc"), ("CXX", "c++"))
+    }
     made = BUILD / tag / "dist"
     shutil.rmtree(made, ignore_errors=True)
     pip = [environment(python, BUILD / tag / "environment"), "-m", "pip"]

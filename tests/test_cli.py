@@ -368,7 +368,7 @@ def test_ctrl_c_finishes_the_round_and_the_run_can_be_resumed(tmp_path, monkeypa
         f"fedss run: stopped after round 2 of 4; go on with: fedss run --resume {stopped}",
     ]
     refused = fails(capsys, "run", "--resume", str(stopped), "--rounds=9", "--seed=9")
-    assert refused.endswith("is of another configuration: seed: 0 there, 9 here")
+    assert refused.endswith("is of another configuration: --seed: 0 there, 9 here")
     assert cli.main(["run", "--resume", str(stopped)]) == 0
     assert "round 4/4" in capsys.readouterr().out and (stopped / "report.html").exists()
     a, b = (torch.load(folder / "model.pt", weights_only=True) for folder in (whole, stopped))

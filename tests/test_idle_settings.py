@@ -69,6 +69,10 @@ def test_defaults_are_not_worth_a_word(name):
             "warmup_rounds 20 is more than the 10 rounds: the clients' rate comes to 0.025, not to",
         ),
         (
+            {"aggregation": "trimmed_mean", "cohort": 9},
+            "aggregation trimmed_mean is a plain mean: trim 0.1 of 9 answers is less than one",
+        ),
+        (
             {"method": "neg_only", "num_negatives": 0},
             "num_negatives 0: neg_only trains nothing, as it pushes",
         ),

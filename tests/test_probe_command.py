@@ -140,7 +140,7 @@ def test_numbers_that_cannot_be_are_told_at_once(folder, capsys):
         "--temperature: expected a number greater than 0, got 'x'",
         "--depths: expected integers of at least 0 with commas between, got 'a'",
     ]
-    assert fails(capsys, str(folder), "--depths=1,4") == "depth: expected one in [0, 3], got 4"
+    assert fails(capsys, str(folder), "--depths=1,4") == "--depths: expected one in [0, 3], got 4"
 
 
 def test_a_run_without_one_net_for_all_and_a_net_that_is_not_finite_are_refused(folder, tmp_path, capsys):

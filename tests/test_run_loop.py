@@ -1,5 +1,6 @@
 """The round loop: against the reference, for its randomness, for what it writes and what it refuses."""
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -200,6 +201,36 @@ def test_a_model_that_draws_is_a_function_of_the_seed_and_leaves_the_callers_str
     torch.manual_seed(8)
     assert same_bits(first, train(dropout))
     assert not same_bits(first, train())
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        assert torch.get_default_dtype() == dtype
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        torch.no_grad,
+        torch.inference_mode,
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        lambda: default_dtype(torch.float64),
+        lambda: torch.device("meta"),
+    ],
+    ids=["no_grad", "inference_mode", "autocast", "float64", "device"],
+)
+def test_what_torch_is_told_around_a_run_changes_nothing(around):
+    """As in a notebook, some cells before."""
+    data, model, config = tiny_data(), tiny_model(), tiny_config(rounds=1)
+    with around():
+        found = run(config, data=data, model=model)
+    assert same_bits(found, run(config, data=data, model=model))
 
 
 def test_the_number_of_threads_is_put_back():

@@ -175,6 +175,12 @@ def _idle(config: Config) -> list[str]:
             f"rate comes to {highest:.3g}, not to client_lr {config.client_lr:g}"
         )
     method = METHODS[config.method]
+    trims = config.aggregation == "trimmed_mean" and not (method.pooled or method.alone or method.split)
+    if trims and config.cohort is not None and config.trim * config.cohort < 1:
+        lines.append(
+            f"aggregation trimmed_mean is a plain mean: trim {config.trim:g} of {config.cohort} answers is "
+            "less than one"
+        )
     if method.samples and not method.own_push and config.num_negatives == 0 and not config.equal_pushes:
         lines.append(
             f"num_negatives 0: {config.method} trains nothing, as it pushes images from negatives alone"

@@ -6,13 +6,14 @@ fedavg_round.py's.
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from ..loss_operator import without_autocast
 from . import idle_settings
 from .any_round import Algorithm, OnTuned, Played, TooFewClients
 from .clients.player import Player, training_device
@@ -77,6 +78,26 @@ class Result:
         return f"<Result of {of}: {s.headline.label} {accuracy}{where}>"
 
 
+@contextmanager
+def _plain_torch() -> Iterator[None]:
+    """Torch as it is when it is imported, whatever the caller has it do: no other bits, and gradients."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    on_cpu = torch.get_default_device().type == "cpu"
+    try:
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            without_autocast("cpu"),
+            without_autocast("cuda"),
+            nullcontext() if on_cpu else torch.device("cpu"),
+        ):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@_plain_torch()
 def run(
     config: Config,
     *,
@@ -93,7 +114,7 @@ def run(
     channels, H, W) in [0, 1] to embeddings (B, D); a copy of it is trained, from its present parameters on.
     `on_round` is called after every round, `on_tuned(done, total)` while clients fine-tune the model at the
     end. With `config.out` the results are written to that folder, otherwise nothing is written. Equal
-    arguments give equal bits on one machine.
+    arguments give equal bits on one machine, whatever autocast, modes and defaults of torch are around it.
 
     With `resume` it goes on from the last checkpoint in `config.out`, written every
     `config.checkpoint_every` rounds, to the same bits as a run that never stopped (times excepted). A run

@@ -60,12 +60,15 @@ def _add_invert_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+_ATTACK = "--attack-share and --attack-images"
+
+
 def _invert(arguments: argparse.Namespace) -> int:
     from ..figures import inversion
 
     halves, drawn, wrong = {}, list[inversion.Images](), list[str]()
     for folder, name in zip(arguments.runs, places(arguments.runs), strict=True):
-        with noted(wrong):
+        with noted(wrong, images=_ATTACK):
             config = dataclasses.replace(read_config(folder)[0], half_checkpoint=None, init_checkpoint=None)
             inversion.check(config)
             refuse_lost(arguments, config, "start this there")
@@ -160,7 +163,7 @@ def _harden(arguments: argparse.Namespace) -> int:
     from ..split_learning import hardened
     from ..split_learning.resistance import Resistance
 
-    with mistakes():
+    with mistakes(images=_ATTACK):
         config = config_of(arguments, PRESET)
         inversion.check(config)
         out = config.out or Path("runs") / f"harden-{config.data}"

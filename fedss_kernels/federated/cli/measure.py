@@ -149,7 +149,7 @@ def _confusion(arguments: argparse.Namespace) -> int:
 
     found, wrong = [], list[str]()
     for folder in arguments.runs:
-        with noted(wrong):
+        with noted(wrong, client="--client"):
             config, _ = read_config(folder)
             refuse_lost(arguments, config, "start this there")
             model, own = read_model(folder), read_kept(folder)

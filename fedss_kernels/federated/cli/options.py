@@ -285,33 +285,42 @@ def refuse_unread(arguments: argparse.Namespace, methods: Sequence[str]) -> None
 _FIELDS = [field.name for field in dataclasses.fields(Config)]
 # An option that a message begins with, or one of several there; one in the middle, which no other word is.
 _SAID = re.compile(
-    rf"(?:^|(?<=; )|(?<=is another: ))(?:{'|'.join([*_FIELDS, *LISTS])})(?=: )"
+    r"(?:^|(?<=; )|(?<=is another: )|(?<=of another configuration: ))"
+    rf"(?:{'|'.join([*_FIELDS, *LISTS])})(?=: )"
     rf"|(?<![\w/.-])(?:{'|'.join(name for name in _FIELDS if '_' in name)})(?![\w/.:-])"
 )
 
 
-def as_typed(error: Exception) -> str:
-    """What is wrong in one line, options spelled as on the command line."""
+def as_typed(error: Exception, **own: str) -> str:
+    """What is wrong in one line, options spelled as on the command line.
+
+    own: that of an argument of a function that is given what a command's own option says.
+    """
     words = reason(error) if isinstance(error, OSError) else str(error)
     if isinstance(error, ConfigError):
         words = _without_own(error.worded(flag))
+    name, colon, rest = words.partition(": ")
+    words = f"{own.get(name, name)}{colon}{rest}"
     return _SAID.sub(lambda option: flag(option[0]), " ".join(words.split()))
 
 
 @contextlib.contextmanager
-def mistakes() -> Iterator[None]:
-    """Wraps what reads and checks the user's choices, and nothing else: there, an error is a mistake."""
+def mistakes(**own: str) -> Iterator[None]:
+    """Wraps what reads and checks the user's choices, and nothing else: there, an error is a mistake.
+
+    own: as of `as_typed`.
+    """
     try:
         yield
     except (ValueError, OSError) as error:  # a ConfigError too
-        raise Mistake(as_typed(error)) from None
+        raise Mistake(as_typed(error, **own)) from None
 
 
 @contextlib.contextmanager
-def noted(wrong: list[str]) -> Iterator[None]:
+def noted(wrong: list[str], **own: str) -> Iterator[None]:
     """As `mistakes`, around one look of several: what is wrong there is kept, for `refuse` after the last."""
     try:
-        with mistakes():
+        with mistakes(**own):
             yield
     except Mistake as mistake:
         wrong.append(str(mistake))

@@ -117,7 +117,7 @@ def _probe(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
     )
     begun, name = time.perf_counter(), f"fedss probe: {folder}"
-    with mistakes(), ReadingProgress(Console(stderr=True)) as progress:
+    with mistakes(depth="--depths"), ReadingProgress(Console(stderr=True)) as progress:
         lines = probe.measure(config, data, state, probing, lambda *far: progress(f"{name}: measuring", *far))
     print(f"{name}: {len(lines)} measured in {time.perf_counter() - begun:.0f} s", file=sys.stderr)
     return write_measured(arguments, out, lambda: probe.write(out, lines, probing, config, data))

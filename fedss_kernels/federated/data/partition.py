@@ -27,7 +27,10 @@ def draw_share(
     if not 0 < share < 1:
         raise ValueError(f"{name}: expected a share of the {of} between 0 and 1, got {share}")
     if count < 2:
-        raise ValueError(f"task 'retrieval': expected at least 2 {of}, to hold one out, got {count}")
+        raise ValueError(
+            f"task: expected classification, as for a retrieval one of at least 2 {of} is held out, got "
+            f"'retrieval' with {count}"
+        )
     return _random(seed, 0x401D).permutation(count)[: min(max(round(share * count), 1), count - 1)]
 
 

@@ -11,7 +11,7 @@ Spoil = Callable[[str, Message], "Message | Error | None"]
 
 
 class LocalGrid:
-    """What a server's app uses of flwr.serverapp.Grid. Messages take the way to bytes and back."""
+    """What a server's app uses of flwr.serverapp.Grid."""
 
     def __init__(self, app: ClientApp, node_configs: dict[int, dict]):
         TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 0  # as Flower sets them

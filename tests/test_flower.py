@@ -268,6 +268,20 @@ def test_a_round_that_nobody_answers_is_given_up_with_the_reasons(tmp_path, monk
         federated(tmp_path, grid)
 
 
+def test_a_node_that_goes_as_it_is_sent_something_is_not_waited_for(tmp_path, caplog):
+    grid = grid_of()
+
+    def gone(kind, reply):
+        if kind == "train":
+            grid.nodes.pop(900 - 7, None)  # client 1, to whom the next message is
+        return reply
+
+    grid.spoil[900] = gone
+    federated(tmp_path, grid, cohort=NODES, rounds=1)
+    assert outcomes(tmp_path / "federated", 1) == [("dropped", "")]
+    assert "client 1 does not answer: it is gone" in caplog.text
+
+
 def test_a_node_that_is_started_again_has_another_id_and_goes_on(tmp_path, caplog):
     grid = grid_of()
 

@@ -432,7 +432,7 @@ def test_the_app_that_is_written_trains(app, tmp_path, monkeypatch):
 
 
 def test_the_readme_of_the_app_is_short(app):
-    assert (app / "README.md").read_text().count("\n") <= 13
+    assert (app / "README.md").read_text().count("\n") <= 14
 
 
 def test_nothing_is_written_over(app, capsys):

@@ -24,8 +24,9 @@ class LocalGrid:
     def get_node_ids(self) -> Iterable[int]:
         return list(self.nodes)
 
-    def push_messages(self, messages: Iterable[Message]) -> list[str | None]:
-        return [self._push(message) for message in messages]
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Those that were taken alone, as in Flower's simulation engine."""
+        return [name for message in messages if (name := self._push(message))]
 
     def _push(self, message: Message) -> str | None:
         node = message.metadata.dst_node_id

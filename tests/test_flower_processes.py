@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -68,19 +68,22 @@ class Network:
                 command, env=self.environment, stdout=log, stderr=log, start_new_session=True, cwd=self.folder
             )
 
-    def begin(self, *flags: str) -> None:
-        command = "flower-superlink", "--insecure", "--disable-runtime-dependency-installation"
-        self.start("link", *command, "--port", str(self.port), *flags)
+    def begin(self) -> None:
+        port = str(self.port)
+        flags = "--insecure", "--disable-runtime-dependency-installation"
+        self.start("link", "flower-superlink", *flags, "--port", port)
         wait_until(lambda: answers(self.port), "the link")
+        for k in range(NODES):
+            self.start_node(k)
 
     def start_node(self, k: int) -> None:
         link, port = f"127.0.0.1:{self.port}", str(free_port())
         command = "flower-supernode", "--insecure", "--superlink", link, "--port", port
         self.start(f"node {k}", *command, "--node-config", f"partition-id={k}")
 
-    def run(self, *flags: str, **options: object) -> subprocess.Popen:
+    def run(self, **options: object) -> subprocess.Popen:
         given = " ".join(f"{name}={toml(value)}" for name, value in options.items())
-        self.start("run", "flwr", "run", str(self.app), "here", "--stream", "--run-config", given, *flags)
+        self.start("run", "flwr", "run", str(self.app), "here", "--stream", "--run-config", given)
         return self.processes["run"]
 
     def end(self, name: str, number: int = signal.SIGTERM) -> None:
@@ -134,24 +137,17 @@ def wait_until(there, what: str) -> None:
         time.sleep(0.2)
 
 
-@contextmanager
-def begun(folder: Path, *flags: str) -> Iterator[Network]:
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("federation")
     made = Network(folder)
     assert main(["flower", "new", str(made.app)]) == 0
     try:
-        made.begin(*flags)
+        made.begin()
         yield made
     finally:
         for name in list(made.processes):
             made.end(name)
-
-
-@pytest.fixture(scope="module")
-def network(tmp_path_factory):
-    with begun(tmp_path_factory.mktemp("federation")) as made:
-        for k in range(NODES):
-            made.start_node(k)
-        yield made
 
 
 def simulated(network: Network, out: Path, **options):
@@ -211,15 +207,3 @@ def test_a_node_that_is_killed_in_the_middle_of_a_round_costs_its_answers_alone(
     others = [(str(round), str(k), "accepted") for round in (1, 2, 3) for k in range(3)]
     assert [line for line in found if line[1] != "3"] == others, network.said()
     assert found[3] == ("1", "3", "accepted") and found[-1] == ("3", "3", "dropped")
-
-
-def test_flowers_simulation_engine_comes_to_the_same_bits(tmp_path):
-    pytest.importorskip(
-        "ray", reason="Flower's simulation engine is not installed: pip install 'flwr[simulation]'"
-    )
-    with begun(tmp_path, "--simulation") as network:
-        flags = "--federation-config", f"num-supernodes={NODES}"
-        done = network.run(*flags, out=tmp_path / "out", rounds=4, timeout=PATIENCE).wait(PATIENCE)
-        assert done == 0 and (tmp_path / "out" / "summary.json").exists(), network.said()
-        simulated(network, tmp_path / "simulated", rounds=4)
-        assert_same_model(tmp_path / "out", tmp_path / "simulated")

@@ -11,7 +11,7 @@ Spoil = Callable[[str, Message], "Message | Error | None"]
 
 
 class LocalGrid:
-    """What a server's app uses of flwr.serverapp.Grid. Messages take the way to bytes and back."""
+    """What a server's app uses of flwr.serverapp.Grid."""
 
     def __init__(self, app: ClientApp, node_configs: dict[int, dict]):
         TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 0  # as Flower sets them
@@ -24,8 +24,9 @@ class LocalGrid:
     def get_node_ids(self) -> Iterable[int]:
         return list(self.nodes)
 
-    def push_messages(self, messages: Iterable[Message]) -> list[str | None]:
-        return [self._push(message) for message in messages]
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Those that were taken alone, as in Flower's simulation engine."""
+        return [name for message in messages if (name := self._push(message))]
 
     def _push(self, message: Message) -> str | None:
         node = message.metadata.dst_node_id

@@ -268,6 +268,20 @@ def test_a_round_that_nobody_answers_is_given_up_with_the_reasons(tmp_path, monk
         federated(tmp_path, grid)
 
 
+def test_a_node_that_goes_as_it_is_sent_something_is_not_waited_for(tmp_path, caplog):
+    grid = grid_of()
+
+    def gone(kind, reply):
+        if kind == "train":
+            grid.nodes.pop(900 - 7, None)  # client 1, to whom the next message is
+        return reply
+
+    grid.spoil[900] = gone
+    federated(tmp_path, grid, cohort=NODES, rounds=1)
+    assert outcomes(tmp_path / "federated", 1) == [("dropped", "")]
+    assert "client 1 does not answer: it is gone" in caplog.text
+
+
 def test_a_node_that_is_started_again_has_another_id_and_goes_on(tmp_path, caplog):
     grid = grid_of()
 
@@ -336,6 +350,7 @@ def test_a_node_without_its_number_is_told_how_to_get_one(tmp_path):
             "layerwise learns is measured with training images, and the server has none",
         ),
         ({"method": "mocosfl"}, "clients and server of mocosfl step together"),
+        ({"negatives": "shared"}, "negatives: expected another than 'shared' over a network"),
         ({"cohort": 3}, "cohort: expected at most 2, the nodes, got 3"),
         ({"workers": 2}, "workers: expected 1 over a network"),
         ({"poison-rate": 0.5}, "poison_rate: expected 0 over a network"),
@@ -422,7 +437,7 @@ def test_the_app_that_is_written_trains(app, tmp_path, monkeypatch):
 
 
 def test_the_readme_of_the_app_is_short(app):
-    assert (app / "README.md").read_text().count("\n") <= 12
+    assert (app / "README.md").read_text().count("\n") <= 14
 
 
 def test_nothing_is_written_over(app, capsys):

@@ -9,13 +9,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from fedss_kernels.federated import Config, run
+from fedss_kernels.federated import run
 from fedss_kernels.federated.cli import main
 from fedss_kernels.federated.files import checkpoint
 
@@ -163,8 +162,8 @@ def simulated(network: Network, out: Path, **options):
     import tomllib
 
     text = (network.app / "pyproject.toml").read_text()
-    config: Config = Settings.of(tomllib.loads(text)["tool"]["flwr"]["app"]["config"])[1]
-    return run(replace(config, out=out, **options), data=glyphs())
+    settings = tomllib.loads(text)["tool"]["flwr"]["app"]["config"] | options | {"out": str(out)}
+    return run(Settings.of(settings)[1], data=glyphs())
 
 
 def assert_same_model(first: Path, second: Path) -> None:

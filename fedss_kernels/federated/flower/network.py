@@ -99,11 +99,12 @@ class Network:
         if not contents:
             return {}
         sent = [Message(content, node, kind, ttl=self.timeout + GRACE) for node, content in contents.items()]
-        ids = list(self.grid.push_messages(sent))
-        waiting = {id: node for id, node in zip(ids, contents, strict=True) if id is not None}
-        found: dict[int, RecordDict | str] = {node: "it is gone" for node in contents}
-        for node in waiting.values():
-            del found[node]
+        taken = set(self.grid.push_messages(sent))  # an engine may leave out the others, or have None there
+        waiting = {
+            m.metadata.message_id: m.metadata.dst_node_id for m in sent if m.metadata.message_id in taken
+        }
+        gone = contents.keys() - waiting.values()
+        found: dict[int, RecordDict | str] = dict.fromkeys(gone, "it is gone")
         end = time.monotonic() + self.timeout
         while waiting and time.monotonic() < end:
             found |= _taken(self.grid.pull_messages(list(waiting)), waiting)

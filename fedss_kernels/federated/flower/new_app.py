@@ -92,11 +92,13 @@ README = """\
 # {name}
 
 1. In `federation/data.py`, return a node's own images and labels, and the server's test images.
-2. On the server: `flower-superlink --insecure --port 9191 --disable-runtime-dependency-installation`
-3. On each node, with a number of its own (several on one machine need ports of their own, as `--port 9194`):
+2. On the server, where this folder is, and on each node: `pip install "fedss-kernels[flower,sim]"`.
+3. On the server:
+   `flower-superlink --insecure --host 0.0.0.0 --port 9191 --disable-runtime-dependency-installation`
+4. On each node, with a number of its own (several on one machine need ports of their own, as `--port 9194`):
    `flower-supernode --insecure --superlink SERVER:9191 --node-config "partition-id=0"`
-4. In `~/.flwr/config.toml`: `[superlink.mine]`, below it `address = "SERVER:9191"` and `insecure = true`.
-5. `flwr run . mine --stream`, or after an end before the last round: `--run-config "resume=true"`.
+5. In `~/.flwr/config.toml`: `[superlink.mine]`, below it `address = "SERVER:9191"` and `insecure = true`.
+6. `flwr run . mine --stream`, or after an end before the last round: `--run-config "resume=true"`.
 
 `--insecure` is for trials: with certificates and `--enable-supernode-auth` the server knows who speaks.
 """

@@ -505,7 +505,7 @@ def test_a_net_that_is_not_its_blocks_in_a_row_is_refused():
 
 def test_options_of_others_are_refused_and_those_without_effect_are_named(capsys):
     assert cli.main(["run", "--data", "glyphs", "--method", "fedss", "--queue-size", "5"]) == 2
-    assert "--queue-size is for mocosfl, not for fedss" in capsys.readouterr().err
+    assert "--queue-size is for mocosfl, central_moco and fl_moco, not for fedss" in capsys.readouterr().err
     lines = idle([config(aggregation="median", max_shift=1, scale=5.0, deadline=2.0)])
     assert any("aggregation median has no effect: clients and server step together" in line for line in lines)
     assert any("max_shift 1 has no effect: the method takes views" in line for line in lines)

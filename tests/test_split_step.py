@@ -24,6 +24,7 @@ from fedss_kernels.federated.clients.contrast import contrast
 from fedss_kernels.federated.split_learning.half import Half, cut
 from fedss_kernels.federated.split_learning.joint import NobodyLeft
 from fedss_kernels.federated.split_learning.key_queue import KeyQueue
+from fedss_kernels.federated.split_learning.latents import Latents
 from fedss_kernels.federated.split_learning.rules import Rules
 
 OWN = Rules(client_gradient="own")
@@ -322,7 +323,7 @@ def test_a_client_whose_numbers_are_not_finite_is_out_and_changes_nobody_else():
         else:
             made.step(kept[0], kept[1], LR)
         without.step(kept[0], kept[1], LR)
-    assert made.clients.clients == [3, 8] and made.left_out == [5] and without.left_out == []
+    assert made.clients.clients == [3, 8] and made.left_out == {5: "not finite"} and without.left_out == {}
     for each in (made, without):
         each.synchronise({3: 2, 5: 9, 8: 1})
     same_states(made, without, 1e-13)
@@ -342,7 +343,40 @@ def test_a_half_that_is_not_finite_is_not_averaged():
     mean = made.clients.each_weights[[0, 2]].mean(0)
     made.synchronise({0: 1, 1: 1, 2: 1})
     same(made.clients.weights, mean, 1e-15)
-    assert made.left_out == [1]
+    assert made.left_out == {1: "not finite"}
+
+
+@pytest.mark.parametrize("factor, out", [(29.0, {}), (40.0, {1: "norm"})])
+def test_latents_of_a_norm_far_from_the_others_are_left_out(factor, out):
+    """The bound is 30 times the median of three, two of which are alike."""
+    made = joint(Rules())
+    made.max_norm_ratio = 30.0
+    made.clients.receive([0, 1, 2])
+    x = views(0).unflatten(1, (3, 4))
+    x[:, 2] = x[:, 0]
+    usual = made.clients.forward(x[0], x[1])
+    sizes = torch.stack([usual.online.square().flatten(2).sum(2), usual.momentum.square().flatten(2).sum(2)])
+    torch.testing.assert_close(usual.norms, sizes.sum((0, 1)).sqrt())
+    changed = usual.norms[0] / usual.norms[1] * factor
+    sent = Latents(*(part.clone() for part in (usual.online, usual.momentum)))
+    for part in (sent.online, sent.momentum):
+        part[:, 1] *= changed
+    made.clients.forward = lambda first, second: sent
+    made.step(x[0], x[1], LR)
+    assert made.left_out == out
+
+
+def test_a_half_that_changed_far_more_than_the_others_is_not_averaged():
+    made = joint(Rules())
+    made.max_norm_ratio = 30.0
+    made.clients.receive([0, 1, 2])
+    x = views(0).unflatten(1, (3, 4))
+    made.step(x[0], x[1], LR)
+    made.clients.each_copy[1] += 10 * made.clients.weights.norm()
+    mean = made.clients.each_weights[[0, 2]].mean(0)
+    made.synchronise({0: 1, 1: 1, 2: 1})
+    same(made.clients.weights, mean, 1e-15)
+    assert made.left_out == {1: "norm"}
 
 
 @pytest.mark.parametrize("symmetric", ["server", "full", "none"])

@@ -80,9 +80,9 @@ class Plan:
             yield ConfigError(
                 "workers", f"expected 1 in a comparison, which has jobs, got {self.config.workers}"
             )
-        strange = [*self._misfits_of_own()]
-        yield from strange
-        if not strange and not any(self._strange("methods", name) for name in self.methods):
+        of_own = [*self._misfits_of_own()]
+        yield from of_own
+        if not of_own and not any(self._strange("methods", name) for name in self.methods):
             yield from (error for case in self.cases if (error := self._misfit(case)))
 
     def _strange(self, option: str, value: Any) -> str:

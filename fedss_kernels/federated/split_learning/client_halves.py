@@ -155,6 +155,17 @@ class ClientHalves:
             return torch.ones(len(self.clients), dtype=torch.bool)
         return (self.each_weights + self.each_copy + self.each_velocity).isfinite().all(dim=1)
 
+    def changes(self) -> Tensor:  # (K,)
+        """Of each client, the norm of what is averaged, less what it was sent."""
+        if self.rules.frozen:
+            return torch.zeros(len(self.clients))
+        parts = [self.each_weights - self.weights]
+        if self.rules.momentum_copies == "averaged":
+            parts.append(self.each_copy - self.copy)
+        if self.rules.velocities == "averaged":
+            parts.append(self.each_velocity - self.velocity)
+        return torch.cat(parts, dim=1).norm(dim=1)
+
     def stored(self) -> dict[str, Tensor]:
         """All that the next cohort depends on, for `restore`."""
         found = {"clients": self.weights, "clients_copy": self.copy, "clients_velocity": self.velocity}

@@ -59,7 +59,7 @@ def joint_of(config: Config, player: Player) -> Joint:
         travels = partial(over_the_wire, dtype=config.wire_dtype)
     clients = ClientHalves(Half(first.to("cpu").train()), rules, travels)
     server = ServerHalf(Half(with_head.train()), _queues(config, player, extractor.device), rules)
-    return Joint(clients, server, trusting=config.trust_updates)
+    return Joint(clients, server, config.trust_updates, config.max_norm_ratio)
 
 
 def _head(features: int, config: Config) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -20,3 +21,9 @@ class Latents:
     def finite(self) -> Tensor:  # (K,) bool
         """Of each client, whether all that it sends is."""
         return (self.online + self.momentum).isfinite().flatten(2).all(2).all(0)
+
+    @property
+    def norms(self) -> Tensor:  # (K,)
+        """Of each client, of all that it sends."""
+        parts = (part.transpose(0, 1).flatten(1).norm(dim=1) for part in (self.online, self.momentum))
+        return torch.stack([*parts]).norm(dim=0)

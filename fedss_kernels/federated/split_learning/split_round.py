@@ -17,10 +17,11 @@ from ..any_round import OnTuned, Played, TooFewClients, Trained
 from ..clients.player import Player
 from ..clients.pooled import pooled
 from ..clients.views import Views
-from ..config import Config, ConfigError, learning_rate
+from ..config import Config, ConfigError
 from ..data import FederatedData
 from ..files.facts import Facts
 from ..files.run_folder import RunFolder
+from ..learning_rate import learning_rate
 from ..ledger import Entry, Traffic
 from ..measures import OF_FEATURES, Measure, Measures, declare
 from ..probes.features import depth_of
@@ -32,7 +33,7 @@ from .batches import Batches, next_images
 from .costs import FLOWS, Costs, Moved
 from .drawn import Cohort
 from .from_config import joint_of
-from .joint import NobodyLeft
+from .joint import REASONS, NobodyLeft
 
 ATTEMPTS = 100  # at a cohort of which enough stay to the end, before the round is given up
 ALIKE = 0.999  # of the loss of guessing, from which on keys are taken to be all alike
@@ -186,7 +187,7 @@ class SplitRound:
         def of(client: int) -> Entry:
             outcome, fault = "accepted", ""
             if client in self.joint.left_out:
-                outcome, fault = "rejected", "not finite"
+                outcome, fault = "rejected", self.joint.left_out[client]
             elif cohort.steps[client] < self.steps:
                 outcome = "dropped"
             traffic = self.costs.traffic(moved[client])
@@ -197,8 +198,8 @@ class SplitRound:
     def _note(self, round: int, loss: float) -> None:
         """What a user should know of the model as it is now."""
         server, clients = self.joint.server, self.joint.clients
-        for client in self.joint.left_out:
-            log.warning("round %d: client %d was left out: its numbers are not finite", round + 1, client)
+        for client, fault in self.joint.left_out.items():
+            log.warning("round %d: client %d was left out: %s", round + 1, client, REASONS[fault])
         finite = all(bool(numbers.isfinite().all()) for numbers in (server.weights, clients.weights))
         if self.not_finite_since is None and not finite:
             self.not_finite_since = round + 1

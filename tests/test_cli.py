@@ -465,6 +465,30 @@ def test_an_encoding_without_the_tables_letters_loses_letters_and_no_results(tmp
     assert (result.returncode, result.stderr) == (0, b"") and b" ? " in result.stdout
 
 
+def test_what_is_given_wins_over_a_presets_own_and_that_over_a_methods_defaults(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "fedss_kernels.federated.comparisons.compare.compare",
+        lambda plan, out, **options: seen.append(plan) or Comparison([], [], [], out),
+    )
+    own = {"fl_moco": {"rounds": 7, "batch_size": 5}, "faster": {"method": "fl_moco", "client_lr": 0.4}}
+    preset = {"methods": ["pos_only", "fl_moco", "faster"], "seeds": [0], "own": own}
+    (tmp_path / "own.json").write_text(json.dumps(preset | {"config": {"rounds": 3}}))
+    small = [option for option in SMALL if "negatives" not in option]
+    command = ["compare", *small, f"--preset={tmp_path / 'own.json'}", f"--out={tmp_path / 'out'}"]
+    usual = Config().temperature
+    for more, rounds, temperatures in (
+        ([], [3, 7, 3], [usual, 0.1, 0.1]),
+        (["--rounds=2", "--temperature=0.5"], [2, 2, 2], [0.5, 0.5, 0.5]),
+    ):
+        assert cli.main([*command, *more]) == 0
+        runs = seen[-1].runs(tmp_path, {})
+        assert [run.rounds for run in runs] == rounds
+        assert [run.temperature for run in runs] == temperatures
+        assert [run.batch_size for run in runs] == [10, 5, 10]
+        assert [run.client_lr for run in runs] == [0.05, 0.05, 0.4]
+
+
 def test_compositions_can_be_resumed(tmp_path, monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(

@@ -20,7 +20,6 @@ from fedss_kernels.federated.algorithms import METHODS
 from fedss_kernels.federated.comparisons import jobs
 from fedss_kernels.federated.comparisons.compare import compare, report_again
 from fedss_kernels.federated.comparisons.table import cells, header, tabulate, write_tables
-from fedss_kernels.federated.data import DATASETS
 from fedss_kernels.federated.data.holdout import held_out
 from fedss_kernels.federated.plan import LISTS, PRESETS, Case, Plan, read_preset, with_defaults
 from fedss_kernels.federated.reports import plots
@@ -84,6 +83,16 @@ def test_the_tables_say_the_same(tmp_path):
     assert len(lines) == 4 and len({line.replace("\\|", "").count("|") for line in lines}) == 1
     assert lines[3].startswith("| FullSoftmax |") and "| 7.0 (100.0%) |" in lines[3]
     assert lines[3].count("| 0.0% |") == 2  # nothing saved against itself
+
+
+def test_nothing_is_said_of_what_classes_cost_where_there_are_no_class_rows():
+    of_classes = ["|S_k| (of C)", "MB for classes", "saved of these"]
+    without, beside = tabulate([play("simclr")]), tabulate([play("simclr"), play("fedss")])
+    assert not {*of_classes} & {*header(without)} and len(cells(without)[0]) == len(header(without))
+    assert {*of_classes} < {*header(beside)}
+    first, second = (dict(zip(header(beside), row, strict=True)) for row in cells(beside))
+    assert [first[name] for name in of_classes] == ["–"] * 3
+    assert not [name for name in of_classes if second[name] == "–"]
 
 
 def test_numpys_numbers_are_saved_as_pythons(tmp_path):
@@ -510,7 +519,7 @@ def test_presets_are_plans_and_files_that_can_be_edited(tmp_path):
         found = read_preset(name)
         lists = {part: found[part] for part in LISTS}
         plan = Plan(Config.from_dict(found["config"]), **lists, own=found.get("own", {}))
-        assert plan.config.data == (name if name in DATASETS else "cifar10") and plan.cases
+        assert plan.config.data in (name, name.rpartition("_")[2], "cifar10") and plan.cases
     own = tmp_path / "own.json"
     own.write_text(json.dumps(read_preset("glyphs") | {"seeds": [5]}))
     assert read_preset(str(own))["seeds"] == [5]

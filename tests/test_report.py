@@ -170,6 +170,11 @@ def test_by_what_the_classes_cost_are_those_methods_whose_classes_cost_something
     assert (len(left.lines), len(right.lines), right.get_xscale()) == (2, 2, "linear")
 
 
+def test_where_no_method_has_class_rows_there_is_one_panel():
+    (axes,) = accuracy_by_bytes([play("simclr")], LIGHT).axes
+    assert axes.get_xlabel() == "everything moved so far (MB)" and axes.lines
+
+
 def test_several_numbers_of_negatives_have_a_plot_of_their_own_and_one_line_in_the_others(tmp_path):
     runs = [play("fedss", seed, num_negatives=m) for m in (1, 2, 4) for seed in (0, 1)]
     runs += [play("full_softmax", seed) for seed in (0, 1)]

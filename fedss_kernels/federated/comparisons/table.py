@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..algorithms import METHODS
 from ..disk import write_whole
 from ..ledger import KINDS
 from ..measures import MEASURES, Measure, Measures, percent
@@ -56,11 +57,12 @@ class Line:
 LEAST = ("seconds", "saved of these", "MB for classes", "rate", "|S_k| (of C)")  # what can be done without
 
 
+OF_CLASSES = ("|S_k| (of C)", "MB for classes", "saved of these")
+
+
 def header(table: Sequence[Line]) -> list[str]:
     """Of the columns of `cells`."""
-    counted = ["MB moved", "saved", "MB for classes", "saved of these", "seconds"]
-    measured = [MEASURES[name].column for name in _shown(table)]
-    return ["method", "rate", *measured, "|S_k| (of C)", *counted]
+    return [*_cells(table[0], _shown(table), _with_rows(table))]
 
 
 def _shown(table: Sequence[Line]) -> list[str]:
@@ -110,22 +112,31 @@ def _mean_sd(values: Sequence[float | None]) -> tuple[float | None, float | None
 
 def cells(table: Sequence[Line]) -> list[list[str]]:
     """The lines as text, under `header`."""
-    shown = _shown(table)
-    return [_cells(line, shown) for line in table]
+    shown, with_rows = _shown(table), _with_rows(table)
+    return [[*_cells(line, shown, with_rows).values()] for line in table]
 
 
-def _cells(line: Line, shown: Sequence[str]) -> list[str]:
-    return [
-        line.label,
-        f"{line.client_lr:g}",
-        *(_with_sd(MEASURES[name], *line.measured.get(name, (None, None))) for name in shown),
-        f"{line.class_set:.1f} ({percent(line.class_set_share)})",
-        f"{line.bytes_total / MEGABYTE:,.1f}",
-        percent(line.saving),
-        f"{line.bytes_for_classes / MEGABYTE:,.1f}",
-        percent(line.class_saving),
-        f"{line.seconds:.0f}",
-    ]
+def _with_rows(table: Sequence[Line]) -> bool:
+    """Whether any of the methods has class rows: else nothing is said of what they cost."""
+    return not all(METHODS[line.method].rowless for line in table)
+
+
+def _cells(line: Line, shown: Sequence[str], with_rows: bool) -> dict[str, str]:
+    """By column."""
+    found = {
+        "method": line.label,
+        "rate": f"{line.client_lr:g}",
+        **{MEASURES[n].column: _with_sd(MEASURES[n], *line.measured.get(n, (None, None))) for n in shown},
+        "|S_k| (of C)": f"{line.class_set:.1f} ({percent(line.class_set_share)})",
+        "MB moved": f"{line.bytes_total / MEGABYTE:,.1f}",
+        "saved": percent(line.saving),
+        "MB for classes": f"{line.bytes_for_classes / MEGABYTE:,.1f}",
+        "saved of these": percent(line.class_saving),
+        "seconds": f"{line.seconds:.0f}",
+    }
+    if METHODS[line.method].rowless:
+        found |= dict.fromkeys(OF_CLASSES, "–")
+    return found if with_rows else {name: cell for name, cell in found.items() if name not in OF_CLASSES}
 
 
 def _with_sd(measure: Measure, mean: float | None, sd: float | None) -> str:

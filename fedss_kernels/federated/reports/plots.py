@@ -41,11 +41,15 @@ def accuracy_by_round(runs: Sequence[Run], theme: dict[str, str]) -> "Figure":
 
 
 def accuracy_by_bytes(runs: Sequence[Run], theme: dict[str, str]) -> "Figure":
-    """Accuracy over what was moved: everything on the left, what the classes cost on the right."""
-    figure, (left, right) = _figure(runs, theme, panels=2)
+    """Accuracy over what was moved: everything on the left, what the classes cost on the right.
+
+    That is left out where no method has class rows.
+    """
+    figure, (left, *beside) = _figure(runs, theme, panels=1 + _any_rows(runs))
     lines = _lines([run for run in runs if run.summary.traffic.total]) or _lines(runs)
     by_class = [(look, group) for look, group in lines if group[0].summary.traffic.classification]
-    for axes, of, drawn in ((left, 0, lines), (right, 1, by_class or lines)):
+    panels = [(left, lines), *((right, by_class or lines) for right in beside)]
+    for of, (axes, drawn) in enumerate(panels):
         for look, group in drawn:
             _, mean, sd = _curve(group)
             moved = np.mean([_megabytes(run)[of] for run in group], axis=0)
@@ -53,14 +57,19 @@ def accuracy_by_bytes(runs: Sequence[Run], theme: dict[str, str]) -> "Figure":
             _draw_end(axes, moved[-1:], group, look)
     left.set_xlabel("everything moved so far (MB)")
     _from_zero(left)
-    right.set_xlabel("class rows and ids moved so far (MB)")
-    if len(by_class) > 1:  # the methods are powers of ten apart
-        right.set_xlabel("class rows and ids moved so far (MB, log scale)")
-        _log_axis(right)
-    else:
-        _from_zero(right)
-    right.tick_params(labelleft=False)
+    for right in beside:
+        right.set_xlabel("class rows and ids moved so far (MB)")
+        if len(by_class) > 1:  # the methods are powers of ten apart
+            right.set_xlabel("class rows and ids moved so far (MB, log scale)")
+            _log_axis(right)
+        else:
+            _from_zero(right)
+        right.tick_params(labelleft=False)
     return _finish(figure, left, runs, theme, course(runs[0]))
+
+
+def _any_rows(runs: Sequence[Run]) -> bool:
+    return not all(METHODS[run.summary.method].rowless for run in runs)
 
 
 def accuracy_by_class_set(runs: Sequence[Run], theme: dict[str, str]) -> "Figure":
@@ -233,14 +242,16 @@ def _by_round(runs: Sequence[Run]) -> str:
 def _by_bytes(runs: Sequence[Run]) -> str:
     words = (
         f"The same {course(runs[0]).noun} by what had been moved until then, down and up, by all clients "
-        "together: on the left everything; on the right only what depends on the number of classes. Further "
-        "left is cheaper."
+        "together"
     )
+    if _any_rows(runs):
+        words += ": on the left everything; on the right only what depends on the number of classes"
+    words += ". Further left is cheaper."
     still = [run.summary.method for run in runs if not run.summary.traffic.total]
     rowless = [run.summary.method for run in runs if not run.summary.traffic.classification]
     if still:
         words += f" Not in it, as nothing moves: {_labels(still)}."
-    if others := [name for name in rowless if name not in still]:
+    if _any_rows(runs) and (others := [name for name in rowless if name not in still]):
         where = "Not on the right, as" if len(rowless) < len(runs) else "At 0 on the right, as"
         words += f" {where} no class row moves: {_labels(others)}."
     return words

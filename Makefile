@@ -31,9 +31,9 @@ test: $(READY)
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 # for every target: each configuration of the GPU kernels, compiled, and the C++ kernels' own test, for NEON under an
-# emulator: takes minutes, and no GPU
+# emulator, and whatever else takes long: minutes, and no GPU
 test-targets: $(READY)
-	$(BIN)/python -m pytest -m exhaustive
+	$(BIN)/python -m pytest -m exhaustive --numprocesses auto --dist loadfile
 
 # In the libraries that the loss is built into, and in an environment of its own: no torchvision, which Lightning imports
 # where there is one, and which may not fit torch.

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from ..federated import Config, run
 from ..federated.clients.player import Player
-from ..federated.config import learning_rate
+from ..federated.cohort import draw_cohort
 from ..federated.data import FederatedData
 from ..federated.fedavg_round import Simulation
+from ..federated.learning_rate import learning_rate
 from ..federated.loading import load_data
 from ..federated.messages import Request
 from ..federated.randomness import Purpose, generator
-from ..federated.server.cohort import draw_cohort
 from ..sampled_softmax import sampled_softmax_loss
 from .machine import measure_machine
 from .results import decimal, milliseconds

@@ -10,8 +10,8 @@ from tiny_federation import CLASSES_HELD, tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import ConfigError, TooFewClients, run
 from fedss_kernels.federated.any_round import Played
+from fedss_kernels.federated.cohort import absence, draw_cohort
 from fedss_kernels.federated.fedavg_round import HOPELESS_ANSWERS
-from fedss_kernels.federated.server.cohort import absence, draw_cohort
 
 
 def train(**options):

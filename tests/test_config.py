@@ -10,9 +10,10 @@ import pytest
 
 from fedss_kernels.federated import Config, ConfigError
 from fedss_kernels.federated.algorithms import METHODS
-from fedss_kernels.federated.config import learning_rate, read_options
+from fedss_kernels.federated.config import read_options
 from fedss_kernels.federated.data import DATASETS
 from fedss_kernels.federated.defaults import OWN, PRESETS
+from fedss_kernels.federated.learning_rate import learning_rate
 
 
 def test_the_contracts_server_is_the_default():

@@ -15,11 +15,11 @@ from fedss_kernels.federated.algorithms import METHODS
 from fedss_kernels.federated.algorithms.parts import Part
 from fedss_kernels.federated.clients.client import Client
 from fedss_kernels.federated.clients.player import Player
+from fedss_kernels.federated.cohort import draw_cohort
 from fedss_kernels.federated.files.round_metrics import RoundMetrics
 from fedss_kernels.federated.fine_tuning import Tuning, measures, personalise
 from fedss_kernels.federated.randomness import Purpose, generator
 from fedss_kernels.federated.reports.remarks import remarks
-from fedss_kernels.federated.server.cohort import draw_cohort
 
 FEDERATED = [name for name, method in METHODS.items() if not (method.pooled or method.split)]
 # One for each place where class rows and the net can stand between two rounds; the others take minutes.

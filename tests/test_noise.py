@@ -57,6 +57,35 @@ def test_it_is_the_norm_of_the_difference_of_mean_gradients(count, linear_model)
     assert line.noise_sd == pytest.approx(torch.tensor(found).std().item(), rel=1e-3, abs=1e-7)
 
 
+def test_the_bias_is_what_is_left_in_the_mean_over_draws(linear_model, monkeypatch):
+    """Differences that are given: a vector b and noise around it, in many draws."""
+    b, draws = torch.tensor([3.0, -4.0], dtype=torch.float64), 400
+    around = torch.randn(draws, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 20
+    monkeypatch.setattr(noise._Batch, "_difference", lambda self, count, draw: (b, around[draw]))
+    monkeypatch.setattr(
+        noise._Batch, "_norm", lambda self, first, second: (first + second[: len(first)]).norm().item()
+    )
+    monkeypatch.setattr(noise._Batch, "_gradient", lambda self, *of: (torch.zeros(2).double(),) * 2)
+    (line,) = noise.measure(config(), tiny_data(), [1], batches=1, draws=draws)
+    drawn = (b + around).double()
+    mean, spread = drawn.mean(0), drawn.var(0).sum()
+    assert line.bias == pytest.approx(math.sqrt((mean.square().sum() - spread / draws).item()))
+    assert 2 < line.bias < 8 < line.noise
+    (one,) = noise.measure(config(), tiny_data(), [1], batches=1, draws=1)
+    assert one.bias is None
+
+
+def test_shared_negatives_are_one_draw_for_a_cohort_with_the_classes_of_others(linear_model):
+    settings = config(negatives="shared")
+    batch = noise._Batch(noise.Player(settings, tiny_data()), torch.zeros(NUM_CLASSES, 4), 0)
+    for draw in range(5):
+        ((held, negatives),) = batch._class_sets(2, draw)
+        assert torch.isin(batch.positives, held).all() and not torch.isin(negatives, held).any()
+        assert len(held) > len(batch.positives) and len(negatives) == min(2, NUM_CLASSES - len(held))
+    (line,) = noise.measure(settings, tiny_data(), [NUM_CLASSES], batches=2, draws=2)
+    assert line.noise < 1e-12 * line.full_norm and line.bias < 1e-12 * line.full_norm
+
+
 def test_it_falls_with_more_negatives_to_nothing_with_all(linear_model):
     lines = noise.measure(config(), tiny_data(), [1, 2, 3, 4, 6, 7], batches=40, draws=6)
     means = [line.noise for line in lines]

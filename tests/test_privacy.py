@@ -61,15 +61,32 @@ def test_the_attack_finds_what_the_formula_says(glyphs):
     config, data = glyphs
     lines = privacy.measure(config, data, clients=40, requests=(1, 2, 3, 20))
     assert [(line.negatives, line.requests) for line in lines] == [
-        (negatives, count) for negatives in ("fresh", "sticky", "mixed") for count in (1, 2, 3, 20)
+        (way, count) for way in ("fresh", "sticky", "mixed", "shared", "all rows") for count in (1, 2, 3, 20)
     ]
     by = {(line.negatives, line.requests): line for line in lines}
     assert all(line.recall == 1 for line in lines)
     for line in lines:
-        assert line.precision == pytest.approx(line.posterior, abs=0.03)
+        assert (line.posterior is None) == (line.negatives == "shared")
+        assert line.posterior is None or line.precision == pytest.approx(line.posterior, abs=0.03)
     assert by["fresh", 1].precision == by["sticky", 20].precision == by["mixed", 1].precision
     assert by["fresh", 20].precision == 1 and by["sticky", 20].named == by["sticky", 1].named
     assert by["sticky", 20].precision < by["mixed", 20].precision < 1
+    assert by["all rows", 20].named == 60 and by["all rows", 20].precision == by["shared", 1].precision
+    assert by["all rows", 1].bytes == 2 * 60 * 64 * 4 and by["fresh", 1].bytes == by["sticky", 1].bytes
+
+
+def test_of_shared_negatives_the_server_sees_the_classes_of_each_cohort_together(glyphs):
+    config, data = glyphs
+    config = Config(**{**vars(config), "negatives": "shared", "cohort": 3})
+    player = Player(config, data)
+    positives = [player.client.positives(k) for k in range(40)]
+    for client in (0, 7):
+        unions = [privacy._seen(player, round, client) for round in range(30)]
+        for union in unions:
+            assert torch.isin(positives[client], union).all()
+        assert max(map(len, unions)) > max(map(len, positives))
+        in_all = [set(union.tolist()) for union in unions]
+        assert set(positives[client].tolist()) <= set.intersection(*in_all) < in_all[0]
 
 
 def test_the_limits_of_the_methods_hold_for_sticky_negatives_too():
@@ -91,7 +108,7 @@ def test_the_command_writes_table_and_plot_and_trains_if_asked(tmp_path, capsys,
     assert cli.main(["privacy", *small, "--rounds=2", "--clients=3", "--train", f"--out={out}"]) == 0
     with (out / "privacy.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
-    assert len(lines) == 3 * len(privacy.REQUESTS) and all(float(line["top1"]) >= 0 for line in lines)
+    assert len(lines) == 5 * len(privacy.REQUESTS) and all(float(line["top1"]) >= 0 for line in lines)
     assert (out / "privacy.md").read_text() in capsys.readouterr().out
     assert (out / "privacy.png").read_bytes().startswith(b"\x89PNG")
 
@@ -100,7 +117,7 @@ def test_a_training_that_fails_leaves_the_others_and_what_is_seen_in_requests(tm
     real = cli.measure.run
 
     def run(config, **options):
-        if config.negatives == "sticky":
+        if config.negatives == "sticky" and config.method == "fedss":
             raise TooFewClients("round 1: nobody")
         return real(config, **options)
 
@@ -113,8 +130,8 @@ def test_a_training_that_fails_leaves_the_others_and_what_is_seen_in_requests(tm
     assert error == "fedss privacy: training with sticky negatives failed: round 1: nobody\n"
     with (out / "privacy.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
-    assert {line["negatives"] for line in lines if line["top1"]} == {"fresh", "mixed"}
-    assert len(lines) == 3 * len(privacy.REQUESTS)
+    assert {line["negatives"] for line in lines if line["top1"]} == {"fresh", "mixed", "shared", "all rows"}
+    assert len(lines) == 5 * len(privacy.REQUESTS)
 
 
 @pytest.mark.parametrize(
@@ -130,6 +147,8 @@ def test_the_posterior_is_of_what_the_method_asks_for(method, options, named, pr
     config = Config(**{**vars(config), "method": method, **options})
     held = len(Player(config, data).client.positives(0))
     for line in privacy.measure(config, data, clients=1, requests=(1, 3)):
+        if line.negatives == privacy.ALL:
+            continue
         assert line.named == {"held": held, "all": 60}[named]
         expected = held / 60 if precision == "prior" else precision
         assert line.precision == line.posterior == pytest.approx(expected)

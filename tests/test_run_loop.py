@@ -17,16 +17,16 @@ from fedss_kernels import reference
 from fedss_kernels.federated import Config, ConfigError, Result, Stopped, TooFewClients, run
 from fedss_kernels.federated.algorithms import METHODS
 from fedss_kernels.federated.clients.player import Player, training_device
-from fedss_kernels.federated.config import learning_rate
+from fedss_kernels.federated.cohort import draw_cohort
 from fedss_kernels.federated.fedavg_round import Simulation
 from fedss_kernels.federated.files.run_folder import read_run
+from fedss_kernels.federated.learning_rate import learning_rate
 from fedss_kernels.federated.lock import InUse, Lock
 from fedss_kernels.federated.metrics import retrieval
 from fedss_kernels.federated.randomness import Purpose, generator, initial_rows
 from fedss_kernels.federated.reports.remarks import remarks
 from fedss_kernels.federated.reports.report import write_run_report
 from fedss_kernels.federated.reports.reported_run import Run
-from fedss_kernels.federated.server.cohort import draw_cohort
 from fedss_kernels.federated.server.tally import Tally
 
 

@@ -9,7 +9,7 @@ from tiny_federation import DIM, NUM_CLASSES, tiny_config, tiny_data, tiny_model
 from torch.nn.functional import normalize
 
 from fedss_kernels.federated import run
-from fedss_kernels.federated.config import learning_rate
+from fedss_kernels.federated.learning_rate import learning_rate
 from fedss_kernels.federated.randomness import NO_CLIENT, Purpose, generator, initial_rows
 from fedss_kernels.federated.server import spreadout
 from fedss_kernels.federated.server.row_table import SGD, RowTable

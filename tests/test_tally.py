@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_federation import tiny_config, tiny_data, tiny_model
 
-from fedss_kernels.federated import run
+from fedss_kernels.federated import run, workers
 from fedss_kernels.federated.clients.client import Client
 from fedss_kernels.federated.clients.player import Player
 from fedss_kernels.federated.messages import Update
@@ -134,12 +134,23 @@ def test_a_run_in_which_some_do_not_count_has_the_bits_of_one_that_keeps_all(opt
         assert torch.equal(a, b)
 
 
-def test_a_clients_rows_are_selected_when_its_turn_comes_and_are_gone_before_the_next(monkeypatch):
+def test_clients_come_together_as_long_as_they_have_few_numbers(monkeypatch):
+    monkeypatch.setattr(workers, "TOGETHER", 10)
+    assert list(workers._together([5, 6, 7, 8, 9, 10], [3, 7, 1, 11, 4, 6])) == [[5, 6], [7], [8], [9, 10]]
+    assert list(workers._together([], [])) == []
+
+
+@pytest.mark.parametrize("most, together", [(0, 1), (2**20, 4)])
+def test_rows_are_selected_when_a_clients_turn_comes_and_are_gone_before_the_next(
+    most, together, monkeypatch
+):
+    """One client at a time, or as many as have few numbers."""
+    monkeypatch.setattr(workers, "TOGETHER", most)
     select, update = Server.select, Player.update
     events, rows_alive = [], []
 
     def selecting(self, class_ids):
-        assert not any(found() is not None for found in rows_alive)
+        assert events[-1:] == ["select"] or not any(found() is not None for found in rows_alive)
         phi, rows = select(self, class_ids)
         rows_alive.append(weakref.ref(rows))
         events.append("select")
@@ -154,4 +165,4 @@ def test_a_clients_rows_are_selected_when_its_turn_comes_and_are_gone_before_the
     monkeypatch.setattr(Server, "select", selecting)
     monkeypatch.setattr(Player, "update", updating)
     train(rounds=2)
-    assert events == ["select", "update"] * 8
+    assert events == (["select"] * together + ["update"] * together) * (8 // together)

@@ -27,10 +27,12 @@ from .disk import write_whole
 from .ledger import WIRE_DTYPES
 from .models import MODELS, family_of
 from .models.bottleneck import Bottleneck
+from .secure_sums import MOST_CLIENTS
 
 MAX_NORM = 1000.0
 LARGEST = 3e38  # that float32 holds, about
 STICKY = {"fresh": 0.0, "sticky": 1.0, "mixed": 0.5}  # the share of its negatives that a client keeps
+SHARED = "shared"  # negatives that all clients of a cohort have
 
 PRESET = None  # the default of an option that defaults.py decides
 
@@ -116,8 +118,12 @@ class Config:
     negatives: str = option(
         "fresh",
         "what a client takes besides its own classes: fresh, others in every round; sticky, always the same; "
-        "mixed, half of each",
-        choices=lambda: tuple(STICKY),
+        "mixed, half of each; shared, of fedss, the same for a whole cohort, with the classes of all of it: "
+        "by secure sums, so that the server sees no client's classes or changes",
+        choices=lambda: (*STICKY, SHARED),
+    )
+    min_holders: int = option(
+        1, "with shared negatives: a class row that fewer of the cohort hold is not trained", low=1
     )
     correction: str = option(
         "negatives",
@@ -409,6 +415,11 @@ class Config:
                 f"expected at least 2 with {self.method}, as an image alone has no other to be told from"
             )
             yield ConfigError("batch_size", f"{expected}, got 1")
+        if self.shares:
+            yield from self._clashes_with_sums()
+        elif self.negatives == SHARED and "negatives" in method.options:
+            expected = f"expected one of {', '.join(STICKY)} with {self.method}"
+            yield ConfigError("negatives", f"{expected}, got {SHARED!r}")
         if method.split and self.bottleneck is not None:
             try:
                 Bottleneck.read(self.bottleneck)
@@ -420,6 +431,21 @@ class Config:
         if method.split and self.workers > 1:
             expected = f"expected 1 with {self.method}, whose clients and server step together in one process"
             yield ConfigError("workers", f"{expected}, got {self.workers}")
+
+    def _clashes_with_sums(self) -> Iterator[ConfigError]:
+        """Where the server sees sums alone, of at most MOST_CLIENTS terms of integers."""
+        for name, expected in (("aggregation", "mean"), ("poison_rate", 0), ("wire_dtype", "float32")):
+            if (got := getattr(self, name)) != expected:
+                words = f"expected {expected} with {SHARED} negatives, whose changes go into a secure sum"
+                yield ConfigError(name, f"{words}, got {got}")
+        if self.cohort is not None and self.cohort > MOST_CLIENTS:
+            words = f"expected at most {MOST_CLIENTS:,} with {SHARED} negatives, whom a secure sum holds"
+            yield ConfigError("cohort", f"{words}, got {self.cohort:,}")
+
+    @property
+    def shares(self) -> bool:
+        """Whether a cohort has one class set in common, and the server sees sums alone."""
+        return self.negatives == SHARED and METHODS[self.method].common
 
     @property
     def row_dim(self) -> int:
@@ -488,27 +514,6 @@ def storeless(methods: Sequence[str]) -> str:
     without = [name for name in methods if METHODS[name].rowless]
     reasons = (drawn, "whose class rows are drawn where they are needed"), (without, "without class rows")
     return ", and ".join(f"{', '.join(names)}, {why}" for names, why in reasons if names)
-
-
-def learning_rate(config: Config, round: int) -> float:
-    """The clients' rate in a round, from 0: a linear rise to client_lr over warmup_rounds, then the decay.
-
-    A linear or cosine decay would reach 0 in the round after the last. A decay by steps counts all rounds R,
-    those of the warm-up too: after that, 1/10 from round floor(R / 2) on, 1/100 from floor(3 R / 4), neither
-    in the first round, 0.
-    """
-    warmup = config.warmup_rounds
-    if round < warmup:
-        return config.client_lr * (round + 1) / warmup
-    done = (round - warmup) / max(1, config.rounds - warmup)
-    steps = sum(round >= max(1, quarters * config.rounds // 4) for quarters in (2, 3))
-    decay = {
-        "constant": 1.0,
-        "linear": 1 - done,
-        "cosine": (1 + math.cos(math.pi * done)) / 2,
-        "step": (1.0, 0.1, 0.01)[steps],
-    }
-    return config.client_lr * decay[config.lr_decay]
 
 
 def read_options(path: Path) -> dict[str, Any]:

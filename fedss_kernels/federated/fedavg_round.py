@@ -4,23 +4,26 @@ cohort -> each client's class set -> server.select -> client.update -> tally, th
 """
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
 
+from . import secure_sums
 from .algorithms.parts import Part
 from .any_round import OnTuned, Played, TooFewClients, Trained
 from .clients.player import Player
-from .config import Config, learning_rate
+from .cohort import absence, draw_cohort
+from .config import Config
 from .evaluation import Evaluation, measures_of
 from .files.facts import Facts
 from .files.run_folder import RunFolder
+from .learning_rate import learning_rate
 from .ledger import Entry
 from .messages import Request
 from .randomness import NO_CLIENT, Purpose, generator
 from .server.class_store import ClassStore
-from .server.cohort import absence, draw_cohort
 from .server.from_config import optimizer, statistic
 from .server.frozen_copies import FrozenCopies
 from .server.inspection import Inspection, reasons
@@ -80,7 +83,9 @@ class Simulation:
             config.row_dim,
             max_examples=player.most_images,
             max_norm=config.max_norm,
-            max_norm_ratio=config.max_norm_ratio,
+            # what goes into a secure sum its client alone can look at
+            max_norm_ratio=math.inf if config.shares else config.max_norm_ratio,
+            largest=secure_sums.RANGE if config.shares else math.inf,
         )
 
     @staticmethod
@@ -180,7 +185,7 @@ class Simulation:
             self.server,
             asked,
             {k: self.player.num_images(k) for k in asked},
-            None if config.trust_updates or inside else inspection,
+            None if inside or (config.trust_updates and not config.shares) else inspection,
             clip_norm=None if inside else config.clip_norm,
             keeps=self.server.statistic is not None or config.poison_rate > 0,
         )

@@ -64,6 +64,13 @@ RULES: tuple[Rule, ...] = (
         "no class row travels",
         lambda c: METHODS[c.method].rows is not Part.TRAINED and not METHODS[c.method].alone,
     ),
+    (
+        ("trust_updates", "max_norm_ratio"),
+        "the server sees no client's changes, but their sum",
+        lambda c: c.shares,
+    ),
+    (("denominator",), "all of a cohort have the same class rows", lambda c: c.shares),
+    (("min_holders",), "negatives are not shared", lambda c: METHODS[c.method].common and not c.shares),
     (("frozen", "depth_budget", "projection"), "there is one stage", lambda c: c.stages == 1),
     (("frozen",), "no block is frozen", lambda c: c.freeze == "no" and c.stages != 1),
     (
@@ -101,7 +108,7 @@ RULES: tuple[Rule, ...] = (
     ),
     (("workers",), "the method has no clients to share", lambda c: METHODS[c.method].pooled),
     (("latency_spread",), "there is no deadline", lambda c: c.deadline is None),
-    (("max_norm", "max_norm_ratio"), "trust_updates is set", lambda c: c.trust_updates),
+    (("max_norm", "max_norm_ratio"), "trust_updates is set", lambda c: c.trust_updates and not c.shares),
     (
         ("clip_norm",),
         "answers of a norm over max_norm are left out before",

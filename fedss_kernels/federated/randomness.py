@@ -27,6 +27,8 @@ class Purpose(IntEnum):
     NOISE = 9  # the batches that gradient noise is measured on
     PERSONALISE = 11  # how a client goes through its images as it fine-tunes the model, and changes them
     PROJECTION = 12  # a projection head as it begins
+    COMMON_NEGATIVES = 14  # those that all clients of a cohort have
+    SECURE_SUM = 15  # how what a client adds to a sum is rounded
     DEPTH = 13  # the frozen blocks that a client does without
     BOTTLENECK = 40  # the layers at a narrow cut
     HARDEN = 41  # what a server knows that prepares a half, and whom it trains against

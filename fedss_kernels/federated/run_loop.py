@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import idle_settings
 from .any_round import Algorithm, OnTuned, Played, TooFewClients
 from .clients.player import Player, training_device
-from .config import Config, ConfigError, learning_rate
+from .config import Config, ConfigError
 from .data import FederatedData
 from .defaults import OWN
 from .evaluation import check_measured
@@ -26,6 +26,7 @@ from .files.facts import Facts
 from .files.round_metrics import RoundMetrics
 from .files.run_folder import RunFolder
 from .files.summary import Summary
+from .learning_rate import learning_rate
 from .ledger import OUTCOMES, Traffic
 from .loading import check_data, fitted, load_data, trivial
 from .sending import check_sendable

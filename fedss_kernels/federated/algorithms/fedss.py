@@ -26,6 +26,7 @@ FEDSS = Method(
     "round; the loss weighs the random ones up, so that they stand for all the classes left out.",
     paper='Waghmare et al., "Efficient Image Representation Learning with Federated Sampled Softmax", 2022',
     request=request,
-    options=("num_negatives", "negatives", "correction"),
+    options=("num_negatives", "negatives", "correction", "min_holders"),
     samples=True,
+    common=True,
 )

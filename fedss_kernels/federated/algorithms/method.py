@@ -31,6 +31,7 @@ class Method:
     by_block: bool = False  # whether parts differ from block to block; if not, any net is one block
     options: tuple[str, ...] = ()  # of Config, that not every method reads
     samples: bool = False  # whether clients ask for negatives
+    common: bool = False  # whether a cohort may have one class set in common
     own_push: bool = True  # whether an image is pushed from the client's other classes
     spreads: bool = False  # whether the server pushes near class rows apart after each round
     contrastive: bool = False  # whether clients learn without labels, with a projection head on the net

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..algorithms import METHODS
-from ..config import STICKY
 from ..fedavg_round import TooFewClients
 from ..files.run_folder import check_trained_on, make_folder, read_config, read_kept, read_model
 from ..models import MODELS, family_of
@@ -204,7 +203,9 @@ def _add_privacy_arguments(parser: argparse.ArgumentParser) -> None:
         help="clients whose requests are looked at (default: 100)",
     )
     parser.add_argument(
-        "--train", action="store_true", help="train with each kind of negatives too, for what it costs"
+        "--train",
+        action="store_true",
+        help="train with each kind of negatives, and all rows, too: for what it costs",
     )
     add_config_file(parser)
     add_options(parser, without=("negatives",))
@@ -222,24 +223,26 @@ def _privacy(arguments: argparse.Namespace) -> int:
         config, data = read_data(config, [config], lambda: make_folder(out), arguments.given)
     accuracy, failed = {}, []
     if arguments.train:
-        with RunProgress(list(STICKY), config.rounds) as progress:
-            for job, negatives in enumerate(STICKY):
+        ways = privacy.ways(config)
+        with RunProgress(list(ways), config.rounds) as progress:
+            for job, (name, way) in enumerate(ways.items()):
                 progress.start(job)
-                store = config.class_store and config.class_store / negatives
+                words = name if name == privacy.ALL else f"{name} negatives"
+                store = config.class_store and config.class_store / name.replace(" ", "-")
                 try:
                     with mistakes():
                         result = run(
-                            dataclasses.replace(config, negatives=negatives, class_store=store),
+                            dataclasses.replace(way, class_store=store),
                             data=data,
                             on_round=functools.partial(progress.advance, job),
                             on_tuned=functools.partial(show_tuned, progress, job),
                         )
                 except (TooFewClients, WorkerLost) as error:  # the others' are measured all the same
-                    failed.append(f"training with {negatives} negatives failed: {error}")
+                    failed.append(f"training with {words} failed: {error}")
                     continue
-                accuracy[negatives] = result.summary.top1, result.summary.map_at_10
+                accuracy[name] = result.summary.top1, result.summary.map_at_10
                 if result.summary.not_finite_since is not None:
-                    failed += [f"{negatives} negatives: {line}" for line in remarks(result.summary)]
+                    failed += [f"{words}: {line}" for line in remarks(result.summary)]
     lines = privacy.measure(config, data, clients=arguments.clients, accuracy=accuracy)
     return write_measured(arguments, out, lambda: privacy.write(out, lines), failed)
 

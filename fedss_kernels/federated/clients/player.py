@@ -3,6 +3,7 @@
 import copy
 import os
 from collections.abc import Container
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -10,14 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from ...class_sets import draw_negatives
+from .. import secure_sums
 from ..algorithms import METHODS
 from ..algorithms.parts import Part, Parts
 from ..algorithms.schedule import Schedule
-from ..config import STICKY, Config, ConfigError, learning_rate
+from ..config import STICKY, Config, ConfigError
 from ..data import FederatedData
 from ..defaults import OWN
 from ..files.fingerprint import Fingerprint
 from ..files.half_file import half_of
+from ..learning_rate import learning_rate
 from ..ledger import FLOWS, Traffic, client_traffic
 from ..messages import Request, Update
 from ..models import (
@@ -32,6 +35,7 @@ from ..models.vision import load_checkpoint
 from ..randomness import NO_CLIENT, Purpose, generator, initial_rows
 from .augment import Augmentation, as_input, centre_crop
 from .client import Client
+from .common_classes import CommonClassSets
 from .contrastive import ContrastiveClient
 from .extractor import CPU, Extractor, as_embeddings
 from .poison import poisoned
@@ -94,11 +98,21 @@ class Player:
     def request(self, round: int, attempt: int, client: int) -> Request:
         """What the client asks for."""
         config, positives = self.config, _NO_CLASSES
+        if config.shares:
+            common = self.common.of(round, attempt)
+            sets = self.data.num_classes, common.held, common.negatives
+            return replace(self.method.request(*sets, config.correction), sends_ids=False)
         if self.method.contrastive:  # nobody reads a label
             return self.method.request(self.data.num_classes, positives, positives, config.correction)
         positives = self.client.positives(client)
         negatives = self._negatives(round, attempt, client, positives)
         return self.method.request(self.data.num_classes, positives, negatives, config.correction)
+
+    @cached_property
+    def common(self) -> CommonClassSets:
+        """The class sets of cohorts, where they have them in common."""
+        data = self.data
+        return CommonClassSets(self.config, data.num_classes, len(data.clients), self.client.positives)
 
     def _negatives(self, round: int, attempt: int, client: int, positives: Tensor) -> Tensor:
         """min(m, C - |P|) of them: new ones, or a share that is the same in every round."""
@@ -150,6 +164,8 @@ class Player:
     def flows(self) -> tuple[str, ...]:
         """What moves between the server and a client, as the ledger has it."""
         flows = FLOWS[_ROWS[self.method.rows]]
+        if self.config.shares:
+            flows = (*(flow for flow in flows if flow != "up_ids"), *secure_sums.FLOWS)
         last = self.schedule.whole(self.config.rounds - 1)
         return (*flows, "down_frozen") if self._num(last, Part.FROZEN) else flows
 
@@ -167,7 +183,7 @@ class Player:
         if self.method.pooled:
             return Traffic()  # nothing leaves its place
         parts = self.schedule.parts(round, attempt, client)
-        return client_traffic(
+        moved = client_traffic(
             self._num(parts, Part.TRAINED) - self.num_projecting,
             len(request.class_ids),
             self.config.row_dim,
@@ -178,6 +194,19 @@ class Player:
             answers=answers,
             dtype=self.config.wire_dtype,
         )
+        return self._by_sums(moved, round, attempt, answers=answers) if self.config.shares else moved
+
+    def _by_sums(self, moved: Traffic, round: int, attempt: int, *, answers: bool) -> Traffic:
+        """What moves where changes are added by a secure sum, for what moves where they are sent."""
+        config, common = self.config, self.common.of(round, attempt)
+        left_out = config.row_dim * int((common.holders < config.min_holders).sum())
+        num_ids = len(common.held) + len(common.negatives)
+        sums = secure_sums.traffic(
+            self.data.num_classes, num_ids, config.cohort, common.absent, answers=answers
+        )
+        up_rows = moved["up_rows"] - secure_sums.INTEGER_BYTES * left_out * answers
+        bytes = {flow: count for flow, count in moved.bytes.items() if flow != "up_ids"}
+        return Traffic(bytes | {"up_rows": up_rows}) + sums
 
     @property
     def store_size(self) -> tuple[int, int]:
@@ -211,7 +240,19 @@ class Player:
             rng = generator(self.config.seed, round, attempt, client, Purpose.POISON)
             if rng.random() < self.config.poison_rate:
                 return poisoned(update, self.data.num_classes, rng)
-        return update
+        return self._for_a_sum(update, round, attempt) if self.config.shares else update
+
+    def _for_a_sum(self, update: Update, round: int, attempt: int) -> Update:
+        """As the sum has it: rounded, without rows that few hold; as it is where a number does not fit."""
+        common = self.common.of(round, attempt)
+        few = torch.isin(update.class_ids, common.held[common.holders < self.config.min_holders])
+        rows = update.rows.masked_fill(few[:, None], 0)
+        if not (secure_sums.fits(rows) and secure_sums.fits(update.extractor)):
+            return update
+        rng = generator(self.config.seed, round, attempt, update.client, Purpose.SECURE_SUM)
+        weight = update.num_examples / self.most_images
+        rows[~few] = secure_sums.quantised(rows[~few], weight, rng)
+        return replace(update, rows=rows, extractor=secure_sums.quantised(update.extractor, weight, rng))
 
     @property
     def fingerprint(self) -> Fingerprint:

@@ -1,10 +1,15 @@
 """How far FedSS' gradient is from FullSoftmax', over the number of negatives: Fig. 9 of the FedSS paper, A.3.
 
-    noise(m) = E || g_full - g_FedSS(m) ||,  g: the mean over clients of the gradient to (phi, W)
+    noise(m) = E || g_FedSS(m) - g_full ||,  g: the mean over clients of the gradient to (phi, W)
+    bias(m)  = sqrt(E || E_N g_FedSS(m) - g_full ||^2)
 
 All clients of a cohort have the same batch, as in the paper, and each its own negatives N_k, |N_k| = m. The
-expectation is over batches, each of one client's images, and over draws of the negatives. With m = C - |P|
-the two are one.
+expectation is over batches, each of one client's images, and E_N over draws of the negatives. With
+m = C - |P| the two are one. Where a cohort shares its negatives all have the same class set, with the classes
+of other clients drawn for it; so the noise of one is the noise of all.
+
+Of n draws d_i, mean d, || d ||^2 - s^2 / n is an estimate of the squared bias without one of its own,
+s^2 = sum || d_i - d ||^2 / (n - 1); below 0 it is taken as 0.
 """
 
 import math
@@ -23,10 +28,11 @@ from ..algorithms import METHODS
 from ..clients.extractor import as_embeddings
 from ..clients.objectives import ClassRows
 from ..clients.player import Player
+from ..cohort import draw_cohort
 from ..config import Config
 from ..data import FederatedData
 from ..loading import fitted
-from ..randomness import Purpose, generator
+from ..randomness import NO_CLIENT, Purpose, generator
 from ..reports.mean_sd import mean_sd
 from ..reports.page import write_section
 from ..reports.tables import write_csv
@@ -38,8 +44,8 @@ WORDS = (
     "A client of FedSS sums its loss over its own classes and a few others, the negatives, instead of "
     "all. So the step it makes is an estimate of FullSoftmax'. The noise is the length of the difference "
     "between the two, for a whole cohort, a mean over batches and draws with its standard deviation; "
-    "beside it its share of the length of FullSoftmax' step. With all the other classes as negatives "
-    "nothing is left but rounding."
+    "beside it its share of the length of FullSoftmax' step. Bias is the length of what is left of the "
+    "difference in the mean over draws. With all the other classes as negatives nothing is left but rounding."
 )
 
 
@@ -50,6 +56,7 @@ class Line:
     noise_sd: float
     full_norm: float  # mean norm of FullSoftmax' gradient
     instances: int
+    bias: float | None = None  # of one draw there is no estimate
 
 
 def default_counts(num_classes: int) -> list[int]:
@@ -78,10 +85,12 @@ def measure(
     instances = [_Batch(player, weight, number) for number in range(batches)]
     lines = []
     for count in counts:
-        noise = [batch.noise(count, draw) for batch in instances for draw in range(draws)]
-        mean, sd = mean_sd(noise)
+        found = [batch.noise(count, draws) for batch in instances]
+        mean, sd = mean_sd([length for lengths, _ in found for length in lengths])
+        squares = [square for _, square in found if square is not None]
+        bias = math.sqrt(max(statistics.fmean(squares), 0.0)) if squares else None
         full = statistics.fmean(batch.full_norm for batch in instances)
-        lines.append(Line(count, mean, sd or 0.0, full, len(noise)))
+        lines.append(Line(count, mean, sd or 0.0, full, len(instances) * draws, bias))
         on_line(lines[-1])
     return lines
 
@@ -93,33 +102,62 @@ class _Batch:
         self.player, self.weight, self.number = player, weight, number
         config, data = player.config, player.data
         rng = generator(config.seed, number, 0, 0, Purpose.NOISE)
-        client = int(rng.integers(len(data.clients)))
-        held = data.clients[client]
+        self.client = int(rng.integers(len(data.clients)))
+        held = data.clients[self.client]
         chosen = torch.from_numpy(rng.permutation(len(held))[: config.batch_size])
         self.positives = data.labels[held[chosen]].unique()
         self.labels = data.labels[held[chosen]]
         player.extractor.module.eval()  # no draws but those of the negatives
         returned = player.extractor.module(player.extractor.as_input(data.images[held[chosen]]))
         self.embeddings = as_embeddings(returned)
-        self.full = self._gradient("full_softmax", 0, 0, 0)
+        negatives = self.positives[:0]
+        self.full = self._gradient("full_softmax", self.positives, negatives)
         self.full_norm = self._norm(*self.full)
 
-    def noise(self, num_negatives: int, draw: int) -> float:
-        """Of one cohort."""
-        cohort = self.player.config.cohort
-        of_embeddings, of_weight = (part.clone() for part in self.full)
-        for client in range(cohort):
-            found = self._gradient("fedss", num_negatives, draw, client)
-            of_embeddings -= found[0] / cohort
-            of_weight -= found[1] / cohort
-        return self._norm(of_embeddings, of_weight)
+    def noise(self, num_negatives: int, draws: int) -> tuple[list[float], float | None]:
+        """(lengths of the difference, of a cohort each; an estimate of the squared bias)"""
+        lengths, sums = [], [torch.zeros_like(part) for part in self.full]
+        for draw in range(draws):
+            difference = self._difference(num_negatives, draw)
+            lengths.append(self._norm(*difference))
+            for total, part in zip(sums, difference, strict=True):
+                total += part
+        if draws == 1:
+            return lengths, None
+        square = self._norm(*(total / draws for total in sums)) ** 2
+        spread = (sum(length**2 for length in lengths) - draws * square) / (draws - 1)
+        return lengths, square - spread / draws
 
-    def _gradient(self, method: str, num_negatives: int, draw: int, client: int) -> tuple[Tensor, Tensor]:
+    def _difference(self, num_negatives: int, draw: int) -> tuple[Tensor, Tensor]:
+        """Of a cohort's mean gradient to FullSoftmax'."""
+        sets = self._class_sets(num_negatives, draw)
+        of_embeddings, of_weight = (-part for part in self.full)
+        for positives, negatives in sets:
+            found = self._gradient("fedss", positives, negatives)
+            of_embeddings += found[0] / len(sets)
+            of_weight += found[1] / len(sets)
+        return of_embeddings, of_weight
+
+    def _class_sets(self, num_negatives: int, draw: int) -> list[tuple[Tensor, Tensor]]:
+        """(positives, negatives) of each client of a cohort; once where all have the same."""
+        config, data = self.player.config, self.player.data
+        if config.shares:
+            cohort = draw_cohort(config.seed, self.number, draw, len(data.clients), config.cohort)
+            others = [k for k in cohort if k != self.client][: config.cohort - 1]
+            held = torch.cat([self.positives, *(self.player.client.positives(k) for k in others)]).unique()
+            rng = generator(config.seed, self.number, draw, NO_CLIENT, Purpose.COMMON_NEGATIVES)
+            return [(held, draw_negatives(data.num_classes, held, num_negatives, rng))]
+        sets = []
+        for client in range(config.cohort):
+            rng = generator(config.seed, self.number, draw, client, Purpose.NEGATIVES)
+            negatives = draw_negatives(data.num_classes, self.positives, num_negatives, rng)
+            sets.append((self.positives, negatives))
+        return sets
+
+    def _gradient(self, method: str, positives: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor]:
         """With respect to the embeddings (B, D) and to all of W (C, D), float64."""
         config, num_classes = self.player.config, len(self.weight)
-        rng = generator(config.seed, self.number, draw, client, Purpose.NEGATIVES)
-        negatives = draw_negatives(num_classes, self.positives, num_negatives, rng)
-        request = METHODS[method].request(num_classes, self.positives, negatives, config.correction)
+        request = METHODS[method].request(num_classes, positives, negatives, config.correction)
         embeddings = self.embeddings.detach().double().requires_grad_()
         rows = self.weight[request.class_ids].double().requires_grad_()
         objective = ClassRows(rows, request, config.scale, config.similarity)
@@ -143,12 +181,14 @@ class _Batch:
 def write(out: Path, lines: Sequence[Line], num_classes: int) -> str:
     """noise.csv, noise.md, noise.png and a section of report.html; returns the table's text."""
     write_csv(out / "noise.csv", [[field.name for field in fields(Line)], *map(astuple, lines)])
-    header = ["|N_k|", "of C", "noise", "sd", "of the full gradient's norm"]
+    header = ["|N_k|", "of C", "noise", "sd", "of the full gradient's norm", "bias"]
     rows = []
     for line in lines:
         share = f"{100 * line.num_negatives / num_classes:.1f}%"
         ratio = _percent(line.noise / line.full_norm) if line.full_norm else "–"
-        rows.append([f"{line.num_negatives:,}", share, f"{line.noise:.3g}", f"{line.noise_sd:.2g}", ratio])
+        bias = "–" if line.bias is None else f"{line.bias:.2g}"
+        counts = f"{line.num_negatives:,}", share
+        rows.append([*counts, f"{line.noise:.3g}", f"{line.noise_sd:.2g}", ratio, bias])
     with plotting():
         _plot(lines).savefig(out / "noise.png", dpi=150)
     return write_section(out, "noise", "Gradient noise by number of negatives", WORDS, header, rows)

@@ -9,6 +9,10 @@ more and more probably one that the client holds. After T requests of a client w
 is the probability that a class in all of them is a positive; s negatives are the same in every round and f
 are new: `negatives` = fresh has s = 0, sticky f = 0. The attacker names every class in all T requests.
 
+With shared negatives the server sees no request, but what the secure sum gives it: of each cohort that the
+client is in the union of the classes. The attacker names every class in all T of them. Who downloads all rows
+tells nothing.
+
 It looks at requests only. What a client sends back says more: see docs/privacy.md.
 """
 
@@ -19,12 +23,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from ...plotting import plotting
 from ..algorithms import METHODS
 from ..algorithms.parts import Part
 from ..clients.player import Player
-from ..config import STICKY, Config, ConfigError
+from ..cohort import draw_cohort
+from ..config import SHARED, STICKY, Config, ConfigError
 from ..data import FederatedData
 from ..reports.page import write_section
 from ..reports.tables import write_csv
@@ -38,20 +44,25 @@ WORDS = (
     "them. A server that keeps a client's requests names the classes that are in all of them. Precision "
     "is the share of those that the client holds, recall the share of what it holds that is named, "
     "posterior how probable it is by a formula that a named class is held; means over clients. Negatives "
-    "are fresh, others in every round; sticky, always the same; or mixed, half of each."
+    "are fresh, others in every round; sticky, always the same; mixed, half of each; or shared by a cohort, "
+    "of which the server then sees only what classes its clients have together. Beside it what a client "
+    "moves in a round for its classes: its request, rows both ways, and what secure sums need; of all rows, "
+    "whose download tells nothing, too."
 )
+ALL = "all rows"
 
 
 @dataclass(frozen=True)
 class Line:
     """Means over clients."""
 
-    negatives: str  # fresh, sticky or mixed
+    negatives: str  # fresh, sticky, mixed, shared, or ALL
     requests: int  # T
     named: float  # classes in all of them
     precision: float  # share of those that the client holds
     recall: float  # share of what it holds that is named
-    posterior: float  # by the formula
+    posterior: float | None  # by the formula; shared: there is none
+    bytes: float  # that a client moves in a round for its classes
     top1: float | None  # of a run with such negatives
     map_at_10: float | None
 
@@ -82,46 +93,74 @@ def measure(
     requests: Sequence[int] = REQUESTS,
     accuracy: dict[str, tuple[float | None, float | None]] | None = None,  # by negatives: top-1, MAP@10
 ) -> list[Line]:
-    """A line for each kind of negatives and number of requests, of the first `clients`. Raises as `check`."""
+    """A line for each of `ways` and number of requests, of the first `clients`. Raises as `check`."""
     check(config)
     lines = []
-    for negatives in STICKY:
-        player = Player(replace(config, negatives=negatives), data)
+    for name, way in ways(config).items():
+        player = Player(way, data)
         found = [_attack(player, client, requests) for client in range(min(clients, len(data.clients)))]
         for place, count in enumerate(requests):
-            named, precision, recall, expected = (
+            named, precision, recall, expected, bytes = (
                 statistics.fmean(values) for values in zip(*(of[place] for of in found), strict=True)
             )
-            costs = (accuracy or {}).get(negatives, (None, None))
-            lines.append(Line(negatives, count, named, precision, recall, expected, *costs))
+            bound = None if way.shares else expected
+            costs = (accuracy or {}).get(name, (None, None))
+            lines.append(Line(name, count, named, precision, recall, bound, bytes, *costs))
     return lines
 
 
-def _attack(player: Player, client: int, requests: Sequence[int]) -> list[tuple[float, float, float, float]]:
-    """(classes named, precision, recall, posterior) after so many requests of a client."""
+def ways(config: Config) -> dict[str, Config]:
+    """Name -> the same run with requests of that kind; those that its method has."""
+    kinds = [*STICKY, *([SHARED] if METHODS[config.method].common else [])]
+    found = {negatives: replace(config, negatives=negatives) for negatives in kinds}
+    return found | {ALL: replace(config, method="full_softmax")}
+
+
+def _attack(player: Player, client: int, requests: Sequence[int]) -> list[tuple[float, ...]]:
+    """(classes named, precision, recall, posterior, bytes for classes) after so many requests of a client."""
     num_classes, positives = player.data.num_classes, player.client.positives(client)
-    seen, found = torch.zeros(num_classes, dtype=torch.int64), []
+    seen, found = torch.zeros(num_classes, dtype=torch.int64), list[tuple[float, ...]]()
     for round in range(max(requests)):
-        asked = player.request(round, 0, client).class_ids
+        asked = _seen(player, round, client)
         seen[asked] += 1
         if round + 1 in requests:
             named = (seen == round + 1).nonzero()[:, 0]
             right = torch.isin(named, positives).sum().item()
             m = len(asked) - len(positives)
-            sticky = int(STICKY[player.config.negatives] * m)
+            sticky = int(STICKY.get(player.config.negatives, 0.0) * m)
             expected = posterior(num_classes, len(positives), sticky, m - sticky, round + 1)
-            found.append((float(len(named)), right / len(named), right / len(positives), expected))
+            shares = right / len(named), right / len(positives)
+            found.append((float(len(named)), *shares, expected, _bytes(player, round, client)))
     return found
+
+
+def _seen(player: Player, round: int, client: int) -> Tensor:
+    """The classes that the server sees in a round of the client's."""
+    if not player.config.shares:
+        return player.request(round, 0, client).class_ids
+    config, num_clients = player.config, len(player.data.clients)
+    cohort = draw_cohort(config.seed, round, 0, num_clients, config.cohort)
+    if client not in cohort:
+        cohort[0] = client
+    return player.common.among(cohort, round, 0).held
+
+
+def _bytes(player: Player, round: int, client: int) -> float:
+    """That the client moves in a round for its classes."""
+    moved = player.traffic(round, 0, client, player.request(round, 0, client), answers=True)
+    return float(moved.classification + moved.of("shares"))
 
 
 def write(out: Path, lines: Sequence[Line]) -> str:
     """privacy.csv, privacy.md, privacy.png and a section of report.html; returns the table's text."""
     write_csv(out / "privacy.csv", [[field.name for field in fields(Line)], *map(astuple, lines)])
-    header = ["negatives", "requests", "named", "precision", "recall", "posterior", "top-1", "MAP@10"]
+    header = ["negatives", "requests", "named", "precision", "recall", "posterior", "KB", "top-1", "MAP@10"]
     rows = []
     for line in lines:
-        shares = (line.precision, line.recall, line.posterior, line.top1, line.map_at_10)
-        rows.append([line.negatives, f"{line.requests}", f"{line.named:.1f}", *map(_percent, shares)])
+        shares = map(_percent, (line.precision, line.recall, line.posterior))
+        accuracy = map(_percent, (line.top1, line.map_at_10))
+        counts = f"{line.requests}", f"{line.named:.1f}"
+        rows.append([line.negatives, *counts, *shares, f"{line.bytes / 1000:.1f}", *accuracy])
     with plotting():
         _plot(lines).savefig(out / "privacy.png", dpi=150)
     return write_section(out, "privacy", "What requests tell the server", WORDS, header, rows)
@@ -136,13 +175,14 @@ def _plot(lines: Sequence[Line]) -> "Figure":
 
     figure = Figure(figsize=(6, 3.8), layout="constrained")
     axes = figure.add_subplot()
-    for negatives, marker in zip(STICKY, ("o", "s", "^"), strict=True):
+    for negatives, marker in zip(dict.fromkeys(line.negatives for line in lines), "os^Dx", strict=False):
         mine = [line for line in lines if line.negatives == negatives]
         x = [line.requests for line in mine]
         (drawn,) = axes.plot(
             x, [100 * line.precision for line in mine], marker, label=negatives, linestyle="none"
         )
-        axes.plot(x, [100 * line.posterior for line in mine], color=drawn.get_color(), linewidth=1)
+        bound = [100 * line.posterior for line in mine if line.posterior is not None]
+        axes.plot(x[: len(bound)], bound, color=drawn.get_color(), linewidth=1)
     axes.set(
         xscale="log",
         xlabel="requests of a client that the server has seen",

@@ -29,8 +29,9 @@ from torch import Tensor
 
 from ... import _C
 from ..algorithms import METHODS
-from ..config import Config, learning_rate
+from ..config import Config
 from ..disk import reason, sync_folder, write_synced
+from ..learning_rate import learning_rate
 from .fingerprint import Fingerprint
 
 FORMAT = 4

@@ -4,8 +4,8 @@ from collections import defaultdict
 
 from ..algorithms.parts import Part
 from ..algorithms.schedule import Schedule
+from ..cohort import draw_cohort
 from ..config import Config
-from .cohort import draw_cohort
 
 
 class FrozenCopies:

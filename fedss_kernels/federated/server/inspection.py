@@ -28,6 +28,7 @@ REASONS = {
     "examples": "a number of images that no client has",
     "loss": f"a loss not finite or over 1e30: {_DIVERGED}",
     "not finite": f"changes not finite: {_DIVERGED}",
+    "range": "a change outside [-8, 8], which no secure sum takes: is --client-lr too high?",
     "norm": "norm over --max-norm: is --client-lr too high?",
 }
 # Where others' answers are sound: the bound is then the lower of two, and what is over it may be so too.
@@ -69,6 +70,7 @@ class Inspection:
     max_examples: int
     max_norm: float
     max_norm_ratio: float  # to the median norm of the round
+    largest: float = math.inf  # that any number may be
 
     def faults(self, updates: Sequence[Update], asked: Sequence[Tensor], net_norm: float = 0.0) -> list[str]:
         """The first thing wrong with each update of a round; asked: the rows its client asked for, (S,).
@@ -88,6 +90,8 @@ class Inspection:
         size = norm(update)
         if not math.isfinite(size):
             return Finding("not finite")
+        if size > self.largest and any((part.abs() > self.largest).any() for part in _numbers(update)):
+            return Finding("range", size)
         return Finding("norm" if size > self.max_norm else "", size)
 
     def verdicts(self, findings: Sequence[Finding], net_norm: float = 0.0) -> list[str]:
@@ -137,9 +141,13 @@ def _is_plain(sent: object) -> bool:
     )
 
 
+def _numbers(update: Update) -> tuple[Tensor, Tensor]:
+    return update.rows.flatten(), update.extractor
+
+
 def norm(update: Update) -> float:
     """Of all that was sent: sqrt(|rows|^2 + |extractor|^2)."""
-    parts = update.rows.flatten(), update.extractor
+    parts = _numbers(update)
     squares = sum(torch.dot(part, part).item() for part in parts)
     if 1e-30 < squares < math.inf:
         return math.sqrt(squares)

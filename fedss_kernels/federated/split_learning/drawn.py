@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..cohort import draw_cohort
 from ..config import Config
 from ..randomness import Purpose, generator
-from ..server.cohort import draw_cohort
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from ..clients.player import Player, training_device
 from ..clients.views import Views
-from ..config import Config, learning_rate
+from ..config import Config
 from ..data import FederatedData
 from ..files.half_file import HalfFile
+from ..learning_rate import learning_rate
 from ..randomness import NO_CLIENT, Purpose, generator
 from .batches import next_images
 from .from_config import joint_of

@@ -14,9 +14,10 @@ from torch import Tensor
 from ..any_round import OnTuned, Played, TooFewClients, Trained
 from ..clients.player import Player
 from ..clients.views import Views
-from ..config import Config, ConfigError, learning_rate
+from ..config import Config, ConfigError
 from ..files.facts import Facts
 from ..files.run_folder import RunFolder
+from ..learning_rate import learning_rate
 from ..ledger import Entry, Traffic
 from ..measures import OF_FEATURES, Measure, Measures, declare
 from ..probes.features import depth_of

@@ -1,7 +1,7 @@
 """Who takes part in a round: the clients drawn for it, and which of them never answer."""
 
-from ..config import Config
-from ..randomness import NO_CLIENT, Purpose, generator
+from .config import Config
+from .randomness import NO_CLIENT, Purpose, generator
 
 
 def draw_cohort(seed: int, round: int, attempt: int, num_clients: int, cohort: int) -> list[int]:

@@ -149,7 +149,7 @@ class _Loss(torch.autograd.Function):
             found = [gradient if need else None for need, gradient in zip(needed, found, strict=True)]
         elif (prepared := ctx.prepared) is not None:
             ctx.prepared = None  # handed on; a second backward pass allocates its own
-            found = calls.finish(tensors, factor, made, grad_loss, prepared)
+            found = calls.gradients(tensors, factor, made, grad_loss, wanted, prepared)
         else:
             found = calls.gradients(tensors, factor, made, grad_loss, wanted)
         return *shaped_like(learned, found), None

@@ -42,6 +42,7 @@ from .tiles import (
     rounded,
     same,
     shifted,
+    store_rows,
     sums_of,
     wide,
 )
@@ -68,16 +69,16 @@ class Results(NamedTuple):
 
 
 @triton.jit
-def parts_of_problem(found, class_ids, steps, B, C, S, D, tiles, groups):
+def parts_of_problem(found, class_ids, stacked: tl.constexpr, B, C, S, D, tiles, groups):
     entries = wide(C)
     if class_ids is not None:
         entries = wide(S) + B
     return Parts(
-        shifted(found.rows, steps, entries * D),
-        shifted(found.bias, steps, entries),
-        shifted(found.input, steps, wide(tiles) * B * D),
-        shifted(found.along, steps, wide(tiles) * groups * B),
-        shifted(found.scale, steps, tiles),
+        shifted(found.rows, stacked, entries * D),
+        shifted(found.bias, stacked, entries),
+        shifted(found.input, stacked, wide(tiles) * B * D),
+        shifted(found.along, stacked, wide(tiles) * groups * B),
+        shifted(found.scale, stacked, tiles),
     )
 
 
@@ -96,6 +97,20 @@ def pulled(pulls, rows, ACC: tl.constexpr, PRECISION: tl.constexpr):
     """pulls @ rows"""
     sums = tl.zeros((pulls.shape[0], rows.shape[1]), ACC)
     return add_product(sums, pulls, rows.to(pulls.dtype), PRECISION)
+
+
+@triton.jit
+def probabilities(logits, unit, kept, rows, counted, known, hits, is_own, vectors, B):
+    """(R, J) p, in targets' columns p - 1; 0 of hits and rows that do not count, NaN beside a wrong class."""
+    largest = tl.load(kept + rows, mask=counted, other=0.0).to(logits.dtype)
+    largest = tl.where(largest == float("-inf"), 0.0, largest)  # -inf less it is to stay
+    inverse_total = tl.load(kept + wide(B) + rows, mask=counted, other=0.0).to(logits.dtype)
+    # The forward pass may have rounded otherwise: at large scales a logit can come out above the largest.
+    probs = tl.exp(tl.minimum(logits - largest[:, None], 0.0) * unit) * inverse_total[:, None]
+    own = tl.zeros(rows.shape, logits.dtype)
+    if vectors.class_ids is None:  # a target is a column like any other
+        own = tl.load(kept + 2 * wide(B) + rows, mask=known & counted, other=0.0).to(logits.dtype)
+    return left_out(probs, hits, is_own, own, vectors)
 
 
 @triton.jit
@@ -126,19 +141,10 @@ def pulls_tile(
     logits = logits_of(
         sums, x_inverse, w_inverse, scale, unit, vectors.bias, ids, live, entries < 0, corrections
     )
-    largest = tl.load(kept + rows, mask=counted, other=0.0).to(ACC)
-    largest = tl.where(largest == float("-inf"), 0.0, largest)  # -inf less it is to stay
-    inverse_total = tl.load(kept + wide(sizes.B) + rows, mask=counted, other=0.0).to(ACC)
-    # The forward pass may have rounded otherwise: at large scales a logit can come out above the largest.
-    probs = tl.exp(tl.minimum(logits - largest[:, None], 0.0) * unit)
-    probs *= inverse_total[:, None]  # 0 of rows that do not count; NaN, of all, beside a wrong class
-    own = tl.zeros(rows.shape, ACC)
-    if vectors.class_ids is None:
-        own = tl.load(kept + 2 * wide(sizes.B) + rows, mask=known & counted, other=0.0).to(ACC)
     hits = load_hits(
         vectors.entry_labels, vectors.target_labels, ids, targets, entries, sizes.S, rows, counted, sizes.C
     )
-    probs = left_out(probs, hits, is_own, own, vectors)
+    probs = probabilities(logits, unit, kept, rows, counted, known, hits, is_own, vectors, sizes.B)
     dlogits = product_or_zero(probs, upstream[:, None])
     # A zero row has inverse norm 0: nothing passes through it, even of an infinite upstream.
     pulls = product_or_zero(probs, product_or_zero(scale * x_inverse, upstream)[:, None])
@@ -201,13 +207,6 @@ def without_share(values, share, rows):
 
 
 @triton.jit
-def store_rows(matrix, rows, inside, columns, D, values):
-    """Rows of a contiguous (N, D) matrix."""
-    at = matrix + rows.to(tl.int64)[:, None] * D + columns[None, :]
-    tl.store(at, rounded(values, matrix.dtype.element_ty), mask=inside[:, None] & (columns < D)[None, :])
-
-
-@triton.jit
 def store_target_rows(
     input, weight, target, grad_loss, kept, grad_rows, grad_bias, rows, columns, B, C, S, ignore_index, scale,
     COSINE: tl.constexpr, PER_ROW: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr,
@@ -230,7 +229,7 @@ def store_target_rows(
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def small_tiles(
     input, weight, target, class_ids, counts, bias, learned, entry_labels, target_labels, grad_loss, kept,
-    found, steps, B, C, S, ignore_index, factor: tl.float64, COSINE: tl.constexpr, PER_ROW: tl.constexpr,
+    found, B, C, S, ignore_index, factor: tl.float64, COSINE: tl.constexpr, PER_ROW: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -244,9 +243,10 @@ def small_tiles(
     step = tl.num_programs(1) * BLOCK_D
     sizes = Sizes(B, C, S, ignore_index)
     vectors = Vectors(target, class_ids, counts, None, bias, learned, entry_labels, target_labels, None)
-    input, weight, vectors, kept = of_problem(input, weight, vectors, kept, steps, B)
-    grad_loss = shifted(grad_loss, steps, B if PER_ROW else 1)
-    found = parts_of_problem(found, class_ids, steps, B, C, S, D, tl.cdiv(S, BLOCK_S), tl.num_programs(1))
+    input, weight, vectors, kept = of_problem(input, weight, vectors, kept, B)
+    stacked: tl.constexpr = input.step is not None
+    grad_loss = shifted(grad_loss, stacked, B if PER_ROW else 1)
+    found = parts_of_problem(found, class_ids, stacked, B, C, S, D, tl.cdiv(S, BLOCK_S), tl.num_programs(1))
     scale = load_scale(factor, vectors.learned, ACC)
     rows = tl.arange(0, BLOCK_B)
     if tile < tl.cdiv(S, BLOCK_S):
@@ -361,17 +361,9 @@ def listed_ids(vectors, sizes, entries, BLOCK: tl.constexpr):
 
 @triton.jit
 def spread_entry(
-    vectors,
-    sizes,
-    found,
-    results,
-    entry,
-    columns,
-    D,
-    first_columns,
-    ACC: tl.constexpr,
-    BLOCK_ENTRIES: tl.constexpr,
-):
+    vectors, sizes, found, results, entry, columns, D, first_columns,
+    ACC: tl.constexpr, BLOCK_ENTRIES: tl.constexpr,
+):  # fmt: skip
     """The first entry of a class adds up all of them, in order, and stores the class' dense row."""
     own = tl.max(entry_ids(vectors, sizes, entry + tl.zeros((1,), tl.int32))[0], 0)
     first = entry
@@ -403,25 +395,25 @@ def spread_entry(
 
 
 @triton.jit
-def finish_scale(
-    grad_loss, kept, found, grad_scale, tiles, B, PER_ROW: tl.constexpr, BLOCK_TILES: tl.constexpr
+def store_grad_scale(
+    grad_loss, kept, slopes, count, factor, grad_scale, B, PER_ROW: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """The gradient of the scale: the sum of the tiles' sums; NaN beside a loss that is, in no tile too."""
-    total = tl.zeros((BLOCK_TILES,), tl.float64)
-    for first in range(0, B, BLOCK_TILES):
-        rows = first + tl.arange(0, BLOCK_TILES)
+    """The sum of `count` slopes, times factor; NaN beside a loss that is, in no slope too."""
+    total = tl.zeros((BLOCK,), tl.float64)
+    for first in range(0, B, BLOCK):
+        rows = first + tl.arange(0, BLOCK)
         own = tl.load(kept + 2 * wide(B) + rows, mask=rows < B, other=0.0)
         upstream = load_upstream(grad_loss, kept, rows, rows < B, B, tl.float64, PER_ROW)
         total += product_or_zero(own - own, upstream)
-    for first in range(0, tiles, BLOCK_TILES):
-        tile = first + tl.arange(0, BLOCK_TILES)
-        total += tl.load(found + tile, mask=tile < tiles, other=0.0)
+    for first in range(0, count, BLOCK):
+        nth = first + tl.arange(0, BLOCK)
+        total += product_or_zero(tl.load(slopes + nth, mask=nth < count, other=0.0).to(tl.float64), factor)
     tl.store(grad_scale, rounded(tl.sum(total, 0), grad_scale.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def small_results(
-    input, weight, target, class_ids, counts, learned, grad_loss, kept, found, results, steps, B, C, S,
+    input, weight, target, class_ids, counts, learned, grad_loss, kept, found, results, B, C, S,
     ignore_index, tiles, groups, factor: tl.float64, COSINE: tl.constexpr, PER_ROW: tl.constexpr,
     OPERAND: tl.constexpr, ACC: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_TILES: tl.constexpr,
     BLOCK_ENTRIES: tl.constexpr,
@@ -432,14 +424,15 @@ def small_results(
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     vectors = Vectors(target, class_ids, counts, None, None, learned, None, None, None)
     sizes = Sizes(B, C, S, ignore_index)
-    input, weight, vectors, kept = of_problem(input, weight, vectors, kept, steps, B)
-    grad_loss = shifted(grad_loss, steps, B if PER_ROW else 1)
-    found = parts_of_problem(found, class_ids, steps, B, C, S, input.D, tiles, groups)
+    input, weight, vectors, kept = of_problem(input, weight, vectors, kept, B)
+    stacked: tl.constexpr = input.step is not None
+    grad_loss = shifted(grad_loss, stacked, B if PER_ROW else 1)
+    found = parts_of_problem(found, class_ids, stacked, B, C, S, input.D, tiles, groups)
     results = Results(
-        shifted(results.input, steps, wide(B) * input.D),
-        shifted(results.weight, steps, wide(C) * input.D),
-        shifted(results.bias, steps, C),
-        shifted(results.scale, steps, 1),
+        shifted(results.input, stacked, wide(B) * input.D),
+        shifted(results.weight, stacked, wide(C) * input.D),
+        shifted(results.bias, stacked, C),
+        shifted(results.scale, stacked, 1),
         results.ids,
     )
     if at < B:
@@ -452,7 +445,10 @@ def small_results(
     elif at == B:
         if results.scale is not None:
             if first_columns:
-                finish_scale(grad_loss, kept, found.scale, results.scale, tiles, B, PER_ROW, BLOCK_TILES)
+                one = tl.full((1,), 1.0, tl.float64)
+                store_grad_scale(
+                    grad_loss, kept, found.scale, tiles, one, results.scale, B, PER_ROW, BLOCK_TILES
+                )
     else:
         entry = at - B - 1
         if results.ids is not None:

@@ -4,19 +4,21 @@ No host synchronisation, so a call can be captured in a CUDA graph. Ids are not 
 out of range is never read; it makes losses NaN.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import tiles
-from .plan import Given
+from .plan import Given, Plan
 from .problem import Problem, operand_of
 from .scatter_add import scatter_add
 
 Tensors = Sequence[Any]  # those of a problem, None for those not given, in the order of its fields
-KEPT, LOSS, OUTPUTS = 11, 12, 13  # places of what a plan is given, after the problem's tensors
+KEPT, LOSS, SUMS = 11, 12, 13  # places of what a plan is given, after the problem's tensors
+NONE = (False,) * 4  # of the gradients
+PREPARED = 2**22  # bytes that may wait for the backward pass
 
 
 class Wanted(NamedTuple):
@@ -48,6 +50,14 @@ class Outputs(NamedTuple):
     ids: Any  # (1, entries): their classes, where gradients are sparse
 
 
+class Prepared(NamedTuple):
+    """What the backward pass needs, allocated before it."""
+
+    plan: Plan
+    outputs: Outputs
+    memory: Tensor  # of both passes, one after the other
+
+
 class Calls:
     """Calls alike: of one signature. What they launch is planned once.
 
@@ -55,89 +65,155 @@ class Calls:
     no class, and all C where every class is in the set.
     """
 
-    def __init__(self, p: Problem):
+    spreads = False  # whether plans add compact gradients up to dense ones, and hold them themselves
+    most_sums = 0  # that may be made with the loss
+
+    def __init__(self, p: Problem, problems: Sequence[int] = ()):
+        """problems: as many of one size; results have them as their first dimension."""
         self.traits, self.device, self.ignore_index = p.traits, p.input.device, p.ignore_index
-        self.sizes, self.signature = p.sizes, p.signature
-        self.input_dtype = p.input.dtype
+        self.sizes, self.signature, self.leading = p.sizes, p.signature, tuple(problems)
+        self.result_dtype = result_dtype(p.input)
         given = [None if tensor is None else Given(place) for place, tensor in enumerate(p.tensors)]
-        self.input, self.weight, self.target, self.class_ids = given[:4]
-        self.counts, self.target_counts, self.bias, self.learned = given[4:8]
-        self.entry_labels, self.target_labels, self.target_logit = given[8:]
+        self.vectors = tiles.Vectors(*given[2:])
+        self.matrices = tuple(
+            tiles.Matrix(its, p.sizes[3], *operand.stride())
+            for its, operand in zip(given, p.operands, strict=False)
+        )
+        self.copies = p.operands[0] is not p.input or p.operands[1] is not p.weight
         self.cosine, self.fold = p.traits.cosine, p.traits.fold
         self.targets_apart = not self.fold and p.target_logit is None
         self.entries = p.sizes[2] + self.targets_apart * p.sizes[0]
-        self.leading: tuple[int, ...] = ()  # dimensions of results, before their own
         # Each class' sum is rounded once, where many round away what plain PyTorch keeps.
         self.merges = not self.fold and p.weight.itemsize == 2 and p.input.dtype != p.weight.dtype
+        self.plans: dict[Hashable, Plan] = {}
+        self.prepared: dict[Wanted, tuple[Plan, int]] = {}  # and the bytes that the loss' plan needs
 
-    def empty_results(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        return empty_results(input, self.traits.reduction, self.leading)
+    # ---- what differs from one way to the other ----
 
-    def outputs(self, tensors: Tensors, wanted: Wanted, spreads: bool) -> Outputs:
-        """spreads: the plan adds compact gradients up to dense ones, which it then holds itself."""
+    def sums(self, input: Tensor, wanted: Wanted | None) -> Sequence[Tensor | None]:
+        """Uninitialised: what is made with the loss for the gradients."""
+        return ()
+
+    def given_so(self, tensors: Tensors, sums: Sequence[Tensor | None], needed: Sequence[bool] = NONE) -> Any:
+        """What a plan depends on besides: which sums are there; none where others are needed too."""
+        return ()
+
+    def plan_loss(self, given_so: Any) -> Plan:
+        raise NotImplementedError
+
+    def plan_gradients(self, wanted: Wanted, to: Outputs, given_so: Any) -> Plan:
+        raise NotImplementedError
+
+    # ---- a call ----
+
+    def loss(
+        self, tensors: Tensors, factor: float, wanted: Wanted | None, prepared: Prepared | None = None
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """(loss, what gradients are made of); prepared: its memory is used until the backward pass."""
+        losses, kept = empty_results(tensors[0], self.traits.reduction, self.leading)
+        sums = self.sums(tensors[0], wanted)
+        stage = ("loss", given_so := self.given_so(tensors, sums))
+        if stage not in self.plans:
+            self.plans[stage] = self.plan_loss(given_so)
+        memory = None if prepared is None else prepared.memory
+        self.plans[stage].run((*self._read(tensors), kept, losses, *sums), factor, memory)
+        return losses, (kept, *sums)
+
+    def gradients(
+        self,
+        tensors: Tensors,
+        factor: float,
+        made: tuple[Tensor | None, ...],
+        grad_loss: Tensor,
+        wanted: Wanted,
+        prepared: Prepared | None = None,
+    ) -> Gradients:
+        upstream, kept, sums = grad_loss.contiguous(), made[0], made[1 : 1 + self.most_sums]
+        if prepared is None:
+            outputs, memory = self.outputs(tensors, wanted), None
+            given_so = self.given_so(tensors, sums, wanted.needed)
+            stage = (wanted, given_so, upstream.dtype)
+            if stage not in self.plans:
+                given = (Given(SUMS + self.most_sums + nth) for nth in range(len(outputs)))
+                to = (None if out is None else its for out, its in zip(outputs, given, strict=True))
+                self.plans[stage] = self.plan_gradients(wanted, Outputs(*to), given_so)
+            plan = self.plans[stage]
+        else:
+            plan, outputs, memory = prepared
+        plan.run((*self._read(tensors), kept, upstream, *sums, *outputs), factor, memory)
+        self._may_prepare(plan, wanted, upstream.dtype)
+        self._spread(tensors, outputs)
+        return self._results(tensors, wanted, outputs)
+
+    def prepare(self, tensors: Tensors, wanted: Wanted) -> Prepared | None:
+        """Allocates for the backward pass, where that is little: it runs in a thread that has slept, slowly.
+
+        None, too, before the first backward pass.
+        """
+        found = self.prepared.get(wanted)
+        if found is None:
+            return None
+        plan, bytes_of_both = found
+        return Prepared(plan, self.outputs(tensors, wanted), plan.memory(bytes_of_both))
+
+    def _may_prepare(self, plan: Plan, wanted: Wanted, upstream: torch.dtype) -> None:
+        if not self.spreads or wanted in self.prepared:
+            return
+        B, _, S, D = self.sizes
+        dense = (wanted.needed[1] or wanted.needed[2]) and not (wanted.sparse or self.fold)
+        little = plan.bytes + 8 * (S + B) * D <= PREPARED
+        alike = upstream == self.result_dtype
+        loss = self.plans.get(("loss", ()))
+        if plan.again and little and alike and not (self.merges or dense) and loss is not None:
+            self.prepared[wanted] = plan, loss.bytes
+
+    def _read(self, tensors: Tensors) -> Tensors:
+        """`tensors`, the first two as kernels read them."""
+        if not self.copies:
+            return tensors
+        return [*(operand_of(tensor, self.traits) for tensor in tensors[:2]), *tensors[2:]]
+
+    # ---- gradients ----
+
+    def outputs(self, tensors: Tensors, wanted: Wanted) -> Outputs:
         input, weight = tensors[:2]
         (B, C, _, D), entries, K = self.sizes, self.entries, self.leading
         to_input, to_weight, to_bias, to_scale = wanted.needed
         dense = not (self.fold or wanted.sparse)
+        compact = not (dense and self.spreads)
+        listed = wanted.sparse and not self.fold and (to_weight or to_bias)
         dtype = self.traits.accumulator if dense or (wanted.sparse and self.merges) else weight.dtype
-        rows = row_bias = ids = None
-        if to_weight and not (dense and spreads):
-            rows = input.new_empty((*K, entries, D), dtype=dtype)
-        if to_bias and not (dense and spreads):
-            row_bias = input.new_empty((*K, entries), dtype=dtype)
-        if wanted.sparse and (to_weight or to_bias):
-            ids = (
-                self._all_classes(tensors) if self.fold else input.new_empty((1, entries), dtype=torch.int64)
-            )
-        scale = input.new_empty(K, dtype=wanted.scale_dtype) if to_scale else None
         return Outputs(
             input.new_empty((*K, B, D)) if to_input else None,
             weight.new_zeros((*K, C, D)) if to_weight and dense else None,
             weight.new_zeros((*K, C)) if to_bias and dense else None,
-            scale if B > 0 or scale is None else scale.zero_(),
-            rows,
-            row_bias,
-            ids,
+            input.new_empty(K, dtype=wanted.scale_dtype) if to_scale else None,
+            input.new_empty((*K, entries, D), dtype=dtype) if to_weight and compact else None,
+            input.new_empty((*K, entries), dtype=dtype) if to_bias and compact else None,
+            input.new_empty((1, entries), dtype=torch.int64) if listed else None,
         )
 
-    def places(self, wanted: Wanted, spreads: bool) -> Outputs:
-        """Of the outputs in a plan."""
-        to_input, to_weight, to_bias, to_scale = wanted.needed
-        dense = not (self.fold or wanted.sparse)
-        there = [
-            to_input,
-            to_weight and dense,
-            to_bias and dense,
-            to_scale,
-            to_weight and not (dense and spreads),
-            to_bias and not (dense and spreads),
-            (to_weight or to_bias) and wanted.sparse and not self.fold,
-        ]
-        return Outputs(*(Given(OUTPUTS + nth) if is_there else None for nth, is_there in enumerate(there)))
-
-    def results(self, tensors: Tensors, wanted: Wanted, outputs: Outputs) -> Gradients:
+    def _results(self, tensors: Tensors, wanted: Wanted, outputs: Outputs) -> Gradients:
         if self.merges and outputs.ids is not None:
             outputs = self._merged(tensors, outputs)
-        weight, bias = outputs.weight, outputs.bias
+        weight, bias, ids = outputs.weight, outputs.bias, outputs.ids
         if self.fold or wanted.sparse:
             weight, bias = outputs.rows, outputs.row_bias
-        if outputs.ids is not None:
+        if self.fold and wanted.sparse and (weight is not None or bias is not None):
+            ids = self._all_classes(tensors)
+        if ids is not None:
             # Always as many; those that take no part are zeros, or NaN beside losses that are NaN too. Where
             # there is no class at all none could stand for them.
-            ids, C = outputs.ids, len(tensors[1])
+            C = len(tensors[1])
             if C == 0:
                 ids = ids[:, :0]
                 weight, bias = (None if rows is None else rows[:0] for rows in (weight, bias))
             weight, bias = (None if rows is None else _sparse(ids, rows, C) for rows in (weight, bias))
         return Gradients(outputs.input, weight, bias, outputs.scale)
 
-    def operands(self, tensors: Tensors) -> Tensors:
-        """`tensors`, the first two as kernels read them."""
-        return [*(operand_of(tensor, self.traits) for tensor in tensors[:2]), *tensors[2:]]
-
-    def spread(self, tensors: Tensors, outputs: Outputs) -> None:
+    def _spread(self, tensors: Tensors, outputs: Outputs) -> None:
         """Adds up the entries of each class: sorted, as comparing all with all would be quadratic."""
-        if outputs.weight is None and outputs.bias is None:
+        if self.spreads or (outputs.weight is None and outputs.bias is None):
             return
         _, C, _, _ = self.sizes
         target, class_ids = tensors[2:4]
@@ -180,11 +256,14 @@ class Calls:
 def empty_results(input: Tensor, reduction: str, leading: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
     """(loss, kept), uninitialised; leading: dimensions before their own."""
     B = input.shape[-2]
-    result_dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     return (
-        input.new_empty((*leading, B) if reduction == "none" else leading, dtype=result_dtype),
+        input.new_empty((*leading, B) if reduction == "none" else leading, dtype=result_dtype(input)),
         input.new_empty((*leading, tiles.KEPT.value * B + 1), dtype=torch.float64),
     )
+
+
+def result_dtype(input: Tensor) -> torch.dtype:
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
 
 
 def _sparse(ids: Tensor, rows: Tensor, C: int) -> Tensor:

@@ -24,6 +24,9 @@ class Chunks(NamedTuple):
         """(first, size) of each block of classes."""
         return [(first, min(self.classes, S - first)) for first in range(0, S, self.classes)]
 
+    def tiles(self, rows: int, classes: int) -> tuple[int, int]:
+        return -(-rows // self.block_rows), -(-classes // self.block_classes)
+
 
 def has_all_classes(B: int, S: int, D: int, operand_bytes: int, problem_bytes: int) -> bool:
     """Whether chunks have all classes: else they have all rows, or many.

@@ -28,42 +28,62 @@ from .tiles import (
     logits_of,
     of_problem,
     shifted,
-    shifted_vectors,
+    store_rows,
     sums_of,
     target_cosines,
+    vectors_of_problem,
     wide,
 )
 
 
 @triton.jit
-def dots_with_targets(
-    input, weight, rows, counted, targets, known,
+def keep_dots_with_targets(
+    input, weight, rows, counted, targets, known, copies, kept, B,
     COSINE: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """(input_i . weight_t, 1 / |input_i|, 1 / |weight_t|) (R,) each, t being the target; 0 without one."""
+    """Of each row input_i . weight_t, 1 / |input_i| and 1 / |weight_t|, t being its target; 0 without one.
+
+    copies: (B, D) rows of input as products read them; None: not wanted.
+    """
     products = tl.zeros((rows.shape[0], BLOCK_D), ACC)
     input_squares = tl.zeros(products.shape, ACC)
     weight_squares = tl.zeros(products.shape, ACC)
     for start in range(0, input.D, BLOCK_D):
         columns = start + tl.arange(0, BLOCK_D)
-        x = load_rows(input, rows, counted, columns, OPERAND).to(ACC)
+        x = load_rows(input, rows, counted, columns, OPERAND)
+        if copies is not None:
+            store_rows(copies, rows, rows < B, columns, input.D, x)
+        x = x.to(ACC)
         w = load_rows(weight, targets, known, columns, OPERAND).to(ACC)
         products += x * w
         if COSINE:
             input_squares += x * x
             weight_squares += w * w
-    products = tl.sum(products, 1)
-    input_squares, weight_squares = tl.sum(input_squares, 1), tl.sum(weight_squares, 1)
+    found = tl.sum(products, 1)
+    x_inverse, w_inverse = tl.sum(input_squares, 1), tl.sum(weight_squares, 1)
     if COSINE:
-        return products, inverse_norm(input_squares), inverse_norm(weight_squares)
+        x_inverse, w_inverse = inverse_norm(x_inverse), inverse_norm(w_inverse)
     else:
-        return in_range(products, input), input_squares + 1.0, weight_squares + 1.0
+        found, x_inverse, w_inverse = in_range(found, input), x_inverse + 1.0, w_inverse + 1.0
+    at = kept + wide(B) * 3 + rows
+    tl.store(at, found, mask=rows < B)
+    tl.store(at + B, x_inverse, mask=rows < B)
+    tl.store(at + 2 * B, w_inverse, mask=rows < B)
+
+
+@triton.jit
+def add_terms(largest, total, logits, unit):
+    """(R,) the largest o and sum exp(o - largest), with those of more logits (R, J), in units."""
+    larger = tl.maximum(largest, tl.max(logits, 1))
+    shift = tl.where(larger == float("-inf"), 0.0, larger)
+    total = total * tl.exp((largest - shift) * unit)
+    return larger, total + tl.sum(tl.exp((logits - shift[:, None]) * unit), 1)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def partial_terms(
     input, weight, target, class_ids, counts, bias, learned, entry_labels, target_labels, partials, kept,
-    steps, B, C, S, ignore_index, factor: tl.float64, COSINE: tl.constexpr, OPERAND: tl.constexpr,
+    B, C, S, ignore_index, factor: tl.float64, COSINE: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_PAIRED: tl.constexpr,
 ):  # fmt: skip
@@ -77,17 +97,13 @@ def partial_terms(
     split, splits = tl.program_id(0) - 1, tl.num_programs(0) - 1
     rows = tl.arange(0, BLOCK_B)
     v = Vectors(target, class_ids, counts, None, bias, learned, entry_labels, target_labels, None)
-    input, weight, v, kept = of_problem(input, weight, v, kept, steps, B)
-    partials = shifted(partials, steps, 2 * wide(splits) * B)
+    input, weight, v, kept = of_problem(input, weight, v, kept, B)
+    partials = shifted(partials, input.step is not None, 2 * wide(splits) * B)
     targets, counted, known = load_targets(v.target, rows, B, C, ignore_index)
     if split < 0:
-        product, x_inverse, w_inverse = dots_with_targets(
-            input, weight, rows, counted, targets, known, COSINE, OPERAND, SUMS, BLOCK_PAIRED
+        keep_dots_with_targets(
+            input, weight, rows, counted, targets, known, None, kept, B, COSINE, OPERAND, SUMS, BLOCK_PAIRED
         )
-        at = kept + wide(B) * 3 + rows
-        tl.store(at, product, mask=rows < B)
-        tl.store(at + B, x_inverse, mask=rows < B)
-        tl.store(at + 2 * B, w_inverse, mask=rows < B)
     else:
         scale = load_scale(factor, v.learned, ACC)
         unit = logit_unit(scale, COSINE)
@@ -102,11 +118,7 @@ def partial_terms(
             logits = logits_of(sums, x_inverse, w_inverse, scale, unit, v.bias, ids, live, wrong, corrections)
             hits = load_hits(v.entry_labels, v.target_labels, ids, targets, entries, S, rows, counted, C)
             logits = tl.where(hits, float("-inf"), logits)
-            larger = tl.maximum(largest, tl.max(logits, 1))
-            shift = tl.where(larger == float("-inf"), 0.0, larger)
-            total = total * tl.exp((largest - shift) * unit)
-            total += tl.sum(tl.exp((logits - shift[:, None]) * unit), 1)
-            largest = larger
+            largest, total = add_terms(largest, total, logits, unit)
         found = partials + split.to(tl.int64) * B + rows
         tl.store(found, largest, mask=rows < B)
         tl.store(found + wide(splits) * B, total, mask=rows < B)
@@ -146,45 +158,51 @@ def store_losses_terms(kept, rows, counted, there, own, largest_other, largest, 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def merge_splits(
-    target, target_counts, bias, learned, target_logit, partials, kept, loss, steps, B, C, splits,
-    ignore_index, factor: tl.float64, COSINE: tl.constexpr, ACC: tl.constexpr, REDUCTION: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
+    target, target_counts, bias, learned, target_logit, partials, kept, loss, B, C, splits,
+    ignore_index, first, count, factor: tl.float64, COSINE: tl.constexpr, ACC: tl.constexpr,
+    REDUCTION: tl.constexpr, STACKED: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of rows each program; for "mean" and "sum" a single program takes them all, in order.
+    """Of `count` rows from `first` on, a tile for each program; one that reduces takes all, in order.
 
-    loss: (B,), or () where the rows are reduced.
+    loss: (B,), or () where the rows are reduced. ACC: what is merged in.
     """
+    PART: tl.constexpr = partials.dtype.element_ty
     v = Vectors(target, None, None, target_counts, bias, learned, None, None, target_logit)
-    if steps is not None:
-        v = shifted_vectors(v, steps)
-    kept = shifted(kept, steps, wide(B) * KEPT + 1)
-    partials = shifted(partials, steps, 2 * wide(splits) * B)
-    loss = shifted(loss, steps, B if REDUCTION == "none" else 1)
+    if STACKED:
+        v = vectors_of_problem(v)
+    kept = shifted(kept, STACKED, wide(B) * KEPT + 1)
+    partials = shifted(partials, STACKED, 2 * wide(splits) * B)
+    loss = shifted(loss, STACKED, B if REDUCTION == "none" else 1)
     scale = load_scale(factor, v.learned, ACC)
-    unit = logit_unit(scale, COSINE)
+    unit = logit_unit(scale.to(PART), COSINE).to(ACC)
     sum_of_losses = tl.zeros((), tl.float64)
     rows_counted = tl.zeros((), tl.int32)
-    step = tl.num_programs(0) * BLOCK_B
-    for start in range(tl.program_id(0) * BLOCK_B, B, step):
-        rows = start + tl.arange(0, BLOCK_B)
-        targets, counted, known = load_targets(v.target, rows, B, C, ignore_index)
-        of_targets = target_logits(
+    for start in range(tl.program_id(0) * BLOCK_B, count, tl.num_programs(0) * BLOCK_B):
+        rows = first + start + tl.arange(0, BLOCK_B)
+        inside = rows < first + count
+        targets, counted, known = load_targets(v.target, rows, first + count, C, ignore_index)
+        own = target_logits(
             v.target_logit, v.target_counts, v.bias, kept, rows, targets, counted, known, B, scale, unit
         )
-        split = tl.arange(0, BLOCK_SPLITS)
-        at = partials + split.to(tl.int64)[:, None] * B + rows[None, :]
-        there = (split < splits)[:, None] & counted[None, :]
-        largest_of = tl.load(at, mask=there, other=float("-inf"))
-        total_of = tl.load(at + wide(splits) * B, mask=there, other=0.0)
-        largest_other = tl.max(largest_of, 0)
-        largest = tl.maximum(largest_other, of_targets)
-        terms = total_of * tl.exp((largest_of - largest[None, :]) * unit)
-        others = tl.sum(tl.where(total_of == 0.0, 0.0, terms), 0)
-        losses = store_losses_terms(
-            kept, rows, counted, rows < B, of_targets, largest_other, largest, others, unit, B
-        )
+        own = own.to(PART).to(ACC)  # as the others: what is equal stays so
+        largest = own
+        largest_other = tl.full((BLOCK_B,), float("-inf"), ACC)
+        others = tl.zeros((BLOCK_B,), ACC)
+        for nth in range(0, splits, BLOCK_SPLITS):
+            split = nth + tl.arange(0, BLOCK_SPLITS)
+            at = partials + split.to(tl.int64)[:, None] * B + rows[None, :]
+            there = (split < splits)[:, None] & counted[None, :]
+            largest_of = tl.load(at, mask=there, other=float("-inf")).to(ACC)
+            total_of = tl.load(at + wide(splits) * B, mask=there, other=0.0).to(ACC)
+            largest_other = tl.maximum(largest_other, tl.max(largest_of, 0))
+            larger = tl.maximum(largest, largest_other)
+            terms = tl.where(total_of == 0.0, 0.0, total_of * tl.exp((largest_of - larger[None, :]) * unit))
+            others = tl.where(others == 0.0, 0.0, others * tl.exp((largest - larger) * unit))
+            others += tl.sum(terms, 0)
+            largest = larger
+        losses = store_losses_terms(kept, rows, counted, inside, own, largest_other, largest, others, unit, B)
         if REDUCTION == "none":
-            tl.store(loss + rows, losses, mask=rows < B)
+            tl.store(loss + rows, losses, mask=inside)
         else:
             sum_of_losses += tl.sum(losses.to(tl.float64), 0)
             rows_counted += tl.sum(counted.to(tl.int32), 0)
@@ -205,13 +223,13 @@ def reduce_losses(
     B,
     ignore_index,
     REDUCTION: tl.constexpr,  # "mean" | "sum"
-    BLOCK_B: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """One program: the rows' losses summed in order, as many sums as there are lanes, then those."""
-    sums = tl.zeros((BLOCK_B,), tl.float64)
-    rows_counted = tl.zeros((BLOCK_B,), tl.int32)
-    for start in range(0, B, BLOCK_B):
-        rows = start + tl.arange(0, BLOCK_B)
+    sums = tl.zeros((BLOCK,), tl.float64)
+    rows_counted = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, B, BLOCK):
+        rows = start + tl.arange(0, BLOCK)
         _, counted, _ = load_targets(target, rows, B, 0, ignore_index)
         sums += tl.load(row_losses + rows, mask=rows < B, other=0.0)
         rows_counted += counted.to(tl.int32)

@@ -7,6 +7,7 @@ of both whether they are multiples of 16 (a tensor's address), and of integers w
 is in a tuple Triton does not apply `do_not_specialize`.
 """
 
+import functools
 from collections.abc import Hashable
 from typing import Any
 
@@ -52,6 +53,17 @@ class Variant:
             constants = (None,) * (len(parameters) - len(arguments))  # nobody reads them any more
             found[grid + (1,) * (3 - len(grid))](*values, *constants)
         return found
+
+
+def variant(kernel: Any, **named: Any) -> Variant:
+    """The kernel with those of the constants that it has, and the options: constants have capital names."""
+    own = {name: value for name, value in named.items() if name in kernel.arg_names or name.islower()}
+    return _variant(kernel, tuple(own.items()))
+
+
+@functools.lru_cache(maxsize=4096)
+def _variant(kernel: Any, named: tuple[tuple[str, Any], ...]) -> Variant:
+    return Variant(kernel, **dict(named))
 
 
 def _short(argument: Any, plain: bool) -> tuple[Hashable, Any]:

@@ -9,7 +9,7 @@ Between launches there are matrix products, which are torch's.
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,17 +26,11 @@ class Given(NamedTuple):
     """A tensor that every run is given, by its place; the same dtype, shape and alignment each time."""
 
     place: int
+    first: int = 0
+    size: int | None = None  # of its rows, from the first on; None: all
 
-    def rows(self, first: int, count: int) -> "Rows":
-        return Rows(self, first, count)
-
-
-class Rows(NamedTuple):
-    """Some rows of a tensor that every run is given: for products."""
-
-    of: Given
-    first: int
-    rows: int
+    def rows(self, first: int, count: int) -> "Given":
+        return Given(self.place, first, count)
 
 
 class Scratch(NamedTuple):
@@ -60,7 +54,7 @@ class Factor:
 
 
 FACTOR = Factor()
-Matrix = Given | Rows | Scratch
+Matrix = Given | Scratch
 Argument = Given | Scratch | Factor | int | None | tuple["Argument", ...]
 
 
@@ -79,6 +73,10 @@ class Product(NamedTuple):
     transposed: tuple[bool, bool]  # a and b
     adds: bool
 
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        return self[:3]
+
     def run(self, out: Tensor, a: Tensor, b: Tensor) -> None:
         a, b = (m.T if turned else m for m, turned in zip((a, b), self.transposed, strict=True))
         if a.dtype != out.dtype and not a.is_cuda:  # torch multiplies so on GPUs only
@@ -94,24 +92,14 @@ class Product(NamedTuple):
             torch.mm(a, b, out=out)
 
 
-class Largest(NamedTuple):
-    """out = the largest magnitude"""
+class Other(NamedTuple):
+    """What else torch does; quick to launch."""
 
-    out: Matrix
-    of: Matrix
-
-    def run(self, out: Tensor, of: Tensor) -> None:
-        torch.linalg.vector_norm(of, torch.inf, dtype=out.dtype, out=out.view(()))
+    run: Callable[..., Any]
+    matrices: tuple[Matrix, ...]
 
 
-class Zero(NamedTuple):
-    out: Matrix
-
-    def run(self, out: Tensor) -> None:
-        out.zero_()
-
-
-Step = Launch | Product | Largest | Zero
+Step = Launch | Product | Other
 
 
 class Plan:
@@ -141,19 +129,12 @@ class Plan:
     ) -> None:
         self.steps.append(Product(out, a, b, transposed, adds))
 
-    def largest(self, out: Matrix, of: Matrix) -> None:
-        self.steps.append(Largest(out, of))
-
-    def zero(self, out: Matrix) -> None:
-        self.steps.append(Zero(out))
+    def other(self, run: Callable[..., Any], *matrices: Matrix) -> None:
+        self.steps.append(Other(run, matrices))
 
     @property
     def launches(self) -> list[Launch]:
         return [step for step in self.steps if isinstance(step, Launch)]
-
-    @property
-    def products(self) -> list[Product]:
-        return [step for step in self.steps if isinstance(step, Product)]
 
     def run(self, given: Sequence[Tensor | None], factor: float, memory: Tensor | None = None) -> None:
         """On the current stream. memory: `self.bytes` of it or more, where they are there already."""
@@ -168,8 +149,8 @@ class Plan:
         else:
             stream = torch._C._cuda_getCurrentRawStream(self.device.index)
             for step in self.again:
-                if isinstance(step, Product | Largest | Zero):
-                    step.run(*(_actual(matrix, given, memory) for matrix in _matrices(step)))
+                if isinstance(step, Product | Other):
+                    step.run(*(_actual(matrix, given, memory) for matrix in step.matrices))
                 else:
                     step.run(stream, factor, *given, memory)
 
@@ -183,7 +164,7 @@ class Plan:
                 actual = (_actual(argument, given, memory, factor) for argument in step.arguments)
                 found.append(step.variant(step.grid, *actual))
             else:
-                step.run(*(_actual(matrix, given, memory) for matrix in _matrices(step)))
+                step.run(*(_actual(matrix, given, memory) for matrix in step.matrices))
         if self.again is None and self.device.type == "cuda" and None not in found:
             self.again = self._without_triton(found, len(given))
             self.compiled = found
@@ -208,19 +189,13 @@ class Plan:
         return again
 
 
-def _matrices(step: Product | Largest | Zero) -> tuple[Matrix, ...]:
-    if isinstance(step, Product):
-        return step.out, step.a, step.b
-    return (step.out, step.of) if isinstance(step, Largest) else (step.out,)
-
-
 def _actual(argument: Any, given: Sequence[Tensor | None], memory: Tensor, factor: float = 0.0) -> Any:
     if isinstance(argument, Given):
-        return given[argument.place]
-    if isinstance(argument, Rows):
-        matrix = given[argument.of.place]
-        assert matrix is not None
-        return matrix[argument.first : argument.first + argument.rows]
+        tensor = given[argument.place]
+        if argument.size is None:
+            return tensor
+        assert tensor is not None
+        return tensor[argument.first : argument.first + argument.size]
     if isinstance(argument, Scratch):
         part = memory[argument.offset : argument.offset + argument.nbytes]
         return part.view(argument.dtype).view(argument.shape)
@@ -264,7 +239,7 @@ def _flattened(kinds: tuple[Any, ...], arguments: tuple[Any, ...]) -> Iterator[t
 
 def _parameter(kind: str, argument: Argument, memory: int) -> tuple[int, int, int]:
     """(bytes, source, value), see csrc/gpu_launches.hpp; raises ValueError for what is not known."""
-    if isinstance(argument, Given) and kind.startswith("*"):
+    if isinstance(argument, Given) and argument.size is None and kind.startswith("*"):
         return 8, argument.place, 0
     if isinstance(argument, Scratch) and kind.startswith("*"):
         return 8, memory, argument.offset

@@ -127,11 +127,9 @@ class Problem(NamedTuple):
         return B, C, C if self.class_ids is None else self.class_ids.shape[0], D
 
     @property
-    def operands(self) -> tuple[Tensor, Tensor, tuple[int, int, int, int]]:
-        """(input, weight, their strides) for kernels to read."""
-        input, weight = (operand_of(tensor, self.traits) for tensor in (self.input, self.weight))
-        (input_row, input_column), (weight_row, weight_column) = input.stride(), weight.stride()
-        return input, weight, (input_row, input_column, weight_row, weight_column)
+    def operands(self) -> tuple[Tensor, Tensor]:
+        """Input and weight for kernels to read."""
+        return operand_of(self.input, self.traits), operand_of(self.weight, self.traits)
 
 
 def without_classes(target: Tensor, ignore_index: int) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import tuning
 from .calls import Gradients, Wanted, empty_results
-from .chunked import ChunkedCalls, begun_with_loss, empty_sums
+from .chunked import ChunkedCalls, empty_sums
 from .chunks import chunks_of
 from .configurations import Configuration, configure, in_force, in_one_chunk, table_of
 from .problem import LARGEST_FACTOR, Problem, bytes_of, dtype_of_products
@@ -67,7 +67,7 @@ def empty_loss(
     S = C if class_ids is None else class_ids.shape[0]
     rows = dtype_of_products(input, weight, rounding)
     whole = in_one_chunk(B, S, D, rows, bytes_of(input, weight))
-    return losses, (kept, *empty_sums(input, S, rows, begun_with_loss(whole, reduction, (B, C, S), needed)))
+    return losses, (kept, *empty_sums(input, C, S, rows, whole, reduction, needed))
 
 
 def _calls_for(p: Problem) -> SmallCalls | ChunkedCalls:

@@ -11,7 +11,6 @@ from .chunks import BUDGET, Chunks
 from .configurations import Configuration, configure, table_of
 from .problem import Problem, bytes_of, dtype_of_products, widened
 from .small import SmallCalls
-from .tiles import Steps
 
 MOST = 65_535  # programs of a grid's third axis
 _calls: dict[Hashable, SmallCalls] = {}
@@ -82,4 +81,4 @@ def _calls_for(p: Problem, problems: int, steps: Sequence[int]) -> SmallCalls:
     traits, problem_bytes = p.traits, bytes_of(p.input, p.weight)
     way = configure(table_of(p.input.device), B, S, D, traits.operand, traits.rows, problem_bytes)
     assert isinstance(way, Configuration)
-    return SmallCalls(p, way, problems, steps=Steps(*steps))
+    return SmallCalls(p, way, (problems,), steps)

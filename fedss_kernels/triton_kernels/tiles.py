@@ -27,6 +27,7 @@ class Matrix(NamedTuple):
     D: Any
     row: Any  # elements from one to the next
     column: Any
+    step: Any = None  # of many problems, from one's matrix to the next one's; 0: they share it
 
 
 class Vectors(NamedTuple):
@@ -52,20 +53,14 @@ class Sizes(NamedTuple):
     ignore_index: Any
 
 
-class Steps(NamedTuple):
-    """Of many problems of one size: elements from one's tensor to the next one's; 0: they share it.
+class Stacked(NamedTuple):
+    """A vector of each of many problems of one size, over which a grid's third axis goes.
 
-    A grid's third axis goes over the problems. What kernels write lies contiguous, problem by problem.
+    What kernels write lies contiguous, problem by problem.
     """
 
-    input: Any
-    weight: Any
-    target: Any
-    class_ids: Any
-    counts: Any
-    target_counts: Any
-    bias: Any
-    learned: Any
+    at: Any  # the first's
+    step: Any  # elements from one problem's to the next one's; 0: they share it
 
 
 # Of each row (KEPT, B) float64 numbers wait for the backward pass, then 1 / (rows that "mean" counts):
@@ -77,6 +72,8 @@ KEPT = tl.constexpr(6)
 # that is none. (For AMD a specialized pointer is a descriptor too, of four scalar registers.)
 UNSPECIALIZED = [*Vectors._fields, *Sizes._fields, "splits", "tiles", "groups"]
 UNSPECIALIZED += ["grad_loss", "kept", "partials", "loss", "row_losses"]
+# A chunk has `rows` from `row` on and `entries` from `entry` on; a list has `count` from `first` on.
+UNSPECIALIZED += ["row", "rows", "entry", "entries", "first", "count", "parts", "split"]
 
 # The interpreter multiplies bfloat16 wrongly and truncates where it should round. There, and only there,
 # operands are widened, which is exact, and rounding is done by hand.
@@ -111,41 +108,54 @@ def wide(n):
 
 
 @triton.jit
-def shifted(at, steps, step):
+def shifted(at, stacked: tl.constexpr, step):
     """Where what is at `at` for the first problem is for this program's; None of None."""
-    if at is None or steps is None:
-        return at
+    if at is None:
+        return None
     else:
-        return at + tl.program_id(2).to(tl.int64) * step
+        if stacked:
+            return at + tl.program_id(2).to(tl.int64) * step
+        else:
+            return at
 
 
 @triton.jit
-def of_problem(input, weight, vectors, kept, steps, B):
-    """These of this program's problem. No problem of many has labels, or is given its targets' logits."""
-    if steps is None:
+def of_problem(input, weight, vectors, kept, B):
+    """These of this program's problem."""
+    if input.step is None:
         return input, weight, vectors, kept
     else:
+        x, w = shifted(input.at, True, input.step), shifted(weight.at, True, weight.step)
         return (
-            Matrix(shifted(input.at, steps, steps.input), input.D, input.row, input.column),
-            Matrix(shifted(weight.at, steps, steps.weight), weight.D, weight.row, weight.column),
-            shifted_vectors(vectors, steps),
-            shifted(kept, steps, wide(B) * KEPT + 1),
+            Matrix(x, input.D, input.row, input.column, input.step),
+            Matrix(w, weight.D, weight.row, weight.column, weight.step),
+            vectors_of_problem(vectors),
+            shifted(kept, True, wide(B) * KEPT + 1),
         )
 
 
 @triton.jit
-def shifted_vectors(vectors, steps):
+def vectors_of_problem(stacked):
+    """No problem of many has labels, or is given its targets' logits."""
     return Vectors(
-        shifted(vectors.target, steps, steps.target),
-        shifted(vectors.class_ids, steps, steps.class_ids),
-        shifted(vectors.counts, steps, steps.counts),
-        shifted(vectors.target_counts, steps, steps.target_counts),
-        shifted(vectors.bias, steps, steps.bias),
-        shifted(vectors.learned, steps, steps.learned),
+        vector_of_problem(stacked.target),
+        vector_of_problem(stacked.class_ids),
+        vector_of_problem(stacked.counts),
+        vector_of_problem(stacked.target_counts),
+        vector_of_problem(stacked.bias),
+        vector_of_problem(stacked.learned),
         None,
         None,
         None,
     )
+
+
+@triton.jit
+def vector_of_problem(stacked):
+    if stacked is None:
+        return None
+    else:
+        return shifted(stacked.at, True, stacked.step)
 
 
 @triton.jit
@@ -165,6 +175,13 @@ def load_elements(
 def load_rows(matrix, rows, wanted, columns, OPERAND: tl.constexpr):
     """The same, rounded to the dtype of products."""
     return rounded(load_elements(matrix, rows, wanted, columns), OPERAND)
+
+
+@triton.jit
+def store_rows(matrix, rows, inside, columns, D, values):
+    """Rows of a contiguous (N, D) matrix."""
+    at = matrix + rows.to(tl.int64)[:, None] * D + columns[None, :]
+    tl.store(at, rounded(values, matrix.dtype.element_ty), mask=inside[:, None] & (columns < D)[None, :])
 
 
 @triton.jit
@@ -280,12 +297,18 @@ def load_bias(bias, ids, wanted, ACC: tl.constexpr):
 
 
 @triton.jit
+def narrowed(products):
+    """Infinite where float32 ends."""
+    return tl.where(tl.abs(products) > LARGEST_FLOAT32, products * float("inf"), products)
+
+
+@triton.jit
 def in_range(products, input):
     """Dot products of rows of `input`: infinite past the range of the results, whatever they are held in."""
     if products.dtype != tl.float64 or input.at.dtype.element_ty == tl.float64:
         return products
     else:
-        return tl.where(tl.abs(products) > LARGEST_FLOAT32, products * float("inf"), products)
+        return narrowed(products)
 
 
 @triton.jit

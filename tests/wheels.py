@@ -68,10 +68,9 @@ def build(python: str, tag: str, source: Path) -> None:
     import ziglang
 
     zig = Path(ziglang.__file__).parent / "zig"
-    headers = "-idirafter /usr/include"  # where Debian has a part of its Pythons' own
-    compilers = {
-        name: f"{zig} {tool} -target {TARGET} {headers}" for name, tool in (("CC", "cc"), ("CXX", "c++"))
-    }
+    # Debian has a part of its Pythons' headers there, and linker options that this one does not know
+    cc, cxx = (f"{zig} {tool} -target {TARGET} -idirafter /usr/include" for tool in ("cc", "c++"))
+    compilers = {"CC": cc, "CXX": cxx, "LDSHARED": f"{cc} -shared", "LDCXXSHARED": f"{cxx} -shared"}
     made = BUILD / tag / "dist"
     shutil.rmtree(made, ignore_errors=True)
     pip = [environment(python, BUILD / tag / "environment"), "-m", "pip"]

@@ -1,9 +1,11 @@
 """What the loop of rounds knows of an algorithm: whatever does this much can be run, recorded and resumed."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor, nn
 
@@ -17,6 +19,9 @@ from .server.class_store import ClassStore
 from .server.kept_by_clients import Homes
 from .server.row_table import RowTable
 from .stopwatch import Stopwatch
+
+if TYPE_CHECKING:
+    from typing import Self  # Python 3.10 has none
 
 OnTuned = Callable[[int, int], None]  # (clients that have fine-tuned, of so many), before each
 

@@ -177,7 +177,7 @@ def test_a_comparison_chooses_rates_by_the_headline_and_has_all_columns(tmp_path
     assert cells(found.table)[0][:6] == ["Split", "0.3", "0.5000 ± 0.0000", "75.0 ± 0.0", "–", "–"]
     assert cells(found.table)[1][2:4] == ["–", "–"]
     first, second = table(tmp_path / "out/table.csv")
-    assert list(first)[4:8] == ["knn", "knn_sd", "attack_mse", "attack_mse_sd"] and "saved_bytes" not in first
+    assert list(first)[5:9] == ["knn", "knn_sd", "attack_mse", "attack_mse_sd"] and "saved_bytes" not in first
     assert [name for name in first if name.startswith("bytes_")] == [
         *("bytes_per_client_round", "bytes_extractor", "bytes_rows", "bytes_ids", "bytes_latents"),
         "bytes_total",

@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import astuple, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,38 +67,25 @@ def write(
 ) -> str:
     """costs.csv, costs.md, costs.png and a section of report.html; returns the table's text."""
     every = {**{name: [line] for name, line in whole.items()}, **cases}
-    of_costs = [field.name for field in fields(Costs)]
-    write_csv(
-        out / "costs.csv",
-        [
-            ["case", "stage", "held", "trained", *of_costs, "memory", "traffic"],
-            *(
-                [
-                    name,
-                    x.stage,
-                    x.held,
-                    x.trained,
-                    *(getattr(x.costs, n) for n in of_costs),
-                    x.memory,
-                    x.traffic,
-                ]
-                for name, lines in every.items()
-                for x in lines
-            ),
-        ],
-    )
-    of_all = whole[WHOLE]
-    header = [
-        "",
-        "memory (MB)",
-        "times less",
-        "saved (MB)",
-        "multiply-adds (G)",
-        "mean",
-        "traffic (MB)",
-        "mean",
+    columns = [
+        "case",
+        "stage",
+        "held",
+        "trained",
+        *(field.name for field in fields(Costs)),
+        "memory",
+        "traffic",
     ]
-    rows = [[name, *_figures(lines, of_all)] for name, lines in every.items()]
+    lines = [
+        [name, x.stage, x.held, x.trained, *astuple(x.costs), x.memory, x.traffic]
+        for name, of_stages in every.items()
+        for x in of_stages
+    ]
+    write_csv(out / "costs.csv", [columns, *lines])
+    of_all = whole[WHOLE]
+    counted = ["multiply-adds (G)", "mean", "traffic (MB)", "mean"]
+    header = ["training", "memory (MB)", "times less", "saved (MB)", *counted]
+    rows = [[name, *_figures(of_stages, of_all)] for name, of_stages in every.items()]
     with plotting():
         plot(cases, whole).savefig(out / "costs.png", dpi=150)
     words = WORDS.format(images=images, whole=WHOLE)

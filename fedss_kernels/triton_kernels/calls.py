@@ -92,7 +92,7 @@ class Calls:
 
     def sums(self, input: Tensor, wanted: Wanted | None) -> Sequence[Tensor | None]:
         """Uninitialised: what is made with the loss for the gradients."""
-        return ()
+        raise NotImplementedError
 
     def given_so(self, tensors: Tensors, sums: Sequence[Tensor | None], needed: Sequence[bool] = NONE) -> Any:
         """What a plan depends on besides: which sums are there; none where others are needed too."""
@@ -111,7 +111,7 @@ class Calls:
     ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """(loss, what gradients are made of); prepared: its memory is used until the backward pass."""
         losses, kept = empty_results(tensors[0], self.traits.reduction, self.leading)
-        sums = self.sums(tensors[0], wanted)
+        sums = self.sums(tensors[0], wanted) if self.most_sums else ()
         stage = ("loss", given_so := self.given_so(tensors, sums))
         if stage not in self.plans:
             self.plans[stage] = self.plan_loss(given_so)
@@ -141,8 +141,10 @@ class Calls:
         else:
             plan, outputs, memory = prepared
         plan.run((*self._read(tensors), kept, upstream, *sums, *outputs), factor, memory)
-        self._may_prepare(plan, wanted, upstream.dtype)
-        self._spread(tensors, outputs)
+        if not self.spreads:
+            self._spread(tensors, outputs)
+        elif prepared is None:
+            self._may_prepare(plan, wanted, upstream.dtype)
         return self._results(tensors, wanted, outputs)
 
     def prepare(self, tensors: Tensors, wanted: Wanted) -> Prepared | None:
@@ -157,8 +159,6 @@ class Calls:
         return Prepared(plan, self.outputs(tensors, wanted), plan.memory(bytes_of_both))
 
     def _may_prepare(self, plan: Plan, wanted: Wanted, upstream: torch.dtype) -> None:
-        if not self.spreads or wanted in self.prepared:
-            return
         B, _, S, D = self.sizes
         dense = (wanted.needed[1] or wanted.needed[2]) and not (wanted.sparse or self.fold)
         little = plan.bytes + 8 * (S + B) * D <= PREPARED
@@ -213,7 +213,7 @@ class Calls:
 
     def _spread(self, tensors: Tensors, outputs: Outputs) -> None:
         """Adds up the entries of each class: sorted, as comparing all with all would be quadratic."""
-        if self.spreads or (outputs.weight is None and outputs.bias is None):
+        if outputs.weight is None and outputs.bias is None:
             return
         _, C, _, _ = self.sizes
         target, class_ids = tensors[2:4]

@@ -67,7 +67,7 @@ def direct_loss(
         and (math.isfinite(scale) if type(scale) is float else _ordinary_scale(scale))
         and type(ignore_index) is int
         and type(sparse_grad) is bool
-        and (labels is NO_LABELS or _ordinary_labels(*labels[:2]))
+        and (labels is NO_LABELS or _ordinary_labels(*labels))
     ):
         return None
     constants = (target, class_ids, log_expected_count, target_log_expected_count)
@@ -132,8 +132,7 @@ def _constant(tensor: Tensor) -> bool:
 
 
 def _ordinary_labels(*labels: Tensor | None) -> bool:
-    """Of entries and of targets, both."""
-    return all(type(each) is Tensor for each in labels)
+    return all(each is None or type(each) is Tensor for each in labels)
 
 
 def _ordinary_scale(scale: float | Tensor) -> bool:

@@ -110,8 +110,8 @@ def sampled_softmax_loss(
         return_lse: returns (loss, lse): lse_i = logsumexp(o(i, t), every o(i, j)), target's shape, 0 for an
             ignored row; both may be differentiated.
         entry_labels, target_labels: entry j is left out of row i where entry_labels_j == target_labels_i, and
-            there alone: labels stand for the class ids, so both are given, or neither, and an entry that is a
-            row's target has that row's label.
+            there alone: labels stand for the class ids, so give both, and an entry that is a row's target
+            that row's label. One alone is compared with the numbers of classes.
 
     Returns:
         float32, or float64 for a float64 `input`: a 0-d tensor, or target's shape for "none"; with
@@ -124,7 +124,7 @@ def sampled_softmax_loss(
         TypeError, ValueError: a wrong dtype, shape, device or name; a correction that requires grad, is NaN
             or -inf; a margin, label_smoothing or class_weight that does or is not finite; an angular margin
             past pi, as one in degrees; a row's class_weight below 0; a margin for "dot"; label_smoothing
-            outside [0, 1]; labels of entries or of targets alone.
+            outside [0, 1].
         IndexError: a class out of range, by position and value, before anything is computed.
             On CUDA nothing waits for the device to look at values: there a class out of range, or a
             correction that is NaN or -inf, makes the losses that it enters NaN, and so does a margin or
@@ -300,7 +300,6 @@ def check_labels(
     entry_labels: Tensor | None,
     target_labels: Tensor | None,
 ) -> None:
-    """Raises TypeError or ValueError; also where one is given alone, as labels are no numbers of classes."""
     for name, labels, shape, meaning in (
         ("entry_labels", entry_labels, entries[:1], entries[1]),
         ("target_labels", target_labels, target.shape, "target's"),
@@ -309,9 +308,6 @@ def check_labels(
             check_tensor(name, labels, (torch.int64,))
             check_shape(name, labels, shape, meaning)
             check_device(name, labels, input.device, "input")
-    if (entry_labels is None) != (target_labels is None):
-        given, absent = ("target_labels", "entry_labels")[:: 1 if entry_labels is None else -1]
-        raise ValueError(f"{absent}: expected labels, as there are {given} to compare with them, got None")
 
 
 def _check_correction(name: str, value: Tensor | None, shape: tuple[int, ...], meaning: str) -> None:

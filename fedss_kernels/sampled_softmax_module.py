@@ -192,14 +192,14 @@ class SampledSoftmaxLoss(nn.Module):
         *,
         angular_margin: float | Tensor | None = None,  # (...,); None: the module's
         cosine_margin: float | Tensor | None = None,
-        entry_labels: Tensor | None = None,  # (num_classes,) int64
-        target_labels: Tensor | None = None,  # (...,) int64
+        entry_labels: Tensor | None = None,  # (num_classes,) int64; None: each class its own number
+        target_labels: Tensor | None = None,  # (...,) int64; None: target
     ) -> Any:
         """The loss, or (loss, lse) with `return_lse`.
 
         Labels tell which classes are no negatives of a row: those with entry_labels_c == target_labels_i,
-        such as near duplicates of its class, which share a label. Both are given, or neither; a row's is
-        mostly entry_labels[target]. All classes have one, whichever are drawn: the class set and its expected
+        such as near duplicates of its class, which share a label; a row's is mostly
+        entry_labels[target]. All classes have one, whichever are drawn: the class set and its expected
         counts are those of a call without labels, and estimate the full softmax over the row's own class and
         those of other labels.
         """

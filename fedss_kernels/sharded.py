@@ -202,8 +202,11 @@ class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
         targets = self.ranks.gather(target.reshape(-1), sizes)
         entry_labels, target_labels = labels
         of_targets = targets - self.own_classes.start
-        if target_labels is not None:
-            of_targets = self.ranks.gather(target_labels.reshape(-1), sizes)
+        if settings["labels"] != (False, False):  # the classes' own where none are given
+            if entry_labels is None:
+                entry_labels = torch.arange(self.own_classes.start, self.own_classes.stop, device=rows.device)
+            own = target if target_labels is None else target_labels
+            of_targets = self.ranks.gather(own.reshape(-1), sizes)
         margins = [
             self.ranks.gather(m.double(), sizes) if isinstance(m, Tensor) else m for m in extras.margins
         ]
@@ -243,7 +246,7 @@ class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
             "label_smoothing": extras.label_smoothing,
             "class_weight": extras.class_weight is not None,
             "return_lse": extras.return_lse,
-            "labels": labels[0] is not None,
+            "labels": tuple(each is not None for each in labels),
         }
         return target.numel(), wants, settings | self._settings(), extras
 

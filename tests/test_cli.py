@@ -124,8 +124,8 @@ def own_cache(tmp_path_factory, monkeypatch):
             "fedss run: --cohort: expected at most 4, the clients there are, got 9",
         ),
         (
-            ["compare", "--methods", "fedss,foo"],
-            f"fedss compare: --methods: expected some of {METHODS}, got 'foo'",
+            ["compare", "--methods", "fedss,bar"],
+            f"fedss compare: --methods: expected some of {METHODS}, got 'bar'",
         ),
         (
             ["compare", "--methods=fedss,foo", "--rates=nan", "--rounds=0", "--counts=2,2"],

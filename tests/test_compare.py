@@ -493,6 +493,14 @@ def test_options_of_its_own_that_cannot_be_are_refused(own, message):
         Plan(Config(), ["fedss"], [0], own=own)
 
 
+def test_names_that_would_share_a_folder_are_refused():
+    own = {name: {"method": "fedss"} for name in ("a b", "A, b")}
+    with pytest.raises(ConfigError, match="methods: expected one name for the folder a-b, got several"):
+        Plan(Config(), [*own], [0], own=own)
+    other = Plan(Config(), ["fedss"], [0], own={"fedss": {"method": "pos_only", "rounds": 3}})
+    assert other.cases == [Case("pos_only", None, "fedss")] and other.runs(Path("out"), {})[0].rounds == 3
+
+
 def test_a_methods_own_defaults_are_taken_where_nothing_was_chosen():
     usual = METHODS["mocosfl"].presets
     found = with_defaults(["fedss", "mocosfl", "x"], {"x": {"method": "mocosfl", "cut": 2}}, {"rounds"})

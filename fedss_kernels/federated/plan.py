@@ -81,6 +81,9 @@ class Plan:
         yield from of_own
         if not of_own and not any(_strange("methods", name, self.own) for name in self.methods):
             yield from (error for case in self.cases if (error := self._misfit(case)))
+            folders = [case.name for case in self.cases]
+            for name in {name for name in folders if folders.count(name) > 1 and self.own}:
+                yield ConfigError("methods", f"expected one name for the folder {name}, got several")
 
     def _misfits_of_own(self) -> Iterator[ConfigError]:
         names = [field.name for field in fields(Config)]
@@ -121,7 +124,7 @@ class Plan:
     def cases(self) -> list[Case]:
         """A method that asks for negatives has one for each count, if there are several."""
         return [
-            Case(self._method(name), count, None if name in METHODS else name)
+            Case(self._method(name), count, None if name == self._method(name) else name)
             for name in self.methods
             for count in (self.counts if METHODS[self._method(name)].samples and self.several else [None])
         ]

@@ -99,7 +99,7 @@ def test_a_wheel_is_made_and_installs_where_there_is_no_compiler(tmp_path):
     if wheels.find_python(tag) is None:
         pytest.skip(f"no CPython 3.{sys.version_info.minor} with its headers on PATH")
     subprocess.run([tools, ROOT / "tests" / "wheels.py", "build", tag], check=True)
-    (wheel,) = wheels.WHEELHOUSE.glob(f"*-{tag}-{tag}-*{wheels.PLATFORM}.whl")
+    (wheel,) = wheels.WHEELHOUSE.glob(f"*-{fedss_kernels.__version__}-{tag}-{tag}-*{wheels.PLATFORM}.whl")
     fresh = wheels.environment(sys.executable, tmp_path / "fresh")
     alone = {**os.environ, "PATH": str(fresh.parent)}
     subprocess.run([fresh, "-m", "pip", "install", "--quiet", "--no-deps", wheel], check=True, env=alone)

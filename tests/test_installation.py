@@ -99,7 +99,7 @@ def test_a_wheel_is_made_and_installs_where_there_is_no_compiler(tmp_path):
     if wheels.find_python(tag) is None:
         pytest.skip(f"no CPython 3.{sys.version_info.minor} with its headers on PATH")
     subprocess.run([tools, ROOT / "tests" / "wheels.py", "build", tag], check=True)
-    (wheel,) = wheels.WHEELHOUSE.glob(f"*-{tag}-{tag}-*{wheels.PLATFORM}.whl")
+    (wheel,) = wheels.WHEELHOUSE.glob(f"*-{fedss_kernels.__version__}-{tag}-{tag}-*{wheels.PLATFORM}.whl")
     fresh = wheels.environment(sys.executable, tmp_path / "fresh")
     alone = {**os.environ, "PATH": str(fresh.parent)}
     subprocess.run([fresh, "-m", "pip", "install", "--quiet", "--no-deps", wheel], check=True, env=alone)
@@ -110,6 +110,8 @@ def test_a_wheel_is_made_and_installs_where_there_is_no_compiler(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("fedss doctor and README.md's 3 examples ran\n")
+    ask = "from fedss_kernels import _C; print(_C.instruction_sets())"
+    assert subprocess.run([fresh, "-c", ask], capture_output=True, text=True).stdout == python(ask).stdout
 
 
 def test_the_loss_needs_no_extra():

@@ -42,8 +42,8 @@ def fails(capsys, *argv: str) -> str:
 
 
 COMMANDS = (
-    "run, compare, compositions, noise, confusion, personalise, probe, privacy, parameters, invert, harden, "
-    "report, methods, bench, doctor"
+    "run, compare, compositions, noise, confusion, personalise, probe, privacy, parameters, costs, invert, "
+    "harden, report, flower, methods, bench, doctor"
 )
 METHODS = ", ".join(algorithms.METHODS)
 SMALL = ["--glyph-classes=12", "--glyph-writers=4", "--cohort=2", "--num-negatives=3", "--embedding-dim=8"]
@@ -128,8 +128,8 @@ def own_cache(tmp_path_factory, monkeypatch):
             f"fedss compare: --methods: expected some of {METHODS}, got 'bar'",
         ),
         (
-            ["compare", "--methods=fedss,foo", "--rates=nan", "--rounds=0", "--counts=2,2"],
-            f"fedss compare: --methods: expected some of {METHODS}, got 'foo'; --rates: expected numbers "
+            ["compare", "--methods=fedss,bar", "--rates=nan", "--rounds=0", "--counts=2,2"],
+            f"fedss compare: --methods: expected some of {METHODS}, got 'bar'; --rates: expected numbers "
             "greater than 0 with commas between, got 'nan'; --rounds: expected an integer of at least 1, got "
             "0; --counts: expected at least one, each once, got 2, 2",
         ),

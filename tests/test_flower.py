@@ -350,7 +350,6 @@ def test_a_node_without_its_number_is_told_how_to_get_one(tmp_path):
             "layerwise learns is measured with training images, and the server has none",
         ),
         ({"method": "mocosfl"}, "clients and server of mocosfl step together"),
-        ({"negatives": "shared"}, "negatives: expected another than 'shared' over a network"),
         ({"cohort": 3}, "cohort: expected at most 2, the nodes, got 3"),
         ({"workers": 2}, "workers: expected 1 over a network"),
         ({"poison-rate": 0.5}, "poison_rate: expected 0 over a network"),

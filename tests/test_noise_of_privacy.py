@@ -114,7 +114,7 @@ def test_epsilon_grows_with_rounds_and_cohort_and_falls_with_noise():
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in ("layerwise",)])
 def test_noise_is_for_methods_whose_clients_tell_nothing_but_by_their_changes(method):
-    fit = {"full_softmax", "fedavg", "fedbabu", "fedbabu_ss", "fedper", "fedrep", "simclr"}
+    fit = {"full_softmax", "fedavg", "fedbabu", "fedbabu_ss", "fedper", "fedrep", "simclr", "fl_moco"}
     if method in fit:
         private(method=method)
         return

@@ -126,8 +126,8 @@ def test_a_line_that_is_half_written_is_no_round(stopped):
     [
         (lambda text: text.replace('"cohort": 3', '"cohort": 2'), "was changed (cohort: 3 there, 2 here)"),
         (
-            lambda text: text.replace("{", '{"later": 1,'),
-            "later: no such option, in this version: did a later one",
+            lambda text: text.replace("{", '{"unheard_of": 1,'),
+            "unheard_of: no such option, in this version: did a later one",
         ),
         (lambda text: text[:40], "is not JSON"),
         (lambda text: "", "is not JSON"),
@@ -159,9 +159,9 @@ def test_what_may_change_is_read_from_the_config_and_another_layout_is_no_change
 def test_without_a_checkpoint_the_config_has_the_word(tmp_path):
     train(tmp_path, checkpoint_every=0)
     file = tmp_path / "config.json"
-    file.write_text(file.read_text().replace("{", '{"later": 1,'))
+    file.write_text(file.read_text().replace("{", '{"unheard_of": 1,'))
     with pytest.raises(
-        ConfigError, match="^config: in .*config.json: later: no such option, in this version"
+        ConfigError, match="^config: in .*config.json: unheard_of: no such option, in this version"
     ):
         read_config(tmp_path)
 

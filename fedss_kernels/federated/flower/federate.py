@@ -104,10 +104,6 @@ def _check(config: Config, nodes: int) -> None:
         raise ConfigError("workers", f"expected 1 {over}, where nodes train, got {config.workers}")
     if config.cohort > nodes:
         raise ConfigError("cohort", f"expected at most {nodes}, the nodes, got {config.cohort}")
-    if config.shares:
-        raise ConfigError(
-            "negatives", f"expected another than {config.negatives!r} {over}: its sums are simulated"
-        )
     if config.poison_rate:
         raise ConfigError("poison_rate", f"expected 0 {over}, got {config.poison_rate}")
     if config.shares:

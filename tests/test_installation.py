@@ -111,7 +111,8 @@ def test_a_wheel_is_made_and_installs_where_there_is_no_compiler(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("fedss doctor and README.md's 3 examples ran\n")
     ask = "from fedss_kernels import _C; print(_C.instruction_sets())"
-    assert subprocess.run([fresh, "-c", ask], capture_output=True, text=True).stdout == python(ask).stdout
+    there = subprocess.run([fresh, "-c", ask], cwd=tmp_path, env=alone, capture_output=True, text=True)
+    assert there.stdout == python(ask).stdout, there.stderr
 
 
 def test_the_loss_needs_no_extra():

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
 Step = Callable[[], object]
 FIXED_SHARE = 0.15  # f that fits the paper's 22% and 14%
@@ -96,6 +95,8 @@ def _peak_on_gpu(step: Step, device: torch.device | str) -> int:
 
 def multiply_adds(step: Step) -> int:
     """Of its matrix products, convolutions and attention, forward, backward and what is computed again."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton
+
     with FlopCounterMode(display=False) as counter:
         step()
     return counter.get_total_flops() // 2

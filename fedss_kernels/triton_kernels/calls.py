@@ -4,6 +4,7 @@ No host synchronisation, so a call can be captured in a CUDA graph. Ids are not 
 out of range is never read; it makes losses NaN.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -58,7 +59,7 @@ class Prepared(NamedTuple):
     memory: Tensor  # of both passes, one after the other
 
 
-class Calls:
+class Calls(ABC):
     """Calls alike: of one signature. What they launch is planned once.
 
     The compact gradient of class rows has S + B entries: the class set's and the targets'. S where these have
@@ -91,18 +92,18 @@ class Calls:
     # ---- what differs from one way to the other ----
 
     def sums(self, input: Tensor, wanted: Wanted | None) -> Sequence[Tensor | None]:
-        """Uninitialised: what is made with the loss for the gradients."""
-        raise NotImplementedError
+        """Uninitialised: what is made with the loss for the gradients; nothing where most_sums is 0."""
+        return ()
 
     def given_so(self, tensors: Tensors, sums: Sequence[Tensor | None], needed: Sequence[bool] = NONE) -> Any:
         """What a plan depends on besides: which sums are there; none where others are needed too."""
         return ()
 
-    def plan_loss(self, given_so: Any) -> Plan:
-        raise NotImplementedError
+    @abstractmethod
+    def plan_loss(self, given_so: Any) -> Plan: ...
 
-    def plan_gradients(self, wanted: Wanted, to: Outputs, given_so: Any) -> Plan:
-        raise NotImplementedError
+    @abstractmethod
+    def plan_gradients(self, wanted: Wanted, to: Outputs, given_so: Any) -> Plan: ...
 
     # ---- a call ----
 

@@ -36,8 +36,9 @@ def measures_of(config: Config, data: FederatedData) -> Measures:
     if not config.noise_multiplier:
         return measures
     name = (EPSILON.name,)
-    lists = measures.names + name, measures.headline, measures.shown + name, measures.told + name
-    return Measures(*lists)
+    return replace(
+        measures, names=measures.names + name, shown=measures.shown + name, told=measures.told + name
+    )
 
 
 def _of_accuracy(config: Config, data: FederatedData) -> Measures:

@@ -180,8 +180,9 @@ class Simulation:
         outcome, fault = (left_out.outcome, left_out.fault) if left_out else ("accepted", "")
         if outcome == "rejected":
             log.warning("round %d: client %d's update was left out: %s", round + 1, client, fault)
-        traffic, num_rows = Traffic.none(self.player.flows), 0
-        if request is not None:
+        if request is None:
+            traffic, num_rows = Traffic.none(self.player.flows), 0
+        else:
             answers, has = client not in silent, self.copies.held(client, round)
             traffic = self.player.traffic(round, attempt, client, request, answers=answers, has=has)
             num_rows = len(request.class_ids)

@@ -7,7 +7,6 @@ rounds are composed by Renyi differential privacy, by Google's library dp-accoun
 Kasiviswanathan, "Subsampled Renyi Differential Privacy and Analytical Moments Accountant", AISTATS 2019).
 """
 
-import math
 from functools import cache
 from importlib.util import find_spec
 
@@ -50,8 +49,7 @@ def _epsilon(multiplier: float, num_clients: int, cohort: int, rounds: int, delt
     accountant = RdpAccountant(neighboring_relation=dp.NeighboringRelation.REPLACE_ONE)
     round = dp.SampledWithoutReplacementDpEvent(num_clients, cohort, dp.GaussianDpEvent(multiplier / 2))
     accountant.compose(dp.SelfComposedDpEvent(round, rounds))
-    found = float(accountant.get_epsilon(delta))
-    return found if math.isfinite(found) else math.inf
+    return float(accountant.get_epsilon(delta))
 
 
 def check() -> None:

@@ -7,6 +7,7 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedss_kernels.federated.models import build_model
+from fedss_kernels.federated.models.layers import Standardised
 from fedss_kernels.federated.models.resnet32 import BasicBlock, StandardisedConv2d
 
 
@@ -50,6 +51,20 @@ def test_a_filters_size_says_nothing():
     torch.testing.assert_close(net(x), expected, atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize(("name", "dim"), [("conv4_ws", 128), ("resnet18_32", 512)])
+def test_pixels_are_standardised_by_cifar10s(name, dim, torchvision):
+    """As torchvision's Normalize; and before anything else of the net."""
+    from torchvision.transforms import Normalize
+
+    normalise = Normalize((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+    net = build_model(name, dim, seed=0)
+    x, (first, *_) = images(2, 3, 32, 32).float(), net.blocks[0]
+    assert isinstance(first, Standardised) and not [*first.parameters(), *first.buffers()]
+    torch.testing.assert_close(first(x), normalise(x))
+    torch.testing.assert_close(first(x[:, :1]), normalise(x[:, :1].expand(-1, 3, -1, -1)))
+    assert first(x.double()).dtype == torch.float64
+
+
 def test_resnet18_is_torchvisions_with_another_stem_and_standardised_filters(torchvision):
     from torchvision.models import resnet18
 
@@ -63,7 +78,7 @@ def test_resnet18_is_torchvisions_with_another_stem_and_standardised_filters(tor
             own.add_(0.1 * torch.randn(own.shape, generator=drawn))
             p.copy_(standardised(own) if own.dim() == 4 else own)
     x = images(2, 3, 32, 32)
-    torch.testing.assert_close(net(x), theirs(x), rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(net(x), theirs(Standardised()(x)), rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize(

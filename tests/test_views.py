@@ -2,12 +2,16 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from tiny_federation import tiny_data
 
+from fedss_kernels.federated import Config
 from fedss_kernels.federated.clients.colours import in_grey, jitter, turn_hue
+from fedss_kernels.federated.clients.player import views_of
 from fedss_kernels.federated.clients.resampling import blurred, resampled
 from fedss_kernels.federated.clients.views import DRAWS, RECIPES, Views, choose
 
@@ -246,3 +250,24 @@ def test_other_kinds_and_sizes_are_refused():
         Views("byol", 32)
     with pytest.raises(ValueError, match="views: expected a size of at least 1, got 0"):
         Views("moco", 0)
+    for smallest in (0, -0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match=rf"views: expected a smallest_box in \(0, 1\], got {smallest}"):
+            Views("moco", 8, smallest)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_smallest_box_of_ones_own_changes_boxes_alone(kind):
+    views, usual = Views(kind, 32, 0.5), Views(kind, 32)
+    draws = views.draw(2000, np.random.default_rng(0))
+    found, before = (choose(draws, v.recipe, (32, 32)) for v in (views, usual))
+    area = found.boxes[:, 2:].prod(1) / 1024
+    assert 0.45 < area.min() < 0.52 and area.max() == 1
+    for name in ("factors", "turns", "orders", "grey", "blurred", "sigmas", "flipped"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(before, name))
+
+
+@pytest.mark.parametrize(("method", "kind"), [("simclr", "simclr"), ("fl_moco", "moco"), ("mocosfl", "moco")])
+def test_a_run_has_the_views_of_its_method_and_options(method, kind):
+    config = Config(data="cifar10", model="isotropic", method=method, embedding_dim=32, rounds=1)
+    assert views_of(config, tiny_data()) == Views(kind, 6)
+    assert views_of(replace(config, smallest_box=0.3, crop_size=5), tiny_data()) == Views(kind, 5, 0.3)

@@ -154,6 +154,13 @@ class Config:
         "in the loss",
         above=0,
     )
+    smallest_box: float | None = option(
+        None,
+        "of simclr, layerwise, mocosfl, central_moco and fl_moco: least share of an image in a view of it, "
+        "none: as the method's authors have it, .2 with SimCLR, .08 with MoCo",
+        above=0,
+        below=1.0000001,
+    )
     stages: int | None = option(
         None, "of layerwise: stages that the rounds are cut into, none: one for each block of the net", low=1
     )

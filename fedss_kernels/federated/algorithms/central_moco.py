@@ -11,7 +11,10 @@ from dataclasses import replace
 
 from .mocosfl import MOCOSFL
 
-_OPTIONS = ("round_steps", "queue_size", "key_dim", "temperature", "ema", "symmetric", "weight_decay")
+_OPTIONS = (
+    *("round_steps", "queue_size", "key_dim", "temperature", "ema", "smallest_box", "symmetric"),
+    "weight_decay",
+)
 
 CENTRAL_MOCO = replace(
     MOCOSFL,

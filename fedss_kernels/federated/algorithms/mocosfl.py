@@ -46,6 +46,7 @@ MOCOSFL = Method(
             "key_dim",
             "temperature",
             "ema",
+            "smallest_box",
         ),
         *("symmetric", "in_turn", "client_gradient", "momentum_copies", "velocities", "freeze_clients"),
         *("half_checkpoint", "weight_decay"),

@@ -38,7 +38,7 @@ SIMCLR = Method(
     paper='Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", 2020',
     request=request,
     parts=parts,
-    options=("temperature",),
+    options=("temperature", "smallest_box"),
     contrastive=True,
     baseline="simclr",
 )

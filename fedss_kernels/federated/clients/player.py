@@ -81,9 +81,7 @@ class Player:
         if self.method.pooled and not self.method.split:
             self.client = PooledClient(self.extractor, data, cohort=config.cohort, **options)
         elif self.method.contrastive:
-            size = config.crop_size or min(data.images.shape[2:])
-            views = Views("moco" if self.method.queued else "simclr", size)
-            options |= {"views": views, "temperature": config.temperature}
+            options |= {"views": views_of(config, data), "temperature": config.temperature}
             if self.method.queued:
                 options |= {"queue_size": config.queue_size, "ema": config.ema}
                 self.client = MomentumClient(self.extractor, data, **options)
@@ -376,3 +374,9 @@ def _check_model(module: nn.Module, config: Config, pixels: Tensor) -> Tensor:
         check_layered(module, images, one_shape=config.depth_budget is not None)
         method.schedule(config, len(blocks_of(module)) + method.contrastive)
     return images
+
+
+def views_of(config: Config, data: FederatedData) -> Views:
+    """What a method without labels sees of the images, as large as the net takes them."""
+    method, size = METHODS[config.method], config.crop_size or min(data.images.shape[2:])
+    return Views("moco" if method.queued or method.split else "simclr", size, config.smallest_box)

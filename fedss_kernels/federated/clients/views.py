@@ -5,7 +5,7 @@ image or more, flip, colour jitter, grey. "moco" (MoCo v2, Chen et al., arXiv:20
 the image on, jitter of the hue too, grey, blur, flip.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ class Views:
     other one. Images of one channel have brightness and contrast alone of what is done to colours.
 
     Values are in [0, 1], up to rounding, as `as_input` makes them and nets take them here: no recipe's mean
-    and standard deviation are taken out.
+    and standard deviation are taken out; nets that want it do so themselves.
 
     A view is a function of its image and of DRAWS numbers: it depends neither on the rest of the batch nor on
     the number of threads. Raises ValueError for another kind, size, images or draws.
@@ -54,12 +54,20 @@ class Views:
 
     kind: str
     size: int
+    smallest_box: float | None = None  # share of the image in a box, at least; None: as the recipe has it
 
     def __post_init__(self) -> None:
         if self.kind not in RECIPES:
             raise ValueError(f"views: expected one of {', '.join(RECIPES)}, got {self.kind!r}")
         if self.size < 1:
             raise ValueError(f"views: expected a size of at least 1, got {self.size}")
+        if self.smallest_box is not None and not 0 < self.smallest_box <= 1:
+            raise ValueError(f"views: expected a smallest_box in (0, 1], got {self.smallest_box}")
+
+    @property
+    def recipe(self) -> Recipe:
+        usual = RECIPES[self.kind]
+        return usual if self.smallest_box is None else replace(usual, smallest=self.smallest_box)
 
     def __call__(self, images: Tensor, rng: np.random.Generator) -> Tensor:
         return self.made(images, self.draw(len(images), rng))
@@ -80,7 +88,7 @@ class Views:
             raise ValueError(f"images: expected uint8 (B, 1 or 3, H, W), got {got}")
         if draws.shape != (len(images), DRAWS):
             raise ValueError(f"draws: expected shape {(len(images), DRAWS)}, got {draws.shape}")
-        choice = choose(draws, RECIPES[self.kind], (images.shape[2], images.shape[3]))
+        choice = choose(draws, self.recipe, (images.shape[2], images.shape[3]))
         # turned before the rest, which has no left and right, at no cost
         found = resampled(as_input(images), choice.boxes, choice.flipped, self.size)
         jitter(found, choice.factors, choice.turns, choice.orders)

@@ -2,7 +2,9 @@
 
 Of MocoSFL (Li et al., ICLR 2023), whose clients train on one image at a time and so have no statistics of
 a batch: GroupNorm of 4 channels a group, and each filter less its mean, over its standard deviation (Qiao et
-al., arXiv:1903.10520).
+al., arXiv:1903.10520). Pixels are standardised as theirs are. To such filters, each of mean 0, that is of
+weight at the edges, where what is outside is then of a mean colour and not black: five points of kNN for the
+small net.
 """
 
 import torch
@@ -10,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import Chain
-from .layers import InColour, check_features, group_norm
+from .layers import Standardised, check_features, group_norm
 
 CHANNELS_OF_A_GROUP = 4
 
@@ -27,7 +29,7 @@ def resnet18_32(embedding_dim: int = 512) -> Chain:
     for i, after in enumerate((64, 64, 128, 128, 256, 256, 512, 512), 1):
         blocks[f"block{i}"] = BasicBlock(before, after, stride=1 if before == after else 2)
         before = after
-    return Chain(_mean(), stem=nn.Sequential(InColour(), *_convolved(3, 64)), **blocks)
+    return Chain(_mean(), stem=nn.Sequential(Standardised(), *_convolved(3, 64)), **blocks)
 
 
 def conv4_ws(embedding_dim: int = 128) -> Chain:
@@ -37,7 +39,7 @@ def conv4_ws(embedding_dim: int = 128) -> Chain:
     in the stem.
     """
     check_features("conv4_ws", 128, embedding_dim)
-    stem = nn.Sequential(InColour(), *_convolved(3, 16, 2))
+    stem = nn.Sequential(Standardised(), *_convolved(3, 16, 2))
     layers = ((16, 32, 1), (32, 64, 2), (64, 128, 2))
     blocks = {f"block{i}": nn.Sequential(*_convolved(*layer)) for i, layer in enumerate(layers, 1)}
     return Chain(_mean(), stem=stem, **blocks)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..clients.player import Player, training_device
+from ..clients.player import Player, training_device, views_of
 from ..clients.views import Views
 from ..config import Config
 from ..data import FederatedData
@@ -50,7 +50,7 @@ def harden(
         shapes = tuple(source.images.shape[1:]), tuple(target.shape[1:])
         raise ValueError(f"target: expected images as the source's, {shapes[0]}, got {shapes[1]}")
     player = Player(config, source, model, training_device(config))
-    joint, views = joint_of(config, player), Views("moco", config.crop_size or min(source.images.shape[2:]))
+    joint, views = joint_of(config, player), views_of(config, source)
     steps = config.round_steps or max(1, len(source.images) // config.batch_size)
     attacker = _attacker(config, joint, views, source.images[:1], width)
     hardening = Hardening(joint, attacker, resistance, config.rounds * steps)

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from ..algorithms import METHODS
 from ..any_round import OnTuned, Played, TooFewClients, Trained
-from ..clients.player import Player
+from ..clients.player import Player, views_of
 from ..clients.pooled import pooled
-from ..clients.views import Views
 from ..config import Config, ConfigError
 from ..data import FederatedData
 from ..files.facts import Facts
@@ -68,7 +67,7 @@ class SplitRound:
         self.joint = joint_of(config, player)
         self.initial = player.extractor.flat.clone()  # the net as the run began with it
         self.taken = torch.zeros(len(self.data.clients), dtype=torch.int64)
-        self.views = Views("moco", config.crop_size or min(self.data.images.shape[2:]))
+        self.views = views_of(config, self.data)
         clients = self.joint.clients
         with torch.no_grad():
             seen = self.views(self.data.images[:1], generator(0, 0, 0, 0, Purpose.AUGMENTATION))

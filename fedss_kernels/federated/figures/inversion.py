@@ -169,11 +169,11 @@ def write(out: Path, found: Found) -> str:
         for line in found.lines
     ]
     with plotting():
-        _plot(found).savefig(out / "inversion.png", dpi=150)
+        plot(found).savefig(out / "inversion.png", dpi=150)
     return write_section(out, "inversion", "What latents show of images", WORDS, header, rows)
 
 
-def _plot(found: Found) -> "Figure":
+def plot(found: Found) -> "Figure":
     """A row of images, and under it a row of what each attacker made of what was sent of them."""
     from matplotlib.figure import Figure
 

@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from fedss_kernels.federated import Config, cli, run
+from fedss_kernels.federated.figures import by_depth as by_several
 from fedss_kernels.federated.figures import probe
 from fedss_kernels.federated.loading import load_data
 from fedss_kernels.federated.models import build_model
 from fedss_kernels.federated.probes import Line, Probing, by_depth
 from fedss_kernels.federated.reports import progress
+from fedss_kernels.federated.reports.mean_sd import mean_sd
 from fedss_kernels.federated.reports.tables import read_markdown
 
 SMALL = {"glyph_classes": 12, "glyph_writers": 6, "rounds": 2, "cohort": 2, "embedding_dim": 8, "seed": 3}
@@ -159,6 +161,69 @@ def test_a_run_without_class_rows_is_probed_too(folder):
     found = torch.load(folder / "model.pt", weights_only=True)
     torch.save({"extractor": found["extractor"]}, folder / "model.pt")
     assert cli.main(["probe", str(folder), "--depths=1"]) == 0
+
+
+def test_of_several_runs_there_are_means_over_seeds(folder, tmp_path, capsys):
+    """Two methods, two seeds; the nets at random, which methods have in common, are measured once."""
+    other = {"full_softmax-seed3": {"method": "full_softmax"}, "fedss-seed4": {"seed": 4}}
+    runs = [folder, *(tmp_path / name for name in other)]
+    for run_folder, options in zip(runs[1:], other.values(), strict=True):
+        run(Config(**(SMALL | options), out=run_folder))
+    assert cli.main(["probe", *map(str, runs), "--depths=1,3", f"--out={tmp_path / 'all'}"]) == 0
+    measured = read_csv(tmp_path / "all" / "by_depth.csv")
+    nets = [(row["net"], row["seed"], row["depth"]) for row in measured]
+    expected = [
+        ("FedSS", "3"),
+        ("random init", "3"),
+        ("FullSoftmax", "3"),
+        ("FedSS", "4"),
+        ("random init", "4"),
+    ]
+    assert nets == [(*net, depth) for net in expected for depth in ("1", "3")]
+    header, rows = read_markdown((tmp_path / "all" / "by_depth.md").read_text())
+    assert header == ["linear probe (%) after block", "1", "3", "seeds"]
+    assert [(row[0], row[3]) for row in rows] == [("FedSS", "2"), ("random init", "2"), ("FullSoftmax", "1")]
+    mean, sd = mean_sd([float(r["probe"]) for r in measured if (r["net"], r["depth"]) == ("FedSS", "3")])
+    assert rows[0][2] == f"{100 * mean:.1f} ± {100 * sd:.1f}" and "±" not in rows[2][1]
+    cli.main(["probe", str(folder), "--depths=1,3", f"--out={tmp_path / 'one'}"])  # each as by itself
+    alone = read_csv(tmp_path / "one" / "probe.csv")
+    assert [r["probe"] for r in alone if r["net"] == "trained"] == [r["probe"] for r in measured[:2]]
+    assert "random init" in (tmp_path / "all" / "section-by_depth.html").read_text()
+    assert (tmp_path / "all" / "by_depth.png").stat().st_size > 10_000
+
+
+def test_a_comparisons_runs_are_probed_by_its_folder(folder, tmp_path, capsys):
+    inside = tmp_path / "compared"
+    shutil.copytree(folder, inside / "fedss-seed3")
+    shutil.copytree(folder, inside / "again-seed3")
+    (inside / "not-finished").mkdir()
+    (inside / "comparison.json").write_text("{}")
+    assert cli.main(["probe", str(inside), "--depths=1"]) == 0
+    assert [row["net"] for row in read_csv(inside / "by_depth.csv")] == ["FedSS", "random init", "FedSS"]
+    words = fails(capsys, str(inside), str(tmp_path / "nowhere"))
+    assert "nowhere" in words
+
+
+def test_runs_of_other_data_are_not_put_together(folder, tmp_path, capsys):
+    other = tmp_path / "other"
+    run(Config(**SMALL | {"data_seed": 5}, out=other))
+    words = fails(capsys, str(folder), str(other), f"--out={tmp_path / 'out'}")
+    assert f"the data are not those that {other} was trained on" in words
+    assert not (tmp_path / "out" / "by_depth.csv").exists()
+
+
+def test_a_plot_of_several_has_a_line_for_each_net_of_its_own_look():
+    def probed(label, method, seed, depths=(1, 2)):
+        lines = [Line("trained", depth, 4, {"probe": 0.1 * depth + 0.01 * seed}) for depth in depths]
+        return by_several.Probed(label, method, seed, lines)
+
+    nets = [probed("A", "fedss", 0), probed("A", "fedss", 1), probed("B", "fedss", 0, (1, 2, 3))]
+    axes = by_several.plot([*nets, probed("random init", "", 0)]).axes[0]
+    assert [bars.get_label() for bars in axes.containers] == ["A", "B", "random init"]
+    lines = [bars.lines[0] for bars in axes.containers]
+    assert [list(line.get_xdata()) for line in lines] == [[1, 2], [1, 2, 3], [1, 2]]
+    assert list(lines[0].get_ydata()) == pytest.approx([10.5, 20.5])
+    assert len({(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines}) == 3
 
 
 def test_the_plot_has_a_line_for_each_net_and_measure():

@@ -1,30 +1,40 @@
-"""`fedss probe`: what the features of a finished run's net are worth, block by block."""
+"""`fedss probe`: what the features of finished runs' nets are worth, block by block."""
 
 import argparse
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from ..config import Config
+from ..data import FederatedData
 from ..files.run_folder import check_trained_on, make_folder, read_config, read_net
-from ..probes import Probing
+from ..plan import FILE as COMPARISON
+from ..probes import Line, Probing
 from .command import Command
 from .measure import write_measured
-from .options import mistakes, read_numbers, reader, refuse_lost
+from .options import mistakes, noted, read_numbers, reader, refuse, refuse_lost
 from .output import read_data
 
 _COUNT = reader(int, "an integer of at least 1", low=1)
 _POSITIVE = reader(float, "a number greater than 0", low=1e-300)
 _USUAL = Probing()
+# what the net at random depends on: it is measured once where runs have it in common
+OF_THE_NET = ("model", "embedding_dim", "bottleneck", "cut", "crop_size", "seed")
 
 
 def _add_probe_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
+    words = (
+        "folder of a finished run; of several, or a comparison's, on the same data, means over seeds are told"
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=words)
     _add_looked_at(parser.add_argument_group("what is looked at"))
     _add_fine_tuning(parser.add_argument_group("fine-tuning of the blocks and a linear layer"))
     parser.add_argument(
-        "--out", type=Path, metavar="PATH", help="folder for table and plot (default: the run's)"
+        "--out", type=Path, metavar="PATH", help="folder for table and plot (default: the first RUN)"
     )
 
 
@@ -91,22 +101,49 @@ def _add_fine_tuning(group: argparse._ActionsContainer) -> None:
     )
 
 
+def _runs(folders: Sequence[Path]) -> list[Path]:
+    """Those given, and of each that is a comparison its runs."""
+    found = list[Path]()
+    for folder in folders:
+        inside = sorted(path.parent for path in folder.glob("*/summary.json"))
+        found += inside if (folder / COMPARISON).exists() and inside else [folder]
+    return found
+
+
 def _probe(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
+    from ..figures import by_depth, probe
 
-    from ..figures import probe
-    from ..reports.progress import ReadingProgress
-
-    folder, out = arguments.run, arguments.out or arguments.run
+    runs, out = _runs(arguments.runs), arguments.out or arguments.runs[0]
+    wrong, nets = list[str](), list[tuple[Config, dict[str, Tensor]]]()
+    for folder in runs:
+        with noted(wrong):
+            config, _ = read_config(folder)
+            state = read_net(folder)
+            probe.check(config, state)
+            refuse_lost(arguments, config, "start this there")
+            nets.append((config, state))
+    refuse(wrong)
     with mistakes():
-        config, _ = read_config(folder)
-        probe.check(config, state := read_net(folder))
-        refuse_lost(arguments, config, "start this there")
         make_folder(out)
-        _, data = read_data(config, [])
-        check_trained_on(folder, data)
-    torch.set_num_threads(config.threads)
-    probing = Probing(
+        _, data = read_data(nets[0][0], [])
+        for folder in runs:
+            check_trained_on(folder, data)
+    torch.set_num_threads(nets[0][0].threads)
+    probing = _probing(arguments)
+    if len(runs) == 1:
+        lines = _measured(runs[0], *nets[0], data, probing)
+        return write_measured(arguments, out, lambda: probe.write(out, lines, probing, nets[0][0], data))
+    probed, drawn = list[by_depth.Probed](), set[tuple[object, ...]]()
+    for folder, (config, state) in zip(runs, nets, strict=True):
+        net = tuple(getattr(config, name) for name in OF_THE_NET)
+        lines = _measured(folder, config, state, data, probing, at_random=net not in drawn)
+        probed += by_depth.Probed.of(config, lines)
+        drawn.add(net)
+    return write_measured(arguments, out, lambda: by_depth.write(out, probed))
+
+
+def _probing(arguments: argparse.Namespace) -> Probing:
+    return Probing(
         depths=tuple(sorted(set(arguments.depths))),
         neighbours=arguments.neighbours,
         temperature=arguments.temperature,
@@ -116,11 +153,31 @@ def _probe(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
         seed=arguments.seed,
     )
+
+
+def _measured(
+    folder: Path,
+    config: Config,
+    state: Mapping[str, Tensor],
+    data: FederatedData,
+    probing: Probing,
+    *,
+    at_random: bool = True,
+) -> list[Line]:
+    from rich.console import Console
+
+    from ..figures import probe
+    from ..reports.progress import ReadingProgress
+
     begun, name = time.perf_counter(), f"fedss probe: {folder}"
     with mistakes(depth="--depths"), ReadingProgress(Console(stderr=True)) as progress:
-        lines = probe.measure(config, data, state, probing, lambda *far: progress(f"{name}: measuring", *far))
+
+        def say(*far: int) -> None:
+            progress(f"{name}: measuring", *far)
+
+        lines = probe.measure(config, data, state, probing, say, at_random=at_random)
     print(f"{name}: {len(lines)} measured in {time.perf_counter() - begun:.0f} s", file=sys.stderr)
-    return write_measured(arguments, out, lambda: probe.write(out, lines, probing, config, data))
+    return lines
 
 
 PROBE = Command(

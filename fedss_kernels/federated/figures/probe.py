@@ -53,15 +53,20 @@ def measure(
     state: Mapping[str, Tensor],  # of the trained net
     probing: Probing,
     on_measured: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    at_random: bool = True,
 ) -> list[Line]:
-    """A line for each depth and net. Raises ValueError as `check`, and for a depth that the net has not."""
+    """A line for each depth and net, the trained one and, if `at_random`, as it was drawn.
+
+    Raises ValueError as `check`, and for a depth that the net has not.
+    """
     check(config, state)
     player = Player(replace(config, init_checkpoint=None), data, device=training_device(config))
     begun = player.extractor.module
     trained = copy.deepcopy(begun)
     trained.load_state_dict(state)
     return by_depth(
-        {TRAINED: trained, RANDOM: begun},
+        {TRAINED: trained} | ({RANDOM: begun} if at_random else {}),
         data,
         probing,
         prepared=player.extractor.as_input,

@@ -182,9 +182,9 @@ def test_of_several_runs_there_are_means_over_seeds(folder, tmp_path, capsys):
     assert nets == [(*net, depth) for net in expected for depth in ("1", "3")]
     header, rows = read_markdown((tmp_path / "all" / "by_depth.md").read_text())
     assert header == ["linear probe (%) after block", "1", "3", "seeds"]
-    assert [(row[0], row[3]) for row in rows] == [("FedSS", "2"), ("random init", "2"), ("FullSoftmax", "1")]
+    assert [(row[0], row[3]) for row in rows] == [("FedSS", "2"), ("FullSoftmax", "1"), ("random init", "2")]
     mean, sd = mean_sd([float(r["probe"]) for r in measured if (r["net"], r["depth"]) == ("FedSS", "3")])
-    assert rows[0][2] == f"{100 * mean:.1f} ± {100 * sd:.1f}" and "±" not in rows[2][1]
+    assert rows[0][2] == f"{100 * mean:.1f} ± {100 * sd:.1f}" and "±" not in rows[1][1]
     cli.main(["probe", str(folder), "--depths=1,3", f"--out={tmp_path / 'one'}"])  # each as by itself
     alone = read_csv(tmp_path / "one" / "probe.csv")
     assert [r["probe"] for r in alone if r["net"] == "trained"] == [r["probe"] for r in measured[:2]]

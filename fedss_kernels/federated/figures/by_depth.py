@@ -59,13 +59,18 @@ def write(out: Path, probed: Sequence[Probed]) -> str:
     depths = list(dict.fromkeys(line.depth for p in probed for line in p.lines))
     header = [f"{measure.column} after block", *map(str, depths), "seeds"]
     rows = list[list[str]]()
-    for label in dict.fromkeys(p.label for p in probed):
+    for label in _labels(probed):
         own = [p for p in probed if p.label == label]
         rows.append([label, *(_mean(own, depth, measure) for depth in depths), str(len(own))])
     with plotting():
         plot(probed).savefig(out / "by_depth.png", dpi=150)
     meaning = f"{measure.label}: {measure.meaning}."
     return write_section(out, "by_depth", TITLE, WORDS + meaning, header, rows)
+
+
+def _labels(probed: Sequence[Probed]) -> dict[str, str]:
+    """With their methods, the net at random last."""
+    return {p.label: p.method for p in sorted(probed, key=lambda p: not p.method)}
 
 
 def _values(probed: Sequence[Probed], depth: int, name: str) -> list[float]:
@@ -88,7 +93,7 @@ def plot(probed: Sequence[Probed]) -> "Figure":
     measure = MEASURES[next(iter(probed[0].lines[0].measured))]
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.add_subplot()
-    labels = {p.label: p.method for p in probed}
+    labels = _labels(probed)
     colours = iter(styles([method for method in labels.values() if method]))
     for label, method in labels.items():
         own = [p for p in probed if p.label == label]
@@ -100,6 +105,7 @@ def plot(probed: Sequence[Probed]) -> "Figure":
         means, bars = [mean for mean, _ in found], [sd or 0.0 for _, sd in found]
         axes.errorbar(depths, means, bars, label=label, capsize=2, markersize=5, **look)
     axes.set(xlabel="after so many blocks of the net", ylabel=measure.axis)
+    axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.4)
     figure.legend(loc="outside upper center", ncols=2, frameon=False)

@@ -67,6 +67,7 @@ class Simulation:
             blocks=player.extractor.block_sizes,
             statistic=statistic(config),
             clients=config.cohort if config.noise_multiplier else None,
+            most=player.most_images if config.shares else None,
             store=None if self.method.personal else store,
         )
         self.store, self.homes = store, None
@@ -213,7 +214,7 @@ class Simulation:
             asked,
             {k: self.player.num_images(k) for k in asked},
             inspection if self._looks else None,
-            clip_norm=None if inside else config.clip_norm,
+            clip_norm=None if inside or config.shares else config.clip_norm,
             keeps=self.server.statistic is not None or config.poison_rate > 0 or not self.team.repeats,
         )
 

@@ -42,6 +42,17 @@ def quantised(numbers: Tensor, weight: float, rng: np.random.Generator) -> Tenso
     return (whole * (2 * RANGE / LEVELS) - RANGE).div_(weight).to(torch.float32)
 
 
+def integers(rounded: Tensor, weight: float) -> Tensor:
+    """int64: the q of what was `quantised`, exactly: float32 puts w u less than 2^-21 off, 1/8 of a level."""
+    levels = (rounded.to(torch.float64) * weight + RANGE) * (LEVELS / (2 * RANGE))
+    return levels.round_().to(torch.int64)
+
+
+def mean(total: Tensor, clients: int, weight: float) -> Tensor:
+    """float32: sum_k w_k u_k / sum_k w_k, of sum_k q_k over so many clients who weigh so much together."""
+    return (total.to(torch.float64) * (2 * RANGE / LEVELS) - RANGE * clients).div_(weight).to(torch.float32)
+
+
 def traffic(num_classes: int, num_ids: int, clients: int, absent: int, *, answers: bool) -> Traffic:
     """Of one of `clients` that find their class set, num_ids, by a secure sum and add changes by another.
 

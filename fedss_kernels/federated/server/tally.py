@@ -18,8 +18,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..messages import Update
-from .inspection import Finding, Inspection, clipped
+from ..messages import Update, clipped
+from .inspection import Finding, Inspection
 from .mean import PseudoGradient
 from .server import Server
 

@@ -353,7 +353,10 @@ def test_a_node_without_its_number_is_told_how_to_get_one(tmp_path):
         ({"cohort": 3}, "cohort: expected at most 2, the nodes, got 3"),
         ({"workers": 2}, "workers: expected 1 over a network"),
         ({"poison-rate": 0.5}, "poison_rate: expected 0 over a network"),
-        ({"negatives": "shared"}, "negatives: expected others over a network, where no secure sum is made"),
+        (
+            {"negatives": "shared"},
+            "min_clients: expected at least 2, more than half of the cohort, with shared",
+        ),
         (
             {"method": "fedbabu", "noise-multiplier": 1.0, "clip-norm": 1.0},
             "noise_multiplier: expected 0 over a network",

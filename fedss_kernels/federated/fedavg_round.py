@@ -184,7 +184,8 @@ class Simulation:
         if request is None:
             traffic, num_rows = Traffic.none(self.player.flows), 0
         else:
-            answers, has = client not in silent, self.copies.held(client, round)
+            answers = client not in silent or outcome == "discarded"
+            has = self.copies.held(client, round)
             traffic = self.player.traffic(round, attempt, client, request, answers=answers, has=has)
             num_rows = len(request.class_ids)
         return Entry(round + 1, attempt, client, num_rows, outcome, fault, traffic)

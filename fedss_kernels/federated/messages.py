@@ -29,7 +29,7 @@ class Request:
 class Silence:
     """Why a client that was drawn for a round has no part in it, as the ledger has it."""
 
-    outcome: str  # "dropped", "late" or "rejected"
+    outcome: str  # "dropped", "late", "rejected", or "discarded": sound, but the sum it is in is lost
     fault: str = ""  # what was wrong with what it said, where it is rejected
 
 

@@ -15,7 +15,7 @@ from ..messages import Update
 
 NUMBERS, WORDS = "numbers", "words"  # the two records of a message
 _RAW = "raw"  # Array.stype: the bytes are the numbers alone, no header
-_DTYPES = {"int64": torch.int64, **WIRE_DTYPES}
+_DTYPES = {"int64": torch.int64, "int32": torch.int32, **WIRE_DTYPES}
 
 
 def message(words: dict[str, Any], numbers: dict[str, Tensor] | None = None) -> RecordDict:
@@ -52,6 +52,13 @@ def word_of(content: RecordDict, name: str) -> Any:
     """The word of this name; None where there is none."""
     record = content.get(WORDS)
     return record.get(name) if isinstance(record, ConfigRecord) else None
+
+
+def are_ids(ids: Tensor, num_classes: int) -> bool:
+    """Whether these are class ids, ascending, each once."""
+    if ids.dtype != torch.int64 or ids.dim() != 1:
+        return False
+    return bool(((ids >= 0) & (ids < num_classes)).all() and (ids.diff() > 0).all())
 
 
 def update_message(update: Update, wire_dtype: str) -> RecordDict:

@@ -30,6 +30,7 @@ REASONS = {
     "not finite": f"changes not finite: {_DIVERGED}",
     "range": "a change outside [-8, 8], which no secure sum takes: is --client-lr too high?",
     "norm": "norm over --max-norm: is --client-lr too high?",
+    "shares": "keys or shares that no secure sum can be made or opened with",
 }
 # Where others' answers are sound: the bound is then the lower of two, and what is over it may be so too.
 BESIDE_OTHERS = REASONS | {

@@ -2,9 +2,9 @@
 
 Each client adds to its integers a mask of its own and one for each other client; modulo 2^32 those cancel in
 the sum, and shares of keys, which clients hold for each other, take out what clients leave behind who never
-answer (SecAgg: Bonawitz et al., CCS 2017; SecAgg+: Bell et al., CCS 2020). In one process there is nobody to
-hide numbers from, so none is masked: what is left are the integers, which this makes of numbers, and the
-bytes, as Flower's SecAgg+ has them. With w = n_k / max n and u a change of client k,
+answer (SecAgg: Bonawitz et al., CCS 2017; SecAgg+: Bell et al., CCS 2020). `flower` does so. In one process
+there is nobody to hide numbers from, so none is masked: what is left are the integers, which this makes of
+numbers, and the bytes, as Flower's SecAgg+ has them. With w = n_k / max n and u a change of client k,
 
     q = (w u + 8) 2^22 / 16, rounded up or down by chance, so that its mean is exact, each of them 4 bytes
     sum_k w u = 16 / 2^22 sum_k q - 8 K

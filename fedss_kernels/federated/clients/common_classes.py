@@ -2,8 +2,8 @@
 
 A client that asks for rows of its own shows the server which classes it holds, however it hides them among
 others: they are there again in the next round. Where the cohort has one class set the server needs the union
-of the clients' classes alone, and a secure sum over all the classes gives it little more: each client adds 1
-at those that it holds.
+of the clients' classes alone, and that a secure sum over all the classes gives it: each client adds a number
+of chance at those that it holds, or 1 where rows that few hold are not to move, and holders are counted.
 """
 
 from collections.abc import Callable, Sequence

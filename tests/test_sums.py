@@ -261,6 +261,7 @@ LIES = {
     "numbers of another shape": ("train", numbers(torch.zeros(5, dtype=torch.int32)), "shape"),
     "numbers of another dtype": ("train", numbers(torch.zeros(SIZE)), "dtype"),
     "no numbers": ("query.union", lambda answer: message({}), "dtype"),
+    "a complaint too late": ("train", lambda answer: message({"unsound": [1]}), "dtype"),
     "a complaint of nobody": ("query.union", lambda answer: message({"unsound": [77]}), "shares"),
     "a complaint of itself": ("query.union", lambda answer: message({"unsound": [4]}), "shares"),
     "a complaint in words": ("query.union", lambda answer: message({"unsound": "all"}), "shares"),

@@ -96,6 +96,23 @@ def test_a_node_says_nothing_of_its_classes_and_changes_but_behind_masks(tmp_pat
         assert len(numbers.unique()) == len(numbers) and numbers.double().std() > 2**29
 
 
+@pytest.mark.parametrize("min_holders", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
+def test_the_first_sum_counts_holders_only_where_that_is_asked_for(min_holders, tmp_path, monkeypatch):
+    counts = [sum(j in held for held in CLASSES_HELD) for j in range(NUM_CLASSES)]
+    real, found = SummingNodes._common, []
+
+    def noted(nodes, total, *others):
+        found.extend(total.tolist())
+        return real(nodes, total, *others)
+
+    monkeypatch.setattr(SummingNodes, "_common", noted)
+    federated(tmp_path, **ALL | {"min_holders": min_holders})
+    if min_holders > 1:
+        assert found == counts
+    else:
+        assert found[6] == 0 and min(found[:6]) > 2**10  # of a number below it the chance is 2^-22
+
+
 @pytest.mark.exhaustive
 def test_nodes_are_told_who_is_few_where_rows_of_few_stay(tmp_path):
     grid, told = grid_of(), {}

@@ -399,6 +399,12 @@ def test_numbers_come_back_as_they_went(dtype, shape):
     assert found.dtype == dtype and torch.equal(found, numbers)
 
 
+def test_no_numbers_are_packed_whatever_their_strides():
+    """As of classes that are drawn where none are left."""
+    found = unpacked(packed(torch.empty_strided((0,), (0,), dtype=torch.int64)))
+    assert found.shape == (0,) and found.dtype == torch.int64
+
+
 def test_what_is_packed_has_no_more_bytes_than_its_numbers():
     assert len(packed(torch.zeros(7, 3, dtype=torch.bfloat16)).data) == 42
 

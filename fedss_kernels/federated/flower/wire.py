@@ -26,8 +26,10 @@ def message(words: dict[str, Any], numbers: dict[str, Tensor] | None = None) -> 
 
 def packed(tensor: Tensor) -> Array:
     dtype = str(tensor.dtype).removeprefix("torch.")
-    content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    return Array(dtype, tuple(tensor.shape), _RAW, content.numpy().tobytes())
+    content = b""
+    if tensor.numel():  # or its strides may be any, and of no use to view
+        content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return Array(dtype, tuple(tensor.shape), _RAW, content)
 
 
 def unpacked(array: Any) -> Tensor | None:

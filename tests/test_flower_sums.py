@@ -261,6 +261,8 @@ SPOILT = {
     "images that no client has": (with_words(images=10**9), "examples"),
     "its own word": (with_words(fault="range"), "range"),
     "a word of its own": (with_words(fault="because"), "shares"),
+    "no word": (with_words(fault="", loss=float("nan")), "shares"),
+    "words": (with_words(fault=["range"]), "shares"),
 }
 
 

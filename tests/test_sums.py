@@ -1,5 +1,6 @@
 """Secure sums of a server and nodes, message by message: who drops out, who lies, and what is learned."""
 
+import base64
 import copy
 from functools import cache
 
@@ -9,11 +10,13 @@ import torch
 
 pytest.importorskip("flwr", reason="flwr is not installed: pip install 'fedss-kernels[flower]'")
 
+from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, PrivateFormat
 from flwr.app import RecordDict
+from flwr.supercore.primitives.asymmetric import generate_key_pairs
 
 from fedss_kernels.federated import secure_sums
 from fedss_kernels.federated.flower import masks, member, sums
-from fedss_kernels.federated.flower.keys import CHANGES, CLASSES, rebuilt
+from fedss_kernels.federated.flower.keys import CHANGES, CLASSES, Public, rebuilt
 from fedss_kernels.federated.flower.member import Membership
 from fedss_kernels.federated.flower.sums import SumLost, Sums
 from fedss_kernels.federated.flower.wire import WORDS, message, number_of
@@ -375,6 +378,24 @@ def test_two_who_show_one_key_are_both_out():
     nodes.change = copied
     made, _, _, active, _ = added(nodes)
     assert active == [4, 8, 9] and set(made.silent) == {1, 5}
+
+
+def test_a_key_of_any_other_kind_is_none():
+    """None that a liar might make ends the server."""
+    mask_key, share_key, seed_hash = Membership(RecordDict(), 1, 0, 0).keys()[:3]
+    public = Public.read(mask_key, share_key, seed_hash)
+    body = base64.b64decode(b"".join(mask_key.splitlines()[1:-1]))
+    of_no_curve = base64.encodebytes(body.replace(bytes.fromhex("2b81040022"), bytes.fromhex("2b8104007f")))
+    for key in (
+        b"-----BEGIN PUBLIC KEY-----\n" + of_no_curve + b"-----END PUBLIC KEY-----\n",
+        mask_key + b"\n",
+    ):
+        with pytest.raises(ValueError, match="a key: expected a public one of P-384"):
+            Public.read(key, share_key, seed_hash)
+    private, _ = generate_key_pairs()
+    locked = BestAvailableEncryption(b"password")
+    for secret in (b"", private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, locked)):
+        assert not public.is_of_key(secret)
 
 
 @pytest.mark.parametrize("false", range(4))

@@ -1,11 +1,13 @@
 """Keys and shares of the secure sums, as both sides read them: nothing that came is trusted."""
 
 import base64
+import contextlib
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ec import (
     SECP384R1,
     EllipticCurvePrivateKey,
@@ -22,6 +24,7 @@ from flwr.supercore.primitives.asymmetric import (
 SUMS = 2  # of a round,
 CLASSES, CHANGES = range(SUMS)  # by number
 _PLACE_BYTES = 4
+_NO_KEY = ValueError, TypeError, UnsupportedAlgorithm  # what is raised where there is none, or it is locked
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,10 @@ class Public:
 
 def public_key(content: Any) -> EllipticCurvePublicKey:
     """Raises ValueError for what is none, or not in the one form that flwr gives it."""
-    found = bytes_to_public_key(content) if type(content) is bytes else None
+    found = None
+    if type(content) is bytes:
+        with contextlib.suppress(*_NO_KEY):
+            found = bytes_to_public_key(content)
     on_curve = isinstance(found, EllipticCurvePublicKey) and isinstance(found.curve, SECP384R1)
     if found is None or not on_curve or public_key_to_bytes(found) != content:
         raise ValueError("a key: expected a public one of P-384")
@@ -65,7 +71,11 @@ def public_key(content: Any) -> EllipticCurvePublicKey:
 
 
 def private_key(content: bytes) -> EllipticCurvePrivateKey:
-    return bytes_to_private_key(content)
+    """Raises ValueError for what is none."""
+    try:
+        return bytes_to_private_key(content)
+    except _NO_KEY:
+        raise ValueError("a key: expected a private one") from None
 
 
 def agreed(mine: EllipticCurvePrivateKey, theirs: bytes, *, raw: bool = True) -> bytes:

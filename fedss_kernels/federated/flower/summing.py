@@ -134,10 +134,9 @@ class _Answers:
         """Raises Wrong for what is to be left out, by the client's own word or by what it says."""
         images, loss = word_of(answer, "images"), word_of(answer, "loss")
         update = Update(client, self.class_ids, self._rows, self._net, images, loss)
-        fault = word_of(answer, "fault")
-        if fault is None:
-            fault = self.inspection.look(update, self.class_ids).fault
+        fault = self.inspection.look(update, self.class_ids).fault
+        if (said := word_of(answer, "fault")) is not None:
+            fault = said if isinstance(said, str) and said in REASONS else SHARES
         if fault:
-            known = fault if fault in REASONS else SHARES
-            raise Wrong(known, REASONS[known])
+            raise Wrong(fault, REASONS[fault])
         self.found[client] = update

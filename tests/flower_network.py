@@ -19,6 +19,7 @@ class LocalGrid:
         self.spoil: dict[int, Spoil] = {}  # Flower's id -> what becomes of its answers
         self.sent: list[tuple[int, str]] = []
         self._replies: dict[str, tuple[int, Message]] = {}
+        self.states: dict[int, RecordDict] = {}  # Flower's id -> what is kept for the node
         self._numbers = count()
 
     def get_node_ids(self) -> Iterable[int]:
@@ -35,7 +36,7 @@ class LocalGrid:
         name = f"message {next(self._numbers)}"
         message.metadata.__dict__["_message_id"] = name
         self.sent.append((node, message.metadata.message_type))
-        context = Context(0, node, self.nodes[node], RecordDict(), {})
+        context = Context(0, node, self.nodes[node], self.states.setdefault(node, RecordDict()), {})
         reply = self.app(message, context)
         if node in self.spoil:
             reply = self.spoil[node](message.metadata.message_type, reply)

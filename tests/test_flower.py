@@ -353,7 +353,10 @@ def test_a_node_without_its_number_is_told_how_to_get_one(tmp_path):
         ({"cohort": 3}, "cohort: expected at most 2, the nodes, got 3"),
         ({"workers": 2}, "workers: expected 1 over a network"),
         ({"poison-rate": 0.5}, "poison_rate: expected 0 over a network"),
-        ({"negatives": "shared"}, "negatives: expected others over a network, where no secure sum is made"),
+        (
+            {"negatives": "shared"},
+            "min_clients: expected at least 2, more than half of the cohort, with shared",
+        ),
         (
             {"method": "fedbabu", "noise-multiplier": 1.0, "clip-norm": 1.0},
             "noise_multiplier: expected 0 over a network",
@@ -394,6 +397,12 @@ def test_numbers_come_back_as_they_went(dtype, shape):
     numbers = torch.arange(-3, 27)[: torch.Size(shape).numel()].view(shape).to(dtype)
     found = unpacked(packed(numbers.t().contiguous().t() if len(shape) == 2 else numbers))
     assert found.dtype == dtype and torch.equal(found, numbers)
+
+
+def test_no_numbers_are_packed_whatever_their_strides():
+    """As of classes that are drawn where none are left."""
+    found = unpacked(packed(torch.empty_strided((0,), (0,), dtype=torch.int64)))
+    assert found.shape == (0,) and found.dtype == torch.int64
 
 
 def test_what_is_packed_has_no_more_bytes_than_its_numbers():

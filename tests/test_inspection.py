@@ -14,9 +14,9 @@ from tiny_federation import tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import run
 from fedss_kernels.federated.clients.poison import poisoned
-from fedss_kernels.federated.messages import Update
+from fedss_kernels.federated.messages import Update, clipped, norm
 from fedss_kernels.federated.randomness import Purpose, generator
-from fedss_kernels.federated.server.inspection import Inspection, clipped, norm
+from fedss_kernels.federated.server.inspection import Inspection
 
 ASKED = torch.tensor([1, 4, 6])
 INSPECTION = Inspection(

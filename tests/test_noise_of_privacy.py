@@ -14,9 +14,8 @@ from fedss_kernels.federated.algorithms import METHODS
 from fedss_kernels.federated.clients.player import Player
 from fedss_kernels.federated.idle_settings import idle
 from fedss_kernels.federated.measures import MEASURES
-from fedss_kernels.federated.messages import Update
+from fedss_kernels.federated.messages import Update, norm
 from fedss_kernels.federated.server.gaussian import noisy
-from fedss_kernels.federated.server.inspection import norm
 from fedss_kernels.federated.server.mean import PseudoGradient
 
 PRIVATE = {"method": "full_softmax", "noise_multiplier": 1.0, "clip_norm": 0.01}

@@ -15,8 +15,9 @@ from fedss_kernels.federated.clients.common_classes import CommonClassSets
 from fedss_kernels.federated.clients.player import Player
 from fedss_kernels.federated.cohort import absence, draw_cohort
 from fedss_kernels.federated.idle_settings import idle
-from fedss_kernels.federated.messages import Update
+from fedss_kernels.federated.messages import Update, norm, numbers
 from fedss_kernels.federated.server.inspection import Inspection
+from fedss_kernels.federated.server.mean import SumMean
 
 STEP = 2 * secure_sums.RANGE / secure_sums.LEVELS
 
@@ -46,6 +47,42 @@ def test_a_number_is_a_whole_level_less_than_a_step_away_and_itself_on_average(w
     assert error.abs().max() < 1.05 * STEP
     assert error.mean(0).abs().max() < 4 * 0.5 * STEP / math.sqrt(2000)
     assert rounded.std(0).max() > 0.2 * STEP / weight  # by chance at all
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.3, 1 / 7, 1e-3])
+def test_the_integers_of_what_was_rounded_are_those_that_it_was_rounded_to(weight):
+    drawn = torch.Generator().manual_seed(0)
+    levels = torch.cat(
+        [
+            torch.randint(secure_sums.LEVELS + 1, (5000,), generator=drawn),
+            torch.tensor([0, secure_sums.LEVELS]),
+        ]
+    )
+    rounded = ((levels * STEP - secure_sums.RANGE) / weight).float()
+    assert torch.equal(secure_sums.integers(rounded, weight), levels)
+
+
+def test_the_mean_has_its_bits_from_the_sum_of_the_integers_alone():
+    """So a server that is told the sum comes to what one comes to that is told each of them."""
+    ids, counts, most = torch.tensor([1, 4]), [3, 7, 5], 7
+    drawn = torch.Generator().manual_seed(0)
+    updates = []
+    for k, n in enumerate(counts):
+        rows, net = (torch.randn(size, generator=drawn) for size in ((2, 3), (5,)))
+        rng = np.random.default_rng(k)
+        rounded = [secure_sums.quantised(part, n / most, rng) for part in (rows, net)]
+        updates.append(Update(k, ids, *rounded, n, 0.5))
+    found = [SumMean(ids, counts, most) for _ in range(2)]
+    for update in updates:
+        found[0].add(update)
+    for update in reversed(updates):
+        found[1].add(update)
+    first, second = (mean.gradient() for mean in found)
+    total = sum(secure_sums.integers(u.rows, u.num_examples / most) for u in updates)
+    assert torch.equal(first.rows, secure_sums.mean(total, 3, 15 / 7))
+    assert torch.equal(first.rows, second.rows) and torch.equal(first.extractor, second.extractor)
+    plain = sum(u.num_examples / 15 * u.rows.double() for u in updates)
+    torch.testing.assert_close(first.rows.double(), plain, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("number, fits", [(8.0, True), (-8.0, True), (8.001, False), (math.nan, False)])
@@ -157,6 +194,21 @@ def test_rows_that_few_of_the_cohort_hold_are_neither_sent_nor_moved():
     assert (all_of_them.weight != before).any(1).all()
     saved = all_of_them.summary.traffic["up_rows"] - left.summary.traffic["up_rows"]
     assert saved == 3 * 4 * DIM * len(few)
+
+
+def test_changes_are_clipped_before_they_are_rounded():
+    """The server sees none that it could clip."""
+    bound = 0.01
+    player = Player(shared(cohort=3, clip_norm=bound), tiny_data(), tiny_model())
+    k = draw_cohort(0, 0, 0, 5, 3)[0]
+    request = player.request(0, 0, k)
+    rows = player.known_rows(request.class_ids)
+    sent = player.update(0, 0, k, request, player.extractor.flat.clone(), rows.flatten())
+    size, weight = len(sent.rows.flatten()) + NUM_PARAMETERS, sent.num_examples / player.most_images
+    assert abs(norm(sent) - bound) < STEP * math.sqrt(size) / weight
+    for part in numbers(sent):
+        levels = (part.double() * weight + secure_sums.RANGE) / STEP
+        assert (levels - levels.round()).abs().max() < 0.05 / weight
 
 
 def test_what_moves_is_counted_by_kind():

@@ -67,6 +67,7 @@ class Simulation:
             blocks=player.extractor.block_sizes,
             statistic=statistic(config),
             clients=config.cohort if config.noise_multiplier else None,
+            most=player.most_images if config.shares else None,
             store=None if self.method.personal else store,
         )
         self.store, self.homes = store, None
@@ -183,7 +184,8 @@ class Simulation:
         if request is None:
             traffic, num_rows = Traffic.none(self.player.flows), 0
         else:
-            answers, has = client not in silent, self.copies.held(client, round)
+            answers = client not in silent or outcome == "discarded"
+            has = self.copies.held(client, round)
             traffic = self.player.traffic(round, attempt, client, request, answers=answers, has=has)
             num_rows = len(request.class_ids)
         return Entry(round + 1, attempt, client, num_rows, outcome, fault, traffic)
@@ -213,7 +215,7 @@ class Simulation:
             asked,
             {k: self.player.num_images(k) for k in asked},
             inspection if self._looks else None,
-            clip_norm=None if inside else config.clip_norm,
+            clip_norm=None if inside or config.shares else config.clip_norm,
             keeps=self.server.statistic is not None or config.poison_rate > 0 or not self.team.repeats,
         )
 

@@ -1,5 +1,6 @@
 """What travels between the server and its clients. They know these messages, and not each other."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,7 +29,7 @@ class Request:
 class Silence:
     """Why a client that was drawn for a round has no part in it, as the ledger has it."""
 
-    outcome: str  # "dropped", "late" or "rejected"
+    outcome: str  # "dropped", "late", "rejected", or "discarded": sound, but the sum it is in is lost
     fault: str = ""  # what was wrong with what it said, where it is rejected
 
 
@@ -46,3 +47,26 @@ class Update:
     num_examples: int  # n_k
     loss: float  # mean over its images as they were trained on
     kept: Tensor | None = None  # no message: what stays with the client until its next round, one vector
+
+
+def numbers(update: Update) -> tuple[Tensor, Tensor]:
+    """All that move, as vectors."""
+    return update.rows.flatten(), update.extractor
+
+
+def norm(update: Update) -> float:
+    """Of all that was sent: sqrt(|rows|^2 + |extractor|^2)."""
+    parts = numbers(update)
+    squares = sum(torch.dot(part, part).item() for part in parts)
+    if 1e-30 < squares < math.inf:
+        return math.sqrt(squares)
+    # the squares are too small or too large for float32, or a number is not finite
+    return math.hypot(*(torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts))
+
+
+def clipped(update: Update, bound: float) -> Update:
+    """The update, scaled to norm `bound` if it is longer."""
+    size = norm(update)
+    if size <= bound:
+        return update
+    return replace(update, rows=update.rows * (bound / size), extractor=update.extractor * (bound / size))

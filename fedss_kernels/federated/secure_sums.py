@@ -2,9 +2,9 @@
 
 Each client adds to its integers a mask of its own and one for each other client; modulo 2^32 those cancel in
 the sum, and shares of keys, which clients hold for each other, take out what clients leave behind who never
-answer (SecAgg: Bonawitz et al., CCS 2017; SecAgg+: Bell et al., CCS 2020). In one process there is nobody to
-hide numbers from, so none is masked: what is left are the integers, which this makes of numbers, and the
-bytes, as Flower's SecAgg+ has them. With w = n_k / max n and u a change of client k,
+answer (SecAgg: Bonawitz et al., CCS 2017; SecAgg+: Bell et al., CCS 2020). `flower` does so. In one process
+there is nobody to hide numbers from, so none is masked: what is left are the integers, which this makes of
+numbers, and the bytes, as Flower's SecAgg+ has them. With w = n_k / max n and u a change of client k,
 
     q = (w u + 8) 2^22 / 16, rounded up or down by chance, so that its mean is exact, each of them 4 bytes
     sum_k w u = 16 / 2^22 sum_k q - 8 K
@@ -40,6 +40,17 @@ def quantised(numbers: Tensor, weight: float, rng: np.random.Generator) -> Tenso
     chance = torch.from_numpy(rng.random(levels.shape))
     whole = (levels + chance).floor_()
     return (whole * (2 * RANGE / LEVELS) - RANGE).div_(weight).to(torch.float32)
+
+
+def integers(rounded: Tensor, weight: float) -> Tensor:
+    """int64: the q of what was `quantised`, exactly: float32 puts w u less than 2^-21 off, 1/8 of a level."""
+    levels = (rounded.to(torch.float64) * weight + RANGE) * (LEVELS / (2 * RANGE))
+    return levels.round_().to(torch.int64)
+
+
+def mean(total: Tensor, clients: int, weight: float) -> Tensor:
+    """float32: sum_k w_k u_k / sum_k w_k, of sum_k q_k over so many clients who weigh so much together."""
+    return (total.to(torch.float64) * (2 * RANGE / LEVELS) - RANGE * clients).div_(weight).to(torch.float32)
 
 
 def traffic(num_classes: int, num_ids: int, clients: int, absent: int, *, answers: bool) -> Traffic:

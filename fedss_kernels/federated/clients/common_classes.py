@@ -2,8 +2,8 @@
 
 A client that asks for rows of its own shows the server which classes it holds, however it hides them among
 others: they are there again in the next round. Where the cohort has one class set the server needs the union
-of the clients' classes alone, and a secure sum over all the classes gives it little more: each client adds 1
-at those that it holds.
+of the clients' classes alone, and that a secure sum over all the classes gives it: each client adds a number
+of chance at those that it holds, or 1 where rows that few hold are not to move, and holders are counted.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,6 +35,10 @@ class CommonClasses:
     negatives: Tensor  # N
     absent: int  # clients of the cohort that never answer
 
+    def few(self, holders: int) -> Tensor:
+        """Those of U that fewer clients have."""
+        return self.held[self.holders < holders]
+
 
 class CommonClassSets:
     """Of each round, as every process finds it by itself."""
@@ -53,9 +57,15 @@ class CommonClassSets:
         return self._last[1]
 
     def among(self, cohort: Sequence[int], round: int, attempt: int) -> CommonClasses:
-        config = self.config
         held, holders = torch.cat([self.held(k) for k in cohort]).unique(return_counts=True)
-        rng = generator(config.seed, round, attempt, NO_CLIENT, Purpose.COMMON_NEGATIVES)
-        negatives = draw_negatives(self.num_classes, held, config.num_negatives, rng)
-        absent = sum(absence(config, round, attempt, k) is not None for k in cohort)
-        return CommonClasses(held, holders, negatives, absent)
+        absent = sum(absence(self.config, round, attempt, k) is not None for k in cohort)
+        return CommonClasses(held, holders, self.others(held, round, attempt), absent)
+
+    def others(self, held: Tensor, round: int, attempt: int) -> Tensor:
+        """N, drawn for this U."""
+        rng = generator(self.config.seed, round, attempt, NO_CLIENT, Purpose.COMMON_NEGATIVES)
+        return draw_negatives(self.num_classes, held, self.config.num_negatives, rng)
+
+    def told(self, round: int, attempt: int, common: CommonClasses) -> None:
+        """Where the classes of clients are not known here: what the round's are, from a secure sum."""
+        self._last = (round, attempt), common

@@ -22,7 +22,7 @@ from ..files.fingerprint import Fingerprint
 from ..files.half_file import half_of
 from ..learning_rate import learning_rate
 from ..ledger import FLOWS, Traffic, client_traffic
-from ..messages import Request, Update
+from ..messages import Request, Update, clipped, norm, numbers
 from ..models import (
     build_model,
     refuse_batch_norm,
@@ -93,9 +93,9 @@ class Player:
     def num_images(self, client: int) -> int:
         return len(self.client.data.clients[client])
 
-    @property
+    @cached_property
     def most_images(self) -> int:
-        """That any client has."""
+        """That any client has; one that knows of itself alone is told."""
         return max(map(len, self.client.data.clients))
 
     def request(self, round: int, attempt: int, client: int) -> Request:
@@ -202,7 +202,7 @@ class Player:
     def _by_sums(self, moved: Traffic, round: int, attempt: int, *, answers: bool) -> Traffic:
         """What moves where changes are added by a secure sum, for what moves where they are sent."""
         config, common = self.config, self.common.of(round, attempt)
-        left_out = config.row_dim * int((common.holders < config.min_holders).sum())
+        left_out = config.row_dim * len(common.few(config.min_holders))
         num_ids = len(common.held) + len(common.negatives)
         sums = secure_sums.traffic(
             self.data.num_classes, num_ids, config.cohort, common.absent, answers=answers
@@ -246,15 +246,21 @@ class Player:
         return self._for_a_sum(update, round, attempt) if self.config.shares else update
 
     def _for_a_sum(self, update: Update, round: int, attempt: int) -> Update:
-        """As the sum has it: rounded, without rows that few hold; as it is where a number does not fit."""
-        common = self.common.of(round, attempt)
-        few = torch.isin(update.class_ids, common.held[common.holders < self.config.min_holders])
-        rows = update.rows.masked_fill(few[:, None], 0)
-        if not (secure_sums.fits(rows) and secure_sums.fits(update.extractor)):
+        """As the sum has it: without rows that few hold, clipped, rounded; not so where it is to be left out.
+
+        Whoever adds it up sees the sum alone, so all of this is the client's to do.
+        """
+        config, common = self.config, self.common.of(round, attempt)
+        kept = ~torch.isin(update.class_ids, common.few(config.min_holders))
+        update = replace(update, rows=update.rows.masked_fill(~kept[:, None], 0))
+        if config.clip_norm is not None and norm(update) <= config.max_norm:
+            update = clipped(update, config.clip_norm)
+        if not all(secure_sums.fits(part) for part in numbers(update)):
             return update
-        rng = generator(self.config.seed, round, attempt, update.client, Purpose.SECURE_SUM)
+        rng = generator(config.seed, round, attempt, update.client, Purpose.SECURE_SUM)
         weight = update.num_examples / self.most_images
-        rows[~few] = secure_sums.quantised(rows[~few], weight, rng)
+        rows = update.rows  # its own by now
+        rows[kept] = secure_sums.quantised(rows[kept], weight, rng)
         return replace(update, rows=rows, extractor=secure_sums.quantised(update.extractor, weight, rng))
 
     @property

@@ -20,8 +20,8 @@ from ..files.checkpoint import CheckpointError
 from ..files.round_metrics import RoundMetrics
 from ..files.run_folder import RUN_FILES, check_folder
 from ..run_loop import Result, run_by
+from .federation import ROLL, federation
 from .network import Network
-from .team import ROLL, federation
 
 Test = Callable[[], tuple[Any, Any]]
 
@@ -106,8 +106,10 @@ def _check(config: Config, nodes: int) -> None:
         raise ConfigError("cohort", f"expected at most {nodes}, the nodes, got {config.cohort}")
     if config.poison_rate:
         raise ConfigError("poison_rate", f"expected 0 {over}, got {config.poison_rate}")
-    if config.shares:
-        raise ConfigError("negatives", f"expected others {over}, where no secure sum is made, got {SHARED!r}")
+    if config.shares and not max(1, config.cohort / 2) < config.min_clients:
+        least = max(2, config.cohort // 2 + 1)
+        expected = f"expected at least {least}, more than half of the cohort, with {SHARED} negatives {over}"
+        raise ConfigError("min_clients", f"{expected}, got {config.min_clients}")
     if config.noise_multiplier:
         expected = f"expected 0 {over}: the noise of a simulation is drawn from a seed that all clients have"
         raise ConfigError("noise_multiplier", f"{expected}, got {config.noise_multiplier:g}")

@@ -1,20 +1,31 @@
 """The app of a node: the simulator's client, on data that it alone has."""
 
 import json
+import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
+from .. import secure_sums
+from ..clients.common_classes import CommonClasses
 from ..clients.player import Player, training_device
 from ..config import Config
 from ..data import FederatedData
 from ..ledger import WIRE_DTYPES
-from .wire import message, number_of, update_message, word_of
+from ..messages import Update
+from ..server.inspection import Inspection
+from .keys import CHANGES, CLASSES
+from .masks import KEY_BYTES, Integers, marks, stream
+from .member import Membership
+from .wire import are_ids, message, number_of, update_message, word_of
 
 Data = Callable[[Mapping[str, Any]], tuple[Any, Any]]
 PARTITION = "partition-id"
@@ -23,12 +34,15 @@ _PLACES = ("data_dir", "cache_dir", "out", "class_store", "init_checkpoint", "ha
 
 
 def app(data: Data, model: Callable[[], nn.Module] | None) -> ClientApp:
-    """It keeps nothing from one message to the next: a node that was started again goes on."""
+    """It keeps nothing from one message to the next but the keys of an attempt's secure sums.
+
+    So a node that was started again goes on, with them in the next attempt.
+    """
     found = ClientApp()
 
     def handled(asked: Message, context: Context, answer: Callable[["_Node"], RecordDict]) -> Message:
         try:
-            content = answer(_Node(asked.content, context.node_config, data, model))
+            content = answer(_Node(asked.content, context, data, model))
         except ValueError as error:  # what the node's people should put right
             content = message({"refused": " ".join(str(error).split())})
         return Message(content, reply_to=asked)
@@ -40,6 +54,22 @@ def app(data: Data, model: Callable[[], nn.Module] | None) -> ClientApp:
     @found.query("rows")
     def rows(asked: Message, context: Context) -> Message:
         return handled(asked, context, _Node.rows)
+
+    @found.query("keys")
+    def keys(asked: Message, context: Context) -> Message:
+        return handled(asked, context, _Node.keys)
+
+    @found.query("shares")
+    def shares(asked: Message, context: Context) -> Message:
+        return handled(asked, context, _Node.shares)
+
+    @found.query("union")
+    def union(asked: Message, context: Context) -> Message:
+        return handled(asked, context, _Node.union)
+
+    @found.query("open")
+    def open(asked: Message, context: Context) -> Message:
+        return handled(asked, context, _Node.open)
 
     @found.train()
     def train(asked: Message, context: Context) -> Message:
@@ -54,20 +84,25 @@ class _Node:
     def __init__(
         self,
         asked: RecordDict,
-        node: Mapping[str, Any],
+        context: Context,
         data: Data,
         model: Callable[[], nn.Module] | None,
     ):
-        self.asked, self.model = asked, model
+        self.asked, self.context, self.model = asked, context, model
+        node = context.node_config
         self.nodes, self.classes = self._word("nodes"), self._word("classes")
-        self.client = node.get(PARTITION, -1)
+        self.client: Any = node.get(PARTITION, -1)
         if not isinstance(self.client, int) or not 0 <= self.client < self.nodes:
             raise ValueError(
                 f"{PARTITION}: expected a number in [0, {self.nodes}), a node's own, got "
                 f"{node.get(PARTITION)!r}: start it with --node-config '{PARTITION}=0'"
             )
         self.device = str(node.get("device", "cpu"))
-        self.data = self._data(*data(node))
+        self._read = data
+
+    @cached_property
+    def data(self) -> FederatedData:
+        return self._data(*self._read(self.context.node_config))
 
     def roll(self) -> RecordDict:
         """Who it is, and how many images it has."""
@@ -85,12 +120,79 @@ class _Node:
     def train(self) -> RecordDict:
         """Its update, from the net and the rows that came."""
         player, round, attempt = self._player(), self._word("round"), self._word("attempt")
+        if player.config.shares:
+            player.most_images = self._word("most")
+            player.common.told(round, attempt, self._common(player))
         request = player.request(round, attempt, self.client)
         net, rows = self._numbers(player.config, "net"), self._numbers(player.config, "rows")
         with torch.random.fork_rng(devices=[]):
             update = player.update(round, attempt, self.client, request, net, rows)
         player.extractor.check_buffers()
+        if player.config.shares:
+            return self._summed(player, update)
         return update_message(update, player.config.wire_dtype)
+
+    def keys(self) -> RecordDict:
+        """Its public keys in the secure sums of an attempt at a round."""
+        return message({"keys": self._membership.keys()})
+
+    def shares(self) -> RecordDict:
+        """Its shares for the others."""
+        words = (self._word(name) for name in ("clients", "keys", "threshold"))
+        return message({"shares": self._membership.shares(*words)})
+
+    def union(self) -> RecordDict:
+        """Its classes, behind masks; or whose shares are not what they should be."""
+        if unsound := self._membership.join(self._word("from"), self._word("shares")):
+            return message({"unsound": unsound})
+        player = self._player()
+        held = player.client.positives(self.client).numpy()
+        # Numbers of chance tell that somebody holds a class, and ones how many do, where that is asked for.
+        counted = player.config.min_holders > 1
+        numbers = np.ones(len(held), np.int64) if counted else stream(os.urandom(KEY_BYTES), len(held))
+        return self._masked(CLASSES, marks(held, self.classes, numbers))
+
+    def open(self) -> RecordDict:
+        """Its shares of what others hide in a sum."""
+        words = (self._word(name) for name in ("sum", "active", "dropped"))
+        return message({"shares": self._membership.open(*words)})
+
+    def _masked(self, number: int, integers: Integers, **words: Any) -> RecordDict:
+        hidden = self._membership.masked(number, integers).astype(np.uint32).view(np.int32)
+        return message(words, {"masked": torch.from_numpy(hidden)})
+
+    def _summed(self, player: Player, update: Update) -> RecordDict:
+        """Its update behind masks; where it is to be left out, why: of that nobody else can judge."""
+        config, most = player.config, player.most_images
+        size = len(update.extractor)
+        looks = Inspection(size, config.row_dim, most, config.max_norm, math.inf, secure_sums.RANGE)
+        if fault := looks.look(update, update.class_ids).fault:
+            return message({"fault": fault})
+        common = player.common.of(self._word("round"), self._word("attempt"))
+        kept = ~torch.isin(update.class_ids, common.few(config.min_holders))
+        numbers = torch.cat([update.rows[kept].flatten(), update.extractor])
+        integers = secure_sums.integers(numbers, update.num_examples / most).numpy()
+        return self._masked(CHANGES, integers, images=update.num_examples, loss=update.loss)
+
+    @property
+    def _membership(self) -> Membership:
+        round, attempt = self._word("round"), self._word("attempt")
+        return Membership(self.context.state, self.client, round, attempt)
+
+    def _common(self, player: Player) -> CommonClasses:
+        """What the server says of the classes of all."""
+        held, few, negatives = (self._ids(name) for name in ("held", "few", "negatives"))
+        mine = player.client.positives(self.client)
+        if not torch.isin(mine, held).all() or torch.isin(negatives, held).any():
+            raise ValueError("held, negatives: expected this node's classes among the first alone")
+        enough = player.config.min_holders
+        return CommonClasses(held, enough - torch.isin(held, few).long(), negatives, absent=0)
+
+    def _ids(self, name: str) -> Tensor:
+        found = number_of(self.asked, name)
+        if found is None or not are_ids(found, self.classes):
+            raise ValueError(f"{name}: expected ids of classes, ascending")
+        return found
 
     def _word(self, name: str) -> Any:
         found = word_of(self.asked, name)

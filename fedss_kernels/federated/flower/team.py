@@ -9,17 +9,13 @@ from torch import Tensor
 
 from ..algorithms.parts import Part
 from ..clients.player import Player
-from ..disk import write_whole
-from ..fedavg_round import Simulation
-from ..files.run_folder import RunFolder
 from ..ledger import WIRE_DTYPES
 from ..messages import Request, Silence, Update
 from ..stopwatch import Stopwatch
 from ..workers import Team
 from .network import Network
-from .wire import message, number_of, update_of
+from .wire import are_ids, message, number_of, update_of
 
-ROLL = "roll.json"  # in the run's folder: of each client how many images it has
 _NONE = torch.empty(0, dtype=torch.int64)
 
 
@@ -46,7 +42,7 @@ class Nodes(Team):
         found = {}
         for k, answer in answers.items():
             ids = number_of(answer, "ids")
-            if ids is None or not _are_ids(ids, num_classes):
+            if ids is None or not len(ids) or not are_ids(ids, num_classes):
                 silent[k] = Silence("rejected", "ids")
             else:
                 found[k] = Request(ids, None, torch.empty(0))
@@ -80,24 +76,3 @@ class Nodes(Team):
     def _words(self, round: int, attempt: int) -> dict[str, int | str]:
         config = json.dumps(self.player.config.to_dict())
         return {**self.network.introduction, "config": config, "round": round, "attempt": attempt}
-
-
-def _are_ids(ids: Tensor, num_classes: int) -> bool:
-    """Whether these are class ids, ascending, each once."""
-    if ids.dtype != torch.int64 or ids.dim() != 1 or not len(ids):
-        return False
-    return bool(0 <= ids[0] and ids[-1] < num_classes and (ids.diff() > 0).all())
-
-
-def federation(network: Network) -> type[Simulation]:
-    """The simulation's rounds, played by these nodes."""
-
-    class Federation(Simulation):
-        def _team_of(self, player: Player, workers: int) -> Team:
-            return Nodes(player, self.watch, network)
-
-        def checkpoint(self, folder: RunFolder, rounds: int) -> None:
-            write_whole(folder.path / ROLL, json.dumps(network.images))
-            super().checkpoint(folder, rounds)
-
-    return Federation

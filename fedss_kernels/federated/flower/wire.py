@@ -15,7 +15,7 @@ from ..messages import Update
 
 NUMBERS, WORDS = "numbers", "words"  # the two records of a message
 _RAW = "raw"  # Array.stype: the bytes are the numbers alone, no header
-_DTYPES = {"int64": torch.int64, **WIRE_DTYPES}
+_DTYPES = {"int64": torch.int64, "int32": torch.int32, **WIRE_DTYPES}
 
 
 def message(words: dict[str, Any], numbers: dict[str, Tensor] | None = None) -> RecordDict:
@@ -26,8 +26,10 @@ def message(words: dict[str, Any], numbers: dict[str, Tensor] | None = None) -> 
 
 def packed(tensor: Tensor) -> Array:
     dtype = str(tensor.dtype).removeprefix("torch.")
-    content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    return Array(dtype, tuple(tensor.shape), _RAW, content.numpy().tobytes())
+    content = b""
+    if tensor.numel():  # or its strides may be any, and of no use to view
+        content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return Array(dtype, tuple(tensor.shape), _RAW, content)
 
 
 def unpacked(array: Any) -> Tensor | None:
@@ -52,6 +54,13 @@ def word_of(content: RecordDict, name: str) -> Any:
     """The word of this name; None where there is none."""
     record = content.get(WORDS)
     return record.get(name) if isinstance(record, ConfigRecord) else None
+
+
+def are_ids(ids: Tensor, num_classes: int) -> bool:
+    """Whether these are class ids, ascending, each once."""
+    if ids.dtype != torch.int64 or ids.dim() != 1:
+        return False
+    return bool(((ids >= 0) & (ids < num_classes)).all() and (ids.diff() > 0).all())
 
 
 def update_message(update: Update, wire_dtype: str) -> RecordDict:

@@ -6,14 +6,14 @@ An update that fails is dropped whole, and the round goes on with the others.
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median_low
 
 import torch
 from torch import Tensor
 
 from ..ledger import Entry
-from ..messages import Update
+from ..messages import Update, norm, numbers
 
 # Of the net's norm: a shorter change does little harm, whatever the others' are. Where losses are near 0 most
 # move hardly at all, and one that still learns many times as far.
@@ -30,6 +30,7 @@ REASONS = {
     "not finite": f"changes not finite: {_DIVERGED}",
     "range": "a change outside [-8, 8], which no secure sum takes: is --client-lr too high?",
     "norm": "norm over --max-norm: is --client-lr too high?",
+    "shares": "keys or shares that no secure sum can be made or opened with",
 }
 # Where others' answers are sound: the bound is then the lower of two, and what is over it may be so too.
 BESIDE_OTHERS = REASONS | {
@@ -90,7 +91,7 @@ class Inspection:
         size = norm(update)
         if not math.isfinite(size):
             return Finding("not finite")
-        if size > self.largest and any((part.abs() > self.largest).any() for part in _numbers(update)):
+        if size > self.largest and any((part.abs() > self.largest).any() for part in numbers(update)):
             return Finding("range", size)
         return Finding("norm" if size > self.max_norm else "", size)
 
@@ -139,25 +140,3 @@ def _is_plain(sent: object) -> bool:
         and not sent.is_nested
         and not sent.requires_grad
     )
-
-
-def _numbers(update: Update) -> tuple[Tensor, Tensor]:
-    return update.rows.flatten(), update.extractor
-
-
-def norm(update: Update) -> float:
-    """Of all that was sent: sqrt(|rows|^2 + |extractor|^2)."""
-    parts = _numbers(update)
-    squares = sum(torch.dot(part, part).item() for part in parts)
-    if 1e-30 < squares < math.inf:
-        return math.sqrt(squares)
-    # the squares are too small or too large for float32, or a number is not finite
-    return math.hypot(*(torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts))
-
-
-def clipped(update: Update, bound: float) -> Update:
-    """The update, scaled to norm `bound` if it is longer."""
-    size = norm(update)
-    if size <= bound:
-        return update
-    return replace(update, rows=update.rows * (bound / size), extractor=update.extractor * (bound / size))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ... import _C
+from .. import secure_sums
 from ..messages import Update
 
 
@@ -68,6 +69,31 @@ class Mean:
         """Once all were added: one at least."""
         assert self._sum is not None
         return self._sum
+
+
+class SumMean:
+    """g of updates of the same class rows as a secure sum has it: a function of the sum of their integers."""
+
+    def __init__(self, class_ids: Tensor, counts: Sequence[int], most: int):
+        """most: images of a client that weighs 1."""
+        self.class_ids, self.weight, self.most = class_ids, sum(counts) / most, most
+        self.clients = 0
+        self._rows = self._extractor = torch.zeros(1, dtype=torch.int64)
+
+    def add(self, update: Update) -> None:
+        """One that was quantised; their order is nothing to the sum."""
+        weight = update.num_examples / self.most
+        self._rows = self._rows + secure_sums.integers(update.rows, weight)
+        self._extractor = self._extractor + secure_sums.integers(update.extractor, weight)
+        self.clients += 1
+
+    def gradient(self) -> PseudoGradient:
+        """Once all were added: one at least."""
+        assert self.clients
+        rows, extractor = (
+            secure_sums.mean(total, self.clients, self.weight) for total in (self._rows, self._extractor)
+        )
+        return PseudoGradient(self.class_ids, rows, extractor)
 
 
 _FIRST = torch.zeros(1, dtype=torch.int64)

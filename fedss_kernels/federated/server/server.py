@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..messages import Update
 from .class_store import ClassStore
-from .mean import Holders, Mean, PseudoGradient
+from .mean import Holders, Mean, PseudoGradient, SumMean
 from .net import Net
 from .robust import Statistic, by_row
 from .row_table import Optimizer, RowTable
@@ -32,9 +32,10 @@ class Server:
         denominator: str = "cohort",
         statistic: Statistic | None = None,  # of each number over the clients, unweighted; None: their mean
         clients: int | None = None,  # each counts as one of so many; None: by its images
+        most: int | None = None,  # images that weigh 1 in a secure sum of updates; None: there is none
         store: ClassStore | None = None,  # where W is; None: in memory
     ):
-        self.denominator, self.statistic, self.clients = denominator, statistic, clients
+        self.denominator, self.statistic, self.clients, self.most = denominator, statistic, clients, most
         self.weight = RowTable(num_classes, embedding_dim, optimizer, initial_rows, store)
         self._net = Net(extractor, optimizer, [len(extractor)] if blocks is None else blocks)
 
@@ -64,12 +65,14 @@ class Server:
         """
         return self.extractor, self.weight.lend(class_ids)
 
-    def mean(self, held: Sequence[Tensor], counts: Sequence[int]) -> Mean:
+    def mean(self, held: Sequence[Tensor], counts: Sequence[int]) -> Mean | SumMean:
         """For updates of these class rows, (S,) each, and of so many images: their average, to be added up.
 
         An update weighs n_k / n, n = sum n_k over the updates; for class rows and `denominator="holders"`, n
         is the sum over the updates that hold the row. Where `clients` are alike: 1 / clients.
         """
+        if self.most:
+            return SumMean(held[0], counts, self.most)
         return Mean(Holders(held, counts, self.denominator), self.clients)
 
     def aggregate(self, updates: Sequence[Update]) -> PseudoGradient:

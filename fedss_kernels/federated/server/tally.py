@@ -18,8 +18,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..messages import Update
-from .inspection import Finding, Inspection, clipped
+from ..messages import Update, clipped
+from .inspection import Finding, Inspection
 from .mean import PseudoGradient
 from .server import Server
 
@@ -42,6 +42,7 @@ class Tally:
         self._answers: dict[int, Update] = {}  # without their numbers, but where they are kept
         self._keeps = keeps
         self._mean = None if keeps or not asked else server.mean(list(asked.values()), list(counts.values()))
+        self._sum: PseudoGradient | None = None  # of answers of which there is no more
 
     def take(self, client: int, update: Update) -> None:
         found = self.inspection.look(update, self.asked[client]) if self.inspection else Finding("")
@@ -59,6 +60,11 @@ class Tally:
         if self._mean:
             self._mean.add(update)
         self._answers[client] = _without_numbers(update)
+
+    def take_sum(self, answers: Mapping[int, Update], gradient: PseudoGradient) -> None:
+        """In the place of each: those that count, without their numbers, and g of them."""
+        self._findings = dict.fromkeys(answers, Finding(""))
+        self._answers, self._sum = {k: _without_numbers(u) for k, u in answers.items()}, gradient
 
     def faults(self) -> dict[int, str]:
         """Of each client that answered what is wrong with its answer, or ""."""
@@ -79,6 +85,8 @@ class Tally:
 
     def gradient(self) -> PseudoGradient | None:
         """Of those that count, one at least; None: they are to be played once more, for `again`."""
+        if self._sum is not None:
+            return self._sum
         counted = self.counted()
         if self._keeps:
             return self.server.aggregate(list(counted.values()))

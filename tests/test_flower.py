@@ -354,6 +354,7 @@ def test_a_node_without_its_number_is_told_how_to_get_one(tmp_path):
         ({"workers": 2}, "workers: expected 1 over a network"),
         ({"poison-rate": 0.5}, "poison_rate: expected 0 over a network"),
         ({"negatives": "shared"}, "negatives: expected others over a network, where no secure sum is made"),
+        ({"requests": "pir"}, "requests: expected plain over a network, where there is one server"),
         (
             {"method": "fedbabu", "noise-multiplier": 1.0, "clip-norm": 1.0},
             "noise_multiplier: expected 0 over a network",

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ...class_sets import draw_negatives
-from .. import secure_sums
+from .. import private_retrieval, secure_sums
 from ..algorithms import METHODS
 from ..algorithms.parts import Part, Parts
 from ..algorithms.schedule import Schedule
+from ..cohort import num_absent
 from ..config import STICKY, Config, ConfigError
 from ..data import FederatedData
 from ..defaults import OWN
@@ -111,7 +112,8 @@ class Player:
             return self.method.request(self.data.num_classes, positives, positives, config.correction)
         positives = self.client.positives(client)
         negatives = self._negatives(round, attempt, client, positives)
-        return self.method.request(self.data.num_classes, positives, negatives, config.correction)
+        request = self.method.request(self.data.num_classes, positives, negatives, config.correction)
+        return replace(request, sends_ids=False) if config.private else request
 
     @cached_property
     def common(self) -> CommonClassSets:
@@ -171,6 +173,10 @@ class Player:
         flows = FLOWS[_ROWS[self.method.rows]]
         if self.config.shares:
             flows = (*(flow for flow in flows if flow != "up_ids"), *secure_sums.FLOWS)
+        if self.config.private:
+            named = "up_ids", "down_rows"
+            others = (*private_retrieval.FLOWS, *secure_sums.SUM_FLOWS)
+            flows = (*(flow for flow in flows if flow not in named), *others)
         last = self.schedule.whole(self.config.rounds - 1)
         return (*flows, "down_frozen") if self._num(last, Part.FROZEN) else flows
 
@@ -199,7 +205,23 @@ class Player:
             answers=answers,
             dtype=self.config.wire_dtype,
         )
+        if self.config.private:
+            return self._in_private(moved, round, attempt, len(request.class_ids), answers=answers)
         return self._by_sums(moved, round, attempt, answers=answers) if self.config.shares else moved
+
+    def _in_private(
+        self, moved: Traffic, round: int, attempt: int, num_rows: int, *, answers: bool
+    ) -> Traffic:
+        """What moves where two servers are asked for rows, and changes of all rows are added by a sum."""
+        config, num_classes = self.config, self.data.num_classes
+        absent = num_absent(config, len(self.data.clients), round, attempt)
+        up_rows = secure_sums.INTEGER_BYTES * num_classes * config.row_dim * answers
+        kept = {flow: count for flow, count in moved.bytes.items() if flow not in ("up_ids", "down_rows")}
+        return (
+            Traffic(kept | {"up_rows": up_rows})
+            + private_retrieval.traffic(num_classes, num_rows, config.row_dim)
+            + secure_sums.of_one_sum(config.cohort, absent, answers=answers)
+        )
 
     def _by_sums(self, moved: Traffic, round: int, attempt: int, *, answers: bool) -> Traffic:
         """What moves where changes are added by a secure sum, for what moves where they are sent."""
@@ -245,12 +267,17 @@ class Player:
             rng = generator(self.config.seed, round, attempt, client, Purpose.POISON)
             if rng.random() < self.config.poison_rate:
                 return poisoned(update, self.data.num_classes, rng)
-        return self._for_a_sum(update, round, attempt) if self.config.shares else update
+        return self._for_a_sum(update, round, attempt) if self.config.sums else update
 
     def _for_a_sum(self, update: Update, round: int, attempt: int) -> Update:
-        """As the sum has it: rounded, without rows that few hold; as it is where a number does not fit."""
-        common = self.common.of(round, attempt)
-        few = torch.isin(update.class_ids, common.held[common.holders < self.config.min_holders])
+        """As the sum has it: rounded, without rows that few hold; as it is where a number does not fit.
+
+        Of a row that it did not ask for a client adds 0, which is a whole level: exactly nothing.
+        """
+        few = torch.zeros_like(update.class_ids, dtype=torch.bool)
+        if self.config.shares:
+            common = self.common.of(round, attempt)
+            few = torch.isin(update.class_ids, common.held[common.holders < self.config.min_holders])
         rows = update.rows.masked_fill(few[:, None], 0)
         if not (secure_sums.fits(rows) and secure_sums.fits(update.extractor)):
             return update

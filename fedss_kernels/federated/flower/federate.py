@@ -13,7 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 from torch import Tensor, nn
 
 from ..algorithms import METHODS, Method
-from ..config import SHARED, Config, ConfigError
+from ..config import PIR, SHARED, Config, ConfigError
 from ..data import FederatedData
 from ..data.handed_over import integers, tensor
 from ..files.checkpoint import CheckpointError
@@ -108,6 +108,8 @@ def _check(config: Config, nodes: int) -> None:
         raise ConfigError("poison_rate", f"expected 0 {over}, got {config.poison_rate}")
     if config.shares:
         raise ConfigError("negatives", f"expected others {over}, where no secure sum is made, got {SHARED!r}")
+    if config.private:
+        raise ConfigError("requests", f"expected plain {over}, where there is one server, got {PIR!r}")
     if config.noise_multiplier:
         expected = f"expected 0 {over}: the noise of a simulation is drawn from a seed that all clients have"
         raise ConfigError("noise_multiplier", f"{expected}, got {config.noise_multiplier:g}")

@@ -3,6 +3,7 @@
 import math
 import secrets
 from collections import Counter
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -11,11 +12,21 @@ import torch
 from test_every_method import bits, history
 from tiny_federation import DIM, NUM_CLASSES, NUM_PARAMETERS, tiny_config, tiny_data, tiny_model
 
-from fedss_kernels.federated import Config, ConfigError, Result, Stopped, private_retrieval, run, secure_sums
+from fedss_kernels.federated import (
+    Config,
+    ConfigError,
+    Result,
+    Stopped,
+    private_retrieval,
+    run,
+    secure_sums,
+)
 from fedss_kernels.federated.algorithms import METHODS
+from fedss_kernels.federated.cli import output
 from fedss_kernels.federated.clients.player import Player
 from fedss_kernels.federated.cohort import draw_cohort
 from fedss_kernels.federated.idle_settings import idle
+from fedss_kernels.federated.loading import dearer
 from fedss_kernels.xor_rows import xor_rows
 
 STEP = 2 * secure_sums.RANGE / secure_sums.LEVELS
@@ -214,6 +225,33 @@ def test_what_has_no_effect_is_said():
         assert not config.private and not config.sums
         words = "requests pir has no effect: what clients ask for says nothing of what they hold"
         assert words in idle([config]), method
+
+
+def test_where_all_rows_are_fewer_bytes_a_line_says_so(caplog):
+    """7 rows of 4 numbers are 112 bytes; each in private 2 (1 + 16) = 34, so it is so from 3.3 rows on.
+
+    Clients hold 2, 3, 2, 2 and 3 classes: 2.4 on average, and 3.4 with one more, 3.8 with |P| - 1 more.
+    """
+    data = tiny_data()
+    assert not dearer(tiny_config(num_negatives=7), data)
+    assert not dearer(private(method="pos_only"), data) and not dearer(private(num_negatives=0), data)
+    assert dearer(private(num_negatives=1), data)
+    equal = {"method": "neg_only", "num_negatives": 0}
+    assert not dearer(private(**equal), data) and dearer(private(**equal, equal_pushes=True), data)
+    train(private(num_negatives=2, rounds=1))
+    said = "requests pir: 4 of 7 rows from two servers are 0 KB for a client and round, all rows 0 KB: "
+    assert said + "full_softmax moves less and tells no more" in caplog.text
+
+
+def test_commands_say_it_once(capsys, monkeypatch):
+    def load_data(config, on_found, on_progress):
+        on_found(tiny_data().found)
+        return tiny_data()
+
+    monkeypatch.setattr(output, "load_data", load_data)
+    config = private(num_negatives=7, model="own")
+    output.read_data(config, [config, replace(config, seed=1)])
+    assert capsys.readouterr().out.count("glyphs: requests pir: 7 of 7 rows from two servers") == 1
 
 
 def test_it_is_for_the_methods_whose_requests_tell():

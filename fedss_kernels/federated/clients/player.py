@@ -122,10 +122,9 @@ class Player:
         return CommonClassSets(self.config, data.num_classes, len(data.clients), self.client.positives)
 
     def _negatives(self, round: int, attempt: int, client: int, positives: Tensor) -> Tensor:
-        """min(m, C - |P|) of them: new ones, or a share that is the same in every round."""
+        """New ones, or a share of them that is the same in every round."""
         config, num_classes = self.config, self.data.num_classes
-        more = len(positives) - 1 if config.equal_pushes and not self.method.own_push else 0
-        m = min(config.num_negatives + more, num_classes - len(positives))
+        m = num_negatives(config, len(positives), num_classes)
         kept = positives[:0]
         if STICKY[config.negatives]:
             rng = generator(config.seed, 0, 0, client, Purpose.STICKY_NEGATIVES)
@@ -301,6 +300,12 @@ class Player:
         """Shapes of what `embed` makes."""
         batches = self.data.test_images.split(EVALUATION_BATCH)
         return [(len(batch), self.config.embedding_dim) for batch in batches[part::parts]]
+
+
+def num_negatives(config: Config, held: int, num_classes: int) -> int:
+    """min(m, C - |P|): what a client with so many classes asks for besides them."""
+    more = held - 1 if config.equal_pushes and not METHODS[config.method].own_push else 0
+    return min(config.num_negatives + more, num_classes - held)
 
 
 def training_device(config: Config, rank: int = 0) -> torch.device:

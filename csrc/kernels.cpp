@@ -310,8 +310,9 @@ inline uint32_t bits_of(const XorRows& p, int64_t query, int64_t first) {
   return bits;
 }
 
+// p is a copy, which stores of bytes cannot change: else all of it were read again for each query.
 template <int VECTORS>
-void xor_strip(const XorRows& p, int64_t column) {
+void xor_strip(const XorRows p, int64_t column) {
   GroupSums<VECTORS> sums;
   for (int64_t first = 0; first < p.num_rows; first += kXorRows) {
     sum_groups<VECTORS>(p, first, column, sums);

@@ -20,6 +20,7 @@ from fedss_kernels.federated import (
     private_retrieval,
     run,
     secure_sums,
+    stopwatch,
 )
 from fedss_kernels.federated.algorithms import METHODS
 from fedss_kernels.federated.cli import output
@@ -27,6 +28,7 @@ from fedss_kernels.federated.clients.player import Player
 from fedss_kernels.federated.cohort import draw_cohort
 from fedss_kernels.federated.idle_settings import idle
 from fedss_kernels.federated.loading import dearer
+from fedss_kernels.federated.stopwatch import Stopwatch
 from fedss_kernels.xor_rows import xor_rows
 
 STEP = 2 * secure_sums.RANGE / secure_sums.LEVELS
@@ -139,6 +141,18 @@ def test_who_never_answers_asks_and_adds_nothing():
         assert metrics.traffic["up_rows"] == 2 * 4 * NUM_CLASSES * DIM
         assert metrics.traffic["up_shares"] == 4 * (2 * 215 + 3 * 612) + 2 * (2 * 52 + 2 * 324)
         assert metrics.traffic["up_queries"] == 2 * metrics.mean_class_set * 4
+
+
+def test_a_stage_inside_another_is_counted_once(monkeypatch):
+    """Begun at 0 and 1, ended at 3 and 7; then another from 8 to 9."""
+    watch = Stopwatch()
+    monkeypatch.setattr(stopwatch.time, "perf_counter", iter([0.0, 1.0, 3.0, 7.0, 8.0, 9.0]).__next__)
+    with watch("select"), watch("answers"):
+        pass
+    with watch("files"):
+        pass
+    seconds = {stage: spent for stage, spent in watch.seconds.items() if spent}
+    assert seconds == {"select": 5.0, "answers": 2.0, "files": 1.0}
 
 
 # ---- rounds ------------------------------------------------------------------------------------------------

@@ -27,10 +27,6 @@ def _decays_from_then(config: Config) -> bool:
     return config.lr_decay in ("linear", "cosine") or (config.lr_decay == "step" and config.rounds == 1)
 
 
-def _tells(config: Config) -> bool:
-    return METHODS[config.method].tells
-
-
 # (options, why they have no effect, when that is so)
 RULES: tuple[Rule, ...] = (
     *_of_other_methods(),
@@ -86,7 +82,11 @@ RULES: tuple[Rule, ...] = (
     (("denominator",), "with noise all clients weigh the same", lambda c: c.noise_multiplier > 0),
     (("delta",), "noise_multiplier is 0", lambda c: c.noise_multiplier == 0),
     (("denominator",), "all of a cohort have the same class rows", lambda c: c.shares),
-    (("requests",), "what clients ask for says nothing of what they hold", lambda c: not _tells(c)),
+    (
+        ("requests",),
+        "what clients ask for says nothing of what they hold",
+        lambda c: not METHODS[c.method].tells,
+    ),
     (("min_holders",), "negatives are not shared", lambda c: METHODS[c.method].common and not c.shares),
     (("frozen", "depth_budget", "projection"), "there is one stage", lambda c: c.stages == 1),
     (("frozen",), "no block is frozen", lambda c: c.freeze == "no" and c.stages != 1),

@@ -17,6 +17,7 @@
 #include "sampled_softmax.hpp"
 #include "scale_to_bfloat16.hpp"
 #include "scatter_add.hpp"
+#include "xor_rows.hpp"
 
 namespace py = pybind11;
 
@@ -233,6 +234,24 @@ void run_scale_to_bfloat16(const py::object& values, double factor, const py::ob
   scale_to_bfloat16(numbers, n, float(factor), to, threads);
 }
 
+BitVectors bit_vectors(const char* name, const py::handle& tensor, int64_t num_bits) {
+  constexpr int kUnsigned = 1;
+  const DLTensor t = fields_of(name, tensor);
+  expect(t.ndim == 2 && t.dtype.code == kUnsigned && t.dtype.bits == 8, name, "a matrix of uint8");
+  expect(t.shape[1] == (num_bits + 7) / 8 && (t.shape[1] <= 1 || t.strides[1] == 1), name,
+         std::to_string((num_bits + 7) / 8) + " bytes side by side for each query");
+  return {static_cast<const uint8_t*>(t.data), t.shape[0], t.strides[0]};
+}
+
+void run_xor_rows(const py::object& table, const py::object& bits, const py::object& answers, int threads) {
+  const Matrix rows = matrix("table", table);
+  expect(rows.cols <= 1 || rows.col_stride == 1, "table", "rows whose elements lie side by side");
+  const BitVectors queries = bit_vectors("bits", bits, rows.rows);
+  void* const to = output("answers", answers, rows.dtype, queries.rows * rows.cols);
+  const py::gil_scoped_release release;
+  xor_rows(rows, queries, to, threads);
+}
+
 void run_row_momentum_step(const py::object& weight, const py::object& velocity, const py::object& class_ids,
                            const py::object& rows, double lr, double momentum, double weight_decay, bool nesterov,
                            int threads) {
@@ -377,6 +396,7 @@ PYBIND11_MODULE(_C, m) {
         arg("entry_labels") = py::none(), arg("target_labels") = py::none(), arg("target_logit") = py::none());
   m.def("scatter_add", &fedss::run_scatter_add, arg("out"), arg("class_ids"), arg("rows"), arg("scale"),
         arg("threads") = 1);
+  m.def("xor_rows", &fedss::run_xor_rows, arg("table"), arg("bits"), arg("answers"), arg("threads") = 1);
   m.def("row_momentum_step", &fedss::run_row_momentum_step, arg("weight"), arg("velocity"), arg("class_ids"),
         arg("rows"), arg("lr"), arg("momentum"), arg("weight_decay"), arg("nesterov"), arg("threads") = 1);
   m.def("row_adam_step", &fedss::run_row_adam_step, arg("weight"), arg("exp_avg"), arg("exp_avg_sq"), arg("row_steps"),

@@ -78,6 +78,16 @@ struct BfloatTile {
   Bfloat16Pair* by_class;  // (classes / 2 rounded up, stride)
 };
 
+// Rows of bytes, and bit vectors that say which of them are in which sum by XOR.
+struct XorRows {
+  const char* rows;
+  int64_t num_rows, row_bytes, row_stride;
+  const uint8_t* bits;  // (queries, num_rows / 8 rounded up), bit i % 8 of byte i / 8 for row i
+  int64_t queries, bits_stride;
+  char* sums;  // (queries, sum_stride): row_bytes of them, and after those as many as make up whole vectors
+  int64_t sum_stride;
+};
+
 // Products of pairs of bfloat16 numbers, and what prepares them.
 struct BfloatKernels {
   void (*multiply)(const Product<Bfloat16Pair, float>&);
@@ -94,6 +104,7 @@ struct Kernels {
   void (*scale_to_bfloat16)(const float* values, int64_t n, float factor, uint16_t* out);
   void (*widen_bfloat16)(const uint16_t* row, int64_t n, float* out);
   void (*exponentials)(const double* x, int64_t n, double* out);  // out_i = exp(x_i) for x_i <= 0
+  void (*xor_rows)(const XorRows&);                               // sum ^= each row whose bit is set
   const BfloatKernels* of_bfloat16;                               // null where there is no instruction for them
   double precise_work;                           // multiply-adds of a product up to which float64 is worth its time
   void (*multiply_in_registers)(int64_t steps);  // to measure how fast that can be

@@ -27,6 +27,7 @@ def sampled_softmax(
 def scatter_add(
     out: Tensor, class_ids: Tensor, rows: Tensor, scale: Tensor | None, threads: int = 1
 ) -> None: ...
+def xor_rows(table: Tensor, bits: Tensor, answers: Tensor, threads: int = 1) -> None: ...
 def row_momentum_step(
     weight: Tensor,
     velocity: Tensor | None,

@@ -357,6 +357,7 @@ def test_a_node_without_its_number_is_told_how_to_get_one(tmp_path):
             {"negatives": "shared"},
             "min_clients: expected at least 2, more than half of the cohort, with shared",
         ),
+        ({"requests": "pir"}, "requests: expected plain over a network, where there is one server"),
         (
             {"method": "fedbabu", "noise-multiplier": 1.0, "clip-norm": 1.0},
             "noise_multiplier: expected 0 over a network",

@@ -18,6 +18,7 @@ FLOORS = (
         "ledger",
         "lock",
         "measures",
+        "private_retrieval",
         "randomness",
         "scratch",
         "secure_sums",

@@ -11,6 +11,7 @@ from tiny_federation import tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import TooFewClients, cli
 from fedss_kernels.federated.clients.player import Player
+from fedss_kernels.federated.cohort import draw_cohort
 from fedss_kernels.federated.config import Config, ConfigError
 from fedss_kernels.federated.figures import privacy
 from fedss_kernels.federated.loading import load_data
@@ -61,17 +62,22 @@ def test_the_attack_finds_what_the_formula_says(glyphs):
     config, data = glyphs
     lines = privacy.measure(config, data, clients=40, requests=(1, 2, 3, 20))
     assert [(line.negatives, line.requests) for line in lines] == [
-        (way, count) for way in ("fresh", "sticky", "mixed", "shared", "all rows") for count in (1, 2, 3, 20)
+        (way, count)
+        for way in ("fresh", "sticky", "mixed", "shared", "pir", "all rows")
+        for count in (1, 2, 3, 20)
     ]
     by = {(line.negatives, line.requests): line for line in lines}
     assert all(line.recall == 1 for line in lines)
     for line in lines:
-        assert (line.posterior is None) == (line.negatives == "shared")
+        assert (line.posterior is None) == (line.negatives in ("shared", "pir"))
         assert line.posterior is None or line.precision == pytest.approx(line.posterior, abs=0.03)
     assert by["fresh", 1].precision == by["sticky", 20].precision == by["mixed", 1].precision
     assert by["fresh", 20].precision == 1 and by["sticky", 20].named == by["sticky", 1].named
     assert by["sticky", 20].precision < by["mixed", 20].precision < 1
     assert by["all rows", 20].named == 60 and by["all rows", 20].precision == by["shared", 1].precision
+    for count in (1, 2, 3, 20):  # the unions have negatives in them too, of 16 clients nearly all classes
+        assert by["shared", count].named <= by["pir", count].named <= 60
+        assert by["pir", count].precision == pytest.approx(by["all rows", 1].precision, abs=0.01)
     assert by["all rows", 1].bytes == 2 * 60 * 64 * 4 and by["fresh", 1].bytes == by["sticky", 1].bytes
 
 
@@ -81,12 +87,32 @@ def test_of_shared_negatives_the_server_sees_the_classes_of_each_cohort_together
     player = Player(config, data)
     positives = [player.client.positives(k) for k in range(40)]
     for client in (0, 7):
-        unions = [privacy._seen(player, round, client) for round in range(30)]
+        unions = [privacy.Seen(player)(round, client) for round in range(30)]
         for union in unions:
             assert torch.isin(positives[client], union).all()
         assert max(map(len, unions)) > max(map(len, positives))
         in_all = [set(union.tolist()) for union in unions]
         assert set(positives[client].tolist()) <= set.intersection(*in_all) < in_all[0]
+
+
+def test_of_private_requests_the_server_sees_what_a_cohort_asks_for_together(glyphs):
+    config, data = glyphs
+    player = Player(Config(**{**vars(config), "requests": "pir", "cohort": 3}), data)
+    for client in (0, 7):
+        for round in range(4):
+            cohort = draw_cohort(config.seed, round, 0, 40, 3)
+            cohort = cohort if client in cohort else [client, *cohort[1:]]
+            asked = {j for k in cohort for j in player.request(round, 0, k).class_ids.tolist()}
+            assert privacy.Seen(player)(round, client).tolist() == sorted(asked)
+
+
+def test_what_a_client_moves_for_private_requests(glyphs):
+    """A bit vector and a row of each of two servers for each row; all rows and its keys and shares up."""
+    config, data = glyphs
+    player = Player(Config(**{**vars(config), "requests": "pir", "cohort": 3}), data)
+    rows = len(player.request(0, 0, 5).class_ids)
+    shares = 2 * (2 * 215 + 612) + 2 * 215 + 2 * 612 + 3 * 52
+    assert privacy._bytes(player, 0, 5) == 2 * rows * (8 + 64 * 4) + 60 * 64 * 4 + shares
 
 
 def test_the_limits_of_the_methods_hold_for_sticky_negatives_too():
@@ -108,7 +134,7 @@ def test_the_command_writes_table_and_plot_and_trains_if_asked(tmp_path, capsys,
     assert cli.main(["privacy", *small, "--rounds=2", "--clients=3", "--train", f"--out={out}"]) == 0
     with (out / "privacy.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
-    assert len(lines) == 5 * len(privacy.REQUESTS) and all(float(line["top1"]) >= 0 for line in lines)
+    assert len(lines) == 6 * len(privacy.REQUESTS) and all(float(line["top1"]) >= 0 for line in lines)
     assert (out / "privacy.md").read_text() in capsys.readouterr().out
     assert (out / "privacy.png").read_bytes().startswith(b"\x89PNG")
 
@@ -130,8 +156,14 @@ def test_a_training_that_fails_leaves_the_others_and_what_is_seen_in_requests(tm
     assert error == "fedss privacy: training with sticky negatives failed: round 1: nobody\n"
     with (out / "privacy.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
-    assert {line["negatives"] for line in lines if line["top1"]} == {"fresh", "mixed", "shared", "all rows"}
-    assert len(lines) == 5 * len(privacy.REQUESTS)
+    assert {line["negatives"] for line in lines if line["top1"]} == {
+        "fresh",
+        "mixed",
+        "shared",
+        "pir",
+        "all rows",
+    }
+    assert len(lines) == 6 * len(privacy.REQUESTS)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +179,7 @@ def test_the_posterior_is_of_what_the_method_asks_for(method, options, named, pr
     config = Config(**{**vars(config), "method": method, **options})
     held = len(Player(config, data).client.positives(0))
     for line in privacy.measure(config, data, clients=1, requests=(1, 3)):
-        if line.negatives == privacy.ALL:
+        if line.negatives in privacy.UNLIKE:
             continue
         assert line.named == {"held": held, "all": 60}[named]
         expected = held / 60 if precision == "prior" else precision

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .algorithms import METHODS
-from .algorithms.method import SHARED, STICKY
+from .algorithms.method import PIR, SHARED, STICKY
 from .config_error import ConfigError
 from .models.bottleneck import Bottleneck
 from .secure_sums import MOST_CLIENTS
@@ -31,9 +31,11 @@ def clashes(config: Any) -> Iterator[ConfigError]:
     if method.contrastive and config.batch_size == 1:
         expected = f"expected at least 2 with {config.method}, as an image alone has no other to be told from"
         yield ConfigError("batch_size", f"{expected}, got 1")
-    if config.shares:
-        yield from _with_sums(config)
-    elif config.negatives == SHARED and "negatives" in method.options:
+    if config.sums:
+        yield from _with_sums(config, f"{SHARED} negatives" if config.shares else f"{PIR} requests")
+    if config.private:
+        yield from _in_private(config)
+    if not config.shares and config.negatives == SHARED and "negatives" in method.options:
         expected = f"expected one of {', '.join(STICKY)} with {config.method}"
         yield ConfigError("negatives", f"{expected}, got {SHARED!r}")
     if config.noise_multiplier:
@@ -51,15 +53,30 @@ def clashes(config: Any) -> Iterator[ConfigError]:
         yield ConfigError("workers", f"{expected}, got {config.workers}")
 
 
-def _with_sums(config: Any) -> Iterator[ConfigError]:
+def _with_sums(config: Any, why: str) -> Iterator[ConfigError]:
     """Where the server sees sums alone, of at most MOST_CLIENTS terms of integers."""
     for name, expected in (("aggregation", "mean"), ("poison_rate", 0), ("wire_dtype", "float32")):
         if (got := getattr(config, name)) != expected:
-            words = f"expected {expected} with {SHARED} negatives, whose changes go into a secure sum"
+            words = f"expected {expected} with {why}, whose changes go into a secure sum"
             yield ConfigError(name, f"{words}, got {got}")
     if config.cohort is not None and config.cohort > MOST_CLIENTS:
-        words = f"expected at most {MOST_CLIENTS:,} with {SHARED} negatives, whom a secure sum holds"
+        words = f"expected at most {MOST_CLIENTS:,} with {why}, whom a secure sum holds"
         yield ConfigError("cohort", f"{words}, got {config.cohort:,}")
+
+
+def _in_private(config: Any) -> Iterator[ConfigError]:
+    """Where no server knows who asks for which rows, and each reads all of them for an answer."""
+    if config.shares:
+        words = (
+            f"expected plain with {SHARED} negatives, where a cohort has one class set that the server makes"
+        )
+        yield ConfigError("requests", f"{words}, got {config.requests!r}")
+    if config.denominator != "cohort":
+        words = f"expected cohort with {PIR} requests, where nobody knows who holds a row"
+        yield ConfigError("denominator", f"{words}, got {config.denominator!r}")
+    if config.class_store is not None:
+        words = f"expected none with {PIR} requests, whose servers read all rows for every client"
+        yield ConfigError("class_store", f"{words}, got {config.class_store}")
 
 
 def _with_noise(config: Any) -> Iterator[ConfigError]:

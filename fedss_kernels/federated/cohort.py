@@ -1,5 +1,7 @@
 """Who takes part in a round: the clients drawn for it, and which of them never answer."""
 
+from functools import lru_cache
+
 from .config import Config
 from .randomness import NO_CLIENT, Purpose, generator
 
@@ -24,3 +26,10 @@ def absence(config: Config, round: int, attempt: int, client: int) -> str | None
         if latency > config.deadline:
             return "late"
     return None
+
+
+@lru_cache(maxsize=1)
+def num_absent(config: Config, num_clients: int, round: int, attempt: int) -> int:
+    """How many clients of the cohort never answer."""
+    cohort = draw_cohort(config.seed, round, attempt, num_clients, config.cohort)
+    return sum(absence(config, round, attempt, k) is not None for k in cohort)

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from .algorithms import METHODS
-from .algorithms.method import SHARED, STICKY
+from .algorithms.method import PIR, SHARED, STICKY
 from .algorithms.mocosfl import CLIENT_GRADIENTS, MOMENTUM_COPIES, SYMMETRIC, VELOCITIES
 from .clashes import clashes
 from .config_error import ConfigError, raise_together
@@ -124,6 +124,12 @@ class Config:
     )
     min_holders: int = option(
         1, "with shared negatives: a class row that fewer of the cohort hold is not trained", low=1
+    )
+    requests: str = option(
+        "plain",
+        "how a client asks for class rows: plain, by their numbers; pir, of two servers, neither of which "
+        "learns which, and its changes go into a secure sum over all rows",
+        choices=lambda: ("plain", PIR),
     )
     correction: str = option(
         "negatives",
@@ -419,8 +425,18 @@ class Config:
 
     @property
     def shares(self) -> bool:
-        """Whether a cohort has one class set in common, and the server sees sums alone."""
+        """Whether a cohort has one class set in common, found by a secure sum."""
         return self.negatives == SHARED and METHODS[self.method].common
+
+    @property
+    def private(self) -> bool:
+        """Whether clients ask two servers for rows, neither of which learns for which."""
+        return self.requests == PIR and METHODS[self.method].tells
+
+    @property
+    def sums(self) -> bool:
+        """Whether the server sees no client's changes, but their sum."""
+        return self.shares or self.private
 
     @property
     def row_dim(self) -> int:

@@ -5,12 +5,13 @@ cohort -> each client's class set -> server.select -> client.update -> tally, th
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
 
-from . import secure_sums
+from ..xor_rows import xor_rows
+from . import private_retrieval, secure_sums
 from .algorithms.parts import Part
 from .any_round import OnTuned, Played, TooFewClients, Trained
 from .clients.player import Player
@@ -91,8 +92,8 @@ class Simulation:
             max_norm=config.max_norm,
             # What goes into a secure sum its client alone can look at; with noise no answer may decide on
             # another.
-            max_norm_ratio=math.inf if config.shares or config.noise_multiplier else config.max_norm_ratio,
-            largest=secure_sums.RANGE if config.shares else math.inf,
+            max_norm_ratio=math.inf if config.sums or config.noise_multiplier else config.max_norm_ratio,
+            largest=secure_sums.RANGE if config.sums else math.inf,
         )
 
     def _team_of(self, player: Player, workers: int) -> Team:
@@ -194,13 +195,25 @@ class Simulation:
         self, round: int, attempt: int, requests: Mapping[int, Request], tally: Tally
     ) -> dict[int, Silence]:
         """Who of them sends nothing back."""
-        return self.team.play(round, attempt, requests, self.server.extractor, self._given, tally.take)
+        return self.team.play(round, attempt, requests, self.server.extractor, self._giving(), tally.take)
 
-    def _given(self, client: int, request: Request) -> Tensor:  # Player.num_given numbers
-        """What a client needs for its round beside phi."""
+    def _giving(self) -> Callable[[int, Request], Tensor]:
+        """(client, request) -> what it needs for its round beside phi, Player.num_given numbers."""
         if self.homes:
-            return self.homes.read(client)
-        return self.server.select(self._travelling(request))[1]
+            homes = self.homes
+            return lambda client, request: homes.read(client)
+        if self.config.private:
+            with self.watch("select"):
+                table = self.server.weight[:]
+            return lambda client, request: self._retrieved(table, request.class_ids)
+        return lambda client, request: self.server.select(self._travelling(request))[1]
+
+    def _retrieved(self, table: Tensor, class_ids: Tensor) -> Tensor:  # (C, D), (S,) -> (S, D)
+        """Rows that a client has of two servers, each with the table as it is in this round."""
+        asked = private_retrieval.queries(class_ids, len(table))
+        with self.watch("answers"):
+            of_a, of_b = (xor_rows(table, bits) for bits in asked)
+        return private_retrieval.opened(of_a, of_b)
 
     def _travelling(self, request: Request) -> Tensor:
         """The class rows of a request that come and go back."""
@@ -215,7 +228,7 @@ class Simulation:
             asked,
             {k: self.player.num_images(k) for k in asked},
             inspection if self._looks else None,
-            clip_norm=None if inside or config.shares else config.clip_norm,
+            clip_norm=None if inside or config.sums else config.clip_norm,
             keeps=self.server.statistic is not None or config.poison_rate > 0 or not self.team.repeats,
         )
 
@@ -224,7 +237,7 @@ class Simulation:
         """Whether answers are looked at before they count."""
         config = self.config
         return not self.method.pooled and bool(
-            config.shares or config.noise_multiplier or not config.trust_updates
+            config.sums or config.noise_multiplier or not config.trust_updates
         )
 
     def _gradient(self, round: int, attempt: int, tally: Tally) -> PseudoGradient:

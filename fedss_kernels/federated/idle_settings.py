@@ -72,7 +72,7 @@ RULES: tuple[Rule, ...] = (
     (
         ("trust_updates", "max_norm_ratio"),
         "the server sees no client's changes, but their sum",
-        lambda c: c.shares,
+        lambda c: c.sums,
     ),
     (
         ("trust_updates", "max_norm_ratio"),
@@ -82,6 +82,11 @@ RULES: tuple[Rule, ...] = (
     (("denominator",), "with noise all clients weigh the same", lambda c: c.noise_multiplier > 0),
     (("delta",), "noise_multiplier is 0", lambda c: c.noise_multiplier == 0),
     (("denominator",), "all of a cohort have the same class rows", lambda c: c.shares),
+    (
+        ("requests",),
+        "what clients ask for says nothing of what they hold",
+        lambda c: not METHODS[c.method].tells,
+    ),
     (("min_holders",), "negatives are not shared", lambda c: METHODS[c.method].common and not c.shares),
     (("frozen", "depth_budget", "projection"), "there is one stage", lambda c: c.stages == 1),
     (("frozen",), "no block is frozen", lambda c: c.freeze == "no" and c.stages != 1),
@@ -123,7 +128,7 @@ RULES: tuple[Rule, ...] = (
     (
         ("max_norm", "max_norm_ratio"),
         "trust_updates is set",
-        lambda c: c.trust_updates and not c.shares and not c.noise_multiplier,
+        lambda c: c.trust_updates and not c.sums and not c.noise_multiplier,
     ),
     (
         ("clip_norm",),

@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+from . import private_retrieval
 from .algorithms import METHODS
-from .clients.player import check_model
+from .clients.player import check_model, num_negatives
 from .config import Config, ConfigError
 from .config_error import raise_together
 from .data import RESIZED, FederatedData, Found, Partition, load
@@ -13,6 +14,7 @@ from .data.class_folders import ClassFolders
 from .data.holdout import held_out, number_held_out
 from .data.images import OnProgress
 from .defaults import OWN, PRESETS
+from .ledger import WIRE_DTYPES
 from .models import SIDES, family_of
 from .models.vision import unavailable
 
@@ -182,6 +184,23 @@ def trivial(data: FederatedData) -> list[str]:
         return []
     of = f"test classes of one image, for which nothing right can be found: {alone:,} of {len(counts):,}"
     return [f"{of}; MAP@10 and recall@1 count them as misses"]
+
+
+def dearer(config: Config, data: FederatedData) -> list[str]:
+    """A line where clients ask in private for so many rows that all of them would be fewer bytes."""
+    if not config.private:
+        return []
+    num_classes, clients = data.num_classes, len(data.clients)
+    held = [len(data.labels[images].unique()) for images in data.clients]
+    samples = METHODS[config.method].samples
+    asked = sum(P + samples * num_negatives(config, P, num_classes) for P in held)
+    moved = private_retrieval.traffic(num_classes, asked, config.row_dim, config.wire_dtype).total / clients
+    whole = num_classes * config.row_dim * WIRE_DTYPES[config.wire_dtype].itemsize
+    if moved < whole:
+        return []
+    rows = f"{asked / clients:.0f} of {num_classes:,} rows from two servers are {moved / 1000:,.0f} KB"
+    cheaper = "full_softmax moves less and tells no more"
+    return [f"requests pir: {rows} for a client and round, all rows {whole / 1000:,.0f} KB: {cheaper}"]
 
 
 def _misfits(config: Config, found: Found) -> list[ConfigError]:

@@ -29,7 +29,7 @@ from .files.run_folder import RunFolder
 from .files.summary import Summary
 from .learning_rate import learning_rate
 from .ledger import OUTCOMES, Traffic
-from .loading import check_data, fitted, load_data, trivial
+from .loading import check_data, dearer, fitted, load_data, trivial
 from .sending import check_sendable
 from .server.class_store import ClassStore, check_free
 from .server.kept_by_clients import Homes
@@ -197,7 +197,7 @@ def _settled(
     check_measured(config, data)
     if model is not None and config.workers > 1:
         check_sendable(model)
-    for line in (*idle_settings.idle([config]), *trivial(data)):
+    for line in (*idle_settings.idle([config]), *trivial(data), *dearer(config, data)):
         idle_settings.log.warning(line)
     return config, data
 

@@ -26,7 +26,8 @@ KEY_BYTES, SEED_SHARE_BYTES, KEY_SHARE_BYTES, SHARES_BYTES = 215, 52, 324, 612
 
 declare(Kind("union", "the sum that finds the cohort's classes", ("down", "up"), by_class=True))
 declare(Kind("shares", "keys and shares of the secure sums", ("down", "up"), by_class=False))
-FLOWS = ("down_union", "up_union", "down_shares", "up_shares")
+SUM_FLOWS = ("down_shares", "up_shares")  # of any sum, beside what is added
+FLOWS = ("down_union", "up_union", *SUM_FLOWS)
 
 
 def fits(numbers: Tensor) -> bool:
@@ -62,16 +63,13 @@ def traffic(num_classes: int, num_ids: int, clients: int, absent: int, *, answer
     >>> traffic(540, 60, 16, 0, answers=True).bytes
     {'down_union': 480, 'up_union': 2160, 'down_shares': 31260, 'up_shares': 20884}
     """
+    union = Traffic({"down_union": ID_BYTES * num_ids, "up_union": INTEGER_BYTES * num_classes})
+    return union + of_one_sum(clients, 0, answers=True) + of_one_sum(clients, absent, answers=answers)
+
+
+def of_one_sum(clients: int, absent: int, *, answers: bool) -> Traffic:
+    """Keys and shares of one of `clients`, of whom `absent` never answer: one who does not is one of them."""
     others = clients - 1
-    sent = 2 * KEY_BYTES + others * SHARES_BYTES  # in either sum
-    unmasking = clients * SEED_SHARE_BYTES
-    if answers:
-        unmasking += (clients - absent) * SEED_SHARE_BYTES + absent * KEY_SHARE_BYTES
-    return Traffic(
-        {
-            "down_union": ID_BYTES * num_ids,
-            "up_union": INTEGER_BYTES * num_classes,
-            "down_shares": 2 * others * (2 * KEY_BYTES + SHARES_BYTES),
-            "up_shares": 2 * sent + unmasking,
-        }
-    )
+    unmasking = (clients - absent) * SEED_SHARE_BYTES + absent * KEY_SHARE_BYTES
+    sent = 2 * KEY_BYTES + others * SHARES_BYTES + unmasking * answers
+    return Traffic({"down_shares": others * (2 * KEY_BYTES + SHARES_BYTES), "up_shares": sent})

@@ -14,6 +14,7 @@ from .schedule import Always, ByRound, Schedule, Settings
 
 STICKY = {"fresh": 0.0, "sticky": 1.0, "mixed": 0.5}  # the share of its negatives that a client keeps
 SHARED = "shared"  # negatives that all clients of a cohort have
+PIR = "pir"  # requests of two servers, neither of which learns what is in them
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Method:
         """Whether there are no class rows."""
         return self.rows is Part.ABSENT
 
-    @property
+    @cached_property
     def tells(self) -> bool:
         """Whether the rows that a client asks for and sends depend on the classes that it holds."""
         one, none = torch.tensor([0]), torch.tensor([], dtype=torch.int64)

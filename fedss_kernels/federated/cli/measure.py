@@ -205,10 +205,10 @@ def _add_privacy_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--train",
         action="store_true",
-        help="train with each kind of negatives, and all rows, too: for what it costs",
+        help="train with each kind of negatives, in private, and with all rows, too: for what it costs",
     )
     add_config_file(parser)
-    add_options(parser, without=("negatives",))
+    add_options(parser, without=("negatives", "requests"))
 
 
 def _privacy(arguments: argparse.Namespace) -> int:
@@ -227,8 +227,8 @@ def _privacy(arguments: argparse.Namespace) -> int:
         with RunProgress(list(ways), config.rounds) as progress:
             for job, (name, way) in enumerate(ways.items()):
                 progress.start(job)
-                words = name if name == privacy.ALL else f"{name} negatives"
-                store = config.class_store and config.class_store / name.replace(" ", "-")
+                words = name if name in privacy.UNLIKE else f"{name} negatives"
+                store = way.class_store and way.class_store / name.replace(" ", "-")
                 try:
                     with mistakes():
                         result = run(

@@ -12,7 +12,7 @@ from .. import data as of_data
 from ..config import Config
 from ..data import FederatedData, Found
 from ..idle_settings import idle, short_warmup
-from ..loading import check_data, choices, fitted, load_data, trivial
+from ..loading import check_data, choices, dearer, fitted, load_data, trivial
 from ..reports.tables import fitting, read_markdown
 
 if TYPE_CHECKING:
@@ -52,7 +52,8 @@ def read_data(
     if runs and data.notes != said[0].notes:
         left = _unsaid(data.found, said[0].notes)
         print(f"{config.data}: without what cannot be read: {left.line}", flush=True)
-    for line in trivial(data) if runs else ():
+    remarks = (*trivial(data), *(line for run in runs for line in dearer(run, data))) if runs else ()
+    for line in dict.fromkeys(remarks):
         print(f"{config.data}: {line}", flush=True)
     config = fitted(config, data.found)
     check_data(config, data)

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ...class_sets import draw_negatives
-from .. import secure_sums
+from .. import private_retrieval, secure_sums
 from ..algorithms import METHODS
 from ..algorithms.parts import Part, Parts
 from ..algorithms.schedule import Schedule
+from ..cohort import num_absent
 from ..config import STICKY, Config, ConfigError
 from ..data import FederatedData
 from ..defaults import OWN
@@ -109,7 +110,8 @@ class Player:
             return self.method.request(self.data.num_classes, positives, positives, config.correction)
         positives = self.client.positives(client)
         negatives = self._negatives(round, attempt, client, positives)
-        return self.method.request(self.data.num_classes, positives, negatives, config.correction)
+        request = self.method.request(self.data.num_classes, positives, negatives, config.correction)
+        return replace(request, sends_ids=False) if config.private else request
 
     @cached_property
     def common(self) -> CommonClassSets:
@@ -118,10 +120,9 @@ class Player:
         return CommonClassSets(self.config, data.num_classes, len(data.clients), self.client.positives)
 
     def _negatives(self, round: int, attempt: int, client: int, positives: Tensor) -> Tensor:
-        """min(m, C - |P|) of them: new ones, or a share that is the same in every round."""
+        """New ones, or a share of them that is the same in every round."""
         config, num_classes = self.config, self.data.num_classes
-        more = len(positives) - 1 if config.equal_pushes and not self.method.own_push else 0
-        m = min(config.num_negatives + more, num_classes - len(positives))
+        m = num_negatives(config, len(positives), num_classes)
         kept = positives[:0]
         if STICKY[config.negatives]:
             rng = generator(config.seed, 0, 0, client, Purpose.STICKY_NEGATIVES)
@@ -169,6 +170,10 @@ class Player:
         flows = FLOWS[_ROWS[self.method.rows]]
         if self.config.shares:
             flows = (*(flow for flow in flows if flow != "up_ids"), *secure_sums.FLOWS)
+        if self.config.private:
+            named = "up_ids", "down_rows"
+            others = (*private_retrieval.FLOWS, *secure_sums.SUM_FLOWS)
+            flows = (*(flow for flow in flows if flow not in named), *others)
         last = self.schedule.whole(self.config.rounds - 1)
         return (*flows, "down_frozen") if self._num(last, Part.FROZEN) else flows
 
@@ -197,7 +202,23 @@ class Player:
             answers=answers,
             dtype=self.config.wire_dtype,
         )
+        if self.config.private:
+            return self._in_private(moved, round, attempt, len(request.class_ids), answers=answers)
         return self._by_sums(moved, round, attempt, answers=answers) if self.config.shares else moved
+
+    def _in_private(
+        self, moved: Traffic, round: int, attempt: int, num_rows: int, *, answers: bool
+    ) -> Traffic:
+        """What moves where two servers are asked for rows, and changes of all rows are added by a sum."""
+        config, num_classes = self.config, self.data.num_classes
+        absent = num_absent(config, len(self.data.clients), round, attempt)
+        up_rows = secure_sums.INTEGER_BYTES * num_classes * config.row_dim * answers
+        kept = {flow: count for flow, count in moved.bytes.items() if flow not in ("up_ids", "down_rows")}
+        return (
+            Traffic(kept | {"up_rows": up_rows})
+            + private_retrieval.traffic(num_classes, num_rows, config.row_dim)
+            + secure_sums.of_one_sum(config.cohort, absent, answers=answers)
+        )
 
     def _by_sums(self, moved: Traffic, round: int, attempt: int, *, answers: bool) -> Traffic:
         """What moves where changes are added by a secure sum, for what moves where they are sent."""
@@ -243,15 +264,18 @@ class Player:
             rng = generator(self.config.seed, round, attempt, client, Purpose.POISON)
             if rng.random() < self.config.poison_rate:
                 return poisoned(update, self.data.num_classes, rng)
-        return self._for_a_sum(update, round, attempt) if self.config.shares else update
+        return self._for_a_sum(update, round, attempt) if self.config.sums else update
 
     def _for_a_sum(self, update: Update, round: int, attempt: int) -> Update:
         """As the sum has it: without rows that few hold, clipped, rounded; not so where it is to be left out.
 
-        Whoever adds it up sees the sum alone, so all of this is the client's to do.
+        Of a row that it did not ask for a client adds 0, which is a whole level: exactly nothing. Whoever
+        adds it up sees the sum alone, so all of this is the client's to do.
         """
-        config, common = self.config, self.common.of(round, attempt)
-        kept = ~torch.isin(update.class_ids, common.few(config.min_holders))
+        config, few = self.config, _NO_CLASSES
+        if config.shares:
+            few = self.common.of(round, attempt).few(config.min_holders)
+        kept = ~torch.isin(update.class_ids, few)
         update = replace(update, rows=update.rows.masked_fill(~kept[:, None], 0))
         if config.clip_norm is not None and norm(update) <= config.max_norm:
             update = clipped(update, config.clip_norm)
@@ -278,6 +302,12 @@ class Player:
         """Shapes of what `embed` makes."""
         batches = self.data.test_images.split(EVALUATION_BATCH)
         return [(len(batch), self.config.embedding_dim) for batch in batches[part::parts]]
+
+
+def num_negatives(config: Config, held: int, num_classes: int) -> int:
+    """min(m, C - |P|): what a client with so many classes asks for besides them."""
+    more = held - 1 if config.equal_pushes and not METHODS[config.method].own_push else 0
+    return min(config.num_negatives + more, num_classes - held)
 
 
 def training_device(config: Config, rank: int = 0) -> torch.device:

@@ -10,8 +10,9 @@ is the probability that a class in all of them is a positive; s negatives are th
 are new: `negatives` = fresh has s = 0, sticky f = 0. The attacker names every class in all T requests.
 
 With shared negatives the server sees no request, but what the secure sum gives it: of each cohort that the
-client is in the union of the classes. The attacker names every class in all T of them. Who downloads all rows
-tells nothing.
+client is in the union of the classes. With pir requests neither of the two servers sees one either; the sum
+of the changes, which is 0 but for rows that somebody in the cohort asked for, gives the union of their class
+sets. The attacker names every class in all T unions. Who downloads all rows tells nothing.
 
 It looks at requests only. What a client sends back says more: see docs/privacy.md.
 """
@@ -19,6 +20,7 @@ It looks at requests only. What a client sends back says more: see docs/privacy.
 import statistics
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +32,7 @@ from ..algorithms import METHODS
 from ..algorithms.parts import Part
 from ..clients.player import Player
 from ..cohort import draw_cohort
-from ..config import SHARED, STICKY, Config, ConfigError
+from ..config import PIR, SHARED, STICKY, Config, ConfigError
 from ..data import FederatedData
 from ..reports.page import write_section
 from ..reports.tables import write_csv
@@ -45,23 +47,25 @@ WORDS = (
     "is the share of those that the client holds, recall the share of what it holds that is named, "
     "posterior how probable it is by a formula that a named class is held; means over clients. Negatives "
     "are fresh, others in every round; sticky, always the same; mixed, half of each; or shared by a cohort, "
-    "of which the server then sees only what classes its clients have together. Beside it what a client "
-    "moves in a round for its classes: its request, rows both ways, and what secure sums need; of all rows, "
-    "whose download tells nothing, too."
+    "of which the server then sees only what classes its clients have together. With pir two servers are "
+    "asked for fresh ones, neither of which learns for which; which rows the sum of a cohort's changes moves "
+    "is still seen. Beside it what a client moves in a round for its classes: its request, rows both ways, "
+    "and what secure sums need; of all rows, whose download tells nothing, too."
 )
 ALL = "all rows"
+UNLIKE = (PIR, ALL)  # the kinds that are none of negatives
 
 
 @dataclass(frozen=True)
 class Line:
     """Means over clients."""
 
-    negatives: str  # fresh, sticky, mixed, shared, or ALL
+    negatives: str  # fresh, sticky, mixed, shared, PIR or ALL
     requests: int  # T
     named: float  # classes in all of them
     precision: float  # share of those that the client holds
     recall: float  # share of what it holds that is named
-    posterior: float | None  # by the formula; shared: there is none
+    posterior: float | None  # by the formula; shared, PIR: there is none
     bytes: float  # that a client moves in a round for its classes
     top1: float | None  # of a run with such negatives
     map_at_10: float | None
@@ -97,13 +101,13 @@ def measure(
     check(config)
     lines = []
     for name, way in ways(config).items():
-        player = Player(way, data)
-        found = [_attack(player, client, requests) for client in range(min(clients, len(data.clients)))]
+        seen = Seen(Player(way, data))
+        found = [_attack(seen, client, requests) for client in range(min(clients, len(data.clients)))]
         for place, count in enumerate(requests):
             named, precision, recall, expected, bytes = (
                 statistics.fmean(values) for values in zip(*(of[place] for of in found), strict=True)
             )
-            bound = None if way.shares else expected
+            bound = None if way.sums else expected
             costs = (accuracy or {}).get(name, (None, None))
             lines.append(Line(name, count, named, precision, recall, bound, bytes, *costs))
     return lines
@@ -111,17 +115,42 @@ def measure(
 
 def ways(config: Config) -> dict[str, Config]:
     """Name -> the same run with requests of that kind; those that its method has."""
-    kinds = [*STICKY, *([SHARED] if METHODS[config.method].common else [])]
+    method, config = METHODS[config.method], replace(config, requests="plain")
+    kinds = [*STICKY, *([SHARED] if method.common else [])]
     found = {negatives: replace(config, negatives=negatives) for negatives in kinds}
+    if method.tells:
+        found |= {PIR: replace(config, requests=PIR, negatives="fresh", class_store=None)}
     return found | {ALL: replace(config, method="full_softmax")}
 
 
-def _attack(player: Player, client: int, requests: Sequence[int]) -> list[tuple[float, ...]]:
+class Seen:
+    """seen(round, client): the classes that the server sees in a round of the client's."""
+
+    def __init__(self, player: Player):
+        self.player, self.asked = player, cache(self._asked)  # by each client, in whose cohorts it is
+
+    def __call__(self, round: int, client: int) -> Tensor:
+        config, num_clients = self.player.config, len(self.player.data.clients)
+        if not config.sums:
+            return self.asked(round, client)
+        cohort = draw_cohort(config.seed, round, 0, num_clients, config.cohort)
+        if client not in cohort:
+            cohort[0] = client
+        if config.shares:
+            return self.player.common.among(cohort, round, 0).held
+        return torch.cat([self.asked(round, k) for k in cohort]).unique()
+
+    def _asked(self, round: int, client: int) -> Tensor:
+        return self.player.request(round, 0, client).class_ids
+
+
+def _attack(seen_by_server: Seen, client: int, requests: Sequence[int]) -> list[tuple[float, ...]]:
     """(classes named, precision, recall, posterior, bytes for classes) after so many requests of a client."""
+    player = seen_by_server.player
     num_classes, positives = player.data.num_classes, player.client.positives(client)
     seen, found = torch.zeros(num_classes, dtype=torch.int64), list[tuple[float, ...]]()
     for round in range(max(requests)):
-        asked = _seen(player, round, client)
+        asked = seen_by_server(round, client)
         seen[asked] += 1
         if round + 1 in requests:
             named = (seen == round + 1).nonzero()[:, 0]
@@ -132,17 +161,6 @@ def _attack(player: Player, client: int, requests: Sequence[int]) -> list[tuple[
             shares = right / len(named), right / len(positives)
             found.append((float(len(named)), *shares, expected, _bytes(player, round, client)))
     return found
-
-
-def _seen(player: Player, round: int, client: int) -> Tensor:
-    """The classes that the server sees in a round of the client's."""
-    if not player.config.shares:
-        return player.request(round, 0, client).class_ids
-    config, num_clients = player.config, len(player.data.clients)
-    cohort = draw_cohort(config.seed, round, 0, num_clients, config.cohort)
-    if client not in cohort:
-        cohort[0] = client
-    return player.common.among(cohort, round, 0).held
 
 
 def _bytes(player: Player, round: int, client: int) -> float:
@@ -175,7 +193,7 @@ def _plot(lines: Sequence[Line]) -> "Figure":
 
     figure = Figure(figsize=(6, 3.8), layout="constrained")
     axes = figure.add_subplot()
-    for negatives, marker in zip(dict.fromkeys(line.negatives for line in lines), "os^Dx", strict=False):
+    for negatives, marker in zip(dict.fromkeys(line.negatives for line in lines), "os^Dvx", strict=False):
         mine = [line for line in lines if line.negatives == negatives]
         x = [line.requests for line in mine]
         (drawn,) = axes.plot(

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 from torch import Tensor, nn
 
 from ..algorithms import METHODS, Method
-from ..config import SHARED, Config, ConfigError
+from ..config import PIR, SHARED, Config, ConfigError
 from ..data import FederatedData
 from ..data.handed_over import integers, tensor
 from ..files.checkpoint import CheckpointError
@@ -110,6 +110,8 @@ def _check(config: Config, nodes: int) -> None:
         least = max(2, config.cohort // 2 + 1)
         expected = f"expected at least {least}, more than half of the cohort, with {SHARED} negatives {over}"
         raise ConfigError("min_clients", f"{expected}, got {config.min_clients}")
+    if config.private:
+        raise ConfigError("requests", f"expected plain {over}, where there is one server, got {PIR!r}")
     if config.noise_multiplier:
         expected = f"expected 0 {over}: the noise of a simulation is drawn from a seed that all clients have"
         raise ConfigError("noise_multiplier", f"{expected}, got {config.noise_multiplier:g}")

@@ -32,7 +32,7 @@ def federation(network: Network) -> type[Simulation]:
                 return super()._play(round, attempt, requests, tally)
             if not requests:
                 return {}
-            rows = self._given(*next(iter(requests.items())))
+            rows = self._giving()(*next(iter(requests.items())))
             return self.team.sum(round, attempt, requests, self.server.extractor, rows, tally)
 
         def checkpoint(self, folder: RunFolder, rounds: int) -> None:

@@ -312,6 +312,38 @@ def test_an_option_that_no_method_of_the_run_reads_is_refused(tmp_path, capsys):
     assert not (tmp_path / "a").exists()
 
 
+ROUNDS, COHORT, CLASH = (
+    "--rounds: expected an integer of at least 1, got 0",
+    "--cohort: expected an integer of at least 1, got 'x'",
+    "--min-clients: expected at most 2, the cohort, got 9",
+)
+CLASHING = ["--cohort=2", "--min-clients=9"]
+UNREAD = f"--spreadout-rows is for {algorithms.readers_in_words('spreadout_rows')}, not for fedss"
+
+
+@pytest.mark.parametrize(
+    "argv, wrong",
+    [
+        (["run", "--rounds=0", *CLASHING], [ROUNDS, CLASH]),
+        (["run", "--rounds=0", *CLASHING, "--spreadout-rows=3"], [ROUNDS, CLASH, UNREAD]),
+        (["run", *CLASHING, "--spreadout-rows=3"], [CLASH, UNREAD]),
+        (["run", "--min-clients=9", "--cohort=x"], [COHORT]),
+        (["run", "--rond=3", *CLASHING], ["no such option --rond (did you mean --rounds?)", CLASH]),
+        (["run", "--config={config}", *CLASHING, "--rounds=0"], [ROUNDS, CLASH]),
+        (["compare", "--rounds=0", *CLASHING], [ROUNDS, CLASH]),
+        (["compare", "--seeds=x", *CLASHING], ["--seeds: expected integers of .*, got 'x'", CLASH]),
+        (["compare", "--preset=layerwise_omniglot", "--rounds=0", *CLASHING], [ROUNDS, CLASH]),
+    ],
+    ids=str,
+)
+def test_values_that_cannot_be_and_options_that_clash_are_told_together(argv, wrong, tmp_path, capsys):
+    Config().save(tmp_path / "config.json")
+    command, *options = (each.format(config=tmp_path / "config.json") for each in argv)
+    line = fails(capsys, command, *options)
+    exact = [re.escape(each) if "(" in each or ".*" not in each else each for each in wrong]
+    assert re.fullmatch(f"fedss {command}: {'; '.join(exact)}", line), line
+
+
 def test_options_of_other_data_than_the_runs_are_refused_together(tmp_path, capsys):
     Config().save(tmp_path / "config.json")
     line = fails(capsys, "noise", f"--run={tmp_path}", "--task=retrieval", "--data=sop")

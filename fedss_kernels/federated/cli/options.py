@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,7 +19,7 @@ from ..config import (
 )
 from ..defaults import FITTED, OWN, PRESETS
 from ..disk import reason
-from ..plan import LISTS, misfits
+from ..plan import LISTS, misfits, read_preset
 
 
 class Mistake(Exception):
@@ -37,12 +37,16 @@ def refuse(wrong: Iterable[str]) -> None:
         raise Mistake(line)
 
 
+UNREAD = object()  # no value that any option can have
+
+
 class Parser(argparse.ArgumentParser):
-    """Values that cannot be are `wrong`, a line each, for all to be told at once; their options have none."""
+    """Values that cannot be are `wrong`, a line each, to be told at once; their options have UNREAD."""
 
     def __init__(self, **settings: Any):
         super().__init__(**settings)
         self.wrong = list[str]()
+        self.unread = set[str]()  # the options
 
     def error(self, message: str) -> NoReturn:
         raise Mistake(together([*self.wrong, message.removeprefix("argument ")]))
@@ -52,7 +56,8 @@ class Parser(argparse.ArgumentParser):
             return super()._get_value(action, arg_string)
         except argparse.ArgumentError as error:
             self.wrong.append(str(error).removeprefix("argument "))
-            return None
+            self.unread.add(action.dest)
+            return UNREAD
 
 
 def add_config_file(parser: argparse.ArgumentParser) -> None:
@@ -273,13 +278,29 @@ def refuse_lost(
     )
 
 
-def refuse_unread(arguments: argparse.Namespace, methods: Sequence[str]) -> None:
-    """Raises Mistake for options on the command line that none of these methods reads, and others do."""
-    refuse(
+def not_read(arguments: argparse.Namespace, methods: Sequence[str]) -> Iterator[str]:
+    """A line for each option on the command line that none of these methods reads, and others do."""
+    return (
         f"{flag(name)} is for {readers_in_words(name)}, not for {', '.join(methods)}"
         for name in vars(arguments)
         if readers(name) and not set(readers(name)) & set(methods)
     )
+
+
+def wrong_beside(arguments: argparse.Namespace, unread: Container[str] = ()) -> list[str]:
+    """What else is wrong with a new run's options, where those that are `unread` have no value."""
+    given = vars(arguments)
+    if "config" not in given or given.get("resume") is not None:
+        return []
+    wrong = list[str]()
+    try:
+        preset = read_preset(given["preset"]) if given.get("preset") else {}
+        config_of(arguments, preset.get("config"))
+    except ConfigError as error:
+        wrong = [as_typed(ConfigError(*each)) for each in error.mistakes if each[0] not in unread]
+    if (method := given.get("method", Config.method)) in METHODS and "preset" not in given:
+        wrong += not_read(arguments, [method])
+    return wrong
 
 
 _FIELDS = [field.name for field in dataclasses.fields(Config)]

@@ -38,6 +38,7 @@ from .options import (
     config_of,
     flag,
     mistakes,
+    not_read,
     read_names,
     read_numbers,
     read_rates,
@@ -45,7 +46,7 @@ from .options import (
     reader_of_list,
     refuse,
     refuse_lost,
-    refuse_unread,
+    wrong_beside,
 )
 from .output import print_profile, print_table, read_data, say_what_is_logged, show_tuned
 
@@ -85,10 +86,14 @@ def _asked(arguments: argparse.Namespace) -> tuple[Config, Path]:
         if "out" in arguments:
             raise Mistake("--out: a run is resumed in its own folder, that of --resume")
         arguments.out = arguments.resume
-    config = config_of(arguments, _options_of(arguments.resume) if resume else {})
+    try:
+        config = config_of(arguments, _options_of(arguments.resume) if resume else {})
+    except ConfigError:
+        refuse(wrong_beside(arguments))
+        raise
     if resume:
         refuse_lost(arguments, config, store=config.class_store)
-    refuse_unread(arguments, [config.method])
+    refuse(not_read(arguments, [config.method]))
     out = config.out or Path("runs") / f"{config.data}-{config.method}-seed{config.seed}"
     return dataclasses.replace(config, out=out), out
 
@@ -279,7 +284,7 @@ def _planned(arguments: argparse.Namespace) -> Plan:
         }
         own = with_defaults(lists["methods"], of_preset, arguments.given)
         plan = Plan(config, **{name: lists[name] for name in LISTS}, own=own)
-        refuse_unread(arguments, [case.method for case in plan.cases])
+        refuse(not_read(arguments, [case.method for case in plan.cases]))
         return plan
     _refuse_others(arguments)
     there, out = Plan.read(arguments.resume), arguments.resume

@@ -19,7 +19,7 @@ from ..config import (
 )
 from ..defaults import FITTED, OWN, PRESETS
 from ..disk import reason
-from ..plan import LISTS, misfits, read_preset
+from ..plan import LISTS, as_called, misfits, read_preset
 
 
 class Mistake(Exception):
@@ -47,6 +47,11 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**settings)
         self.wrong = list[str]()
         self.unread = set[str]()  # the options
+        self.argv: Sequence[str] = ()  # what is parsed
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self.argv = args
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise Mistake(together([*self.wrong, message.removeprefix("argument ")]))
@@ -190,6 +195,30 @@ def reader_of_list(option: str, read: Callable[[str], list[Any]]) -> Callable[[s
         return values
 
     return read_and_check
+
+
+def reader_of_methods(parser: Parser) -> Callable[[str], list[str]]:
+    """For argparse, of a comparison's methods: those of the preset's own are methods too."""
+
+    def read(text: str) -> list[str]:
+        own = _preset_of(parser).get("own", {})
+        names = as_called(read_names(text), own)
+        if wrong := misfits("methods", names, own):
+            raise argparse.ArgumentTypeError(together(wrong))
+        return names
+
+    return read
+
+
+def _preset_of(parser: Parser) -> dict[str, Any]:
+    """The preset that is chosen beside what is read; empty if there is none, or it cannot be read."""
+    alone = Parser(add_help=False, allow_abbrev=False)
+    alone.add_argument("--preset", nargs="?")
+    name = alone.parse_known_args(parser.argv)[0].preset
+    try:
+        return read_preset(name) if name else {}
+    except ConfigError:  # which is told when the options are put together
+        return {}
 
 
 def _without_own(message: str) -> str:

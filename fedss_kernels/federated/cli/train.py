@@ -32,6 +32,7 @@ from .command import Command
 from .options import (
     PLACES,
     Mistake,
+    Parser,
     add_config_file,
     add_options,
     as_typed,
@@ -39,11 +40,11 @@ from .options import (
     flag,
     mistakes,
     not_read,
-    read_names,
     read_numbers,
     read_rates,
     reader,
     reader_of_list,
+    reader_of_methods,
     refuse,
     refuse_lost,
     wrong_beside,
@@ -189,12 +190,13 @@ def _options_of(folder: Path) -> dict[str, Any]:
     return read_config(folder)[0].to_dict()
 
 
-def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_compare_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--methods",
-        type=reader_of_list("methods", read_names),
+        type=reader_of_methods(parser),
         metavar="NAMES",
-        help="the methods, with commas between (default: fedss,full_softmax,pos_only,neg_only)",
+        help="the methods, with commas between; a preset's own by their names there, or as their folders are "
+        "called: layer-wise-budget-6 (default: fedss,full_softmax,pos_only,neg_only)",
     )
     parser.set_defaults(own={})
     _add_comparison_arguments(parser)

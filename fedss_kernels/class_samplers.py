@@ -160,10 +160,9 @@ def _why_no_tables(kept: Tensor, alias: Tensor, ways: Tensor) -> str | None:
     C = kept.shape[0]
     coins = UNIFORM // C
     whole = (kept >= 1) & (kept <= coins) & (alias >= 0) & (alias < C)
-    if whole.all():
-        whole = kept.clone().index_add_(0, alias, coins - kept) == ways
-    if whole.all():
-        return None
+    if {kept.dtype, alias.dtype, ways.dtype} == {torch.int64} and whole.all():
+        if torch.equal(kept.index_add(0, alias, coins - kept), ways):
+            return None
     return (
         "tables: expected those of one FrequencySampler, got others, as an average of buffers makes them "
         "(torch.optim.swa_utils.AveragedModel with use_buffers=True); its reset_parameters() makes them anew"

@@ -124,7 +124,8 @@ def total_norm(
         listed = [total_norm(plain, order, foreach=foreach), whole.full_tensor()]
     norm = torch.nn.utils.get_total_norm(listed, order, foreach=foreach)
     if norm.is_cpu and not sharded and not torch.compiler.is_compiling() and norm.isinf():
-        norm = _scaled_norm(numbers, order)
+        scaled = _scaled_norm(numbers, order)
+        norm = scaled if scaled.isfinite() else norm
     if error_if_nonfinite and not norm.isfinite():
         raise RuntimeError(
             f"The total norm of order {order} for gradients from `parameters` is non-finite, so it cannot be "
@@ -138,8 +139,6 @@ def _scaled_norm(values: list[Tensor], order: float) -> Tensor:
     """Of numbers whose powers overflow: in float64, as parts of the largest of them."""
     numbers = [each.double() for each in values]
     largest = torch.stack([each.abs().max() for each in numbers]).max()
-    if not largest.isfinite():
-        return largest
     return largest * torch.nn.utils.get_total_norm([each / largest for each in numbers], order)
 
 

@@ -239,6 +239,9 @@ def test_tables_that_were_averaged_are_not_loaded(assign):
     expected = sampler.draw(uniform(100))
     with pytest.raises(RuntimeError, match=CHANGED):
         sampler.load_state_dict(averaged(sampler).state_dict(), assign=assign)
+    of_floats = {name: table.double() for name, table in sampler.state_dict().items()}
+    with pytest.raises(RuntimeError, match=CHANGED):
+        sampler.load_state_dict(of_floats, assign=assign)
     assert all(map(torch.equal, sampler.draw(uniform(100)), expected))
     others = FrequencySampler(FREQUENCIES.flip(0))
     sampler.load_state_dict(others.state_dict(), assign=assign)

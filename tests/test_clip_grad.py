@@ -182,6 +182,8 @@ def test_the_optimisers_clip_by_a_norm_whose_squares_overflow(sparsely, dtype):
 
 
 def test_a_norm_that_is_not_finite():
+    infinite = with_gradients(torch.tensor([math.inf, 3e19]))
+    assert clip_grad_norm_(infinite, 1.0).dtype == torch.float32 and infinite[0].grad[0].isnan()
     for error in (False, True):
         parameters = with_gradients(sparse([1], torch.tensor([[math.nan]]), (2, 1)), torch.ones(2))
         if error:

@@ -5,12 +5,14 @@ without reading anything back to the host.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .checks import as_number, check_constant, check_tensor, refuse_meta
+from .direct_route import plain_eager
 
 UNIFORM = 2**62  # uniform numbers are whole and below it
 _NUMBERS = (
@@ -50,6 +52,8 @@ class FrequencySampler(nn.Module):
         device: where the (C,) tables lie; None: torch's default device.
 
     The tables are buffers, so they are in state_dict. `reset_parameters` makes them anew, as after to_empty.
+    Averages of buffers, as torch.optim.swa_utils.AveragedModel makes them with use_buffers=True, are no
+    tables: such an average evaluates, but draws and loads nothing until `reset_parameters` (RuntimeError).
     Raises TypeError and ValueError for frequencies that are no (C,) tensor of finite positive numbers and for
     a power that is no finite number of at least 0.
 
@@ -72,7 +76,8 @@ class FrequencySampler(nn.Module):
         super().__init__()
         self.power = as_number("power", power, 0.0)
         self._shares = _shares(frequencies, self.power)
-        for name in ("kept", "alias", "ways"):
+        self._watch = _Watch()
+        for name in _TABLES:
             self.register_buffer(name, torch.empty(len(self._shares), dtype=torch.int64, device=device))
         self.reset_parameters()
 
@@ -80,12 +85,17 @@ class FrequencySampler(nn.Module):
         """The tables of the frequencies that were given."""
         for buffer, values in zip((self.kept, self.alias, self.ways), _tables(self._shares), strict=True):
             buffer.copy_(torch.from_numpy(values))
+        self._watch.seen = self._versions()
 
     def draw(
         self,
         uniform: Tensor,  # (m,) int64 in [0, 2**62), as of torch.randint(2**62, (m,))
     ) -> tuple[Tensor, Tensor]:
         """(classes (m,) int64, log probability of each (m,) float64), on the tables' device."""
+        if plain_eager() and (versions := self._versions()) != self._watch.seen:
+            if self._watch.is_due() and (message := _why_no_tables(self.kept, self.alias, self.ways)):
+                raise RuntimeError(message)
+            self._watch.count(versions)
         C = self.kept.shape[0]
         coins = UNIFORM // C
         cell, coin = uniform % C, (uniform // C).clamp(max=coins - 1)
@@ -94,6 +104,69 @@ class FrequencySampler(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.kept.shape[0]}, power={self.power}"
+
+    def _versions(self) -> list[int]:
+        """Torch counts how often a tensor was changed in place, but not for every kind of tensor."""
+        return [each._version for each in (self.kept, self.alias, self.ways) if not each.is_inference()]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"_watch": _Watch(), **state})  # an earlier version's has none
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "FrequencySampler":
+        known = self._watch.seen == self._versions()
+        super()._apply(fn, recurse)
+        if known:
+            self._watch.seen = self._versions()
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        given = [state_dict.get(prefix + name) for name in _TABLES]
+        tables = [each for each in given if isinstance(each, Tensor) and each.shape == self.kept.shape]
+        if len(tables) == len(given) and (message := _why_no_tables(*tables)):
+            *_, errors = arguments
+            errors.append(f"{prefix}{message}")
+            return
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+
+class _Watch:
+    """Says when tables that change are to be looked at again: at changes 1, 2, 4, 8, ...
+
+    DistributedDataParallel writes buffers, with the same numbers, in each step. A copy has seen none, as the
+    versions of tensors that are copied start anew.
+    """
+
+    def __init__(self) -> None:
+        self.seen: list[int] | None = None
+        self.changes = 0
+
+    def is_due(self) -> bool:
+        return self.changes & (self.changes + 1) == 0
+
+    def count(self, versions: list[int]) -> None:
+        self.seen, self.changes = versions, self.changes + 1
+
+    def __reduce__(self) -> Any:
+        return _Watch, ()
+
+
+_TABLES = ("kept", "alias", "ways")
+
+
+def _why_no_tables(kept: Tensor, alias: Tensor, ways: Tensor) -> str | None:
+    """What is wrong with them, if anything is. Waits for the device."""
+    if kept.is_meta or alias.is_meta or ways.is_meta:
+        return None
+    C = kept.shape[0]
+    coins = UNIFORM // C
+    whole = (kept >= 1) & (kept <= coins) & (alias >= 0) & (alias < C)
+    if {kept.dtype, alias.dtype, ways.dtype} == {torch.int64} and whole.all():
+        if torch.equal(kept.index_add(0, alias, coins - kept), ways):
+            return None
+    return (
+        "tables: expected those of one FrequencySampler, got others, as an average of buffers makes them "
+        "(torch.optim.swa_utils.AveragedModel with use_buffers=True); its reset_parameters() makes them anew"
+    )
 
 
 def _shares(frequencies: object, power: float) -> np.ndarray:  # (C,) float64 of mean 1

@@ -25,8 +25,9 @@ def clip_grad_norm_(
 
     A sparse gradient counts as the dense one that it stands for: entries of one row are summed first. Nothing
     of a parameter's size is made, and nothing waits for a GPU. Dense gradients have the bits of torch's: the
-    norm of one of 16 bits is one of 16 bits, a sparse one's is a float32. As torch's, a norm past the largest
-    number of its dtype is infinite, and every finite gradient becomes 0: error_if_nonfinite tells.
+    norm of one of 16 bits is one of 16 bits, a sparse one's is a float32. Where the powers of finite numbers
+    overflow, as a float32's square from 1.8e19 on, the norm on a CPU is the right one, in float64; on a GPU,
+    as torch's, it is infinite, and every finite gradient becomes 0: error_if_nonfinite tells.
 
     accelerate's `clip_grad_norm_` and Lightning's `gradient_clip_val` call torch's, which cannot take the
     norm of a sparse gradient. With those, clip by the optimiser instead, as in `RowSGD(max_norm=1.0)`, or
@@ -103,13 +104,14 @@ def total_norm(
 ) -> Tensor:
     """The norm of all gradients as one vector, a tensor without dimensions.
 
+    On a CPU in float64 where powers of finite numbers overflow; to look at a GPU's would be to wait.
     wide: of a dense gradient of 16 bits in float32, which holds any; torch's is of 16 bits.
     """
     order = math.inf if norm_type in ("inf", math.inf) else as_number("norm_type", norm_type)
     if order <= 0:
         raise ValueError(f"norm_type: expected a number above 0, got {norm_type}")
     summed = [summed_values(grad) if grad.is_sparse else grad for grad in gradients]
-    listed = [values for values in summed if values.numel()]  # infinity is no norm of nothing
+    listed = numbers = [values for values in summed if values.numel()]  # infinity is no norm of nothing
     if wide:
         listed = [
             torch.linalg.vector_norm(values, order, dtype=torch.float32) if has_16_bits(values) else values
@@ -120,7 +122,24 @@ def total_norm(
         plain = [values for values in listed if not hasattr(values, "full_tensor")]
         whole: Any = total_norm(sharded, order, foreach=foreach)
         listed = [total_norm(plain, order, foreach=foreach), whole.full_tensor()]
-    return torch.nn.utils.get_total_norm(listed, order, error_if_nonfinite, foreach)
+    norm = torch.nn.utils.get_total_norm(listed, order, foreach=foreach)
+    if norm.is_cpu and not sharded and not torch.compiler.is_compiling() and norm.isinf():
+        scaled = _scaled_norm(numbers, order)
+        norm = scaled if scaled.isfinite() else norm
+    if error_if_nonfinite and not norm.isfinite():
+        raise RuntimeError(
+            f"The total norm of order {order} for gradients from `parameters` is non-finite, so it cannot be "
+            "clipped. To disable this error and scale the gradients by the non-finite norm anyway, set "
+            "`error_if_nonfinite=False`"
+        )
+    return norm
+
+
+def _scaled_norm(values: list[Tensor], order: float) -> Tensor:
+    """Of numbers whose powers overflow: in float64, as parts of the largest of them."""
+    numbers = [each.double() for each in values]
+    largest = torch.stack([each.abs().max() for each in numbers]).max()
+    return largest * torch.nn.utils.get_total_norm([each / largest for each in numbers], order)
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:

@@ -1,5 +1,6 @@
 """AdamW for models whose class matrix has sparse gradients: steps cost O(touched rows)."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -222,6 +223,7 @@ class RowAdam(RowOptimizer):
     FIXED = {"amsgrad": False, "maximize": False, "differentiable": False, "decoupled_weight_decay": True}
     UNUSED = {"foreach": None, "capturable": False, "fused": None}
     STATE = ("step", "exp_avg", "exp_avg_sq", "row_steps")
+    MOMENTS = {"exp_avg": -math.inf, "exp_avg_sq": 0}
 
     def __init__(
         self,
@@ -237,16 +239,17 @@ class RowAdam(RowOptimizer):
         super().__init__(params, options | {"max_norm": max_norm, "seed": seed})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As any optimiser's; raises ValueError, before anything changes, for options that are not here.
+        """As any optimiser's; raises TypeError or ValueError, before anything changes, for what is not ours.
 
-        What torch would give the parameter's dtype keeps its own: counts, and averages of 16-bit parameters.
+        Options that are not here, state of another optimiser or shape, moments that are not finite. What
+        torch would give the parameter's dtype keeps its own: counts, and averages of 16-bit parameters.
         """
         super().load_state_dict(state_dict)
         for group, loaded in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for parameter, key in zip(group["params"], loaded["params"], strict=True):
                 for name, value in state_dict["state"].get(key, {}).items():
                     own = {"step": torch.float32, "row_steps": torch.int64}
-                    dtype = own.get(name, _averages_dtype(parameter))
+                    dtype = own.get(name, self._moments_dtype(parameter))
                     device = "cpu" if name == "step" else parameter.device
                     # a copy: torch copies what it casts, and nothing else
                     self.state[parameter][name] = torch.as_tensor(value).to(device, dtype, copy=True)
@@ -266,15 +269,18 @@ class RowAdam(RowOptimizer):
             found = "none" if held is None else tuple(torch.as_tensor(held).shape)
             if found != shape:
                 raise ValueError(f"state: expected {name} of shape {shape}, got {found}")
-        for name in ("exp_avg", "exp_avg_sq"):
+        for name in self.MOMENTS:
             check_dense(name, state[name])
         as_number("step", state["step"], least=0)
-        for name in ("exp_avg_sq", "row_steps"):
-            held = torch.as_tensor(state.get(name, ()))
-            held = held.to_local() if hasattr(held, "to_local") else held
-            if not held.is_meta and not (good := held >= 0).all():  # NaN too
+        held = torch.as_tensor(state.get("row_steps", ()))
+        held = held.to_local() if hasattr(held, "to_local") else held
+        for good, expected in ((held >= 0, "at least 0"), (held == held.trunc(), "a whole number")):
+            if not held.is_meta and not good.all():  # NaN too
                 place = (~good).nonzero()[0].tolist()
-                raise ValueError(f"{name}{place}: expected at least 0, got {held[tuple(place)].item():g}")
+                raise ValueError(f"row_steps{place}: expected {expected}, got {held[tuple(place)].item():g}")
+
+    def _moments_dtype(self, parameter: Tensor) -> torch.dtype:
+        return torch.promote_types(parameter.dtype, torch.float32)
 
     def _steps_rows(self, parameter: Tensor) -> bool:
         return "row_steps" in self.state.get(parameter, {})
@@ -282,8 +288,8 @@ class RowAdam(RowOptimizer):
     def _prepare(self, parameter: Tensor, state: State, rule: Rule, by_rows: bool) -> None:
         if not state:
             state["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
-            for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = torch.zeros_like(parameter, dtype=_averages_dtype(parameter))
+            for name in self.MOMENTS:
+                state[name] = torch.zeros_like(parameter, dtype=self._moments_dtype(parameter))
         if by_rows:
             if "row_steps" not in state:
                 state["row_steps"] = torch.full(
@@ -311,7 +317,3 @@ class RowAdam(RowOptimizer):
             rule = dict(rule)
             betas = rule.pop("beta1"), rule.pop("beta2")
             _plain_row_adam_step_(weight, *averages, row_steps, class_ids, rows, betas=betas, **rule)
-
-
-def _averages_dtype(parameter: Tensor) -> torch.dtype:
-    return torch.promote_types(parameter.dtype, torch.float32)

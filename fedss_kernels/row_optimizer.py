@@ -1,6 +1,7 @@
 """What RowSGD and RowAdam have in common: checks of options, clipping, 16-bit parameters, rows and dense."""
 
 import inspect
+import math
 import numbers
 import operator
 from abc import ABC, abstractmethod
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import FLOATING, as_integer, as_number, check_integer, single_item
+from .checks import FLOATING, as_integer, as_number, check_dtype, check_integer, single_item
 from .clip_grad import clip_factor, total_norm
 from .sparse_rows import has_16_bits, is_listed_once, runs_of_entries, unique_rows, widened
 from .stochastic_rounding import StochasticRounding
@@ -39,13 +40,14 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     """
 
     # Options that must be there, one that no other optimiser's groups have beside these, those that have
-    # one value here, those that choose among torch's own implementations, which change nothing here; and what
-    # there is of each parameter.
+    # one value here, those that choose among torch's own implementations, which change nothing here; what
+    # there is of each parameter, and of that the moments, with the least that each may be.
     REQUIRED: ClassVar[tuple[str, ...]]
     TELLING: ClassVar[str]
     FIXED: ClassVar[dict[str, Any]]
     UNUSED: ClassVar[dict[str, Any]]
     STATE: ClassVar[tuple[str, ...]]
+    MOMENTS: ClassVar[dict[str, float]]
 
     # The groups' options after a step, if none can change in place, and what the check of them gave.
     _seen: tuple[list[Any], list[Options]] = ([], [])
@@ -117,6 +119,23 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         if "param_groups" in vars(self):  # not as it is unpickled: it is of this class then
             self._refuse_groups_of_others(state["param_groups"], defaults)
         super().__setstate__({**state, "defaults": defaults, "param_groups": groups})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As any optimiser's; raises TypeError or ValueError, before anything changes, for what is not ours.
+
+        Options that are not here, state of another optimiser or shape, moments that are not finite.
+        """
+        for group, loaded in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            for parameter, key in zip(group["params"], loaded["params"], strict=False):
+                held = state_dict["state"].get(key, {})
+                for name, least in self.MOMENTS.items():
+                    if (moment := held.get(name)) is not None:
+                        _check_moment(name, moment, least, self._moments_dtype(parameter))
+        super().load_state_dict(state_dict)
+
+    def _moments_dtype(self, parameter: Tensor) -> torch.dtype:
+        """That in which the moments of a parameter are kept."""
+        return parameter.dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -363,6 +382,26 @@ def check_dense(name: str, value: object) -> None:
     if not isinstance(value, Tensor) or value.layout != torch.strided:
         found = f"layout {value.layout}" if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{name}: expected a dense tensor, got {found}")
+
+
+def _check_moment(name: str, value: object, least: float, dtype: torch.dtype) -> None:
+    """Raises TypeError or ValueError unless `value` holds numbers from `least` that `dtype` can hold."""
+    check_dense(name, value)
+    assert isinstance(value, Tensor)
+    check_dtype(name, value.dtype, FLOATING)
+    largest = min(torch.finfo(dtype).max, torch.finfo(value.dtype).max)
+    held = value.to_local() if hasattr(value, "to_local") else value
+    good = (held >= max(least, -largest)) & (held <= largest)  # not so for NaN
+    if held.is_meta or good.all():
+        return
+    place = (~good).nonzero()[0].tolist()
+    found = held[tuple(place)].item()
+    expected = "a finite number"
+    if math.isfinite(found) and found >= least:
+        expected = f"a number that {str(dtype).removeprefix('torch.')} holds, its parameter's"
+    elif least == 0 and found != math.inf:
+        expected = "at least 0"
+    raise ValueError(f"{name}{place}: expected {expected}, got {found:g}")
 
 
 def _check_params(params: Any) -> None:

@@ -1,5 +1,6 @@
 """SGD for models whose class matrix has sparse gradients (`sparse_grad=True`): steps cost O(touched rows)."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -81,6 +82,7 @@ class RowSGD(RowOptimizer):
     FIXED = {"dampening": 0, "maximize": False, "differentiable": False}
     UNUSED = {"foreach": None, "fused": None}
     STATE = ("momentum_buffer",)
+    MOMENTS = {"momentum_buffer": -math.inf}
 
     def __init__(
         self,

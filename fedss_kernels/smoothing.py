@@ -2,7 +2,7 @@
 
     mean_i = (o_i + sum_j z(i, j) / count_j) / C        over the entries with entry_label_j != target_label_i
 
-The sum is linear in the classes' unit rows: one vector for all rows, less one for each label among them.
+The sum is linear in the classes' unit rows: one vector for each label among the rows, of all the others.
 """
 
 import torch
@@ -61,5 +61,14 @@ def _sums_of_others(terms: Tensor, entry_labels: Tensor, target_labels: Tensor) 
     entry_labels = entry_labels + 0 * labels[0]  # under vmap of each problem's own: searchsorted warns else
     nearest = torch.searchsorted(labels, entry_labels).clamp(max=B - 1)
     group = nearest.where(labels[nearest] == entry_labels, B)  # B: of labels that no row has
-    sums = added(B + 1, group, terms)
-    return sums.sum(0) - sums[torch.searchsorted(labels, target_labels)]
+    sums, own = added(B + 1, group, terms), torch.searchsorted(labels, target_labels)
+    return (_sums_before(sums) + _sums_before(sums.flip(0)).flip(0))[own]
+
+
+def _sums_before(values: Tensor) -> Tensor:
+    """(n, D) before each the sum of those before it.
+
+    All less a row's own would have no digits left where that is the largest, as that of a rare class is.
+    """
+    shifted = torch.cat([torch.zeros_like(values[:1]), values[:-1]])
+    return shifted.T.contiguous().cumsum(1).T  # along memory, as fast on a GPU

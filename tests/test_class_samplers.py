@@ -210,6 +210,44 @@ def test_a_cast_changes_no_probability(cast):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+def averaged(sampler):
+    """What torch makes of its tables, which are whole numbers past what a float32 holds."""
+    ema = torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
+    average = torch.optim.swa_utils.AveragedModel(sampler, multi_avg_fn=ema, use_buffers=True)
+    for _ in range(3):
+        average.update_parameters(sampler)
+    return average.module
+
+
+CHANGED = "tables: expected those of one FrequencySampler, got others, as an average of buffers makes them"
+
+
+def test_tables_that_were_averaged_draw_nothing_until_they_are_made_again():
+    sampler = FrequencySampler(FREQUENCIES)
+    average, expected = averaged(sampler), sampler.draw(uniform(100))
+    assert not torch.equal(average.kept, sampler.kept)
+    for found in (average, average.to(torch.float16), copy.deepcopy(average)):
+        with pytest.raises(RuntimeError, match=CHANGED):
+            found.draw(uniform(100))
+    average.reset_parameters()
+    assert all(map(torch.equal, average.draw(uniform(100)), expected))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_tables_that_were_averaged_are_not_loaded(assign):
+    sampler = FrequencySampler(FREQUENCIES)
+    expected = sampler.draw(uniform(100))
+    with pytest.raises(RuntimeError, match=CHANGED):
+        sampler.load_state_dict(averaged(sampler).state_dict(), assign=assign)
+    of_floats = {name: table.double() for name, table in sampler.state_dict().items()}
+    with pytest.raises(RuntimeError, match=CHANGED):
+        sampler.load_state_dict(of_floats, assign=assign)
+    assert all(map(torch.equal, sampler.draw(uniform(100)), expected))
+    others = FrequencySampler(FREQUENCIES.flip(0))
+    sampler.load_state_dict(others.state_dict(), assign=assign)
+    assert all(map(torch.equal, sampler.draw(uniform(100)), others.draw(uniform(100))))
+
+
 def test_added_classes_need_a_new_sampler():
     criterion = module("frequencies")
     criterion.weight = torch.nn.Parameter(torch.randn(C + 1, D))

@@ -27,7 +27,7 @@ from fedss_kernels.federated.defaults import OWN, PRESETS
 from fedss_kernels.federated.files.run_folder import faults, make_folder
 from fedss_kernels.federated.fine_tuning import FineTuner
 from fedss_kernels.federated.models import MODELS, build_model
-from fedss_kernels.federated.plan import Plan
+from fedss_kernels.federated.plan import Plan, read_preset
 from fedss_kernels.federated.reports import progress
 from fedss_kernels.federated.reports.parts_in_words import cells as places
 from fedss_kernels.federated.server.inspection import explained
@@ -312,6 +312,38 @@ def test_an_option_that_no_method_of_the_run_reads_is_refused(tmp_path, capsys):
     assert not (tmp_path / "a").exists()
 
 
+ROUNDS, COHORT, CLASH = (
+    "--rounds: expected an integer of at least 1, got 0",
+    "--cohort: expected an integer of at least 1, got 'x'",
+    "--min-clients: expected at most 2, the cohort, got 9",
+)
+CLASHING = ["--cohort=2", "--min-clients=9"]
+UNREAD = f"--spreadout-rows is for {algorithms.readers_in_words('spreadout_rows')}, not for fedss"
+
+
+@pytest.mark.parametrize(
+    "argv, wrong",
+    [
+        (["run", "--rounds=0", *CLASHING], [ROUNDS, CLASH]),
+        (["run", "--rounds=0", *CLASHING, "--spreadout-rows=3"], [ROUNDS, CLASH, UNREAD]),
+        (["run", *CLASHING, "--spreadout-rows=3"], [CLASH, UNREAD]),
+        (["run", "--min-clients=9", "--cohort=x"], [COHORT]),
+        (["run", "--rond=3", *CLASHING], ["no such option --rond (did you mean --rounds?)", CLASH]),
+        (["run", "--config={config}", *CLASHING, "--rounds=0"], [ROUNDS, CLASH]),
+        (["compare", "--rounds=0", *CLASHING], [ROUNDS, CLASH]),
+        (["compare", "--seeds=x", *CLASHING], ["--seeds: expected integers of .*, got 'x'", CLASH]),
+        (["compare", "--preset=layerwise_omniglot", "--rounds=0", *CLASHING], [ROUNDS, CLASH]),
+    ],
+    ids=str,
+)
+def test_values_that_cannot_be_and_options_that_clash_are_told_together(argv, wrong, tmp_path, capsys):
+    Config().save(tmp_path / "config.json")
+    command, *options = (each.format(config=tmp_path / "config.json") for each in argv)
+    line = fails(capsys, command, *options)
+    exact = [re.escape(each) if "(" in each or ".*" not in each else each for each in wrong]
+    assert re.fullmatch(f"fedss {command}: {'; '.join(exact)}", line), line
+
+
 def test_options_of_other_data_than_the_runs_are_refused_together(tmp_path, capsys):
     Config().save(tmp_path / "config.json")
     line = fails(capsys, "noise", f"--run={tmp_path}", "--task=retrieval", "--data=sop")
@@ -487,6 +519,38 @@ def test_what_is_given_wins_over_a_presets_own_and_that_over_a_methods_defaults(
         assert [run.temperature for run in runs] == temperatures
         assert [run.batch_size for run in runs] == [10, 5, 10]
         assert [run.client_lr for run in runs] == [0.05, 0.05, 0.4]
+
+
+@pytest.mark.parametrize(
+    "typed", ["simclr,layer-wise, budget 6", "simclr, layer-wise-budget-6", "simclr,layer-wise budget 6"]
+)
+@pytest.mark.parametrize("preset", ["layerwise_omniglot", "{file}"])
+def test_a_presets_own_methods_are_chosen_by_name_or_as_their_folders_are_called(
+    typed, preset, tmp_path, monkeypatch
+):
+    seen = []
+    monkeypatch.setattr(
+        "fedss_kernels.federated.comparisons.compare.compare",
+        lambda plan, out, **options: seen.append(plan) or Comparison([], [], [], out),
+    )
+    monkeypatch.setattr("fedss_kernels.federated.cli.train.read_data", lambda *arguments: None)
+    (tmp_path / "own.json").write_text(json.dumps(read_preset("layerwise_omniglot")))
+    preset = preset.format(file=tmp_path / "own.json")
+    assert cli.main(["compare", "--methods", typed, "--preset", preset, f"--out={tmp_path / 'out'}"]) == 0
+    (plan,) = seen
+    assert plan.methods == ["simclr", "layer-wise, budget 6"]
+    assert [config.depth_budget for config in plan.runs(tmp_path, {})[:2]][1] == 6
+
+
+def test_names_that_a_preset_does_not_have_are_told_with_those_that_it_has(capsys):
+    line = fails(
+        capsys, "compare", "--methods=simclr,layer-wise", "--preset=layerwise_omniglot", "--rounds=0"
+    )
+    assert re.fullmatch(
+        "fedss compare: --methods: expected some of fedss, .*, layer-wise, budget 6, got 'layer-wise' .*; "
+        "--rounds: .*",
+        line,
+    )
 
 
 def test_compositions_can_be_resumed(tmp_path, monkeypatch, capsys):

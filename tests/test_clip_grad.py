@@ -155,7 +155,35 @@ def test_the_norm_of_16_bit_rows_is_a_float32(ids, size, dtype):
     torch.testing.assert_close(clipped.norm(), torch.tensor(1.0), rtol=0.01, atol=0)
 
 
+@pytest.mark.parametrize(
+    "dtype, size", [("float32", 3e19), ("float32", 3e38), ("bfloat16", 3e38), ("float64", 3e200)]
+)
+@pytest.mark.parametrize("norm_type", [2.0, 3.0])
+def test_a_norm_whose_powers_overflow(dtype, size, norm_type):
+    """Also one past the largest number of the gradients' dtype, of which it is a float64."""
+    small = torch.tensor([[3.0, 0.0], [0.0, -4.0]], dtype=getattr(torch, dtype))
+    given = [sparse([1, 2], small, (4, 2)), torch.full((5,), 2.0, dtype=small.dtype)]
+    expected, found = (with_gradients(*(g * factor for g in given)) for factor in (1.0, size / 4))
+    norm = clip_grad_norm_(expected, 1.0, norm_type)
+    large = clip_grad_norm_(found, 1.0, norm_type, error_if_nonfinite=True)
+    torch.testing.assert_close(large, norm.double() * (size / 4), rtol=0.01, atol=0)
+    for p, q in zip(found[:-1], expected[:-1], strict=True):
+        torch.testing.assert_close(p.grad.to_dense(), q.grad.to_dense(), rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("sparsely", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_optimisers_clip_by_a_norm_whose_squares_overflow(sparsely, dtype):
+    weight = nn.Parameter(torch.zeros(2, 2, dtype=dtype))
+    weight.grad = torch.tensor([[0.0, 0.0], [3e19, -4e19]], dtype=dtype)
+    weight.grad = weight.grad.to_sparse(1) if sparsely else weight.grad
+    RowSGD([weight], lr=1.0, max_norm=1.0).step()
+    torch.testing.assert_close(weight[1].float(), torch.tensor([-0.6, 0.8]), rtol=0.01, atol=0)
+
+
 def test_a_norm_that_is_not_finite():
+    infinite = with_gradients(torch.tensor([math.inf, 3e19]))
+    assert clip_grad_norm_(infinite, 1.0).dtype == torch.float32 and infinite[0].grad[0].isnan()
     for error in (False, True):
         parameters = with_gradients(sparse([1], torch.tensor([[math.nan]]), (2, 1)), torch.ones(2))
         if error:

@@ -203,3 +203,26 @@ def test_all_that_is_wrong_in_a_file_is_said_at_once(tmp_path):
         Config.load(tmp_path / "c.json")
     for name in ("cohort: expected ", "roundz: no such ", "scale: expected ", "zip_code: no such "):
         assert str(said.value).count(name) == 1
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"rounds": 0, "cohort": 4, "min_clients": 9}, ["rounds", "min_clients"]),
+        ({"cohort": 0, "min_clients": 9}, ["cohort"]),
+        (
+            {"method": "nope", "cohort": 4, "min_clients": 9, "noise_multiplier": 1.0},
+            ["method", "min_clients"],
+        ),
+        ({"data": "nope", "rounds": 0, "cohort": 4, "min_clients": 9}, ["data", "rounds", "min_clients"]),
+        ({"data": "nope", "method": "simclr", "batch_size": 1}, ["data", "batch_size"]),
+        ({"negatives": "shared", "rounds": 0, "aggregation": "median"}, ["rounds", "aggregation"]),
+        ({"negatives": "nope", "aggregation": "median"}, ["negatives"]),
+    ],
+    ids=str,
+)
+def test_clashes_are_told_beside_values_that_cannot_be(options, said):
+    """But none that such a value has part in."""
+    with pytest.raises(ConfigError) as refused:
+        Config(**options)
+    assert [option for option, _ in refused.value.mistakes] == said

@@ -247,6 +247,24 @@ def test_the_smoothed_mean_is_unbiased(sampled_softmax_loss):
     assert ((draws.mean(0) - mean(None, None)).abs() < 4 * error).all()
 
 
+@pytest.mark.parametrize("dtype, within", [(F32, 1e-6), (F64, 1e-12)])
+@pytest.mark.parametrize("log_count", [-10.0, -25.0, -60.0])
+def test_a_hit_of_a_rare_class_leaves_the_mean_of_the_others_as_it_is(log_count, dtype, within):
+    """Its term of the mean, z / count, would be larger than theirs by e^10, e^25, e^60."""
+    g = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(n, 16, generator=g, dtype=dtype).requires_grad_() for n in (8, 1000))
+    t, ids = (torch.randint(1000, (n,), generator=g) for n in (8, 50))
+    rare, left_out = torch.zeros(2, 50, dtype=dtype)
+    ids[3], rare[3], left_out[3] = t[0], log_count, torch.inf  # the same to row 0, whose own class it is
+    options = {"label_smoothing": EPS, "reduction": "none"}
+    found = loss_function(x, w, t, ids, rare, **options)[0]
+    truth = reference_loss(x, w, t, ids, left_out, **options, dtype=F64)[0]
+    torch.testing.assert_close(found.double(), truth, rtol=within, atol=0)
+    gradients = [torch.autograd.grad(loss, (x, w)) for loss in (found, truth)]
+    for of_found, of_truth in zip(*gradients, strict=True):
+        assert (of_found - of_truth).abs().max() <= 4 * within * of_truth.abs().max()
+
+
 # ---- lse ----
 
 

@@ -483,6 +483,12 @@ BAD_STATES = [
     (lambda w: changed(adamw_state(w), exp_avg_sq=filled(w, 1, -1.0)), r"exp_avg_sq\[1, 0\]: expected at least 0, got -1"),
     (lambda w: changed(adamw_state(w), exp_avg_sq=filled(w, 4, math.nan)), r"exp_avg_sq\[4, 0\]: expected at least 0, got nan"),
     (lambda w: changed(adamw_state(w), exp_avg=torch.ones(5, 3).to_sparse()), "exp_avg: expected a dense tensor, got layout torch.sparse_coo"),
+    (lambda w: changed(adamw_state(w), exp_avg=filled(w, 2, math.nan)), r"exp_avg\[2, 0\]: expected a finite number, got nan"),
+    (lambda w: changed(adamw_state(w), exp_avg=filled(w, 3, -math.inf)), r"exp_avg\[3, 0\]: expected a finite number, got -inf"),
+    (lambda w: changed(adamw_state(w), exp_avg_sq=filled(w, 0, math.inf)), r"exp_avg_sq\[0, 0\]: expected a finite number, got inf"),
+    (lambda w: changed(adamw_state(w), exp_avg=torch.ones(5, 3).int()), "exp_avg: expected float16 or .*, got int32"),
+    (lambda w: changed(adamw_state(w), exp_avg_sq=torch.ones(5, 3).bool()), "exp_avg_sq: expected float16 or .*, got bool"),
+    (lambda w: changed(adamw_state(w), row_steps=torch.tensor([1, 2, 2.5, 3, 4])), r"row_steps\[2\]: expected a whole number, got 2.5"),
     (lambda w: changed(adamw_state(w), exp_avg_sq=None), r"state: expected exp_avg_sq of shape \(5, 3\), got none"),
     (lambda w: changed(adamw_state(w), row_steps=None), r"state: expected row_steps of shape \(5,\), got none"),
     (lambda w: nadam_state(w), "state: expected .*, got mu_product too: is this the state of another optimiser than RowAdam"),
@@ -503,6 +509,13 @@ def test_other_states_are_refused_by_name(make, message):
     with pytest.raises((TypeError, ValueError), match=message):
         optimizer.load_state_dict(bad)
     assert str(optimizer.state_dict()) == str(before)
+
+
+def test_averages_past_the_largest_number_of_16_bits_are_loaded():
+    weight = nn.Parameter(torch.ones(5, 3, dtype=torch.float16))
+    optimizer = RowAdam([weight])
+    optimizer.load_state_dict(changed(adamw_state(weight), exp_avg_sq=torch.full((5, 3), 1e9)))
+    assert (optimizer.state[weight]["exp_avg_sq"] == 1e9).all()
 
 
 BAD_OPTIONS = [

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import pickle
 from fractions import Fraction
 
@@ -267,6 +268,11 @@ BAD_STATES = [
     (lambda w: sgd_state(nn.Parameter(torch.ones(2, 2)), momentum=0.9), ValueError, r"momentum_buffer: expected shape \(3, 2\), its"),
     (lambda w: with_state(sgd_state(w), momentum_buffer=[0.0] * 6), TypeError, "momentum_buffer: expected a dense tensor, got list"),
     (lambda w: with_state(sgd_state(w), momentum_buffer=torch.ones(3, 2).to_sparse()), TypeError, "momentum_buffer: expected a dense tensor, got layout torch.sparse_coo"),
+    (lambda w: with_state(sgd_state(w), momentum_buffer=torch.tensor([[1.0, 2.0], [3.0, math.nan], [5.0, 6.0]])), ValueError, r"momentum_buffer\[1, 1\]: expected a finite number, got nan"),
+    (lambda w: with_state(sgd_state(w), momentum_buffer=torch.full((3, 2), -math.inf)), ValueError, r"momentum_buffer\[0, 0\]: expected a finite number, got -inf"),
+    (lambda w: with_state(sgd_state(w), momentum_buffer=torch.full((3, 2), 1e39, dtype=torch.float64)), ValueError, r"momentum_buffer\[0, 0\]: expected a number that float32 holds, its parameter's, got 1e\+39"),
+    (lambda w: with_state(sgd_state(w), momentum_buffer=torch.full((3, 2), math.inf, dtype=torch.float16)), ValueError, r"momentum_buffer\[0, 0\]: expected a finite number, got inf"),
+    (lambda w: with_state(sgd_state(w), momentum_buffer=torch.ones(3, 2).long()), TypeError, "momentum_buffer: expected float16 or .*, got int64"),
     (lambda w: rmsprop_state(w), ValueError, "state: expected momentum_buffer, got square_avg, step too: is this the state of another optimiser than RowSGD"),
     (lambda w: torch.optim.RMSprop([w]).state_dict(), ValueError, r"param_groups\[0\]: expected the options of RowSGD, got alpha too, which RMSprop has: is this the state of"),
     (lambda w: torch.optim.Muon([w]).state_dict(), ValueError, "expected the options of RowSGD, got adjust_lr_fn too, which Muon has: is this the state of another"),

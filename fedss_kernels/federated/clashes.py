@@ -1,6 +1,7 @@
 """Options of a run that cannot be beside others."""
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,40 @@ from .models.bottleneck import Bottleneck
 from .secure_sums import MOST_CLIENTS
 
 
-def clashes(config: Any) -> Iterator[ConfigError]:
-    """Of a Config."""
-    method = METHODS[config.method]
+def clashes(config: Any, wrong: Container[str] = ()) -> Iterator[ConfigError]:
+    """Of a Config; none that an option has part in whose value cannot be, one of these."""
+    known = _Known(config, wrong)
+    for look in (_in_cohort, _of_method, _of_negatives, _with_noise, _of_split):
+        with contextlib.suppress(_Unknown):
+            yield from look(known)
+
+
+class _Unknown(Exception):
+    """An option has no value."""
+
+
+class _Known:
+    """A Config in which to read one of the options that are `wrong` raises _Unknown."""
+
+    def __init__(self, config: Any, wrong: Container[str]):
+        self._config, self._wrong = config, wrong
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._wrong:
+            raise _Unknown(name)
+        made = getattr(type(self._config), name, None)  # of others
+        return made.__get__(self) if isinstance(made, property) else getattr(self._config, name)
+
+
+def _in_cohort(config: Any) -> Iterator[ConfigError]:
     if config.cohort is not None and config.min_clients > config.cohort:
         yield ConfigError(
             "min_clients", f"expected at most {config.cohort}, the cohort, got {config.min_clients}"
         )
+
+
+def _of_method(config: Any) -> Iterator[ConfigError]:
+    method = METHODS[config.method]
     if method.spreads and config.similarity != "cosine":
         yield ConfigError(
             "similarity",
@@ -31,24 +59,30 @@ def clashes(config: Any) -> Iterator[ConfigError]:
     if method.contrastive and config.batch_size == 1:
         expected = f"expected at least 2 with {config.method}, as an image alone has no other to be told from"
         yield ConfigError("batch_size", f"{expected}, got 1")
+
+
+def _of_negatives(config: Any) -> Iterator[ConfigError]:
     if config.sums:
         yield from _with_sums(config, f"{SHARED} negatives" if config.shares else f"{PIR} requests")
     if config.private:
         yield from _in_private(config)
-    if not config.shares and config.negatives == SHARED and "negatives" in method.options:
+    if not config.shares and config.negatives == SHARED and "negatives" in METHODS[config.method].options:
         expected = f"expected one of {', '.join(STICKY)} with {config.method}"
         yield ConfigError("negatives", f"{expected}, got {SHARED!r}")
-    if config.noise_multiplier:
-        yield from _with_noise(config)
-    if method.split and config.bottleneck is not None:
+
+
+def _of_split(config: Any) -> Iterator[ConfigError]:
+    if not METHODS[config.method].split:
+        return
+    if config.bottleneck is not None:
         try:
             Bottleneck.read(config.bottleneck)
         except ValueError as error:
             yield ConfigError("bottleneck", str(error).removeprefix("bottleneck: "))
-    if method.split and config.half_checkpoint is not None and not config.freeze_clients:
+    if config.half_checkpoint is not None and not config.freeze_clients:
         expected = "expected freeze_clients with it, as what clients' blocks resist is lost in training"
         yield ConfigError("half_checkpoint", f"{expected}, got {config.half_checkpoint}")
-    if method.split and config.workers > 1:
+    if config.workers > 1:
         expected = f"expected 1 with {config.method}, whose clients and server step together in one process"
         yield ConfigError("workers", f"{expected}, got {config.workers}")
 
@@ -81,6 +115,8 @@ def _in_private(config: Any) -> Iterator[ConfigError]:
 
 def _with_noise(config: Any) -> Iterator[ConfigError]:
     """What would claim more privacy than there is."""
+    if not config.noise_multiplier:
+        return
     method = METHODS[config.method]
     if method.pooled or method.alone or method.split:
         why = f"expected 0 with {config.method}, whose clients send no changes to be averaged"

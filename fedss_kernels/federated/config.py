@@ -409,19 +409,19 @@ class Config:
     overwrite: bool = option(False, "replace the results of an earlier run in the same folder", saved=False)
 
     def __post_init__(self) -> None:
-        errors = []
+        errors = dict[str, ConfigError]()
+        by_data = {name for name in PRESETS[OWN] if getattr(self, name) is None}  # the defaults that are
         for field in dataclasses.fields(self):
+            if "data" in errors and field.name in by_data:
+                continue
             try:
                 object.__setattr__(self, field.name, self._resolved(field))
             except ConfigError as error:
-                errors.append(error)
-                if field.name == "data":  # the other defaults are by data set
-                    break
-        raise_together(errors)
+                errors[field.name] = error
+        raise_together([*errors.values(), *clashes(self, {*errors, *(by_data if "data" in errors else ())})])
         usual = preset(self.data, self.method)["warmup_rounds"]
         if self.warmup_rounds is None and usual is not FITTED:
             object.__setattr__(self, "warmup_rounds", min(usual, self.rounds // 10))
-        raise_together(clashes(self))
 
     @property
     def shares(self) -> bool:
@@ -483,9 +483,12 @@ class Config:
             raise_together(unknown)
             return config
         except ConfigError as error:
-            if source is None or error.option not in values or error.option in given:
+            of_file = [each for each in error.mistakes if each[0] in values and each[0] not in given]
+            if source is None or not of_file:
                 raise
-            raise ConfigError("config", f"in {source}: {error}") from None
+            others = [each for each in error.mistakes if each not in of_file]
+            in_file = ConfigError(*of_file[0], *of_file[1:])
+            raise ConfigError("config", f"in {source}: {in_file}", *others) from None
 
     def save(self, path: Path) -> None:
         write_whole(path, json.dumps(self.to_dict(), indent=2) + "\n")

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,11 @@ _NONE: Mapping[str, Mapping[str, Any]] = {}
 PRESETS = Path(__file__).with_name("presets")
 
 
+def folder_word(called: str) -> str:
+    """A name of one's own as folders have it: "Layer-wise, budget 6" is layer-wise-budget-6."""
+    return re.sub(r"[^a-z0-9_]+", "-", called.lower())
+
+
 @dataclass(frozen=True)
 class Case:
     """What has a line in the table: a method, with a number of negatives if it asks for any."""
@@ -36,7 +41,7 @@ class Case:
     @property
     def name(self) -> str:
         """In names of folders."""
-        name = self.method if self.called is None else re.sub(r"[^a-z0-9_]+", "-", self.called.lower())
+        name = self.method if self.called is None else folder_word(self.called)
         return name if self.num_negatives is None else f"{name}-m{self.num_negatives}"
 
     @property
@@ -250,6 +255,20 @@ def _strange(option: str, value: Any, own: Mapping[str, Mapping[str, Any]]) -> s
         return ""
     names = [*METHODS, *(name for name in own if name not in METHODS)]
     return f"expected some of {', '.join(names)}, got {value!r}{did_you_mean(str(value), names)}"
+
+
+def as_called(pieces: Sequence[str], own: Iterable[str]) -> list[str]:
+    """Names that were written with commas between, as they are in `own`, where they may have some themselves.
+
+    There a name's word in folders stands for it too.
+    """
+    known, names, pieces = {folder_word(name): name for name in own}, list[str](), list(pieces)
+    while pieces:
+        lengths = range(len(pieces), 0, -1)
+        taken = next((n for n in lengths if folder_word(", ".join(pieces[:n])) in known), 1)
+        names.append(known.get(folder_word(", ".join(pieces[:taken])), pieces[0]))
+        pieces = pieces[taken:]
+    return names
 
 
 def read_preset(name: str) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from .flower import FLOWER
 from .inversion import HARDEN, INVERT
 from .measure import CONFUSION, NOISE, PARAMETERS, PRIVACY
 from .methods import METHODS
-from .options import Mistake, Parser, refuse
+from .options import Mistake, Parser, refuse, wrong_beside
 from .output import say_what_is_logged
 from .personalise import PERSONALISE
 from .probe import PROBE
@@ -117,7 +117,8 @@ def _parse(name: str, command: Command, argv: Sequence[str]) -> argparse.Namespa
     parser.usage = " ".join([name, *places, "[OPTIONS]"])  # these are dozens
     arguments, unknown = parser.parse_known_args(argv)
     arguments.command = name.removeprefix("fedss ")
-    refuse([*parser.wrong, *_unknown(unknown, list(parser._option_string_actions))])
+    if wrong := [*parser.wrong, *_unknown(unknown, list(parser._option_string_actions))]:
+        refuse([*wrong, *wrong_beside(arguments, parser.unread)])
     return arguments
 
 

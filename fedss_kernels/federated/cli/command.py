@@ -4,11 +4,13 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from .options import Parser
+
 
 @dataclass(frozen=True)
 class Command:
     help: str
     needs: tuple[str, ...]  # modules beyond what the package itself requires
-    add_arguments: Callable[[argparse.ArgumentParser], None]
+    add_arguments: Callable[[Parser], None]
     main: Callable[[argparse.Namespace], int]
     extra: str = "sim"  # that brings what it needs

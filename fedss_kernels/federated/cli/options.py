@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,7 +19,7 @@ from ..config import (
 )
 from ..defaults import FITTED, OWN, PRESETS
 from ..disk import reason
-from ..plan import LISTS, misfits
+from ..plan import LISTS, as_called, misfits, read_preset
 
 
 class Mistake(Exception):
@@ -37,12 +37,21 @@ def refuse(wrong: Iterable[str]) -> None:
         raise Mistake(line)
 
 
+UNREAD = object()  # no value that any option can have
+
+
 class Parser(argparse.ArgumentParser):
-    """Values that cannot be are `wrong`, a line each, for all to be told at once; their options have none."""
+    """Values that cannot be are `wrong`, a line each, to be told at once; their options have UNREAD."""
 
     def __init__(self, **settings: Any):
         super().__init__(**settings)
         self.wrong = list[str]()
+        self.unread = set[str]()  # the options
+        self.argv: Sequence[str] = ()  # what is parsed
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self.argv = args
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise Mistake(together([*self.wrong, message.removeprefix("argument ")]))
@@ -52,7 +61,8 @@ class Parser(argparse.ArgumentParser):
             return super()._get_value(action, arg_string)
         except argparse.ArgumentError as error:
             self.wrong.append(str(error).removeprefix("argument "))
-            return None
+            self.unread.add(action.dest)
+            return UNREAD
 
 
 def add_config_file(parser: argparse.ArgumentParser) -> None:
@@ -187,6 +197,30 @@ def reader_of_list(option: str, read: Callable[[str], list[Any]]) -> Callable[[s
     return read_and_check
 
 
+def reader_of_methods(parser: Parser) -> Callable[[str], list[str]]:
+    """For argparse, of a comparison's methods: those of the preset's own are methods too."""
+
+    def read(text: str) -> list[str]:
+        own = _preset_of(parser).get("own", {})
+        names = as_called(read_names(text), own)
+        if wrong := misfits("methods", names, own):
+            raise argparse.ArgumentTypeError(together(wrong))
+        return names
+
+    return read
+
+
+def _preset_of(parser: Parser) -> dict[str, Any]:
+    """The preset that is chosen beside what is read; empty if there is none, or it cannot be read."""
+    alone = Parser(add_help=False, allow_abbrev=False)
+    alone.add_argument("--preset", nargs="?")
+    name = alone.parse_known_args(parser.argv)[0].preset
+    try:
+        return read_preset(name) if name else {}
+    except ConfigError:  # which is told when the options are put together
+        return {}
+
+
 def _without_own(message: str) -> str:
     """What is expected, but what nobody can hand over here."""
     return message.replace(f", {OWN}, got ", ", got ")
@@ -273,13 +307,29 @@ def refuse_lost(
     )
 
 
-def refuse_unread(arguments: argparse.Namespace, methods: Sequence[str]) -> None:
-    """Raises Mistake for options on the command line that none of these methods reads, and others do."""
-    refuse(
+def not_read(arguments: argparse.Namespace, methods: Sequence[str]) -> Iterator[str]:
+    """A line for each option on the command line that none of these methods reads, and others do."""
+    return (
         f"{flag(name)} is for {readers_in_words(name)}, not for {', '.join(methods)}"
         for name in vars(arguments)
         if readers(name) and not set(readers(name)) & set(methods)
     )
+
+
+def wrong_beside(arguments: argparse.Namespace, unread: Container[str] = ()) -> list[str]:
+    """What else is wrong with a new run's options, where those that are `unread` have no value."""
+    given = vars(arguments)
+    if "config" not in given or given.get("resume") is not None:
+        return []
+    wrong = list[str]()
+    try:
+        preset = read_preset(given["preset"]) if given.get("preset") else {}
+        config_of(arguments, preset.get("config"))
+    except ConfigError as error:
+        wrong = [as_typed(ConfigError(*each)) for each in error.mistakes if each[0] not in unread]
+    if (method := given.get("method", Config.method)) in METHODS and "preset" not in given:
+        wrong += not_read(arguments, [method])
+    return wrong
 
 
 _FIELDS = [field.name for field in dataclasses.fields(Config)]

@@ -32,20 +32,22 @@ from .command import Command
 from .options import (
     PLACES,
     Mistake,
+    Parser,
     add_config_file,
     add_options,
     as_typed,
     config_of,
     flag,
     mistakes,
-    read_names,
+    not_read,
     read_numbers,
     read_rates,
     reader,
     reader_of_list,
+    reader_of_methods,
     refuse,
     refuse_lost,
-    refuse_unread,
+    wrong_beside,
 )
 from .output import print_profile, print_table, read_data, say_what_is_logged, show_tuned
 
@@ -85,10 +87,14 @@ def _asked(arguments: argparse.Namespace) -> tuple[Config, Path]:
         if "out" in arguments:
             raise Mistake("--out: a run is resumed in its own folder, that of --resume")
         arguments.out = arguments.resume
-    config = config_of(arguments, _options_of(arguments.resume) if resume else {})
+    try:
+        config = config_of(arguments, _options_of(arguments.resume) if resume else {})
+    except ConfigError:
+        refuse(wrong_beside(arguments))
+        raise
     if resume:
         refuse_lost(arguments, config, store=config.class_store)
-    refuse_unread(arguments, [config.method])
+    refuse(not_read(arguments, [config.method]))
     out = config.out or Path("runs") / f"{config.data}-{config.method}-seed{config.seed}"
     return dataclasses.replace(config, out=out), out
 
@@ -184,12 +190,13 @@ def _options_of(folder: Path) -> dict[str, Any]:
     return read_config(folder)[0].to_dict()
 
 
-def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_compare_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--methods",
-        type=reader_of_list("methods", read_names),
+        type=reader_of_methods(parser),
         metavar="NAMES",
-        help="the methods, with commas between (default: fedss,full_softmax,pos_only,neg_only)",
+        help="the methods, with commas between; a preset's own by their names there, or as their folders are "
+        "called: layer-wise-budget-6 (default: fedss,full_softmax,pos_only,neg_only)",
     )
     parser.set_defaults(own={})
     _add_comparison_arguments(parser)
@@ -279,7 +286,7 @@ def _planned(arguments: argparse.Namespace) -> Plan:
         }
         own = with_defaults(lists["methods"], of_preset, arguments.given)
         plan = Plan(config, **{name: lists[name] for name in LISTS}, own=own)
-        refuse_unread(arguments, [case.method for case in plan.cases])
+        refuse(not_read(arguments, [case.method for case in plan.cases]))
         return plan
     _refuse_others(arguments)
     there, out = Plan.read(arguments.resume), arguments.resume

@@ -6,7 +6,6 @@ from that.
 """
 
 import dataclasses
-import difflib
 import functools
 import json
 import math
@@ -23,8 +22,9 @@ import numpy as np
 from .algorithms import METHODS
 from .algorithms.method import SHARED, STICKY
 from .algorithms.mocosfl import CLIENT_GRADIENTS, MOMENTUM_COPIES, SYMMETRIC, VELOCITIES
+from .algorithms.own_numbers import check_known, own_numbers
 from .clashes import clashes
-from .config_error import ConfigError, raise_together
+from .config_error import ConfigError, did_you_mean, raise_together
 from .data import DATASETS, PARTITIONS, TASKS
 from .defaults import FITTED, LINEAR, OWN, PRESETS, preset
 from .disk import write_whole
@@ -135,6 +135,9 @@ class Config:
         "cohort",
         "what a class row's average divides by: the images of the whole cohort, or of the row's holders only",
         choices=lambda: ("cohort", "holders"),
+    )
+    settings: dict[str, float] = option(
+        None, "numbers of a method's own, by name; those that are not given are as the method has them"
     )
 
     spreadout_weight: float = option(0.1, "of fedaws: how hard near class rows are pushed apart", low=0)
@@ -423,6 +426,8 @@ class Config:
     def _resolved(self, field: dataclasses.Field) -> Any:
         """An option's value, or its default; None where that is not known yet."""
         value = getattr(self, field.name)
+        if field.name == "settings":
+            return own_numbers(self.method, value)
         if value is None and self.similarity == "dot" and field.name in LINEAR:
             value = LINEAR[field.name](self.embedding_dim)
         if value is None and field.name in PRESETS[OWN]:
@@ -432,9 +437,12 @@ class Config:
         return checked(field, value)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every option with its resolved value, in JSON's types; the inverse of `from_dict`."""
+        """Every option with its resolved value, in JSON's types; the inverse of `from_dict`.
+
+        Without the numbers of methods' own where there are none.
+        """
         saved = [field.name for field in dataclasses.fields(self) if field.metadata["saved"]]
-        values = {name: getattr(self, name) for name in saved}
+        values = {name: getattr(self, name) for name in saved if name != "settings" or self.settings}
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
     @classmethod
@@ -444,7 +452,12 @@ class Config:
         source: Path | None = None,  # the file they are from, for messages
         given: Mapping[str, Any] = types.MappingProxyType({}),  # options that win over them
     ) -> "Config":
-        """Raises ConfigError for all names that are not an option's and all values that one can't have."""
+        """Raises ConfigError for all names that are not an option's and all values that one can't have.
+
+        UnknownMethod where the file's method is from outside the package, and nobody has registered it.
+        """
+        if source is not None and "method" not in given:
+            check_known(values.get("method"), source)
         names = [field.name for field in dataclasses.fields(cls)]
         later = "" if source is None else ", in this version: did a later one write the file?"
         unknown = [
@@ -483,14 +496,6 @@ def read_options(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError("config", f"expected an object of options in {path}, got {type(values).__name__}")
     return values
-
-
-def did_you_mean(name: str, names: Sequence[str]) -> str:
-    """What is nearest of `names`, whose leading dashes say nothing; else those that end in this word."""
-    bare, wanted = {each.lstrip("-"): each for each in names}, name.lstrip("-")
-    near = difflib.get_close_matches(wanted, bare, n=1)
-    near = near or [each for each in bare if wanted and each.endswith((f"_{wanted}", f"-{wanted}"))]
-    return f" (did you mean {' or '.join(bare[each] for each in near)}?)" if near else ""
 
 
 @functools.cache

@@ -29,7 +29,6 @@ def _decays_from_then(config: Config) -> bool:
 
 # (options, why they have no effect, when that is so)
 RULES: tuple[Rule, ...] = (
-    *_of_other_methods(),
     (("glyph_classes", "glyph_writers"), "it is for the data glyphs", lambda c: c.data != "glyphs"),
     (("data_dir",), "glyphs are drawn", lambda c: c.data == "glyphs"),
     (("images_per_client",), "num_clients is set", lambda c: c.num_clients > 0),
@@ -163,7 +162,7 @@ def idle(configs: Iterable[Config]) -> list[str]:
 def _idle(config: Config) -> list[str]:
     lines = [
         f"{name} {value} has no effect: {why}"
-        for names, why, applies in RULES
+        for names, why, applies in (*_of_other_methods(), *RULES)
         if applies(config)
         for name, value in ((name, getattr(config, name)) for name in names)
         if value != _default(config, name)
@@ -199,6 +198,8 @@ def short_warmup(config: Config) -> list[str]:
 
 
 def _default(config: Config, name: str) -> object:
+    if name == "settings":
+        return METHODS[config.method].settings
     usual_ones = preset(config.data, config.method)
     if name in usual_ones:
         usual = usual_ones[name]

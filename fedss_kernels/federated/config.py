@@ -26,7 +26,7 @@ from .algorithms.own_numbers import check_known, own_numbers
 from .clashes import clashes
 from .config_error import ConfigError, did_you_mean, raise_together
 from .data import DATASETS, PARTITIONS, TASKS
-from .defaults import FITTED, LINEAR, OWN, PRESETS, preset
+from .defaults import EVAL_EVERY, FITTED, LINEAR, OWN, PRESETS, preset
 from .disk import write_whole
 from .ledger import WIRE_DTYPES
 from .models import MODELS, family_of
@@ -383,7 +383,12 @@ class Config:
     )
     label: str | None = option(None, "what the run is called beside others, none: as its method")
     seed: int = option(0, "the seed of everything but the data", low=0, below=2**63)
-    eval_every: int = option(10, "rounds between two looks at the test images", low=1)
+    eval_every: int = option(
+        PRESET,
+        f"rounds between two looks at the test images; where it is left out {EVAL_EVERY}, or a fifth of the "
+        "rounds if that is less",
+        low=1,
+    )
     checkpoint_every: int = option(10, "rounds between two checkpoints in the run's folder, 0: none", low=0)
     workers: int = option(1, "processes that play the clients, on this machine", low=1, below=1025)
     threads: int = option(
@@ -428,6 +433,8 @@ class Config:
         value = getattr(self, field.name)
         if field.name == "settings":
             return own_numbers(self.method, value)
+        if value is None and field.name == "eval_every" and isinstance(self.rounds, int):
+            value = min(EVAL_EVERY, max(1, self.rounds // 5))
         if value is None and self.similarity == "dot" and field.name in LINEAR:
             value = LINEAR[field.name](self.embedding_dim)
         if value is None and field.name in PRESETS[OWN]:

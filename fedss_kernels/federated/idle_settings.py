@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from .algorithms import METHODS, readers, readers_in_words
 from .algorithms.parts import Part
 from .config import Config
-from .defaults import FITTED, OWN, preset
+from .defaults import EVAL_EVERY, FITTED, OWN, preset
 
 log = logging.getLogger(__name__)
 Rule = tuple[tuple[str, ...], str, Callable[[Config], bool]]
@@ -139,7 +139,7 @@ RULES: tuple[Rule, ...] = (
     (
         ("eval_every",),
         "there are fewer rounds, so the test is after the last",
-        lambda c: c.eval_every > c.rounds,
+        lambda c: c.eval_every > max(c.rounds, EVAL_EVERY),
     ),
     (("lr_decay",), "the warm-up takes all rounds", lambda c: (c.warmup_rounds or 0) >= c.rounds),
     (

@@ -45,6 +45,9 @@ METHODS: dict[str, Method] = {
 }
 
 
+OURS = tuple(METHODS)  # the package's, whatever is registered beside them
+
+
 def readers(option: str) -> list[str]:
     """The methods whose own an option of Config is; none where every method reads it."""
     return [name for name, method in METHODS.items() if option in method.options]
@@ -63,6 +66,7 @@ def settings_of_all() -> dict[str, float]:
 
 __all__ = [
     "METHODS",
+    "OURS",
     "Method",
     "Part",
     "Parts",

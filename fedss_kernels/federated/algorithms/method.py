@@ -90,13 +90,13 @@ class Method:
 
     def configured(self, settings: Mapping[str, float]) -> "Method":
         """With these numbers for those of its settings that are among them."""
-        if not self.settings:
+        if not self.settings:  # nothing is made anew, of what asks for it often
             return self
         return replace(self, settings={name: settings.get(name, own) for name, own in self.settings.items()})
 
     def schedule(self, settings: Settings, num_blocks: int) -> Schedule:
         """Of a run. Raises ConfigError for settings that do not fit a net of so many blocks."""
-        method = self.configured(settings.settings)
+        method = self.configured(settings.settings) if self.settings else self
         return method.by_round(settings, num_blocks) if method.by_round else Always(method.parts(num_blocks))
 
     @cached_property

@@ -332,6 +332,19 @@ def test_settings_of_another_method_are_worth_a_word():
     assert line == "settings {'mu': 0.2} has no effect: it is for mine"
 
 
+def test_a_comparison_has_numbers_for_all_and_a_methods_own_under_each_of_its_names():
+    mine(penalty_gradient=proximal, settings={"mu": 0.1, "nu": 0.0}, passes=_passes)
+    own = {"near": {"method": "mine", "settings": {"mu": 4}}, "mine": {}}
+    plan = Plan(Config(settings={"nu": 2}), ["fedss", "mine", "near"], seeds=[0], own=own)
+    fedss, plain, near = (plan.config_of(case).settings for case in plan.cases)
+    assert (fedss, plain, near) == ({"nu": 2.0}, {"mu": 0.1, "nu": 2.0}, {"mu": 4.0, "nu": 2.0})
+    assert len({plan.config_of(case) for case in plan.cases}) == 3  # and they have a hash
+
+
+def _passes(local_epochs, head_epochs, *, nu):
+    return FEDSS.passes(local_epochs, head_epochs)
+
+
 def test_who_reads_an_option_is_asked_when_it_is_said():
     mine()
     assert idle([Config(method="mine", negatives="sticky")]) == []
@@ -354,7 +367,7 @@ def test_a_method_that_is_not_a_function_of_the_round_is_found_out():
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["fedss", "fedrep", "local_only", "simclr"])
 def test_methods_of_the_package_stand_it(method):
     check_method(method)
 

@@ -47,10 +47,12 @@ def option(
     choices: Callable[[], Sequence[str]] | None = None,
     chosen: Callable[[str], str] = str,  # what of a value is one of them
     saved: bool = True,
+    hashed: bool = True,
 ) -> Any:
     """A field of Config: its default, its help, and what it may be."""
     bounds = {"low": low, "above": above, "below": below, "choices": choices, "chosen": chosen}
-    return dataclasses.field(default=default, metadata={"help": help, "saved": saved, **bounds})
+    metadata = {"help": help, "saved": saved, **bounds}
+    return dataclasses.field(default=default, hash=None if hashed else False, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,9 @@ class Config:
         choices=lambda: ("cohort", "holders"),
     )
     settings: dict[str, float] = option(
-        None, "numbers of a method's own, by name; those that are not given are as the method has them"
+        None,
+        "numbers of a method's own, by name; those that are not given are as the method has them",
+        hashed=False,
     )
 
     spreadout_weight: float = option(0.1, "of fedaws: how hard near class rows are pushed apart", low=0)

@@ -215,7 +215,7 @@ class Plan:
             missing = [name for name in ("config", *LISTS) if name not in found]
             if missing:
                 raise ConfigError("config", f"{out / FILE} has no {', '.join(missing)}")
-            for name in found["methods"]:
+            for name in filter(lambda each: isinstance(each, str), found["methods"]):
                 check_known(found.get("own", {}).get(name, {}).get("method", name), out / FILE)
             config = Config.from_dict(found["config"], out / FILE)
             return cls(config, **{name: found[name] for name in LISTS}, own=found.get("own", {}))

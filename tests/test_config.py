@@ -23,6 +23,14 @@ def test_the_contracts_server_is_the_default():
     assert (config.correction, config.denominator, config.method) == ("negatives", "cohort", "fedss")
 
 
+@pytest.mark.parametrize("rounds, every", [(1, 1), (4, 1), (10, 2), (49, 9), (50, 10), (300, 10)])
+def test_test_images_are_looked_at_five_times_at_least_where_nothing_else_is_said(rounds, every):
+    assert Config(rounds=rounds).eval_every == every
+    assert Config(rounds=rounds, eval_every=7).eval_every == 7
+    with pytest.raises(ConfigError, match="^rounds: expected"):
+        Config(rounds="ten")
+
+
 def test_every_option_says_what_it_is():
     for field in dataclasses.fields(Config):
         assert len(field.metadata["help"]) > 10, field.name

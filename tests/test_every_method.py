@@ -20,6 +20,7 @@ from fedss_kernels.federated.files.round_metrics import RoundMetrics
 from fedss_kernels.federated.fine_tuning import Tuning, measures, personalise
 from fedss_kernels.federated.randomness import Purpose, generator
 from fedss_kernels.federated.reports.remarks import remarks
+from fedss_kernels.federated.testing import bits, history
 
 FEDERATED = [name for name, method in METHODS.items() if not (method.pooled or method.split)]
 # One for each place where class rows and the net can stand between two rounds; the others take minutes.
@@ -38,19 +39,6 @@ def train(method: str, **options) -> Result:
         resume=resume,
         stop=None if stop_after is None else lambda: seen[-1].round == stop_after,
     )
-
-
-def bits(result: Result) -> list[bytes]:
-    tensors = [*result.extractor.state_dict().values()]
-    if result.weight is not None:
-        tensors.insert(0, result.weight)
-    if result.homes:
-        tensors.append(result.homes.table[:])
-    return [tensor.numpy().tobytes() for tensor in tensors]
-
-
-def history(result: Result) -> list[RoundMetrics]:
-    return [dataclasses.replace(metrics, seconds=0.0) for metrics in result.history]
 
 
 def files(folder: Path) -> dict[str, object]:

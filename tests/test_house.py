@@ -27,7 +27,7 @@ FLOORS = (
     ("data", "models"),
     ("messages", "surroundings"),
     ("algorithms",),
-    ("clashes", "config", "defaults", "idle_settings", "learning_rate", "privacy_budget"),
+    ("clashes", "config", "defaults", "idle_settings", "learning_rate", "plugins", "privacy_budget"),
     ("cohort", "files"),
     ("plan",),
     ("clients",),
@@ -37,7 +37,7 @@ FLOORS = (
     ("evaluation", "fedavg_round", "split_learning"),
     ("figures",),
     ("run_loop",),
-    ("comparisons", "flower"),
+    ("comparisons", "flower", "testing"),
     ("cli",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

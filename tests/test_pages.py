@@ -1,10 +1,12 @@
 """What README.md and docs/ say holds: examples run, commands and options are there, links lead somewhere."""
 
+import itertools
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 from fedss_kernels.federated.algorithms import METHODS
 from fedss_kernels.federated.cli import COMMANDS, _command, _name, _parse
@@ -52,15 +54,28 @@ def test_examples_run_as_they_stand_but_for_the_number_of_rounds(page, tmp_path,
         assert names["best"].indices.shape == (4, 5) and names["loss"].isfinite()
     if page == "docs/simulate.md":
         assert (tmp_path / "net.pt").exists()
-        first, own_data, own_method, last_block = capsys.readouterr().out.splitlines()
+        first, own_data, *own_methods = capsys.readouterr().out.splitlines()
         assert len(first.split()) == 3
         assert re.fullmatch(
             r"<FederatedData mine, classification: 4 classes, 40 training and 8 test images, 4 clients> "
             r"<Result of fedss on mine after round 2: top-1 \d+\.\d%>",
             own_data,
         )
-        for method, line in (("neighbours", own_method), ("last_block", last_block)):
+        for method, line in zip(("fedprox", "decoys", "last_block"), own_methods, strict=True):
             assert re.fullmatch(rf"<Result of {method} on glyphs after round 2: top-1 \d+\.\d%>", line)
+
+
+def test_the_decoys_of_the_tutorial_leave_the_denominator_as_it_is_on_average():
+    """Over all the draws of 2 from the 5 classes that are not the client's: exactly."""
+    (example,) = (text for text in EXAMPLES["docs/simulate.md"] if "def request(" in text)
+    names: dict = {}
+    exec(example[: example.index("\nregister(")], names)
+    logits, positives = torch.linspace(-1.0, 2.0, 7, dtype=torch.float64), torch.tensor([1, 4])
+    sums = []
+    for drawn in itertools.combinations([0, 2, 3, 5, 6], 2):
+        found = names["request"](7, positives, torch.tensor(drawn), "negatives", decoys=3)
+        sums.append((logits[found.class_ids] - found.log_expected_count).exp().sum())
+    torch.testing.assert_close(torch.stack(sums).mean(), logits.exp().sum())
 
 
 @pytest.mark.parametrize("page, line", COMMAND_LINES)

@@ -30,6 +30,7 @@ from fedss_kernels.federated.reports.plots import (
     accuracy_by_bytes,
     accuracy_by_class_set,
     accuracy_by_round,
+    plots_with_captions,
 )
 from fedss_kernels.federated.reports.report import attempt, write_comparison_report, write_run_report
 from fedss_kernels.federated.reports.reported_run import Run, course
@@ -492,6 +493,25 @@ def test_a_method_looks_the_same_in_every_plot_and_no_two_do_in_one():
     assert other not in (alone, twice, again)
     assert len({tuple(look.values()) for look in styles(["fedss"] * 36)}) == 36
     assert len(styles(["fedss"] * 40)) == 40
+
+
+def test_below_the_plot_stands_what_guessing_is_worth(runs):
+    first, _ = plots_with_captions(runs, ["rounds", "bytes"])
+    assert "Who guesses is right for 14% of them, one in 7." in first
+
+
+def test_a_method_from_outside_has_a_colour_that_no_other_line_has_while_there_are_some():
+    ours, theirs = ["fedss", "full_softmax", "pos_only"], ["decoys", "fedprox", "x"]
+    for methods in (
+        ours + theirs,
+        theirs + ours,
+        ["decoys", "full_softmax", "fedprox", "fedss", "x", "neg_only"],
+    ):
+        looks = styles(methods)
+        assert len({look["color"] for look in looks}) == 6
+        assert all(look == style(name) for name, look in zip(methods, looks, strict=True) if name in METHODS)
+    first, other, again = styles(["decoys", "fedss", "decoys"])
+    assert again["color"] == first["color"] and again["marker"] != first["marker"] and other == style("fedss")
 
 
 def test_methods_that_are_not_judged_alike_are_told_apart(tmp_path, runs, personalised, no_plots):

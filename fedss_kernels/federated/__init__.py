@@ -9,6 +9,7 @@ from .any_round import TooFewClients
 from .config import Config, ConfigError
 from .data import FederatedData
 from .files.checkpoint import CheckpointError
+from .plugins import register
 from .run_loop import Result, Stopped, run
 from .workers import WorkerLost
 
@@ -21,5 +22,6 @@ __all__ = [
     "Stopped",
     "TooFewClients",
     "WorkerLost",
+    "register",
     "run",
 ]

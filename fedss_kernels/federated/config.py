@@ -6,7 +6,6 @@ from that.
 """
 
 import dataclasses
-import difflib
 import functools
 import json
 import math
@@ -23,10 +22,11 @@ import numpy as np
 from .algorithms import METHODS
 from .algorithms.method import PIR, SHARED, STICKY
 from .algorithms.mocosfl import CLIENT_GRADIENTS, MOMENTUM_COPIES, SYMMETRIC, VELOCITIES
+from .algorithms.own_numbers import check_known, own_numbers
 from .clashes import clashes
-from .config_error import ConfigError, raise_together
+from .config_error import ConfigError, did_you_mean, raise_together
 from .data import DATASETS, PARTITIONS, TASKS
-from .defaults import FITTED, LINEAR, OWN, PRESETS, preset
+from .defaults import EVAL_EVERY, FITTED, LINEAR, OWN, PRESETS, preset
 from .disk import write_whole
 from .ledger import WIRE_DTYPES
 from .models import MODELS, family_of
@@ -47,10 +47,12 @@ def option(
     choices: Callable[[], Sequence[str]] | None = None,
     chosen: Callable[[str], str] = str,  # what of a value is one of them
     saved: bool = True,
+    hashed: bool = True,
 ) -> Any:
     """A field of Config: its default, its help, and what it may be."""
     bounds = {"low": low, "above": above, "below": below, "choices": choices, "chosen": chosen}
-    return dataclasses.field(default=default, metadata={"help": help, "saved": saved, **bounds})
+    metadata = {"help": help, "saved": saved, **bounds}
+    return dataclasses.field(default=default, hash=None if hashed else False, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,11 @@ class Config:
         "cohort",
         "what a class row's average divides by: the images of the whole cohort, or of the row's holders only",
         choices=lambda: ("cohort", "holders"),
+    )
+    settings: dict[str, float] = option(
+        None,
+        "numbers of a method's own, by name; those that are not given are as the method has them",
+        hashed=False,
     )
 
     spreadout_weight: float = option(0.1, "of fedaws: how hard near class rows are pushed apart", low=0)
@@ -393,7 +400,12 @@ class Config:
     )
     label: str | None = option(None, "what the run is called beside others, none: as its method")
     seed: int = option(0, "the seed of everything but the data", low=0, below=2**63)
-    eval_every: int = option(10, "rounds between two looks at the test images", low=1)
+    eval_every: int = option(
+        PRESET,
+        f"rounds between two looks at the test images; where it is left out {EVAL_EVERY}, or a fifth of the "
+        "rounds if that is less",
+        low=1,
+    )
     checkpoint_every: int = option(10, "rounds between two checkpoints in the run's folder, 0: none", low=0)
     workers: int = option(1, "processes that play the clients, on this machine", low=1, below=1025)
     threads: int = option(
@@ -446,6 +458,10 @@ class Config:
     def _resolved(self, field: dataclasses.Field) -> Any:
         """An option's value, or its default; None where that is not known yet."""
         value = getattr(self, field.name)
+        if field.name == "settings":
+            return own_numbers(self.method, value)
+        if value is None and field.name == "eval_every" and isinstance(self.rounds, int):
+            value = min(EVAL_EVERY, max(1, self.rounds // 5))
         if value is None and self.similarity == "dot" and field.name in LINEAR:
             value = LINEAR[field.name](self.embedding_dim)
         if value is None and field.name in PRESETS[OWN]:
@@ -455,9 +471,12 @@ class Config:
         return checked(field, value)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every option with its resolved value, in JSON's types; the inverse of `from_dict`."""
+        """Every option with its resolved value, in JSON's types; the inverse of `from_dict`.
+
+        Without the numbers of methods' own where there are none.
+        """
         saved = [field.name for field in dataclasses.fields(self) if field.metadata["saved"]]
-        values = {name: getattr(self, name) for name in saved}
+        values = {name: getattr(self, name) for name in saved if name != "settings" or self.settings}
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
     @classmethod
@@ -467,7 +486,12 @@ class Config:
         source: Path | None = None,  # the file they are from, for messages
         given: Mapping[str, Any] = types.MappingProxyType({}),  # options that win over them
     ) -> "Config":
-        """Raises ConfigError for all names that are not an option's and all values that one can't have."""
+        """Raises ConfigError for all names that are not an option's and all values that one can't have.
+
+        UnknownMethod where the file's method is from outside the package, and nobody has registered it.
+        """
+        if source is not None and "method" not in given:
+            check_known(values.get("method"), source)
         names = [field.name for field in dataclasses.fields(cls)]
         later = "" if source is None else ", in this version: did a later one write the file?"
         unknown = [
@@ -509,14 +533,6 @@ def read_options(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError("config", f"expected an object of options in {path}, got {type(values).__name__}")
     return values
-
-
-def did_you_mean(name: str, names: Sequence[str]) -> str:
-    """What is nearest of `names`, whose leading dashes say nothing; else those that end in this word."""
-    bare, wanted = {each.lstrip("-"): each for each in names}, name.lstrip("-")
-    near = difflib.get_close_matches(wanted, bare, n=1)
-    near = near or [each for each in bare if wanted and each.endswith((f"_{wanted}", f"-{wanted}"))]
-    return f" (did you mean {' or '.join(bare[each] for each in near)}?)" if near else ""
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """What is wrong with the settings of a run, in words that name them."""
 
-from collections.abc import Callable, Iterable
+import difflib
+from collections.abc import Callable, Iterable, Sequence
 
 
 class ConfigError(ValueError):
@@ -22,9 +23,24 @@ class ConfigError(ValueError):
         return "; ".join(f"{spelled(option)}: {message}" for option, message in self.mistakes)
 
 
+class UnknownMethod(ConfigError):
+    """A file is of a method from outside the package that is not registered here."""
+
+    def worded(self, spelled: Callable[[str], str]) -> str:
+        return self.message
+
+
 def raise_together(errors: Iterable[ConfigError]) -> None:
     """One ConfigError for all of them, each mistake once; nothing where there are none."""
     mistakes = dict.fromkeys(mistake for error in errors for mistake in error.mistakes)
     if mistakes:
         first, *more = mistakes
         raise ConfigError(*first, *more)
+
+
+def did_you_mean(name: str, names: Sequence[str]) -> str:
+    """What is nearest of `names`, whose leading dashes say nothing; else those that end in this word."""
+    bare, wanted = {each.lstrip("-"): each for each in names}, name.lstrip("-")
+    near = difflib.get_close_matches(wanted, bare, n=1)
+    near = near or [each for each in bare if wanted and each.endswith((f"_{wanted}", f"-{wanted}"))]
+    return f" (did you mean {' or '.join(bare[each] for each in near)}?)" if near else ""

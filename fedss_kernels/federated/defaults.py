@@ -7,6 +7,7 @@ from typing import Any
 from .algorithms import METHODS
 
 OWN = "own"  # the data set or model that a caller hands to run() as an object
+EVAL_EVERY = 10  # rounds, at most
 FITTED = None  # a default that is chosen when the data are found: see loading.py
 
 # By data set; "own" data take those of glyphs.

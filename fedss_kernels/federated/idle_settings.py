@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from .algorithms import METHODS, readers, readers_in_words
 from .algorithms.parts import Part
 from .config import Config
-from .defaults import FITTED, OWN, preset
+from .defaults import EVAL_EVERY, FITTED, OWN, preset
 
 log = logging.getLogger(__name__)
 Rule = tuple[tuple[str, ...], str, Callable[[Config], bool]]
@@ -29,7 +29,6 @@ def _decays_from_then(config: Config) -> bool:
 
 # (options, why they have no effect, when that is so)
 RULES: tuple[Rule, ...] = (
-    *_of_other_methods(),
     (("glyph_classes", "glyph_writers"), "it is for the data glyphs", lambda c: c.data != "glyphs"),
     (("data_dir",), "glyphs are drawn", lambda c: c.data == "glyphs"),
     (("images_per_client",), "num_clients is set", lambda c: c.num_clients > 0),
@@ -145,7 +144,7 @@ RULES: tuple[Rule, ...] = (
     (
         ("eval_every",),
         "there are fewer rounds, so the test is after the last",
-        lambda c: c.eval_every > c.rounds,
+        lambda c: c.eval_every > max(c.rounds, EVAL_EVERY),
     ),
     (("lr_decay",), "the warm-up takes all rounds", lambda c: (c.warmup_rounds or 0) >= c.rounds),
     (
@@ -168,7 +167,7 @@ def idle(configs: Iterable[Config]) -> list[str]:
 def _idle(config: Config) -> list[str]:
     lines = [
         f"{name} {value} has no effect: {why}"
-        for names, why, applies in RULES
+        for names, why, applies in (*_of_other_methods(), *RULES)
         if applies(config)
         for name, value in ((name, getattr(config, name)) for name in names)
         if value != _default(config, name)
@@ -204,6 +203,8 @@ def short_warmup(config: Config) -> list[str]:
 
 
 def _default(config: Config, name: str) -> object:
+    if name == "settings":
+        return METHODS[config.method].settings
     usual_ones = preset(config.data, config.method)
     if name in usual_ones:
         usual = usual_ones[name]

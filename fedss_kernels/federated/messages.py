@@ -9,12 +9,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Request:
-    """What one client asks the server for in one round, and how its loss uses it."""
+    """What one client asks the server for in one round, and how its loss uses it.
 
-    class_ids: Tensor  # (S,) int64, ascending: the rows of W
-    denominator: Tensor | None  # positions in class_ids over which the loss sums; None: all of them
-    log_expected_count: Tensor  # one for each member of the denominator
-    sends_ids: bool = True  # whether class_ids travel to the server
+    class_ids: (S,) int64, ascending, each once: the rows of W, those of the client's own classes among them.
+    denominator: int64, over which of them the loss sums: positions in class_ids, from 0 to S - 1, each once,
+        and not class ids; None: over all.
+    log_expected_count: a number for each of these, subtracted from its logit: the log of how often its class
+        is expected there, 0 for what always is.
+    sends_ids: whether class_ids travel to the server.
+    """
+
+    class_ids: Tensor
+    denominator: Tensor | None
+    log_expected_count: Tensor
+    sends_ids: bool = True
 
     def to(self, device: torch.device) -> "Request":
         """What the loss reads of it on another device."""

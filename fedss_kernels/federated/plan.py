@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from .algorithms import METHODS
+from .algorithms.own_numbers import check_known
 from .clashes import no_store
 from .config import Config, ConfigError, did_you_mean, read_options
-from .config_error import raise_together
+from .config_error import UnknownMethod, raise_together
 from .disk import write_whole
 from .files.checkpoint import CheckpointError, differences
 
@@ -138,6 +139,8 @@ class Plan:
         """Its options, but for seed, rate and folder. Raises ConfigError for some that cannot be."""
         own = {name: value for name, value in self._own(case).items() if name != "method"}
         store = self.config.class_store if METHODS[case.method].stores else None
+        if isinstance(numbers := own.get("settings"), Mapping):  # one by one they win
+            own["settings"] = {**self.config.settings, **numbers}
         return replace(self.config, method=case.method, label=case.called, class_store=store, **own)
 
     def _own(self, case: Case) -> Mapping[str, Any]:
@@ -217,8 +220,12 @@ class Plan:
             missing = [name for name in ("config", *LISTS) if name not in found]
             if missing:
                 raise ConfigError("config", f"{out / FILE} has no {', '.join(missing)}")
+            for name in filter(lambda each: isinstance(each, str), found["methods"]):
+                check_known(found.get("own", {}).get(name, {}).get("method", name), out / FILE)
             config = Config.from_dict(found["config"], out / FILE)
             return cls(config, **{name: found[name] for name in LISTS}, own=found.get("own", {}))
+        except UnknownMethod:
+            raise
         except ConfigError as error:
             raise CheckpointError(f"no comparison to go on with in {out}: {error}") from None
 

@@ -38,6 +38,7 @@ from .given_back import give_back
 from .interrupts import deaf, ending, ignore
 from .ledger import over_the_wire
 from .messages import Request, Silence, Update
+from .plugins import load_in_process_of
 from .scratch import scratch
 from .stopwatch import Stopwatch
 
@@ -493,6 +494,7 @@ def _work(folder: Path, rank: int, size: int, parent: int, failure: Connection) 
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     try:
         config, data, model = pickle.loads((folder / "given").read_bytes())
+        load_in_process_of(config)
         _join(folder, rank, size)
         work(config, data, model, rank, size)
     except Exception as error:

@@ -1,5 +1,6 @@
-"""The federated methods by name, one file each."""
+"""The federated methods by name, one file each; `plugins.register` adds others."""
 
+from ..messages import Request
 from .central_moco import CENTRAL_MOCO
 from .centralized import CENTRALIZED
 from .fedavg import FEDAVG
@@ -16,6 +17,7 @@ from .local_only import LOCAL_ONLY
 from .method import Method
 from .mocosfl import MOCOSFL
 from .neg_only import NEG_ONLY
+from .parts import Part, Parts, Pass
 from .pos_only import POS_ONLY
 from .simclr import SIMCLR
 
@@ -43,6 +45,9 @@ METHODS: dict[str, Method] = {
 }
 
 
+OURS = tuple(METHODS)  # the package's, whatever is registered beside them
+
+
 def readers(option: str) -> list[str]:
     """The methods whose own an option of Config is; none where every method reads it."""
     return [name for name, method in METHODS.items() if option in method.options]
@@ -54,4 +59,20 @@ def readers_in_words(option: str) -> str:
     return f"{', '.join(others)} and {last}" if others else last
 
 
-__all__ = ["METHODS", "Method", "Request", "readers", "readers_in_words"]
+def settings_of_all() -> dict[str, float]:
+    """Every method's own numbers, by name, as the first that has them has them."""
+    return {name: own for method in reversed(METHODS.values()) for name, own in method.settings.items()}
+
+
+__all__ = [
+    "METHODS",
+    "OURS",
+    "Method",
+    "Part",
+    "Parts",
+    "Pass",
+    "Request",
+    "readers",
+    "readers_in_words",
+    "settings_of_all",
+]

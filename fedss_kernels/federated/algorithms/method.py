@@ -1,8 +1,9 @@
 """What a federated method is, here: which parts of the model a client gets, and what it does with them."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from .schedule import Always, ByRound, Schedule, Settings
 STICKY = {"fresh": 0.0, "sticky": 1.0, "mixed": 0.5}  # the share of its negatives that a client keeps
 SHARED = "shared"  # negatives that all clients of a cohort have
 PIR = "pir"  # requests of two servers, neither of which learns what is in them
+HOOKS = ("request", "parts", "by_round", "passes", "penalty_gradient")  # functions that a method is made of
 
 
 @dataclass(frozen=True)
@@ -22,33 +24,81 @@ class Method:
     """A federated method: all of them share the round, the client and the server, and differ in what is here.
 
     A method in which all travels and all is trained at once needs a `request` alone.
+
+    name: by which it is asked for, small letters, digits and _.
+    label: its name in plots and tables.
+    summary: a sentence for readers who know none of this.
+    request: request(num_classes, positives, negatives, correction) -> Request: the class rows that a client
+        asks for. positives (P,) int64, ascending, are its own classes; negatives (m,) others that are drawn
+        for it where `samples` is set, else none; correction is the option of this name. positives must be
+        among the rows, as a client is trained on images of them.
+    paper: where it is from; "": from nowhere yet.
+    parts: parts(num_blocks) -> Parts: where each block of the net stands, and the class rows.
+    by_round: by_round(config, num_blocks) -> Schedule, where parts are others from round to round; None: as
+        in `parts` in all.
+    passes: passes(local_epochs, head_epochs) -> a Pass for each pass of a client over its images.
+    penalty_gradient: penalty_gradient(now, received) -> the gradient of a term that a client minimises beside
+        the loss, None: there is none. It is asked in every step, once for the net's numbers, both (P,), and
+        once for the class rows, both (S, D), and must not change them. The loss that is told is without it.
+    settings: numbers of the method's own by name, with their defaults: Config(settings={"mu": 0.5}), --set
+        mu=0.5. Each reaches the functions above that have a keyword argument of its name: (..., *, mu).
+    by_block: whether parts differ from block to block; if not, any net is one block.
+    options: those of Config that not every method reads, and this one does.
+    samples: whether clients ask for negatives.
+    common: whether a cohort may have one class set in common.
+    own_push: whether an image is pushed from the client's other classes.
+    spreads: whether the server pushes near class rows apart after each round.
+    contrastive: whether clients learn without labels, with a projection head on the net.
+    queued: whether these tell a view from keys that they had before, by a momentum copy.
+    baseline: the method, by name, that its traffic is held against.
+    pooled: whether there are no clients: all the images are in one place.
+    split: whether clients and server each have a part of the net, and step together.
+    presets: options of Config -> defaults that are this method's.
     """
 
     name: str
-    label: str  # its name in plots and tables
-    summary: str  # a sentence for readers who know none of this
-    paper: str  # where it is from
-    request: Callable[[int, Tensor, Tensor, str], Request]
-    # request(num_classes, positives (P,), negatives drawn for the client (m,), correction)
-    parts: Callable[[int], Parts] = all_travel  # parts(num_blocks)
-    by_round: ByRound | None = None  # where they are others from round to round; None: as in `parts` in all
-    passes: Callable[[int, int], Sequence[Pass]] = all_at_once  # passes(local_epochs, head_epochs)
-    by_block: bool = False  # whether parts differ from block to block; if not, any net is one block
-    options: tuple[str, ...] = ()  # of Config, that not every method reads
-    samples: bool = False  # whether clients ask for negatives
-    common: bool = False  # whether a cohort may have one class set in common
-    own_push: bool = True  # whether an image is pushed from the client's other classes
-    spreads: bool = False  # whether the server pushes near class rows apart after each round
-    contrastive: bool = False  # whether clients learn without labels, with a projection head on the net
-    queued: bool = False  # whether these tell a view from keys that they had before, by a momentum copy
-    baseline: str = "full_softmax"  # the method, by name, that its traffic is held against
-    pooled: bool = False  # whether there are no clients: all the images are in one place
-    split: bool = False  # whether clients and server each have a part of the net, and step together
-    presets: Mapping[str, Any] = field(default_factory=dict, hash=False)  # options -> their defaults
+    label: str
+    summary: str
+    request: Callable[..., Request]
+    paper: str = ""
+    parts: Callable[..., Parts] = all_travel
+    by_round: ByRound | None = None
+    passes: Callable[..., Sequence[Pass]] = all_at_once
+    penalty_gradient: Callable[..., Tensor] | None = None
+    settings: Mapping[str, float] = field(default_factory=dict, hash=False)
+    by_block: bool = False
+    options: tuple[str, ...] = ()
+    samples: bool = False
+    common: bool = False
+    own_push: bool = True
+    spreads: bool = False
+    contrastive: bool = False
+    queued: bool = False
+    baseline: str = "full_softmax"
+    pooled: bool = False
+    split: bool = False
+    presets: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        """Gives the settings to the functions that name them, and has them read."""
+        if not self.settings:
+            return
+        for hook in HOOKS:
+            named = {name: self.settings[name] for name in keywords(getattr(self, hook)) & {*self.settings}}
+            if named:
+                object.__setattr__(self, hook, partial(getattr(self, hook), **named))
+        object.__setattr__(self, "options", tuple(dict.fromkeys([*self.options, "settings"])))
+
+    def configured(self, settings: Mapping[str, float]) -> "Method":
+        """With these numbers for those of its settings that are among them."""
+        if not self.settings:  # nothing is made anew, of what asks for it often
+            return self
+        return replace(self, settings={name: settings.get(name, own) for name, own in self.settings.items()})
 
     def schedule(self, settings: Settings, num_blocks: int) -> Schedule:
         """Of a run. Raises ConfigError for settings that do not fit a net of so many blocks."""
-        return self.by_round(settings, num_blocks) if self.by_round else Always(self.parts(num_blocks))
+        method = self.configured(settings.settings) if self.settings else self
+        return method.by_round(settings, num_blocks) if method.by_round else Always(method.parts(num_blocks))
 
     @cached_property
     def rows(self) -> Part:
@@ -80,3 +130,11 @@ class Method:
     def personal(self) -> bool:
         """Whether every client has a model of its own, so that there is none to try on everybody's images."""
         return self.parts(1).anything_at_home
+
+
+def keywords(function: Callable[..., Any] | None) -> set[str]:
+    """Names of its keyword arguments, those after the *."""
+    if function is None or not callable(function):
+        return set()
+    found = inspect.signature(function).parameters.values()
+    return {parameter.name for parameter in found if parameter.kind is parameter.KEYWORD_ONLY}

@@ -1,6 +1,6 @@
 """Where the parts of a model stand round by round, and client by client."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,6 +20,8 @@ class Settings(Protocol):
     def depth_budget(self) -> int | None: ...
     @property
     def freeze(self) -> str: ...
+    @property
+    def settings(self) -> Mapping[str, float]: ...
 
 
 class Schedule(Protocol):
@@ -57,4 +59,4 @@ class Always:
         return self.same
 
 
-ByRound = Callable[[Settings, int], Schedule]  # (a run's settings, its number of blocks)
+ByRound = Callable[..., Schedule]  # (a run's settings, its number of blocks)

@@ -11,12 +11,14 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from .. import data, models
 from ..config import did_you_mean
 from ..disk import reason
 from ..given_back import give_back
 from ..interrupts import Interrupted, at_once
+from ..plugins import FILES, load_plugins
 from ..workers import launched
 from .command import Command
 from .costs import COSTS
@@ -24,7 +26,7 @@ from .flower import FLOWER
 from .inversion import HARDEN, INVERT
 from .measure import CONFUSION, NOISE, PARAMETERS, PRIVACY
 from .methods import METHODS
-from .options import Mistake, Parser, refuse, wrong_beside
+from .options import Mistake, Parser, mistakes, refuse, wrong_beside
 from .output import say_what_is_logged
 from .personalise import PERSONALISE
 from .probe import PROBE
@@ -108,6 +110,9 @@ def _name(argv: Sequence[str]) -> str:
 
 def _parse(name: str, command: Command, argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog=name, description=command.help, allow_abbrev=False)
+    if command.plugins:
+        _import_plugins(argv)
+        _add_plugin(parser)
     command.add_arguments(parser)
     places = [
         f"{action.metavar or action.dest}{' ...' * (action.nargs == '+')}"
@@ -120,6 +125,26 @@ def _parse(name: str, command: Command, argv: Sequence[str]) -> argparse.Namespa
     if wrong := [*parser.wrong, *_unknown(unknown, list(parser._option_string_actions))]:
         refuse([*wrong, *wrong_beside(arguments, parser.unread)])
     return arguments
+
+
+def _add_plugin(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--plugin",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="import this file, which registers a method of one's own; may be given several times. "
+        f"{FILES} in the environment does the same (default: none)",
+    )
+
+
+def _import_plugins(argv: Sequence[str]) -> None:
+    """Before the other options are looked at, as what they may be depends on the methods that there are."""
+    first = Parser(add_help=False, allow_abbrev=False)
+    _add_plugin(first)
+    with mistakes():
+        load_plugins(first.parse_known_args(argv)[0].plugin)
 
 
 def _unknown(arguments: Sequence[str], options: Sequence[str]) -> Iterator[str]:

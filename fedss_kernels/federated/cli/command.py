@@ -14,3 +14,4 @@ class Command:
     add_arguments: Callable[[Parser], None]
     main: Callable[[argparse.Namespace], int]
     extra: str = "sim"  # that brings what it needs
+    plugins: bool = True  # whether it reads a configuration or a run, which may be of a method of one's own

@@ -64,4 +64,5 @@ COSTS = Command(
     ("matplotlib",),
     _add_costs_arguments,
     _costs,
+    plugins=False,
 )

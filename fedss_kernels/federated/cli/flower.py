@@ -23,5 +23,10 @@ def _flower(arguments: argparse.Namespace) -> int:
 
 
 FLOWER = Command(
-    "write an app for a real federation, over a network", (), _add_flower_arguments, _flower, "flower"
+    "write an app for a real federation, over a network",
+    (),
+    _add_flower_arguments,
+    _flower,
+    extra="flower",
+    plugins=False,
 )

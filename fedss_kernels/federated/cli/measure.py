@@ -308,4 +308,5 @@ PARAMETERS = Command(
     _add_parameters_arguments,
     _parameters,
     extra="sim,vision",
+    plugins=False,
 )

@@ -6,6 +6,7 @@ import textwrap
 
 from ..algorithms import METHODS as _METHODS
 from ..algorithms import Method
+from ..algorithms.own_numbers import in_words
 from ..config import Config
 from ..reports.parts_in_words import place
 from .command import Command
@@ -20,7 +21,7 @@ def _add_methods_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _methods(arguments: argparse.Namespace) -> int:
     for method in _METHODS.values():
-        print(f"{method.name} ({method.label}): {method.paper}")
+        print(f"{method.name} ({method.label}): {method.paper or 'of no paper'}")
         print(_indented(method.summary))
         found = place(method)
         print(_indented(f"net: {found.net}; class rows: {found.rows}; what moves: {found.moves}"))
@@ -35,7 +36,9 @@ def _print_own(method: Method) -> None:
     if method.options:
         print("  of its own:")
     for field in dataclasses.fields(Config):
-        if field.name in method.options:
+        if field.name == "settings" and method.settings:
+            print(_indented(f"{flag(field.name)}: {in_words(method.settings)}", 4, 6))
+        elif field.name in method.options:
             words = help_of(field).removeprefix(f"of {method.name}: ").removeprefix(f"{method.name} ")
             print(_indented(f"{flag(field.name)}: {words} (default: {default_of(field)})", 4, 6))
 

@@ -8,7 +8,8 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..algorithms import METHODS, readers, readers_in_words
+from ..algorithms import METHODS, readers, readers_in_words, settings_of_all
+from ..algorithms.own_numbers import in_words
 from ..config import (
     Config,
     ConfigError,
@@ -106,6 +107,8 @@ def add_options(parser: argparse.ArgumentParser, without: Sequence[str] = ()) ->
         }
         if kind is bool:
             settings["action"] = "store_true"
+        elif field.name == "settings":
+            settings |= {"type": _setting, "action": _Settings, "metavar": "NAME=NUMBER"}
         else:
             settings |= {"type": _reader_of(field), "metavar": _METAVARS[kind]}
         group.add_argument(flag(field.name), **settings)
@@ -115,7 +118,23 @@ _METAVARS = {int: "INT", float: "NUMBER", str: "NAME", Path: "PATH"}
 
 
 def flag(field_name: str) -> str:
-    return "--" + field_name.replace("_", "-")
+    return "--set" if field_name == "settings" else "--" + field_name.replace("_", "-")
+
+
+class _Settings(argparse.Action):
+    """Numbers of a method's own, one at a time."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: Any = None) -> None:
+        if values is not None:  # it was wrong, which is said
+            setattr(namespace, self.dest, getattr(namespace, self.dest, {}) | dict([values]))
+
+
+def _setting(text: str) -> tuple[str, float]:
+    name, _, number = text.partition("=")
+    try:
+        return name.strip(), float(number)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected NAME=NUMBER, got {text!r}") from None
 
 
 def help_of(field: dataclasses.Field) -> str:
@@ -136,6 +155,8 @@ def default_of(field: dataclasses.Field) -> str:
         ) + _by_method(field.name)
     if isinstance(field.default, bool):
         return "yes" if field.default else "no"
+    if field.name == "settings":
+        return in_words(settings_of_all())
     return "none" if field.default is None else str(field.default)
 
 
@@ -274,6 +295,8 @@ def config_of(arguments: argparse.Namespace, preset: Mapping[str, Any] | None = 
     names = [field.name for field in dataclasses.fields(Config)]
     given = {name: value for name, value in vars(arguments).items() if name in names}
     arguments.given = {*options, *given}
+    if "settings" in given:  # one by one they win
+        given["settings"] = {**(options.get("settings") or {}), **given["settings"]}
     source = arguments.config or vars(arguments).get("preset")
     config = Config.from_dict(options, source and Path(source), given)
     for name in ("data", "model"):

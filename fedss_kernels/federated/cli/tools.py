@@ -97,7 +97,10 @@ BENCH = Command(
     _add_bench_arguments,
     _bench,
     extra="bench",
+    plugins=False,
 )
 
 
-DOCTOR = Command("say what is installed here and what will run", (), _add_doctor_arguments, _doctor)
+DOCTOR = Command(
+    "say what is installed here and what will run", (), _add_doctor_arguments, _doctor, plugins=False
+)

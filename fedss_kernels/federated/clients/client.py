@@ -1,6 +1,6 @@
 """The client's half of a round: local SGD on its own images, from what came to what goes back."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -35,11 +35,14 @@ class Client:
         similarity: str = "cosine",
         momentum: float = 0.0,
         augmentation: Augmentation,
+        penalty_gradient: Callable[[Tensor, Tensor], Tensor] | None = None,  # as of a Method
     ):
         self.extractor, self.data = extractor, data
         self.schedule, self.batch_size, self.seed = schedule, batch_size, seed
         self.scale, self.similarity, self.momentum = scale, similarity, momentum
         self.augmentation, self.draws = augmentation, augmentation.draws
+        self.penalty_gradient = penalty_gradient
+        self._received: tuple[Tensor, Tensor] | None = None  # phi and the rows, for the penalty
 
     def positives(self, client: int) -> Tensor:  # (P,) int64, ascending
         """The classes in the client's data."""
@@ -68,6 +71,8 @@ class Client:
         if self.draws:
             changes = generator(*key, Purpose.AUGMENTATION)
         objective = self.objective(rows.to(model.device, copy=parts.rows.moves), request.to(model.device))
+        if self.penalty_gradient:
+            self._received = model.flat.clone(), objective.rows.detach().clone()
         velocity = (torch.zeros_like(model.flat), torch.zeros_like(objective.rows)) if self.momentum else None
         total, seen = torch.zeros((), dtype=torch.float64, device=model.device), 0
         for moves, order in self.passes(held, round, shuffle):
@@ -124,12 +129,23 @@ class Client:
         loss = objective.loss(model(images), target)
         loss.backward()
         with torch.no_grad():
+            if self._received:
+                self._add_penalty(rows, *self._received)
             of_phi, of_rows = velocity or (None, None)
             model.step(lr, self.momentum, of_phi)
             if rows.requires_grad:
                 assert rows.grad is not None
                 sgd_step(rows, rows.grad, lr, self.momentum, of_rows)
         return loss.detach().double()  # no number: that would wait for a GPU
+
+    def _add_penalty(self, rows: Tensor, phi: Tensor, received_rows: Tensor) -> None:
+        """To the gradients of what moves, of the term beside the loss; phi and the rows as they came."""
+        assert self.penalty_gradient is not None
+        if any(self.extractor.moving):
+            self.extractor.gradient.add_(self.penalty_gradient(self.extractor.flat, phi))
+        if rows.requires_grad:
+            assert rows.grad is not None
+            rows.grad.add_(self.penalty_gradient(rows, received_rows))
 
 
 def _seed_torch(seed: int, device: torch.device) -> None:

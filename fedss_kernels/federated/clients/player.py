@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...class_sets import draw_negatives
 from .. import private_retrieval, secure_sums
 from ..algorithms import METHODS
+from ..algorithms.checks import checked_penalty, checked_request
 from ..algorithms.parts import Part, Parts
 from ..algorithms.schedule import Schedule
 from ..cohort import num_absent
@@ -63,7 +64,8 @@ class Player:
         model: nn.Module | None = None,
         device: torch.device = CPU,  # where clients train; what comes and goes is in main memory
     ):
-        self.config, self.data, self.method = config, data, METHODS[config.method]
+        self.config, self.data = config, data
+        self.method = METHODS[config.method].configured(config.settings)
         module = copy.deepcopy(model) if model is not None else _build_model(config)
         module = _to_be_cut(module, config, _check_model(module, config, data.images[:2]))
         blocks = [block for _, block in blocks_of(module)] if self.method.by_block else []
@@ -77,6 +79,7 @@ class Player:
             "similarity": config.similarity,
             "momentum": config.client_momentum,
             "augmentation": Augmentation(config.crop_size, config.max_shift, config.flip),
+            "penalty_gradient": checked_penalty(self.method),
         }
         self.client: Client
         if self.method.pooled and not self.method.split:
@@ -100,18 +103,20 @@ class Player:
         return max(map(len, self.client.data.clients))
 
     def request(self, round: int, attempt: int, client: int) -> Request:
-        """What the client asks for."""
-        config, positives = self.config, _NO_CLASSES
-        if config.shares:
+        """What the client asks for. Raises ConfigError, of the method, for what it cannot."""
+        if self.config.shares:
             common = self.common.of(round, attempt)
-            sets = self.data.num_classes, common.held, common.negatives
-            return replace(self.method.request(*sets, config.correction), sends_ids=False)
+            return replace(self._asked(common.held, common.negatives), sends_ids=False)
         if self.method.contrastive:  # nobody reads a label
-            return self.method.request(self.data.num_classes, positives, positives, config.correction)
+            return self._asked(_NO_CLASSES, _NO_CLASSES)
         positives = self.client.positives(client)
-        negatives = self._negatives(round, attempt, client, positives)
-        request = self.method.request(self.data.num_classes, positives, negatives, config.correction)
-        return replace(request, sends_ids=False) if config.private else request
+        request = self._asked(positives, self._negatives(round, attempt, client, positives))
+        return replace(request, sends_ids=False) if self.config.private else request
+
+    def _asked(self, positives: Tensor, negatives: Tensor) -> Request:
+        num_classes = self.data.num_classes
+        found = self.method.request(num_classes, positives, negatives, self.config.correction)
+        return checked_request(self.method, found, num_classes, positives)
 
     @cached_property
     def common(self) -> CommonClassSets:

@@ -22,6 +22,7 @@ from ..files.round_metrics import RoundMetrics
 from ..files.run_folder import read_run
 from ..given_back import give_back
 from ..interrupts import deaf, ending, ignore
+from ..plugins import load_in_process_of
 from ..reports.remarks import remarks
 from ..reports.report import attempt, write_run_report
 from ..reports.reported_run import Run
@@ -201,6 +202,7 @@ def _child(sender: Connection, config: Config, resume: bool) -> None:
     logging.getLogger("fedss_kernels").addHandler(logging.NullHandler())  # what is left out is in the ledger
     logging.getLogger(files.__name__).handlers = [_PassedUp(sender)]
     try:
+        load_in_process_of(config)
         begun = resume and checkpoint.exists(folder_of(config))
         if not (resume and (folder_of(config) / "summary.json").exists()):
             # a run that was stopped before its first checkpoint starts again

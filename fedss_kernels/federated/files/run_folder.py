@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Config, ConfigError, read_options
+from ..config_error import UnknownMethod
 from ..data import FederatedData
 from ..disk import remove_unfinished, replacing, write_whole
 from ..ledger import Entry
@@ -235,6 +236,8 @@ def _not_ours(marker: Path) -> str:
         values = read_options(marker)
         values = values.get("config", values)
         Config.from_dict(values, marker)
+    except UnknownMethod:
+        return ""  # it was registered when the run was made
     except (ConfigError, TypeError) as error:
         return getattr(error, "message", f"{marker} is another program's")
     return "" if "rounds" in values else f"{marker} is another program's"

@@ -15,7 +15,7 @@ from ..measures import Measure
 from ..plan import Case
 from .page import data_uri
 from .reported_run import MEGABYTE, Run, by_case, course, several_seeds
-from .styles import style, styles
+from .styles import styles
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -76,7 +76,8 @@ def accuracy_by_class_set(runs: Sequence[Run], theme: dict[str, str]) -> "Figure
     """Accuracy at the end over |S_k|: a line for each method with negatives, a point for each without."""
     figure, (axes,) = _figure(runs, theme, panels=1)
     cases = by_case(runs)
-    for method in dict.fromkeys(case.method for case in cases):
+    methods = list(dict.fromkeys(case.method for case in cases))
+    for method, look in zip(methods, styles(methods), strict=True):
         points = []
         for group in (runs for case, runs in cases.items() if case.method == method):
             scale = group[0].summary.headline.scale
@@ -85,7 +86,7 @@ def accuracy_by_class_set(runs: Sequence[Run], theme: dict[str, str]) -> "Figure
             sizes = [run.summary.mean_class_set for run in group]
             points.append((float(np.mean(sizes)), float(np.mean(values)), sd))
         x, mean, error = zip(*sorted(points), strict=True)
-        axes.errorbar(x, mean, error, label=METHODS[method].label, capsize=3, **style(method))
+        axes.errorbar(x, mean, error, label=METHODS[method].label, capsize=3, **look)
     axes.set_xlabel("class rows on a client, |S_k| (mean, log scale)")
     _log_axis(axes)
     return _finish(figure, axes, runs, theme, runs[0].summary.headline)
@@ -234,6 +235,9 @@ def _by_round(runs: Sequence[Run]) -> str:
     for other in dict.fromkeys(course(run) for run in runs if course(run) != measure):
         names = _labels([run.summary.method for run in runs if course(run) == other])
         words += f" Of {names} it is the {other.label} {other.of}."
+    if measure.name == "top1":
+        classes = runs[0].summary.num_classes
+        words += f" Who guesses is right for {100 / classes:.2g}% of them, one in {classes:,}."
     if measure != headline:
         words += f" The hollow marks are {headline.label} {headline.of}, which is measured at the end."
     return words + _BAND * several_seeds(runs)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..algorithms import METHODS, readers
+from ..algorithms.own_numbers import in_words
 from ..algorithms.parts import Part
 from ..config import Config
 from ..disk import write_whole
@@ -214,6 +215,8 @@ def _is_of_others(option: str, names: Sequence[str]) -> bool:
 def _value(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, dict):
+        return in_words(value)
     return "–" if value is None else str(value)
 
 

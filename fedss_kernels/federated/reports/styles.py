@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ..algorithms import METHODS
+from ..algorithms import OURS
 
 COLOURS = (
     "#0072B2",
@@ -17,23 +17,25 @@ _ALL = range(len(COLOURS) * len(MARKERS))
 
 
 def style(method: str) -> dict[str, str]:
-    """A method's own, whatever else is in the plot."""
-    return _style(list(METHODS).index(method))
+    """That of a method of the package, whatever else is in the plot."""
+    return _style(OURS.index(method))
 
 
 def styles(methods: Sequence[str]) -> list[dict[str, str]]:
     """One for each line of a plot, no two alike while there are no more than 36.
 
-    A method's first line has the method's own. Its further ones have marks that are free, in its colour while
-    there are some, and there rather of no other method. So have the lines of what is no method.
+    The first line of a method of the package has the method's own, that of another a colour that no line has,
+    while there are some. Further lines of a method have marks that are free, in its colour while there are
+    some, and there rather of no other method.
     """
-    names = list(METHODS)
-    own = [names.index(method) if method in names else None for method in methods]
-    numbers, taken = list[int](), {number for number in own if number is not None}
-    for i, number in enumerate(own):
-        if number is None or number in own[:i]:
-            number = _free(taken, number or 0)
-            taken.add(number)
+    taken, first, numbers = {OURS.index(method) for method in methods if method in OURS}, dict[str, int](), []
+    for method in methods:
+        if method in first:
+            number = _free(taken, first[method])
+        else:
+            number = OURS.index(method) if method in OURS else _unlike(taken)
+        first.setdefault(method, number)
+        taken.add(number)
         numbers.append(number)
     return [_style(number) for number in numbers]
 
@@ -42,9 +44,19 @@ def _free(taken: set[int], number: int) -> int:
     """One that is not taken, the nearest to this; this itself where all are."""
 
     def apart(other: int) -> tuple[bool, bool, int]:
-        return (other - number) % len(COLOURS) > 0, other < len(METHODS), other
+        return (other - number) % len(COLOURS) > 0, other < len(OURS), other
 
     return min((other for other in _ALL if other not in taken), key=apart, default=number)
+
+
+def _unlike(taken: set[int]) -> int:
+    """One that is not taken, of a colour that as few as can be have."""
+    of_colours = [number % len(COLOURS) for number in taken]
+
+    def alike(other: int) -> tuple[int, bool, int]:
+        return of_colours.count(other % len(COLOURS)), other < len(OURS), other
+
+    return min((other for other in _ALL if other not in taken), key=alike, default=0)
 
 
 def _style(number: int) -> dict[str, str]:

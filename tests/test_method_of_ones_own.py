@@ -1,0 +1,466 @@
+"""A method from outside the package: registered, checked, with numbers and a penalty of its own."""
+
+import itertools
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from test_cli import SMALL
+from tiny_federation import tiny_config, tiny_data, tiny_model
+
+from fedss_kernels.federated import Config, ConfigError, cli, plugins, register, run
+from fedss_kernels.federated.algorithms import METHODS, Method, Request
+from fedss_kernels.federated.clients.player import Player
+from fedss_kernels.federated.idle_settings import idle
+from fedss_kernels.federated.plan import Plan
+from fedss_kernels.federated.testing import check_method
+
+FEDSS, POS_ONLY = METHODS["fedss"], METHODS["pos_only"]
+OF_ITS_OWN = {"name": "mine", "label": "Mine", "summary": "Mine.", "paper": ""}
+FILE = """
+from dataclasses import replace
+from fedss_kernels.federated import register
+from fedss_kernels.federated.algorithms import METHODS
+
+def penalty_gradient(now, received, *, mu):
+    return mu * (now - received)
+
+register(replace(METHODS["fedss"], name="prox", label="Prox", summary="Near what came.", paper="",
+                 penalty_gradient=penalty_gradient, settings={"mu": 0.25}))
+"""
+
+
+@pytest.fixture(autouse=True)
+def forgotten(tmp_path, monkeypatch):
+    """What a test registers, and the files that it has imported."""
+    monkeypatch.setenv("FEDSS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv(plugins.FILES, "")
+    methods, modules = dict(METHODS), {*sys.modules}
+    yield
+    METHODS.clear()
+    METHODS.update(methods)
+    for name in {*sys.modules} - modules:
+        if name.startswith(plugins.PREFIX):
+            del sys.modules[name]
+
+
+def mine(method: Method = FEDSS, **changes) -> Method:
+    return register(replace(method, **(OF_ITS_OWN | changes)))
+
+
+def train(**options):
+    return run(tiny_config(**({"method": "mine"} | options)), data=tiny_data(), model=tiny_model())
+
+
+def bits(result) -> list[bytes]:
+    return [t.numpy().tobytes() for t in (result.weight, *result.extractor.state_dict().values())]
+
+
+def proximal(now, received, *, mu):
+    return mu * (now - received)
+
+
+# ---- what is registered ------------------------------------------------------------------------------------
+
+
+def test_a_method_that_is_registered_is_one_of_the_methods():
+    assert mine() is METHODS["mine"] and bits(train()) == bits(train(method="fedss"))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"name": "fedss"}, "name: expected one that no method has, got 'fedss'"),
+        ({"name": "My method"}, "name: expected small letters, digits and _, got 'My method'"),
+        ({"label": "FedSS"}, "label: expected one that no method has, got 'FedSS'"),
+        ({"label": ""}, "label: expected words, got ''"),
+        (
+            {"options": ("num_negative",)},
+            "options: no such option of Config: num_negative (did you mean num_n",
+        ),
+        ({"options": ("mu",)}, "mu; a number of the method's own is one of its settings"),
+        ({"presets": {"round": 3}}, "presets: no such option of Config: round (did you mean rounds?)"),
+        ({"baseline": "best"}, "baseline: expected the name of a method, got 'best'"),
+        ({"settings": {"rounds": 3}}, "settings: rounds is an option of Config"),
+        ({"settings": {"mu": 1.0}}, "settings: mu is read by none of request, parts, by_round, passes, pen"),
+        (
+            {"settings": {"mu": "1"}, "penalty_gradient": proximal},
+            "settings: mu: expected a finite number, got '1'",
+        ),
+        (
+            {"penalty_gradient": proximal},
+            "penalty_gradient: its keyword argument mu is not among the settings",
+        ),
+        ({"request": None}, "request: expected a function, got None"),
+        ({"parts": lambda blocks: "all"}, "parts: expected it to return Parts, got str"),
+        ({"split": True}, "split: expected False"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_not_registered(changes, words):
+    before = dict(METHODS)
+    with pytest.raises(ValueError) as caught:
+        register(replace(FEDSS, **(OF_ITS_OWN | changes)))
+    assert str(caught.value).startswith("register: ") and words in str(caught.value)
+    assert before == METHODS
+    with pytest.raises(TypeError, match="register: expected a Method, got str"):
+        register("fedss")
+
+
+def test_all_that_is_wrong_with_a_method_is_said_at_once():
+    with pytest.raises(ValueError, match="name: .*; baseline: .*"):
+        mine(name="a b", baseline="best")
+
+
+# ---- what it asks for --------------------------------------------------------------------------------------
+
+
+def asks(class_ids=None, denominator=None, log_expected_count=None, whole=None):
+    """A request as of pos_only's, but for this."""
+
+    def request(num_classes, positives, negatives, correction):
+        found = (
+            whole if whole is not None else POS_ONLY.request(num_classes, positives, negatives, correction)
+        )
+        changes = {"class_ids": class_ids, "denominator": denominator}
+        changes |= {"log_expected_count": log_expected_count}
+        given = {name: change(found.class_ids) for name, change in changes.items() if change}
+        return replace(found, **given) if given else found
+
+    return request
+
+
+def long(ids: torch.Tensor, *numbers: int) -> torch.Tensor:
+    return torch.cat([ids, torch.tensor(numbers, dtype=torch.int64)])
+
+
+@pytest.mark.parametrize(
+    "request_, words",
+    [
+        (asks(whole=(1, 2, 3)), "expected a Request, got tuple"),
+        (
+            asks(lambda ids: ids.tolist()),
+            "class_ids: expected an int64 tensor of one dimension in main memory, got list",
+        ),
+        (
+            asks(lambda ids: ids.double()),
+            "class_ids: expected an int64 tensor of one dimension in main memory, got torch.flo",
+        ),
+        (
+            asks(lambda ids: ids[None]),
+            r"class_ids: expected .* of one dimension in main memory, got torch.int64 of shape \(1, ",
+        ),
+        (asks(lambda ids: ids.flip(0)), r"class_ids: expected them ascending, each once, got \[\d, \d"),
+        (asks(lambda ids: ids.repeat_interleave(2)), "class_ids: expected them ascending, each once"),
+        (asks(lambda ids: long(ids, 7)), "class_ids: expected classes from 0 to 6, got 7"),
+        (asks(lambda ids: long(ids[:0], -1, *ids)), "class_ids: expected classes from 0 to 6, got -1"),
+        (
+            asks(lambda ids: ids[1:]),
+            r"class_ids: expected the client's own classes among them, without \[\d\]",
+        ),
+        (asks(lambda ids: ids[:0]), "class_ids: expected the client's own classes among them, without"),
+        (
+            asks(denominator=lambda ids: torch.tensor([9])),
+            r"denominator: expected positions in class_ids, from 0 to \d, not class ids, got 9",
+        ),
+        (asks(denominator=lambda ids: torch.tensor([0, 0])), "denominator: expected each position once"),
+        (
+            asks(denominator=lambda ids: [0]),
+            "denominator: expected an int64 tensor of one dimension in main memory, got list",
+        ),
+        (
+            asks(denominator=lambda ids: torch.tensor([0])),
+            r"log_expected_count: expected a number for each of the denominator, 1, got \d",
+        ),
+        (
+            asks(log_expected_count=lambda ids: torch.zeros(1)),
+            r"log_expected_count: expected a number for each of class_ids, \d, got 1",
+        ),
+        (
+            asks(log_expected_count=lambda ids: torch.full((len(ids),), -math.inf)),
+            "log_expected_count: expected finite numbers",
+        ),
+        (
+            asks(log_expected_count=lambda ids: torch.zeros(len(ids), dtype=torch.int64)),
+            "log_expected_count: expected a floating tensor of one dimension in main memory, got torch.int64",
+        ),
+    ],
+)
+def test_a_request_that_cannot_be_is_refused_in_words_that_name_the_method_and_the_rule(request_, words):
+    mine(POS_ONLY, request=request_)
+    with pytest.raises(ConfigError, match=rf"method: the request of mine: {words}"):
+        train()
+
+
+def test_requests_of_methods_without_labels_need_no_classes():
+    def nothing(num_classes, positives, negatives, correction):
+        return Request(positives, None, torch.zeros(0))
+
+    mine(METHODS["simclr"], request=nothing)
+    player = Player(tiny_config(method="mine"), tiny_data(), tiny_model())
+    assert len(player.request(0, 0, 0).class_ids) == 0
+
+
+# ---- its penalty -------------------------------------------------------------------------------------------
+
+
+def test_without_weight_a_penalty_changes_no_bit_and_with_much_nothing_moves_far():
+    mine(penalty_gradient=proximal, settings={"mu": 0.0})
+    plain, none = train(method="fedss"), train()
+    assert bits(none) == bits(plain)
+    first = tiny_model().state_dict()
+    near = train(settings={"mu": 4.0}, local_epochs=5).extractor.state_dict()
+    far = train(local_epochs=5).extractor.state_dict()
+    for name, value in first.items():
+        assert (near[name] - value).norm() < 0.5 * (far[name] - value).norm()
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_penalty_pulls_net_and_rows_as_torch_has_it(momentum, monkeypatch):
+    """Two steps of a client against plain autograd, on the loss with mu / 2 |now - received|^2 in it."""
+    from fedss_kernels.federated.algorithms.parts import Part, Parts, Pass
+    from fedss_kernels.federated.clients.augment import Augmentation
+    from fedss_kernels.federated.clients.client import Client
+    from fedss_kernels.federated.clients.extractor import Extractor
+
+    data, mu, lr = tiny_data(), 0.7, 0.3
+    net, ids = tiny_model(), torch.arange(data.num_classes)
+    client = Client(
+        Extractor(tiny_model()),
+        data,
+        schedule=[Pass()] * 3,
+        batch_size=100,
+        scale=5.0,
+        seed=0,
+        momentum=momentum,
+        augmentation=Augmentation(0, 0, False),
+        penalty_gradient=lambda now, received: mu * (now - received),
+    )
+    rows = torch.randn(len(ids), 4, generator=torch.Generator().manual_seed(0))
+    parts = Parts((Part.TRAINED,), Part.TRAINED)
+    phi = client.extractor.flat.clone()
+    request = Request(ids, None, torch.zeros(len(ids)))
+    update = client.update(1, 0, 0, request, phi, rows, lr, parts)
+    moved = [*net.parameters(), rows.clone().requires_grad_()]
+    first = [p.detach().clone() for p in moved]
+    optimiser = torch.optim.SGD(moved, lr, momentum)
+    held = data.clients[1]
+    for _ in range(3):
+        optimiser.zero_grad()
+        embeddings = torch.nn.functional.normalize(net(data.images[held] / 255), dim=1)
+        logits = 5.0 * embeddings @ torch.nn.functional.normalize(moved[-1], dim=1).T
+        loss = torch.nn.functional.cross_entropy(logits, data.labels[held])
+        loss = loss + mu / 2 * sum((p - q).square().sum() for p, q in zip(moved, first, strict=True))
+        loss.backward()
+        optimiser.step()
+    after = torch.cat([p.detach().flatten() for p in moved[:-1]])
+    torch.testing.assert_close(phi - update.extractor, after, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rows - update.rows, moved[-1].detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("returned, got", [(lambda now: None, "NoneType"), (lambda now: now.sum(), r"\(\)")])
+def test_a_penalty_that_is_no_gradient_is_refused(returned, got):
+    mine(penalty_gradient=lambda now, received: returned(now))
+    words = rf"method: the penalty_gradient of mine: expected a tensor of shape \(148,\), got {got}"
+    with pytest.raises(ConfigError, match=words):
+        train()
+
+
+# ---- numbers of its own ------------------------------------------------------------------------------------
+
+
+def test_settings_have_the_methods_defaults_and_reach_the_hooks_that_name_them():
+    seen = set()
+
+    def request(num_classes, positives, negatives, correction, *, share):
+        seen.add(share)
+        return FEDSS.request(num_classes, positives, negatives, correction)
+
+    mine(request=request, penalty_gradient=proximal, settings={"mu": 0, "share": 0.5})
+    assert tiny_config(method="mine").settings == {"mu": 0.0, "share": 0.5}
+    train(rounds=1)
+    train(rounds=1, settings={"share": 0.75})
+    assert seen == {0.5, 0.75}
+    assert Config(method="mine", settings={"share": 1}).settings == {"mu": 0.0, "share": 1.0}
+
+
+def test_settings_are_saved_where_there_are_some_and_read_again(tmp_path):
+    mine(penalty_gradient=proximal, settings={"mu": 0.1})
+    config = tiny_config(method="mine", settings={"mu": 0.5})
+    config.save(tmp_path / "config.json")
+    assert json.loads((tmp_path / "config.json").read_text())["settings"] == {"mu": 0.5}
+    assert Config.load(tmp_path / "config.json") == config
+    assert "settings" not in tiny_config().to_dict() and tiny_config().settings == {}
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"mu2": 1}, r"settings: no method has mu2, but mu \(did you mean mu\?\)"),
+        ({"mu": "1"}, "settings: mu: expected a finite number, got '1'"),
+        ({"mu": math.nan}, "settings: mu: expected a finite number, got nan"),
+        ({"mu": True}, "settings: mu: expected a finite number, got True"),
+        ([1], r"settings: expected numbers by name, as \{'mu': 0.1\}, got \[1\]"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings, words):
+    mine(penalty_gradient=proximal, settings={"mu": 0.1})
+    with pytest.raises(ConfigError, match=words):
+        Config(method="mine", settings=settings)
+
+
+def test_settings_where_no_method_has_some_are_refused():
+    with pytest.raises(ConfigError, match="settings: no method has mu"):
+        Config(settings={"mu": 1.0})
+
+
+def test_another_number_of_a_setting_is_another_run(tmp_path):
+    mine(penalty_gradient=proximal, settings={"mu": 0.1})
+    train(rounds=1, out=tmp_path)
+    options = {"out": tmp_path, "method": "mine", "rounds": 2}
+    with pytest.raises(ValueError, match=r"settings: \{'mu': 0.1\} there, \{'mu': 0.2\} here"):
+        run(tiny_config(settings={"mu": 0.2}, **options), data=tiny_data(), model=tiny_model(), resume=True)
+
+
+def test_settings_of_another_method_are_worth_a_word():
+    mine(penalty_gradient=proximal, settings={"mu": 0.1})
+    assert idle([Config(method="mine", settings={"mu": 0.2})]) == []
+    (line,) = idle([Config(settings={"mu": 0.2})])
+    assert line == "settings {'mu': 0.2} has no effect: it is for mine"
+
+
+def test_a_comparison_has_numbers_for_all_and_a_methods_own_under_each_of_its_names():
+    mine(penalty_gradient=proximal, settings={"mu": 0.1, "nu": 0.0}, passes=_passes)
+    own = {"near": {"method": "mine", "settings": {"mu": 4}}, "mine": {}}
+    plan = Plan(Config(settings={"nu": 2}), ["fedss", "mine", "near"], seeds=[0], own=own)
+    fedss, plain, near = (plan.config_of(case).settings for case in plan.cases)
+    assert (fedss, plain, near) == ({"nu": 2.0}, {"mu": 0.1, "nu": 2.0}, {"mu": 4.0, "nu": 2.0})
+    assert len({plan.config_of(case) for case in plan.cases}) == 3  # and they have a hash
+
+
+def _passes(local_epochs, head_epochs, *, nu):
+    return FEDSS.passes(local_epochs, head_epochs)
+
+
+def test_who_reads_an_option_is_asked_when_it_is_said():
+    mine()
+    assert idle([Config(method="mine", negatives="sticky")]) == []
+    (line,) = idle([Config(method="pos_only", correction="none")])
+    assert "mine" in line
+
+
+# ---- what every method stands ------------------------------------------------------------------------------
+
+
+def test_a_method_that_is_not_a_function_of_the_round_is_found_out():
+    counted = itertools.count()
+
+    def penalty_gradient(now, received):
+        return next(counted) * 0.01 * (now - received)
+
+    mine(penalty_gradient=penalty_gradient)
+    with pytest.raises(AssertionError, match="mine: once more it comes to other numbers"):
+        check_method("mine")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("method", ["fedss", "fedrep", "local_only", "simclr"])
+def test_methods_of_the_package_stand_it(method):
+    check_method(method)
+
+
+# ---- a file of it, on the command line ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "prox.py"
+    path.write_text(FILE)
+    return path
+
+
+def fails(capsys, *argv) -> str:
+    assert cli.main([str(word) for word in argv]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_a_file_is_imported_before_its_method_is_asked_for(file, tmp_path, capsys):
+    out = tmp_path / "out"
+    argv = ["run", *SMALL, "--rounds=1", "--method=prox", "--set", "mu=0.5", f"--out={out}"]
+    assert cli.main([*argv, f"--plugin={file}"]) == 0
+    assert json.loads((out / "config.json").read_text())["settings"] == {"mu": 0.5}
+    assert "mu=0.5" in (out / "report.html").read_text()
+    assert cli.main(["methods", "--plugin", str(file)]) == 0
+    (shown,) = (part for part in capsys.readouterr().out.split("\n\n") if part.startswith("prox (Prox)"))
+    assert "--set: mu=0.25" in shown
+    assert fails(capsys, *argv, "--overwrite", "--set=mu2=1").endswith(
+        "--set: no method has mu2, but mu (did you mean mu?)"
+    )
+    assert "--set: expected NAME=NUMBER, got 'mu'" in fails(capsys, *argv, "--set=mu")
+
+
+def test_of_what_is_of_a_method_that_is_not_known_the_way_to_it_is_said(file, tmp_path, capsys):
+    out, compared = tmp_path / "out", tmp_path / "compared"
+    plugins.load_plugins([file])
+    for folder in (out, compared):
+        folder.mkdir()
+    Config(method="prox").save(out / "config.json")
+    Plan(Config(), ["fedss", "prox"], seeds=[0]).save(compared)
+    del METHODS["prox"], sys.modules[f"{plugins.PREFIX}prox"]
+    plugins.os.environ[plugins.FILES] = ""
+    words = "was made with the method 'prox', which is not known here: --plugin FILE imports the file that "
+    for argv in (
+        ["report", out],
+        ["confusion", out],
+        ["run", "--resume", out],
+        ["noise", "--run", out],
+        ["run", "--config", out / "config.json"],
+        ["report", compared],
+        ["compare", "--resume", compared],
+    ):
+        line = fails(capsys, *argv)
+        assert words in line and "--config:" not in line and line.endswith("defines it"), line
+    assert "no run in" in fails(capsys, "report", out, f"--plugin={file}")
+
+
+def test_a_plugin_is_there_in_the_workers_of_a_run(file):
+    plugins.load_plugins([file])
+    options = {"method": "prox", "rounds": 1, "settings": {"mu": 0.5}}
+    assert (
+        bits(train(workers=2, **options)) == bits(train(**options)) != bits(train(method="fedss", rounds=1))
+    )
+
+
+@pytest.mark.exhaustive
+def test_a_plugin_is_there_in_the_jobs_of_a_comparison_and_in_the_next_process(file, tmp_path, capsys):
+    out = tmp_path / "out"
+    small = [*SMALL, "--rounds=1", "--seeds=0", "--methods=prox,fedss", "--set=mu=0.5"]
+    assert cli.main(["compare", *small, f"--plugin={file}", f"--out={out}"]) == 0
+    assert Config.load(out / "prox-seed0" / "config.json").settings == {"mu": 0.5}
+    code = "import sys; from fedss_kernels.federated.cli import main; sys.exit(main(sys.argv[1:]))"
+    for argv in (["report", out / "prox-seed0"], ["compare", "--resume", out]):
+        subprocess.run([sys.executable, "-c", code, *argv, f"--plugin={file}"], check=True)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("import nothing_like_it", "line 1: ModuleNotFoundError: No module named 'nothing_like_it'"),
+        ("x = 1\ny = x.z", "line 2: AttributeError: 'int' object has no attribute 'z'"),
+        ("x = (", "SyntaxError: '(' was never closed"),
+        ("x = 1", "expected a call of register(method) in it, got none"),
+        (FILE.replace('"prox"', '"fedss"'), "ValueError: register: name: expected one that no method has"),
+        (None, "no such file"),
+    ],
+)
+def test_a_file_that_cannot_be_imported_is_said_with_its_cause(text, words, tmp_path, capsys):
+    path, before = tmp_path / "wrong.py", dict(METHODS)
+    if text is not None:
+        path.write_text(text)
+    line = fails(capsys, "run", *SMALL, f"--plugin={path}")
+    assert line.startswith(f"fedss run: --plugin: {path}: ") and words in line
+    assert before == METHODS and not plugins.os.environ[plugins.FILES]

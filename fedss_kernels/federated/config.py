@@ -29,7 +29,7 @@ from .data import DATASETS, PARTITIONS, TASKS
 from .defaults import FITTED, LINEAR, OWN, PRESETS, preset
 from .disk import write_whole
 from .ledger import WIRE_DTYPES
-from .models import MODELS, family_of
+from .models import FEATURES, MODELS, family_of
 
 MAX_NORM = 1000.0
 LARGEST = 3e38  # that float32 holds, about
@@ -341,7 +341,12 @@ class Config:
     init_checkpoint: Path | None = option(
         None, "a file of parameters to start the net from, as of torch.save; none: drawn from the seed"
     )
-    embedding_dim: int = option(64, "numbers in one embedding, D", low=1, below=2**16)
+    embedding_dim: int = option(
+        PRESET,
+        "numbers in one embedding, D; by default as many as the net makes, where that is no choice",
+        low=1,
+        below=2**16,
+    )
     similarity: str = option(
         "cosine",
         "what the loss makes of an embedding and a class row: cosine, or dot, their product and a bias, as "
@@ -425,6 +430,8 @@ class Config:
         value = getattr(self, field.name)
         if value is None and self.similarity == "dot" and field.name in LINEAR:
             value = LINEAR[field.name](self.embedding_dim)
+        if value is None and field.name == "embedding_dim":
+            value = FEATURES.get(family_of(str(self.model)))
         if value is None and field.name in PRESETS[OWN]:
             value = preset(self.data, self.method)[field.name]
             if value is FITTED or field.name == "warmup_rounds":

@@ -23,10 +23,7 @@ from ..files.half_file import half_of
 from ..learning_rate import learning_rate
 from ..ledger import FLOWS, Traffic, client_traffic
 from ..messages import Request, Update
-from ..models import (
-    build_model,
-    refuse_batch_norm,
-)
+from ..models import TAKES, build_model, refuse_batch_norm
 from ..models.blocks import blocks_of
 from ..models.bottleneck import Bottleneck, narrowed
 from ..models.layered import check_layered
@@ -361,8 +358,7 @@ def _check_model(module: nn.Module, config: Config, pixels: Tensor) -> Tensor:
         shape = "x".join(map(str, images.shape[1:]))
         raise ValueError(
             f"model: {config.model} can't take images of {shape} (channels, height, width): "
-            f"{type(error).__name__}: {error}; conv4 takes 1x28x28 to 1x32x32, conv4_rgb 3x28x28 to 3x32x32, "
-            "the larger nets any"
+            f"{type(error).__name__}: {error}; {_who_takes_what()}"
         ) from None
     embeddings = as_embeddings(returned)
     expected = (len(images), config.embedding_dim)
@@ -376,3 +372,14 @@ def _check_model(module: nn.Module, config: Config, pixels: Tensor) -> Tensor:
         check_layered(module, images, one_shape=config.depth_budget is not None)
         method.schedule(config, len(blocks_of(module)) + method.contrastive)
     return images
+
+
+def _who_takes_what() -> str:
+    sizes = [
+        f"{name} {channels}x{least}x{least} to {channels}x{most}x{most}"
+        for name, (channels, least, most) in TAKES.items()
+    ]
+    return (
+        f"nets take: {', '.join(sizes)}, vit those of its setting side, the others any, as isotropic with an "
+        "embedding_dim that is a multiple of 32"
+    )

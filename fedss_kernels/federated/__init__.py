@@ -10,6 +10,7 @@ from .config import Config, ConfigError
 from .data import FederatedData
 from .files.checkpoint import CheckpointError
 from .run_loop import Result, Stopped, run
+from .trained_net import load_net
 from .workers import WorkerLost
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "Stopped",
     "TooFewClients",
     "WorkerLost",
+    "load_net",
     "run",
 ]

@@ -152,8 +152,26 @@ def test_a_small_folder_is_a_federation_of_clients_with_a_few_classes_and_negati
     assert "num_negatives" not in choices(Config(data="image_folder", method="full_softmax"), found)[0]
     words = "num_negatives 19: all other classes, as with full_softmax"
     assert words in choices(Config(data="image_folder", num_negatives=19), found)
+    (*_, said) = choices(Config(data="image_folder", method="centralized"), found)
+    whole = (
+        "no federation: a step takes as many images as 11 clients would, 32 each: all 342, so without chance"
+    )
+    assert said == whole
+    assert (
+        "as 11 clients would, 5 each"
+        in choices(Config(data="image_folder", method="centralized", batch_size=5), found)[-1]
+    )
     least = Partition("classes", images_per_client=None, classes_per_client=None).fitted(np.full(5, 20))
     assert least.classes_per_client == 2
+
+
+def test_where_nothing_is_federated_the_line_counts_no_clients(tmp_path, capsys):
+    folder = write_noise(tmp_path / "data", 2, 20)
+    argv = ["run", "--data=image_folder", f"--data-dir={folder}", f"--cache-dir={tmp_path}/cache"]
+    argv += ["--rounds=1", "--embedding-dim=8", f"--out={tmp_path}/out", "--method=centralized"]
+    assert cli.main(argv) == 0
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line.startswith("image_folder: 2 classes, 32 training and 8 test images, in one place; chosen")
 
 
 def test_any_size_of_images_is_trained_on(tmp_path):

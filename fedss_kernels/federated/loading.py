@@ -172,6 +172,11 @@ def choices(config: Config, found: Found) -> list[str]:
     notes = [f"chosen to fit: {words}"] if words else []
     if METHODS[config.method].samples and after.num_negatives >= found.classes:
         notes.append(f"num_negatives {after.num_negatives}: all other classes, as with full_softmax")
+    if METHODS[config.method].pooled:
+        taken, images = after.cohort * after.batch_size, found.training
+        whole = f": all {images:,}, so without chance" if taken >= images else ""
+        of = f"as many images as {after.cohort} clients would, {after.batch_size} each"
+        notes.append(f"no federation: a step takes {of}{whole}")
     reason = unavailable(NET) if config.model is None else ""
     return [*notes, reason.removeprefix("model: ")] if reason else notes
 

@@ -24,7 +24,7 @@ class Found:
     classes: int
     training: int  # images
     test: int
-    clients: int
+    clients: int  # 0: there are none, as all is in one place
     how: Partition | None = None  # what made the clients, where its numbers were chosen to fit the data
     notes: tuple[str, ...] = ()  # what one should know of how it was found: "left out: 6 files (.txt 6)"
 
@@ -32,7 +32,8 @@ class Found:
     def line(self) -> str:
         """As "4 classes, 40 training and 8 test images, 4 clients; left out: 24 files (.jfif 6, ...)"."""
         images = f"{self.training:,} training and {self.test:,} test images"
-        classes, clients = _many(self.classes, "class", "classes"), _many(self.clients, "client", "clients")
+        classes = _many(self.classes, "class", "classes")
+        clients = _many(self.clients, "client", "clients") if self.clients else "in one place"
         return "; ".join([f"{classes}, {images}, {clients}", *self.notes])
 
 

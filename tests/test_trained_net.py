@@ -1,6 +1,8 @@
 """`load_net`: the net of a finished run's folder, and its input."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from PIL import Image
 from tiny_federation import tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import Config, load_net, run
+from fedss_kernels.federated.idle_settings import idle
 from fedss_kernels.federated.loading import load_data
 from fedss_kernels.federated.metrics import retrieval
 
@@ -45,6 +48,38 @@ def test_the_net_of_a_folder_embeds_image_files_as_its_run_did(photos, tmp_path)
     files = sorted((photos / f"class{held_out}").iterdir())
     assert torch.equal(net(as_input(files)), expected)
     assert torch.equal(net(as_input([str(file) for file in files])), expected)
+
+
+def test_the_share_of_the_test_is_chosen_and_its_classes_are_named(photos, tmp_path):
+    options = {"data": "image_folder", "data_dir": photos, "cache_dir": tmp_path / "cache", "test_share": 0.4}
+    options |= {"embedding_dim": 8, "image_size": 32, "model": "conv4_rgb", "max_norm": 1e9, "rounds": 1}
+    result = run(Config(**options, task="retrieval", out=tmp_path / "run"))
+    lines = (tmp_path / "run" / "classes.csv").read_text().splitlines()
+    found = load_data(result.config)
+    test, training = found.test_class_names, found.class_names
+    assert len(test) == 2 and {*test, *training} == {f"class{c}" for c in range(5)}
+    assert lines == [
+        "part,number,name",
+        *(f"training,{i},{name}" for i, name in enumerate(training)),
+        *(f"test,{i},{name}" for i, name in enumerate(test)),
+    ]
+    whose = dict(zip(test, range(2), strict=True))
+    file = next((photos / test[1]).iterdir())
+    _, as_input = load_net(tmp_path / "run")
+    pixels = found.test_images[found.test_labels == whose[test[1]]]
+    assert any(torch.equal(as_input([file])[0], image) for image in as_input(pixels))
+    assert len(load_data(replace(result.config, task="classification")).test_labels) == 5 * round(0.4 * 6)
+    assert not load_data(replace(result.config, task="classification")).test_class_names
+
+
+def test_a_share_of_what_is_divided_already_is_said_to_have_no_effect(photos, tmp_path):
+    for part in ("train", "test"):
+        shutil.copytree(photos, tmp_path / "split" / part)
+    config = Config(data="image_folder", data_dir=tmp_path / "split", cache_dir=tmp_path / "cache")
+    words = "test_share 0.4 has no effect: train and test are folders"
+    assert words in load_data(replace(config, test_share=0.4)).notes
+    assert not load_data(config).notes
+    assert idle([Config(test_share=0.4)]) == ["test_share 0.4 has no effect: it is for the data image_folder"]
 
 
 def test_a_net_that_was_handed_over_is_handed_over_again(tmp_path):

@@ -26,6 +26,7 @@ from .algorithms.mocosfl import CLIENT_GRADIENTS, MOMENTUM_COPIES, SYMMETRIC, VE
 from .clashes import clashes
 from .config_error import ConfigError, raise_together
 from .data import DATASETS, PARTITIONS, TASKS
+from .data.image_folder import TEST_SHARE
 from .defaults import FITTED, LINEAR, OWN, PRESETS, preset
 from .disk import write_whole
 from .ledger import WIRE_DTYPES
@@ -88,6 +89,13 @@ class Config:
         "pixels on a side to which image files are resized, 0 for data whose images keep their size",
         low=0,
         below=2**15,
+    )
+    test_share: float = option(
+        TEST_SHARE,
+        "of image_folder without folders train and test: the share of the classes that is the test of a "
+        "retrieval, of each class' images that of a classification",
+        above=0,
+        below=1,
     )
     skip_damaged: bool = option(
         False, "go on without image files that are missing, damaged or cannot be read, and say how many"

@@ -70,6 +70,8 @@ def _loaded(config: Config, on_found: Callable[..., None], on_progress: OnProgre
         options = {"num_classes": config.glyph_classes, "writers": config.glyph_writers}
     if _resized(config):
         options |= {"image_size": config.image_size, "on_found": on_found}
+        if config.data == "image_folder":
+            options["test_share"] = config.test_share
     elif config.image_size:
         raise ConfigError(
             "image_size",

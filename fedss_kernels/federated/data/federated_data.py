@@ -67,6 +67,7 @@ class FederatedData:
         are.
     newcomers: people who are no clients and come when the training is over: for each the rows of `images`
         that it can fine-tune on, at least one, and those of `test_images` that it is tested on.
+    test_class_names: of a retrieval a name for each of the classes in `test_labels`, if they have names.
     """
 
     name: str
@@ -83,6 +84,7 @@ class FederatedData:
     notes: tuple[str, ...] = ()
     test_clients: tuple[Tensor, ...] = ()  # of (t_k,) int64
     newcomers: tuple[tuple[Tensor, Tensor], ...] = ()  # of ((n,) int64, (t,) int64)
+    test_class_names: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"<FederatedData {self.name}, {self.task}: {self.found.line}>"
@@ -113,7 +115,14 @@ class FederatedData:
             values[name] = tensor(name, getattr(self, name))
         for name in ("labels", "test_labels"):
             values[name] = integers(name, getattr(self, name))
-        for name in ("clients", "client_names", "class_names", "test_clients", "newcomers"):
+        for name in (
+            "clients",
+            "client_names",
+            "class_names",
+            "test_class_names",
+            "test_clients",
+            "newcomers",
+        ):
             values[name] = listed(name, getattr(self, name))
         for name, rows in (("clients", _HELD), ("test_clients", _TESTED)):
             values[name] = tuple(integers(f"{name}[{k}]", of, rows) for k, of in enumerate(values[name]))

@@ -25,7 +25,7 @@ PACE = ("client_lr", "scale", "warmup_rounds")  # chosen for the net
 
 @pytest.fixture(autouse=True)
 def without_torchvision(monkeypatch):
-    monkeypatch.setattr(loading, "unavailable", lambda name: f"model: {name} needs torchvision")
+    monkeypatch.setattr(loading, "unavailable", lambda name: f"model: {name} needs torchvision: a long story")
 
 
 def write_noise(folder: Path, classes: int, each: int, mode: str = "RGB") -> Path:
@@ -67,7 +67,8 @@ def test_what_was_chosen_is_said_in_the_line(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[0] == (
         "image_folder: 2 classes, 32 training and 8 test images, 4 clients; chosen to fit: image_size 32, "
         "images_per_client 8, classes_per_client 2, num_negatives 1, cohort 4, client_lr 0.05, "
-        "warmup_rounds 0, crop_size 28, model conv4_rgb, scale 10.0; mobilenet_v3_large needs torchvision"
+        "warmup_rounds 0, crop_size 28, model conv4_rgb, scale 10.0; "
+        "mobilenet_v3_large needs torchvision (fedss doctor)"
     )
 
 
@@ -177,7 +178,7 @@ def test_where_nothing_is_federated_the_line_counts_no_clients(tmp_path, capsys)
 def test_any_size_of_images_is_trained_on(tmp_path):
     folder = write_noise(tmp_path / "data", 5, 10)
     found = run(config(folder, image_size=64, embedding_dim=32))
-    assert found.config.model == "isotropic:patch=7" and found.summary.accuracy is not None
+    assert found.config.model == "isotropic:depth=4,patch=7" and found.summary.accuracy is not None
 
 
 def test_the_error_names_nets_that_take_such_images(tmp_path):
@@ -218,10 +219,10 @@ def test_a_small_net_that_begins_from_nothing_learns_as_those_of_the_small_sets(
         ({"cohort": 2}, {"cohort": 2}),
         ({"cohort": 3, "num_clients": 3}, {"cohort": 3, "num_clients": 3, "classes_per_client": 2}),
         ({"classes_per_client": 4, "num_negatives": 2}, {"classes_per_client": 4, "num_negatives": 2}),
-        ({"image_size": 64}, {"model": "isotropic:patch=7", "crop_size": 56, "embedding_dim": 64}),
+        ({"image_size": 64}, {"model": "isotropic:depth=4,patch=7", "crop_size": 56, "embedding_dim": 64}),
         ({"image_size": 64, "crop_size": 32}, {"model": "conv4_rgb"}),
-        ({"image_size": 224}, {"model": "isotropic:patch=8", "crop_size": 196}),
-        ({"crop_size": 16}, {"model": "isotropic:patch=2", "image_size": 19}),
+        ({"image_size": 224}, {"model": "isotropic:depth=4,patch=8", "crop_size": 196}),
+        ({"crop_size": 16}, {"model": "isotropic:depth=4,patch=2", "image_size": 19}),
         ({"model": "resnet18_32"}, {"image_size": 37, "crop_size": 32, "embedding_dim": 512}),
     ],
 )

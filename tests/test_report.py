@@ -206,6 +206,8 @@ def test_the_plot_of_one_run_has_what_else_is_told_of_it(runs):
     (axes,) = accuracy_by_round([run, play("pos_only", task="retrieval")], LIGHT).axes
     assert [line.get_label() for line in axes.lines] == ["FedSS", "PosOnly"]
     assert axes.get_ylabel() == "MAP@10 on the test images (%)"
+    left, _ = accuracy_by_bytes([run, play("centralized", task="retrieval")], LIGHT).axes
+    assert [line.get_label() for line in left.lines] == ["FedSS"]
 
 
 def test_where_nothing_moves_there_is_no_plot_of_it(tmp_path):

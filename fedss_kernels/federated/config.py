@@ -72,7 +72,10 @@ class Config:
     data: str = option("glyphs", "the data set", choices=lambda: (*DATASETS, OWN))
     data_dir: Path | None = option(None, "the folder that holds the data set's files, where it needs some")
     data_seed: int = option(0, "the seed of a data set that is drawn; --seed does not touch it", low=0)
-    cache_dir: Path | None = option(None, "the folder for prepared data, none: the user's cache folder")
+    cache_dir: Path | None = option(
+        None,
+        "the folder for prepared data, none: $FEDSS_CACHE, else fedss-kernels in $XDG_CACHE_HOME or ~/.cache",
+    )
     task: str = option(
         PRESET,
         "classification: unseen images of known classes; retrieval: images of classes that nobody trained on",

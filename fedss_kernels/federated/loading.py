@@ -159,7 +159,7 @@ def _small_net(seen: int | None) -> str:
     small = "conv4_rgb"
     if seen is None or seen in range(TAKES[small][1], TAKES[small][2] + 1):
         return small
-    return f"isotropic:patch={min(8, max(1, seen // 8))}"
+    return f"isotropic:depth=4,patch={min(8, max(1, seen // 8))}"
 
 
 def choices(config: Config, found: Found) -> list[str]:
@@ -179,8 +179,8 @@ def choices(config: Config, found: Found) -> list[str]:
         whole = f": all {images:,}, so without chance" if taken >= images else ""
         of = f"as many images as {after.cohort} clients would, {after.batch_size} each"
         notes.append(f"no federation: a step takes {of}{whole}")
-    reason = unavailable(NET) if config.model is None else ""
-    return [*notes, reason.removeprefix("model: ")] if reason else notes
+    missing = config.model is None and unavailable(NET)
+    return [*notes, f"{NET} needs torchvision (fedss doctor)"] if missing else notes
 
 
 # ---- whether they fit

@@ -49,7 +49,7 @@ def accuracy_by_bytes(runs: Sequence[Run], theme: dict[str, str]) -> "Figure":
     That is left out where no method has class rows.
     """
     figure, (left, *beside) = _figure(runs, theme, panels=1 + _any_rows(runs))
-    lines = _lines([run for run in runs if run.summary.traffic.total]) or _lines(runs)
+    lines = [line for line in _lines(runs) if line[1][0].summary.traffic.total] or _lines(runs)
     by_class = [line for line in lines if line[1][0].summary.traffic.classification]
     panels = [(left, lines), *((right, by_class or lines) for right in beside)]
     for of, (axes, drawn) in enumerate(panels):
@@ -175,11 +175,11 @@ def _lines(runs: Sequence[Run]) -> list[Line]:
         measure = course(group[0])
         other = "" if measure == course(runs[0]) else f" ({measure.label})"  # than the axis says
         found.append((look | {"label": case.label + other}, group, measure))
-    return [*_with_others(*found[0])] if len(found) == 1 else found
+    return [*_with_others(*found[0])] if len(by_case(runs)) == 1 else found
 
 
 def _with_others(look: dict[str, str], group: list[Run], measure: Measure) -> Iterator[Line]:
-    """The only line of a plot, and dashed ones of what else was measured of these runs."""
+    """The line of the only case, and dashed ones of what else was measured of it."""
     others = beside(group[0])
     yield look | {"label": f"{look['label']}, {measure.label}"} if others else look, group, measure
     for other, dashes in zip(others, ("--", ":", "-."), strict=False):
@@ -189,8 +189,9 @@ def _with_others(look: dict[str, str], group: list[Run], measure: Measure) -> It
 
 def _drawn(runs: Sequence[Run]) -> Measure:
     """What is measured along the axis: of lines of several measures by all their names."""
-    measures = dict.fromkeys(measure for _, _, measure in _lines(runs)) if len(by_case(runs)) == 1 else {}
-    names = [measure.label for measure in measures] or [course(runs[0]).label]
+    names = [course(runs[0]).label]
+    if len(by_case(runs)) == 1:
+        names += [measure.label for measure in beside(runs[0])]
     label = " and ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
     return dataclasses.replace(course(runs[0]), label=label)
 

@@ -113,7 +113,9 @@ def _fault_of_torchvision() -> str:
 
 def misfit(error: Exception) -> str:
     """What is said of a torchvision that is there, where importing it raises this."""
+    major, minor = torch.__version__.split(".")[:2]
+    fitting = f", 0.{int(minor) + 15}" if major == "2" else ""  # they came out together so far
     return (
         f"torchvision {_version('torchvision')} is installed, but does not fit torch {torch.__version__}: "
-        f"importing it fails ({error}); install the torchvision that goes with this torch"
+        f"importing it fails ({error}); install the torchvision that goes with this torch{fitting}"
     )

@@ -33,7 +33,7 @@ FLOORS = (
     ("clients",),
     ("loading", "server"),
     ("any_round", "metrics", "sending", "workers"),
-    ("fine_tuning", "probes", "reports"),
+    ("fine_tuning", "probes", "reports", "trained_net"),
     ("evaluation", "fedavg_round", "split_learning"),
     ("figures",),
     ("run_loop",),

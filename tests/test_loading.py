@@ -25,7 +25,7 @@ PACE = ("client_lr", "scale", "warmup_rounds")  # chosen for the net
 
 @pytest.fixture(autouse=True)
 def without_torchvision(monkeypatch):
-    monkeypatch.setattr(loading, "unavailable", lambda name: f"model: {name} needs torchvision")
+    monkeypatch.setattr(loading, "unavailable", lambda name: f"model: {name} needs torchvision: a long story")
 
 
 def write_noise(folder: Path, classes: int, each: int, mode: str = "RGB") -> Path:
@@ -66,9 +66,9 @@ def test_what_was_chosen_is_said_in_the_line(tmp_path, capsys):
     assert cli.main([*argv, "--rounds=1", "--embedding-dim=8", f"--out={tmp_path}/out"]) == 0
     assert capsys.readouterr().out.splitlines()[0] == (
         "image_folder: 2 classes, 32 training and 8 test images, 4 clients; chosen to fit: image_size 32, "
-        "images_per_client 8, classes_per_client 2, cohort 4, client_lr 0.05, warmup_rounds 0, crop_size 28, "
-        "model conv4_rgb, scale 10.0; num_negatives 80: all other classes, as with full_softmax; "
-        "mobilenet_v3_large needs torchvision"
+        "images_per_client 8, classes_per_client 2, num_negatives 1, cohort 4, client_lr 0.05, "
+        "warmup_rounds 0, crop_size 28, model conv4_rgb, scale 10.0; "
+        "mobilenet_v3_large needs torchvision (fedss doctor)"
     )
 
 
@@ -142,6 +142,52 @@ def test_large_folders_have_the_papers_settings(monkeypatch):
     assert chosen.num_clients == 0 and choices(chosen, found) == []
 
 
+def test_a_small_folder_is_a_federation_of_clients_with_a_few_classes_and_negatives(tmp_path, capsys):
+    """A quarter of the classes each, where all of them would be FullSoftmax on clients who are all alike."""
+    how = Partition("classes", images_per_client=None, classes_per_client=None).fitted(np.full(19, 18))
+    found = Found("image_folder", 19, 342, 90, how.clients_of(342), how)
+    chosen = fitted(Config(data="image_folder"), found)
+    numbers = "classes_per_client", "num_negatives", "cohort", "images_per_client"
+    assert [getattr(chosen, name) for name in numbers] == [4, 4, 11, 32]
+    assert "num_negatives 4" in choices(Config(data="image_folder"), found)[0]
+    assert "num_negatives" not in choices(Config(data="image_folder", method="full_softmax"), found)[0]
+    words = "num_negatives 19: all other classes, as with full_softmax"
+    assert words in choices(Config(data="image_folder", num_negatives=19), found)
+    whole = (
+        "no federation: a step takes as many images as 11 clients would, 32 each: all 342, so without chance"
+    )
+    for size, said in (
+        (32, whole),
+        (5, "no federation: a step takes as many images as 11 clients would, 5 each"),
+    ):
+        assert said in choices(Config(data="image_folder", method="centralized", batch_size=size), found)
+    least = Partition("classes", images_per_client=None, classes_per_client=None).fitted(np.full(5, 20))
+    assert least.classes_per_client == 2
+
+
+def test_where_nothing_is_federated_the_line_counts_no_clients(tmp_path, capsys):
+    folder = write_noise(tmp_path / "data", 2, 20)
+    argv = ["run", "--data=image_folder", f"--data-dir={folder}", f"--cache-dir={tmp_path}/cache"]
+    argv += ["--rounds=1", "--embedding-dim=8", f"--out={tmp_path}/out", "--method=centralized"]
+    assert cli.main(argv) == 0
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line.startswith("image_folder: 2 classes, 32 training and 8 test images, in one place; chosen")
+
+
+def test_any_size_of_images_is_trained_on(tmp_path):
+    folder = write_noise(tmp_path / "data", 5, 10)
+    found = run(config(folder, image_size=64, embedding_dim=32))
+    assert found.config.model == "isotropic:depth=4,patch=7" and found.summary.accuracy is not None
+
+
+def test_the_error_names_nets_that_take_such_images(tmp_path):
+    folder = write_noise(tmp_path / "data", 5, 10)
+    words = "conv4_32 3x32x32 to 3x47x47, vit those of its setting side, the others any, as isotropic"
+    for model in ("conv4_rgb", "vit:depth=1"):
+        with pytest.raises(ConfigError, match=f"^model: {model} can't take images of 3x56x56 .*{words}"):
+            load_data(config(folder, image_size=64, model=model, embedding_dim=32))
+
+
 @pytest.mark.parametrize(
     "given, pace",
     [
@@ -170,7 +216,13 @@ def test_a_small_net_that_begins_from_nothing_learns_as_those_of_the_small_sets(
         ({"crop_size": 30}, {"image_size": 35, "crop_size": 30}),
         ({"crop_size": 0}, {"image_size": 32, "crop_size": 0}),
         ({"cohort": 2}, {"cohort": 2}),
-        ({"cohort": 3, "num_clients": 3}, {"cohort": 3, "num_clients": 3, "classes_per_client": 4}),
+        ({"cohort": 3, "num_clients": 3}, {"cohort": 3, "num_clients": 3, "classes_per_client": 2}),
+        ({"classes_per_client": 4, "num_negatives": 2}, {"classes_per_client": 4, "num_negatives": 2}),
+        ({"image_size": 64}, {"model": "isotropic:depth=4,patch=7", "crop_size": 56, "embedding_dim": 64}),
+        ({"image_size": 64, "crop_size": 32}, {"model": "conv4_rgb"}),
+        ({"image_size": 224}, {"model": "isotropic:depth=4,patch=8", "crop_size": 196}),
+        ({"crop_size": 16}, {"model": "isotropic:depth=4,patch=2", "image_size": 19}),
+        ({"model": "resnet18_32"}, {"image_size": 37, "crop_size": 32, "embedding_dim": 512}),
     ],
 )
 def test_what_is_given_stands(given, chosen):

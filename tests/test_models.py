@@ -2,9 +2,13 @@ import pytest
 import torch
 from torch import nn
 
+from fedss_kernels.federated import Config
 from fedss_kernels.federated.models import (
+    FEATURES,
     MODELS,
+    TAKES,
     build_model,
+    family_of,
     refuse_batch_norm,
 )
 from fedss_kernels.federated.models.small import SmallConvNet
@@ -17,6 +21,32 @@ def test_maps_images_to_embeddings():
     assert build_model("conv4", 10, seed=0)(torch.rand(2, 1, 32, 32)).shape == (2, 10)
     for size in (28, 32):
         assert build_model("conv4_rgb", 10, seed=0)(torch.rand(2, 3, size, size)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("name", TAKES)
+def test_a_net_for_some_sizes_takes_these_and_no_others(name):
+    channels, least, most = TAKES[name]
+    dim = FEATURES.get(name, 8)
+    net = build_model(name, dim, seed=0)
+
+    def takes(side: int) -> bool:
+        try:
+            return net(torch.rand(2, channels, side, side)).shape == (2, dim)
+        except RuntimeError:
+            return False
+
+    sides = range(least - 2, most + 3)
+    assert [side for side in sides if takes(side)] == list(range(least, most + 1))
+
+
+@pytest.mark.parametrize("name", [*FEATURES, "isotropic:depth=1,patch=3", "conv4_rgb"])
+def test_embeddings_are_by_default_of_the_numbers_that_a_net_makes(name):
+    config = Config(data="cifar10", model=name)
+    assert config.embedding_dim == FEATURES.get(family_of(name), 64)
+    net = build_model(name, config.embedding_dim, seed=0)
+    for side in (32,) if name in TAKES else (9, 32, 50):
+        assert net(torch.rand(2, 3, side, side)).shape == (2, config.embedding_dim)
+    assert Config(data="cifar10", model=name, embedding_dim=96).embedding_dim == 96
 
 
 def test_embedding_does_not_depend_on_the_rest_of_the_batch():

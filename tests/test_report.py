@@ -171,6 +171,68 @@ def test_by_what_the_classes_cost_are_those_methods_whose_classes_cost_something
     assert (len(left.lines), len(right.lines), right.get_xscale()) == (2, 2, "linear")
 
 
+def with_values(run: Run, **values: tuple[float, float]) -> Run:
+    """Measured in rounds 2 and 4."""
+    history = list(run.history)
+    for done, i in ((2, 0), (4, 1)):
+        measured = history[done - 1].measured | {name: pair[i] for name, pair in values.items()}
+        history[done - 1] = replace(history[done - 1], measured=measured)
+    return Run(run.config, history, replace(run.summary, measured=history[-1].measured))
+
+
+@pytest.mark.parametrize(
+    ("values", "bottom"),
+    [((0.97, 0.99), 97 - 0.06 * 0.05 * 99), ((0.4, 0.99), 0), ((0.0, 0.0), 0), ((0.99, 0.99), None)],
+)
+def test_the_axis_holds_all_marks_and_begins_near_the_values_where_all_are_high(values, bottom, runs):
+    for plot in (accuracy_by_round, accuracy_by_bytes):
+        axes = plot([with_values(runs[0], top1=values)], LIGHT).axes[0]
+        least, most = axes.get_ylim()
+        assert bottom is None or least == pytest.approx(bottom)
+        assert most - 100 * max(values) >= 0.04 * (most - least)  # so is half a mark's height
+        assert 100 * min(values) - least >= 0.04 * (most - least) or least == 0
+        assert not any(line.get_clip_on() for line in axes.lines)
+
+
+def test_the_plot_of_one_run_has_what_else_is_told_of_it(runs):
+    run = play("fedss", task="retrieval")
+    for plot in (accuracy_by_round, accuracy_by_bytes):
+        figure = plot([run], LIGHT)
+        lines = figure.axes[0].lines
+        assert [line.get_label() for line in lines] == ["FedSS, MAP@10", "FedSS, recall@1"]
+        shown = [m for m in run.history if m.recall_at_1 is not None]
+        assert lines[1].get_ydata().tolist() == pytest.approx([100 * m.recall_at_1 for m in shown])
+        assert lines[0].get_linestyle() != lines[1].get_linestyle()
+        assert figure.axes[0].get_ylabel() == "MAP@10 and recall@1 on the test images (%)"
+    (axes,) = accuracy_by_round([run, play("pos_only", task="retrieval")], LIGHT).axes
+    assert [line.get_label() for line in axes.lines] == ["FedSS", "PosOnly"]
+    assert axes.get_ylabel() == "MAP@10 on the test images (%)"
+    left, _ = accuracy_by_bytes([run, play("centralized", task="retrieval")], LIGHT).axes
+    assert [line.get_label() for line in left.lines] == ["FedSS"]
+
+
+def test_where_nothing_moves_there_is_no_plot_of_it(tmp_path):
+    write_run_report(tmp_path, play("fedss"))
+    assert (tmp_path / "accuracy_by_bytes.png").exists()
+    write_run_report(tmp_path, play("centralized"))
+    assert not (tmp_path / "accuracy_by_bytes.png").exists()
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert "so there is no plot by what was moved" in page.text and len(page.links) == 2
+
+
+def test_a_run_in_one_place_speaks_of_no_phones_and_saves_nothing(tmp_path):
+    run = play("centralized", batch_size=2)
+    there = run.summary.num_train_images
+    write_run_report(tmp_path, run)
+    text = Page((tmp_path / "report.html").read_text(encoding="utf-8")).text
+    assert "such as phones" not in text and "against FullSoftmax" not in text and "100.0%" not in text
+    assert f"as many images as those of 3 clients together. That is 6 of {there}." in text
+    assert "without chance" not in text
+    write_run_report(tmp_path, play("centralized", batch_size=20))
+    text = Page((tmp_path / "report.html").read_text(encoding="utf-8")).text
+    assert f"That is all {there} of them, so that a step goes down the whole loss, without chance" in text
+
+
 def test_where_no_method_has_class_rows_there_is_one_panel():
     (axes,) = accuracy_by_bytes([play("simclr")], LIGHT).axes
     assert axes.get_xlabel() == "everything moved so far (MB)" and axes.lines
@@ -407,7 +469,7 @@ def test_what_is_saved_is_by_as_many_clients_as_there_would_be(tmp_path, no_plot
     for method in ("centralized", "local_only"):
         write_run_report(tmp_path, made := play(method))
         assert made.updates == 4 * 3 and (made.saving, made.class_saving) == (1, 1)
-        assert re.search(r"all 0\.0 1\.4 100\.0% 0\.0", page_of(tmp_path))
+        assert bool(re.search(r"all 0\.0 1\.4 100\.0% 0\.0", page_of(tmp_path))) == (method != "centralized")
 
 
 def test_few_bytes_are_not_shown_as_none(tmp_path, no_plots):

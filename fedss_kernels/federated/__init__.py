@@ -11,6 +11,7 @@ from .data import FederatedData
 from .files.checkpoint import CheckpointError
 from .plugins import register
 from .run_loop import Result, Stopped, run
+from .trained_net import load_net
 from .workers import WorkerLost
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Stopped",
     "TooFewClients",
     "WorkerLost",
+    "load_net",
     "register",
     "run",
 ]

@@ -26,10 +26,11 @@ from .algorithms.own_numbers import check_known, own_numbers
 from .clashes import clashes
 from .config_error import ConfigError, did_you_mean, raise_together
 from .data import DATASETS, PARTITIONS, TASKS
+from .data.image_folder import TEST_SHARE
 from .defaults import EVAL_EVERY, FITTED, LINEAR, OWN, PRESETS, preset
 from .disk import write_whole
 from .ledger import WIRE_DTYPES
-from .models import MODELS, family_of
+from .models import FEATURES, MODELS, family_of
 
 MAX_NORM = 1000.0
 LARGEST = 3e38  # that float32 holds, about
@@ -73,7 +74,10 @@ class Config:
     data: str = option("glyphs", "the data set", choices=lambda: (*DATASETS, OWN))
     data_dir: Path | None = option(None, "the folder that holds the data set's files, where it needs some")
     data_seed: int = option(0, "the seed of a data set that is drawn; --seed does not touch it", low=0)
-    cache_dir: Path | None = option(None, "the folder for prepared data, none: the user's cache folder")
+    cache_dir: Path | None = option(
+        None,
+        "the folder for prepared data, none: $FEDSS_CACHE, else fedss-kernels in $XDG_CACHE_HOME or ~/.cache",
+    )
     task: str = option(
         PRESET,
         "classification: unseen images of known classes; retrieval: images of classes that nobody trained on",
@@ -90,6 +94,13 @@ class Config:
         "pixels on a side to which image files are resized, 0 for data whose images keep their size",
         low=0,
         below=2**15,
+    )
+    test_share: float = option(
+        TEST_SHARE,
+        "of image_folder without folders train and test: the share of the classes that is the test of a "
+        "retrieval, of each class' images that of a classification",
+        above=0,
+        below=1,
     )
     skip_damaged: bool = option(
         False, "go on without image files that are missing, damaged or cannot be read, and say how many"
@@ -361,7 +372,12 @@ class Config:
     init_checkpoint: Path | None = option(
         None, "a file of parameters to start the net from, as of torch.save; none: drawn from the seed"
     )
-    embedding_dim: int = option(64, "numbers in one embedding, D", low=1, below=2**16)
+    embedding_dim: int = option(
+        PRESET,
+        "numbers in one embedding, D; by default as many as the net makes, where that is no choice",
+        low=1,
+        below=2**16,
+    )
     similarity: str = option(
         "cosine",
         "what the loss makes of an embedding and a class row: cosine, or dot, their product and a bias, as "
@@ -464,6 +480,8 @@ class Config:
             value = min(EVAL_EVERY, max(1, self.rounds // 5))
         if value is None and self.similarity == "dot" and field.name in LINEAR:
             value = LINEAR[field.name](self.embedding_dim)
+        if value is None and field.name == "embedding_dim":
+            value = FEATURES.get(family_of(str(self.model)))
         if value is None and field.name in PRESETS[OWN]:
             value = preset(self.data, self.method)[field.name]
             if value is FITTED or field.name == "warmup_rounds":

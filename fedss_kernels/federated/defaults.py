@@ -25,6 +25,7 @@ _SMALL: dict[str, Any] = {
     "images_per_client": 100,
     "classes_per_client": 20,
     "model": "conv4",
+    "embedding_dim": 64,
     "warmup_rounds": 20,
     "lr_decay": "cosine",
     "client_lr": 0.05,
@@ -77,6 +78,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "image_folder": _PAPER
     | {
         "rounds": 2000,
+        "num_negatives": FITTED,
         "cohort": FITTED,
         "images_per_client": FITTED,
         "classes_per_client": FITTED,

@@ -30,6 +30,7 @@ def _decays_from_then(config: Config) -> bool:
 # (options, why they have no effect, when that is so)
 RULES: tuple[Rule, ...] = (
     (("glyph_classes", "glyph_writers"), "it is for the data glyphs", lambda c: c.data != "glyphs"),
+    (("test_share",), "it is for the data image_folder", lambda c: c.data != "image_folder"),
     (("data_dir",), "glyphs are drawn", lambda c: c.data == "glyphs"),
     (("images_per_client",), "num_clients is set", lambda c: c.num_clients > 0),
     (("images_per_client",), "clients are the images' authors", lambda c: c.partition == "natural"),

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from . import private_retrieval
-from .algorithms import METHODS
+from .algorithms import METHODS, readers
 from .clients.player import check_model, num_negatives
 from .config import Config, ConfigError
 from .config_error import raise_together
@@ -15,12 +15,13 @@ from .data.holdout import held_out, number_held_out
 from .data.images import OnProgress
 from .defaults import OWN, PRESETS
 from .ledger import WIRE_DTYPES
-from .models import SIDES, family_of
+from .models import SIDES, TAKES, family_of
 from .models.vision import unavailable
 
 COHORT = 32  # clients, or all there are where they are fewer
+NEGATIVES = PRESETS["sop"]["num_negatives"]  # or a quarter of the classes where that is fewer
 WALKED = ("image_folder", "imagenet21k")  # whose classes are the folders that there are
-NET = "mobilenet_v3_large"  # the paper's; where it cannot be made a small one of our own
+NET = "mobilenet_v3_large"  # the paper's; where it cannot be made one of our own
 
 
 def load_data(
@@ -71,6 +72,8 @@ def _loaded(config: Config, on_found: Callable[..., None], on_progress: OnProgre
         options = {"num_classes": config.glyph_classes, "writers": config.glyph_writers}
     if _resized(config):
         options |= {"image_size": config.image_size, "on_found": on_found}
+        if config.data == "image_folder":
+            options["test_share"] = config.test_share
     elif config.image_size:
         raise ConfigError(
             "image_size",
@@ -119,6 +122,8 @@ def fitted(config: Config, found: Found) -> Config:
     """The configuration with every number: those that are FITTED are chosen for this data set."""
     config = with_a_net(config)
     chosen: dict[str, Any] = {}
+    if config.num_negatives is None:
+        chosen["num_negatives"] = min(NEGATIVES, max(1, found.classes // 4))
     if config.cohort is None:
         chosen["cohort"] = min(COHORT, found.clients)
     if found.how is not None and None in (config.images_per_client, config.classes_per_client):
@@ -143,23 +148,41 @@ def with_a_net(config: Config) -> Config:
     if None not in (model, size, crop):
         return config
     if model is None:
-        model = "conv4_rgb" if unavailable(NET) else NET
+        seen = crop or (size if crop == 0 else size and 7 * size // 8)
+        model = _small_net(seen) if unavailable(NET) else NET
     whole = SIDES.get(family_of(model), 256)
     if size is None:
         size = -(-8 * crop // 7) if crop else whole
     return replace(config, model=model, image_size=size, crop_size=7 * size // 8 if crop is None else crop)
 
 
+def _small_net(seen: int | None) -> str:
+    """Of our own, for images of so many pixels on a side, None: those it is for. Its grid is 8x8 or more."""
+    small = "conv4_rgb"
+    if seen is None or seen in range(TAKES[small][1], TAKES[small][2] + 1):
+        return small
+    return f"isotropic:depth=4,patch={min(8, max(1, seen // 8))}"
+
+
 def choices(config: Config, found: Found) -> list[str]:
     """What `fitted` chooses, in words for a user, and where the data leave nothing to choose."""
     after = fitted(config, found)
-    names = [name for name in vars(after) if getattr(after, name) != getattr(config, name)]
+    names = [
+        name
+        for name in vars(after)
+        if getattr(after, name) != getattr(config, name) and config.method in (readers(name) or METHODS)
+    ]
     words = ", ".join(f"{name} {getattr(after, name)}" for name in names)
     notes = [f"chosen to fit: {words}"] if words else []
-    if METHODS[config.method].samples and config.num_negatives >= found.classes:
-        notes.append(f"num_negatives {config.num_negatives}: all other classes, as with full_softmax")
-    reason = unavailable(NET) if config.model is None else ""
-    return [*notes, reason.removeprefix("model: ")] if reason else notes
+    if METHODS[config.method].samples and after.num_negatives >= found.classes:
+        notes.append(f"num_negatives {after.num_negatives}: all other classes, as with full_softmax")
+    if METHODS[config.method].pooled:
+        taken, images = after.cohort * after.batch_size, found.training
+        whole = f": all {images:,}, so without chance" if taken >= images else ""
+        of = f"as many images as {after.cohort} clients would, {after.batch_size} each"
+        notes.append(f"no federation: a step takes {of}{whole}")
+    missing = config.model is None and unavailable(NET)
+    return [*notes, f"{NET} needs torchvision (fedss doctor)"] if missing else notes
 
 
 # ---- whether they fit

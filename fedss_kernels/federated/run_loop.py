@@ -163,6 +163,8 @@ def run_by(
         folder, checkpoint, history = _open_folder(config, player, facts, resume)
         store = None
         try:
+            if folder:
+                folder.name_classes(data)
             store = _open_store(config, player.store_size, checkpoint)
             with started(config, data, model) as workers:
                 algorithm = played_by(config, player, workers, store)

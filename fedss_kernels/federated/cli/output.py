@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from .. import data as of_data
+from ..algorithms import METHODS
 from ..config import Config
 from ..data import FederatedData, Found
 from ..idle_settings import idle, short_warmup
@@ -40,7 +41,10 @@ def read_data(
         if ready:
             ready()
         if runs:
-            words = "; ".join([_unsaid(found, ()).line, *choices(config, found)])
+            there = _unsaid(found, ())
+            if METHODS[config.method].pooled:
+                there = dataclasses.replace(there, clients=0)
+            words = "; ".join([there.line, *choices(config, found)])
             warmup = [] if "warmup_rounds" in given else short_warmup(config)
             for line in (f"{config.data}: {words}", *warmup, *idle(runs)):
                 print(line, flush=True)

@@ -25,10 +25,7 @@ from ..files.half_file import half_of
 from ..learning_rate import learning_rate
 from ..ledger import FLOWS, Traffic, client_traffic
 from ..messages import Request, Update, clipped, norm, numbers
-from ..models import (
-    build_model,
-    refuse_batch_norm,
-)
+from ..models import TAKES, build_model, refuse_batch_norm
 from ..models.blocks import blocks_of
 from ..models.bottleneck import Bottleneck, narrowed
 from ..models.layered import check_layered
@@ -400,8 +397,7 @@ def _check_model(module: nn.Module, config: Config, pixels: Tensor) -> Tensor:
         shape = "x".join(map(str, images.shape[1:]))
         raise ValueError(
             f"model: {config.model} can't take images of {shape} (channels, height, width): "
-            f"{type(error).__name__}: {error}; conv4 takes 1x28x28 to 1x32x32, conv4_rgb 3x28x28 to 3x32x32, "
-            "the larger nets any"
+            f"{type(error).__name__}: {error}; {_who_takes_what()}"
         ) from None
     embeddings = as_embeddings(returned)
     expected = (len(images), config.embedding_dim)
@@ -421,3 +417,14 @@ def views_of(config: Config, data: FederatedData) -> Views:
     """What a method without labels sees of the images, as large as the net takes them."""
     method, size = METHODS[config.method], config.crop_size or min(data.images.shape[2:])
     return Views("moco" if method.queued or method.split else "simclr", size, config.smallest_box)
+
+
+def _who_takes_what() -> str:
+    sizes = [
+        f"{name} {channels}x{least}x{least} to {channels}x{most}x{most}"
+        for name, (channels, least, most) in TAKES.items()
+    ]
+    return (
+        f"nets take: {', '.join(sizes)}, vit those of its setting side, the others any, as isotropic with an "
+        "embedding_dim that is a multiple of 32"
+    )

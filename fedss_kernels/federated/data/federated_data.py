@@ -24,7 +24,7 @@ class Found:
     classes: int
     training: int  # images
     test: int
-    clients: int
+    clients: int  # 0: there are none, as all is in one place
     how: Partition | None = None  # what made the clients, where its numbers were chosen to fit the data
     notes: tuple[str, ...] = ()  # what one should know of how it was found: "left out: 6 files (.txt 6)"
 
@@ -32,7 +32,8 @@ class Found:
     def line(self) -> str:
         """As "4 classes, 40 training and 8 test images, 4 clients; left out: 24 files (.jfif 6, ...)"."""
         images = f"{self.training:,} training and {self.test:,} test images"
-        classes, clients = _many(self.classes, "class", "classes"), _many(self.clients, "client", "clients")
+        classes = _many(self.classes, "class", "classes")
+        clients = _many(self.clients, "client", "clients") if self.clients else "in one place"
         return "; ".join([f"{classes}, {images}, {clients}", *self.notes])
 
 
@@ -66,6 +67,7 @@ class FederatedData:
         are.
     newcomers: people who are no clients and come when the training is over: for each the rows of `images`
         that it can fine-tune on, at least one, and those of `test_images` that it is tested on.
+    test_class_names: of a retrieval a name for each of the classes in `test_labels`, if they have names.
     """
 
     name: str
@@ -82,6 +84,7 @@ class FederatedData:
     notes: tuple[str, ...] = ()
     test_clients: tuple[Tensor, ...] = ()  # of (t_k,) int64
     newcomers: tuple[tuple[Tensor, Tensor], ...] = ()  # of ((n,) int64, (t,) int64)
+    test_class_names: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"<FederatedData {self.name}, {self.task}: {self.found.line}>"
@@ -112,7 +115,14 @@ class FederatedData:
             values[name] = tensor(name, getattr(self, name))
         for name in ("labels", "test_labels"):
             values[name] = integers(name, getattr(self, name))
-        for name in ("clients", "client_names", "class_names", "test_clients", "newcomers"):
+        for name in (
+            "clients",
+            "client_names",
+            "class_names",
+            "test_class_names",
+            "test_clients",
+            "newcomers",
+        ):
             values[name] = listed(name, getattr(self, name))
         for name, rows in (("clients", _HELD), ("test_clients", _TESTED)):
             values[name] = tuple(integers(f"{name}[{k}]", of, rows) for k, of in enumerate(values[name]))

@@ -24,6 +24,7 @@ from .images import OnProgress, cached_images
 from .partition import Partition, divide, divide_test, draw_share
 
 SOURCE = "wherever they come from: this is a folder of your own"
+TEST_SHARE = 0.2
 log = logging.getLogger(__name__)
 
 
@@ -34,7 +35,7 @@ def load_image_folder(
     task: str = "classification",
     cache_dir: Path | None = None,
     image_size: int = 256,
-    test_share: float = 0.2,
+    test_share: float = TEST_SHARE,
     skip_damaged: bool = False,
     on_progress: OnProgress | None = None,
     how: Partition | None = None,
@@ -46,9 +47,12 @@ def load_image_folder(
     each class' images is the test set of a classification, a share of the classes that of a retrieval.
     """
     folder = _existing(data_dir)
-    walk = ClassFolders("image_folder", skip_damaged=skip_damaged)
+    walk, unread = ClassFolders("image_folder", skip_damaged=skip_damaged), tuple[str, ...]()
     if given := walk.split(folder):
         train, test = walk.classes(given[0]), walk.classes(given[1])
+        if test_share != TEST_SHARE:
+            names = " and ".join(folder.name for folder in given)
+            unread = (f"test_share {test_share:g} has no effect: {names} are folders",)
     else:
         split = split_classes if task == "retrieval" else split_images
         train, test = split(walk.classes(folder), seed, test_share)
@@ -64,7 +68,7 @@ def load_image_folder(
         skip_damaged=skip_damaged,
         on_progress=on_progress,
         how=how or Partition("classes", images_per_client=None, classes_per_client=None),
-        notes=walk.notes,
+        notes=(*walk.notes, *unread),
         on_found=on_found,
     )
 
@@ -182,6 +186,7 @@ def _from_whole_files(
         test_labels=torch.from_numpy(test_labels),
         num_classes=len(train),
         class_names=tuple(map(printable, train)),
+        test_class_names=tuple(map(printable, test)) if task == "retrieval" else (),
         task=task,
         how=made_by,
         notes=known,

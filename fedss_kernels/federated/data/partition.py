@@ -63,8 +63,8 @@ class Partition:
     def fitted(self, sizes: np.ndarray) -> Partition:  # (C,) images of each class
         """With a number where None stands, such that these images can be divided, if the others let them be.
 
-        By default 20 classes, or all there are where they are fewer, and 100 images; of less than 1,000
-        images a tenth, but at least 10, so that there are several clients.
+        By default 20 classes and 100 images. Of less than 80 classes a quarter, but at least 2, so that
+        clients differ; of less than 1,000 images a tenth, but at least 10, so that there are several.
         """
         images = self.images_per_client or min(100, max(10, int(sizes.sum()) // 10))
         found = replace(self, images_per_client=images)
@@ -78,7 +78,8 @@ class Partition:
             if found.clients_of(shares.images) != count:  # no number of images makes so many clients
                 found = replace(found, num_clients=count)
         low, high = shares.bounds(count)
-        return replace(found, classes_per_client=self.classes_per_client or max(1, min(high, max(low, 20))))
+        few = min(20, max(2, shares.classes // 4))
+        return replace(found, classes_per_client=self.classes_per_client or max(1, min(high, max(low, few))))
 
     def clients_of(self, num_images: int) -> int:
         """How many clients share so many images."""

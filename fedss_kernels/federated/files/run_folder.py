@@ -3,6 +3,7 @@
 config.json   every option, resolved
 metrics.csv   one line for each round
 ledger.csv    one line for each client of each round: bytes by kind
+classes.csv   the names of the classes, by their numbers in the class matrix, and those of a retrieval's test
 checkpoint-*  what a run that was stopped goes on from, and a finished one to more rounds
 record/       the run's own copy of the tables, from which it is resumed and reported
 summary.json  the figures at the end; it says that the run is finished
@@ -16,7 +17,9 @@ probe.csv, probe.md, probe.png
 error.txt     the traceback, where a run of `fedss compare` failed
 """
 
+import csv
 import dataclasses
+import io
 import json
 import logging
 import tempfile
@@ -48,6 +51,7 @@ RUN_FILES = (
     "config.json",
     "metrics.csv",
     "ledger.csv",
+    "classes.csv",
     "summary.json",
     "model.pt",
     "report.html",
@@ -149,6 +153,13 @@ class RunFolder:
         config.save(self.path / "config.json")
         before, self.lock = self.lock, Lock(self.path / "config.json")  # on the new file
         before.release()
+
+    def name_classes(self, data: FederatedData) -> None:
+        parts = {"training": data.class_names, "test": data.test_class_names}
+        lines = [[part, i, name] for part, names in parts.items() for i, name in enumerate(names)]
+        text = io.StringIO(newline="")
+        csv.writer(text, lineterminator="\n").writerows([["part", "number", "name"], *lines])
+        write_whole(self.path / "classes.csv", text.getvalue())
 
     def save_checkpoint(self, rounds: int, tensors: Mapping[str, Tensor], store: str | None = None) -> None:
         """Of what the server holds after so many rounds; the tables are synced first."""

@@ -37,7 +37,14 @@ SIDES = {
     "isotropic": 37,
     "vit": 37,
     "resnet18_32": 37,
-}  # pixels on a side of the images that a net is for; the others take any
+}  # pixels on a side of the images that a net is for; the others are for large ones
+TAKES = {
+    "conv4": (1, 25, 32),
+    "conv4_rgb": (3, 25, 32),
+    "conv4_32": (3, 32, 47),
+}  # (channels, least pixels on a side, most); vit takes those of its setting side, the others any
+# D of the nets whose features are the embedding, as no layer follows.
+FEATURES = {"conv4_32": 256, "conv4_ws": 128, "resnet18_32": 512}
 
 
 def build_model(name: str, embedding_dim: int, seed: int, **options: object) -> nn.Module:

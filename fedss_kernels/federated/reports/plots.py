@@ -1,7 +1,8 @@
 """The plots of a report, for light paper and dark, and what is said below them."""
 
+import dataclasses
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from ..files.round_metrics import RoundMetrics
 from ..measures import Measure
 from ..plan import Case
 from .page import data_uri
-from .reported_run import MEGABYTE, Run, by_case, course, several_seeds
+from .reported_run import MEGABYTE, Run, beside, by_case, course, several_seeds
 from .styles import styles
 
 if TYPE_CHECKING:
@@ -22,22 +23,24 @@ if TYPE_CHECKING:
 
 LIGHT = {"paper": "#ffffff", "ink": "#1c1e21", "grid": "#d9dce1"}
 DARK = {"paper": "#1b1e24", "ink": "#e6e8ec", "grid": "#3a3f49"}
-_END = {"markersize": 9, "fillstyle": "none", "linestyle": ""}
+_WHOLE = {"clip_on": False, "in_layout": False}  # marks on the frame are not cut off
+_END = {"markersize": 9, "fillstyle": "none", "linestyle": ""} | _WHOLE
 
 
 def accuracy_by_round(runs: Sequence[Run], theme: dict[str, str]) -> "Figure":
     """Accuracy over rounds: a line for each method, the mean over its seeds, in a band of one sd.
 
-    Where what the runs are judged by is measured at their end alone, it is a hollow mark there.
+    Where what the runs are judged by is measured at their end alone, it is a hollow mark there. Of one method
+    alone there are lines of what else was measured, too.
     """
     figure, (axes,) = _figure(runs, theme, panels=1)
-    for look, group in _lines(runs):
-        rounds, mean, sd = _curve(group)
+    for look, group, measure in _lines(runs):
+        rounds, mean, sd = _curve(group, measure)
         _draw(axes, rounds, mean, sd, look)
         _draw_end(axes, rounds[-1:], group, look)
     axes.set_xlabel("rounds of training")
     _from_zero(axes)
-    return _finish(figure, axes, runs, theme, course(runs[0]))
+    return _finish(figure, axes, runs, theme, _drawn(runs))
 
 
 def accuracy_by_bytes(runs: Sequence[Run], theme: dict[str, str]) -> "Figure":
@@ -46,26 +49,26 @@ def accuracy_by_bytes(runs: Sequence[Run], theme: dict[str, str]) -> "Figure":
     That is left out where no method has class rows.
     """
     figure, (left, *beside) = _figure(runs, theme, panels=1 + _any_rows(runs))
-    lines = _lines([run for run in runs if run.summary.traffic.total]) or _lines(runs)
-    by_class = [(look, group) for look, group in lines if group[0].summary.traffic.classification]
+    lines = [line for line in _lines(runs) if line[1][0].summary.traffic.total] or _lines(runs)
+    by_class = [line for line in lines if line[1][0].summary.traffic.classification]
     panels = [(left, lines), *((right, by_class or lines) for right in beside)]
     for of, (axes, drawn) in enumerate(panels):
-        for look, group in drawn:
-            _, mean, sd = _curve(group)
-            moved = np.mean([_megabytes(run)[of] for run in group], axis=0)
+        for look, group, measure in drawn:
+            _, mean, sd = _curve(group, measure)
+            moved = np.mean([_megabytes(run, measure)[of] for run in group], axis=0)
             _draw(axes, moved, mean, sd, look)
             _draw_end(axes, moved[-1:], group, look)
     left.set_xlabel("everything moved so far (MB)")
     _from_zero(left)
     for right in beside:
         right.set_xlabel("class rows and ids moved so far (MB)")
-        if len(by_class) > 1:  # the methods are powers of ten apart
+        if len({look["color"] for look, _, _ in by_class}) > 1:  # the methods are powers of ten apart
             right.set_xlabel("class rows and ids moved so far (MB, log scale)")
             _log_axis(right)
         else:
             _from_zero(right)
         right.tick_params(labelleft=False)
-    return _finish(figure, left, runs, theme, course(runs[0]))
+    return _finish(figure, left, runs, theme, _drawn(runs))
 
 
 def _any_rows(runs: Sequence[Run]) -> bool:
@@ -109,7 +112,8 @@ def _figure(runs: Sequence[Run], theme: dict[str, str], panels: int) -> tuple["F
 
 
 def _draw(axes, x: np.ndarray, mean: np.ndarray, sd: np.ndarray, look: dict[str, str]) -> None:
-    axes.plot(x, mean, linewidth=1.8, markersize=4, markevery=max(1, len(x) // 12), **look)
+    every = max(1, len(x) // 12)
+    axes.plot(x, mean, linewidth=1.8, markersize=4, markevery=every, **_WHOLE, **look)
     axes.fill_between(x, mean - sd, mean + sd, color=look["color"], alpha=0.18, linewidth=0)
 
 
@@ -125,6 +129,16 @@ def _from_zero(axes) -> None:
     axes.set_xlim(0, 1.03 * max(axes.dataLim.x1, 0) or 1)
 
 
+def _around_values(axes) -> None:
+    """From 0, or where all are high from a little below them, to a little above: no mark is cut off."""
+    low, high = axes.dataLim.y0, axes.dataLim.y1
+    if not np.isfinite([low, high]).all():  # nothing is drawn
+        low = high = 0.0
+    room = 0.06 * max(high - low, 0.05 * high)
+    bottom = low - room if 2 * low > high > 0 else 0.0
+    axes.set_ylim(bottom, high + max(room, 0.06 * (high - bottom)) if high > 0 else 1.0)
+
+
 def _log_axis(axes) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -136,9 +150,9 @@ def _log_axis(axes) -> None:
 
 def _finish(figure: "Figure", axes, runs: Sequence[Run], theme: dict[str, str], measure: Measure) -> "Figure":
     axes.set_ylabel(measure.axis)
-    axes.set_ylim(bottom=0)
+    _around_values(axes)
     headline = runs[0].summary.headline
-    if measure != headline:
+    if course(runs[0]) != headline:
         axes.plot([], color="grey", marker="o", label=f"hollow: {headline.label}, at the end", **_END)
     # Above the axes, not in them: wherever the curves go, the legend hides none.
     handles, labels = axes.get_legend_handles_labels()
@@ -148,8 +162,11 @@ def _finish(figure: "Figure", axes, runs: Sequence[Run], theme: dict[str, str], 
     return figure
 
 
-def _lines(runs: Sequence[Run]) -> list[tuple[dict[str, str], list[Run]]]:
-    """(style, runs) of one case of each method: of several numbers of negatives the one in the middle."""
+Line = tuple[dict[str, str], list[Run], Measure]  # its style, the runs it is of, what of them it shows
+
+
+def _lines(runs: Sequence[Run]) -> list[Line]:
+    """Of one case of each method: of several numbers of negatives the one in the middle."""
     lines: dict[tuple[str, str | None], list[tuple[Case, list[Run]]]] = {}
     for case, group in by_case(runs).items():
         lines.setdefault((case.method, case.called), []).append((case, group))
@@ -158,29 +175,46 @@ def _lines(runs: Sequence[Run]) -> list[tuple[dict[str, str], list[Run]]]:
         case, group = sorted(cases, key=lambda each: each[0].num_negatives or 0)[len(cases) // 2]
         measure = course(group[0])
         other = "" if measure == course(runs[0]) else f" ({measure.label})"  # than the axis says
-        found.append((look | {"label": case.label + other}, group))
-    return found
+        found.append((look | {"label": case.label + other}, group, measure))
+    return [*_with_others(*found[0])] if len(by_case(runs)) == 1 else found
 
 
-def _evaluations(run: Run) -> list[tuple[RoundMetrics, float]]:
-    """(round, what it measured of the run's `course`) where it did."""
-    name = course(run).name
-    values = [(m, m.measured.get(name)) for m in run.history]
+def _with_others(look: dict[str, str], group: list[Run], measure: Measure) -> Iterator[Line]:
+    """The line of the only case, and dashed ones of what else was measured of it."""
+    others = beside(group[0])
+    yield look | {"label": f"{look['label']}, {measure.label}"} if others else look, group, measure
+    for other, dashes in zip(others, ("--", ":", "-."), strict=False):
+        label = f"{look['label']}, {other.label}"
+        yield look | {"label": label, "linestyle": dashes, "fillstyle": "none"}, group, other
+
+
+def _drawn(runs: Sequence[Run]) -> Measure:
+    """What is measured along the axis: of lines of several measures by all their names."""
+    names = [course(runs[0]).label]
+    if len(by_case(runs)) == 1:
+        names += [measure.label for measure in beside(runs[0])]
+    label = " and ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
+    return dataclasses.replace(course(runs[0]), label=label)
+
+
+def _evaluations(run: Run, measure: Measure) -> list[tuple[RoundMetrics, float]]:
+    """(round, what it measured) where it did."""
+    values = [(m, m.measured.get(measure.name)) for m in run.history]
     return [(m, value) for m, value in values if value is not None]
 
 
-def _curve(group: Sequence[Run]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _curve(group: Sequence[Run], measure: Measure) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(rounds, mean, sd) at every evaluation, as they are shown; the runs of a group share their rounds."""
-    rounds = np.array([m.round for m, _ in _evaluations(group[0])])
-    values = np.array([[value for _, value in _evaluations(run)] for run in group], dtype=np.float64)
-    shown = course(group[0]).scale * values
+    rounds = np.array([m.round for m, _ in _evaluations(group[0], measure)])
+    values = np.array([[value for _, value in _evaluations(run, measure)] for run in group], dtype=np.float64)
+    shown = measure.scale * values
     sd = shown.std(axis=0, ddof=1) if len(group) > 1 else np.zeros(len(rounds))
     return rounds, shown.mean(axis=0), sd
 
 
-def _megabytes(run: Run) -> np.ndarray:
+def _megabytes(run: Run, measure: Measure) -> np.ndarray:
     """(2, evaluations): all bytes, and those of class rows and ids, moved until each evaluation."""
-    done = [m.round - 1 for m, _ in _evaluations(run)]
+    done = [m.round - 1 for m, _ in _evaluations(run, measure)]
     total = np.cumsum([m.traffic.total for m in run.history])[done]
     classes = np.cumsum([m.traffic.classification for m in run.history])[done]
     return np.stack([total, classes]) / MEGABYTE
@@ -190,10 +224,11 @@ def save_plots(folder: Path, runs: Sequence[Run]) -> list[str]:
     """Writes the light PNG files; returns each plot's HTML, in the reader's light or dark theme."""
     pictures = []
     subject = _subject(runs[0].summary.headline)
-    plots = [
-        (accuracy_by_round, f"{subject} by rounds of training"),
-        (accuracy_by_bytes, f"{subject} by megabytes moved"),
-    ]
+    plots = [(accuracy_by_round, f"{subject} by rounds of training")]
+    if _anything_moves(runs):
+        plots.append((accuracy_by_bytes, f"{subject} by megabytes moved"))
+    else:
+        (folder / "accuracy_by_bytes.png").unlink(missing_ok=True)  # an earlier version's
     if any(case.num_negatives is not None for case in by_case(runs)):
         plots.append((accuracy_by_class_set, f"{subject} by class rows on a client"))
     for plot, alt in plots:
@@ -220,8 +255,7 @@ def _subject(measure: Measure) -> str:
 def plots_with_captions(runs: Sequence[Run], plots: Sequence[str]) -> list[str]:
     """The plots with what they show."""
     captions = [_by_round(runs), _by_bytes(runs), _by_class_set(runs[0].summary.headline)]
-    if not any(run.summary.traffic.total for run in runs):
-        plots = [plots[0], *plots[2:]]
+    if not _anything_moves(runs):
         captions = [f"{captions[0]} Nothing moves, so there is no plot by what was moved.", captions[2]]
     return [
         f"<figure>{plot}<figcaption>{escape(caption, quote=False)}</figcaption></figure>"
@@ -229,9 +263,15 @@ def plots_with_captions(runs: Sequence[Run], plots: Sequence[str]) -> list[str]:
     ]
 
 
+def _anything_moves(runs: Sequence[Run]) -> bool:
+    return any(run.summary.traffic.total for run in runs)
+
+
 def _by_round(runs: Sequence[Run]) -> str:
     measure, headline = course(runs[0]), runs[0].summary.headline
     words = f"{_subject(measure)} {measure.of} as training goes on."
+    if len(by_case(runs)) == 1 and (others := beside(runs[0])):
+        words += f" Dashed: {', '.join(other.label for other in others)}."
     for other in dict.fromkeys(course(run) for run in runs if course(run) != measure):
         names = _labels([run.summary.method for run in runs if course(run) == other])
         words += f" Of {names} it is the {other.label} {other.of}."

@@ -46,11 +46,22 @@ def course(run: Run) -> Measure:
     That is the first of its measures, of the headline's kind, that is measured more than once.
     """
 
+    return next(iter(_measured_before(run)), run.summary.headline)
+
+
+def beside(run: Run) -> list[Measure]:
+    """What else its curves can show: measures of the same kind that are told of it too."""
+    told = run.summary.measures.told
+    return [each for each in _measured_before(run) if each.name in told and each != course(run)]
+
+
+def _measured_before(run: Run) -> list[Measure]:
+    """Its measures of the headline's kind that are measured more than once."""
+
     def times(name: str) -> int:
         return sum(m.measured.get(name) is not None for m in run.history)
 
-    measures = run.summary.measures.alike
-    return next((measure for measure in measures if times(measure.name) > 1), run.summary.headline)
+    return [measure for measure in run.summary.measures.alike if times(measure.name) > 1]
 
 
 def by_case(runs: Sequence[Run]) -> dict[Case, list[Run]]:

@@ -17,13 +17,23 @@ def what_was_run(runs: Sequence[Run]) -> str:
     rows = _rows(names, runs[0])
     repeated = f" Every method was run {seeds} times, with different random numbers." if seeds > 1 else ""
     round = in_a_round(names).format(rounds=f"{s.rounds:,}", cohort=cohort, size=s.cohort)
+    who = f"{s.num_clients:,} clients, such as phones, each hold a few images of a few classes. "
+    if all(METHODS[name].pooled for name in names):
+        who, round = "", f"{round} {_of_a_step(runs[0])}"
     notes = f"<p>Of the data: {escape('; '.join(s.notes))}.</p>" if s.notes else ""
     return (
-        f"<p>{s.num_clients:,} clients, such as phones, each hold a few images of a few classes. A model is "
-        f"a net that maps an image to {s.embedding_dim} numbers, its <em>embedding</em>{rows}. "
-        f"{round} There are {s.num_train_images:,} training images; "
+        f"<p>{who}A model is a net that maps an image to {s.embedding_dim} numbers, its <em>embedding</em>"
+        f"{rows}. {round} There are {s.num_train_images:,} training images; "
         f"{_tested(runs)}.{_rows_cost(names)}{repeated}</p>{notes}"
     )
+
+
+def _of_a_step(run: Run) -> str:
+    """How many of all images a step in one place takes."""
+    taken, there = run.config.cohort * run.config.batch_size, run.summary.num_train_images
+    if taken < there:
+        return f"That is {taken:,} of {there:,}."
+    return f"That is all {there:,} of them, so that a step goes down the whole loss, without chance."
 
 
 def _rows(names: Sequence[str], run: Run) -> str:

@@ -112,7 +112,7 @@ def test_a_run_that_goes_on_has_the_figures_of_one_that_never_stopped(tmp_path):
 
 
 def test_a_report_has_a_plot_of_what_a_step_takes_over_the_rounds(tmp_path):
-    result = train(out=tmp_path, cohort=5)
+    result = train(out=tmp_path, rounds=LAYERS, eval_every=LAYERS)
     run_of = Run(*read_run(tmp_path))
     figure = step_by_round([run_of], LIGHT)
     for axes, name in zip(figure.axes, OF_A_CLIENT, strict=True):

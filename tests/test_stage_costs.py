@@ -171,8 +171,10 @@ def test_a_mistake_of_the_command_is_one_line(tmp_path, capsys):
 def test_the_plot_has_shares_of_end_to_end():
     net = Flat()
     cases = {"layer-wise": measure(net), "2 blocks": measure(net, budget=2)}
-    whole = stage_costs.end_to_end(net, IMAGES)
-    figure = plot(cases, {"end to end": whole, "with checkpoints": whole})
+    whole, again = (stage_costs.end_to_end(net, IMAGES, checkpointed=yes) for yes in (False, True))
+    figure = plot(cases, {"end to end": whole, "with checkpoints": again})
+    most = 100 * again.costs.multiply_adds / whole.costs.multiply_adds
+    assert most > 110 and all(axes.get_ylim()[1] > most for axes in figure.axes)
     titles = [axes.get_title() for axes in figure.axes]
     assert titles == ["memory", "saved for backward", "multiply-adds", "traffic"]
     drawn = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[3].lines}

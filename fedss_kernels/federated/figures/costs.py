@@ -165,9 +165,9 @@ def plot(cases: Mapping[str, Sequence[StageCosts]], whole: Mapping[str, StageCos
         for (name, line), dashes in zip(whole.items(), ("-", "--", ":"), strict=False):
             axes.axhline(100 * of(line) / of(of_all), color="grey", linestyle=dashes, label=name)
         axes.set(title=title, xlabel="stage")
-        axes.set_ylim(bottom=0)
         axes.set_xticks(sorted({1, *(round(of_all.stage * i / 4) for i in range(1, 5))}))
         axes.grid(alpha=0.4)
-    figure.axes[0].set_ylabel(f"of {next(iter(whole))} (%)")
+    panels[0].set_ylim(bottom=0)  # of all, once all is drawn
+    panels[0].set_ylabel(f"of {next(iter(whole))} (%)")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     return figure

@@ -146,8 +146,15 @@ def test_the_command_writes_table_and_plot(tmp_path, capsys):
     cases = ["end to end", "end to end, with checkpoints", *["layer-wise"] * 4, *["layer-wise, budget 2"] * 4]
     assert [line["case"] for line in lines] == cases
     assert [int(line["stage"]) for line in lines] == [4, 4, 1, 2, 3, 4, 1, 2, 3, 4]
+    of_all, again, *of_stages = ((line["blocks_multiply_adds"], line["blocks_traffic"]) for line in lines)
+    assert again == ("", "")
+    for stage, (found, moved) in enumerate(of_stages[:4], 1):
+        assert 12 * int(found) == (stage + 2) * int(of_all[0]) and 8 * int(moved) == (stage + 1) * int(
+            of_all[1]
+        )
     table = (out / "costs.md").read_text()
     assert table in capsys.readouterr().out and "| layer-wise, budget 2 |" in table
+    assert "50.0%" in table and "62.5%" in table  # (4 + 2) / 12 and (4 + 1) / 8
     assert (out / "costs.png").read_bytes().startswith(b"\x89PNG")
     assert "a model of one client" in (out / "report.html").read_text()
 
@@ -164,10 +171,34 @@ def test_a_mistake_of_the_command_is_one_line(tmp_path, capsys):
 def test_the_plot_has_shares_of_end_to_end():
     net = Flat()
     cases = {"layer-wise": measure(net), "2 blocks": measure(net, budget=2)}
-    whole = stage_costs.end_to_end(net, IMAGES)
-    figure = plot(cases, {"end to end": whole, "with checkpoints": whole})
+    whole, again = (stage_costs.end_to_end(net, IMAGES, checkpointed=yes) for yes in (False, True))
+    figure = plot(cases, {"end to end": whole, "with checkpoints": again})
+    most = 100 * again.costs.multiply_adds / whole.costs.multiply_adds
+    assert most > 110 and all(axes.get_ylim()[1] > most for axes in figure.axes)
     titles = [axes.get_title() for axes in figure.axes]
-    assert titles == ["memory", "multiply-adds", "traffic"]
-    drawn = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[2].lines}
+    assert titles == ["memory", "saved for backward", "multiply-adds", "traffic"]
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[3].lines}
     share = 100 * (STEM + BLOCK) / whole.held
     assert drawn["layer-wise"][0] == [1, pytest.approx(share)]
+
+
+@pytest.mark.parametrize("budget", [None, 2, 5])
+def test_of_blocks_alone_multiply_adds_and_traffic_are_the_papers_formulas_exactly(budget):
+    """Equal blocks, without stem and head: to the digit, in each stage."""
+    blocks = 6
+    stages, whole = stage_costs.blocks_alone(Flat(blocks), IMAGES, by_block(blocks, budget))
+    for stage, found in enumerate(stages, 1):
+        compute = costs.compute_share(stage, blocks, budget)
+        assert found.multiply_adds == round(compute * whole.multiply_adds)
+        assert found.multiply_adds / whole.multiply_adds == pytest.approx(compute, rel=1e-15)
+        assert found.traffic / whole.traffic == pytest.approx(
+            costs.traffic_share(stage, blocks, budget), rel=1e-15
+        )
+
+
+def test_of_blocks_alone_the_nets_have_the_papers_shares():
+    net, images, L = build_model("isotropic:depth=4", 32, 0), torch.rand(4, 3, 16, 16), 4
+    stages, whole = stage_costs.blocks_alone(net, images, by_block(L))
+    for stage, found in enumerate(stages, 1):
+        assert found.multiply_adds * 3 * L == (stage + 2) * whole.multiply_adds
+        assert found.traffic * 2 * L == (stage + 1) * whole.traffic

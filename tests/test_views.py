@@ -2,12 +2,14 @@
 
 import itertools
 import math
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from tiny_federation import tiny_data
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedss_kernels.federated import Config
 from fedss_kernels.federated.clients.colours import in_grey, jitter, turn_hue
@@ -111,6 +113,30 @@ def test_one_channel_has_its_brightness_and_contrast_alone(theirs):
     close(found, expected)
     in_grey(found, np.arange(2))
     close(found, expected)
+
+
+class Calls(TorchDispatchMode):
+    """Of torch's operations, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("channels", "steps"), [(1, 2), (3, 3)])
+def test_each_pass_over_the_pixels_changes_them(channels, steps):
+    """One channel has two steps, as saturation is nothing to it, and is not looked through for its grey."""
+    images, numbers = some_images(6, channels).float() / 255, np.full((6, 3), 1.1)
+    with Calls() as jittering:
+        jitter(images, numbers, np.zeros(6), np.array([(2, 0, 1), (0, 1, 2), (1, 2, 0)] * 2))
+    assert jittering.count["lerp"] == jittering.count["clamp_"] == steps
+    with Calls() as greying:
+        in_grey(images, np.arange(6))
+    assert bool(greying.count) == (channels == 3)
 
 
 # ---- the whole

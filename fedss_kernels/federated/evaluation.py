@@ -16,8 +16,7 @@ from .measures import BY_TASK, OF_A_STEP, OF_FEATURES, Measures
 from .metrics import retrieval, top1
 from .privacy_budget import EPSILON
 from .probes.features import depth_of
-from .probes.of_a_run import at_the_end, before_training, costs_of_a_step, while_training
-from .probes.stage_costs import parts_of_stages
+from .probes.of_a_run import at_the_end, before_training, while_training
 from .server.kept_by_clients import Homes
 from .server.row_table import RowTable
 from .workers import Team
@@ -44,7 +43,7 @@ def measures_of(config: Config, data: FederatedData) -> Measures:
 def _of_accuracy(config: Config, data: FederatedData) -> Measures:
     measures = BY_TASK[data.task]
     if METHODS[config.method].contrastive:
-        usual, more = OF_FEATURES[data.task], OF_A_STEP if _counts_steps(config) else ()
+        usual, more = OF_FEATURES[data.task], OF_A_STEP if counts_steps(config) else ()
         return replace(usual, names=(*usual.names, *more), shown=(*usual.shown, *more))
     if METHODS[config.method].personal:
         measures = Measures(("own_top1", "not_finite"), "own_top1", ("own_top1",), ("own_top1",))
@@ -55,7 +54,7 @@ def _of_accuracy(config: Config, data: FederatedData) -> Measures:
     return Measures(names, "personal_top1", shown, shown)
 
 
-def _counts_steps(config: Config) -> bool:
+def counts_steps(config: Config) -> bool:
     """Whether what a step takes is that of the net that is measured, without a copy or the server's half."""
     method = METHODS[config.method]
     return method.contrastive and not (method.queued or method.split)
@@ -120,19 +119,9 @@ class Evaluation:
             found |= while_training(net, self.data, depth, self.config.seed, prepared)
             if last:
                 found |= at_the_end(net, self.data, prepared)
-                if _counts_steps(self.config):
-                    found |= self._step()
                 extractor.flat.copy_(first)
                 found |= before_training(net, self.data, prepared)
         return found
-
-    def _step(self) -> dict[str, float]:
-        """What one takes, on a full batch in two views; with a schedule in the stage that takes most."""
-        player, method = self.team.player, METHODS[self.config.method]
-        images = self.data.images[: min(self.config.batch_size, player.most_images)]
-        parts = parts_of_stages(player.schedule, self.config.rounds) if method.by_round else None
-        net = player.extractor.module
-        return costs_of_a_step(net, player.extractor.as_input(torch.cat([images, images])), parts)
 
     def own(self, phi: Tensor, homes: Homes, round: int, *, finite: bool) -> dict[str, float | None]:
         """Of each client's own model on its own test images: their mean, all clients alike."""

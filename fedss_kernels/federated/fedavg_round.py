@@ -17,13 +17,14 @@ from .any_round import OnTuned, Played, TooFewClients, Trained
 from .clients.player import Player
 from .cohort import absence, draw_cohort
 from .config import Config
-from .evaluation import Evaluation, measures_of
+from .evaluation import Evaluation, counts_steps, measures_of
 from .files.facts import Facts
 from .files.run_folder import RunFolder
 from .learning_rate import learning_rate
 from .ledger import Entry, Traffic
 from .messages import Request, Silence
 from .privacy_budget import EPSILON, check, epsilon
+from .probes.client_work import ClientWork
 from .randomness import NO_CLIENT, Purpose, generator
 from .server.class_store import ClassStore
 from .server.from_config import optimizer, statistic
@@ -79,6 +80,7 @@ class Simulation:
             self.homes = Homes(len(data.clients), rows, net, store)
         self.copies = FrozenCopies(config, player.schedule, len(data.clients))
         self.evaluation = Evaluation(config, self.team)
+        self.work = ClientWork(player) if counts_steps(config) else None
         self.spreadout = Spreadout(
             config.spreadout_weight,
             config.spreadout_margin,
@@ -189,7 +191,11 @@ class Simulation:
             has = self.copies.held(client, round)
             traffic = self.player.traffic(round, attempt, client, request, answers=answers, has=has)
             num_rows = len(request.class_ids)
-        return Entry(round + 1, attempt, client, num_rows, outcome, fault, traffic)
+        work = None
+        if self.work and client not in silent:
+            with self.watch("evaluation"):
+                work = self.work.of(round, attempt, client)
+        return Entry(round + 1, attempt, client, num_rows, outcome, fault, traffic, work)
 
     def _play(
         self, round: int, attempt: int, requests: Mapping[int, Request], tally: Tally

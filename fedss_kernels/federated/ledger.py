@@ -11,12 +11,14 @@ known from a seed cost the seed (8, down), rows that stay with the client nothin
 projection head goes with phi.
 
 A direction and a kind are a flow, a column of the ledger: down_rows. A run has the flows of its method.
+
+Where clients learn without labels the ledger says what they compute too, by a model of one client (Work).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -121,6 +123,18 @@ class Traffic:
         return sum(self.bytes.values())
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a client has and does in a round, by a model of one client: in a step, and in all of them."""
+
+    step_held: int  # bytes of the parameters that it has
+    step_saved: int  # bytes that it keeps from forward to backward
+    step_peak: int  # bytes that it takes at a time beside the parameters
+    step_multiply_adds: int
+    multiply_adds: int  # of all its steps
+
+
+WORK = tuple(each.name for each in fields(Work))  # columns of the ledger
 OUTCOMES = ("accepted", "dropped", "late", "rejected", "discarded")
 
 
@@ -135,6 +149,7 @@ class Entry:
     outcome: str  # one of OUTCOMES
     fault: str  # why it was rejected, or ""
     traffic: Traffic
+    work: Work | None = None  # None: not counted, or there is no answer to know it by
 
 
 def client_traffic(

@@ -4,7 +4,7 @@ A run's evaluation gives values by name. Columns, tables, plots and reports go b
 measure is a `declare` here, or wherever it is computed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ class Measure:
     more_is_better: bool = True
     compared: bool = True  # whether a comparison has its mean over the seeds
     digits: int = 4  # after the point, of a number below 100
+    # what a run has of it: the value of the last evaluation, or the "most" or the "sum" of its rounds'
+    over_rounds: str = "last"
 
     @property
     def column(self) -> str:
@@ -49,6 +51,13 @@ class Measure:
             if isinstance(value, int)
             else f"{value:,.{1 if abs(value) >= 100 else self.digits}f}"
         )
+
+    def of_run(self, values: Sequence[float | None]) -> float | None:
+        """Of its rounds' values, in their order; None where there is none."""
+        found = [value for value in values if value is not None]
+        if not found:
+            return None
+        return {"last": found[-1], "most": max(found), "sum": sum(found)}[self.over_rounds]
 
     def text(self, value: float | None) -> str:
         """A value where nothing else says what it is; – for one that was not measured."""
@@ -242,6 +251,19 @@ for _measure in (
         share=False,
         more_is_better=False,
         digits=1,
+        over_rounds="most",
+    ),
+    Measure(
+        "client_saved",
+        "saved (MB)",
+        "what of it a client keeps from forward to backward, in the stage that keeps most",
+        "What a step keeps from its forward to its backward pass, part of the client's memory; of several "
+        "stages in the one that keeps most.",
+        of="of a client",
+        share=False,
+        more_is_better=False,
+        digits=1,
+        over_rounds="most",
     ),
     Measure(
         "client_multiply_adds",
@@ -253,6 +275,19 @@ for _measure in (
         share=False,
         more_is_better=False,
         digits=2,
+        over_rounds="most",
+    ),
+    Measure(
+        "all_multiply_adds",
+        "all multiply-adds (G)",
+        "of all steps of all clients who sent an answer, in the whole run",
+        "The multiply-adds of all steps of all clients who sent an answer, in 10^9: what the whole run costs,"
+        " where those of a step say who can take part.",
+        of="of all clients",
+        share=False,
+        more_is_better=False,
+        digits=1,
+        over_rounds="sum",
     ),
     Measure("recall_at_10", "recall@10", "images with one of their class in the nearest ten", compared=False),
     Measure(
@@ -271,7 +306,7 @@ BY_TASK = {  # of a run whose algorithm has none of its own
     "classification": Measures(_NAMES, "top1", _NAMES[:2], _NAMES[:3]),
     "retrieval": Measures(_NAMES, "map_at_10", ("recall_at_1", "map_at_10"), _NAMES[1:3]),
 }
-OF_A_STEP = ("client_memory", "client_multiply_adds")
+OF_A_STEP = ("client_memory", "client_saved", "client_multiply_adds", "all_multiply_adds")  # of each round
 OF_FEATURES = {  # by task, of a run whose model is a net without class rows
     "classification": Measures(
         ("knn", "probe", *(f"probe_{place}" for place in _PLACES), "random_probe", "not_finite"),

@@ -30,6 +30,7 @@ from .files.summary import Summary
 from .learning_rate import learning_rate
 from .ledger import OUTCOMES, Traffic
 from .loading import check_data, dearer, fitted, load_data, trivial
+from .probes.client_work import in_a_round
 from .sending import check_sendable
 from .server.class_store import ClassStore, check_free
 from .server.kept_by_clients import Homes
@@ -314,7 +315,7 @@ def _round_metrics(
 ) -> RoundMetrics:
     entries = played.entries
     moved = sum((entry.traffic for entry in entries), Traffic.none(facts.flows))
-    values = dict.fromkeys(facts.measures.names) | dict(measured)
+    values = dict.fromkeys(facts.measures.names) | dict(measured) | in_a_round(entries)
     _refuse_others("measures", values, facts.measures.names)
     _refuse_others("flows", moved.bytes, facts.flows)
     return RoundMetrics(

@@ -54,9 +54,12 @@ def _costs(arguments: argparse.Namespace) -> int:
         net = build_model(arguments.model, arguments.embedding_dim, seed=0)
         images = torch.rand(arguments.images, 3, arguments.side, arguments.side)
         cases, whole = costs.of_model(net, images, arguments.depth_budget)
+        blocks = costs.of_blocks(net, images, arguments.depth_budget)
         make_folder(arguments.out)
     out, model = arguments.out, arguments.model
-    return write_measured(arguments, out, lambda: costs.write(out, model, arguments.images, cases, whole))
+    return write_measured(
+        arguments, out, lambda: costs.write(out, model, arguments.images, cases, whole, blocks)
+    )
 
 
 COSTS = Command(

@@ -22,9 +22,9 @@ def jitter(
     y is black, or the mean of the image's grey, or each pixel's grey. One channel has no saturation or hue.
     """
     coloured = images.shape[1] == 3
-    amounts = np.concatenate([factors, np.ones((len(factors), 1))], 1)  # the hue is none of them
     if not coloured:
-        amounts[:, SATURATION] = 1
+        orders = orders[orders < SATURATION].reshape(-1, 2)
+    amounts = np.concatenate([factors, np.ones((len(factors), 1))], 1)  # the hue is none of them
     numbers = [np.take_along_axis(amounts, orders, 1), orders == SATURATION, orders == CONTRAST]
     steps = torch.from_numpy(np.stack(numbers, 1)).to(images)[..., None, None, None].unbind(2)
     for step, op in zip(steps, orders.T, strict=True):
@@ -32,8 +32,9 @@ def jitter(
             turn_hue(images, np.flatnonzero((op == HUE) & (turns != 0)), turns)
         f, of_grey, of_mean = step.unbind(1)
         grey = _grey(images)
-        mean = grey.mean(-1, keepdim=True).mean(-2, keepdim=True)  # of one image too, without its threads
-        towards = torch.addcmul(of_mean * mean, of_grey, grey)
+        towards = of_mean * grey.mean(-1, keepdim=True).mean(-2, keepdim=True)  # of one too, without threads
+        if coloured:  # else the grey is the image
+            towards = grey.mul_(of_grey).add_(towards)
         torch.lerp(towards, images, f, out=images).clamp_(0, 1)
 
 
@@ -68,8 +69,10 @@ def turn_hue(
 
 def in_grey(images: Tensor, which: np.ndarray) -> None:
     """These images without their colours."""
+    if images.shape[1] == 1:
+        return
     index = torch.from_numpy(which).to(images.device)
-    images[index] = _grey(images[index]).expand(-1, images.shape[1], -1, -1)
+    images.index_copy_(0, index, _grey(images.index_select(0, index)).expand(-1, 3, -1, -1))
 
 
 def _grey(images: Tensor) -> Tensor:  # (B, 1, H, W)

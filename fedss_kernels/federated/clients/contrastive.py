@@ -45,7 +45,8 @@ class ContrastiveClient(Client):
         at_once = max(1, AHEAD // numbers)
         for first in range(0, len(twice), at_once):
             rows = twice[first : first + at_once]
-            views = self.views(self.data.images[torch.cat(rows)].to(self.extractor.device), rng)
+            images = self.data.images.index_select(0, torch.cat(rows))
+            views = self.views(images.to(self.extractor.device), rng)
             for of_batch in views.split([len(batch) for batch in rows]):
                 count = len(of_batch)
                 yield of_batch, torch.arange(count, device=views.device).roll(count // 2)

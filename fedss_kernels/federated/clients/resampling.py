@@ -22,7 +22,8 @@ def resampled(
     top, left, height, width = boxes.T
     rows, columns = _places(top, height, size), _places(left, width, size)
     columns[flipped] = columns[flipped, ::-1]
-    return _both_ways(images, _tents(rows, H, images), _tents(columns, W, images))
+    by_row = _tents(rows, H, images)[:, None] @ images
+    return (by_row.flatten(1, 2) @ _tents(columns, W, images).mT).unflatten(1, (-1, size))
 
 
 def blurred(
@@ -39,7 +40,8 @@ def blurred(
     seen = size - 1 - np.abs(size - 1 - seen)
     seeing = F.one_hot(torch.from_numpy(seen), size).to(images)  # (size, taps, size)
     weights = torch.einsum("bt,ytx->byx", torch.from_numpy(kernels).to(images), seeing)
-    return _both_ways(images, weights, weights)
+    weights = weights[:, None]
+    return weights @ images @ weights.mT
 
 
 def _places(begins: np.ndarray, lengths: np.ndarray, size: int) -> np.ndarray:  # (B, size) float64
@@ -50,9 +52,5 @@ def _places(begins: np.ndarray, lengths: np.ndarray, size: int) -> np.ndarray:  
 
 def _tents(places: np.ndarray, whole: int, like: Tensor) -> Tensor:  # (B, size, whole)
     """Weights of the pixels 0 .. whole - 1 at each place: 1 less the distance, at least 0."""
-    pixels = torch.arange(whole, device=like.device)
-    return (1 - (torch.from_numpy(places).to(like)[:, :, None] - pixels).abs_()).clamp_(min=0)
-
-
-def _both_ways(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    return rows[:, None] @ images @ columns[:, None].mT
+    pixels = torch.arange(whole, device=like.device, dtype=like.dtype)
+    return (torch.from_numpy(places).to(like)[:, :, None] - pixels).abs_().neg_().add_(1).clamp_(min=0)

@@ -29,6 +29,7 @@ COMPARISON_FILES = (
     "report.html",
     "accuracy_by_round.png",
     "accuracy_by_bytes.png",
+    "step_by_round.png",
     "accuracy_by_class_set.png",
     "rates.csv",
 )

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, fields
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,10 +13,18 @@ from ...plotting import plotting
 from ..algorithms import METHODS
 from ..algorithms.parts import Parts
 from ..config import Config
+from ..measures import percent
 from ..models.layered import check_layered
 from ..probes.costs import Costs
 from ..probes.features import depth_of
-from ..probes.stage_costs import StageCosts, end_to_end, measure, parts_of_stages
+from ..probes.stage_costs import (
+    OfBlocks,
+    StageCosts,
+    blocks_alone,
+    end_to_end,
+    measure,
+    parts_of_stages,
+)
 from ..reports.page import write_section
 from ..reports.styles import COLOURS
 from ..reports.tables import write_csv
@@ -31,7 +40,10 @@ WORDS = (
     "gradients among it, and not what a library takes for itself; saved is what is kept from forward to "
     "backward. Of several stages memory, saved bytes, multiply-adds and traffic are those of the worst, and"
     " the mean is over the stages: what all of them cost, of what as many steps cost {whole}. With "
-    "checkpoints the inside of each block is computed again in backward. The projection head is left out. "
+    "checkpoints the inside of each block is computed again in backward. The projection head is left out; "
+    "blocks alone is the worst stage's share without the stem too, where each block that is trained passes a "
+    "gradient on: what the paper's formulas count, of equal blocks (h + 2) / 3L of the multiply-adds and "
+    "(h + 1) / 2L of the traffic with h of L blocks held. "
     "It is a model of one client, measured with torch's CPU allocator: a simulation holds the whole net."
 )
 
@@ -42,6 +54,12 @@ def by_block(blocks: int, budget: int | None = None) -> list[Parts]:
     return parts_of_stages(METHODS["layerwise"].schedule(config, blocks + 2), blocks)
 
 
+def cases_of(blocks: int, budget: int | None = None) -> dict[str, list[Parts]]:
+    """The stages of each case, by its name. Raises ConfigError for a budget that cannot be."""
+    found = {"layer-wise": by_block(blocks)}
+    return found if budget is None else found | {f"layer-wise, budget {budget}": by_block(blocks, budget)}
+
+
 def of_model(
     net: nn.Module, images: Tensor, budget: int | None = None
 ) -> tuple[dict[str, list[StageCosts]], dict[str, StageCosts]]:
@@ -50,12 +68,17 @@ def of_model(
     Raises ConfigError for a net that cannot be trained block by block, or with the budget.
     """
     check_layered(net, images[:2], one_shape=budget is not None)
-    layers = depth_of(net)
-    cases = {"layer-wise": measure(net, images, by_block(layers))}
-    if budget is not None:
-        cases[f"layer-wise, budget {budget}"] = measure(net, images, by_block(layers, budget))
+    cases = {name: measure(net, images, of) for name, of in cases_of(depth_of(net), budget).items()}
     whole = {WHOLE: end_to_end(net, images), CHECKPOINTED: end_to_end(net, images, checkpointed=True)}
     return cases, whole
+
+
+def of_blocks(net: nn.Module, images: Tensor, budget: int | None = None) -> dict[str, list[OfBlocks]]:
+    """The same of the blocks alone, but for checkpoints; of a net that `of_model` takes."""
+    cases = cases_of(depth_of(net), budget)
+    stages, whole = blocks_alone(net, images, [parts for of in cases.values() for parts in of])
+    each = iter(stages)
+    return {WHOLE: [whole]} | {name: [next(each) for _ in of] for name, of in cases.items()}
 
 
 def write(
@@ -64,35 +87,43 @@ def write(
     images: int,
     cases: Mapping[str, Sequence[StageCosts]],
     whole: Mapping[str, StageCosts],
+    blocks: Mapping[str, Sequence[OfBlocks]],
 ) -> str:
     """costs.csv, costs.md, costs.png and a section of report.html; returns the table's text."""
     every = {**{name: [line] for name, line in whole.items()}, **cases}
-    columns = [
-        "case",
-        "stage",
-        "held",
-        "trained",
-        *(field.name for field in fields(Costs)),
-        "memory",
-        "traffic",
-    ]
+    of_costs = [field.name for field in fields(Costs)]
+    columns = ["case", "stage", "held", "trained", *of_costs, "memory", "traffic"]
+    columns += [f"blocks_{field.name}" for field in fields(OfBlocks)]
     lines = [
-        [name, x.stage, x.held, x.trained, *astuple(x.costs), x.memory, x.traffic]
+        [
+            name,
+            x.stage,
+            x.held,
+            x.trained,
+            *astuple(x.costs),
+            x.memory,
+            x.traffic,
+            *(astuple(y) if y else [""] * 2),
+        ]
         for name, of_stages in every.items()
-        for x in of_stages
+        for x, y in zip_longest(of_stages, blocks.get(name, ()))
     ]
     write_csv(out / "costs.csv", [columns, *lines])
-    of_all = whole[WHOLE]
-    counted = ["multiply-adds (G)", "mean", "traffic (MB)", "mean"]
+    counted = ["multiply-adds (G)", "mean", "blocks alone", "traffic (MB)", "mean", "blocks alone"]
     header = ["training", "memory (MB)", "times less", "saved (MB)", *counted]
-    rows = [[name, *_figures(of_stages, of_all)] for name, of_stages in every.items()]
+    rows = [
+        [name, *_figures(of_stages, whole[WHOLE], blocks.get(name, ()), blocks[WHOLE][0])]
+        for name, of_stages in every.items()
+    ]
     with plotting():
         plot(cases, whole).savefig(out / "costs.png", dpi=150)
     words = WORDS.format(images=images, whole=WHOLE)
     return write_section(out, "costs", f"What a step of {model} costs a client", words, header, rows)
 
 
-def _figures(lines: Sequence[StageCosts], of_all: StageCosts) -> list[str]:
+def _figures(
+    lines: Sequence[StageCosts], of_all: StageCosts, blocks: Sequence[OfBlocks], all_blocks: OfBlocks
+) -> list[str]:
     memory = max(line.memory for line in lines)
     computed, moved = [line.costs.multiply_adds for line in lines], [line.traffic for line in lines]
     return [
@@ -101,33 +132,42 @@ def _figures(lines: Sequence[StageCosts], of_all: StageCosts) -> list[str]:
         f"{max(line.costs.saved for line in lines) / MB:.1f}",
         f"{max(computed) / 1e9:.2f}",
         f"{100 * statistics.fmean(computed) / of_all.costs.multiply_adds:.1f}%",
+        _worst([line.multiply_adds / all_blocks.multiply_adds for line in blocks]),
         f"{max(moved) / MB:.2f}",
         f"{100 * statistics.fmean(moved) / of_all.traffic:.1f}%",
+        _worst([line.traffic / all_blocks.traffic for line in blocks]),
     ]
+
+
+def _worst(shares: Sequence[float]) -> str:
+    return percent(max(shares, default=None))
 
 
 def plot(cases: Mapping[str, Sequence[StageCosts]], whole: Mapping[str, StageCosts]) -> "Figure":
     """Shares of the first of `whole` over the stages: a line for each case, a level one for each of these."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
     of_all = next(iter(whole.values()))
     quantities = {
         "memory": lambda line: line.memory,
+        "saved for backward": lambda line: line.costs.saved,
         "multiply-adds": lambda line: line.costs.multiply_adds,
         "traffic": lambda line: line.traffic,
     }
-    for axes, (title, of) in zip(figure.subplots(1, 3), quantities.items(), strict=True):
-        for (name, lines), colour in zip(cases.items(), COLOURS, strict=False):
-            shares = [100 * of(line) / of(of_all) for line in lines]
-            axes.plot([line.stage for line in lines], shares, marker="o", color=colour, label=name)
+    panels = figure.subplots(1, len(quantities), sharey=True)
+    for axes, (title, of) in zip(panels, quantities.items(), strict=True):
+        for (name, lines), colour, size in zip(cases.items(), COLOURS, (8, 4), strict=False):
+            shares, stages = [100 * of(line) / of(of_all) for line in lines], [line.stage for line in lines]
+            # hollow, and smaller than those below: where two are the same both are seen
+            mark = {"marker": "o", "markersize": size, "markerfacecolor": "white"}
+            axes.plot(stages, shares, color=colour, label=name, **mark)
         for (name, line), dashes in zip(whole.items(), ("-", "--", ":"), strict=False):
             axes.axhline(100 * of(line) / of(of_all), color="grey", linestyle=dashes, label=name)
         axes.set(title=title, xlabel="stage")
-        axes.set_ylim(bottom=0)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xticks(sorted({1, *(round(of_all.stage * i / 4) for i in range(1, 5))}))
         axes.grid(alpha=0.4)
-    figure.axes[0].set_ylabel(f"of {next(iter(whole))} (%)")
+    panels[0].set_ylim(bottom=0)  # of all, once all is drawn
+    panels[0].set_ylabel(f"of {next(iter(whole))} (%)")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     return figure

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..data import FederatedData
-from ..ledger import FLOWS
-from ..measures import BY_TASK, Measures
+from ..ledger import FLOWS, WORK
+from ..measures import BY_TASK, OF_A_STEP, Measures
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Facts:
     num_test_images: int
     num_parameters: int  # of the extractor
     measures: Measures
-    flows: tuple[str, ...]  # the columns of its ledger
+    flows: tuple[str, ...]  # what moves in it
     notes: list[str] = field(default_factory=list)  # of the data: what was left out
 
     @classmethod
@@ -32,6 +32,11 @@ class Facts:
         images = sum(len(held) for held in data.clients)
         sizes = data.num_classes, len(data.clients), images, len(data.test_images)
         return cls(data.name, data.task, *sizes, num_parameters, measures, tuple(flows), list(data.notes))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Of its ledger, from the first flow on: with what clients compute where that is measured."""
+        return self.flows + WORK * (set(OF_A_STEP) <= set(self.measures.names))
 
     @property
     def text(self) -> str:

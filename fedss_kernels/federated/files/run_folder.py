@@ -2,7 +2,8 @@
 
 config.json   every option, resolved
 metrics.csv   one line for each round
-ledger.csv    one line for each client of each round: bytes by kind
+ledger.csv    one line for each client of each round: bytes by kind; of clients that learn without labels what
+              a step takes and all of them compute, by a model of one client
 classes.csv   the names of the classes, by their numbers in the class matrix, and those of a retrieval's test
 checkpoint-*  what a run that was stopped goes on from, and a finished one to more rounds
 record/       the run's own copy of the tables, from which it is resumed and reported
@@ -10,7 +11,8 @@ summary.json  the figures at the end; it says that the run is finished
 model.pt      {"extractor": state dict, "weight": W}, for torch.load(path, weights_only=True); without W
               where that is in a class store; of clients that keep their own rows these too: "clients" (n,),
               "heads" (n, C, D), and "bodies" (n, P) where their nets are their own
-report.html, accuracy_by_round.png, accuracy_by_bytes.png
+report.html, accuracy_by_round.png, accuracy_by_bytes.png, and of clients that learn without labels
+step_by_round.png
 probe.csv, probe.md, probe.png
               what `fedss probe` found
 *-changed.csv what another program made of a table
@@ -36,7 +38,7 @@ from ..config import Config, ConfigError, read_options
 from ..config_error import UnknownMethod
 from ..data import FederatedData
 from ..disk import remove_unfinished, replacing, write_whole
-from ..ledger import Entry
+from ..ledger import Entry, is_flow
 from ..lock import Lock
 from ..measures import BY_TASK, Measures
 from . import checkpoint
@@ -57,6 +59,7 @@ RUN_FILES = (
     "report.html",
     "accuracy_by_round.png",
     "accuracy_by_bytes.png",
+    "step_by_round.png",
     *(f"probe.{kind}" for kind in ("csv", "md", "png")),
     "error.txt",
 )
@@ -72,7 +75,7 @@ class RunFolder:
     config: Config
     fingerprint: Fingerprint
     record: Record
-    flows: Sequence[str]  # the ledger's columns
+    columns: Sequence[str]  # the ledger's, of what moved and what was computed
     lock: Lock  # on config.json, for as long as the run lasts
 
     @classmethod
@@ -92,8 +95,8 @@ class RunFolder:
         record = Record.new(path, facts.text)
         record.append("metrics.csv", [RoundMetrics.header(facts.measures, facts.flows)])
         head = ["round", "attempt", "client", "num_rows", "outcome", "fault"]
-        record.append("ledger.csv", [[*head, *facts.flows]])
-        return cls(path, config, fingerprint, record, facts.flows, lock)
+        record.append("ledger.csv", [[*head, *facts.columns]])
+        return cls(path, config, fingerprint, record, facts.columns, lock)
 
     @classmethod
     def resumed(
@@ -133,7 +136,7 @@ class RunFolder:
         except BaseException:
             lock.release()
             raise
-        folder = cls(path, config, fingerprint, record, facts.flows, lock)
+        folder = cls(path, config, fingerprint, record, facts.columns, lock)
         remove_unfinished(path)
         checkpoint.remove_older(path)
         if changed:
@@ -177,7 +180,10 @@ class RunFolder:
             [
                 (
                     *(e.round, e.attempt, e.client, e.num_rows, e.outcome, e.fault),
-                    *(e.traffic[flow] for flow in self.flows),
+                    *(
+                        e.traffic[column] if is_flow(column) else getattr(e.work, column, None)
+                        for column in self.columns
+                    ),
                 )
                 for e in entries
             ],

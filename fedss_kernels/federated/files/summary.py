@@ -9,7 +9,7 @@ import numpy as np
 from ..algorithms import METHODS
 from ..config import Config
 from ..ledger import OUTCOMES, Traffic, client_traffic
-from ..measures import BY_TASK, Measured, Measures
+from ..measures import BY_TASK, MEASURES, Measured, Measures
 from ..models.projection import projection_size
 from .facts import Facts
 from .round_metrics import RoundMetrics
@@ -24,7 +24,7 @@ class Summary(Measured):
     task: str
     seed: int
     measures: Measures  # not in summary.json
-    measured: Mapping[str, float | None]  # as in the last round that was evaluated; an entry each
+    measured: Mapping[str, float | None]  # as Measure.over_rounds has them of its rounds; an entry each
     rounds: int
     cohort: int
     accepted: int
@@ -65,7 +65,12 @@ class Summary(Measured):
         return cls(
             method=config.method,
             seed=config.seed,
-            measured=last.measured,
+            measured={
+                name: value
+                if MEASURES[name].over_rounds == "last"
+                else MEASURES[name].of_run([metrics.measured.get(name) for metrics in history])
+                for name, value in last.measured.items()
+            },
             rounds=len(history),
             cohort=config.cohort,
             **counts,

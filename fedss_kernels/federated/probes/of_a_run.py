@@ -1,13 +1,10 @@
-"""The measures of a run whose model is a net without class rows, by name: measures.OF_FEATURES and OF_A_STEP.
+"""The measures of a run whose model is a net without class rows, by name: measures.OF_FEATURES.
 
 `prepared` is the extractor's as_input, net its module with the parameters to be measured.
 """
 
-from collections.abc import Sequence
+from torch import nn
 
-from torch import Tensor, nn
-
-from ..algorithms.parts import Parts
 from ..clients.augment import as_input
 from ..data import FederatedData
 from ..metrics import retrieval
@@ -16,7 +13,6 @@ from .labelled import some
 from .linear import linear_probe
 from .neighbours import knn
 from .rows import finite
-from .stage_costs import end_to_end, measure
 
 BANK, QUERIES = 4_000, 1_500  # images that are looked at while training goes on
 
@@ -54,15 +50,6 @@ def before_training(net: nn.Module, data: FederatedData, prepared: Prepared = as
         return {"random_probe": _probe(net, data, whole, prepared)}
     found = retrieval(features(net, data.test_images, whole, prepared=prepared), data.test_labels).measured
     return {f"random_{name}": found[name] for name in ("map_at_10", "recall_at_1")}
-
-
-def costs_of_a_step(net: nn.Module, images: Tensor, stages: Sequence[Parts] | None) -> dict[str, float]:
-    """The most that one takes on images as the net takes them, in any of the stages, or of all the net."""
-    lines = [end_to_end(net, images)] if stages is None else measure(net, images, stages)
-    return {
-        "client_memory": max(line.memory for line in lines) / 1e6,
-        "client_multiply_adds": max(line.costs.multiply_adds for line in lines) / 1e9,
-    }
 
 
 def _probe(net: nn.Module, data: FederatedData, depth: int, prepared: Prepared) -> float:

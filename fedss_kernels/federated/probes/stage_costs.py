@@ -1,12 +1,14 @@
 """What layer-wise learning costs a client stage by stage, beside training the whole net end to end.
 
 Of one step on a batch: forward and backward, with the mean square of the features for a loss. A head and an
-optimiser's velocities are left out of all alike.
+optimiser's velocities are left out of all alike. Beside it of the blocks alone, as the paper's formulas have
+it: each block that is trained passes a gradient on to what came before it.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 
 import torch
@@ -18,6 +20,17 @@ from ..algorithms.schedule import Schedule
 from . import costs
 from .costs import Costs
 from .features import pool_of, stem_and_blocks
+
+
+@dataclass(frozen=True)
+class OfBlocks:
+    """Without stem and pool. Sums with +."""
+
+    multiply_adds: int = 0
+    traffic: int = 0  # bytes
+
+    def __add__(self, other: "OfBlocks") -> "OfBlocks":
+        return OfBlocks(self.multiply_adds + other.multiply_adds, self.traffic + other.traffic)
 
 
 @dataclass(frozen=True)
@@ -68,6 +81,35 @@ def end_to_end(net: nn.Module, images: Tensor, *, checkpointed: bool = False) ->
     if checkpointed:
         modules = [modules[0], *map(_Checkpointed, modules[1:])]
     return _measured(len(modules) - 1, [], modules, pool, images)
+
+
+def blocks_alone(net: nn.Module, images: Tensor, stages: Sequence[Parts]) -> tuple[list[OfBlocks], OfBlocks]:
+    """(of each of these stages; of all the blocks at once): equal blocks make the paper's shares exactly."""
+    (stem, *blocks), _ = _copied(net)
+    frozen, trained = list[OfBlocks](), list[OfBlocks]()
+    with torch.no_grad():
+        made = stem(images)
+    for block in blocks:
+        step, bytes = _block_step(block, made), sum(p.nbytes for p in block.parameters())
+        with torch.no_grad():
+            frozen.append(OfBlocks(costs.multiply_adds(partial(block, made.clone())), bytes))
+            made = block(made)
+        trained.append(OfBlocks(costs.multiply_adds(step), 2 * bytes))
+    of_stages = []
+    for parts in stages:
+        there = zip(parts.blocks[1:], frozen, trained, strict=False)
+        of = (moving if part.moves else fixed for part, fixed, moving in there if part is not Part.ABSENT)
+        of_stages.append(sum(of, OfBlocks()))
+    return of_stages, sum(trained, OfBlocks())
+
+
+def _block_step(block: nn.Module, before: Tensor) -> Callable[[], None]:
+    given = before.clone().requires_grad_()
+
+    def step() -> None:
+        block(given * 1).square().mean().backward()  # a block may change what it is given in place
+
+    return step
 
 
 def _copied(net: nn.Module) -> tuple[list[nn.Module], nn.Module]:

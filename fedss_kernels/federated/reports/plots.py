@@ -12,7 +12,7 @@ import numpy as np
 from ...plotting import plotting
 from ..algorithms import METHODS
 from ..files.round_metrics import RoundMetrics
-from ..measures import Measure
+from ..measures import MEASURES, Measure
 from ..plan import Case
 from .page import data_uri
 from .reported_run import MEGABYTE, Run, beside, by_case, course, several_seeds
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LIGHT = {"paper": "#ffffff", "ink": "#1c1e21", "grid": "#d9dce1"}
+OF_A_CLIENT = ("client_memory", "client_multiply_adds")  # measures of a round
 DARK = {"paper": "#1b1e24", "ink": "#e6e8ec", "grid": "#3a3f49"}
 _WHOLE = {"clip_on": False, "in_layout": False}  # marks on the frame are not cut off
 _END = {"markersize": 9, "fillstyle": "none", "linestyle": ""} | _WHOLE
@@ -71,6 +72,27 @@ def accuracy_by_bytes(runs: Sequence[Run], theme: dict[str, str]) -> "Figure":
     return _finish(figure, left, runs, theme, _drawn(runs))
 
 
+def step_by_round(runs: Sequence[Run], theme: dict[str, str]) -> "Figure":
+    """What a step takes of a client, the one of the round that needs most, over rounds: stages are steps."""
+    figure, panels = _figure(runs, theme, panels=len(OF_A_CLIENT), alike=False)
+    for axes, name in zip(panels, OF_A_CLIENT, strict=True):
+        for look, group in _lines(_with_steps(runs)):
+            history = [m for m in group[0].history if m.measured.get(name) is not None]
+            found = [m.measured[name] for m in history]
+            every = max(1, len(history) // 12)
+            axes.step([m.round for m in history], found, where="mid", markersize=4, markevery=every, **look)
+        axes.set(xlabel="rounds of training", ylabel=MEASURES[name].column)
+        axes.set_ylim(bottom=0)
+        _from_zero(axes)
+    return _with_legend(figure, panels[0], theme)
+
+
+def _with_steps(runs: Sequence[Run]) -> list[Run]:
+    """Those whose rounds say what a step of a client takes."""
+    name = OF_A_CLIENT[0]
+    return [run for run in runs if any(m.measured.get(name) is not None for m in run.history)]
+
+
 def _any_rows(runs: Sequence[Run]) -> bool:
     return not all(METHODS[run.summary.method].rowless for run in runs)
 
@@ -95,12 +117,15 @@ def accuracy_by_class_set(runs: Sequence[Run], theme: dict[str, str]) -> "Figure
     return _finish(figure, axes, runs, theme, runs[0].summary.headline)
 
 
-def _figure(runs: Sequence[Run], theme: dict[str, str], panels: int) -> tuple["Figure", list]:
+def _figure(
+    runs: Sequence[Run], theme: dict[str, str], panels: int, *, alike: bool = True
+) -> tuple["Figure", list]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5 + 3.5 * panels, 4.6), layout="constrained", facecolor=theme["paper"])
     axes = [figure.add_subplot(1, panels, 1)]
-    axes += [figure.add_subplot(1, panels, i, sharey=axes[0]) for i in range(2, panels + 1)]
+    shared = axes[0] if alike else None
+    axes += [figure.add_subplot(1, panels, i, sharey=shared) for i in range(2, panels + 1)]
     for ax in axes:
         ax.set_facecolor(theme["paper"])
         ax.grid(color=theme["grid"], linewidth=0.6)
@@ -154,7 +179,11 @@ def _finish(figure: "Figure", axes, runs: Sequence[Run], theme: dict[str, str], 
     headline = runs[0].summary.headline
     if course(runs[0]) != headline:
         axes.plot([], color="grey", marker="o", label=f"hollow: {headline.label}, at the end", **_END)
-    # Above the axes, not in them: wherever the curves go, the legend hides none.
+    return _with_legend(figure, axes, theme)
+
+
+def _with_legend(figure: "Figure", axes, theme: dict[str, str]) -> "Figure":
+    """Above the axes, not in them: wherever the curves go, the legend hides none."""
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(
         handles, labels, loc="outside upper center", ncols=4, frameon=False, labelcolor=theme["ink"]
@@ -229,6 +258,8 @@ def save_plots(folder: Path, runs: Sequence[Run]) -> list[str]:
         plots.append((accuracy_by_bytes, f"{subject} by megabytes moved"))
     else:
         (folder / "accuracy_by_bytes.png").unlink(missing_ok=True)  # an earlier version's
+    if _with_steps(runs):
+        plots.append((step_by_round, "What a step takes of a client by rounds of training"))
     if any(case.num_negatives is not None for case in by_case(runs)):
         plots.append((accuracy_by_class_set, f"{subject} by class rows on a client"))
     for plot, alt in plots:
@@ -254,9 +285,10 @@ def _subject(measure: Measure) -> str:
 
 def plots_with_captions(runs: Sequence[Run], plots: Sequence[str]) -> list[str]:
     """The plots with what they show."""
-    captions = [_by_round(runs), _by_bytes(runs), _by_class_set(runs[0].summary.headline)]
+    steps = [_STEPS] if _with_steps(runs) else []
+    captions = [_by_round(runs), _by_bytes(runs), *steps, _by_class_set(runs[0].summary.headline)]
     if not _anything_moves(runs):
-        captions = [f"{captions[0]} Nothing moves, so there is no plot by what was moved.", captions[2]]
+        captions = [f"{captions[0]} Nothing moves, so there is no plot by what was moved.", *captions[2:]]
     return [
         f"<figure>{plot}<figcaption>{escape(caption, quote=False)}</figcaption></figure>"
         for plot, caption in zip(plots, captions, strict=False)
@@ -312,4 +344,8 @@ def _by_class_set(measure: Measure) -> str:
     )
 
 
+_STEPS = (
+    "What a client has in memory in a step, and what a step computes, of the client that needs most in each "
+    "round. The highest says who can take part. It is a model of one client, of the first of the seeds."
+)
 _BAND = " A line is the mean over the seeds, its band one standard deviation."

@@ -476,7 +476,9 @@ class Config:
         value = getattr(self, field.name)
         if field.name == "settings":
             return own_numbers(self.method, value)
-        if value is None and field.name == "eval_every" and isinstance(self.rounds, int):
+        if value is None and field.name == "eval_every":
+            if type(self.rounds) is not int:
+                return None  # what is wrong is said of the rounds, or of the data
             value = min(EVAL_EVERY, max(1, self.rounds // 5))
         if value is None and self.similarity == "dot" and field.name in LINEAR:
             value = LINEAR[field.name](self.embedding_dim)

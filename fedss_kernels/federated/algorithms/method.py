@@ -119,7 +119,10 @@ class Method:
     def tells(self) -> bool:
         """Whether the rows that a client asks for and sends depend on the classes that it holds."""
         one, none = torch.tensor([0]), torch.tensor([], dtype=torch.int64)
-        return self.rows is Part.TRAINED and len(self.request(2, one, none, "none").class_ids) < 2
+        found = self.request(2, one, none, "none")
+        if not isinstance(found, Request):  # which is said once a client asks so
+            return False
+        return self.rows is Part.TRAINED and len(found.class_ids) < 2
 
     @cached_property
     def alone(self) -> bool:

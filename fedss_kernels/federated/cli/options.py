@@ -125,7 +125,7 @@ class _Settings(argparse.Action):
     """Numbers of a method's own, one at a time."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: Any = None) -> None:
-        if values is not None:  # it was wrong, which is said
+        if values is not UNREAD:
             setattr(namespace, self.dest, getattr(namespace, self.dest, {}) | dict([values]))
 
 

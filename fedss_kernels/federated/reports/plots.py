@@ -76,7 +76,7 @@ def step_by_round(runs: Sequence[Run], theme: dict[str, str]) -> "Figure":
     """What a step takes of a client, the one of the round that needs most, over rounds: stages are steps."""
     figure, panels = _figure(runs, theme, panels=len(OF_A_CLIENT), alike=False)
     for axes, name in zip(panels, OF_A_CLIENT, strict=True):
-        for look, group in _lines(_with_steps(runs)):
+        for look, group in _looks(_with_steps(runs)):
             history = [m for m in group[0].history if m.measured.get(name) is not None]
             found = [m.measured[name] for m in history]
             every = max(1, len(history) // 12)
@@ -195,6 +195,15 @@ Line = tuple[dict[str, str], list[Run], Measure]  # its style, the runs it is of
 
 
 def _lines(runs: Sequence[Run]) -> list[Line]:
+    found = list[Line]()
+    for look, group in _looks(runs):
+        measure = course(group[0])
+        other = "" if measure == course(runs[0]) else f" ({measure.label})"  # than the axis says
+        found.append((look | {"label": look["label"] + other}, group, measure))
+    return [*_with_others(*found[0])] if len(by_case(runs)) == 1 else found
+
+
+def _looks(runs: Sequence[Run]) -> list[tuple[dict[str, str], list[Run]]]:
     """Of one case of each method: of several numbers of negatives the one in the middle."""
     lines: dict[tuple[str, str | None], list[tuple[Case, list[Run]]]] = {}
     for case, group in by_case(runs).items():
@@ -202,10 +211,8 @@ def _lines(runs: Sequence[Run]) -> list[Line]:
     found = []
     for cases, look in zip(lines.values(), styles([method for method, _ in lines]), strict=True):
         case, group = sorted(cases, key=lambda each: each[0].num_negatives or 0)[len(cases) // 2]
-        measure = course(group[0])
-        other = "" if measure == course(runs[0]) else f" ({measure.label})"  # than the axis says
-        found.append((look | {"label": case.label + other}, group, measure))
-    return [*_with_others(*found[0])] if len(by_case(runs)) == 1 else found
+        found.append((look | {"label": case.label}, group))
+    return found
 
 
 def _with_others(look: dict[str, str], group: list[Run], measure: Measure) -> Iterator[Line]:

@@ -20,8 +20,7 @@ class Measure:
     more_is_better: bool = True
     compared: bool = True  # whether a comparison has its mean over the seeds
     digits: int = 4  # after the point, of a number below 100
-    # what a run has of it: the value of the last evaluation, or the "most" or the "sum" of its rounds'
-    over_rounds: str = "last"
+    over_rounds: str = "last"  # what a run has of it: that of its last evaluation, or "most" or "sum" of all
 
     @property
     def column(self) -> str:
@@ -52,12 +51,12 @@ class Measure:
             else f"{value:,.{1 if abs(value) >= 100 else self.digits}f}"
         )
 
-    def of_run(self, values: Sequence[float | None]) -> float | None:
-        """Of its rounds' values, in their order; None where there is none."""
-        found = [value for value in values if value is not None]
-        if not found:
-            return None
-        return {"last": found[-1], "most": max(found), "sum": sum(found)}[self.over_rounds]
+    def of_run(self, last: float | None, rounds: Sequence[float | None]) -> float | None:
+        """Of what the last evaluation gave, and all rounds did, None for nothing."""
+        found = [value for value in rounds if value is not None]
+        if self.over_rounds == "last" or not found:
+            return last
+        return max(found) if self.over_rounds == "most" else sum(found)
 
     def text(self, value: float | None) -> str:
         """A value where nothing else says what it is; – for one that was not measured."""

@@ -3,7 +3,6 @@
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, fields
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -94,19 +93,11 @@ def write(
     of_costs = [field.name for field in fields(Costs)]
     columns = ["case", "stage", "held", "trained", *of_costs, "memory", "traffic"]
     columns += [f"blocks_{field.name}" for field in fields(OfBlocks)]
+    alone = {name: [astuple(line) for line in of_stages] for name, of_stages in blocks.items()}
     lines = [
-        [
-            name,
-            x.stage,
-            x.held,
-            x.trained,
-            *astuple(x.costs),
-            x.memory,
-            x.traffic,
-            *(astuple(y) if y else [""] * 2),
-        ]
+        [name, x.stage, x.held, x.trained, *astuple(x.costs), x.memory, x.traffic, *y]
         for name, of_stages in every.items()
-        for x, y in zip_longest(of_stages, blocks.get(name, ()))
+        for x, y in zip(of_stages, alone.get(name, [("", "")]), strict=True)
     ]
     write_csv(out / "costs.csv", [columns, *lines])
     counted = ["multiply-adds (G)", "mean", "blocks alone", "traffic (MB)", "mean", "blocks alone"]

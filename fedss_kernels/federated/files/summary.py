@@ -66,9 +66,7 @@ class Summary(Measured):
             method=config.method,
             seed=config.seed,
             measured={
-                name: value
-                if MEASURES[name].over_rounds == "last"
-                else MEASURES[name].of_run([metrics.measured.get(name) for metrics in history])
+                name: MEASURES[name].of_run(value, [metrics.measured.get(name) for metrics in history])
                 for name, value in last.measured.items()
             },
             rounds=len(history),

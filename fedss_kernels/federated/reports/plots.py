@@ -76,21 +76,22 @@ def step_by_round(runs: Sequence[Run], theme: dict[str, str]) -> "Figure":
     """What a step takes of a client, the one of the round that needs most, over rounds: stages are steps."""
     figure, panels = _figure(runs, theme, panels=len(OF_A_CLIENT), alike=False)
     for axes, name in zip(panels, OF_A_CLIENT, strict=True):
-        for look, group in _looks(_with_steps(runs)):
-            history = [m for m in group[0].history if m.measured.get(name) is not None]
-            found = [m.measured[name] for m in history]
-            every = max(1, len(history) // 12)
-            axes.step([m.round for m in history], found, where="mid", markersize=4, markevery=every, **look)
+        for look, group in _looks(runs):
+            found = [
+                (m.round, m.measured[name]) for m in group[0].history if m.measured.get(name) is not None
+            ]
+            if found:
+                every = max(1, len(found) // 12)
+                axes.step(*zip(*found, strict=True), where="mid", markersize=4, markevery=every, **look)
         axes.set(xlabel="rounds of training", ylabel=MEASURES[name].column)
         axes.set_ylim(bottom=0)
         _from_zero(axes)
     return _with_legend(figure, panels[0], theme)
 
 
-def _with_steps(runs: Sequence[Run]) -> list[Run]:
-    """Those whose rounds say what a step of a client takes."""
-    name = OF_A_CLIENT[0]
-    return [run for run in runs if any(m.measured.get(name) is not None for m in run.history)]
+def _any_steps(runs: Sequence[Run]) -> bool:
+    """Whether rounds say what a step takes of a client."""
+    return any(m.measured.get(OF_A_CLIENT[0]) is not None for run in runs for m in run.history)
 
 
 def _any_rows(runs: Sequence[Run]) -> bool:
@@ -265,7 +266,7 @@ def save_plots(folder: Path, runs: Sequence[Run]) -> list[str]:
         plots.append((accuracy_by_bytes, f"{subject} by megabytes moved"))
     else:
         (folder / "accuracy_by_bytes.png").unlink(missing_ok=True)  # an earlier version's
-    if _with_steps(runs):
+    if _any_steps(runs):
         plots.append((step_by_round, "What a step takes of a client by rounds of training"))
     if any(case.num_negatives is not None for case in by_case(runs)):
         plots.append((accuracy_by_class_set, f"{subject} by class rows on a client"))
@@ -292,7 +293,7 @@ def _subject(measure: Measure) -> str:
 
 def plots_with_captions(runs: Sequence[Run], plots: Sequence[str]) -> list[str]:
     """The plots with what they show."""
-    steps = [_STEPS] if _with_steps(runs) else []
+    steps = [_STEPS] if _any_steps(runs) else []
     captions = [_by_round(runs), _by_bytes(runs), *steps, _by_class_set(runs[0].summary.headline)]
     if not _anything_moves(runs):
         captions = [f"{captions[0]} Nothing moves, so there is no plot by what was moved.", *captions[2:]]

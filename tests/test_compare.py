@@ -515,7 +515,7 @@ def test_runs_of_one_method_with_names_have_lines_and_curves_of_their_own(tmp_pa
     table = tabulate(runs)
     assert [(line.label, line.seeds) for line in table] == [("FedSS", 1), ("eager", 2)]
     assert cells(table)[1][0] == "eager" and cells(table)[1][2].startswith("50.0 ")
-    looks = [look for look, _ in plots._lines(runs)]
+    looks = [look for look, *_ in plots._lines(runs)]
     assert [look["label"] for look in looks] == ["FedSS", "eager"]
     assert looks[0]["color"] == looks[1]["color"] and looks[0]["marker"] != looks[1]["marker"]
 

@@ -101,7 +101,7 @@ def test_what_cannot_be_is_said(tmp_path):
         tiny_config(rounds=1, out=tmp_path / "run", method="local_only"), data=tiny_data(), model=tiny_model()
     )
     with pytest.raises(ValueError, match="one net for all, got one of local_only"):
-        load_net(tmp_path / "run")
+        load_net(tmp_path / "run", model=tiny_model())
 
 
 def test_a_bottleneck_needs_the_net_as_its_run_made_it(tmp_path):

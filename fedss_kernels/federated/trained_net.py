@@ -35,6 +35,9 @@ def load_net(run: str | Path, *, model: nn.Module | None = None) -> tuple[nn.Mod
     folder = Path(run)
     config, _ = read_config(folder)
     state = read_net(folder)
+    if METHODS[config.method].alone:
+        words = f"with one net for all, got one of {config.method}, whose clients have their own"
+        raise ValueError(f"{folder}: expected a run {words}")
     net = _built(config) if model is None else copy.deepcopy(model)
     try:
         net.load_state_dict(state)
@@ -45,9 +48,7 @@ def load_net(run: str | Path, *, model: nn.Module | None = None) -> tuple[nn.Mod
 
 def _built(config: Config) -> nn.Module:
     words = ""
-    if METHODS[config.method].alone:
-        words = f"with one net for all, got one of {config.method}, whose clients have their own"
-    elif config.model == OWN:
+    if config.model == OWN:
         words = (
             "whose net has a name, or one like it, as load_net(run, model=...): it was handed over in Python"
         )

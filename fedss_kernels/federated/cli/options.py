@@ -342,8 +342,8 @@ def not_read(arguments: argparse.Namespace, methods: Sequence[str]) -> Iterator[
 def wrong_beside(arguments: argparse.Namespace, unread: Container[str] = ()) -> list[str]:
     """What else is wrong with a new run's options, where those that are `unread` have no value."""
     given = vars(arguments)
-    if "config" not in given or given.get("resume") is not None:
-        return []
+    if not {"config", "resume"} <= given.keys() or given["resume"] is not None:
+        return []  # of a command whose options begin with others than Config's defaults
     wrong = list[str]()
     try:
         preset = read_preset(given["preset"]) if given.get("preset") else {}

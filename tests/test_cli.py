@@ -74,7 +74,7 @@ def own_cache(tmp_path_factory, monkeypatch):
             ["run", "--lr", "1"],
             "fedss run: no such option --lr (did you mean --client-lr or --server-lr?)",
         ),
-        (["run", "--quiet"], "fedss run: no such option --quiet"),
+        (["run", "--hush"], "fedss run: no such option --hush"),
         (
             ["compare", "--model", "conv"],
             f"fedss compare: --model: expected one of {', '.join(MODELS)}, got 'conv' (did you mean conv4?)",
@@ -166,10 +166,10 @@ def own_cache(tmp_path_factory, monkeypatch):
             "fedss compare: no such option --method (did you mean --methods?)",
         ),
         (
-            ["run", "--roundz=3", "--cohort", "two", "--quiet", "1", "more", "--scale="],
+            ["run", "--roundz=3", "--cohort", "two", "--hush", "1", "more", "--scale="],
             "fedss run: --cohort: expected an integer of at least 1, got 'two'; --scale: expected a finite "
             "number greater than 0, got ''; no such option --roundz (did you mean --rounds?); no such option "
-            "--quiet; unexpected argument 'more'",
+            "--hush; unexpected argument 'more'",
         ),
         (
             ["compare", "--resume", "runs/a", "--rounds", "7", "--seeds=1"],
@@ -547,7 +547,8 @@ def test_names_that_a_preset_does_not_have_are_told_with_those_that_it_has(capsy
         capsys, "compare", "--methods=simclr,layer-wise", "--preset=layerwise_omniglot", "--rounds=0"
     )
     assert re.fullmatch(
-        "fedss compare: --methods: expected some of fedss, .*, layer-wise, budget 6, got 'layer-wise' .*; "
+        "fedss compare: --methods: expected some of fedss, .*, layer-wise, budget 6, .*, got "
+        "'layer-wise' .*; "
         "--rounds: .*",
         line,
     )

@@ -427,6 +427,7 @@ def test_of_what_is_of_a_method_that_is_not_known_the_way_to_it_is_said(file, tm
     assert "no run in" in fails(capsys, "report", out, f"--plugin={file}")
 
 
+@pytest.mark.exhaustive
 def test_a_plugin_is_there_in_the_workers_of_a_run(file):
     plugins.load_plugins([file])
     options = {"method": "prox", "rounds": 1, "settings": {"mu": 0.5}}

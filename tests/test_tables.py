@@ -68,6 +68,12 @@ def test_so_do_the_tables_that_are_markdown_in_a_file(width, printed):
         assert text == markdown(HEADER, ROWS)
 
 
+def test_columns_that_could_go_first_need_not_be_there(printed):
+    """As in a comparison of methods without class rows."""
+    text = printed(40, lambda: output.print_table(["method", "accuracy"], [["SimCLR", "1.0"]], LEAST))
+    assert "SimCLR" in text and "no room" not in text
+
+
 def test_what_is_piped_is_whole(printed):
     wide = [*HEADER, *[f"column{i}" * 5 for i in range(5)]]
     rows = [[*row, *"12345"] for row in ROWS]

@@ -95,7 +95,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], least: Seq
     console = Console()
     widths = _widths(header, rows)
     room = console.width if console.is_terminal else max(PIPED, sum(widths) + 1)
-    shown = fitting(widths, room - 1, [header.index(title) for title in least])
+    shown = fitting(widths, room - 1, [header.index(title) for title in least if title in header])
     table = Table()
     for i in shown:
         table.add_column(header[i], justify="right" if i else "left", min_width=widths[i] - 3)

@@ -11,11 +11,11 @@ def give_back() -> None:
 
     It would do so with 128 KiB, but comes up to 32 MiB as such blocks are freed. From then on they lie in its
     heap, where others keep them apart: a round of 100,000 class rows held 1.2 to 1.6 times its own numbers.
-    Of what is free at the heap's end it keeps twice as much for the next step, as it does by itself; with the
-    first set alone it would keep 128 KiB, and each step's memory would go and come page by page.
+    Of what is free at the heap's end it keeps half as much for the next step; with the first set alone it
+    would keep 128 KiB, and each step's memory would go and come page by page.
     For programs alone: it is a setting of the whole process. Nothing happens without glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_MMAP_THRESHOLD, LARGE)
-        mallopt(_TRIM_THRESHOLD, 2 * LARGE)
+        mallopt(_TRIM_THRESHOLD, LARGE // 2)

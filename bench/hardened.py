@@ -69,10 +69,10 @@ PROBE = "probe"
 
 def parts(data: FederatedData) -> tuple[FederatedData, FederatedData]:
     """(the source, the clients')"""
-    return _of(data, 0), _of(data, 1)
+    return _every_other(data, 0), _every_other(data, 1)
 
 
-def _of(data: FederatedData, odd: int) -> FederatedData:
+def _every_other(data: FederatedData, odd: int) -> FederatedData:
     keep, tested = ((labels % 2 == odd).nonzero()[:, 0] for labels in (data.labels, data.test_labels))
     return replace(
         data,
@@ -147,16 +147,20 @@ def _frozen(config: Config, name: str, clients: FederatedData, half: Path) -> Li
 
 def table(lines: Sequence[Line]) -> str:
     header = ["the clients' half", "attacker", "MSE", "SSIM", "PSNR", "probe (%)", "kNN (%)"]
-    rows, worth = list[list[str]](), {e.half: e for e in lines if e.attacker == PROBE}
+    rows, first = list[list[str]](), next(iter(inversion.ATTACKERS))  # in whose row the probe stands
     for half, attacker in dict.fromkeys((e.half, e.attacker) for e in lines if e.attacker != PROBE):
-        own = [e for e in lines if (e.half, e.attacker) == (half, attacker)]
+        own = _of(lines, half, attacker)
         row = [half, attacker, _mean(own, "mse", "{:.4f}"), _mean(own, "ssim", "{:.3f}")]
         row.append(_mean(own, "psnr", "{:.1f}"))
-        first = half in worth and attacker == next(iter(inversion.ATTACKERS))
-        probed = [e for e in lines if (e.half, e.attacker) == (half, PROBE)] if first else []
+        probed = _of(lines, half, PROBE) if attacker == first else []
         row += [_mean(probed, name, "{:.1f}", 100) for name in ("probe", "knn")]
         rows.append(row)
     return markdown(header, rows)
+
+
+def _of(lines: Sequence[Line], half: str, attacker: str) -> list[Line]:
+    """One for each seed: what needs no latents is the same with every half."""
+    return list({e.seed: e for e in lines if (e.half, e.attacker) == (half, attacker)}.values())
 
 
 def _mean(lines: Sequence[Line], name: str, form: str, factor: float = 1) -> str:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -61,6 +61,21 @@ class Network:
             "OMP_NUM_THREADS": "1",
         }
         self.processes: dict[str, subprocess.Popen] = {}
+
+    @classmethod
+    @contextmanager
+    def running(cls, folder: Path, more: str = "") -> Iterator["Network"]:
+        """All its processes, until they are no longer wanted; more: what the app's data are followed by."""
+        made = cls(folder)
+        assert main(["flower", "new", str(made.app)]) == 0
+        with (made.app / "federation" / "data.py").open("a") as data:
+            data.write(more)
+        try:
+            made.begin()
+            yield made
+        finally:
+            for name in list(made.processes):
+                made.end(name)
 
     def start(self, name: str, *command: str) -> None:
         with (self.folder / f"{name}.log").open("ab") as log:
@@ -139,15 +154,8 @@ def wait_until(there, what: str) -> None:
 
 @pytest.fixture(scope="module")
 def network(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("federation")
-    made = Network(folder)
-    assert main(["flower", "new", str(made.app)]) == 0
-    try:
-        made.begin()
+    with Network.running(tmp_path_factory.mktemp("federation")) as made:
         yield made
-    finally:
-        for name in list(made.processes):
-            made.end(name)
 
 
 def simulated(network: Network, out: Path, **options):

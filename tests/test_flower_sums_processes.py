@@ -11,7 +11,6 @@ from test_flower_processes import (
     Network,
     assert_same_model,
     ledger,
-    main,
     simulated,
     wait_until,
 )
@@ -41,16 +40,8 @@ def of_node(node):
 
 @pytest.fixture
 def network(tmp_path):
-    made = Network(tmp_path)
-    assert main(["flower", "new", str(made.app)]) == 0
-    with (made.app / "federation" / "data.py").open("a") as data:
-        data.write(DATA.format(folder=str(tmp_path), last=LAST))
-    try:
-        made.begin()
+    with Network.running(tmp_path, DATA.format(folder=str(tmp_path), last=LAST)) as made:
         yield made
-    finally:
-        for name in list(made.processes):
-            made.end(name)
 
 
 def times(network: Network, k: int) -> int:

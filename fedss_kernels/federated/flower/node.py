@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -47,34 +47,10 @@ def app(data: Data, model: Callable[[], nn.Module] | None) -> ClientApp:
             content = message({"refused": " ".join(str(error).split())})
         return Message(content, reply_to=asked)
 
-    @found.query("roll")
-    def roll(asked: Message, context: Context) -> Message:
-        return handled(asked, context, _Node.roll)
-
-    @found.query("rows")
-    def rows(asked: Message, context: Context) -> Message:
-        return handled(asked, context, _Node.rows)
-
-    @found.query("keys")
-    def keys(asked: Message, context: Context) -> Message:
-        return handled(asked, context, _Node.keys)
-
-    @found.query("shares")
-    def shares(asked: Message, context: Context) -> Message:
-        return handled(asked, context, _Node.shares)
-
-    @found.query("union")
-    def union(asked: Message, context: Context) -> Message:
-        return handled(asked, context, _Node.union)
-
-    @found.query("open")
-    def open(asked: Message, context: Context) -> Message:
-        return handled(asked, context, _Node.open)
-
-    @found.train()
-    def train(asked: Message, context: Context) -> Message:
-        return handled(asked, context, _Node.train)
-
+    queries = _Node.roll, _Node.rows, _Node.keys, _Node.shares, _Node.union, _Node.open
+    for answer in queries:
+        found.query(answer.__name__)(partial(handled, answer=answer))
+    found.train()(partial(handled, answer=_Node.train))
     return found
 
 

@@ -129,7 +129,7 @@ def some(device: str) -> list[Launch]:
     return launched(device, [*SIZES, *CHUNKED[:1]])
 
 
-def shipped(device: str) -> list[Launch]:
+def shipped_calls() -> list[dict]:
     """Each entry of the table, for each dtype, and each branch; D = 500: rows that no vector loads fit."""
     table = [dtype | size | {"D": D} for dtype in DTYPES for size in SIZES for D in (512, 500)]
     branches = [size | branch for branch in BRANCHES for size in SIZES]
@@ -138,7 +138,11 @@ def shipped(device: str) -> list[Launch]:
     many = [dtype | {"problems": 64} for dtype in DTYPES]
     many += [{"B": 128, "problems": 64} | branch for branch in (*BRANCHES[:1], {"learned": False})]
     one = {"B": 1, "S": 1, "C": 1, "D": 1}
-    return launched(device, [*table, *branches, *huge, *offsets, *many, one, *CHUNKED])
+    return [*table, *branches, *huge, *offsets, *many, one, *CHUNKED]
+
+
+def shipped(device: str) -> list[Launch]:
+    return launched(device, shipped_calls())
 
 
 def _entry(launch: Launch) -> tuple:

@@ -62,6 +62,10 @@ class Table:
     all_registers: dict[str, int]  # options of every kernel
     products: dict[str, int]  # and of those that multiply
 
+    def entry(self, B: int, pull_bytes: int) -> tuple[str, int]:
+        """Which of the tiles serve B rows: ("few" or "many", bytes of a pull)."""
+        return "few" if B <= self.few[pull_bytes].rows else "many", pull_bytes
+
 
 # maxnreg, a thread's registers: told so, the assembler does not spill a few to leave room for more warps.
 NVIDIA = Table(
@@ -145,10 +149,10 @@ def in_one_chunk(B: int, S: int, D: int, rows: torch.dtype, problem_bytes: int) 
 
 @functools.lru_cache(maxsize=4096)  # it is asked twice for each step of a client
 def _small(table: Table, B: int, S: int, D: int, pull_bytes: int) -> Configuration | None:
-    few = B <= table.few[pull_bytes].rows
-    blocks = (table.few if few else table.many)[pull_bytes]
+    which, _ = table.entry(B, pull_bytes)
+    blocks: Blocks = getattr(table, which)[pull_bytes]
     if D % 16 != 0:  # rows are read an element at a time, with a pointer to each
-        if not (few or table.many_of_odd_length):
+        if not (which == "few" or table.many_of_odd_length):
             return None
         blocks = blocks._replace(columns=16)
     tiles = -(-S // blocks.classes)

@@ -102,6 +102,11 @@ class FrequencySampler(nn.Module):
         drawn = torch.where(coin < self.kept[cell], cell, self.alias[cell])
         return drawn, torch.log(self.ways[drawn].double()) - math.log(coins * C)
 
+    def of_classes(self, classes: range) -> "FrequencySampler":
+        """One that draws among these as this one does among all, by the frequencies that were given."""
+        shares = torch.from_numpy(self._shares[classes.start : classes.stop])
+        return FrequencySampler(shares, 1.0, device=self.kept.device)
+
     def extra_repr(self) -> str:
         return f"{self.kept.shape[0]}, power={self.power}"
 

@@ -200,8 +200,9 @@ def _uniform(
     if isinstance(generator, GeneratorHandle):
         return _random_integers(generator.draws, target, num_sampled, generator.key)
     check_generator(generator)
-    if generator is not None:
-        _refuse_in_backward("generator", "take generator=None")
+    if generator is None:  # not named: torch.compile knows no size of the compiler's symbols beside it
+        return torch.randint(UNIFORM, (num_sampled,), device=target.device)
+    _refuse_in_backward("generator", "take generator=None")
     return torch.randint(UNIFORM, (num_sampled,), device=target.device, generator=generator)
 
 

@@ -22,7 +22,9 @@ class SparseRows(nn.Embedding):
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], training: bool) -> None:
-        super().__init__(1, 1, sparse=True, _weight=torch.empty(1, 1, device="meta"))  # none is drawn
+        weight = parameters.get("weight")
+        C, D = (1, 1) if weight is None or weight.dim() != 2 else weight.shape  # FSDP may hold it flat
+        super().__init__(C, D, sparse=True, _weight=torch.empty(C, D, device="meta"))  # none is drawn
         self.training = training
         del self.weight
         for name, parameter in parameters.items():

@@ -134,6 +134,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         refuse_batches(grad_loss)
+        grad_loss = grad_loss.resolve_neg()
         saved = ctx.saved_tensors
         tensors, learned, made = saved[:11], saved[11], saved[12:]
         calls, factor, wanted, rounding = ctx.rest

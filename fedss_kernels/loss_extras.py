@@ -103,8 +103,12 @@ def check_margin(name: str, margin: Any, similarity: str) -> float:
 def check_class_weights(class_weight: Any, C: int) -> None:
     """Of a module; raises TypeError or ValueError."""
     _check_class_weight(class_weight, C)
-    if not class_weight.is_meta:
-        _check_numbers("class_weight", class_weight, *_RANGES["class_weight"])
+    if class_weight.is_meta:
+        raise ValueError(
+            "class_weight: expected a tensor with numbers, which reset_parameters() gives back, got one on "
+            'the device "meta": make it with device="cpu"'
+        )
+    _check_numbers("class_weight", class_weight, *_RANGES["class_weight"])
 
 
 def _check_class_weight(class_weight: Any, C: int) -> None:

@@ -351,6 +351,7 @@ def finish_gradients(
 ) -> list[Tensor | None]:
     """The gradients of input, weight, bias and scale that are needed, in their dtypes."""
     upstream: float | None = None if p.reduction == "none" else grad_loss.item()
+    grad_loss = grad_loss.resolve_neg()
     if p.reduction == "none":
         (_, made, touched), owned = run(p, needed, grad_loss), True
     elif upstream is not None and not math.isfinite(upstream):

@@ -238,21 +238,15 @@ class RowAdam(RowOptimizer):
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, options | {"max_norm": max_norm, "seed": seed})
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As any optimiser's; raises TypeError or ValueError, before anything changes, for what is not ours.
-
-        Options that are not here, state of another optimiser or shape, moments that are not finite. What
-        torch would give the parameter's dtype keeps its own: counts, and averages of 16-bit parameters.
-        """
-        super().load_state_dict(state_dict)
-        for group, loaded in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            for parameter, key in zip(group["params"], loaded["params"], strict=True):
-                for name, value in state_dict["state"].get(key, {}).items():
-                    own = {"step": torch.float32, "row_steps": torch.int64}
-                    dtype = own.get(name, self._moments_dtype(parameter))
-                    device = "cpu" if name == "step" else parameter.device
-                    # a copy: torch copies what it casts, and nothing else
-                    self.state[parameter][name] = torch.as_tensor(value).to(device, dtype, copy=True)
+    def _keep_dtypes(self, state_dict: dict[str, Any]) -> None:
+        """What torch gave the parameter's dtype has its own: counts, and averages of 16-bit parameters."""
+        for parameter, state in self._pairs(state_dict):
+            for name, value in state.items():
+                own = {"step": torch.float32, "row_steps": torch.int64}
+                dtype = own.get(name, self._moments_dtype(parameter))
+                device = "cpu" if name == "step" else parameter.device
+                # a copy: torch copies what it casts, and nothing else
+                self.state[parameter][name] = torch.as_tensor(value).to(device, dtype, copy=True)
 
     def _checked_rule(self, options: dict[str, Any], where: str) -> Rule:
         lr, beta1, beta2, eps, weight_decay = _numbers(where, *(options[name] for name in self.REQUIRED))

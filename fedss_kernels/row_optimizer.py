@@ -5,7 +5,7 @@ import math
 import numbers
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, ClassVar, NamedTuple
@@ -125,13 +125,32 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
 
         Options that are not here, state of another optimiser or shape, moments that are not finite.
         """
+        loaded = state_dict  # or what hooks made of it: ours is the last before, and the first after
+
+        def check(_: Any, given: dict[str, Any]) -> None:
+            nonlocal loaded
+            loaded = given
+            for parameter, state in self._pairs(loaded):
+                for name, least in self.MOMENTS.items():
+                    if (moment := state.get(name)) is not None:
+                        _check_moment(name, moment, least, self._moments_dtype(parameter))
+
+        before = self.register_load_state_dict_pre_hook(check)
+        after = self.register_load_state_dict_post_hook(lambda _: self._keep_dtypes(loaded), prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    def _pairs(self, state_dict: dict[str, Any]) -> Iterator[tuple[Tensor, State]]:
+        """Each parameter, and what a state dict of as many has of it; torch refuses one of other numbers."""
         for group, loaded in zip(self.param_groups, state_dict["param_groups"], strict=False):
             for parameter, key in zip(group["params"], loaded["params"], strict=False):
-                held = state_dict["state"].get(key, {})
-                for name, least in self.MOMENTS.items():
-                    if (moment := held.get(name)) is not None:
-                        _check_moment(name, moment, least, self._moments_dtype(parameter))
-        super().load_state_dict(state_dict)
+                yield parameter, state_dict["state"].get(key, {})
+
+    def _keep_dtypes(self, state_dict: dict[str, Any]) -> None:
+        """Undoes what torch did to the dtypes of a state that was loaded, where it is not to be so."""
 
     def _moments_dtype(self, parameter: Tensor) -> torch.dtype:
         """That in which the moments of a parameter are kept."""

@@ -140,11 +140,10 @@ class SampledSoftmaxLoss(nn.Module):
         self.generator = None if generator is None else GeneratorHandle(generator)
         self.weight = nn.Parameter(torch.empty(num_classes, embedding_dim, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(num_classes, device=device, dtype=dtype)) if bias else None
+        self.register_buffer("class_weight", None)
+        self.initial_class_weight: Tensor | None = None
         if class_weight is not None:
-            check_class_weights(class_weight, num_classes)
-            self.initial_class_weight = class_weight.to(device="cpu", copy=True)
-            class_weight = class_weight.to(device=device, copy=True)
-        self.register_buffer("class_weight", class_weight)
+            self._hold_class_weight(class_weight, num_classes)
         given = isinstance(scale, nn.Parameter) and not scale.is_meta
         if learn_scale or given:
             self.initial_scale = float(scale.detach() if isinstance(scale, Tensor) else scale)
@@ -166,7 +165,8 @@ class SampledSoftmaxLoss(nn.Module):
         """Gaussian rows of about unit length; zero bias; a learned scale at the module's initial value.
 
         (Also one that was assigned since, as wrappers such as FSDP assign parameters of their own.) A
-        sampler's tables are those of the frequencies it was given, class weights those that were given.
+        sampler's tables are those of the frequencies it was given, class weights those that were given, or,
+        where others of another number of classes were assigned since, these.
         """
         with torch.no_grad():
             self.weight.normal_(std=self.embedding_dim**-0.5, generator=self._generator_of_rows())
@@ -174,11 +174,18 @@ class SampledSoftmaxLoss(nn.Module):
                 self.bias.zero_()
             if isinstance(self.scale, Tensor) and self.initial_scale is not None:
                 self.scale.fill_(self.initial_scale)
-            if (class_weight := self._buffers.get("class_weight")) is not None:
-                class_weight.copy_(self.initial_class_weight)
+            held, initial = self._buffers.get("class_weight"), self.initial_class_weight
+            if held is not None and initial is not None and held.shape == initial.shape:
+                held.copy_(initial)
         sampler = getattr(self, "sampler", "uniform")
         if isinstance(sampler, FrequencySampler):
             sampler.reset_parameters()
+
+    def _hold_class_weight(self, class_weight: Tensor, C: int) -> None:
+        """With a copy of the numbers on the CPU, which survives to_empty."""
+        check_class_weights(class_weight, C)
+        self.initial_class_weight = class_weight.to(device="cpu", copy=True)
+        self.class_weight = class_weight.to(device=self.weight.device, copy=True)
 
     def _generator_of_rows(self) -> torch.Generator | None:
         """That of the initial weight."""

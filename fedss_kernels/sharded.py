@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from .checks import check_ids, check_integer, check_shape, check_tensor
 from .class_samplers import FrequencySampler
-from .class_sets import batch_class_set
+from .class_sets import batch_class_set, check_sampler
 from .class_table import ClassTable, class_tables
 from .composed_loss import reduced_loss
 from .data_parallel import check_left_alone
 from .given_target import row_losses
-from .loss_extras import NONE, Extras, check_class_weights, check_values, checked_extras
+from .loss_extras import NONE, Extras, check_values, checked_extras
 from .loss_operator import autocast_dtype, without_autocast
 from .ranks import Ranks
 from .sampled_softmax import check_arguments, check_labels, chosen_backend
@@ -120,8 +120,7 @@ class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
         class_weight = options.pop("class_weight", None)  # of all classes
         super().__init__(len(own) or 1, embedding_dim, num_sampled, **options)
         if class_weight is not None:
-            check_class_weights(class_weight, self._of_all_blocks)
-            self.class_weight = class_weight.to(device=self.weight.device, copy=True)
+            self._hold_class_weight(class_weight, self._of_all_blocks)
         if isinstance(self.sampler, FrequencySampler):  # of other sizes in another number of processes
             self.sampler._non_persistent_buffers_set.update(dict(self.sampler.named_buffers()))
         if not own:
@@ -414,15 +413,16 @@ class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         """Takes shards, and cuts whole matrices."""
-        for key in (f"{prefix}weight", f"{prefix}bias"):
+        for name in ("weight", "bias"):
+            key = prefix + name
             if self.ranks.world > 1 and isinstance(state_dict.get(key), Tensor):
-                state_dict[key] = self._own_part(state_dict[key])
+                state_dict[key] = self._own_part(name, state_dict[key])
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
-    def _own_part(self, whole: Tensor) -> Tensor:
+    def _own_part(self, name: str, whole: Tensor) -> Tensor:
         if len(whole) != self.num_classes:
             raise ValueError(
-                f"weight: expected {self.num_classes} rows, those of all ranks, got {len(whole)}"
+                f"{name}: expected {self.num_classes} rows, those of all ranks, got {len(whole)}"
             )
         if hasattr(whole, "to_local"):
             return whole.to_local()
@@ -443,7 +443,12 @@ def _block(C: int, world: int, rank: int) -> range:
 
 
 def _sampler_of_block(
-    own: range, C: int, *, sampler: str | Tensor = "uniform", sampler_power: float = 0.75, **others: Any
+    own: range,
+    C: int,
+    *,
+    sampler: str | Tensor | FrequencySampler = "uniform",
+    sampler_power: float = 0.75,
+    **others: Any,
 ) -> dict[str, Any]:
     """What draws among the classes of a block as `sampler` does among all: with its share of each."""
     if isinstance(sampler, Tensor):
@@ -452,6 +457,9 @@ def _sampler_of_block(
                 f"sampler: expected frequencies of {C} classes, got shape {tuple(sampler.shape)}"
             )
         sampler = sampler[own.start : own.stop]
+    elif isinstance(sampler, FrequencySampler):
+        check_sampler(sampler, C)
+        sampler = sampler.of_classes(own) if own else sampler
     elif isinstance(sampler, str) and sampler == "log_uniform":
         ids = torch.arange(own.start, own.stop, dtype=torch.float64, device="cpu")
         sampler, sampler_power = torch.log1p(1 / (ids + 1)), 1.0

@@ -54,9 +54,10 @@ def inverse_lengths(rows: Tensor) -> Tensor:
 
 
 def in_range(rows: Tensor) -> Tensor:
-    """Rows that point the same way, shorter where the squares of float64 pass its largest number."""
+    """Rows that point the same way, of at most 1 where the squares of float64 pass its largest number."""
     overflows = torch.linalg.vector_norm(rows.detach(), dim=-1, keepdim=True) == torch.inf
-    return rows * torch.where(overflows, 2.0**-600, 1.0).to(rows.dtype)
+    largest = torch.linalg.vector_norm(rows.detach(), math.inf, dim=-1, keepdim=True)
+    return rows * torch.where(overflows, 1 / largest, 1.0)
 
 
 def widened_rows(

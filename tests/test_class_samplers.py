@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fedss_kernels import FrequencySampler, SampledSoftmaxLoss, draw_batch_class_set, sampled_softmax_loss
 from fedss_kernels.class_samplers import UNIFORM, draw_log_uniform
+from fedss_kernels.class_sets import GeneratorHandle
 
 C, D = 50, 8
 FREQUENCIES = torch.arange(1, C + 1).flip(0) ** 2  # 2500 to 1
@@ -168,6 +169,20 @@ def test_compiles_fullgraph_and_equals_eager(name, with_generator):
     eager = copied(x, t)
     torch.manual_seed(1)
     assert torch.equal(compiled(x, t), eager)
+
+
+@pytest.mark.parametrize("generator", [None, GeneratorHandle(torch.Generator())])
+@pytest.mark.parametrize("sampler", ["uniform", "log_uniform"])
+def test_compiles_for_any_number_of_negatives(sampler, generator):
+    def sizes(target, num_sampled):
+        return draw_batch_class_set(target, C, num_sampled, generator, sampler=sampler)
+
+    compiled = torch.compile(sizes, backend="eager", fullgraph=True)
+    for m in (4, 7, 9):
+        ids, counts = compiled(torch.arange(5), m)
+        assert ids.shape == counts.shape == (5 + m,)
+    with_the_batch = torch.compile(lambda t: sizes(t, 2 * t.shape[0]), backend="eager", fullgraph=True)
+    assert [len(with_the_batch(torch.arange(B))[0]) for B in (4, 5, 6)] == [12, 15, 18]
 
 
 @pytest.mark.parametrize("name", ["log_uniform", "frequencies"])

@@ -572,3 +572,72 @@ def test_a_gpu_is_not_waited_for(dtype):
         torch.cuda.set_sync_debug_mode("default")
         tolerance = {} if dtype == torch.float32 else {"rtol": 2.0**-6, "atol": 2.0**-6}
         torch.testing.assert_close(other.cpu(), weight, **tolerance)
+
+
+# ---- hooks on loading ----------------------------------------------------------------------------------------
+
+MOMENT = {RowSGD: "momentum_buffer", RowAdam: "exp_avg"}
+
+
+def stepped(kind, *names, steps=1):
+    """(parameters of bfloat16 by name, their optimiser); the i-th has had a gradient of i + 1."""
+    named = {name: nn.Parameter(torch.zeros(2, dtype=torch.bfloat16)) for name in names}
+    optimizer = kind(named.items(), lr=0.1, **({"momentum": 0.9} if kind is RowSGD else {}))
+    for _ in range(steps):
+        for i, parameter in enumerate(named.values()):
+            parameter.grad = torch.full_like(parameter, i + 1)
+        optimizer.step()
+    return named, optimizer
+
+
+def by_name(optimizer, given):
+    """What torch's documentation has for parameters in another order, and new ones."""
+    made = optimizer.state_dict()
+    (group,), (saved,) = made["param_groups"], given["param_groups"]
+    place = dict(zip(saved["param_names"], saved["params"], strict=True))
+    there = [(i, place[n]) for i, n in zip(group["params"], group["param_names"], strict=True) if n in place]
+    return made | {"state": {i: given["state"][at] for i, at in there}}
+
+
+@pytest.mark.parametrize("kind", [RowSGD, RowAdam])
+def test_a_hook_loads_by_name(kind):
+    named, optimizer = stepped(kind, "a", "b")
+    others, other = stepped(kind, "new", "b", "a", steps=0)
+    other.register_load_state_dict_pre_hook(by_name)
+    other.load_state_dict(optimizer.state_dict())
+    for name in ("a", "b"):
+        held, loaded = (o.state[p[name]][MOMENT[kind]] for o, p in ((optimizer, named), (other, others)))
+        assert torch.equal(held, loaded) and held.dtype == loaded.dtype
+    assert others["new"] not in other.state
+
+
+@pytest.mark.parametrize("kind", [RowSGD, RowAdam])
+def test_what_is_checked_is_what_hooks_made(kind):
+    def with_number(number):
+        def hook(_, given):
+            changed = copy.deepcopy(given)
+            changed["state"][0][MOMENT[kind]][0] = number
+            return changed
+
+        return hook
+
+    _, optimizer = stepped(kind, "a", "b")
+    _, other = stepped(kind, "a", "b", steps=0)
+    other.register_load_state_dict_pre_hook(with_number(math.nan))
+    with pytest.raises(ValueError, match=rf"{MOMENT[kind]}\[0\]: expected a finite number"):
+        other.load_state_dict(optimizer.state_dict())
+    assert not other.state
+    mends = other.register_load_state_dict_pre_hook(with_number(3.0))
+    other.load_state_dict(optimizer.state_dict())
+    mends.remove()
+    with pytest.raises(ValueError, match="expected a finite number"):  # ours are gone too
+        other.load_state_dict(optimizer.state_dict())
+
+
+def test_hooks_after_loading_see_averages_as_they_are_kept():
+    _, optimizer = stepped(RowAdam, "a")
+    others, other = stepped(RowAdam, "a", steps=0)
+    seen = []
+    other.register_load_state_dict_post_hook(lambda o: seen.append(o.state[others["a"]]["exp_avg"].dtype))
+    other.load_state_dict(optimizer.state_dict())
+    assert seen == [torch.float32]

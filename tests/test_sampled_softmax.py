@@ -433,12 +433,29 @@ def test_float64_rows_of_many_lengths(length, sampled_softmax_loss):
 
 
 @cpp_only
-@pytest.mark.parametrize("length", [1e160, 1e300])
-def test_float64_rows_of_any_length(length, sampled_softmax_loss):
+@pytest.mark.parametrize("length", [1e155, 1e160, 1e168, 1e300])
+@pytest.mark.parametrize(
+    "options", [{}, {"cosine_margin": 0.2}, {"angular_margin": 0.3}, {"label_smoothing": 0.1}]
+)
+def test_float64_rows_of_any_length(length, options, sampled_softmax_loss):
     x, w, t = problem(dtype=F64)
-    torch.testing.assert_close(
-        sampled_softmax_loss(x * length, w, t), sampled_softmax_loss(x, w, t), rtol=1e-13, atol=0
-    )
+    expected = sampled_softmax_loss(x, w, t, **options)
+    right = gradients(expected, x, w)
+    for rows in (x * length, w), (x, w * length):
+        found = sampled_softmax_loss(*rows, t, **options)
+        torch.testing.assert_close(found, expected, rtol=1e-13, atol=0)
+        torch.testing.assert_close(gradients(found, x, w), right, rtol=1e-11, atol=1e-13)
+
+
+@cpp_only
+def test_upstream_gradients_that_torch_negates_by_a_flag(sampled_softmax_loss):
+    x, w, t = problem(dtype=F64)
+    losses = sampled_softmax_loss(x, w, t, reduction="none")
+    upstream = torch.view_as_complex(torch.rand(len(t), 2, dtype=F64)).conj().imag
+    assert upstream.is_neg()
+    found = torch.autograd.grad(losses, (x, w), upstream, retain_graph=True)
+    right = torch.autograd.grad(losses, (x, w), upstream.resolve_neg())
+    assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
 
 
 @pytest.mark.parametrize("scale", [1e4, 1e30, 1e300])

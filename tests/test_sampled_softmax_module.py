@@ -223,6 +223,27 @@ def test_sizes_are_those_of_the_weight():
     assert torch.equal(found, torch.arange(C))
 
 
+def test_class_weights_of_other_classes_stay_at_a_reset():
+    grown = SampledSoftmaxLoss(C, D, 5, class_weight=torch.rand(C))
+    late = SampledSoftmaxLoss(C + 2, D, 5)
+    grown.weight = torch.nn.Parameter(torch.randn(C + 2, D))
+    for criterion in (grown, late):
+        criterion.class_weight = torch.arange(C + 2.0)
+        criterion.reset_parameters()
+        assert torch.equal(criterion.class_weight, torch.arange(C + 2.0))
+
+
+def test_class_weights_without_numbers_are_refused():
+    with torch.device("meta"), pytest.raises(ValueError, match=r'class_weight: .*the device "meta"'):
+        SampledSoftmaxLoss(C, D, 5, class_weight=torch.ones(C))
+
+
+def test_an_embeddings_initialiser_meets_the_sizes_of_the_class_matrix():
+    criterion = SampledSoftmaxLoss(1000, 64, 5, sparse_grad=True)
+    (embedding,) = (m for m in criterion.modules() if isinstance(m, torch.nn.Embedding))
+    assert (embedding.num_embeddings, embedding.embedding_dim) == (1000, 64)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_reset_parameters_makes_what_a_new_module_has(dtype):
     def new(device):

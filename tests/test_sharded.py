@@ -23,7 +23,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from fedss_kernels import RowSGD, SampledSoftmaxLoss, ShardedSampledSoftmaxLoss
+from fedss_kernels import FrequencySampler, RowSGD, SampledSoftmaxLoss, ShardedSampledSoftmaxLoss
 from fedss_kernels.sharded import combined
 
 C, D = 23, 6
@@ -316,7 +316,7 @@ def _expected_counts_are_exact(p, criterion, sampler):
 
 def samplers_of_frequencies_agree_with_one_process(rank, world):
     p = Problem(rank, world)
-    for sampler in ("log_uniform", torch.arange(1, C + 1)):
+    for sampler in ("log_uniform", torch.arange(1, C + 1), FrequencySampler(torch.arange(1, C + 1))):
         criterion = p.criterion(7, sampler=sampler, bias=True)
         agrees_with_one_process(p, criterion)
         assert list(criterion.state_dict()) == ["weight", "bias"], "tables are of a block"
@@ -325,6 +325,35 @@ def samplers_of_frequencies_agree_with_one_process(rank, world):
             ValueError,
             r"sampler: expected frequencies of 23 classes, got shape \(5,\)",
             lambda: p.criterion(7, sampler=torch.ones(5)),
+        )
+        refused(
+            ValueError,
+            "sampler: expected frequencies of 23 classes, got 5",
+            lambda: p.criterion(7, sampler=FrequencySampler(torch.ones(5))),
+        )
+
+
+def a_sampler_draws_in_a_block_as_its_frequencies_do(rank, world):
+    p, frequencies = Problem(rank, world), torch.arange(1, C + 1)
+    given = p.criterion(7, sampler=frequencies).sampler
+    own = p.criterion(7, sampler=FrequencySampler(frequencies)).sampler
+    uniform = torch.randint(2**62, (500,), generator=torch.Generator().manual_seed(0))
+    for found, expected in zip(own.draw(uniform), given.draw(uniform), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def class_weights_come_back_and_a_short_bias_is_told(rank, world):
+    p, weights = Problem(rank, world), torch.rand(C)
+    criterion = p.criterion(7, class_weight=weights, bias=True)
+    criterion.class_weight.zero_()
+    criterion.reset_parameters()
+    assert torch.equal(criterion.class_weight, weights)
+    if world > 1:
+        state = {"weight": p.weight, "bias": p.bias[:3], "class_weight": weights}
+        refused(
+            ValueError,
+            f"bias: expected {C} rows, those of all ranks, got 3",
+            lambda: criterion.load_state_dict(state),
         )
 
 
@@ -557,6 +586,8 @@ CHECKS = [
     autocast_rounds_rows_as_one_process_does,
     expected_counts_are_exact,
     samplers_of_frequencies_agree_with_one_process,
+    a_sampler_draws_in_a_block_as_its_frequencies_do,
+    class_weights_come_back_and_a_short_bias_is_told,
     negatives_are_the_blocks_share,
     gradients_nobody_wants_are_not_sent,
     one_rank_wants_a_gradient_and_others_do_not,

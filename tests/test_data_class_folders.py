@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -193,11 +194,24 @@ def test_a_split_of_links_to_one_folder_is_refused(tmp_path):
         read(folder, how=TWO)
 
 
-def test_a_link_to_nothing_is_an_error(tmp_path):
+@pytest.mark.parametrize("target", ["gone", "data/cat"])  # the latter is itself
+@pytest.mark.parametrize("split", [False, True])
+def test_a_link_to_nothing_is_an_error_or_left_out(target, split, tmp_path):
     folder = write_tree(tmp_path / "data", {"ant": 5, "bee": 5})
-    (folder / "cat").symlink_to(tmp_path / "gone")
-    with pytest.raises(FileNotFoundError, match="image_folder: .*cat is a link to what is not there"):
+    link = folder / "cat"
+    if split:
+        for part in ("train", "test"):
+            write_tree(folder / part, {"ant": 5, "bee": 5})
+        shutil.rmtree(folder / "ant")
+        shutil.rmtree(folder / "bee")
+    link.symlink_to(tmp_path / target)
+    message = "image_folder: .*cat is a link to what is not there .* go on without them: --skip-damaged"
+    with pytest.raises(FileNotFoundError, match=message):
         read(folder, how=TWO)
+    data = read(folder, how=TWO, skip_damaged=True)
+    assert data.num_classes == 2
+    (note,) = (note for note in data.notes if "cannot be read" in note)
+    assert note.count("cat is a link to what is not there") == 1
 
 
 @pytest.mark.parametrize("target", ["gone.jpg", "data/ant/9.jpg"])  # the latter is itself
@@ -215,7 +229,10 @@ def test_an_image_that_is_a_link_to_nothing_is_missing_and_can_be_left_out(targe
     assert any(note in caplog.text for note in data.notes)
     (folder / "ant" / "more").symlink_to(tmp_path / "gone")  # a folder, perhaps of many images
     with pytest.raises(FileNotFoundError, match="ant/more is a link to what is not there"):
-        read(folder, how=TWO, skip_damaged=True)
+        read(folder, how=TWO)
+    data = read(folder, how=TWO, skip_damaged=True)
+    assert len(data.images) + len(data.test_images) == 10
+    assert any("ant/more is a link to what is not there" in note for note in data.notes)
 
 
 @pytest.mark.parametrize("unreadable", ["bee", "ant/more"])

@@ -1,10 +1,12 @@
 """Files are there whole or not at all; what some file systems cannot do is told from what went wrong."""
 
 import errno
+import io
 import os
 import resource
 
 import pytest
+import torch
 
 from fedss_kernels.federated import disk
 
@@ -97,3 +99,20 @@ def test_what_is_unfinished_is_removed_and_nothing_else(tmp_path):
         (tmp_path / name).touch()
     disk.remove_unfinished(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"model.pt", "unfinished-thesis"}
+
+
+class Full(io.BytesIO):
+    """A file on a disk with room for 100 bytes."""
+
+    def write(self, content):
+        if self.tell() + len(content) > 100:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(content)
+
+
+def test_a_full_disk_is_told_by_its_name_whoever_writes():
+    """torch.save's own words are of a position that is not expected."""
+    with pytest.raises(OSError, match="No space left on device"), disk.systems_errors():
+        torch.save(torch.ones(1000), Full())
+    with pytest.raises(RuntimeError, match="^other$"), disk.systems_errors():
+        raise RuntimeError("other")

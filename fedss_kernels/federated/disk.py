@@ -60,6 +60,20 @@ def write_whole(path: Path, content: str) -> None:
         file.write(text.encode())
 
 
+@contextlib.contextmanager
+def systems_errors() -> Iterator[None]:
+    """Of a library that tells a full disk in words of its own, as torch.save does: the system's, not its."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        raise cause from None
+
+
 def write_synced(path: Path, content: bytes) -> None:
     """A new file."""
     with named(path), path.open("xb") as file:

@@ -154,7 +154,7 @@ def _add_harden_arguments(parser: argparse.ArgumentParser) -> None:
 _NOT_OF_IT = (
     *("method", "half_checkpoint", "freeze_clients", "private_queues", "in_turn", "sync_period"),
     *("client_gradient", "momentum_copies", "velocities", "workers", "class_store", "eval_every"),
-    *("checkpoint_every", "min_clients", "dropout_rate"),
+    *("checkpoint_every", "cohort", "min_clients", "dropout_rate"),
 )
 
 
@@ -169,7 +169,13 @@ def _harden(arguments: argparse.Namespace) -> int:
         out = config.out or Path("runs") / f"harden-{config.data}"
         if (out / HALF).exists() and not config.overwrite:
             raise Mistake(f"{out / HALF} is there: choose another folder, or replace it with --overwrite")
-        config = dataclasses.replace(config, out=None, half_checkpoint=None, freeze_clients=False)
+        config = dataclasses.replace(
+            config,
+            out=None,
+            half_checkpoint=None,
+            freeze_clients=False,
+            cohort=1,  # all in one place
+        )
         config, source = read_data(config, [config], lambda: make_folder(out), arguments.given)
         target = _target(arguments, config) if arguments.target else None
         known = source.images[:0] if target is None else _known(arguments, config, target)

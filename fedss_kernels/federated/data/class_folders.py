@@ -51,6 +51,10 @@ def image_endings() -> frozenset[str]:
     return frozenset(found)
 
 
+class DanglingLink(FileNotFoundError):
+    """A link to what is not there, or to itself; to a folder, perhaps of many images."""
+
+
 class ClassFolders:
     """Looks for images below folders, and keeps count of what it leaves out.
 
@@ -110,22 +114,29 @@ class ClassFolders:
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """A folder that may not be read is left out here, or the reason to end, as one that is gone is."""
+        """A folder that may not be read, or a link to nothing, is left out here, or the reason to end.
+
+        As a folder is that goes away while it is read.
+        """
         try:
             yield
-        except PermissionError as error:
+        except (PermissionError, DanglingLink) as error:
             words = str(error)
             if self.skip_damaged:
-                self.unread.append(words.removeprefix(f"{self.name}: "))
+                found = words.removeprefix(f"{self.name}: ")
+                self.unread += [found] * (found not in self.unread)
             elif self.skip_damaged is None or words.endswith(OR_SKIP):
                 raise
             else:
-                raise PermissionError(words + OR_SKIP) from None
+                raise type(error)(words + OR_SKIP) from None
 
     def split(self, folder: Path) -> tuple[Path, Path] | None:
         """(training's folder, the test's) where `folder` has such."""
         entries = self._entries(folder)
-        names = [entry.name for entry in entries if self._is_folder(entry)]
+        names = []
+        for entry in entries:
+            with self._reading():
+                names += [entry.name] * self._is_folder(entry)
         train = self._one(folder, [name for name in names if TRAIN.fullmatch(name)])
         tests = {kind: [name for name in names if of.fullmatch(name)] for kind, of in _TEST.items()}
         test = next((self._one(folder, found) for found in tests.values() if found), None)
@@ -171,6 +182,10 @@ class ClassFolders:
                 entry.stat()
             return entry.is_dir()
         except OSError as error:
+            if _leads_nowhere(entry):
+                raise DanglingLink(
+                    f"{self.name}: {entry.path} is a link to what is not there ({error.strerror})"
+                ) from None
             self._cannot_read(Path(entry.path), error)
 
     def _enter(self, folder: Path) -> None:

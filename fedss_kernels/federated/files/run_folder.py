@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from ..config import Config, ConfigError, read_options
 from ..config_error import UnknownMethod
 from ..data import FederatedData
-from ..disk import remove_unfinished, replacing, write_whole
+from ..disk import remove_unfinished, replacing, systems_errors, write_whole
 from ..ledger import Entry, is_flow
 from ..lock import Lock
 from ..measures import BY_TASK, Measures
@@ -196,7 +196,7 @@ class RunFolder:
         self.record.restore_tables()
         state = {name: value.detach().clone() for name, value in extractor.state_dict().items()}
         rows = {} if weight is None else {"weight": weight.clone()}
-        with replacing(self.path / "model.pt") as file:
+        with replacing(self.path / "model.pt") as file, systems_errors():
             torch.save({"extractor": state, **rows, **own}, file)
         # The last: it says that the run is finished.
         write_whole(self.path / "summary.json", json.dumps(summary.to_dict(), indent=2) + "\n")

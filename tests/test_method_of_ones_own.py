@@ -12,11 +12,14 @@ import torch
 from test_cli import SMALL
 from tiny_federation import tiny_config, tiny_data, tiny_model
 
-from fedss_kernels.federated import Config, ConfigError, cli, plugins, register, run
+from fedss_kernels.federated import Config, ConfigError, Stopped, cli, plugins, register, run, testing
 from fedss_kernels.federated.algorithms import METHODS, Method, Request
 from fedss_kernels.federated.clients.player import Player
+from fedss_kernels.federated.comparisons.compare import Comparison
 from fedss_kernels.federated.idle_settings import idle
 from fedss_kernels.federated.plan import Plan
+from fedss_kernels.federated.reports import report
+from fedss_kernels.federated.reports.reported_run import Run
 from fedss_kernels.federated.testing import check_method
 
 FEDSS, POS_ONLY = METHODS["fedss"], METHODS["pos_only"]
@@ -486,6 +489,25 @@ def test_who_reads_an_option_is_asked_when_it_is_said():
     assert "mine" in line
 
 
+def test_a_report_has_the_numbers_of_a_methods_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "save_plots", lambda folder, runs: ["", ""])
+    mine(penalty_gradient=proximal, settings={"mu": 0.1})
+    results = [train(rounds=1, method="fedss"), train(rounds=1, settings={"mu": 0.5})]
+    results.append(train(rounds=1, settings={"mu": 4.0}, label="Far"))
+    runs = [Run(result.config, result.history, result.summary) for result in results]
+    for played, words in (
+        (runs[1:2], "Mine. With mu=0.5.</dd>"),
+        (runs[:2], "Mine. With mu=0.5.</dd>"),
+        (runs, "Mine. Mine: mu=0.5; Far: mu=4.</dd>"),
+    ):
+        if len(played) == 1:
+            report.write_run_report(tmp_path, *played)
+        else:
+            report.write_comparison_report(tmp_path, played, ["method"], [], [])
+        text = (tmp_path / "report.html").read_text()
+        assert words in text and text.count("mu=0.5") == 1 + (len(played) == 1)
+
+
 # ---- what every method stands ------------------------------------------------------------------------------
 
 
@@ -498,6 +520,23 @@ def test_a_method_that_is_not_a_function_of_the_round_is_found_out():
     mine(penalty_gradient=penalty_gradient)
     with pytest.raises(AssertionError, match="mine: once more it comes to other numbers"):
         check_method("mine")
+
+
+@pytest.mark.parametrize("method", ["fedss", "full_softmax", "fedrep", "simclr", "centralized"])
+def test_it_is_tried_without_settings_that_have_no_effect(method, monkeypatch):
+    tried = []
+
+    class Enough(Exception):
+        pass
+
+    def look(config):
+        tried.append(config)
+        raise Enough
+
+    monkeypatch.setattr(testing, "run", look)
+    with pytest.raises(Enough):
+        check_method(method)
+    assert not idle(tried)
 
 
 @pytest.mark.exhaustive
@@ -559,6 +598,45 @@ def test_of_what_is_of_a_method_that_is_not_known_the_way_to_it_is_said(file, tm
         line = fails(capsys, *argv)
         assert words in line and "--config:" not in line and line.endswith("defines it"), line
     assert "no run in" in fails(capsys, "report", out, f"--plugin={file}")
+
+
+def test_how_a_stopped_run_or_comparison_goes_on_is_said_with_its_files(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "of mine"
+    folder.mkdir()
+    file, out = folder / "prox.py", tmp_path / "out"
+    file.write_text(FILE)
+
+    def stopped(*arguments, **options):
+        raise Stopped(2, out)
+
+    def lost(*arguments, **options):
+        return Comparison([], [], ["FedSS, seed 0 failed"], out, go_on=True)
+
+    monkeypatch.setattr(cli.train, "run", stopped)
+    monkeypatch.setattr("fedss_kernels.federated.comparisons.compare.compare", lost)
+    for command in (["run", "--method=prox"], ["compare", "--methods=prox", "--seeds=0"]):
+        cli.main([*command, *SMALL, f"--plugin={file}", f"--out={out}"])
+        way = f"go on with: fedss {command[0]} --resume {out} --plugin '{file}'"
+        assert capsys.readouterr().err.splitlines()[-1].endswith(way)
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
+def test_a_plugin_finds_modules_beside_it(workers, file, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    name = f"beside_{workers}"
+    (tmp_path / f"{name}.py").write_text("def pull(now, received, mu):\n    return mu * (now - received)\n")
+    file.write_text(
+        FILE.replace("return mu * (now - received)", f"import {name} as m; return m.pull(now, received, mu)")
+    )
+    plugins.load_plugins([file])
+    options = {"method": "prox", "rounds": 1, "settings": {"mu": 0.5}}
+    assert bits(train(workers=workers, **options)) != bits(train(method="fedss", rounds=1))
+    wrong, before = tmp_path / "other" / "wrong.py", [*sys.path]
+    wrong.parent.mkdir()
+    wrong.write_text("x = 1")
+    with pytest.raises(ConfigError, match="expected a call of register"):
+        plugins.load_plugins([wrong])
+    assert sys.path == before
 
 
 @pytest.mark.exhaustive

@@ -109,6 +109,7 @@ def _wrong_options(method: Method) -> Iterator[str]:
 def load_plugins(files: Iterable[Path] = ()) -> None:
     """Imports these files and those of FEDSS_PLUGINS, each once, and notes them there.
 
+    A file finds modules beside it, as a script does: its folder is the first of sys.path from then on.
     Raises ConfigError, with its cause in a line, for one that cannot be, or that registers nothing.
     """
     noted = [Path(name) for name in os.environ.get(FILES, "").split(os.pathsep) if name]
@@ -145,6 +146,9 @@ def _load(path: Path) -> None:
     spec = importlib.util.spec_from_file_location(name, path, loader=loader)
     assert spec is not None
     sys.modules[name] = importlib.util.module_from_spec(spec)
+    paths, folder = [*sys.path], str(path.parent)
+    if folder not in paths:
+        sys.path.insert(0, folder)
     try:
         loader.exec_module(sys.modules[name])
         why = "" if METHODS != before else "expected a call of register(method) in it, got none"
@@ -154,6 +158,7 @@ def _load(path: Path) -> None:
         del sys.modules[name]
         METHODS.clear()
         METHODS.update(before)
+        sys.path[:] = paths
         raise ConfigError("plugin", f"{path}: {why}")
 
 

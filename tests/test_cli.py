@@ -46,6 +46,7 @@ COMMANDS = (
     "harden, report, flower, methods, bench, doctor"
 )
 METHODS = ", ".join(algorithms.METHODS)
+FROM_OUTSIDE = " (--plugin FILE imports the file of a method of one's own, in Python register adds it)"
 SMALL = ["--glyph-classes=12", "--glyph-writers=4", "--cohort=2", "--num-negatives=3", "--embedding-dim=8"]
 
 
@@ -100,7 +101,7 @@ def own_cache(tmp_path_factory, monkeypatch):
         ),
         (
             ["run", "--method", "full"],
-            f"fedss run: --method: expected one of {METHODS}, got 'full'",
+            f"fedss run: --method: expected one of {METHODS}, got 'full'{FROM_OUTSIDE}",
         ),
         (["run", "--data-dir", "/no/such"], "fedss run: --data-dir: no such folder: /no/such"),
         (
@@ -125,13 +126,14 @@ def own_cache(tmp_path_factory, monkeypatch):
         ),
         (
             ["compare", "--methods", "fedss,bar"],
-            f"fedss compare: --methods: expected some of {METHODS}, got 'bar'",
+            f"fedss compare: --methods: expected some of {METHODS}, got 'bar'{FROM_OUTSIDE}",
         ),
         (
             ["compare", "--methods=fedss,bar", "--rates=nan", "--rounds=0", "--counts=2,2"],
-            f"fedss compare: --methods: expected some of {METHODS}, got 'bar'; --rates: expected numbers "
-            "greater than 0 with commas between, got 'nan'; --rounds: expected an integer of at least 1, got "
-            "0; --counts: expected at least one, each once, got 2, 2",
+            f"fedss compare: --methods: expected some of {METHODS}, got 'bar'{FROM_OUTSIDE}; "
+            "--rates: expected numbers greater than 0 with commas between, got 'nan'; "
+            "--rounds: expected an integer of at least 1, got 0; "
+            "--counts: expected at least one, each once, got 2, 2",
         ),
         (
             ["run", "--batch-size=1", "--method=simclr", "--class-store=store"],

@@ -12,11 +12,14 @@ import torch
 from test_cli import SMALL
 from tiny_federation import tiny_config, tiny_data, tiny_model
 
-from fedss_kernels.federated import Config, ConfigError, cli, plugins, register, run
+from fedss_kernels.federated import Config, ConfigError, Stopped, cli, plugins, register, run, testing
 from fedss_kernels.federated.algorithms import METHODS, Method, Request
 from fedss_kernels.federated.clients.player import Player
+from fedss_kernels.federated.comparisons.compare import Comparison
 from fedss_kernels.federated.idle_settings import idle
 from fedss_kernels.federated.plan import Plan
+from fedss_kernels.federated.reports import report
+from fedss_kernels.federated.reports.reported_run import Run
 from fedss_kernels.federated.testing import check_method
 
 FEDSS, POS_ONLY = METHODS["fedss"], METHODS["pos_only"]
@@ -86,7 +89,7 @@ def test_a_method_that_is_registered_is_one_of_the_methods():
         ({"presets": {"round": 3}}, "presets: no such option of Config: round (did you mean rounds?)"),
         ({"baseline": "best"}, "baseline: expected the name of a method, got 'best'"),
         ({"settings": {"rounds": 3}}, "settings: rounds is an option of Config"),
-        ({"settings": {"mu": 1.0}}, "settings: mu is read by none of request, parts, by_round, passes, pen"),
+        ({"settings": {"mu": 1.0}}, "settings: mu is read by none of request, parts, by_round, passes, loss"),
         (
             {"settings": {"mu": "1"}, "penalty_gradient": proximal},
             "settings: mu: expected a finite number, got '1'",
@@ -98,6 +101,23 @@ def test_a_method_that_is_registered_is_one_of_the_methods():
         ({"request": None}, "request: expected a function, got None"),
         ({"parts": lambda blocks: "all"}, "parts: expected it to return Parts, got str"),
         ({"split": True}, "split: expected False"),
+        ({"loss": 3}, "loss: expected a function, got 3"),
+        (
+            {"request": lambda num_classes, positives, negatives, correction, client: None},
+            "request: expected request(num_classes, positives, negatives, correction), got (num_classes, "
+            "positives, negatives, correction, client)",
+        ),
+        (
+            {"penalty_gradient": lambda now, received, client: now},
+            "penalty_gradient: expected penalty_gradient(now, received), got (now, received, client)",
+        ),
+        ({"parts": lambda: None}, "parts: expected parts(num_blocks), got ()"),
+        ({"passes": lambda epochs: []}, "passes: expected passes(local_epochs, head_epochs), got (epochs)"),
+        ({"by_round": lambda config: None}, "by_round: expected by_round(config, num_blocks), got (config)"),
+        (
+            {"loss": lambda embeddings, rows, target: embeddings.sum()},
+            "loss: expected loss(embeddings, rows, target, given), got (embeddings, rows, target)",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_and_not_registered(changes, words):
@@ -108,6 +128,13 @@ def test_what_cannot_be_is_refused_and_not_registered(changes, words):
     assert before == METHODS
     with pytest.raises(TypeError, match="register: expected a Method, got str"):
         register("fedss")
+
+
+@pytest.mark.parametrize("method", ["simclr", "layerwise"])
+def test_a_loss_over_class_rows_is_not_for_methods_without_them(method):
+    words = "^register: loss: expected None of a method without labels or class rows$"
+    with pytest.raises(ValueError, match=words):
+        mine(METHODS[method], loss=usual)
 
 
 def test_all_that_is_wrong_with_a_method_is_said_at_once():
@@ -202,6 +229,116 @@ def test_requests_of_methods_without_labels_need_no_classes():
     mine(METHODS["simclr"], request=nothing)
     player = Player(tiny_config(method="mine"), tiny_data(), tiny_model())
     assert len(player.request(0, 0, 0).class_ids) == 0
+
+
+def test_who_does_not_sample_gets_no_negatives():
+    seen = []
+
+    def request(num_classes, positives, negatives, correction):
+        seen.append(len(negatives))
+        return POS_ONLY.request(num_classes, positives, negatives, correction)
+
+    mine(POS_ONLY, request=request)
+    assert bits(train(rounds=1)) == bits(train(rounds=1, method="pos_only")) and {*seen} == {0}
+    mine(POS_ONLY, name="sampling", label="Sampling", request=request, samples=True)
+    seen.clear()
+    train(rounds=1, method="sampling")
+    assert 2 in seen
+
+
+def test_a_request_that_fails_for_the_client_that_it_is_tried_with_is_said_so():
+    having = {(1, 2): "a"}
+
+    def request(num_classes, positives, negatives, correction):
+        having[tuple(positives.tolist())]
+
+    mine(request=request)
+    words = (
+        r"method: the request of mine, asked for a client with class 0 alone of two, and no negatives: "
+        r"KeyError: \(0,\)"
+    )
+    with pytest.raises(ConfigError, match=words) as caught:
+        train(requests="pir")
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+# ---- its loss ----------------------------------------------------------------------------------------------
+
+
+def usual(embeddings, rows, target, given):
+    return given.sampled_softmax(embeddings, rows, target)
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+@pytest.mark.parametrize("method", ["fedss", "neg_only", "fedbabu_ss", "fedrep", "centralized"])
+def test_the_usual_loss_as_a_methods_own_comes_to_the_same_bits(method, similarity):
+    mine(METHODS[method], loss=usual)
+    options = {"similarity": similarity, "client_momentum": 0.5, "dropout_rate": 0.2 * (method == "fedss")}
+    assert bits(train(**options)) == bits(train(method=method, **options))
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_the_logits_that_a_loss_is_given_are_those_of_the_usual_one(similarity):
+    def loss(embeddings, rows, target, given):
+        assert given.scale == 5.0 and given.similarity == similarity
+        return torch.nn.functional.cross_entropy(given.logits(embeddings, rows), target)
+
+    mine(METHODS["full_softmax"], loss=loss)
+    own, plain = (train(method=name, similarity=similarity) for name in ("mine", "full_softmax"))
+    torch.testing.assert_close(own.weight, plain.weight, rtol=1e-4, atol=1e-5)
+
+
+def test_a_loss_is_given_how_many_images_the_client_has_of_each_class_that_it_asked_for():
+    data, seen = tiny_data(), {}
+
+    def loss(embeddings, rows, target, given, *, tau):
+        ids = given.request.class_ids
+        assert len(rows) == len(ids) == len(given.counts) and given.counts.dtype == torch.int64
+        assert (given.counts[target] > 0).all() and tau == 0.5
+        seen[tuple(ids[given.counts > 0].tolist())] = (*given.counts.tolist(),)
+        return usual(embeddings, rows, target, given)
+
+    mine(loss=loss, settings={"tau": 2.0})
+    train(settings={"tau": 0.5}, cohort=5, rounds=1)
+    assert seen.keys() == {tuple(data.labels[held].unique().tolist()) for held in data.clients}
+    for held in data.clients:
+        ids, counts = data.labels[held].unique(return_counts=True)
+        found = seen[tuple(ids.tolist())]
+        assert [count for count in found if count] == counts.tolist() and found.count(0) == 2
+
+
+def test_what_a_loss_does_not_depend_on_stays_as_it_is():
+    mine(loss=lambda embeddings, rows, target, given: embeddings.square().mean())
+    first = train(rounds=1, client_lr=1e-30).weight
+    result = train(rounds=1)
+    assert torch.equal(result.weight, first)
+    assert not torch.equal(result.extractor[1].weight, tiny_model()[1].weight)
+
+
+@pytest.mark.parametrize(
+    "returned, got",
+    [
+        (lambda x: None, "NoneType"),
+        (lambda x: 0.5, "float"),
+        (lambda x: x.sum(dim=1), r"one of shape \(3,\)"),
+        (lambda x: x.detach().sum(), "one without a gradient"),
+    ],
+)
+def test_a_loss_that_cannot_be_minimised_is_refused(returned, got):
+    mine(loss=lambda embeddings, rows, target, given: returned(embeddings))
+    words = rf"method: the loss of mine: expected the batch's mean loss, .* of shape \(\) .*, got {got}$"
+    with pytest.raises(ConfigError, match=words):
+        train()
+
+
+@pytest.mark.exhaustive
+def test_a_method_with_a_loss_of_its_own_stands_what_others_do():
+    def loss(embeddings, rows, target, given, *, tau):
+        margin = tau * given.counts.clamp(min=1e-8) ** -0.25
+        return torch.nn.functional.cross_entropy(given.logits(embeddings, rows) - margin, target)
+
+    mine(METHODS["full_softmax"], loss=loss, settings={"tau": 0.5})
+    check_method("mine")
 
 
 # ---- its penalty -------------------------------------------------------------------------------------------
@@ -352,6 +489,25 @@ def test_who_reads_an_option_is_asked_when_it_is_said():
     assert "mine" in line
 
 
+def test_a_report_has_the_numbers_of_a_methods_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "save_plots", lambda folder, runs: ["", ""])
+    mine(penalty_gradient=proximal, settings={"mu": 0.1})
+    results = [train(rounds=1, method="fedss"), train(rounds=1, settings={"mu": 0.5})]
+    results.append(train(rounds=1, settings={"mu": 4.0}, label="Far"))
+    runs = [Run(result.config, result.history, result.summary) for result in results]
+    for played, words in (
+        (runs[1:2], "Mine. With mu=0.5.</dd>"),
+        (runs[:2], "Mine. With mu=0.5.</dd>"),
+        (runs, "Mine. Mine: mu=0.5; Far: mu=4.</dd>"),
+    ):
+        if len(played) == 1:
+            report.write_run_report(tmp_path, *played)
+        else:
+            report.write_comparison_report(tmp_path, played, ["method"], [], [])
+        text = (tmp_path / "report.html").read_text()
+        assert words in text and text.count("mu=0.5") == 1 + (len(played) == 1)
+
+
 # ---- what every method stands ------------------------------------------------------------------------------
 
 
@@ -364,6 +520,23 @@ def test_a_method_that_is_not_a_function_of_the_round_is_found_out():
     mine(penalty_gradient=penalty_gradient)
     with pytest.raises(AssertionError, match="mine: once more it comes to other numbers"):
         check_method("mine")
+
+
+@pytest.mark.parametrize("method", ["fedss", "full_softmax", "fedrep", "simclr", "centralized"])
+def test_it_is_tried_without_settings_that_have_no_effect(method, monkeypatch):
+    tried = []
+
+    class Enough(Exception):
+        pass
+
+    def look(config):
+        tried.append(config)
+        raise Enough
+
+    monkeypatch.setattr(testing, "run", look)
+    with pytest.raises(Enough):
+        check_method(method)
+    assert not idle(tried)
 
 
 @pytest.mark.exhaustive
@@ -425,6 +598,45 @@ def test_of_what_is_of_a_method_that_is_not_known_the_way_to_it_is_said(file, tm
         line = fails(capsys, *argv)
         assert words in line and "--config:" not in line and line.endswith("defines it"), line
     assert "no run in" in fails(capsys, "report", out, f"--plugin={file}")
+
+
+def test_how_a_stopped_run_or_comparison_goes_on_is_said_with_its_files(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "of mine"
+    folder.mkdir()
+    file, out = folder / "prox.py", tmp_path / "out"
+    file.write_text(FILE)
+
+    def stopped(*arguments, **options):
+        raise Stopped(2, out)
+
+    def lost(*arguments, **options):
+        return Comparison([], [], ["FedSS, seed 0 failed"], out, go_on=True)
+
+    monkeypatch.setattr(cli.train, "run", stopped)
+    monkeypatch.setattr("fedss_kernels.federated.comparisons.compare.compare", lost)
+    for command in (["run", "--method=prox"], ["compare", "--methods=prox", "--seeds=0"]):
+        cli.main([*command, *SMALL, f"--plugin={file}", f"--out={out}"])
+        way = f"go on with: fedss {command[0]} --resume {out} --plugin '{file}'"
+        assert capsys.readouterr().err.splitlines()[-1].endswith(way)
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
+def test_a_plugin_finds_modules_beside_it(workers, file, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    name = f"beside_{workers}"
+    (tmp_path / f"{name}.py").write_text("def pull(now, received, mu):\n    return mu * (now - received)\n")
+    file.write_text(
+        FILE.replace("return mu * (now - received)", f"import {name} as m; return m.pull(now, received, mu)")
+    )
+    plugins.load_plugins([file])
+    options = {"method": "prox", "rounds": 1, "settings": {"mu": 0.5}}
+    assert bits(train(workers=workers, **options)) != bits(train(method="fedss", rounds=1))
+    wrong, before = tmp_path / "other" / "wrong.py", [*sys.path]
+    wrong.parent.mkdir()
+    wrong.write_text("x = 1")
+    with pytest.raises(ConfigError, match="expected a call of register"):
+        plugins.load_plugins([wrong])
+    assert sys.path == before
 
 
 @pytest.mark.exhaustive

@@ -1,5 +1,6 @@
 """What README.md and docs/ say holds: examples run, commands and options are there, links lead somewhere."""
 
+import functools
 import itertools
 import re
 import shlex
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedss_kernels.federated.algorithms import METHODS
+from fedss_kernels.federated.algorithms import METHODS, Given
 from fedss_kernels.federated.cli import COMMANDS, _command, _name, _parse
 from fedss_kernels.federated.reports.parts_in_words import place
 
@@ -61,7 +62,7 @@ def test_examples_run_as_they_stand_but_for_the_number_of_rounds(page, tmp_path,
             r"<Result of fedss on mine after round 2: top-1 \d+\.\d%>",
             own_data,
         )
-        for method, line in zip(("fedprox", "decoys", "last_block"), own_methods, strict=True):
+        for method, line in zip(("fedprox", "decoys", "fedlc", "last_block"), own_methods, strict=True):
             assert re.fullmatch(rf"<Result of {method} on glyphs after round 2: top-1 \d+\.\d%>", line)
 
 
@@ -76,6 +77,27 @@ def test_the_decoys_of_the_tutorial_leave_the_denominator_as_it_is_on_average():
         found = names["request"](7, positives, torch.tensor(drawn), "negatives", decoys=3)
         sums.append((logits[found.class_ids] - found.log_expected_count).exp().sum())
     torch.testing.assert_close(torch.stack(sums).mean(), logits.exp().sum())
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_fedlc_of_the_tutorial_is_the_plain_softmax_where_all_counts_are_equal(similarity):
+    (example,) = (text for text in EXAMPLES["docs/simulate.md"] if "def loss(" in text)
+    names: dict = {}
+    exec(example[: example.index("\nregister(")], names)
+    random = torch.Generator().manual_seed(0)
+    x, rows = (torch.randn(n, d, generator=random) for n, d in ((5, 4), (7, 4 + (similarity == "dot"))))
+    target = torch.tensor([0, 6, 3, 3, 1])
+    request = METHODS["full_softmax"].request(7, target.unique(), target[:0], "none")
+    results = []
+    for counts in (torch.full((7,), 3), torch.tensor([1, 1, 0, 9, 0, 0, 2])):
+        given = Given(request, counts, 5.0, similarity)
+        for loss in (given.sampled_softmax, functools.partial(names["loss"], given=given, tau=1.0)):
+            trained = x.clone().requires_grad_(), rows.clone().requires_grad_()
+            mean = loss(*trained, target)
+            results.append((mean.detach(), *torch.autograd.grad(mean, trained)))
+    plain, equal, _, unequal = results
+    torch.testing.assert_close(equal, plain, rtol=1e-4, atol=1e-6)
+    assert unequal[2][[2, 4, 5]].abs().max() < 1e-12  # nothing pulls at classes that it has no images of
 
 
 @pytest.mark.parametrize("page, line", COMMAND_LINES)

@@ -24,7 +24,7 @@ from .algorithms.method import PIR, SHARED, STICKY
 from .algorithms.mocosfl import CLIENT_GRADIENTS, MOMENTUM_COPIES, SYMMETRIC, VELOCITIES
 from .algorithms.own_numbers import check_known, own_numbers
 from .clashes import clashes
-from .config_error import ConfigError, did_you_mean, raise_together
+from .config_error import FROM_OUTSIDE, ConfigError, did_you_mean, raise_together
 from .data import DATASETS, PARTITIONS, TASKS
 from .data.image_folder import TEST_SHARE
 from .defaults import EVAL_EVERY, FITTED, LINEAR, OWN, PRESETS, preset
@@ -617,4 +617,5 @@ def expectation(field: dataclasses.Field) -> str:
 
 def _nearest(field: dataclasses.Field, value: Any) -> str:
     choices = field.metadata["choices"]
-    return did_you_mean(value, choices()) if choices is not None and isinstance(value, str) else ""
+    near = did_you_mean(value, choices()) if choices is not None and isinstance(value, str) else ""
+    return near + FROM_OUTSIDE * (field.name == "method")

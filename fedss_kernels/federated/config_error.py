@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Callable, Iterable, Sequence
 
+FROM_OUTSIDE = " (--plugin FILE imports the file of a method of one's own, in Python register adds it)"
+
 
 class ConfigError(ValueError):
     """Options that cannot be: of each which one, what was expected, what came.

@@ -14,9 +14,11 @@ class Request:
     class_ids: (S,) int64, ascending, each once: the rows of W, those of the client's own classes among them.
     denominator: int64, over which of them the loss sums: positions in class_ids, from 0 to S - 1, each once,
         and not class ids; None: over all.
-    log_expected_count: a number for each of these, subtracted from its logit: the log of how often its class
-        is expected there, 0 for what always is.
-    sends_ids: whether class_ids travel to the server.
+    log_expected_count: a number for each of these, subtracted from its logit where it is not an image's own
+        class: the log of how often its class is expected there, 0 for what always is. An image's own logit
+        stays as it is.
+    sends_ids: whether class_ids travel to the server, and are counted as traffic; not where all are asked
+        for anyway.
     """
 
     class_ids: Tensor

@@ -13,7 +13,7 @@ from .algorithms import METHODS
 from .algorithms.own_numbers import check_known
 from .clashes import no_store
 from .config import Config, ConfigError, did_you_mean, read_options
-from .config_error import UnknownMethod, raise_together
+from .config_error import FROM_OUTSIDE, UnknownMethod, raise_together
 from .disk import write_whole
 from .files.checkpoint import CheckpointError, differences
 
@@ -261,7 +261,9 @@ def _strange(option: str, value: Any, own: Mapping[str, Mapping[str, Any]]) -> s
     if isinstance(value, str) and own.get(value, {}).get("method", value) in METHODS:
         return ""
     names = [*METHODS, *(name for name in own if name not in METHODS)]
-    return f"expected some of {', '.join(names)}, got {value!r}{did_you_mean(str(value), names)}"
+    return (
+        f"expected some of {', '.join(names)}, got {value!r}{did_you_mean(str(value), names)}{FROM_OUTSIDE}"
+    )
 
 
 def as_called(pieces: Sequence[str], own: Iterable[str]) -> list[str]:

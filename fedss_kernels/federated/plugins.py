@@ -7,6 +7,8 @@ starts, which begin with the package's methods alone, find them there: `load_plu
 import dataclasses
 import importlib.machinery
 import importlib.util
+import inspect
+import itertools
 import os
 import re
 import sys
@@ -15,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .algorithms import METHODS, Method, Parts
-from .algorithms.method import HOOKS, keywords
+from .algorithms.method import HOOKS, OPTIONAL, keywords
 from .algorithms.own_numbers import is_number
 from .config import Config, ConfigError, did_you_mean
 
@@ -29,7 +31,7 @@ def register(method: Method) -> Method:
     A script that starts workers calls it wherever it is imported, not under `if __name__ == "__main__":`.
     Raises TypeError for what is no Method; ValueError, with all that is wrong: a name or a label that another
     has, options that Config has not, settings that no function of it has as a keyword argument, a function
-    that is none. Then nothing is added.
+    that is none or takes other arguments. Then nothing is added.
     """
     if not isinstance(method, Method):
         raise TypeError(f"register: expected a Method, got {type(method).__name__}")
@@ -55,18 +57,33 @@ def _wrong_words(method: Method) -> Iterator[str]:
 
 
 def _wrong_functions(method: Method) -> Iterator[str]:
-    for name in HOOKS:
-        function = getattr(method, name)
-        if not callable(function) and not (function is None and name in ("by_round", "penalty_gradient")):
-            yield f"{name}: expected a function, got {function!r}"
-        for keyword in sorted(keywords(function) - {*method.settings}):
-            yield f"{name}: its keyword argument {keyword} is not among the settings"
-    if callable(method.parts) and not keywords(method.parts) - {*method.settings}:
-        parts = method.parts(1)
-        if not isinstance(parts, Parts):
-            yield f"parts: expected it to return Parts, got {type(parts).__name__}"
+    wrong = {name: [*_wrong_function(method, name)] for name in HOOKS}
+    yield from itertools.chain.from_iterable(wrong.values())
+    parts = None if wrong["parts"] else method.parts(1)
+    if parts is not None and not isinstance(parts, Parts):
+        yield f"parts: expected it to return Parts, got {type(parts).__name__}"
+    if method.loss and isinstance(parts, Parts) and (method.contrastive or method.rowless):
+        yield "loss: expected None of a method without labels or class rows"
     if method.split:
         yield "split: expected False, as rounds of clients and server together are the package's own"
+
+
+def _wrong_function(method: Method, name: str) -> Iterator[str]:
+    function = getattr(method, name)
+    if function is None and name in OPTIONAL:
+        return
+    if not callable(function):
+        yield f"{name}: expected a function, got {function!r}"
+        return
+    named = keywords(function)
+    for keyword in sorted(named - {*method.settings}):
+        yield f"{name}: its keyword argument {keyword} is not among the settings"
+    found = inspect.signature(function)
+    try:
+        found.bind(*HOOKS[name], **dict.fromkeys(named))
+    except TypeError:
+        taken = [p.replace(annotation=p.empty) for p in found.parameters.values() if p.name not in named]
+        yield f"{name}: expected {name}({', '.join(HOOKS[name])}), got ({', '.join(map(str, taken))})"
 
 
 def _wrong_options(method: Method) -> Iterator[str]:
@@ -92,6 +109,7 @@ def _wrong_options(method: Method) -> Iterator[str]:
 def load_plugins(files: Iterable[Path] = ()) -> None:
     """Imports these files and those of FEDSS_PLUGINS, each once, and notes them there.
 
+    A file finds modules beside it, as a script does: its folder is the first of sys.path from then on.
     Raises ConfigError, with its cause in a line, for one that cannot be, or that registers nothing.
     """
     noted = [Path(name) for name in os.environ.get(FILES, "").split(os.pathsep) if name]
@@ -128,6 +146,9 @@ def _load(path: Path) -> None:
     spec = importlib.util.spec_from_file_location(name, path, loader=loader)
     assert spec is not None
     sys.modules[name] = importlib.util.module_from_spec(spec)
+    paths, folder = [*sys.path], str(path.parent)
+    if folder not in paths:
+        sys.path.insert(0, folder)
     try:
         loader.exec_module(sys.modules[name])
         why = "" if METHODS != before else "expected a call of register(method) in it, got none"
@@ -137,6 +158,7 @@ def _load(path: Path) -> None:
         del sys.modules[name]
         METHODS.clear()
         METHODS.update(before)
+        sys.path[:] = paths
         raise ConfigError("plugin", f"{path}: {why}")
 
 

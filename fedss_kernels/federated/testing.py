@@ -15,8 +15,7 @@ from .run_loop import Result, Stopped, run
 
 _SMALL: dict[str, Any] = {
     **{"glyph_classes": 12, "glyph_writers": 4, "partition": "classes", "num_clients": 6},
-    **{"classes_per_client": 3, "embedding_dim": 8, "num_negatives": 3},
-    **{"rounds": 3, "cohort": 3, "eval_every": 1, "dropout_rate": 0.2},
+    **{"classes_per_client": 3, "embedding_dim": 8, "rounds": 3, "cohort": 3, "eval_every": 1},
 }
 
 
@@ -28,13 +27,21 @@ def check_method(name: str, **options: Any) -> None:
     glyphs; options are Config's, where others are wanted. Raises AssertionError for what differs or is not
     finite, and what `run` raises. rounds: at least 2.
     """
-    config = Config(**_SMALL | {"method": name} | options)
+    config = Config(**_SMALL | _of_method(name) | {"method": name} | options)
     whole = run(config)
     losses = [metrics.loss for metrics in whole.history]
     assert all(map(math.isfinite, losses)), f"{name}: losses that are not finite: {losses}"
     for way, result in _ways(config):
         assert bits(result) == bits(whole), f"{name}: {way} it comes to other numbers"
         assert history(result) == history(whole), f"{name}: {way} it has other metrics"
+
+
+def _of_method(name: str) -> dict[str, Any]:
+    """What takes effect with it alone."""
+    method = METHODS.get(name)
+    if method is None or method.pooled:
+        return {}
+    return {"dropout_rate": 0.2} | ({"num_negatives": 3} if "num_negatives" in method.options else {})
 
 
 def _ways(config: Config) -> Iterator[tuple[str, Result]]:

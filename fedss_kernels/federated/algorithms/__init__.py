@@ -12,6 +12,7 @@ from .fedrep import FEDREP
 from .fedss import FEDSS
 from .fl_moco import FL_MOCO
 from .full_softmax import FULL_SOFTMAX
+from .given import Given
 from .layerwise import LAYERWISE
 from .local_only import LOCAL_ONLY
 from .method import Method
@@ -67,6 +68,7 @@ def settings_of_all() -> dict[str, float]:
 __all__ = [
     "METHODS",
     "OURS",
+    "Given",
     "Method",
     "Part",
     "Parts",

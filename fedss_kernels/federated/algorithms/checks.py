@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..config_error import ConfigError
 from ..messages import Request
+from .given import Given, Loss
 from .method import Method
 
 _SHOWN = 6  # of many numbers
@@ -79,6 +80,25 @@ def _not_places(places: np.ndarray, size: int) -> Iterator[str]:
 def _some(numbers: np.ndarray) -> str:
     shown = ", ".join(str(number) for number in numbers[:_SHOWN].tolist())
     return f"[{shown}{', ...' * (len(numbers) > _SHOWN)}]"
+
+
+def checked_loss(method: Method) -> Loss | None:
+    """The method's `loss`, which raises ConfigError where it returns what cannot be minimised; or None."""
+    found = method.loss
+    if found is None:
+        return None
+
+    def loss(embeddings: Tensor, rows: Tensor, target: Tensor, given: Given) -> Tensor:
+        mean: object = found(embeddings, rows, target, given)
+        if isinstance(mean, Tensor) and mean.dim() == 0 and mean.requires_grad:
+            return mean
+        got = type(mean).__name__
+        if isinstance(mean, Tensor):
+            got = f"one of shape {tuple(mean.shape)}" if mean.dim() else "one without a gradient"
+        words = f"expected the batch's mean loss, a floating tensor of shape () with a gradient, got {got}"
+        raise ConfigError("method", f"the loss of {method.name}: {words}")
+
+    return loss
 
 
 def checked_penalty(method: Method) -> Callable[[Tensor, Tensor], Tensor] | None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config_error import ConfigError
 from ..messages import Request
 from .parts import Part, Parts, Pass, all_at_once, all_travel
 from .schedule import Always, ByRound, Schedule, Settings
@@ -16,7 +17,15 @@ from .schedule import Always, ByRound, Schedule, Settings
 STICKY = {"fresh": 0.0, "sticky": 1.0, "mixed": 0.5}  # the share of its negatives that a client keeps
 SHARED = "shared"  # negatives that all clients of a cohort have
 PIR = "pir"  # requests of two servers, neither of which learns what is in them
-HOOKS = ("request", "parts", "by_round", "passes", "penalty_gradient")  # functions that a method is made of
+HOOKS = {  # functions that a method is made of, and what each is called with, in this order
+    "request": ("num_classes", "positives", "negatives", "correction"),
+    "parts": ("num_blocks",),
+    "by_round": ("config", "num_blocks"),
+    "passes": ("local_epochs", "head_epochs"),
+    "loss": ("embeddings", "rows", "target", "given"),
+    "penalty_gradient": ("now", "received"),
+}
+OPTIONAL = ("by_round", "loss", "penalty_gradient")  # those of them that may be None
 
 
 @dataclass(frozen=True)
@@ -31,12 +40,17 @@ class Method:
     request: request(num_classes, positives, negatives, correction) -> Request: the class rows that a client
         asks for. positives (P,) int64, ascending, are its own classes; negatives (m,) others that are drawn
         for it where `samples` is set, else none; correction is the option of this name. positives must be
-        among the rows, as a client is trained on images of them.
+        among the rows, as a client is trained on images of them. Before training it is asked for a made-up
+        client, with class 0 alone of two and no negatives: to see whether what it asks for tells its classes.
     paper: where it is from; "": from nowhere yet.
     parts: parts(num_blocks) -> Parts: where each block of the net stands, and the class rows.
     by_round: by_round(config, num_blocks) -> Schedule, where parts are others from round to round; None: as
-        in `parts` in all.
+        in `parts` in all. The net needs `blocks` and a `pool`, as its first blocks may be all that is there.
     passes: passes(local_epochs, head_epochs) -> a Pass for each pass of a client over its images.
+    loss: loss(embeddings, rows, target, given) -> the mean loss of a batch, (), with its gradient; None: the
+        sampled softmax. embeddings (b, D); rows (S, D), of dot products (S, D + 1) with the bias last, are
+        the class rows as they are trained; target (b,) int64 are places among them; `Given` has the request
+        (S rows), the client's own images of each of its classes, and the scale. Not without class rows.
     penalty_gradient: penalty_gradient(now, received) -> the gradient of a term that a client minimises beside
         the loss, None: there is none. It is asked in every step, once for the net's numbers, both (P,), and
         once for the class rows, both (S, D), and must not change them. The loss that is told is without it.
@@ -64,6 +78,7 @@ class Method:
     parts: Callable[..., Parts] = all_travel
     by_round: ByRound | None = None
     passes: Callable[..., Sequence[Pass]] = all_at_once
+    loss: Callable[..., Tensor] | None = None
     penalty_gradient: Callable[..., Tensor] | None = None
     settings: Mapping[str, float] = field(default_factory=dict, hash=False)
     by_block: bool = False
@@ -117,9 +132,17 @@ class Method:
 
     @cached_property
     def tells(self) -> bool:
-        """Whether the rows that a client asks for and sends depend on the classes that it holds."""
+        """Whether the rows that a client asks for and sends depend on the classes that it holds.
+
+        Found by asking for a client with one class of two. Raises ConfigError where that raises anything.
+        """
         one, none = torch.tensor([0]), torch.tensor([], dtype=torch.int64)
-        found = self.request(2, one, none, "none")
+        try:
+            found = self.request(2, one, none, "none")
+        except Exception as error:  # a method of one's own may raise anything
+            cause = f"{type(error).__name__}: {error}"
+            asked = "asked for a client with class 0 alone of two, and no negatives"
+            raise ConfigError("method", f"the request of {self.name}, {asked}: {cause}") from error
         if not isinstance(found, Request):  # which is said once a client asks so
             return False
         return self.rows is Part.TRAINED and len(found.class_ids) < 2

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import functools
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -71,13 +72,23 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
 _FINISHING = "fedss run: finishing this round"
 
 
-def _saved(out: Path) -> str:
+def _go_on(arguments: argparse.Namespace, out: Path) -> str:
+    """With the files of methods of one's own that were given."""
+    return f"go on with: fedss {arguments.command} --resume {out}{_plugins(arguments)}"
+
+
+def _plugins(arguments: argparse.Namespace) -> str:
+    return "".join(f" --plugin {shlex.quote(str(file))}" for file in arguments.plugin)
+
+
+def _saved(arguments: argparse.Namespace, out: Path) -> str:
     """What is safe of a run that ended early, and how to go on."""
     if (out / "summary.json").exists():
-        return f"the run is finished, and its results are in {out}; its report: fedss report {out}"
+        report = f"fedss report {out}{_plugins(arguments)}"
+        return f"the run is finished, and its results are in {out}; its report: {report}"
     if not checkpoint.exists(out):
         return "no round is saved yet: start again with --overwrite"
-    return f"saved up to round {checkpoint.last_round(out)}; go on with: fedss run --resume {out}"
+    return f"saved up to round {checkpoint.last_round(out)}; {_go_on(arguments, out)}"
 
 
 def _asked(arguments: argparse.Namespace) -> tuple[Config, Path]:
@@ -140,27 +151,27 @@ def _run(arguments: argparse.Namespace) -> int:
         print(f"fedss run: {error}; what was done is in {out}", file=sys.stderr)
         return 1
     except WorkerLost as error:
-        print(f"fedss run: {error}; {_saved(out)}", file=sys.stderr)
+        print(f"fedss run: {error}; {_saved(arguments, out)}", file=sys.stderr)
         return 1
     except OSError as error:  # of the disk, in the middle of the run
-        print(f"fedss run: {reason(error)}; {_saved(out)}", file=sys.stderr)
+        print(f"fedss run: {reason(error)}; {_saved(arguments, out)}", file=sys.stderr)
         return 1
     except Stopped as stopped:
         done = f"stopped after round {stopped.rounds} of {config.rounds}"
-        print(f"fedss run: {done}; go on with: fedss run --resume {out}", file=sys.stderr)
+        print(f"fedss run: {done}; {_go_on(arguments, out)}", file=sys.stderr)
         return stop.exit_code
     except Interrupted as interrupted:
-        return _stopped(interrupted, out)
+        return _stopped(interrupted, _saved(arguments, out))
     if arguments.profile:
         print_profile(result.seconds, len(played))
     try:
         return _finished(result, out)
     except KeyboardInterrupt as interrupted:  # Ctrl-C's own: no round is going on that it could wait for
-        return _stopped(interrupted, out)
+        return _stopped(interrupted, _saved(arguments, out))
 
 
-def _stopped(interrupted: KeyboardInterrupt, out: Path) -> int:
-    print(f"fedss run: stopped; {_saved(out)}", file=sys.stderr)
+def _stopped(interrupted: KeyboardInterrupt, saved: str) -> int:
+    print(f"fedss run: stopped; {saved}", file=sys.stderr)
     return interrupted.exit_code if isinstance(interrupted, Interrupted) else Interrupted().exit_code
 
 
@@ -326,7 +337,7 @@ def _compare(arguments: argparse.Namespace) -> int:
         given = () if resume else arguments.given
         read_data(dataclasses.replace(plan.config, out=out), [] if resume else runs, ready, given)
     command = f"fedss {arguments.command}"
-    go_on = f"go on with: {command} --resume {out}"
+    go_on = _go_on(arguments, out)
     say_what_is_logged(arguments.command, jobs)
     finishing = f"{command}: finishing the rounds of the runs"
     try:

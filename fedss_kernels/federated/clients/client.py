@@ -1,11 +1,13 @@
 """The client's half of a round: local SGD on its own images, from what came to what goes back."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..algorithms.given import Given, Loss
 from ..algorithms.parts import Part, Parts, Pass
 from ..data import FederatedData
 from ..messages import Request, Update
@@ -13,7 +15,7 @@ from ..models.blocks import of_blocks
 from ..randomness import Purpose, generator
 from .augment import Augmentation
 from .extractor import CPU, Extractor
-from .objectives import ClassRows, Objective
+from .objectives import ClassRows, Objective, OwnLoss
 from .sgd import sgd_step
 
 
@@ -35,13 +37,14 @@ class Client:
         similarity: str = "cosine",
         momentum: float = 0.0,
         augmentation: Augmentation,
-        penalty_gradient: Callable[[Tensor, Tensor], Tensor] | None = None,  # as of a Method
+        loss: Loss | None = None,  # these two as of a Method
+        penalty_gradient: Callable[[Tensor, Tensor], Tensor] | None = None,
     ):
         self.extractor, self.data = extractor, data
         self.schedule, self.batch_size, self.seed = schedule, batch_size, seed
         self.scale, self.similarity, self.momentum = scale, similarity, momentum
         self.augmentation, self.draws = augmentation, augmentation.draws
-        self.penalty_gradient = penalty_gradient
+        self.loss, self.penalty_gradient = loss, penalty_gradient
         self._received: tuple[Tensor, Tensor] | None = None  # phi and the rows, for the penalty
 
     def positives(self, client: int) -> Tensor:  # (P,) int64, ascending
@@ -70,7 +73,8 @@ class Client:
         shuffle = changes = generator(*key, Purpose.BATCHES)
         if self.draws:
             changes = generator(*key, Purpose.AUGMENTATION)
-        objective = self.objective(rows.to(model.device, copy=parts.rows.moves), request.to(model.device))
+        theirs = rows.to(model.device, copy=parts.rows.moves), request.to(model.device)
+        objective = self.objective(*theirs, held)
         if self.penalty_gradient:
             self._received = model.flat.clone(), objective.rows.detach().clone()
         velocity = (torch.zeros_like(model.flat), torch.zeros_like(objective.rows)) if self.momentum else None
@@ -94,9 +98,14 @@ class Client:
             _kept(parts, trained, after),
         )
 
-    def objective(self, rows: Tensor, request: Request) -> Objective:
-        """For one round; rows: as they are trained, on the device that trains."""
-        return ClassRows(rows, request, self.scale, self.similarity)
+    def objective(self, rows: Tensor, request: Request, held: Tensor) -> Objective:
+        """For one round; rows: as they are trained, on the device that trains; held: the client's images."""
+        if self.loss is None:
+            return ClassRows(rows, request, self.scale, self.similarity)
+        places = torch.searchsorted(request.class_ids, self.data.labels[held])
+        counts = places.bincount(minlength=len(request.class_ids)).to(rows.device)
+        request = replace(request, class_ids=request.class_ids.to(rows.device))
+        return OwnLoss(rows, Given(request, counts, self.scale, self.similarity), self.loss)
 
     def batches(
         self, order: Tensor, request: Request, rng: np.random.Generator
@@ -128,6 +137,8 @@ class Client:
         rows.grad = None
         loss = objective.loss(model(images), target)
         loss.backward()
+        if rows.requires_grad and rows.grad is None:  # a method's own loss may leave them as they are
+            rows.grad = torch.zeros_like(rows)
         with torch.no_grad():
             if self._received:
                 self._add_penalty(rows, *self._received)

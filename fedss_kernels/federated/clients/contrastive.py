@@ -29,7 +29,7 @@ class ContrastiveClient(Client):
         super().__init__(*arguments, **options)
         self.views, self.temperature, self.draws = views, temperature, True
 
-    def objective(self, rows: Tensor, request: Request) -> Objective:
+    def objective(self, rows: Tensor, request: Request, held: Tensor) -> Objective:
         return TwoViews(rows, self.temperature)
 
     def batches(
@@ -61,7 +61,7 @@ class MomentumClient(ContrastiveClient):
         self.copy = Extractor(module, extractor.crop_size, extractor.device, head=head)
         self.queue_size, self.ema = queue_size, ema
 
-    def objective(self, rows: Tensor, request: Request) -> Objective:
+    def objective(self, rows: Tensor, request: Request, held: Tensor) -> Objective:
         self.copy.flat.copy_(self.extractor.flat)
         self.copy.module.train()
         return Queued(rows, self.temperature, self.queue_size)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ...sampled_softmax import sampled_softmax_loss
+from ..algorithms.given import Given, Loss, softmax_over_rows
 from ..messages import Request
 from .contrast import contrast
 
@@ -30,17 +31,20 @@ class ClassRows:
 
     def loss(self, embeddings: Tensor, target: Tensor) -> Tensor:
         """The mean over a batch (B, D); target (B,): positions among the rows."""
-        weight, bias = weight_and_bias(self.rows, self.similarity)
-        return sampled_softmax_loss(
-            embeddings,
-            weight,
-            target,
-            self.request.denominator,
-            self.request.log_expected_count,
-            bias=None if bias is None else self.scale * bias,
-            scale=self.scale,
-            similarity=self.similarity,
-        )
+        return softmax_over_rows(embeddings, self.rows, target, self.request, self.scale, self.similarity)
+
+
+@dataclass
+class OwnLoss:
+    """A method's own loss over class rows."""
+
+    rows: Tensor  # as those of ClassRows
+    given: Given
+    function: Loss
+
+    def loss(self, embeddings: Tensor, target: Tensor) -> Tensor:
+        """The mean over a batch (B, D); target (B,): positions among the rows."""
+        return self.function(embeddings, self.rows, target, self.given)
 
 
 @dataclass
@@ -83,8 +87,3 @@ class Queued:
         queue = target[:0] if self.keys is None else self.keys
         self.keys = torch.cat([queue, target])[-self.size :]
         return contrast(embeddings, target, queue, self.temperature)
-
-
-def weight_and_bias(rows: Tensor, similarity: str) -> tuple[Tensor, Tensor | None]:
-    """((S, D), (S,) or None): what a class row is made of."""
-    return (rows, None) if similarity == "cosine" else (rows[:, :-1], rows[:, -1])

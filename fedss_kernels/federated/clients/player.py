@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...class_sets import draw_negatives
 from .. import private_retrieval, secure_sums
 from ..algorithms import METHODS
-from ..algorithms.checks import checked_penalty, checked_request
+from ..algorithms.checks import checked_loss, checked_penalty, checked_request
 from ..algorithms.parts import Part, Parts
 from ..algorithms.schedule import Schedule
 from ..cohort import num_absent
@@ -76,6 +76,7 @@ class Player:
             "similarity": config.similarity,
             "momentum": config.client_momentum,
             "augmentation": Augmentation(config.crop_size, config.max_shift, config.flip),
+            "loss": checked_loss(self.method),
             "penalty_gradient": checked_penalty(self.method),
         }
         self.client: Client
@@ -107,7 +108,9 @@ class Player:
         if self.method.contrastive:  # nobody reads a label
             return self._asked(_NO_CLASSES, _NO_CLASSES)
         positives = self.client.positives(client)
-        request = self._asked(positives, self._negatives(round, attempt, client, positives))
+        samples = self.method.samples
+        negatives = self._negatives(round, attempt, client, positives) if samples else _NO_CLASSES
+        request = self._asked(positives, negatives)
         return replace(request, sends_ids=False) if self.config.private else request
 
     def _asked(self, positives: Tensor, negatives: Tensor) -> Request:
@@ -408,7 +411,8 @@ def _check_model(module: nn.Module, config: Config, pixels: Tensor) -> Tensor:
         )
     method = METHODS[config.method]
     if method.by_round:
-        check_layered(module, images, one_shape=config.depth_budget is not None)
+        one_shape = config.depth_budget is not None
+        check_layered(module, images, one_shape=one_shape, needed_by=method.name)
         method.schedule(config, len(blocks_of(module)) + method.contrastive)
     return images
 

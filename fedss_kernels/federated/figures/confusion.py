@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...plotting import plotting
 from ..algorithms import METHODS
-from ..clients.objectives import weight_and_bias
+from ..algorithms.given import weight_and_bias
 from ..clients.player import Player
 from ..config import Config
 from ..data import FederatedData

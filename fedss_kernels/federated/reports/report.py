@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..algorithms import METHODS, readers
+from ..algorithms import METHODS, Method, readers
 from ..algorithms.own_numbers import in_words
 from ..algorithms.parts import Part
 from ..config import Config
@@ -73,7 +73,7 @@ def _run_page(folder: Path, run: Run, plots: Sequence[str]) -> str:
             "<h2>What came out</h2>",
             *plots_with_captions([run], plots),
             *([] if method.pooled else ["<h2>What was moved</h2>", _traffic_table(run)]),
-            _methods([method.name, method.baseline]),
+            _methods([method.name, method.baseline], [run]),
             glossary([run]),
             _settings([run]),
         ],
@@ -118,7 +118,7 @@ def _comparison_page(
             html_table(header, table),
             f"<p>{_TABLE_NOTE}{sd}{_SEVERAL_HEADLINES * _several_headlines(runs)}</p>",
             *plots_with_captions(runs, plots),
-            _methods(names),
+            _methods(names, runs),
             glossary(runs),
             _settings(runs),
         ],
@@ -188,10 +188,26 @@ def _kilobytes(count: float) -> str:
     return f"{count / 1e3:,.1f}" if count >= 50 or not count else f"{count / 1e3:.3f}"
 
 
-def _methods(names: Sequence[str]) -> str:
+def _methods(names: Sequence[str], runs: Sequence[Run]) -> str:
     methods = [METHODS[name] for name in dict.fromkeys(names)]
-    items = "".join(f"<dt>{escape(each.label)}</dt><dd>{escape(each.summary)}</dd>" for each in methods)
+    items = "".join(
+        f"<dt>{escape(each.label)}</dt><dd>{escape(each.summary + _own_numbers(each, runs))}</dd>"
+        for each in methods
+    )
     return f"<h2>The methods</h2><dl>{items}</dl>{html_table(HEADER, [*map(places, methods)], words=True)}"
+
+
+def _own_numbers(method: Method, runs: Sequence[Run]) -> str:
+    """Of a method that has some, as these runs had them."""
+    found = dict[str, list[str]]()
+    for case, group in by_case(runs).items():
+        if case.method == method.name and method.settings:
+            numbers = {name: group[0].config.settings.get(name, own) for name, own in method.settings.items()}
+            found.setdefault(in_words(numbers), []).append(case.label)
+    if len(found) < 2:
+        return "".join(f" With {numbers}." for numbers in found)
+    each = [f"{', '.join(labels)}: {numbers}" for numbers, labels in found.items()]
+    return f" {'; '.join(each)}."
 
 
 def _settings(runs: Sequence[Run]) -> str:

@@ -37,7 +37,7 @@ def clip_grad_norm_(
 
     Args:
         parameters: a parameter or several; those without a gradient are passed over.
-        max_norm: >= 0; infinity clips nothing, and the norm is told.
+        max_norm: >= 0; infinity clips nothing, unless a gradient is infinite itself, and the norm is told.
         norm_type: > 0; may be infinity.
         error_if_nonfinite: whether to raise RuntimeError, before anything changes, if the norm is infinite or
             NaN. On a GPU to ask is to wait.

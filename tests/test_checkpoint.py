@@ -211,7 +211,7 @@ def test_other_data_and_another_net_are_refused(stopped):
         {"data": data, "model": torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 4, bias=False))},
     ]
     for other in others:
-        with pytest.raises(CheckpointError, match="began with other data or another net"):
+        with pytest.raises(CheckpointError, match="began with other data, another net or another method"):
             run(config, resume=True, **other)
     train(stopped, resume=True)
 

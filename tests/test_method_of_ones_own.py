@@ -63,6 +63,11 @@ def bits(result) -> list[bytes]:
     return [t.numpy().tobytes() for t in (result.weight, *result.extractor.state_dict().values())]
 
 
+def corrected(request, factor):
+    """With so many times the correction, and something to correct."""
+    return replace(request, log_expected_count=factor * (request.log_expected_count - 1))
+
+
 def proximal(now, received, *, mu):
     return mu * (now - received)
 
@@ -460,6 +465,30 @@ def test_another_number_of_a_setting_is_another_run(tmp_path):
     options = {"out": tmp_path, "method": "mine", "rounds": 2}
     with pytest.raises(ValueError, match=r"settings: \{'mu': 0.1\} there, \{'mu': 0.2\} here"):
         run(tiny_config(settings={"mu": 0.2}, **options), data=tiny_data(), model=tiny_model(), resume=True)
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        {"request": lambda of: lambda *given: corrected(FEDSS.request(*given), of)},
+        {"loss": lambda of: lambda x, w, t, given: of * given.sampled_softmax(x, w, t)},
+        {"penalty_gradient": lambda of: lambda now, received: of * (now - received)},
+    ],
+)
+def test_another_function_of_the_method_is_another_run(hook, tmp_path):
+    """As where a plugin, or what it imports, is edited between a stop and a resume."""
+    ((name, function),) = hook.items()
+
+    def go_on(of, **options):
+        METHODS.pop("mine", None)
+        mine(**{name: function(of)})
+        config = tiny_config(**{"method": "mine", "out": tmp_path, "rounds": 2} | options)
+        return run(config, data=tiny_data(), model=tiny_model(), resume=not options)
+
+    go_on(1.0, rounds=1)
+    with pytest.raises(ValueError, match="another method: what the method computes differ"):
+        go_on(1.1)
+    assert len(go_on(1.0).history) == 2
 
 
 def test_settings_of_another_method_are_worth_a_word():

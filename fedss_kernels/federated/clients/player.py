@@ -22,6 +22,7 @@ from ..data import FederatedData
 from ..defaults import OWN
 from ..files.fingerprint import Fingerprint
 from ..files.half_file import half_of
+from ..files.method_numbers import method_numbers
 from ..learning_rate import learning_rate
 from ..ledger import FLOWS, Traffic, client_traffic
 from ..messages import Request, Update, clipped, norm, numbers
@@ -294,8 +295,9 @@ class Player:
 
     @property
     def fingerprint(self) -> Fingerprint:
-        """Of the data and the net as it begins, which a resumed run must share."""
-        return Fingerprint.of(self.data, self.extractor.module, self.extractor.embed)
+        """Of the data, the net as it begins and the method, which a resumed run must share."""
+        numbers = method_numbers(self.method, self.config)
+        return Fingerprint.of(self.data, self.extractor.module, self.extractor.embed, numbers)
 
     def embed(self, phi: Tensor, round: int, part: int = 0, parts: int = 1) -> list[Tensor]:
         """The test images' embeddings by the net of a round: batches, every `parts`-th, from `part` on."""

@@ -1,11 +1,11 @@
-"""By what a resumed run knows that its data and its net are those that it began with.
+"""By what a resumed run knows that its data, its net and its method are those that it began with.
 
 Of the data: labels, clients and who is tested on what, the number of classes, and the images, all of them
 where they are few, a sample where they are many. Of the net as it begins: names, shapes, dtypes and values of
 what is trained, what is frozen and the buffers, saved with the net or not; its modules, with what their repr
 says and the plain attributes of classes that are not torch's. What none of these shows, such as another
 forward of the same class, shows in the embeddings of two images, which may differ by rounding alone, as on
-another machine.
+another machine. Of the method: numbers of its functions (method_numbers.py).
 
 Whether modules are in training mode does not count, as clients put all of them in it. What shows in gradients
 alone, or in a private attribute and in training alone, is not seen.
@@ -35,22 +35,31 @@ TOLERANCE = 0.01  # of the largest of them
 class Fingerprint:
     parts: Mapping[str, str]  # name, as a message says it -> checksum
     embeddings: Sequence[float]
+    method: Sequence[float] = ()  # an earlier version's has none
 
     @classmethod
-    def of(cls, data: FederatedData, module: nn.Module, embed: Callable[[Tensor], Tensor]) -> "Fingerprint":
+    def of(
+        cls,
+        data: FederatedData,
+        module: nn.Module,
+        embed: Callable[[Tensor], Tensor],
+        method: Sequence[float] = (),
+    ) -> "Fingerprint":
         """`embed` maps images of the data's (B, channels, H, W) uint8 to the net's embeddings (B, D)."""
         parts = _of_data(data) | _of_net(module)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)  # for a net that draws even where it is not trained
             numbers = embed(data.images[:PROBED]).flatten().double()
-        return cls(parts, numbers[:: max(1, len(numbers) // NUMBERS)].tolist())
+        return cls(parts, numbers[:: max(1, len(numbers) // NUMBERS)].tolist(), method)
 
     def differences(self, other: "Fingerprint") -> list[str]:
         """Names of what is not the same."""
         shared = self.parts.keys() & other.parts.keys()  # an earlier version's has fewer
         different = [name for name in self.parts if name in shared and self.parts[name] != other.parts[name]]
         if not different and not _near(self.embeddings, other.embeddings):
-            return ["what the net computes"]
+            different = ["what the net computes"]
+        if self.method and other.method and not _alike(self.method, other.method):
+            different.append("what the method computes")
         return different
 
     def other_data(self, data: FederatedData) -> list[str]:
@@ -62,6 +71,14 @@ def _near(first: Sequence[float], second: Sequence[float]) -> bool:
     bound = TOLERANCE * max(map(abs, first), default=0.0)
     return len(first) == len(second) and all(
         a == b or abs(a - b) <= bound or math.isnan(a) and math.isnan(b)
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+def _alike(first: Sequence[float], second: Sequence[float]) -> bool:
+    """One by one, as they are of different sizes."""
+    return len(first) == len(second) and all(
+        math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-6) or math.isnan(a) and math.isnan(b)
         for a, b in zip(first, second, strict=True)
     )
 

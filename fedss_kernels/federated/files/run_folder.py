@@ -125,7 +125,8 @@ class RunFolder:
         different = found.fingerprint.differences(fingerprint)
         if different:
             raise CheckpointError(
-                f"the run in {path} began with other data or another net: {', '.join(different)} differ"
+                f"the run in {path} began with other data, another net or another method: "
+                f"{', '.join(different)} differ"
             )
         there, changed = read_config(path)
         if not (path / "config.json").exists():

@@ -114,7 +114,7 @@ def test_numpys_numbers_are_saved_as_pythons(tmp_path):
         (
             ["fedss", "fedsss", "none"],
             [1, 1, 2],
-            "methods: .* got 'fedsss'.*; methods: .* got 'none'; seeds: .* once, got 1, 1, 2",
+            "methods: .* got 'fedsss'.*; methods: .* got 'none'.*; seeds: .* once, got 1, 1, 2",
         ),
     ],
 )

@@ -42,6 +42,7 @@ def forgotten(tmp_path, monkeypatch):
     """What a test registers, and the files that it has imported."""
     monkeypatch.setenv("FEDSS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv(plugins.FILES, "")
+    monkeypatch.setattr(sys, "path", [*sys.path])
     methods, modules = dict(METHODS), {*sys.modules}
     yield
     METHODS.clear()
@@ -337,13 +338,24 @@ def test_a_loss_that_cannot_be_minimised_is_refused(returned, got):
 
 
 @pytest.mark.exhaustive
-def test_a_method_with_a_loss_of_its_own_stands_what_others_do():
-    def loss(embeddings, rows, target, given, *, tau):
-        margin = tau * given.counts.clamp(min=1e-8) ** -0.25
-        return torch.nn.functional.cross_entropy(given.logits(embeddings, rows) - margin, target)
+def test_a_method_with_a_loss_of_its_own_stands_what_others_do(tmp_path):
+    (tmp_path / "lc.py").write_text(
+        """
+from dataclasses import replace
+from torch.nn.functional import cross_entropy
+from fedss_kernels.federated import register
+from fedss_kernels.federated.algorithms import METHODS
 
-    mine(METHODS["full_softmax"], loss=loss, settings={"tau": 0.5})
-    check_method("mine")
+def loss(embeddings, rows, target, given, *, tau):
+    margin = tau * given.counts.clamp(min=1e-8) ** -0.25
+    return cross_entropy(given.logits(embeddings, rows) - margin, target)
+
+register(replace(METHODS["full_softmax"], name="lc", label="LC", summary="Margins.", paper="", loss=loss,
+                 settings={"tau": 0.5}))
+"""
+    )
+    plugins.load_plugins([tmp_path / "lc.py"])
+    check_method("lc", partition="dirichlet")
 
 
 # ---- its penalty -------------------------------------------------------------------------------------------
@@ -650,8 +662,7 @@ def test_how_a_stopped_run_or_comparison_goes_on_is_said_with_its_files(tmp_path
 
 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
-def test_a_plugin_finds_modules_beside_it(workers, file, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", [*sys.path])
+def test_a_plugin_finds_modules_beside_it(workers, file, tmp_path):
     name = f"beside_{workers}"
     (tmp_path / f"{name}.py").write_text("def pull(now, received, mu):\n    return mu * (now - received)\n")
     file.write_text(

@@ -54,10 +54,12 @@ def inverse_lengths(rows: Tensor) -> Tensor:
 
 
 def in_range(rows: Tensor) -> Tensor:
-    """Rows that point the same way, of at most 1 where the squares of float64 pass its largest number."""
+    """float64 rows that point the same way, shorter where their squares pass its largest number.
+
+    By 2^-540: the shortest of these, 1e154, stay longer than 1e-12, the squares of the longest have room.
+    """
     overflows = torch.linalg.vector_norm(rows.detach(), dim=-1, keepdim=True) == torch.inf
-    largest = torch.linalg.vector_norm(rows.detach(), math.inf, dim=-1, keepdim=True)
-    return rows * torch.where(overflows, 1 / largest, 1.0)
+    return rows * torch.where(overflows, rows.new_full((), 2.0**-540), 1.0)
 
 
 def widened_rows(

@@ -1,6 +1,7 @@
 """Margins, label smoothing, class weights, lse, labels: against the definition, and the limits they keep."""
 
 import dataclasses
+import math
 import random
 
 import pytest
@@ -658,3 +659,12 @@ def test_a_batch_of_no_rows_is_smoothed_to_nothing(class_ids, sampled_softmax_lo
     assert loss == 0 and lse.shape == (0,)
     gradients = torch.autograd.grad(loss + lse.sum(), (x, w))
     assert gradients[0].shape == x.shape and not gradients[1].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_without_columns_have_cosine_0(dtype):
+    x, w, t = torch.zeros(2, 0, dtype=dtype), torch.zeros(5, 0, dtype=dtype), torch.tensor([1, 2])
+    even = math.log(5)
+    assert loss_function(x, w, t, label_smoothing=0.1).item() == pytest.approx(even)
+    margin = math.log(4 + math.exp(-4.0)) + 4.0  # 20 * 0.2 under the others
+    assert loss_function(x, w, t, cosine_margin=0.2).item() == pytest.approx(margin)

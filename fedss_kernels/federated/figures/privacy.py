@@ -210,6 +210,6 @@ def _plot(lines: Sequence[Line]) -> "Figure":
     ticks = sorted({line.requests for line in lines})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     title = "negatives (lines: the posterior)"
-    axes.legend(title=title, fontsize=8, title_fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.8))
+    figure.legend(title=title, fontsize=8, title_fontsize=8, loc="outside upper center", ncols=6)
     axes.grid(alpha=0.4)
     return figure

@@ -126,7 +126,8 @@ def draw_batch_class_set(
     With replacement class j has expected count m q_j exactly; a draw of one of the batch's own classes, which
     are there already, is left out by +inf. So the denominator is on average the full one with every sampler.
 
-    A torch.Generator cannot be traced by torch.compile; a GeneratorHandle of it can. With either, to run in
+    A torch.Generator cannot be traced by torch.compile; a GeneratorHandle of it can, and only with one may
+    num_sampled differ from call to call of what is compiled. With either, to run in
     the backward pass is refused (RuntimeError): what torch.utils.checkpoint runs again would draw others, as
     it restores the state of torch's default generators only. Raises TypeError and ValueError for a target
     that is no (B,) int64 tensor, num_classes < 1, num_sampled < 0, an ignore_index that is no integer, an
@@ -200,9 +201,8 @@ def _uniform(
     if isinstance(generator, GeneratorHandle):
         return _random_integers(generator.draws, target, num_sampled, generator.key)
     check_generator(generator)
-    if generator is None:  # not named: torch.compile knows no size of the compiler's symbols beside it
-        return torch.randint(UNIFORM, (num_sampled,), device=target.device)
-    _refuse_in_backward("generator", "take generator=None")
+    if generator is not None:
+        _refuse_in_backward("generator", "take generator=None")
     return torch.randint(UNIFORM, (num_sampled,), device=target.device, generator=generator)
 
 

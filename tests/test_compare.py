@@ -527,7 +527,7 @@ def test_presets_are_plans_and_files_that_can_be_edited(tmp_path):
         found = read_preset(name)
         lists = {part: found[part] for part in LISTS}
         plan = Plan(Config.from_dict(found["config"]), **lists, own=found.get("own", {}))
-        assert plan.config.data in (name, name.rpartition("_")[2], "cifar10") and plan.cases
+        assert plan.config.data in (name, name.rpartition("_")[2], "cifar10", "glyphs") and plan.cases
     own = tmp_path / "own.json"
     own.write_text(json.dumps(read_preset("glyphs") | {"seeds": [5]}))
     assert read_preset(str(own))["seeds"] == [5]

@@ -16,7 +16,8 @@ from fedss_kernels.federated.files.half_file import HalfFile
 from fedss_kernels.federated.loading import load_data
 from fedss_kernels.federated.split_learning.inversion import nearness
 
-DATA = "--data=glyphs --glyph-classes=6 --glyph-writers=8 --cohort=2".split()
+IN_ONE_PLACE = "--data=glyphs --glyph-classes=6 --glyph-writers=8".split()  # fewer clients than a cohort
+DATA = [*IN_ONE_PLACE, "--cohort=2"]
 NET = "--model=conv4_ws --embedding-dim=128 --key-dim=8 --queue-size=40 --rounds=1 --round-steps=2".split()
 ATTACK = "--attack-share=0.1 --attack-images=9 --attack-epochs=1 --attack-width=4".split()
 ALL = ["residual, for MSE", "residual, for SSIM", "plain, for MSE"]
@@ -132,7 +133,7 @@ def test_what_cannot_be_attacked_is_told_in_a_line(wide, tmp_path, capsys):
 
 def test_a_half_is_made_attacked_and_begun_with(tmp_path, capsys):
     out, half = tmp_path / "half", tmp_path / "half" / "half.safetensors"
-    arguments = [*DATA, *NET, *ATTACK, "--batch-size=6", f"--out={out}"]
+    arguments = [*IN_ONE_PLACE, *NET, *ATTACK, "--batch-size=6", f"--out={out}"]
     assert fedss("harden", *arguments, "--target=glyphs", "--target-share=0.02", "--strength=3") == 0
     said = capsys.readouterr()
     assert "fedss harden: epoch 1 of 1: loss " in said.err and str(half) in said.out
@@ -157,7 +158,10 @@ def test_a_half_is_made_attacked_and_begun_with(tmp_path, capsys):
 
 def test_a_training_that_comes_to_nothing_writes_no_half(tmp_path, capsys):
     out = tmp_path / "half"
-    assert fedss("harden", *DATA, *NET, *ATTACK, "--batch-size=6", "--client-lr=1e30", f"--out={out}") == 1
+    assert (
+        fedss("harden", *IN_ONE_PLACE, *NET, *ATTACK, "--batch-size=6", "--client-lr=1e30", f"--out={out}")
+        == 1
+    )
     assert "epoch 1: numbers are not finite" in capsys.readouterr().err and not any(out.iterdir())
 
 

@@ -68,18 +68,19 @@ def results(case: Case, extra: dict, function, in_float64: bool = False) -> dict
     return values | dict(zip(wanted, gradients, strict=True))
 
 
-def check_mix(seed: int, function, most: float = 1.0, **changes) -> None:
+def check_mix(seed: int, function, **changes) -> None:
     case, extra = random_mix(seed)
     case = dataclasses.replace(case, **changes)
     found, truth = results(case, extra, function), results(case, extra, reference_loss, in_float64=True)
-    # in two columns, whose sum has no other order, its errors may all but cancel
+    # Two columns reversed add up to the same, so plain PyTorch's luck is drawn anew by other roundings: where
+    # a gradient is almost 0 it may come to 0 itself, and all errors are large beside that.
     longer = [with_rows_longer(eager_loss, factor) for factor in (1.125, 1.375, 1.625)]
     ways = (eager_loss, with_features_reversed(eager_loss), *(longer if case.D == 2 else ()))
     plains = [results(case, extra, plain) for plain in ways]
     for name, result in found.items():
         dtype = case.dtype if name in ("loss", "lse", "scale") else result.dtype
         over = min(excess(result, truth[name], plain[name], dtype) for plain in plains)
-        assert over <= most, f"{name}: {over:.3g} times the tolerance in {case} with {extra}"
+        assert over <= 1, f"{name}: {over:.3g} times the tolerance in {case} with {extra}"
 
 
 def by_reference(*arguments, **options):
@@ -115,8 +116,7 @@ def test_the_reference_in_random_mixes(seeds):
 @pytest.mark.parametrize("seeds", [range(4), pytest.param(range(4, 150), marks=pytest.mark.exhaustive)])
 def test_gpu_kernels_within_tolerance_in_random_mixes(seeds, sampled_softmax_loss):
     for seed in seeds:
-        # Two columns reversed add up to the same: plain PyTorch's luck is drawn once, in float32 logits too.
-        check_mix(seed, sampled_softmax_loss, most=2.0 if random_mix(seed)[0].D == 2 else 1.0)
+        check_mix(seed, sampled_softmax_loss)
 
 
 def problem(B=6, C=12, D=8, dtype=F32, seed=0):

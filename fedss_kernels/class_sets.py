@@ -127,11 +127,11 @@ def draw_batch_class_set(
     are there already, is left out by +inf. So the denominator is on average the full one with every sampler.
 
     A torch.Generator cannot be traced by torch.compile; a GeneratorHandle of it can, and only with one may
-    num_sampled differ from call to call of what is compiled. With either, to run in
-    the backward pass is refused (RuntimeError): what torch.utils.checkpoint runs again would draw others, as
-    it restores the state of torch's default generators only. Raises TypeError and ValueError for a target
-    that is no (B,) int64 tensor, num_classes < 1, num_sampled < 0, an ignore_index that is no integer, an
-    unknown sampler or one of another number of classes; on the CPU IndexError for a target that is no class.
+    num_sampled differ from call to call of what is compiled. With either, to run in the backward pass is
+    refused (RuntimeError): what torch.utils.checkpoint runs again would draw others, as it restores the state
+    of torch's default generators only. Raises TypeError and ValueError for a target that is no (B,) int64
+    tensor, num_classes < 1, num_sampled < 0, an ignore_index that is no integer, an unknown sampler or one of
+    another number of classes; on the CPU IndexError for a target that is no class.
     """
     check_tensor("target", target, (torch.int64,))
     if target.is_cpu and plain_eager():

@@ -85,6 +85,7 @@ class SampledSoftmaxLoss(nn.Module):
 
     # What a module saved whole by an earlier version is without:
     initial_scale: float | None = None  # that of a learned one
+    initial_class_weight: Tensor | None = None  # as given
     angular_margin = cosine_margin = label_smoothing = 0.0
     return_lse = False
 
@@ -141,7 +142,6 @@ class SampledSoftmaxLoss(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_classes, embedding_dim, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(num_classes, device=device, dtype=dtype)) if bias else None
         self.register_buffer("class_weight", None)
-        self.initial_class_weight: Tensor | None = None
         if class_weight is not None:
             self._hold_class_weight(class_weight, num_classes)
         given = isinstance(scale, nn.Parameter) and not scale.is_meta

@@ -124,7 +124,8 @@ class ClassFolders:
             words = str(error)
             if self.skip_damaged:
                 found = words.removeprefix(f"{self.name}: ")
-                self.unread += [found] * (found not in self.unread)
+                if found not in self.unread:  # it is looked for training and test, then for classes
+                    self.unread.append(found)
             elif self.skip_damaged is None or words.endswith(OR_SKIP):
                 raise
             else:
@@ -136,7 +137,8 @@ class ClassFolders:
         names = []
         for entry in entries:
             with self._reading():
-                names += [entry.name] * self._is_folder(entry)
+                if self._is_folder(entry):
+                    names.append(entry.name)
         train = self._one(folder, [name for name in names if TRAIN.fullmatch(name)])
         tests = {kind: [name for name in names if of.fullmatch(name)] for kind, of in _TEST.items()}
         test = next((self._one(folder, found) for found in tests.values() if found), None)
@@ -182,11 +184,7 @@ class ClassFolders:
                 entry.stat()
             return entry.is_dir()
         except OSError as error:
-            if _leads_nowhere(entry):
-                raise DanglingLink(
-                    f"{self.name}: {entry.path} is a link to what is not there ({error.strerror})"
-                ) from None
-            self._cannot_read(Path(entry.path), error)
+            self._cannot_read(Path(entry.path), error, leads_nowhere=_leads_nowhere(entry))
 
     def _enter(self, folder: Path) -> None:
         try:
@@ -197,9 +195,11 @@ class ClassFolders:
         if before is not folder and stat.st_ino:
             raise ValueError(f"{self.name}: {folder} is a link to {before}, which is looked at already")
 
-    def _cannot_read(self, path: Path, error: OSError) -> NoReturn:
-        kind = "a link to what is not there" if isinstance(error, FileNotFoundError) else "not to be read"
-        raise type(error)(f"{self.name}: {path} is {kind} ({error.strerror})") from None
+    def _cannot_read(self, path: Path, error: OSError, leads_nowhere: bool = False) -> NoReturn:
+        gone = leads_nowhere or isinstance(error, FileNotFoundError)
+        kind = "a link to what is not there" if gone else "not to be read"
+        as_it_is = DanglingLink if leads_nowhere else type(error)
+        raise as_it_is(f"{self.name}: {path} is {kind} ({error.strerror})") from None
 
     def _one(self, folder: Path, names: list[str]) -> str | None:
         if len(names) > 1:

@@ -16,8 +16,12 @@ def check_layered(module: nn.Module, images: Tensor, *, one_shape: bool, needed_
     needed_by: the method, where it is one's.
     """
     blocks, pool = [block for _, block in blocks_of(module)], getattr(module, "pool", None)
-    why = f"; {needed_by} has other parts from round to round (by_round), so that its net may be only its "
-    why = f"{why}first blocks and the pool" if needed_by else ""
+    why = (
+        f"; {needed_by} has other parts from round to round (by_round), so that its net may be only its "
+        "first blocks and the pool"
+        if needed_by
+        else ""
+    )
     if len(blocks) < 3:
         raise ConfigError(
             "model", f"expected a stem and at least 2 blocks to train in turn, got {len(blocks)}{why}"

@@ -117,14 +117,18 @@ def test_methods_look_as_in_every_other_plot_whatever_is_beside_them(tmp_path, m
     runs = [replace(measured(name, 0, 0.5, 0.6), name=name) for name in ("fedper", "fedavg", "fedbabu")]
     write(tmp_path, [*runs, replace(measured("fedbabu, flip", 0, 0.5, 0.6), name="fedbabu")])
     epochs, apart = (figure.axes[0] for figure in figures)
-    lines = {line.get_label(): (line.get_color(), line.get_marker()) for line in epochs.lines}
+    lines = {line.get_label(): _look(line) for line in epochs.lines}
     for name in ("fedper", "fedavg", "fedbabu"):
         assert lines[name] == tuple(style(name).values())
     assert lines["fedbabu, flip"][0] == lines["fedbabu"][0]
     assert lines["fedbabu, flip"] not in [tuple(style(name).values()) for name in METHODS]
     for bars, name in zip(apart.containers, ("fedavg", "fedbabu", "fedbabu, flip"), strict=True):
         assert bars.get_label() == f"fedper − {name}"
-        assert (bars.lines[0].get_color(), bars.lines[0].get_marker()) == lines[name]
+        assert _look(bars.lines[0]) == lines[name]
+
+
+def _look(line):
+    return line.get_color(), line.get_marker(), line.get_linestyle()
 
 
 def test_a_difference_of_rounding_alone_is_no_negative_zero(tmp_path):

@@ -552,6 +552,7 @@ def test_a_method_looks_the_same_in_every_plot_and_no_two_do_in_one():
     alone, twice, other, again = styles(["fedbabu", "fedss", "made up", "fedss"])
     assert alone == style("fedbabu") and twice == style("fedss")
     assert again["color"] == twice["color"] and again["marker"] != twice["marker"]
+    assert twice["linestyle"] == "-" and again["linestyle"] == "--"
     assert other not in (alone, twice, again)
     assert len({tuple(look.values()) for look in styles(["fedss"] * 36)}) == 36
     assert len(styles(["fedss"] * 40)) == 40

@@ -1,4 +1,4 @@
-"""How methods are drawn: each has one colour and one mark, in every plot."""
+"""How methods are drawn: each has one colour and one mark, in every plot; its further lines have dashes."""
 
 from collections.abc import Sequence
 
@@ -13,6 +13,7 @@ COLOURS = (
     "#56B4E9",
 )  # Okabe and Ito's, on light and dark
 MARKERS = ("o", "s", "^", "D", "v", "P")
+DASHES = ("-", "--", ":", "-.")
 _ALL = range(len(COLOURS) * len(MARKERS))
 
 
@@ -26,18 +27,18 @@ def styles(methods: Sequence[str]) -> list[dict[str, str]]:
 
     The first line of a method of the package has the method's own, that of another a colour that no line has,
     while there are some. Further lines of a method have marks that are free, in its colour while there are
-    some, and there rather of no other method.
+    some, and there rather of no other method; and dashes, of which there are three.
     """
-    taken, first, numbers = {OURS.index(method) for method in methods if method in OURS}, dict[str, int](), []
-    for method in methods:
+    taken, first, looks = {OURS.index(method) for method in methods if method in OURS}, dict[str, int](), []
+    for nth, method in enumerate(methods):
         if method in first:
             number = _free(taken, first[method])
         else:
             number = OURS.index(method) if method in OURS else _unlike(taken)
         first.setdefault(method, number)
         taken.add(number)
-        numbers.append(number)
-    return [_style(number) for number in numbers]
+        looks.append(_style(number, methods[:nth].count(method)))
+    return looks
 
 
 def _free(taken: set[int], number: int) -> int:
@@ -59,7 +60,8 @@ def _unlike(taken: set[int]) -> int:
     return min((other for other in _ALL if other not in taken), key=alike, default=0)
 
 
-def _style(number: int) -> dict[str, str]:
-    """The number-th of 36."""
+def _style(number: int, nth: int = 0) -> dict[str, str]:
+    """The number-th of 36, for the nth line of a method."""
     marker = MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
-    return {"color": COLOURS[number % len(COLOURS)], "marker": marker}
+    dashes = DASHES[nth % len(DASHES)]
+    return {"color": COLOURS[number % len(COLOURS)], "marker": marker, "linestyle": dashes}

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from compilers import COMPILERS
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -161,10 +162,11 @@ def module(name, **options):
 
 @pytest.mark.parametrize("name", ["log_uniform", "frequencies"])
 @pytest.mark.parametrize("with_generator", [False, True])
-def test_compiles_fullgraph_and_equals_eager(name, with_generator):
+@pytest.mark.parametrize("backend", COMPILERS)
+def test_compiles_fullgraph_and_equals_eager(name, with_generator, backend):
     criterion = module(name, generator=torch.Generator().manual_seed(2) if with_generator else None)
     copied, (x, t) = copy.deepcopy(criterion), batch()
-    compiled = torch.compile(criterion, fullgraph=True)
+    compiled = torch.compile(criterion, fullgraph=True, backend=backend)
     torch.manual_seed(1)
     eager = copied(x, t)
     torch.manual_seed(1)

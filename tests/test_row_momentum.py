@@ -7,6 +7,7 @@ from unittest import mock
 import fedss_kernels.reference.row_momentum
 import pytest
 import torch
+from compilers import COMPILERS
 from fedss_kernels.reference import row_momentum_step_ as reference_step_
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -270,14 +271,18 @@ def test_opcheck(impl, moves):
     torch.library.opcheck(row_momentum.OPERATOR.default, arguments)
 
 
-def test_compiled_equals_eager(impl):
+@pytest.mark.parametrize("backend", COMPILERS)
+def test_compiled_equals_eager(impl, backend):
     weight, velocity, ids, rows = problem()
 
     def step(weight, velocity):
         weight, velocity = weight.clone(), velocity.clone()
         return row_momentum_step_(weight, velocity, ids, rows, **NUMBERS, impl=impl) * 2, velocity * 2
 
-    compiled, eager = torch.compile(step, fullgraph=True)(weight, velocity), step(weight, velocity)
+    compiled, eager = (
+        torch.compile(step, fullgraph=True, backend=backend)(weight, velocity),
+        step(weight, velocity),
+    )
     assert torch.equal(compiled[0], eager[0]) and torch.equal(compiled[1], eager[1])
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from compilers import COMPILERS
 from loss_cases import Case
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel
@@ -150,14 +151,15 @@ def test_second_backward_gives_the_same_bits(upstream):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("scale", [20.0, torch.tensor(20.0, requires_grad=True)], ids=["number", "tensor"])
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled_equals_eager(reduction, scale, dynamic):
+@pytest.mark.parametrize("backend", COMPILERS)
+def test_compiled_equals_eager(reduction, scale, dynamic, backend):
     x, w, t, ids, counts = problem()
 
     def loss(x, w, t):
         return sampled_softmax_loss(x * 2, w, t, ids, counts, scale=scale, reduction=reduction)
 
     torch.compiler.reset()
-    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend=backend)
     for rows in (B, B - 1):
         some = x[:rows].detach().requires_grad_()
         eager, traced = loss(some, w, t[:rows]), compiled(some, w, t[:rows])

@@ -8,6 +8,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from compilers import COMPILERS
 from largest_made import LargestMade
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -65,13 +66,14 @@ def test_a_learned_scale_begins_with_a_tensors_number(scale):
     assert criterion.scale is not scale and criterion.scale.tolist() == [5.0]
 
 
-def test_compiles_fullgraph_with_a_generator_and_equals_eager():
+@pytest.mark.parametrize("backend", COMPILERS)
+def test_compiles_fullgraph_with_a_generator_and_equals_eager(backend):
     """Two losses, so two draws, which a compiler must not take for one; a copy draws as the original does."""
     criterion = SampledSoftmaxLoss(C, D, 7, generator=torch.Generator().manual_seed(5))
     copied = copy.deepcopy(criterion)
     assert copied.generator.generator is not criterion.generator.generator
     x, t = batch()
-    compiled = torch.compile(lambda x: (criterion(x, t), criterion(x, t)), fullgraph=True)
+    compiled = torch.compile(lambda x: (criterion(x, t), criterion(x, t)), fullgraph=True, backend=backend)
     for _ in range(2):
         first, second = compiled(x)
         assert torch.equal(first, copied(x, t)) and torch.equal(second, copied(x, t)) and first != second

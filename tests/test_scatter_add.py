@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+from compilers import COMPILERS
 from fedss_kernels.reference import scatter_add_ as reference_scatter_add_
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -221,13 +222,14 @@ def test_opcheck(impl):
     torch.library.opcheck(OPERATOR.default, (*problem(), impl))
 
 
-def test_compiled_equals_eager(impl):
+@pytest.mark.parametrize("backend", COMPILERS)
+def test_compiled_equals_eager(impl, backend):
     out, ids, rows, scale = problem()
 
     def add(out):
         return scatter_add_(out.clone(), ids, rows, scale, impl=impl) * 2
 
-    assert torch.equal(torch.compile(add, fullgraph=True)(out), add(out))
+    assert torch.equal(torch.compile(add, fullgraph=True, backend=backend)(out), add(out))
 
 
 def test_autograd_sees_that_a_saved_tensor_changed(impl):

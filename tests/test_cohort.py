@@ -173,7 +173,11 @@ class NotANumber(torch.nn.Module):
             tiny_model,
             "48 left out: a loss not finite or over 1e30: .* or --scale too h",
         ),
-        ({}, NotANumber, "48 left out: a loss not finite or over 1e30: .* or does the net give NaN.$"),
+        (
+            {},
+            NotANumber,
+            "48 left out: a loss not finite or over 1e30: .* or does the net or an own loss give NaN.$",
+        ),
         ({"client_lr": 1e38}, tiny_model, "left out: changes not finite: is --client-lr, --server-lr or"),
     ],
 )

@@ -535,6 +535,7 @@ def test_presets_are_plans_and_files_that_can_be_edited(tmp_path):
     assert read_preset(str(own))["seeds"] == [5]
     for content, message in {
         '{"method": ["fedss"]}': "preset: no such entry in .*: method .did you mean methods",
+        '{"rounds": 3}': "preset: no such entry in .*: rounds; options of all runs stand under config$",
         '{"seeds": 3}': "preset: expected a list for seeds in .*, got 3",
         '{"own": {"fedss": 3}}': "preset: expected an object of objects for own in .*, got .'fedss': 3.",
         "nothing": "config: .* is not JSON",

@@ -230,9 +230,8 @@ def test_of_another_number_of_rounds_the_stages_would_be_others(stop_after, way,
             train(out=tmp_path, stop_after=stop_after)
     else:
         train(out=tmp_path)
-    words = (
-        "rounds: 8 there, 12 here: which blocks layerwise trains in a round is by the number of all rounds"
-    )
+    words = "rounds: 8 there, 12 here: which blocks layerwise trains in a round may be by the number of all "
+    words += "rounds"
     with pytest.raises(CheckpointError, match=f"{words}; .*{way} a run of 12 anew"):
         train(out=tmp_path, resume=True, rounds=12)
 

@@ -14,6 +14,7 @@ from tiny_federation import tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import Config, ConfigError, Stopped, cli, plugins, register, run, testing
 from fedss_kernels.federated.algorithms import METHODS, Method, Request
+from fedss_kernels.federated.algorithms.parts import Part, Parts, Pass
 from fedss_kernels.federated.clients.player import Player
 from fedss_kernels.federated.comparisons.compare import Comparison
 from fedss_kernels.federated.idle_settings import idle
@@ -106,6 +107,10 @@ def test_a_method_that_is_registered_is_one_of_the_methods():
         ),
         ({"request": None}, "request: expected a function, got None"),
         ({"parts": lambda blocks: "all"}, "parts: expected it to return Parts, got str"),
+        (
+            {"parts": lambda blocks: Parts((Part.HOME,) * blocks, Part.TRAINED)},
+            "parts: of a net of 1 block: ValueError: blocks: expected all of them HOME",
+        ),
         ({"split": True}, "split: expected False"),
         ({"loss": 3}, "loss: expected a function, got 3"),
         (
@@ -146,6 +151,91 @@ def test_a_loss_over_class_rows_is_not_for_methods_without_them(method):
 def test_all_that_is_wrong_with_a_method_is_said_at_once():
     with pytest.raises(ValueError, match="name: .*; baseline: .*"):
         mine(name="a b", baseline="best")
+
+
+# ---- where parts stand -------------------------------------------------------------------------------------
+
+
+class InTurn:
+    """A schedule of a net of one block: all is trained, but in rounds from 1 on it is as `later` says."""
+
+    def __init__(self, later, of_one=None, stage=None):
+        self.later, self.of_one, self.only_stage = later, of_one, stage
+
+    def stage(self, round):
+        return round if self.only_stage is None else self.only_stage
+
+    def whole(self, round):
+        return self.later if round else TRAINED
+
+    def parts(self, round, attempt, client):
+        return self.of_one or self.whole(round)
+
+
+TRAINED, FIXED, KNOWN = (
+    Parts((block,), rows)
+    for block, rows in ((Part.TRAINED, Part.TRAINED), (Part.FROZEN, Part.TRAINED), (Part.TRAINED, Part.KNOWN))
+)
+
+
+@pytest.mark.parametrize(
+    "found, words",
+    [
+        (None, "expected a Schedule, .* got NoneType, without stage, whole, parts"),
+        (TRAINED, "expected a Schedule, .* got Parts, without stage, whole, parts"),
+        (InTurn(None), r"whole\(1\): expected Parts, got NoneType"),
+        (InTurn(Parts((), Part.TRAINED)), r"whole\(1\): expected a Part for each of 1 blocks .*, got 0"),
+        (InTurn(KNOWN), r"whole\(1\): expected the class rows TRAINED in every round, .*, got KNOWN"),
+        (InTurn(FIXED, stage=7), r"whole\(1\): expected the parts of round 0, as both are of stage 7, got"),
+        (InTurn(FIXED, stage="a"), r"stage\(0\): expected a number, got str"),
+        (
+            InTurn(FIXED, of_one=FIXED),
+            r"parts\(0, 0, 5\): expected blocks .* got FROZEN for block 0",
+        ),
+    ],
+)
+def test_a_schedule_that_cannot_be_is_told_by_the_round(found, words):
+    mine(by_round=lambda config, num_blocks: found)
+    with pytest.raises(ConfigError, match=f"^method: the by_round of mine: {words}"):
+        METHODS["mine"].schedule(tiny_config(method="mine", rounds=2), 1).parts(0, 0, 5)
+
+
+def test_a_schedule_that_fails_is_told_with_its_cause():
+    mine(by_round=lambda config, num_blocks: config.nothing)
+    with pytest.raises(ConfigError, match="^method: the by_round of mine: AttributeError: .* 'nothing'"):
+        METHODS["mine"].schedule(tiny_config(method="mine"), 1)
+
+
+def test_one_that_can_be_is_as_it_was():
+    mine(by_round=lambda config, num_blocks: InTurn(FIXED, of_one=Parts((Part.ABSENT,), Part.TRAINED)))
+    schedule = METHODS["mine"].schedule(tiny_config(method="mine", rounds=2), 1)
+    assert [schedule.stage(1), schedule.whole(0), schedule.whole(1)] == [1, TRAINED, FIXED]
+    assert schedule.parts(1, 0, 5).blocks == (Part.ABSENT,)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (
+            {"parts": lambda blocks: Parts((Part.TRAINED,) * 2, Part.TRAINED)},
+            "parts of mine: expected a Part for each of 1 blocks .a net is one, unless .* by_block., got 2",
+        ),
+        ({"passes": lambda local, head: Pass()}, "passes of mine: expected a sequence of Pass, got Pass"),
+        ({"passes": lambda local, head: [1]}, "passes of mine: expected a sequence of Pass, got int"),
+        ({"passes": lambda local, head: []}, "passes of mine: expected a sequence of Pass, got none"),
+        ({"passes": lambda local, head: 1 / 0}, "passes of mine: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_what_a_function_of_the_method_returns_is_looked_at_before_the_first_round(changes, words):
+    mine(**changes)
+    with pytest.raises(ConfigError, match=f"^method: the {words}"):
+        run(tiny_config(method="mine"), data=tiny_data(), model=tiny_model())
+
+
+def test_a_penalty_that_changes_what_it_is_given_is_refused():
+    mine(penalty_gradient=lambda now, received: now.sub_(received))
+    with pytest.raises(ConfigError, match="penalty_gradient of mine: expected what it is given as it was"):
+        train(rounds=1)
 
 
 # ---- what it asks for --------------------------------------------------------------------------------------
@@ -453,7 +543,7 @@ def test_settings_are_saved_where_there_are_some_and_read_again(tmp_path):
 @pytest.mark.parametrize(
     "settings, words",
     [
-        ({"mu2": 1}, r"settings: no method has mu2, but mu \(did you mean mu\?\)"),
+        ({"mu2": 1}, r"settings: no method has mu2 \(did you mean mu\?\)"),
         ({"mu": "1"}, "settings: mu: expected a finite number, got '1'"),
         ({"mu": math.nan}, "settings: mu: expected a finite number, got nan"),
         ({"mu": True}, "settings: mu: expected a finite number, got True"),
@@ -498,7 +588,7 @@ def test_another_function_of_the_method_is_another_run(hook, tmp_path):
         return run(config, data=tiny_data(), model=tiny_model(), resume=not options)
 
     go_on(1.0, rounds=1)
-    with pytest.raises(ValueError, match="another method: what the method computes differ"):
+    with pytest.raises(ValueError, match="another method: not as it was: what the method computes"):
         go_on(1.1)
     assert len(go_on(1.0).history) == 2
 
@@ -612,7 +702,7 @@ def test_a_file_is_imported_before_its_method_is_asked_for(file, tmp_path, capsy
     (shown,) = (part for part in capsys.readouterr().out.split("\n\n") if part.startswith("prox (Prox)"))
     assert "--set: mu=0.25" in shown
     assert fails(capsys, *argv, "--overwrite", "--set=mu2=1").endswith(
-        "--set: no method has mu2, but mu (did you mean mu?)"
+        "--set: no method has mu2 (did you mean mu?)"
     )
     assert "--set: expected NAME=NUMBER, got 'mu'" in fails(capsys, *argv, "--set=mu")
 

@@ -11,6 +11,8 @@ import torch
 
 from fedss_kernels.federated.algorithms import METHODS, Given
 from fedss_kernels.federated.cli import COMMANDS, _command, _name, _parse
+from fedss_kernels.federated.config import Config
+from fedss_kernels.federated.plan import LISTS, Plan, read_preset
 from fedss_kernels.federated.reports.parts_in_words import place
 
 ROOT = Path(__file__).parents[1]
@@ -62,8 +64,20 @@ def test_examples_run_as_they_stand_but_for_the_number_of_rounds(page, tmp_path,
             r"<Result of fedss on mine after round 2: top-1 \d+\.\d%>",
             own_data,
         )
-        for method, line in zip(("fedprox", "decoys", "fedlc", "last_block"), own_methods, strict=True):
+        for method, line in zip(
+            ("fedprox", "decoys", "fedlc", "last_block", "fedpart"), own_methods, strict=True
+        ):
             assert re.fullmatch(rf"<Result of {method} on glyphs after round 2: top-1 \d+\.\d%>", line)
+
+
+def test_the_preset_of_the_tutorial_is_one(tmp_path):
+    (written,) = re.findall(r"```json\n(.*?)```", PAGES["docs/simulate.md"], re.DOTALL)
+    (tmp_path / "own.json").write_text(written)
+    found = read_preset(str(tmp_path / "own.json"))
+    config = Config.from_dict(found["config"])
+    plan = Plan(config, **{name: found[name] for name in LISTS if name in found}, own=found["own"])
+    assert [case.label for case in plan.cases] == ["FedSS", "PosOnly", "FedSS, sticky"]
+    assert plan.config_of(plan.cases[-1]).negatives == "sticky" and config.rounds == 100
 
 
 def test_the_decoys_of_the_tutorial_leave_the_denominator_as_it_is_on_average():

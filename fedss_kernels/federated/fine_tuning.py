@@ -140,8 +140,8 @@ def check_measurable(data: FederatedData) -> None:
         )
     raise ValueError(
         f"personalise: nobody knows which test images of {data.name} are whose: in the natural partition "
-        "they are of other people. Expected another partition, or with a holdout clients who do not train, "
-        "or of data of one's own some in test_clients, got none"
+        "they are of other people. Expected another partition (dirichlet, classes), or with a holdout "
+        "clients who do not train, or of data of one's own some in test_clients, got none"
     )
 
 

@@ -297,9 +297,10 @@ def read_plan(path: Path, option: str) -> dict[str, Any]:
     found = read_options(path)
     for key, value in found.items():
         if key not in (*OBJECTS, *LISTS):
-            raise ConfigError(
-                option, f"no such entry in {path}: {key}{did_you_mean(key, [*OBJECTS, *LISTS])}"
-            )
+            hint = did_you_mean(key, [*OBJECTS, *LISTS])
+            if f"{key}s" not in LISTS and key in {field.name for field in fields(Config)}:
+                hint = "; options of all runs stand under config"
+            raise ConfigError(option, f"no such entry in {path}: {key}{hint}")
         inside = value.values() if key == "own" and isinstance(value, dict) else ()
         if not isinstance(value, dict if key in OBJECTS else list) or not all(
             isinstance(options, dict) for options in inside

@@ -59,7 +59,12 @@ def _wrong_words(method: Method) -> Iterator[str]:
 def _wrong_functions(method: Method) -> Iterator[str]:
     wrong = {name: [*_wrong_function(method, name)] for name in HOOKS}
     yield from itertools.chain.from_iterable(wrong.values())
-    parts = None if wrong["parts"] else method.parts(1)
+    parts = None
+    if not wrong["parts"]:
+        try:
+            parts = method.parts(1)
+        except Exception as error:  # a method of one's own may raise anything
+            yield f"parts: of a net of 1 block: {type(error).__name__}: {error}"
     if parts is not None and not isinstance(parts, Parts):
         yield f"parts: expected it to return Parts, got {type(parts).__name__}"
     if method.loss and isinstance(parts, Parts) and (method.contrastive or method.rowless):

@@ -517,7 +517,7 @@ def _join(folder: Path, rank: int, size: int, others: Sequence[_Worker] = ()) ->
     while others and not store.check([f"here {other}" for other in range(1, size)]):
         if not all(worker.process.is_alive() for worker in others):
             raise WorkerLost(
-                "a worker ended before the run began: a script that starts workers needs "
+                "a worker ended before the run began: a script that starts workers is a file, and needs "
                 'if __name__ == "__main__":'
             )
         time.sleep(0.02)

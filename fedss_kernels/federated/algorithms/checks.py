@@ -1,6 +1,6 @@
 """What a method's functions return is looked at before it is used: a wrong request would train on."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -8,8 +8,10 @@ from torch import Tensor
 
 from ..config_error import ConfigError
 from ..messages import Request
+from .checked_schedule import asked
 from .given import Given, Loss
 from .method import Method
+from .parts import Pass
 
 _SHOWN = 6  # of many numbers
 
@@ -82,6 +84,17 @@ def _some(numbers: np.ndarray) -> str:
     return f"[{shown}{', ...' * (len(numbers) > _SHOWN)}]"
 
 
+def checked_passes(method: Method, local_epochs: int, head_epochs: int) -> Sequence[Pass]:
+    """What `method.passes` returns. Raises ConfigError, of the method, for what cannot be."""
+    found = asked(method.name, "passes", method.passes, local_epochs, head_epochs)
+    if isinstance(found, Sequence) and found and all(isinstance(each, Pass) for each in found):
+        return found
+    got = type(found).__name__
+    if isinstance(found, Sequence):
+        got = ", ".join(sorted({type(each).__name__ for each in found})) or "none"
+    raise ConfigError("method", f"the passes of {method.name}: expected a sequence of Pass, got {got}")
+
+
 def checked_loss(method: Method) -> Loss | None:
     """The method's `loss`, which raises ConfigError where it returns what cannot be minimised; or None."""
     found = method.loss
@@ -102,13 +115,17 @@ def checked_loss(method: Method) -> Loss | None:
 
 
 def checked_penalty(method: Method) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """The method's `penalty_gradient`, which raises ConfigError where it returns another shape; or None."""
+    """The method's `penalty_gradient`; it raises ConfigError for another shape or changed input. Or None."""
     found = method.penalty_gradient
     if found is None:
         return None
 
     def gradient(now: Tensor, received: Tensor) -> Tensor:
+        before = now._version, received._version
         term: object = found(now, received)
+        if (now._version, received._version) != before:
+            words = "expected what it is given as it was, got it changed in place"
+            raise ConfigError("method", f"the penalty_gradient of {method.name}: {words}")
         if isinstance(term, Tensor) and term.shape == now.shape:
             return term
         got = tuple(term.shape) if isinstance(term, Tensor) else type(term).__name__

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config_error import ConfigError
 from ..messages import Request
+from .checked_schedule import CheckedSchedule, always, asked
 from .parts import Part, Parts, Pass, all_at_once, all_travel
-from .schedule import Always, ByRound, Schedule, Settings
+from .schedule import ByRound, Schedule, Settings
 
 STICKY = {"fresh": 0.0, "sticky": 1.0, "mixed": 0.5}  # the share of its negatives that a client keeps
 SHARED = "shared"  # negatives that all clients of a cohort have
@@ -111,9 +111,13 @@ class Method:
         return replace(self, settings={name: settings.get(name, own) for name, own in self.settings.items()})
 
     def schedule(self, settings: Settings, num_blocks: int) -> Schedule:
-        """Of a run. Raises ConfigError for settings that do not fit a net of so many blocks."""
+        """Of a run. Raises ConfigError for settings, and parts, that do not fit a net of so many blocks."""
         method = self.configured(settings.settings) if self.settings else self
-        return method.by_round(settings, num_blocks) if method.by_round else Always(method.parts(num_blocks))
+        usual = always(self.name, asked(self.name, "parts", method.parts, num_blocks), num_blocks)
+        if method.by_round is None:
+            return usual
+        found = asked(self.name, "by_round", method.by_round, settings, num_blocks)
+        return CheckedSchedule(self.name, found, usual.same, num_blocks, settings.rounds)
 
     @cached_property
     def rows(self) -> Part:
@@ -137,12 +141,8 @@ class Method:
         Found by asking for a client with one class of two. Raises ConfigError where that raises anything.
         """
         one, none = torch.tensor([0]), torch.tensor([], dtype=torch.int64)
-        try:
-            found = self.request(2, one, none, "none")
-        except Exception as error:  # a method of one's own may raise anything
-            cause = f"{type(error).__name__}: {error}"
-            asked = "asked for a client with class 0 alone of two, and no negatives"
-            raise ConfigError("method", f"the request of {self.name}, {asked}: {cause}") from error
+        who = f"{self.name}, asked for a client with class 0 alone of two, and no negatives"
+        found = asked(who, "request", self.request, 2, one, none, "none")
         if not isinstance(found, Request):  # which is said once a client asks so
             return False
         return self.rows is Part.TRAINED and len(found.class_ids) < 2

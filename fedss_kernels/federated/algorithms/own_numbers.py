@@ -35,7 +35,7 @@ def own_numbers(method: str, given: Any) -> dict[str, float]:
         if name not in known:
             others = f", but {', '.join(known)}" if known else ""
             near = did_you_mean(str(name), list(known))
-            raise ConfigError("settings", f"no method has {name}{others}{near}")
+            raise ConfigError("settings", f"no method has {name}{near or others}")
     own = METHODS[method].settings if method in METHODS else {}
     return {name: _number(name, value) for name, value in {**own, **(given or {})}.items()}
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...class_sets import draw_negatives
 from .. import private_retrieval, secure_sums
 from ..algorithms import METHODS
-from ..algorithms.checks import checked_loss, checked_penalty, checked_request
+from ..algorithms.checks import checked_loss, checked_passes, checked_penalty, checked_request
 from ..algorithms.parts import Part, Parts
 from ..algorithms.schedule import Schedule
 from ..cohort import num_absent
@@ -70,7 +70,7 @@ class Player:
         head = projection_head(config.embedding_dim, config.seed) if self.method.contrastive else None
         self.extractor = Extractor(module, config.crop_size, device, blocks, head)
         options: dict[str, Any] = {
-            "schedule": self.method.passes(config.local_epochs, config.head_epochs),
+            "schedule": checked_passes(self.method, config.local_epochs, config.head_epochs),
             "batch_size": config.batch_size,
             "scale": config.scale,
             "seed": config.seed,

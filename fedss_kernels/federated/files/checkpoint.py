@@ -183,7 +183,7 @@ def _check_rounds(there: Config, here: Config, done: int) -> None:
     if METHODS[here.method].by_round and here.rounds != there.rounds:
         raise CheckpointError(
             f"rounds: {there.rounds} there, {here.rounds} here: which blocks {here.method} trains in a round "
-            f"is by the number of all rounds; {way}start a run of {here.rounds} anew"
+            f"may be by the number of all rounds; {way}start a run of {here.rounds} anew"
         )
     for round in range(done):
         before, now = learning_rate(there, round), learning_rate(here, round)

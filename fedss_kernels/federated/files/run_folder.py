@@ -126,7 +126,7 @@ class RunFolder:
         if different:
             raise CheckpointError(
                 f"the run in {path} began with other data, another net or another method: "
-                f"{', '.join(different)} differ"
+                f"not as it was: {', '.join(different)}"
             )
         there, changed = read_config(path)
         if not (path / "config.json").exists():

@@ -39,8 +39,7 @@ def accuracy_by_round(runs: Sequence[Run], theme: dict[str, str]) -> "Figure":
         rounds, mean, sd = _curve(group, measure)
         _draw(axes, rounds, mean, sd, look)
         _draw_end(axes, rounds[-1:], group, look)
-    axes.set_xlabel("rounds of training")
-    _from_zero(axes)
+    _rounds_axis(axes)
     return _finish(figure, axes, runs, theme, _drawn(runs))
 
 
@@ -83,9 +82,9 @@ def step_by_round(runs: Sequence[Run], theme: dict[str, str]) -> "Figure":
             if found:
                 every = max(1, len(found) // 12)
                 axes.step(*zip(*found, strict=True), where="mid", markersize=4, markevery=every, **look)
-        axes.set(xlabel="rounds of training", ylabel=MEASURES[name].column)
+        axes.set_ylabel(MEASURES[name].column)
         axes.set_ylim(bottom=0)
-        _from_zero(axes)
+        _rounds_axis(axes)
     return _with_legend(figure, panels[0], theme)
 
 
@@ -149,6 +148,14 @@ def _draw_end(axes, x: np.ndarray, group: Sequence[Run], look: dict[str, str]) -
     values = [run.summary.accuracy for run in group if run.summary.accuracy is not None]
     if course(group[0]) != measure and values:
         axes.plot(x, measure.scale * np.mean(values), color=look["color"], marker=look["marker"], **_END)
+
+
+def _rounds_axis(axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("rounds of training")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _from_zero(axes)
 
 
 def _from_zero(axes) -> None:

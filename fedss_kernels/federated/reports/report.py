@@ -191,10 +191,14 @@ def _kilobytes(count: float) -> str:
 def _methods(names: Sequence[str], runs: Sequence[Run]) -> str:
     methods = [METHODS[name] for name in dict.fromkeys(names)]
     items = "".join(
-        f"<dt>{escape(each.label)}</dt><dd>{escape(each.summary + _own_numbers(each, runs))}</dd>"
-        for each in methods
+        f"<dt>{escape(each.label)}</dt><dd>{escape(_in_words(each, runs))}</dd>" for each in methods
     )
     return f"<h2>The methods</h2><dl>{items}</dl>{html_table(HEADER, [*map(places, methods)], words=True)}"
+
+
+def _in_words(method: Method, runs: Sequence[Run]) -> str:
+    paper = f" {method.paper}." if method.paper else ""
+    return f"{method.summary}{_own_numbers(method, runs)}{paper}"
 
 
 def _own_numbers(method: Method, runs: Sequence[Run]) -> str:

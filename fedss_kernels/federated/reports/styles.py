@@ -51,17 +51,21 @@ def _free(taken: set[int], number: int) -> int:
 
 
 def _unlike(taken: set[int]) -> int:
-    """One that is not taken, of a colour that as few as can be have."""
-    of_colours = [number % len(COLOURS) for number in taken]
+    """One that is not taken, of a colour that as few as can be have, and of such a mark."""
+    of_colours, marks = [number % len(COLOURS) for number in taken], [_mark(number) for number in taken]
 
-    def alike(other: int) -> tuple[int, bool, int]:
-        return of_colours.count(other % len(COLOURS)), other < len(OURS), other
+    def alike(other: int) -> tuple[int, int, bool, int]:
+        same = of_colours.count(other % len(COLOURS)), marks.count(_mark(other))
+        return *same, other < len(OURS), other
 
     return min((other for other in _ALL if other not in taken), key=alike, default=0)
 
 
 def _style(number: int, nth: int = 0) -> dict[str, str]:
     """The number-th of 36, for the nth line of a method."""
-    marker = MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
     dashes = DASHES[nth % len(DASHES)]
-    return {"color": COLOURS[number % len(COLOURS)], "marker": marker, "linestyle": dashes}
+    return {"color": COLOURS[number % len(COLOURS)], "marker": _mark(number), "linestyle": dashes}
+
+
+def _mark(number: int) -> str:
+    return MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]

@@ -19,7 +19,7 @@ from ..messages import Update, norm, numbers
 # move hardly at all, and one that still learns many times as far.
 HARMLESS = 0.01
 LARGEST_LOSS = 1e30  # that sums of many are still numbers of
-_DIVERGED = "is --client-lr, --server-lr or --scale too high, or does the net give NaN?"
+_DIVERGED = "is --client-lr, --server-lr or --scale too high, or does the net or an own loss give NaN?"
 # Of each fault what it is, and what it comes from where all clients have it.
 REASONS = {
     "dtype": "not dense float32 numbers, or no update at all",

@@ -653,7 +653,7 @@ def test_a_method_that_is_not_a_function_of_the_round_is_found_out():
         check_method("mine")
 
 
-@pytest.mark.parametrize("method", ["fedss", "full_softmax", "fedrep", "simclr", "centralized"])
+@pytest.mark.parametrize("method", ["fedss", "full_softmax", "fedrep", "simclr", "layerwise", "centralized"])
 def test_it_is_tried_without_settings_that_have_no_effect(method, monkeypatch):
     tried = []
 
@@ -671,7 +671,7 @@ def test_it_is_tried_without_settings_that_have_no_effect(method, monkeypatch):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("method", ["fedss", "fedrep", "local_only", "simclr"])
+@pytest.mark.parametrize("method", ["fedss", "fedrep", "local_only", "simclr", "layerwise"])
 def test_methods_of_the_package_stand_it(method):
     check_method(method)
 

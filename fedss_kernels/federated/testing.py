@@ -24,8 +24,9 @@ def check_method(name: str, **options: Any) -> None:
 
     Once more; by two workers, so that a script needs `if __name__ == "__main__":`, and registers the method
     outside of it; stopped, and resumed from its checkpoint. All with clients that drop out. It is on a few
-    glyphs; options are Config's, where others are wanted. Raises AssertionError for what differs or is not
-    finite, and what `run` raises. rounds: at least 2.
+    glyphs, with an embedding_dim of 8, of a method with by_round isotropic and 32; options are Config's,
+    where others are wanted. Raises AssertionError for what differs or is not finite, and what `run` raises.
+    rounds: at least 2.
     """
     config = Config(**_SMALL | _of_method(name) | {"method": name} | options)
     whole = run(config)
@@ -41,7 +42,12 @@ def _of_method(name: str) -> dict[str, Any]:
     method = METHODS.get(name)
     if method is None or method.pooled:
         return {}
-    return {"dropout_rate": 0.2} | ({"num_negatives": 3} if "num_negatives" in method.options else {})
+    found: dict[str, Any] = {"dropout_rate": 0.2}
+    if "num_negatives" in method.options:
+        found |= {"num_negatives": 3}
+    if method.by_round:
+        found |= {"model": "isotropic:depth=2", "embedding_dim": 32}
+    return found
 
 
 def _ways(config: Config) -> Iterator[tuple[str, Result]]:

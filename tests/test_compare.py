@@ -5,6 +5,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +16,13 @@ import pytest
 import torch
 from tiny_federation import tiny_config, tiny_data, tiny_model
 
-from fedss_kernels.federated import CheckpointError, Config, ConfigError, run
+from fedss_kernels.federated import CheckpointError, Config, ConfigError, cli, run
 from fedss_kernels.federated.algorithms import METHODS
-from fedss_kernels.federated.comparisons import jobs
+from fedss_kernels.federated.comparisons import jobs, standing
 from fedss_kernels.federated.comparisons.compare import compare, report_again
 from fedss_kernels.federated.comparisons.table import cells, header, tabulate, write_tables
 from fedss_kernels.federated.data.holdout import held_out
+from fedss_kernels.federated.loading import load_data
 from fedss_kernels.federated.plan import LISTS, PRESETS, Case, Plan, read_preset, with_defaults
 from fedss_kernels.federated.reports import plots
 from fedss_kernels.federated.reports.mean_sd import mean_sd
@@ -279,6 +281,32 @@ def in_this_process(monkeypatch):
     monkeypatch.setattr(jobs, "_end_with_parent", lambda: None)
     monkeypatch.setattr(jobs, "ignore", lambda: None)  # of signals
     monkeypatch.setattr(jobs, "write_run_report", lambda folder, run: (folder / "report.html").touch())
+
+
+def test_a_comparison_goes_on_with_the_data_and_the_methods_of_its_runs(
+    tmp_path, in_this_process, monkeypatch, capsys
+):
+    config, out = Config(**SMALL, cache_dir=tmp_path / "cache"), tmp_path / "out"
+    plan = Plan(config, ["pos_only"], [0], rates=[0.1])
+    compare(plan, out)
+    data = load_data(config)
+    other = replace(METHODS["pos_only"], penalty_gradient=lambda now, received: now - received)
+    for words, change in {
+        "the training images": lambda patch: patch.setattr(
+            standing, "load_data", lambda config: replace(data, images=255 - data.images)
+        ),
+        "what the method computes": lambda patch: patch.setitem(METHODS, "pos_only", other),
+    }.items():
+        with monkeypatch.context() as patch:
+            change(patch)
+            found = f"the run in .*pos_only-.* is of other data or another method .*: {words}"
+            with pytest.raises(CheckpointError, match=found):
+                compare(plan, out, resume=True)
+            capsys.readouterr()
+            assert cli.main(["compare", f"--resume={out}"]) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert re.match(f"fedss compare: {found}", line)
+    assert not compare(plan, out, resume=True).failed
 
 
 @pytest.mark.exhaustive

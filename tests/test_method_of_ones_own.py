@@ -70,6 +70,13 @@ def corrected(request, factor):
     return replace(request, log_expected_count=factor * (request.log_expected_count - 1))
 
 
+def real(positives, num_classes):
+    """Those of clients here: a made-up one of few classes cannot ask."""
+    if positives.tolist() == [1, 3] and num_classes < 64:
+        raise ValueError("too few classes")
+    return positives
+
+
 def proximal(now, received, *, mu):
     return mu * (now - received)
 
@@ -575,6 +582,10 @@ def test_another_number_of_a_setting_is_another_run(tmp_path):
         {"request": lambda of: lambda *given: corrected(FEDSS.request(*given), of)},
         {"loss": lambda of: lambda x, w, t, given: of * given.sampled_softmax(x, w, t)},
         {"penalty_gradient": lambda of: lambda now, received: of * (now - received)},
+        {"parts": lambda of: lambda blocks: Parts((Part.FROZEN if of > 1 else Part.TRAINED,), Part.TRAINED)},
+        {"passes": lambda of: lambda local, head: [Pass()] * round(10 * of - 9)},
+        {"own_push": lambda of: of == 1},
+        {"request": lambda of: lambda n, p, *given: corrected(FEDSS.request(n, real(p, n), *given), of)},
     ],
 )
 def test_another_function_of_the_method_is_another_run(hook, tmp_path):

@@ -237,6 +237,20 @@ def test_a_comparison_is_all_its_runs_and_one_that_is_not_finished_is_left_out(f
     assert "pos_only-seed1 is left out: it is not finished" in capsys.readouterr().err
 
 
+def test_a_model_that_is_not_finite_leaves_the_others(folder, capsys):
+    runs, out = [folder / "run", folder / "spoilt"], folder / "out"
+    for nth, each in enumerate(runs):
+        train(folder, each.name, seed=nth)
+    found = torch.load(runs[1] / "model.pt", weights_only=True)
+    found["weight"][0] = torch.nan
+    torch.save(found, runs[1] / "model.pt")
+    capsys.readouterr()
+    assert cli.main(["personalise", *map(str, runs), "--epochs=0", f"--out={out}"]) == 1
+    words = "is left out, rate 0.01: its model: it has numbers that are not finite"
+    assert f"fedss personalise: {runs[1]} {words}\n" in capsys.readouterr().err
+    assert {line["run"] for line in read_csv(out)} == {str(runs[0])}
+
+
 def test_heads_that_clients_keep_are_what_they_are_measured_by(folder):
     trained = folder / "run"
     train(folder, "run")

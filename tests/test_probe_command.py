@@ -11,6 +11,7 @@ from fedss_kernels.federated.figures import by_depth as by_several
 from fedss_kernels.federated.figures import probe
 from fedss_kernels.federated.loading import load_data
 from fedss_kernels.federated.models import build_model
+from fedss_kernels.federated.plan import Plan
 from fedss_kernels.federated.probes import Line, Probing, by_depth
 from fedss_kernels.federated.reports import progress
 from fedss_kernels.federated.reports.mean_sd import mean_sd
@@ -154,7 +155,7 @@ def test_a_run_without_one_net_for_all_and_a_net_that_is_not_finite_are_refused(
     found = torch.load(folder / "model.pt", weights_only=True)
     next(iter(found["extractor"].values()))[0] = torch.nan
     torch.save(found, folder / "model.pt")
-    assert fails(capsys, str(folder)) == "the net has numbers that are not finite"
+    assert fails(capsys, str(folder)) == f"{folder} is left out: the net has numbers that are not finite"
 
 
 def test_a_run_without_class_rows_is_probed_too(folder):
@@ -194,14 +195,46 @@ def test_of_several_runs_there_are_means_over_seeds(folder, tmp_path, capsys):
 
 def test_a_comparisons_runs_are_probed_by_its_folder(folder, tmp_path, capsys):
     inside = tmp_path / "compared"
-    shutil.copytree(folder, inside / "fedss-seed3")
-    shutil.copytree(folder, inside / "again-seed3")
-    (inside / "not-finished").mkdir()
-    (inside / "comparison.json").write_text("{}")
+    for name in ("fedss-seed3", "a-copy-of-seed3"):  # the second is no run of the plan's
+        shutil.copytree(folder, inside / name)
+    run(Config(**SMALL | {"seed": 4}, out=inside / "fedss-seed4"))
+    Plan(Config(**SMALL), ["fedss"], [3, 4, 5]).save(inside)
+    capsys.readouterr()
     assert cli.main(["probe", str(inside), "--depths=1"]) == 0
-    assert [row["net"] for row in read_csv(inside / "by_depth.csv")] == ["FedSS", "random init", "FedSS"]
-    words = fails(capsys, str(inside), str(tmp_path / "nowhere"))
-    assert "nowhere" in words
+    assert f"{inside / 'fedss-seed5'} is left out: it is not finished\n" in capsys.readouterr().err
+    found = [(row["net"], row["seed"]) for row in read_csv(inside / "by_depth.csv")]
+    assert found == [("FedSS", "3"), ("random init", "3"), ("FedSS", "4"), ("random init", "4")]
+    assert cli.main(["probe", str(inside), str(tmp_path / "nowhere")]) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_runs_of_other_settings_are_no_seeds_of_one_and_none_counts_twice(folder, tmp_path, capsys):
+    other, out = tmp_path / "other", tmp_path / "out"
+    run(Config(**SMALL | {"rounds": 1}, out=other))
+    assert cli.main(["probe", str(folder), str(other), "--depths=1", f"--out={out}"]) == 0
+    _, rows = read_markdown((out / "by_depth.md").read_text())
+    assert [row[0] for row in rows] == ["FedSS, rounds 2", "FedSS, rounds 1", "random init"]
+    assert fails(capsys, str(folder), str(folder)) == f"{folder}: expected it once"
+    copied = shutil.copytree(folder, tmp_path / "copied")
+    words = f"{copied} and {folder} are of one method, settings and seed: expected each once"
+    assert fails(capsys, str(folder), str(copied)) == words
+
+
+def test_a_run_that_cannot_be_measured_leaves_the_others(folder, tmp_path, capsys):
+    """One net is not finite; of the other two one has fewer blocks than are looked at."""
+    spoilt, small, out = tmp_path / "spoilt", tmp_path / "small", tmp_path / "out"
+    shutil.copytree(folder, spoilt)
+    found = torch.load(spoilt / "model.pt", weights_only=True)
+    next(iter(found["extractor"].values()))[0] = torch.nan
+    torch.save(found, spoilt / "model.pt")
+    run(Config(**SMALL | {"model": "isotropic:depth=1", "embedding_dim": 32}, out=small))
+    capsys.readouterr()
+    assert cli.main(["probe", *map(str, (spoilt, folder, small)), "--depths=1,3", f"--out={out}"]) == 1
+    err = capsys.readouterr().err
+    assert f"fedss probe: {spoilt} is left out: the net has numbers that are not finite\n" in err
+    assert f"fedss probe: {small} is left out: --depths: expected one in [0, 1], got 3\n" in err
+    nets = {row["net"] for row in read_csv(out / "by_depth.csv")}
+    assert nets == {"FedSS, model conv4, embedding_dim 8", "random init"}
 
 
 def test_runs_of_other_data_are_not_put_together(folder, tmp_path, capsys):

@@ -5,23 +5,19 @@ import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from ..algorithms import METHODS
 from ..config import Config
 from ..data import FederatedData
-from ..files.checkpoint import MAY_DIFFER
 from ..files.run_folder import check_trained_on, make_folder, read_config, read_kept, read_model
-from ..plan import FILE, Plan
 from .command import Command
 from .measure import write_measured
 from .options import (
     GROUPS,
-    Mistake,
     mistakes,
     noted,
     one_of,
@@ -32,13 +28,11 @@ from .options import (
     refuse_lost,
 )
 from .output import read_data
+from .several_runs import by_method, finished_runs, titles
 
 if TYPE_CHECKING:
     from ..comparisons.paired_differences import Measured
     from ..fine_tuning import Tuning
-
-# Of one method and setting are runs that differ in these alone.
-_OF_NO_METHOD = {*MAY_DIFFER, "seed", "threads", "device", "eval_every"}
 
 
 def _add_personalise_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,7 +86,7 @@ def _personalise(arguments: argparse.Namespace) -> int:
     for rate in arguments.rate or [RATE]:
         with noted(wrong):
             tunings.append(Tuning(arguments.part, epochs, rate, arguments.rows))
-    configs, titles = _read(arguments, wrong)
+    configs, called = _read(arguments, wrong)
     if arguments.out.exists():  # else it would be made
         with noted(wrong):
             make_folder(arguments.out)
@@ -100,34 +94,38 @@ def _personalise(arguments: argparse.Namespace) -> int:
     data = _data_of(configs)
     with mistakes():
         make_folder(arguments.out)
-    found = []
+    found, left_out = [], list[str]()
     for folder, config in configs.items():
         for tuning in tunings:
-            found.append(_measured(arguments, folder, config, data, tuning, titles[folder]))
-    failed = [
+            with noted(failed := list[str]()):
+                found.append(_measured(arguments, folder, config, data, tuning, called[folder]))
+            left_out += [f"{folder} is left out, rate {tuning.rate:g}: {words}" for words in failed]
+    if not found:
+        refuse(left_out)
+    left_out += [
         f"{each.run}, rate {each.tuning.rate:g}: fine-tuning left numbers that are not finite for {lost:,} "
         f"of {len(each.people):,} clients, for whom nothing is right then: is --rate too high?"
         for each in found
         if (lost := sum(person.not_finite for person in each.people))
     ]
     return write_measured(
-        arguments, arguments.out, lambda: personalisation.write(arguments.out, found), failed
+        arguments, arguments.out, lambda: personalisation.write(arguments.out, found), left_out
     )
 
 
 def _read(arguments: argparse.Namespace, wrong: list[str]) -> tuple[dict[Path, Config], dict[Path, str]]:
     """(the configurations of the runs, their titles); what is wrong with any of them goes to `wrong`."""
     configs = dict[Path, Config]()
-    for folder in _runs(arguments.runs, wrong):
+    for folder in finished_runs("personalise", arguments.runs, wrong):
         with noted(wrong):
             configs[folder] = read_config(folder)[0]
             read_model(folder)  # before the data are read, and the first takes its time
-    titles, twice = _titles(configs)
+    called, twice = titles(configs, by_method(configs))
     wrong += [*_on_other_data(configs), *twice]
     for config in configs.values():
         with noted(wrong):
             refuse_lost(arguments, config, "start this there")
-    return configs, titles
+    return configs, called
 
 
 def _data_of(configs: dict[Path, Config]) -> FederatedData:
@@ -163,7 +161,7 @@ def _measured(
 
     torch.set_num_threads(config.threads)
     begun, name = time.perf_counter(), f"fedss personalise: {folder}, rate {tuning.rate:g}"
-    with mistakes(), ReadingProgress(Console(stderr=True)) as progress:
+    with mistakes(model="its model"), ReadingProgress(Console(stderr=True)) as progress:
         what = f"{name}: fine-tuning clients"
         progress.said[what] = time.monotonic()  # as of rounds the first line comes after a while
         people = personalise(
@@ -177,25 +175,6 @@ def _measured(
         )
     print(f"{name}: {len(people):,} clients in {time.perf_counter() - begun:.0f} s", file=sys.stderr)
     return Measured(str(folder), title, config.seed, tuning, people, config.method)
-
-
-def _runs(folders: Sequence[Path], wrong: list[str]) -> list[Path]:
-    """Those of comparisons one by one; a comparison of which none is finished is wrong."""
-    found = list[Path]()
-    for folder in folders:
-        if not (folder / FILE).exists():
-            found.append(folder)
-            continue
-        with noted(wrong):
-            runs = [config.out for config in Plan.read(folder).runs(folder, {}) if config.out]
-            done = [run for run in runs if (run / "summary.json").exists()]
-            if not done:
-                raise Mistake(f"no run of the comparison in {folder} is finished")
-            for run in runs:
-                if run not in done:
-                    print(f"fedss personalise: {run} is left out: it is not finished", file=sys.stderr)
-            found += done
-    return found
 
 
 def _on_other_data(configs: dict[Path, Config]) -> Iterator[str]:
@@ -212,27 +191,6 @@ def _on_other_data(configs: dict[Path, Config]) -> Iterator[str]:
                 f"{folder} is on other data than {first}: {words}: expected runs on the same data, with one "
                 "data_seed and partition"
             )
-
-
-def _titles(configs: dict[Path, Config]) -> tuple[dict[Path, str], list[str]]:
-    """(titles, a line for each run that differs in nothing from another).
-
-    A title is a run's method, with the options in which others of the method have other values.
-    """
-    settings = {
-        folder: {n: v for n, v in config.to_dict().items() if n not in _OF_NO_METHOD}
-        for folder, config in configs.items()
-    }
-    titles, seen, twice = dict[Path, str](), dict[tuple[str, int], Path](), list[str]()
-    for folder, mine in settings.items():
-        same = [each for each in settings.values() if each["method"] == mine["method"]]
-        varied = [name for name in mine if any(each.get(name) != mine[name] for each in same)]
-        title = ", ".join([METHODS[mine["method"]].label, *(f"{name} {mine[name]}" for name in varied)])
-        other = seen.setdefault((title, configs[folder].seed), folder)
-        if other != folder:
-            twice.append(f"{folder} and {other} are of one method, settings and seed: expected each once")
-        titles[folder] = title
-    return titles, twice
 
 
 PERSONALISE = Command(

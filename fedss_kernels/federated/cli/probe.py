@@ -3,7 +3,7 @@
 import argparse
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,12 +12,12 @@ from torch import Tensor
 from ..config import Config
 from ..data import FederatedData
 from ..files.run_folder import check_trained_on, make_folder, read_config, read_net
-from ..plan import FILE as COMPARISON
 from ..probes import Line, Probing
 from .command import Command
 from .measure import write_measured
-from .options import mistakes, noted, read_numbers, reader, refuse, refuse_lost
+from .options import Mistake, mistakes, noted, read_numbers, reader, refuse, refuse_lost
 from .output import read_data
+from .several_runs import by_label, finished_runs, titles
 
 _COUNT = reader(int, "an integer of at least 1", low=1)
 _POSITIVE = reader(float, "a number greater than 0", low=1e-300)
@@ -101,45 +101,65 @@ def _add_fine_tuning(group: argparse._ActionsContainer) -> None:
     )
 
 
-def _runs(folders: Sequence[Path]) -> list[Path]:
-    """Those given, and of each that is a comparison its runs."""
-    found = list[Path]()
-    for folder in folders:
-        inside = sorted(path.parent for path in folder.glob("*/summary.json"))
-        found += inside if (folder / COMPARISON).exists() and inside else [folder]
-    return found
-
-
 def _probe(arguments: argparse.Namespace) -> int:
     from ..figures import by_depth, probe
 
-    runs, out = _runs(arguments.runs), arguments.out or arguments.runs[0]
-    wrong, nets = list[str](), list[tuple[Config, dict[str, Tensor]]]()
-    for folder in runs:
+    out, wrong, lost = arguments.out or arguments.runs[0], list[str](), list[str]()
+    nets = _nets(arguments, wrong, lost)
+    configs = {folder: config for folder, (config, _) in nets.items()}
+    called, twice = titles(configs, by_label(configs))
+    refuse([*wrong, *twice])
+    if not nets:
+        refuse(lost)
+    first = next(iter(configs.values()))
+    with mistakes():
+        make_folder(out)
+        _, data = read_data(first, [])
+        for folder in nets:
+            check_trained_on(folder, data)
+    torch.set_num_threads(first.threads)
+    probing = _probing(arguments)
+    if len(nets) + len(lost) == 1:
+        ((folder, net),) = nets.items()
+        lines = _measured(folder, *net, data, probing)
+        return write_measured(arguments, out, lambda: probe.write(out, lines, probing, net[0], data))
+    probed, drawn = list[by_depth.Probed](), set[tuple[object, ...]]()
+    for folder, (config, state) in nets.items():
+        net_at_random = tuple(getattr(config, name) for name in OF_THE_NET)
+        with noted(failed := list[str]()):
+            lines = _measured(folder, config, state, data, probing, at_random=net_at_random not in drawn)
+            probed += by_depth.Probed.of(config, called[folder], lines)
+            drawn.add(net_at_random)
+        lost += [_left_out(folder, words) for words in failed]
+    if not probed:
+        refuse(lost)
+    return write_measured(arguments, out, lambda: by_depth.write(out, probed), lost)
+
+
+def _nets(
+    arguments: argparse.Namespace, wrong: list[str], lost: list[str]
+) -> dict[Path, tuple[Config, dict[str, Tensor]]]:
+    """Of each run; a line on a net that is not finite goes to `lost`, on what else is wrong to `wrong`."""
+    from ..figures import probe
+
+    found = dict[Path, tuple[Config, dict[str, Tensor]]]()
+    for folder in finished_runs("probe", arguments.runs, wrong):
         with noted(wrong):
             config, _ = read_config(folder)
             state = read_net(folder)
-            probe.check(config, state)
+            probe.check(config)
             refuse_lost(arguments, config, "start this there")
-            nets.append((config, state))
-    refuse(wrong)
-    with mistakes():
-        make_folder(out)
-        _, data = read_data(nets[0][0], [])
-        for folder in runs:
-            check_trained_on(folder, data)
-    torch.set_num_threads(nets[0][0].threads)
-    probing = _probing(arguments)
-    if len(runs) == 1:
-        lines = _measured(runs[0], *nets[0], data, probing)
-        return write_measured(arguments, out, lambda: probe.write(out, lines, probing, nets[0][0], data))
-    probed, drawn = list[by_depth.Probed](), set[tuple[object, ...]]()
-    for folder, (config, state) in zip(runs, nets, strict=True):
-        net = tuple(getattr(config, name) for name in OF_THE_NET)
-        lines = _measured(folder, config, state, data, probing, at_random=net not in drawn)
-        probed += by_depth.Probed.of(config, lines)
-        drawn.add(net)
-    return write_measured(arguments, out, lambda: by_depth.write(out, probed))
+            if folder in found:
+                raise Mistake(f"{folder}: expected it once")
+            with noted(failed := list[str]()):
+                probe.check_finite(state)
+                found[folder] = config, state
+            lost += [_left_out(folder, words) for words in failed]
+    return found
+
+
+def _left_out(folder: Path, words: str) -> str:
+    return f"{folder} is left out: {words}"
 
 
 def _probing(arguments: argparse.Namespace) -> Probing:

@@ -356,7 +356,7 @@ def _compare(arguments: argparse.Namespace) -> int:
                 resume=resume,
                 stop=stop,
             )
-    except ConfigError as error:  # found with the data, before anything begins
+    except (ConfigError, CheckpointError) as error:  # found with the data, before anything begins
         raise Mistake(as_typed(error)) from None
     except (JobsStopped, Interrupted) as stopped:
         print(f"{command}: stopped; {go_on}", file=sys.stderr)

@@ -20,6 +20,7 @@ from ..reports.reported_run import Run
 from ..server.inspection import explained
 from .jobs import OnHeard, OnRound, Tuned, folder_of, play_all, played
 from .rates import best_rates, trial_name
+from .standing import check_standing
 from .table import Line, cells, header, tabulate, write_tables
 
 COMPARISON_FILES = (
@@ -80,6 +81,7 @@ def compare(
     plan = _checked(plan, jobs)
     if resume:
         plan.check_same(out)
+        check_standing([*(plan.trials(out / "rates") if plan.rates else ()), *plan.runs(out, {})])
     else:
         prepare(out, COMPARISON_FILES, overwrite=plan.config.overwrite)
         plan.save(out)

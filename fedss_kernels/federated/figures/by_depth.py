@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...plotting import plotting
-from ..algorithms import METHODS
 from ..config import Config
 from ..measures import MEASURES, Measure
 from ..probes import Line
@@ -36,9 +35,8 @@ class Probed:
     lines: Sequence[Line]  # one for each depth
 
     @classmethod
-    def of(cls, config: Config, lines: Sequence[Line]) -> list["Probed"]:
+    def of(cls, config: Config, label: str, lines: Sequence[Line]) -> list["Probed"]:
         """A run's net, and if it was measured the one at random."""
-        label = config.label or METHODS[config.method].label
         named = {TRAINED: (label, config.method), RANDOM: (RANDOM, "")}
         there = dict.fromkeys(line.weights for line in lines)
         return [

@@ -37,12 +37,15 @@ OF_TUNING = " Fine-tuned: blocks and layer trained together on them for {epochs}
 OF_RETRIEVAL = " Every test image looks for those of its class among the others; nothing is trained on them."
 
 
-def check(config: Config, state: Mapping[str, Tensor]) -> None:
-    """Raises ValueError for a method whose clients have nets of their own, and a net that is not finite."""
+def check(config: Config) -> None:
+    """Raises ValueError for a method whose clients have nets of their own."""
     if METHODS[config.method].alone:
         raise ValueError(
             f"expected a run with one net for all, got one of {config.method}, whose clients have their own"
         )
+
+
+def check_finite(state: Mapping[str, Tensor]) -> None:
     if not all(tensor.isfinite().all() for tensor in state.values()):
         raise ValueError("the net has numbers that are not finite")
 
@@ -58,9 +61,10 @@ def measure(
 ) -> list[Line]:
     """A line for each depth and net, the trained one and, if `at_random`, as it was drawn.
 
-    Raises ValueError as `check`, and for a depth that the net has not.
+    Raises ValueError as `check` and `check_finite`, and for a depth that the net has not.
     """
-    check(config, state)
+    check(config)
+    check_finite(state)
     player = Player(replace(config, init_checkpoint=None), data, device=training_device(config))
     begun = player.extractor.module
     trained = copy.deepcopy(begun)

@@ -58,9 +58,12 @@ class Fingerprint:
         different = [name for name in self.parts if name in shared and self.parts[name] != other.parts[name]]
         if not different and not _near(self.embeddings, other.embeddings):
             different = ["what the net computes"]
-        if self.method and other.method and not _alike(self.method, other.method):
-            different.append("what the method computes")
-        return different
+        return different + self.other_method(other.method)
+
+    def other_method(self, numbers: Sequence[float]) -> list[str]:
+        """What of the method is not the same, with these numbers."""
+        known = self.method and numbers
+        return ["what the method computes"] if known and not _alike(self.method, numbers) else []
 
     def other_data(self, data: FederatedData) -> list[str]:
         """Names of what of the data is not the same in these."""

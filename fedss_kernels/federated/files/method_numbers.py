@@ -3,55 +3,85 @@
 A method of one's own is code in a file, which may be edited between a stop and a resume.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ..algorithms.given import Given
 from ..algorithms.method import Method
+from ..algorithms.parts import Part, Parts
 from ..config import Config
 from ..messages import Request
 
-_CLASSES, _WIDTH = 7, 3
-_HELD, _OTHERS = (1, 3), (0, 5)
+_CLASSES = 7, 64, 4096  # the first of them that a function can be asked about
+_BLOCKS = 1, 4, 7  # each
+_HELD, _OTHERS, _WIDTH = (1, 3), (0, 5), 3
+_ROUNDS = 64  # that are looked at, at most
+_FLAGS = "by_block", "samples", "common", "own_push", "spreads", "queued"
+_PARTS = list(Part)
+Ask = Callable[[Method, Config, int], Iterator[Tensor]]  # (a method, a run's settings, a size)
 
 
 def method_numbers(method: Method, config: Config) -> list[float]:
-    """Of request, loss and penalty_gradient. One that cannot be asked about made-up inputs has none here."""
-    if method.contrastive:  # nobody reads class rows
-        return []
-    found: list[float] = []
+    """Of its functions and fields. What cannot be asked about made-up inputs has none here."""
+    found = [float(getattr(method, name)) for name in _FLAGS]
+    asked: list[tuple[Ask, Sequence[int]]] = [(_of_parts, [blocks]) for blocks in _BLOCKS]
+    asked.append((_of_passes, _BLOCKS))
+    if not method.contrastive:  # else nobody reads class rows
+        asked += [(ask, _CLASSES) for ask in (_of_request, _of_loss, _of_penalty)]
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.default_generator.manual_seed(0)
-        for ask in (_of_request, _of_loss, _of_penalty):
-            found += _answer(ask, method, config)
+        for ask, sizes in asked:
+            found += _answer(ask, sizes, method, config)
     return found
 
 
-def _answer(ask: Callable[[Method, Config], Iterator[Tensor]], method: Method, config: Config) -> list[float]:
-    try:
-        return [number for part in ask(method, config) for number in part.detach().flatten().tolist()]
-    except Exception:  # anything: it is not ours, and what is wrong with it shows in the first round
-        return []
+def _answer(ask: Ask, sizes: Sequence[int], method: Method, config: Config) -> list[float]:
+    """By the first size at which there is one."""
+    for size in sizes:
+        try:
+            numbers = torch.cat([part.detach().flatten().double() for part in ask(method, config, size)])
+        except Exception:  # anything: it is not ours, and what is wrong with it shows in the first round
+            continue
+        return numbers[:: 1 + len(numbers) // 1024].tolist()
+    return []
 
 
-def _request(method: Method, config: Config) -> Request:
+def _of_parts(method: Method, config: Config, num_blocks: int) -> Iterator[Tensor]:
+    schedule = method.schedule(config, num_blocks)
+    for round in range(0, config.rounds, 1 + config.rounds // _ROUNDS) if method.by_round else (0,):
+        yield _numbers(schedule.whole(round))
+        yield _numbers(schedule.parts(round, 0, 0))
+
+
+def _numbers(parts: Parts) -> Tensor:
+    return torch.tensor([_PARTS.index(part) for part in (*parts.blocks, parts.rows)])
+
+
+def _of_passes(method: Method, config: Config, epochs: int) -> Iterator[Tensor]:
+    for head_epochs in (1, 2):
+        passes = method.passes(epochs, head_epochs)
+        yield torch.tensor([(moves.blocks, moves.rows) for moves in passes])
+
+
+def _request(method: Method, config: Config, num_classes: int) -> Request:
     others = torch.tensor(_OTHERS) if method.samples else torch.tensor([], dtype=torch.int64)
-    return method.request(_CLASSES, torch.tensor(_HELD), others, config.correction)
+    return method.request(num_classes, torch.tensor(_HELD), others, config.correction)
 
 
-def _of_request(method: Method, config: Config) -> Iterator[Tensor]:
-    asked = _request(method, config)
+def _of_request(method: Method, config: Config, num_classes: int) -> Iterator[Tensor]:
+    asked = _request(method, config, num_classes)
     yield from (asked.class_ids, asked.log_expected_count)
     if asked.denominator is not None:
         yield asked.denominator
 
 
-def _of_loss(method: Method, config: Config) -> Iterator[Tensor]:
+def _of_loss(method: Method, config: Config, num_classes: int) -> Iterator[Tensor]:
     if method.loss is None:
+        yield torch.empty(0)
         return
-    asked = _request(method, config)
+    asked = _request(method, config, num_classes)
     held = torch.isin(asked.class_ids, torch.tensor(_HELD))
     target = held.nonzero()[:, 0]
     embeddings = torch.linspace(-1, 2, len(target) * _WIDTH).reshape(-1, _WIDTH).requires_grad_()
@@ -65,8 +95,9 @@ def _of_loss(method: Method, config: Config) -> Iterator[Tensor]:
     )
 
 
-def _of_penalty(method: Method, _: Config) -> Iterator[Tensor]:
+def _of_penalty(method: Method, *_: object) -> Iterator[Tensor]:
     if method.penalty_gradient is None:
+        yield torch.empty(0)
         return
     for shape in ((6,), (2, 3)):  # of the net's numbers, and of class rows
         now = torch.linspace(-1, 2, 6).reshape(shape)

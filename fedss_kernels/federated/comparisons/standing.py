@@ -1,0 +1,43 @@
+"""A comparison goes on with runs that stand; they have to be of the data and the methods of those to come."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ..algorithms import METHODS
+from ..config import Config
+from ..files import checkpoint
+from ..files.checkpoint import CheckpointError
+from ..files.method_numbers import method_numbers
+from ..loading import load_data
+from .jobs import folder_of
+
+
+def check_standing(configs: Sequence[Config]) -> None:
+    """Raises CheckpointError where one that is done or begun is of other data, or of another method by now.
+
+    Where it kept no checkpoint, as with checkpoint_every 0, it is not known.
+    """
+    of, data = None, None
+    for config in configs:
+        try:
+            found = checkpoint.read_fingerprint(folder_of(config))
+        except CheckpointError:
+            continue
+        if data is None or of != [*_options_of_data(config)]:  # the same for most
+            of, data = [*_options_of_data(config)], load_data(config)
+        method = METHODS[config.method].configured(config.settings)
+        different = found.other_data(data) + found.other_method(method_numbers(method, config))
+        if different:
+            raise CheckpointError(
+                f"the run in {folder_of(config)} is of other data or another method than is here now: not as "
+                f"it was: {', '.join(different)}"
+            )
+
+
+def _options_of_data(config: Config) -> Iterator[Any]:
+    """What `load_data` depends on."""
+    names = [field.name for field in dataclasses.fields(Config)]
+    of_data = names[names.index("data") : names.index("method")]
+    yield from (getattr(config, name) for name in of_data)
+    yield METHODS[config.method].alone

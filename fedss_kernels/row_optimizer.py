@@ -101,12 +101,17 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """What loading and unpickling end in: options that another optimiser or version lacks are added.
 
-        Raises before anything changes.
+        They stay what they are in the groups that are loaded into. Raises before anything changes.
         """
         defaults = {"max_norm": None, "seed": 0, "rounding_step": 0, **self.FIXED, **self.UNUSED}
         defaults |= state.get("defaults") or self.defaults
-        optional = {name: value for name, value in defaults.items() if name not in self.REQUIRED}
-        groups = [optional | group for group in state["param_groups"]]
+        loads = "param_groups" in vars(self)  # not as it is unpickled: it is of this class then
+        held = self.param_groups if loads else state["param_groups"]
+        kept = [name for name in defaults if name not in (*self.REQUIRED, "rounding_step")]
+        groups = [
+            {"rounding_step": 0} | {name: own.get(name, defaults[name]) for name in kept} | group
+            for own, group in zip(held, state["param_groups"], strict=True)
+        ]
         self._checked_groups(groups)
         for parameter, of_parameter in state["state"].items():
             if isinstance(parameter, Tensor):  # torch keeps what else was saved
@@ -116,7 +121,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
                         f"is this the state of another optimiser than {type(self).__name__}?"
                     )
                 self._checked_state(parameter, of_parameter)
-        if "param_groups" in vars(self):  # not as it is unpickled: it is of this class then
+        if loads:
             self._refuse_groups_of_others(state["param_groups"], defaults)
         super().__setstate__({**state, "defaults": defaults, "param_groups": groups})
 

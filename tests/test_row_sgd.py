@@ -296,6 +296,17 @@ def test_other_states_are_refused_by_name(make, error, message):
     assert str(optimizer.state_dict()) == str(before)
 
 
+@pytest.mark.parametrize("kind, theirs", [(RowSGD, torch.optim.SGD), (RowAdam, torch.optim.AdamW)], ids=str)
+def test_options_that_a_state_lacks_stay_the_groups_own(kind, theirs):
+    weights = [nn.Parameter(torch.ones(1)) for _ in range(2)]
+    optimizer = kind([{"params": [w], "max_norm": 1.0, "seed": i} for i, w in enumerate(weights)], lr=0.1)
+    optimizer.load_state_dict(theirs([{"params": [w]} for w in weights], lr=0.2).state_dict())
+    assert [(g["lr"], g["max_norm"], g["seed"]) for g in optimizer.param_groups] == [
+        (0.2, 1.0, 0),
+        (0.2, 1.0, 1),
+    ]
+
+
 def test_options_of_ones_own_groups_are_loaded_whatever_their_names():
     groups = [{"params": [nn.Parameter(torch.ones(1))], "alpha": 3}]  # RMSprop has one too
     state = RowSGD(groups, lr=0.5).state_dict()

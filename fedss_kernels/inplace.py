@@ -88,7 +88,7 @@ def check_memory(changed: dict[str, Tensor], read: dict[str, Tensor]) -> None:
     for name, matrix in changed.items():
         if not matrix.numel():
             continue
-        if _overlaps_itself(matrix):
+        if overlaps_itself(matrix):
             raise ValueError(
                 f"{name}: expected a tensor whose elements do not share memory, got an expanded one"
             )
@@ -109,10 +109,14 @@ def _byte_range(tensor: Tensor) -> tuple[int, int]:
     return first, first + (last + 1) * tensor.element_size()
 
 
-def _overlaps_itself(matrix: Tensor) -> bool:
-    """Whether two elements share an address: the faster axis must end before the slower one steps."""
-    (small, size), (large, steps) = sorted(zip(matrix.stride(), matrix.shape, strict=True))
-    return (size > 1 and small == 0) or (steps > 1 and large < (size - 1) * small + 1)
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements share an address: a faster axis must end before a slower one steps."""
+    end = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= end:
+            return True
+        end += (size - 1) * stride
+    return False
 
 
 def _are_columns_apart(matrix: Tensor, other: Tensor, bytes_on: int) -> bool:

@@ -265,11 +265,20 @@ class RowAdam(RowOptimizer):
                 raise ValueError(f"state: expected {name} of shape {shape}, got {found}")
         for name in self.MOMENTS:
             check_dense(name, state[name])
-        as_number("step", state["step"], least=0)
-        held = torch.as_tensor(state.get("row_steps", ()))
-        held = held.to_local() if hasattr(held, "to_local") else held
-        for good, expected in ((held >= 0, "at least 0"), (held == held.trunc(), "a whole number")):
-            if not held.is_meta and not good.all():  # NaN too
+        as_number("step", state["step"], least=0, below=2.0**53)
+
+    def _check_numbers(self, parameter: Tensor, state: State) -> None:
+        super()._check_numbers(parameter, state)
+        if state.get("row_steps") is None:
+            return
+        held = torch.as_tensor(state["row_steps"])
+        held = (held.to_local() if hasattr(held, "to_local") else held).to(torch.float64)
+        for good, expected in (
+            (held >= 0, "at least 0"),  # not so for NaN
+            (held < 2**53, "less than 2**53"),
+            (held == held.trunc(), "a whole number"),
+        ):
+            if not held.is_meta and not good.all():
                 place = (~good).nonzero()[0].tolist()
                 raise ValueError(f"row_steps{place}: expected {expected}, got {held[tuple(place)].item():g}")
 

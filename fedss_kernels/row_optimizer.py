@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import FLOATING, as_integer, as_number, check_dtype, check_integer, single_item
+from .checks import FLOATING, as_integer, as_number, check_constant, check_dtype, check_integer, single_item
 from .clip_grad import clip_factor, total_norm
+from .inplace import overlaps_itself
 from .sparse_rows import has_16_bits, is_listed_once, runs_of_entries, unique_rows, widened
 from .stochastic_rounding import StochasticRounding
 
@@ -101,12 +102,17 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """What loading and unpickling end in: options that another optimiser or version lacks are added.
 
-        Raises before anything changes.
+        They stay what they are in the groups that are loaded into. Raises before anything changes.
         """
         defaults = {"max_norm": None, "seed": 0, "rounding_step": 0, **self.FIXED, **self.UNUSED}
         defaults |= state.get("defaults") or self.defaults
-        optional = {name: value for name, value in defaults.items() if name not in self.REQUIRED}
-        groups = [optional | group for group in state["param_groups"]]
+        loads = "param_groups" in vars(self)  # not as it is unpickled: it is of this class then
+        held = self.param_groups if loads else state["param_groups"]
+        kept = [name for name in defaults if name not in (*self.REQUIRED, "rounding_step")]
+        groups = [
+            {"rounding_step": 0} | {name: own.get(name, defaults[name]) for name in kept} | group
+            for own, group in zip(held, state["param_groups"], strict=True)
+        ]
         self._checked_groups(groups)
         for parameter, of_parameter in state["state"].items():
             if isinstance(parameter, Tensor):  # torch keeps what else was saved
@@ -116,7 +122,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
                         f"is this the state of another optimiser than {type(self).__name__}?"
                     )
                 self._checked_state(parameter, of_parameter)
-        if "param_groups" in vars(self):  # not as it is unpickled: it is of this class then
+        if loads:
             self._refuse_groups_of_others(state["param_groups"], defaults)
         super().__setstate__({**state, "defaults": defaults, "param_groups": groups})
 
@@ -131,9 +137,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
             nonlocal loaded
             loaded = given
             for parameter, state in self._pairs(loaded):
-                for name, least in self.MOMENTS.items():
-                    if (moment := state.get(name)) is not None:
-                        _check_moment(name, moment, least, self._moments_dtype(parameter))
+                self._check_numbers(parameter, state)
 
         before = self.register_load_state_dict_pre_hook(check)
         after = self.register_load_state_dict_post_hook(lambda _: self._keep_dtypes(loaded), prepend=True)
@@ -148,6 +152,12 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         for group, loaded in zip(self.param_groups, state_dict["param_groups"], strict=False):
             for parameter, key in zip(group["params"], loaded["params"], strict=False):
                 yield parameter, state_dict["state"].get(key, {})
+
+    def _check_numbers(self, parameter: Tensor, state: State) -> None:
+        """Raises TypeError or ValueError unless what is loaded, as it is given, are numbers to go on with."""
+        for name, least in self.MOMENTS.items():
+            if (moment := state.get(name)) is not None:
+                _check_moment(name, moment, least, self._moments_dtype(parameter))
 
     def _keep_dtypes(self, state_dict: dict[str, Any]) -> None:
         """Undoes what torch did to the dtypes of a state that was loaded, where it is not to be so."""
@@ -257,7 +267,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         for parameter, state in zip(parameters, states, strict=True):
             self._prepare(parameter, state, rule, by_rows=False)
         weights = [widened(p) for p in parameters]
-        grads = [_scaled(widened(_gradient(p)), factor) for p in parameters]
+        grads = [_scaled(_gradient(p), factor) for p in parameters]
         stepped = [
             state if weight is parameter else {n: widened(v) for n, v in state.items() if v is not None}
             for parameter, weight, state in zip(parameters, weights, states, strict=True)
@@ -353,8 +363,10 @@ def _as_pythons(value: Any) -> Any:
 
 
 def _gradient(parameter: Tensor) -> Tensor:
-    assert parameter.grad is not None
-    return parameter.grad
+    """A dense one in the dtype of the step, whatever `grad_dtype` let it be."""
+    grad = parameter.grad
+    assert grad is not None
+    return grad if grad.is_sparse else grad.to(torch.float32 if has_16_bits(parameter) else parameter.dtype)
 
 
 def _matrix(values: Tensor) -> Tensor:
@@ -397,19 +409,23 @@ def _summed(grad: Tensor) -> tuple[Tensor, Tensor, Tensor | slice]:
 
 
 def check_dense(name: str, value: object) -> None:
-    """Raises TypeError unless `value`, a part of a state, is a dense tensor."""
+    """Raises TypeError or ValueError unless `value`, a part of a state, can be stepped in place."""
     if not isinstance(value, Tensor) or value.layout != torch.strided:
         found = f"layout {value.layout}" if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{name}: expected a dense tensor, got {found}")
+    check_constant(name, value)
+    if value.numel() and overlaps_itself(value):
+        raise ValueError(f"{name}: expected a tensor whose elements do not share memory, got an expanded one")
 
 
 def _check_moment(name: str, value: object, least: float, dtype: torch.dtype) -> None:
     """Raises TypeError or ValueError unless `value` holds numbers from `least` that `dtype` can hold."""
     check_dense(name, value)
     assert isinstance(value, Tensor)
-    check_dtype(name, value.dtype, FLOATING)
+    check_dtype(name, value.dtype, (dtype,) if dtype.is_complex else FLOATING)
     largest = min(torch.finfo(dtype).max, torch.finfo(value.dtype).max)
     held = value.to_local() if hasattr(value, "to_local") else value
+    held = torch.view_as_real(held.resolve_conj()) if held.is_complex() else held
     good = (held >= max(least, -largest)) & (held <= largest)  # not so for NaN
     if held.is_meta or good.all():
         return
@@ -464,15 +480,21 @@ def _check_step(
             f"{_called(index, group)}: expected a gradient of shape {tuple(shape)}, the parameter's, got one "
             f"of {tuple(grad.shape)}: was it grown since its backward pass?"
         )
+    if grad.is_complex() and not dtype.is_complex:
+        raise ValueError(
+            f"{_called(index, group)}: expected a gradient of real numbers, as {dtype} holds, "
+            f"got {grad.dtype}"
+        )
     for name, value in state.items() if state else ():
         if not isinstance(value, Tensor) or value.dim() == 0:
             continue
         casts = value.dtype != dtype and value.is_floating_point() and not has_16_bits(parameter)
-        if casts or value.shape != shape[: value.dim()]:
+        if casts or value.shape != shape[: value.dim()] or value.device != parameter.device:
             raise ValueError(
-                f"{_called(index, group)}: {tuple(shape)} {dtype}, has another shape or dtype "
-                f"than at its first step: its {name} is {tuple(value.shape)} {value.dtype}; "
-                "load_state_dict(state_dict()) casts a state, a new optimiser fits new rows"
+                f"{_called(index, group)}: {tuple(shape)} {dtype} on {parameter.device}, has another shape, "
+                f"dtype or device than at its first step: its {name} is {tuple(value.shape)} {value.dtype} "
+                f"on {value.device}; load_state_dict(state_dict()) casts and moves a state, a new optimiser "
+                "fits new rows"
             )
 
 

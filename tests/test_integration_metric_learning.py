@@ -68,6 +68,19 @@ def test_the_rows_start_as_theirs():
     assert (doubled.criterion.weight == 2.0).all() and doubled.W.shape == (D, C)
 
 
+@pytest.mark.parametrize("options", [{}, {"weight_init_func": torch.nn.init.ones_}], ids=str)
+def test_made_on_meta_the_rows_start_as_those_made_at_once(options):
+    torch.manual_seed(0)
+    right = SampledSoftmax(C, D, **options).W
+    with torch.device("meta"):
+        late = SampledSoftmax(C, D, **options)
+    late = late.to_empty(device="cpu")
+    for reset in (late, late.criterion):  # wrappers reset what owns the parameters
+        torch.manual_seed(0)
+        reset.reset_parameters()
+        assert torch.equal(late.W, right)
+
+
 def test_a_state_dict_comes_back():
     first, second = SampledSoftmax(C, D), SampledSoftmax(C, D)
     second.load_state_dict(first.state_dict())
@@ -102,6 +115,17 @@ def test_logits_and_accuracy_are_of_all_classes():
     theirs = losses.NormalizedSoftmaxLoss(C, D, temperature=0.05)
     ours, (embeddings, _) = beside(theirs, num_sampled=5), batch()
     torch.testing.assert_close(ours.get_logits(embeddings), theirs.get_logits(embeddings))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_logits_of_other_dtypes_than_the_rows_are_as_theirs(dtype):
+    theirs = losses.NormalizedSoftmaxLoss(C, D, temperature=0.05)
+    ours, embeddings = beside(theirs), batch()[0].to(dtype)
+    theirs(embeddings, batch()[1])  # casts its rows
+    tolerance = 20 * 4 * torch.finfo(dtype).eps if dtype != torch.float64 else 1e-12
+    mine, right = ours.get_logits(embeddings), theirs.get_logits(embeddings)
+    torch.testing.assert_close(mine, right, rtol=0, atol=tolerance)
+    assert ours.criterion.weight.dtype == torch.float32
 
 
 def test_sampled_it_estimates_the_loss_and_moves_the_rows_that_took_part():

@@ -93,6 +93,31 @@ def test_corrected_it_estimates_the_loss_over_all_items():
     assert abs(sampled.mean() - full) < 0.01 < full - uncorrected
 
 
+@pytest.mark.parametrize("form", ["a number", "each item's own"])
+def test_made_on_meta_it_has_its_correction(form):
+    """Which no state dict holds."""
+    counts = math.log(N / ITEMS) if form == "a number" else torch.linspace(-3, 0, ITEMS)
+    with torch.device("meta"):
+        late = SampledSoftmaxCE(counts)
+    late = late.to("meta").to_empty(device="cpu")
+    late.load_state_dict(SampledSoftmaxCE(counts).state_dict())
+    assert torch.equal(late.log_expected_count, torch.as_tensor(counts))
+    assert late.to(torch.float64).log_expected_count.dtype == torch.float64, "it goes where the module goes"
+    with pytest.raises(ValueError, match="log_expected_count: expected a tensor that holds numbers"):
+        SampledSoftmaxCE(torch.zeros(ITEMS, device="meta"))
+
+
+def test_a_sparse_gradient_lists_the_items_that_take_part():
+    items, loss = torch.nn.Embedding(10, D, sparse=True), SampledSoftmaxCE()
+    loss.logits_callback = lambda embeddings, ids: embeddings @ items(ids).t()
+    mask = torch.ones(1, 2, 1, dtype=torch.bool)
+    for negatives, listed in (([5, -100, 7], [3, 4, 5, 7]), ([-100, -100], [3, 4])):
+        items.weight.grad = None
+        given = torch.randn(1, 2, D), None, torch.tensor([[[3], [4]]]), torch.tensor(negatives), None, mask
+        loss(*given).backward()
+        assert items.weight.grad.coalesce().indices()[0].tolist() == listed
+
+
 def test_an_event_less_batch_has_the_loss_0():
     model, given = Model(SampledSoftmaxCE()), batch()
     given["target_padding_mask"][:] = False

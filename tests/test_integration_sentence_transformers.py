@@ -124,6 +124,22 @@ def test_a_repeated_item_is_no_negative_of_itself(library, plug, model, same_ite
         torch.testing.assert_close(ours, its, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32], ids=str)
+def test_labels_may_be_any_integers(library, plug, dtype):
+    model, labels = static_model(library), torch.tensor([3, 4, 3, 1])
+    for loss, columns in (
+        (plug.InBatchSoftmaxLoss(model, same_item="label"), columns_of(model, ANCHORS, POSITIVES, NEGATIVES)),
+        (plug.ClassSoftmaxLoss(model, 5), columns_of(model, ANCHORS)),
+    ):
+        assert loss(columns, labels.to(dtype)) == loss(columns, labels)
+        with pytest.raises(TypeError, match="labels: expected int64 or .*, got float32"):
+            loss(columns, labels.float())
+        with pytest.raises(
+            ValueError, match=r"labels: expected shape \(4,\) = one for each text, got \(3,\)"
+        ):
+            loss(columns, labels[:3])
+
+
 def test_texts_of_the_same_words_in_another_order_are_two_items(plug, model):
     (column,) = columns_of(model, ["w1 w2", "w2 w1", "w1 w2", "w1", "w1 w1", "w3 w0", "w2 w1 w1"])
     found = plug._token_hash(column)

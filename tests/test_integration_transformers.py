@@ -190,9 +190,12 @@ def test_a_resized_vocabulary_trains_on(llama, plug):
     assert_same_training(own, model, input_ids=ids, labels=labels)
 
 
-def test_where_every_label_is_ignored_the_loss_is_zero(llama, plug):
-    ids, labels = tokens()
-    loss, found = gradients(plug.attach(llama(), 10), input_ids=ids, labels=torch.full_like(labels, -100))
+@pytest.mark.parametrize("number", [None, 0, torch.tensor(0), torch.tensor([0])], ids=str)
+def test_where_every_label_is_ignored_the_loss_is_zero(llama, plug, number):
+    """And so it is by the Trainer's count of the labels."""
+    (ids, labels), model = tokens(), plug.attach(llama(), 10)
+    given = {"labels": torch.full_like(labels, -100), "num_items_in_batch": number}
+    loss, found = gradients(model, input_ids=ids, **given)
     assert loss == 0 and not any(g.any() for g in found.values())
 
 

@@ -476,8 +476,8 @@ BAD_STATES = [
     (lambda w: adamw_state(w, maximize=True), r"param_groups\[0\]: maximize: expected False, as RowAdam has no other, got True"),
     (lambda w: torch.optim.Adam([w]).state_dict(), "decoupled_weight_decay: expected True, as RowAdam has no other, got False"),
     (lambda w: torch.optim.SGD([w]).state_dict(), r"param_groups\[0\]: expected an option betas, got none: is this the state"),
-    (lambda w: changed(adamw_state(w), step=torch.tensor(math.nan)), "step: expected a finite number of at least 0, got nan"),
-    (lambda w: changed(adamw_state(w), step=-1), "step: expected a finite number of at least 0, got -1"),
+    (lambda w: changed(adamw_state(w), step=torch.tensor(math.nan)), r"step: expected a finite number of at least 0 and below 9.0072e\+15, got nan"),
+    (lambda w: changed(adamw_state(w), step=-1), "step: expected a finite number of at least 0 .*, got -1"),
     (lambda w: changed(adamw_state(w), row_steps=torch.tensor([0, 1, 2, -3, 4])), r"row_steps\[3\]: expected at least 0, got -3"),
     (lambda w: changed(adamw_state(w), row_steps=torch.full((5,), math.nan)), r"row_steps\[0\]: expected at least 0, got nan"),
     (lambda w: changed(adamw_state(w), exp_avg_sq=filled(w, 1, -1.0)), r"exp_avg_sq\[1, 0\]: expected at least 0, got -1"),
@@ -489,6 +489,11 @@ BAD_STATES = [
     (lambda w: changed(adamw_state(w), exp_avg=torch.ones(5, 3).int()), "exp_avg: expected float16 or .*, got int32"),
     (lambda w: changed(adamw_state(w), exp_avg_sq=torch.ones(5, 3).bool()), "exp_avg_sq: expected float16 or .*, got bool"),
     (lambda w: changed(adamw_state(w), row_steps=torch.tensor([1, 2, 2.5, 3, 4])), r"row_steps\[2\]: expected a whole number, got 2.5"),
+    (lambda w: changed(adamw_state(w), row_steps=torch.full((5,), math.inf)), r"row_steps\[0\]: expected less than 2\*\*53, got inf"),
+    (lambda w: changed(adamw_state(w), row_steps=torch.tensor([1, 2, 2**63 - 1, 3, 4])), r"row_steps\[2\]: expected less than 2\*\*53, got 9.22337e\+18"),
+    (lambda w: changed(adamw_state(w), step=torch.tensor(1e19)), "step: expected a finite number of at least 0 .*, got 9.9999.*e\\+18"),
+    (lambda w: changed(adamw_state(w), exp_avg=torch.ones(5, 3, requires_grad=True)), "exp_avg: expected a constant, got a tensor that requires grad"),
+    (lambda w: changed(adamw_state(w), exp_avg_sq=torch.ones(1, 3).expand(5, 3)), "exp_avg_sq: expected a tensor whose elements do not share memory"),
     (lambda w: changed(adamw_state(w), exp_avg_sq=None), r"state: expected exp_avg_sq of shape \(5, 3\), got none"),
     (lambda w: changed(adamw_state(w), row_steps=None), r"state: expected row_steps of shape \(5,\), got none"),
     (lambda w: nadam_state(w), "state: expected .*, got mu_product too: is this the state of another optimiser than RowAdam"),
@@ -516,6 +521,16 @@ def test_averages_past_the_largest_number_of_16_bits_are_loaded():
     optimizer = RowAdam([weight])
     optimizer.load_state_dict(changed(adamw_state(weight), exp_avg_sq=torch.full((5, 3), 1e9)))
     assert (optimizer.state[weight]["exp_avg_sq"] == 1e9).all()
+
+
+def test_counts_are_read_as_they_were_saved():
+    """Not in a parameter's 16 bits, which hold neither 70,000 nor 2049.5."""
+    weight = nn.Parameter(torch.ones(5, 3, dtype=torch.float16))
+    optimizer, state = RowAdam([weight]), adamw_state(weight)
+    optimizer.load_state_dict(changed(state, row_steps=torch.full((5,), 70_000)))
+    assert (optimizer.state[weight]["row_steps"] == 70_000).all()
+    with pytest.raises(ValueError, match=r"row_steps\[0\]: expected a whole number, got 2049.5"):
+        optimizer.load_state_dict(changed(state, row_steps=torch.full((5,), 2049.5)))
 
 
 BAD_OPTIONS = [

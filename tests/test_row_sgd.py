@@ -29,6 +29,7 @@ EXACT = [
     {"lr": 0.25, "momentum": 0.5, "weight_decay": 0.5},
     {"lr": 0.5, "momentum": 0.5, "weight_decay": 0.25, "nesterov": True},
 ]
+MOMENTUM = {RowSGD: {"momentum": 0.5}, RowAdam: {}}
 
 
 def small_integers(*shape, seed=0, dtype=torch.float32):
@@ -273,6 +274,9 @@ BAD_STATES = [
     (lambda w: with_state(sgd_state(w), momentum_buffer=torch.full((3, 2), 1e39, dtype=torch.float64)), ValueError, r"momentum_buffer\[0, 0\]: expected a number that float32 holds, its parameter's, got 1e\+39"),
     (lambda w: with_state(sgd_state(w), momentum_buffer=torch.full((3, 2), math.inf, dtype=torch.float16)), ValueError, r"momentum_buffer\[0, 0\]: expected a finite number, got inf"),
     (lambda w: with_state(sgd_state(w), momentum_buffer=torch.ones(3, 2).long()), TypeError, "momentum_buffer: expected float16 or .*, got int64"),
+    (lambda w: with_state(sgd_state(w), momentum_buffer=torch.ones(3, 2, dtype=torch.complex64)), TypeError, "momentum_buffer: expected float16 or .*, got complex64"),
+    (lambda w: with_state(sgd_state(w), momentum_buffer=torch.ones(3, 2, requires_grad=True)), ValueError, "momentum_buffer: expected a constant, got a tensor that requires grad"),
+    (lambda w: with_state(sgd_state(w), momentum_buffer=torch.ones(1, 2).expand(3, 2)), ValueError, "momentum_buffer: expected a tensor whose elements do not share memory"),
     (lambda w: rmsprop_state(w), ValueError, "state: expected momentum_buffer, got square_avg, step too: is this the state of another optimiser than RowSGD"),
     (lambda w: torch.optim.RMSprop([w]).state_dict(), ValueError, r"param_groups\[0\]: expected the options of RowSGD, got alpha too, which RMSprop has: is this the state of"),
     (lambda w: torch.optim.Muon([w]).state_dict(), ValueError, "expected the options of RowSGD, got adjust_lr_fn too, which Muon has: is this the state of another"),
@@ -294,6 +298,35 @@ def test_other_states_are_refused_by_name(make, error, message):
     with pytest.raises(error, match=message):
         optimizer.load_state_dict(bad)
     assert str(optimizer.state_dict()) == str(before)
+
+
+@pytest.mark.parametrize("kind, theirs", [(RowSGD, torch.optim.SGD), (RowAdam, torch.optim.AdamW)], ids=str)
+def test_options_that_a_state_lacks_stay_the_groups_own(kind, theirs):
+    weights = [nn.Parameter(torch.ones(1)) for _ in range(2)]
+    optimizer = kind([{"params": [w], "max_norm": 1.0, "seed": i} for i, w in enumerate(weights)], lr=0.1)
+    optimizer.load_state_dict(theirs([{"params": [w]} for w in weights], lr=0.2).state_dict())
+    assert [(g["lr"], g["max_norm"], g["seed"]) for g in optimizer.param_groups] == [
+        (0.2, 1.0, 0),
+        (0.2, 1.0, 1),
+    ]
+
+
+@pytest.mark.parametrize("kind, theirs", [(RowSGD, torch.optim.SGD), (RowAdam, torch.optim.AdamW)], ids=str)
+def test_complex_parameters_are_stepped_and_saved_as_in_torch(kind, theirs):
+    weights = [nn.Parameter(torch.ones(3, dtype=torch.complex64)) for _ in range(2)]
+    options = {"lr": 0.5, **MOMENTUM[kind]}
+    ours, right = kind(weights[:1], **options), theirs(weights[1:], **options)
+    for _ in range(2):
+        for weight, optimizer in zip(weights, (ours, right), strict=True):
+            weight.grad = torch.full_like(weight, 1 + 2j)
+            optimizer.step()
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert torch.equal(*weights)
+    moment, saved = next(iter(kind.MOMENTS)), copy.deepcopy(ours.state_dict())
+    for bad, error in ((torch.ones(3), TypeError), (torch.full_like(weights[0], 1j * math.nan), ValueError)):
+        saved["state"][0][moment] = bad
+        with pytest.raises(error, match=moment):
+            ours.load_state_dict(saved)
 
 
 def test_options_of_ones_own_groups_are_loaded_whatever_their_names():
@@ -475,8 +508,8 @@ def test_flags_may_be_numpys():
 
 
 CHANGED_SINCE = [
-    (lambda p: torch.cat([p, p]), r"params\[0\]: \(6, 2\) torch.float32, has another shape .* is \(3, 2\) torch.float32"),
-    (lambda p: p.double(), r"params\[0\]: \(3, 2\) torch.float64, has another .* load_state_dict\(state_dict\(\)\) casts"),
+    (lambda p: torch.cat([p, p]), r"params\[0\]: \(6, 2\) torch.float32 on cpu, has another shape, .* is \(3, 2\) torch.float32"),
+    (lambda p: p.double(), r"params\[0\]: \(3, 2\) torch.float64 on cpu, has another .* load_state_dict\(state_dict\(\)\) casts"),
 ]  # fmt: skip
 
 
@@ -504,6 +537,24 @@ def test_parameters_that_changed_since_their_first_step(dense, kind, options, ch
 
 
 @pytest.mark.parametrize("kind", [RowSGD, RowAdam])
+def test_a_parameter_on_another_device_than_its_state_is_refused_before_anything_changes(kind):
+    """As where it was moved since its first step: here the state is, to meta."""
+    weights = [nn.Parameter(torch.ones(3, 2)) for _ in range(2)]
+    optimizer, moment = kind(weights, lr=0.5, **MOMENTUM[kind]), next(iter(kind.MOMENTS))
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    state, before = optimizer.state[weights[1]], weights[0].clone()
+    state[moment] = state[moment].to("meta")
+    message = (
+        rf"params\[1\]: .* on cpu, has another shape, .* {moment} is .* on meta; load_state_dict\(.* moves"
+    )
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert torch.equal(weights[0], before)
+
+
+@pytest.mark.parametrize("kind", [RowSGD, RowAdam])
 def test_a_parameter_grown_since_its_backward_pass_is_named(kind):
     weight, bias = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3))
     optimizer = kind([("bias", bias), ("head.weight", weight)], lr=0.5)
@@ -513,6 +564,38 @@ def test_a_parameter_grown_since_its_backward_pass_is_named(kind):
     with pytest.raises(ValueError, match=message):
         optimizer.step()
     assert (bias == 1).all() and not optimizer.state
+
+
+@pytest.mark.parametrize("kind", [RowSGD, RowAdam])
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize(
+    "own, given",
+    [(torch.float32, torch.float64), (torch.float64, torch.float32), (torch.bfloat16, torch.float64)],
+    ids=str,
+)
+def test_dense_gradients_of_another_dtype_are_read_in_the_parameters(kind, counted, own, given):
+    weights = [nn.Parameter(torch.ones(3, 2, dtype=own)) for _ in range(2)]
+    optimizers = [kind([w], lr=0.5, weight_decay=0.5, **MOMENTUM[kind]) for w in weights]
+    weights[0].grad_dtype = None
+    for step in range(3):
+        for weight, optimizer, dtype in zip(weights, optimizers, (given, own), strict=True):
+            weight.grad = small_integers(3, 2, seed=step, dtype=dtype)
+            if step == 0 and counted:
+                weight.grad = weight.grad.to(own).to_sparse(1)
+            optimizer.step()
+    assert torch.equal(*weights) and str(optimizers[0].state_dict()) == str(optimizers[1].state_dict())
+
+
+@pytest.mark.parametrize("kind", [RowSGD, RowAdam])
+def test_a_complex_gradient_of_a_real_parameter_is_refused_before_anything_changes(kind):
+    weights = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    weights[1].grad_dtype = None
+    weights[0].grad, weights[1].grad = torch.ones(2), torch.ones(2, dtype=torch.complex64)
+    optimizer = kind(weights, lr=0.5)
+    message = r"params\[1\]: expected a gradient of real numbers, as torch.float32 holds, got torch.complex64"
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert (weights[0] == 1).all() and not optimizer.state
 
 
 def test_sparse_gradients_of_another_dtype():

@@ -20,6 +20,17 @@ except ImportError as error:
 from ..sampled_softmax_module import SampledSoftmaxLoss
 
 
+class _Criterion(SampledSoftmaxLoss):
+    """Whose rows, where they are made anew, start as the library's."""
+
+    weight_init_func: Any = None
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.weight_init_func is not None:
+            self.weight_init_func(self.weight.data.t())
+
+
 class SampledSoftmax(WeightRegularizerMixin, BaseMetricLossFunction):
     """NormalizedSoftmaxLoss, ArcFaceLoss and CosFaceLoss on sampled classes; equals them to rounding on all.
 
@@ -68,7 +79,7 @@ class SampledSoftmax(WeightRegularizerMixin, BaseMetricLossFunction):
                 "sparse_grad: expected False with a weight_regularizer, which reads all class rows and makes "
                 "their gradient dense, got True; take weight_decay of the optimiser instead"
             )
-        self.criterion = SampledSoftmaxLoss(
+        self.criterion = _Criterion(
             num_classes,
             embedding_size,
             num_sampled,
@@ -91,6 +102,11 @@ class SampledSoftmax(WeightRegularizerMixin, BaseMetricLossFunction):
             is_stat=False,
         )
         self.weight_init_func(self.W.data)
+        self.criterion.weight_init_func = self.weight_init_func
+
+    def reset_parameters(self) -> None:
+        """Class rows as those of a new loss."""
+        self.criterion.reset_parameters()
 
     @property
     def W(self) -> Tensor:
@@ -141,8 +157,11 @@ class SampledSoftmax(WeightRegularizerMixin, BaseMetricLossFunction):
         return result
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
-        """(B, C) scale * cosine with every class; `criterion.topk` has the best without storing all."""
-        weight = self.criterion.weight.to(embeddings.device)
+        """(B, C) scale * cosine with every class, in the embeddings' dtype.
+
+        `criterion.topk` has the best without storing all.
+        """
+        weight = self.criterion.weight.to(embeddings)
         return self.scale * F.normalize(embeddings, dim=-1) @ F.normalize(weight, dim=-1).t()
 
     def get_default_distance(self) -> CosineSimilarity:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import FLOATING, check_tensor
+from ..checks import FLOATING, check_tensor, refuse_meta
 from ..sampled_softmax import sampled_softmax_loss
 
 # (embeddings (n, D), items (k,) or None) -> logits (n, k)
@@ -49,7 +49,10 @@ class SampledSoftmaxCE(nn.Module):
         negative_labels_ignore_index: int = -100,
     ) -> None:
         super().__init__()
-        counts = torch.as_tensor(log_expected_count, dtype=torch.float32)
+        if isinstance(log_expected_count, Tensor) and log_expected_count.is_meta:
+            refuse_meta("log_expected_count")
+        device = "cpu" if torch.get_default_device().type == "meta" else None
+        counts = torch.as_tensor(log_expected_count, dtype=torch.float32, device=device)
         if counts.dim() > 1:
             raise ValueError(
                 "log_expected_count: expected a number or shape (cardinality,), got shape "
@@ -59,6 +62,14 @@ class SampledSoftmaxCE(nn.Module):
         self.scale, self.similarity = scale, similarity
         self.negative_labels_ignore_index = negative_labels_ignore_index
         self._logits_callback: LogitsCallback | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SampledSoftmaxCE":
+        """As any module's, but that the correction, which no state dict has, stays in to_empty."""
+        counts = self.log_expected_count
+        super()._apply(fn, recurse)
+        made = self.log_expected_count
+        self.log_expected_count = counts if made.is_meta else counts.to(made.device, made.dtype)
+        return self
 
     @property
     def logits_callback(self) -> LogitsCallback:
@@ -83,18 +94,16 @@ class SampledSoftmaxCE(nn.Module):
         _check_labels(model_embeddings, positive_labels, negative_labels, target_padding_mask)
         marked = target_padding_mask.squeeze(-1)
         positives = positive_labels.squeeze(-1)[marked]
-        padding = negative_labels == self.negative_labels_ignore_index
-        negatives = negative_labels.masked_fill(padding, 0)
+        negatives = negative_labels[negative_labels != self.negative_labels_ignore_index]
         items, places = torch.cat([negatives, positives]).unique(return_inverse=True)
         class_ids, target = places[: len(negatives)], places[len(negatives) :]
         counts = self.log_expected_count
-        counts = counts[negatives] if counts.dim() else counts.expand(len(negatives))
         return sampled_softmax_loss(
             model_embeddings[marked],
             self._rows(items, model_embeddings),
             target,
             class_ids,
-            counts.masked_fill(padding, torch.inf),
+            counts[negatives] if counts.dim() else counts.expand(len(negatives)),
             scale=self.scale,
             similarity=self.similarity,
         )

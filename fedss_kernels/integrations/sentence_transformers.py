@@ -17,10 +17,11 @@ except ImportError as error:
         f"pip install sentence-transformers ({error})"
     ) from error
 
-from ..checks import check_choice, check_flag
+from ..checks import check_choice, check_flag, check_shape, check_tensor
 from ..sampled_softmax import as_float, check_scale, sampled_softmax_loss
 from ..sampled_softmax_module import SampledSoftmaxLoss
 
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _NO_ITEM = torch.iinfo(torch.int64).min  # the label of what is nobody's positive
 
 
@@ -73,14 +74,15 @@ class ClassSoftmaxLoss(nn.Module):
     def forward(
         self,
         sentence_features: Iterable[dict[str, Tensor]],  # one
-        labels: Tensor,  # (B,) int64
+        labels: Tensor,  # (B,) integers
     ) -> Tensor:
         columns = list(sentence_features)
         if len(columns) != 1:
             raise ValueError(
                 f"sentence_features: expected one column of texts beside the labels, got {len(columns)}"
             )
-        return self.criterion(self.model(columns[0])["sentence_embedding"], labels.reshape(-1))
+        embeddings = self.model(columns[0])["sentence_embedding"]
+        return self.criterion(embeddings, _as_classes(labels, len(embeddings)))
 
     def checkpoints(
         self, resumed_from: str | Path | None = None, name: str = "class_softmax_loss"
@@ -188,8 +190,8 @@ class InBatchSoftmaxLoss(nn.Module):
             return torch.cat([_token_hash(column) for column in columns])
         if labels is None:
             raise ValueError('labels: expected a label column for same_item="label", got None')
-        hard = sum(len(d) for d in documents[1:])
-        return torch.cat([labels.reshape(-1), labels.new_full((hard,), _NO_ITEM)])
+        positives, hard = _as_classes(labels, len(documents[0])), sum(len(d) for d in documents[1:])
+        return torch.cat([positives, positives.new_full((hard,), _NO_ITEM)])
 
     def get_config_dict(self) -> dict[str, Any]:
         """For the model card."""
@@ -227,6 +229,14 @@ class _SavesClasses(TrainerCallback):
                 "folder as checkpoints(resumed_from=...)"
             )
         self.criterion.load_state_dict(torch.load(path, map_location="cpu"))
+
+
+def _as_classes(labels: Tensor, B: int) -> Tensor:
+    """(B,) int64; raises TypeError or ValueError for what is not an integer for each text."""
+    check_tensor("labels", labels, _INTEGERS)
+    labels = labels.reshape(-1).to(torch.int64)
+    check_shape("labels", labels, (B,), "one for each text")
+    return labels
 
 
 def _embedding_dim(model: SentenceTransformer) -> int:

@@ -148,9 +148,11 @@ class _WithoutLogits(nn.Module):
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         target, reduction = shift_labels.to(logits.device), "mean" if num_items_in_batch is None else "sum"
         loss = _loss(head.passed, head, target, ignore_index, reduction, self._fedss_settings)
+        if num_items_in_batch is None:
+            return loss
         if isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = num_items_in_batch.to(loss.device)
-        return loss if num_items_in_batch is None else loss / num_items_in_batch
+        return loss / (num_items_in_batch + (num_items_in_batch == 0))  # 0 / 1 where there is no label
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         """Its class is made by `attach`, so that pickle would not find it by name."""

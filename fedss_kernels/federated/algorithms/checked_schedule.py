@@ -35,11 +35,12 @@ class CheckedSchedule:
             raise _wrong(self._who, f"expected {is_no}, without {', '.join(missing)}")
         self._found: Schedule = found  # type: ignore[assignment]
         self._usual, self._num_blocks = usual, num_blocks
-        first = dict[int, int]()  # round of each stage
+        first = dict[int, tuple[int, list[Part]]]()  # of each stage its first round, and where blocks stand
         for round in range(rounds):
-            before = first.setdefault(self.stage(round), round)
-            if [*self.whole(round).blocks] != [*self.whole(before).blocks]:
-                same = f"the parts of round {before}, as both are of stage {self.stage(round)}"
+            stage, blocks = self.stage(round), [*self.whole(round).blocks]
+            before, expected = first.setdefault(stage, (round, blocks))
+            if blocks != expected:
+                same = f"the parts of round {before}, as both are of stage {stage}"
                 raise _wrong(self._who, f"whole({round}): expected {same}, got others")
 
     def stage(self, round: int) -> int:

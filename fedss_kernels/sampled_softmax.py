@@ -142,7 +142,9 @@ def sampled_softmax_loss(
         scale = as_float(scale)
     if type(ignore_index) is not int:
         ignore_index = as_integer(ignore_index)
-    if sparse_grad is True and isinstance(weight, Tensor) and weight.grad_fn is not None:
+    if type(sparse_grad) is not bool:
+        sparse_grad = check_flag("sparse_grad", sparse_grad)
+    if sparse_grad and isinstance(weight, Tensor) and weight.grad_fn is not None:
         check_takes_sparse(weight)
     plain = (
         type(angular_margin) is type(cosine_margin) is type(label_smoothing) is float
@@ -180,7 +182,6 @@ def sampled_softmax_loss(
     )
     check_choice("similarity", similarity, ("cosine", "dot"))
     check_choice("reduction", reduction, ("mean", "sum", "none"))
-    sparse_grad = check_flag("sparse_grad", sparse_grad)
     backend = chosen_backend(impl, input.device)
     check_ignore_index(ignore_index)
     S = weight.shape[0] if class_ids is None else class_ids.shape[0]

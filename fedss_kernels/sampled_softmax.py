@@ -347,7 +347,8 @@ def check_scale(scale: float | Tensor, device: torch.device) -> None:
                 f"scale: expected a number or a 0-d tensor or (1,), got shape {tuple(scale.shape)}"
             )
         if scale.device != device and scale.device.type != "cpu":
-            raise ValueError(f"scale: expected a tensor on {device} or cpu, got one on {scale.device}")
+            either = "cpu" if device.type == "cpu" else f"{device} or cpu"
+            raise ValueError(f"scale: expected a tensor on {either}, got one on {scale.device}")
     elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale: expected a number or a 0-d tensor, got {type(scale).__name__}")
     elif not abs(scale) < math.inf:  # NaN too; math.isfinite cannot be traced with a symbolic scale

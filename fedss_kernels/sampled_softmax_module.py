@@ -123,7 +123,9 @@ class SampledSoftmaxLoss(nn.Module):
         if dtype is not None:
             check_dtype("dtype", dtype, FLOATING)
         scale = as_float(scale)
-        check_scale(scale, torch.device("cpu"))
+        check_scale(scale, torch.empty(0, device=device).device)
+        if learn_scale and isinstance(scale, Tensor) and scale.is_meta:
+            raise ValueError("scale: expected a number to begin with, as it is learned, got a tensor on meta")
         held = dtype or torch.get_default_dtype()
         if learn_scale and not torch.as_tensor(scale, dtype=torch.float64, device="cpu").to(held).isfinite():
             raise ValueError(f"scale: expected a number that {held} holds, as it is learned, got {scale}")

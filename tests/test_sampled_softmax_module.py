@@ -202,6 +202,16 @@ def test_a_class_that_is_none_is_not_drawn_for(target):
     draw_batch_class_set(torch.tensor([-100, 3]), C, 5, generator)
 
 
+def test_a_scale_may_lie_where_the_module_does():
+    """On meta, which stands for any other device than the CPU."""
+    scale = torch.tensor(5.0, device="meta")
+    assert SampledSoftmaxLoss(C, D, scale=scale, device="meta").scale is scale
+    with pytest.raises(ValueError, match="scale: expected a number to begin with"):
+        SampledSoftmaxLoss(C, D, scale=scale, learn_scale=True, device="meta")
+    with pytest.raises(ValueError, match="scale: expected a tensor on cpu, got one on meta"):
+        SampledSoftmaxLoss(C, D, scale=scale)
+
+
 # ---- its parameters ----------------------------------------------------------------------------------------
 
 

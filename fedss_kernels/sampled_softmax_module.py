@@ -132,7 +132,7 @@ class SampledSoftmaxLoss(nn.Module):
         num_classes = check_integer("num_classes", num_classes, 1)
         embedding_dim = check_integer("embedding_dim", embedding_dim, 1)
         self.num_sampled = None if num_sampled is None else check_integer("num_sampled", num_sampled, 0)
-        self.sampler = _as_sampler(sampler, sampler_power, num_classes, device)
+        self.sampler = as_sampler(sampler, sampler_power, num_classes, device)
         self.similarity, self.sparse_grad = similarity, check_flag("sparse_grad", sparse_grad)
         self.ignore_index, self.reduction, self.impl = check_ignore_index(ignore_index), reduction, impl
         self.angular_margin = check_margin("angular_margin", angular_margin, similarity)
@@ -217,9 +217,7 @@ class SampledSoftmaxLoss(nn.Module):
         if self.sparse_grad:
             check_sparse_communication(self, weight, self.bias)
         class_ids = log_expected_count = None
-        m, C = self.num_sampled if self.training else None, weight.shape[0]
-        if m is not None and type(m) is not int:  # assigned since
-            m = check_integer("num_sampled", m, 0)
+        m, C = self._negatives() if self.training else None, weight.shape[0]
         if entry_labels is not None or target_labels is not None:
             check_labels(input, target, (C, "(num_classes,)"), entry_labels, target_labels)
         if m is not None and m < C:
@@ -307,6 +305,10 @@ class SampledSoftmaxLoss(nn.Module):
             scale = scale.reshape(())  # on the CPU it may be beside a GPU's tensors then
         return k, block_size, scale
 
+    def _negatives(self) -> int | None:
+        m = self.num_sampled
+        return m if m is None or type(m) is int else check_integer("num_sampled", m, 0)  # assigned since
+
     def _whole_weight(self) -> Tensor:
         weight = self.weight
         if type(weight) is not nn.Parameter or weight.dim() != 2:
@@ -378,7 +380,7 @@ _UNSHOWN: dict[str, Any] = {
 }
 
 
-def _as_sampler(
+def as_sampler(
     sampler: str | Tensor, power: float, num_classes: int, device: torch.device | str | None
 ) -> str | FrequencySampler:
     power = as_number("sampler_power", power, 0.0)

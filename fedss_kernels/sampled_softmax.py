@@ -37,7 +37,7 @@ from .checks import (
     unwrapped,
 )
 from .composed_loss import composed_loss
-from .direct_route import NO_LABELS, direct_loss, plain_eager
+from .direct_route import NO_LABELS, direct_loss, eager
 from .implementations import triton_kernels
 from .loss_extras import NONE, Extras, check_values, checked_extras
 from .loss_operator import autocast_dtype, call_operator, scale_tensor, without_autocast
@@ -221,7 +221,7 @@ def _by_backend(
         _check_values(target, weight.shape[0], corrections, ignore_index)
         check_values(extras, target, ignore_index)
     if extras is not NONE:
-        if target.is_cpu and plain_eager():
+        if target.is_cpu and eager():
             check_ids("target", target, weight.shape[0], ignore_index)
             check_values(extras, target, ignore_index)
         rounding = autocast_dtype(input.device.type)

@@ -19,11 +19,12 @@ from .checks import (
     check_tensor,
 )
 from .class_samplers import FrequencySampler
-from .class_sets import GeneratorHandle, batch_class_set, check_generator, check_sampler
+from .class_sets import GeneratorHandle, check_generator, check_sampler, draw_batch_class_set
 from .data_parallel import SparseRows, check_sparse_communication, check_whole
-from .loss_extras import check_class_weights, check_margin, check_smoothing
+from .direct_route import eager
+from .loss_extras import check_class_weights, check_margin, check_smoothing, check_values, checked_extras
 from .loss_operator import without_autocast
-from .sampled_softmax import IMPLS, as_float, check_labels, check_scale, sampled_softmax_loss
+from .sampled_softmax import IMPLS, as_float, check_arguments, check_labels, check_scale, sampled_softmax_loss
 
 _SHORT = 2.0**-32  # a power of two: it rounds nothing
 
@@ -222,7 +223,8 @@ class SampledSoftmaxLoss(nn.Module):
             check_labels(input, target, (C, "(num_classes,)"), entry_labels, target_labels)
         if m is not None and m < C:
             sampler = getattr(self, "sampler", "uniform")  # a module saved whole may be without
-            class_ids, log_expected_count = batch_class_set(
+            self._refuse_before_drawing(input, weight, target, angular_margin, cosine_margin)
+            class_ids, log_expected_count = draw_batch_class_set(
                 target.reshape(-1), C, m, self.generator, self.ignore_index, sampler
             )
             if entry_labels is not None:
@@ -304,6 +306,25 @@ class SampledSoftmaxLoss(nn.Module):
         if isinstance(scale, Tensor):
             scale = scale.reshape(())  # on the CPU it may be beside a GPU's tensors then
         return k, block_size, scale
+
+    def _refuse_before_drawing(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        angular_margin: float | Tensor | None,
+        cosine_margin: float | Tensor | None,
+    ) -> None:
+        """Raises for a call's arguments as the loss does, so that the generator stays as it was."""
+        fits = isinstance(input, Tensor) and input.dtype in FLOATING and input.device == weight.device
+        if not fits or input.shape != (*target.shape, weight.shape[1]):
+            none = (None, None, None)
+            check_arguments(input, weight, target, *none, self.bias, as_float(self.scale))
+        if angular_margin is not None or cosine_margin is not None:
+            angular, cosine = (0.0 if m is None else m for m in (angular_margin, cosine_margin))
+            extras = checked_extras(weight, target, self.similarity, angular, cosine, 0.0, None, False)
+            if target.is_cpu and eager():
+                check_values(extras, target.reshape(-1), self.ignore_index)
 
     def _negatives(self) -> int | None:
         m = self.num_sampled

@@ -169,7 +169,8 @@ class SampledSoftmaxLoss(nn.Module):
 
         (Also one that was assigned since, as wrappers such as FSDP assign parameters of their own.) A
         sampler's tables are those of the frequencies it was given, class weights those that were given, or,
-        where others of another number of classes were assigned since, these.
+        where others of another number of classes were assigned since, these. Only what the constructor was
+        given survives to_empty: load or assign again class weights, or a scale, that were assigned since.
         """
         with torch.no_grad():
             self.weight.normal_(std=self.embedding_dim**-0.5, generator=self._generator_of_rows())

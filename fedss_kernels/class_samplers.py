@@ -53,7 +53,8 @@ class FrequencySampler(nn.Module):
 
     The tables are buffers, so they are in state_dict. `reset_parameters` makes them anew, as after to_empty.
     Averages of buffers, as torch.optim.swa_utils.AveragedModel makes them with use_buffers=True, are no
-    tables: such an average evaluates, but draws and loads nothing until `reset_parameters` (RuntimeError).
+    tables, nor is what to_empty leaves: such a module evaluates, but draws nothing until `reset_parameters`
+    or tables are loaded (RuntimeError), and an average's do not load.
     Raises TypeError and ValueError for frequencies that are no (C,) tensor of finite positive numbers and for
     a power that is no finite number of at least 0.
 
@@ -103,9 +104,10 @@ class FrequencySampler(nn.Module):
         return drawn, torch.log(self.ways[drawn].double()) - math.log(coins * C)
 
     def of_classes(self, classes: range) -> "FrequencySampler":
-        """One that draws among these as this one does among all, by the frequencies that were given."""
-        shares = torch.from_numpy(self._shares[classes.start : classes.stop])
-        return FrequencySampler(shares, 1.0, device=self.kept.device)
+        """One that draws among these as this one does among all, by its tables."""
+        if message := _why_no_tables(self.kept, self.alias, self.ways):
+            raise RuntimeError(message)
+        return FrequencySampler(self.ways[classes.start : classes.stop], 1.0, device=self.kept.device)
 
     def extra_repr(self) -> str:
         return f"{self.kept.shape[0]}, power={self.power}"
@@ -118,10 +120,10 @@ class FrequencySampler(nn.Module):
         super().__setstate__({"_watch": _Watch(), **state})  # an earlier version's has none
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FrequencySampler":
-        known = self._watch.seen == self._versions()
+        before = list(self.buffers())
         super()._apply(fn, recurse)
-        if known:
-            self._watch.seen = self._versions()
+        if any(new is not old for new, old in zip(self.buffers(), before, strict=True)):
+            self._watch = _Watch()  # to_empty's are to be looked at
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
@@ -170,7 +172,8 @@ def _why_no_tables(kept: Tensor, alias: Tensor, ways: Tensor) -> str | None:
             return None
     return (
         "tables: expected those of one FrequencySampler, got others, as an average of buffers makes them "
-        "(torch.optim.swa_utils.AveragedModel with use_buffers=True); its reset_parameters() makes them anew"
+        "(torch.optim.swa_utils.AveragedModel with use_buffers=True) and to_empty leaves them; its "
+        "reset_parameters() makes them anew"
     )
 
 

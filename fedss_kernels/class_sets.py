@@ -16,10 +16,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_stack
 
 from .checks import check_choice, check_ids, check_ignore_index, check_integer, check_tensor
 from .class_samplers import UNIFORM, FrequencySampler, draw_log_uniform
-from .direct_route import plain_eager
+from .direct_route import eager
 from .operator_names import named_by_schema
 
 
@@ -134,22 +135,6 @@ def draw_batch_class_set(
     another number of classes; on the CPU IndexError for a target that is no class.
     """
     check_tensor("target", target, (torch.int64,))
-    if target.is_cpu and plain_eager():
-        classes = check_integer("num_classes", num_classes, 1)
-        check_ids("target", target, classes, check_ignore_index(ignore_index))
-    return batch_class_set(target, num_classes, num_sampled, generator, ignore_index, sampler)
-
-
-def batch_class_set(
-    target: Tensor,
-    num_classes: int,
-    num_sampled: int,
-    generator: "torch.Generator | GeneratorHandle | None",
-    ignore_index: int,
-    sampler: str | FrequencySampler,
-) -> tuple[Tensor, Tensor]:
-    """`draw_batch_class_set` of targets that somebody else looks at, as the loss does."""
-    check_tensor("target", target, (torch.int64,))
     if target.dim() != 1:
         raise ValueError(f"target: expected shape (B,), got {tuple(target.shape)}")
     num_classes = check_integer("num_classes", num_classes, 1)
@@ -163,6 +148,8 @@ def batch_class_set(
     ignore_index = check_ignore_index(ignore_index)
     ignored = num_classes  # a rank past every class, so that ignored rows sort last
     held = torch.where(target == ignore_index, ignored, target).sort().values
+    if type(target) is Tensor and target.is_cpu and eager() and not _are_classes(held, num_classes):
+        check_ids("target", target, num_classes, ignore_index)  # before anything is drawn
     # No tensor of size B - 1, which for B = 2 would be 1: traced code takes that for a case of its own.
     first = held != torch.cat([held.new_full((1,), -1), held])[:-1]
     positive = first & (held != ignored)
@@ -175,6 +162,14 @@ def batch_class_set(
     log_expected_count = torch.cat([torch.where(positive, 0.0, torch.inf).to(torch.float32), log_count])
     assert class_ids.shape[0] == target.shape[0] + num_sampled
     return class_ids, log_expected_count
+
+
+def _are_classes(held: Tensor, C: int) -> bool:
+    """Whether numbers in ascending order surely are: the first and the last, which takes no time."""
+    if is_functorch_wrapped_tensor(held):
+        return False
+    ends = held.numpy()
+    return len(ends) == 0 or bool(0 <= ends[0] and ends[-1] < C)
 
 
 def check_sampler(sampler: object, num_classes: int) -> None:
@@ -199,7 +194,9 @@ def _uniform(
     generator: "torch.Generator | GeneratorHandle | None",
 ) -> Tensor:  # (m,) int64 in [0, UNIFORM)
     if isinstance(generator, GeneratorHandle):
-        return _random_integers(generator.draws, target, num_sampled, generator.key)
+        if not eager() or peek_interpreter_stack() is None:
+            return _random_integers(generator.draws, target, num_sampled, generator.key)
+        generator = generator.generator  # torch.vmap's randomness is for torch's own operators
     check_generator(generator)
     if generator is not None:
         _refuse_in_backward("generator", "take generator=None")

@@ -50,6 +50,11 @@ def composed_loss(
         given = target_logits(*rows, extras.margins, rounding)
         given = given if known is None else given.where(known, torch.nan)
     changed = given if extras.has_margins else None
+    if sparse_grad and impl == "triton" and extras.has_margins and len(target):
+        if class_ids is not None and counts is not None:
+            # The kernels list no targets: entries that are all left out stand for one, which takes part.
+            class_ids = class_ids.where((counts != torch.inf).any(), classes[:1])
+            corrections = (class_ids, counts, target_counts)
     losses = row_losses(
         *(input, table, target, corrections, *shared, ignore_index, impl, rounding, (*labels, changed))
     )

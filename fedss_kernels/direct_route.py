@@ -104,13 +104,16 @@ _NOTHING = [False] * 4
 
 
 def plain_eager() -> bool:
+    return eager() and peek_interpreter_stack() is None and forward_ad._current_level < 0
+
+
+def eager() -> bool:
+    """Tensors hold numbers, inside of torch.vmap and torch.func too."""
     return (
         not is_compiling()
         and _len_torch_dispatch_stack() == 0
         and _len_torch_function_stack() == 0
-        and peek_interpreter_stack() is None
         and _get_tracing_state() is None
-        and forward_ad._current_level < 0
     )
 
 

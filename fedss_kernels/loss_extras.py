@@ -4,6 +4,7 @@ import math
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from .checks import (
     FLOATING,
@@ -77,11 +78,13 @@ def check_values(
     for name, margin in zip(("angular_margin", "cosine_margin"), extras.margins, strict=True):
         if isinstance(margin, Tensor):
             _check_numbers(name, unwrapped(margin), *_RANGES[name])
-    if extras.class_weight is not None:
-        weights, classes = unwrapped(extras.class_weight), unwrapped(target)
-        if len(weights) == extras.class_weight.shape[0]:  # else each of several problems has its own
-            classes = classes[classes != ignore_index]
-            _check_numbers("class_weight", weights[classes], *_RANGES["class_weight"], classes)
+    if extras.class_weight is not None and len(extras.class_weight):
+        counted = target != ignore_index
+        shares = extras.class_weight.index_select(0, target.where(counted, 0)).where(counted, 0.0)
+        if is_functorch_wrapped_tensor(shares):
+            _check_numbers("class_weight[target]", unwrapped(shares), *_RANGES["class_weight"])
+        else:
+            _check_numbers("class_weight", shares, *_RANGES["class_weight"], target)
 
 
 def check_smoothing(label_smoothing: Any) -> float:

@@ -37,7 +37,7 @@ from .checks import (
     unwrapped,
 )
 from .composed_loss import composed_loss
-from .direct_route import NO_LABELS, direct_loss, plain_eager
+from .direct_route import NO_LABELS, direct_loss, eager
 from .implementations import triton_kernels
 from .loss_extras import NONE, Extras, check_values, checked_extras
 from .loss_operator import autocast_dtype, call_operator, scale_tensor, without_autocast
@@ -142,7 +142,9 @@ def sampled_softmax_loss(
         scale = as_float(scale)
     if type(ignore_index) is not int:
         ignore_index = as_integer(ignore_index)
-    if sparse_grad is True and isinstance(weight, Tensor) and weight.grad_fn is not None:
+    if type(sparse_grad) is not bool:
+        sparse_grad = check_flag("sparse_grad", sparse_grad)
+    if sparse_grad and isinstance(weight, Tensor) and weight.grad_fn is not None:
         check_takes_sparse(weight)
     plain = (
         type(angular_margin) is type(cosine_margin) is type(label_smoothing) is float
@@ -180,7 +182,6 @@ def sampled_softmax_loss(
     )
     check_choice("similarity", similarity, ("cosine", "dot"))
     check_choice("reduction", reduction, ("mean", "sum", "none"))
-    sparse_grad = check_flag("sparse_grad", sparse_grad)
     backend = chosen_backend(impl, input.device)
     check_ignore_index(ignore_index)
     S = weight.shape[0] if class_ids is None else class_ids.shape[0]
@@ -220,7 +221,7 @@ def _by_backend(
         _check_values(target, weight.shape[0], corrections, ignore_index)
         check_values(extras, target, ignore_index)
     if extras is not NONE:
-        if target.is_cpu and plain_eager():
+        if target.is_cpu and eager():
             check_ids("target", target, weight.shape[0], ignore_index)
             check_values(extras, target, ignore_index)
         rounding = autocast_dtype(input.device.type)
@@ -346,7 +347,8 @@ def check_scale(scale: float | Tensor, device: torch.device) -> None:
                 f"scale: expected a number or a 0-d tensor or (1,), got shape {tuple(scale.shape)}"
             )
         if scale.device != device and scale.device.type != "cpu":
-            raise ValueError(f"scale: expected a tensor on {device} or cpu, got one on {scale.device}")
+            either = "cpu" if device.type == "cpu" else f"{device} or cpu"
+            raise ValueError(f"scale: expected a tensor on {either}, got one on {scale.device}")
     elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale: expected a number or a 0-d tensor, got {type(scale).__name__}")
     elif not abs(scale) < math.inf:  # NaN too; math.isfinite cannot be traced with a symbolic scale

@@ -19,11 +19,12 @@ from .checks import (
     check_tensor,
 )
 from .class_samplers import FrequencySampler
-from .class_sets import GeneratorHandle, batch_class_set, check_generator, check_sampler
+from .class_sets import GeneratorHandle, check_generator, check_sampler, draw_batch_class_set
 from .data_parallel import SparseRows, check_sparse_communication, check_whole
-from .loss_extras import check_class_weights, check_margin, check_smoothing
+from .direct_route import eager
+from .loss_extras import check_class_weights, check_margin, check_smoothing, check_values, checked_extras
 from .loss_operator import without_autocast
-from .sampled_softmax import IMPLS, as_float, check_labels, check_scale, sampled_softmax_loss
+from .sampled_softmax import IMPLS, as_float, check_arguments, check_labels, check_scale, sampled_softmax_loss
 
 _SHORT = 2.0**-32  # a power of two: it rounds nothing
 
@@ -123,14 +124,16 @@ class SampledSoftmaxLoss(nn.Module):
         if dtype is not None:
             check_dtype("dtype", dtype, FLOATING)
         scale = as_float(scale)
-        check_scale(scale, torch.device("cpu"))
+        check_scale(scale, torch.empty(0, device=device).device)
+        if learn_scale and isinstance(scale, Tensor) and scale.is_meta:
+            raise ValueError("scale: expected a number to begin with, as it is learned, got a tensor on meta")
         held = dtype or torch.get_default_dtype()
         if learn_scale and not torch.as_tensor(scale, dtype=torch.float64, device="cpu").to(held).isfinite():
             raise ValueError(f"scale: expected a number that {held} holds, as it is learned, got {scale}")
         num_classes = check_integer("num_classes", num_classes, 1)
         embedding_dim = check_integer("embedding_dim", embedding_dim, 1)
         self.num_sampled = None if num_sampled is None else check_integer("num_sampled", num_sampled, 0)
-        self.sampler = _as_sampler(sampler, sampler_power, num_classes, device)
+        self.sampler = as_sampler(sampler, sampler_power, num_classes, device)
         self.similarity, self.sparse_grad = similarity, check_flag("sparse_grad", sparse_grad)
         self.ignore_index, self.reduction, self.impl = check_ignore_index(ignore_index), reduction, impl
         self.angular_margin = check_margin("angular_margin", angular_margin, similarity)
@@ -166,7 +169,8 @@ class SampledSoftmaxLoss(nn.Module):
 
         (Also one that was assigned since, as wrappers such as FSDP assign parameters of their own.) A
         sampler's tables are those of the frequencies it was given, class weights those that were given, or,
-        where others of another number of classes were assigned since, these.
+        where others of another number of classes were assigned since, these. Only what the constructor was
+        given survives to_empty: load or assign again class weights, or a scale, that were assigned since.
         """
         with torch.no_grad():
             self.weight.normal_(std=self.embedding_dim**-0.5, generator=self._generator_of_rows())
@@ -215,14 +219,13 @@ class SampledSoftmaxLoss(nn.Module):
         if self.sparse_grad:
             check_sparse_communication(self, weight, self.bias)
         class_ids = log_expected_count = None
-        m, C = self.num_sampled if self.training else None, weight.shape[0]
-        if m is not None and type(m) is not int:  # assigned since
-            m = check_integer("num_sampled", m, 0)
+        m, C = self._negatives() if self.training else None, weight.shape[0]
         if entry_labels is not None or target_labels is not None:
             check_labels(input, target, (C, "(num_classes,)"), entry_labels, target_labels)
         if m is not None and m < C:
             sampler = getattr(self, "sampler", "uniform")  # a module saved whole may be without
-            class_ids, log_expected_count = batch_class_set(
+            self._refuse_before_drawing(input, weight, target, angular_margin, cosine_margin)
+            class_ids, log_expected_count = draw_batch_class_set(
                 target.reshape(-1), C, m, self.generator, self.ignore_index, sampler
             )
             if entry_labels is not None:
@@ -305,6 +308,29 @@ class SampledSoftmaxLoss(nn.Module):
             scale = scale.reshape(())  # on the CPU it may be beside a GPU's tensors then
         return k, block_size, scale
 
+    def _refuse_before_drawing(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        angular_margin: float | Tensor | None,
+        cosine_margin: float | Tensor | None,
+    ) -> None:
+        """Raises for a call's arguments as the loss does, so that the generator stays as it was."""
+        fits = isinstance(input, Tensor) and input.dtype in FLOATING and input.device == weight.device
+        if not fits or input.shape != (*target.shape, weight.shape[1]):
+            none = (None, None, None)
+            check_arguments(input, weight, target, *none, self.bias, as_float(self.scale))
+        if angular_margin is not None or cosine_margin is not None:
+            angular, cosine = (0.0 if m is None else m for m in (angular_margin, cosine_margin))
+            extras = checked_extras(weight, target, self.similarity, angular, cosine, 0.0, None, False)
+            if target.is_cpu and eager():
+                check_values(extras, target.reshape(-1), self.ignore_index)
+
+    def _negatives(self) -> int | None:
+        m = self.num_sampled
+        return m if m is None or type(m) is int else check_integer("num_sampled", m, 0)  # assigned since
+
     def _whole_weight(self) -> Tensor:
         weight = self.weight
         if type(weight) is not nn.Parameter or weight.dim() != 2:
@@ -376,7 +402,7 @@ _UNSHOWN: dict[str, Any] = {
 }
 
 
-def _as_sampler(
+def as_sampler(
     sampler: str | Tensor, power: float, num_classes: int, device: torch.device | str | None
 ) -> str | FrequencySampler:
     power = as_number("sampler_power", power, 0.0)

@@ -14,9 +14,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .checks import check_ids, check_integer, check_shape, check_tensor
+from .checks import (
+    check_choice,
+    check_flag,
+    check_ids,
+    check_ignore_index,
+    check_integer,
+    check_shape,
+    check_tensor,
+)
 from .class_samplers import FrequencySampler
-from .class_sets import batch_class_set, check_sampler
+from .class_sets import check_sampler, draw_batch_class_set
 from .class_table import ClassTable, class_tables
 from .composed_loss import reduced_loss
 from .data_parallel import check_left_alone
@@ -24,9 +32,10 @@ from .given_target import row_losses
 from .loss_extras import NONE, Extras, check_values, checked_extras
 from .loss_operator import autocast_dtype, without_autocast
 from .ranks import Ranks
-from .sampled_softmax import check_arguments, check_labels, chosen_backend
-from .sampled_softmax_module import SampledSoftmaxLoss, TopK
+from .sampled_softmax import as_float, check_arguments, check_labels, chosen_backend
+from .sampled_softmax_module import SampledSoftmaxLoss, TopK, as_sampler
 from .smoothing import mean_logits
+from .sparse_rows import check_takes_sparse
 from .target_logits import target_logits, widened_rows
 
 INPUT, SCALE, CLASSES = 1, 2, 4  # bits of what a gradient is wanted of
@@ -45,6 +54,14 @@ class Step(NamedTuple):
     entry_labels: Tensor | None  # (own classes,) those of this rank's block
     extras: Extras  # own rows'
     rounding: torch.dtype | None  # autocast's
+
+
+class Cut(NamedTuple):
+    """A sampler of a block's classes, and what it was made of."""
+
+    tables: Tensor | None  # of all classes; None: Zipf's law
+    state: tuple[range, Any]
+    sampler: FrequencySampler
 
 
 class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
@@ -81,7 +98,8 @@ class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
 
     state_dict() holds `weight` and `bias` as DTensors, which torch.distributed.checkpoint saves and loads
     into any number of processes, and into `SampledSoftmaxLoss`; `as_shard` makes one of an optimiser's state
-    of them. `state_dict()["weight"].full_tensor()` is the whole matrix, and `load_state_dict` cuts one.
+    of them. `state_dict()["weight"].full_tensor()` is the whole matrix, and `load_state_dict` cuts one. Class
+    weights and the tables of a sampler's frequencies, 24 bytes a class, are all classes' on every rank.
 
     Args:
         num_classes: C, of all ranks together.
@@ -115,14 +133,14 @@ class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
         self._of_all_blocks = check_integer("num_classes", num_classes, 1)
         self.ranks = Ranks(process_group)
         own = _block(self._of_all_blocks, self.ranks.world, self.ranks.rank)
-        if self.ranks.world > 1:
-            options |= _sampler_of_block(own, self._of_all_blocks, **options)
-        class_weight = options.pop("class_weight", None)  # of all classes
+        # of all classes
+        class_weight, sampler = options.pop("class_weight", None), options.pop("sampler", "uniform")
         super().__init__(len(own) or 1, embedding_dim, num_sampled, **options)
         if class_weight is not None:
             self._hold_class_weight(class_weight, self._of_all_blocks)
-        if isinstance(self.sampler, FrequencySampler):  # of other sizes in another number of processes
-            self.sampler._non_persistent_buffers_set.update(dict(self.sampler.named_buffers()))
+        power = options.get("sampler_power", 0.75)
+        self.sampler = as_sampler(sampler, power, self._of_all_blocks, options.get("device"))
+        self._cut: Cut | None = None
         if not own:
             for name in ("weight", "bias"):
                 if (parameter := getattr(self, name)) is not None:
@@ -211,7 +229,7 @@ class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
         ]
         return Step(
             *(sizes, wants, rows, targets, of_targets, (margins[0], margins[1])),
-            *(self.scale if scale is None else scale, entry_labels, extras),
+            *(as_float(self.scale if scale is None else scale), entry_labels, extras),
             autocast_dtype(rows.device.type),
         )
 
@@ -221,16 +239,22 @@ class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
         """(own rows, what a gradient is wanted of, what all ranks must have alike, ...)"""
         check_tensor("target", target, (torch.int64,))
         check_left_alone(self, self.weight, self.bias)
-        check_arguments(input, self.weight, target, None, None, None, self.bias, self.scale)
+        check_arguments(input, self.weight, target, None, None, None, self.bias, as_float(self.scale))
+        check_choice("similarity", self.similarity, ("cosine", "dot"))
+        check_choice("reduction", self.reduction, ("mean", "sum", "none"))
         check_ids("target", target.reshape(-1), self.num_classes, self.ignore_index)
         check_shape("weight", self.weight, (len(self.own_classes), input.shape[-1]), "(own rows, D)")
         check_labels(input, target, (len(self.own_classes), "(own classes,)"), *labels)
+        if check_flag("sparse_grad", self.sparse_grad):
+            check_takes_sparse(self.weight)
         if chosen_backend(self.impl, input.device) == "reference":
             raise ValueError('impl: expected "auto", "cpp" or "triton" for sharded classes, got "reference"')
         every_class = self.weight.new_empty((self.num_classes, 0))
         extras = checked_extras(every_class, target, self.similarity, *given)
         if target.is_cpu:
             check_values(extras, target.reshape(-1), self.ignore_index)
+        if self._share() is not None:
+            self._sampler_of_block()
         wants, grad = 0, torch.is_grad_enabled()
         if grad:
             classes = [p for p in (self.weight, self.bias) if p is not None]
@@ -250,17 +274,17 @@ class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
         return target.numel(), wants, settings | self._settings(), extras
 
     def _settings(self) -> dict[str, Any]:
-        """What all ranks must have alike."""
+        """What all ranks must have alike; numbers as Python's, since it is compared as it is written."""
         return {
             "num_classes": self.num_classes,
             "embedding_dim": self.embedding_dim,
-            "num_sampled": self.num_sampled,
+            "num_sampled": self._negatives(),
             "training": self.training,
-            "scale": "learned" if isinstance(self.scale, Tensor) else self.scale,
+            "scale": "learned" if isinstance(self.scale, Tensor) else as_float(self.scale),
             "similarity": self.similarity,
             "bias": self.bias is not None,
             "reduction": self.reduction,
-            "ignore_index": self.ignore_index,
+            "ignore_index": check_ignore_index(self.ignore_index),
         }
 
     def _of_block(self, step: Step) -> Tensor:
@@ -271,7 +295,7 @@ class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
         is_own = counted & (local >= 0) & (local < len(self.own_classes))
         class_ids, counts = self._class_set(local.where(is_own, -1)) if self.own_classes else (None, None)
         listed = None if class_ids is None else len(class_ids) + len(rows)
-        weight, bias = class_tables(self.weight, self.bias, self.sparse_grad, listed)
+        weight, bias = class_tables(self.weight, self.bias, bool(self.sparse_grad), listed)
         shared = (bias, step.scale, self.similarity)
         mine = self._logits_of_own_classes(step, weight, bias, rows, local, is_own, rounding)
         logits = self.ranks.summed(mine, step.wants != 0)
@@ -320,16 +344,39 @@ class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
         return logits.index_add(0, own, found)
 
     def _class_set(self, held: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        C, rows = self.num_classes, len(self.own_classes)
-        m = self.num_sampled if self.training else None
+        share = self._share()
+        if share is None:
+            return None, None
+        sampler = self._sampler_of_block()
+        return draw_batch_class_set(held, len(self.own_classes), share, self.generator, -1, sampler)
+
+    def _share(self) -> int | None:
+        """Negatives among this block's classes; None: all of them."""
+        C, own = self.num_classes, self.own_classes
+        m = self._negatives() if self.training else None
         if m is None or m >= C:
-            return None, None
-        first = self.own_classes.start
-        share = m * (first + rows) // C - m * first // C
-        share = max(share, min(m, 1))
-        if share >= rows:
-            return None, None
-        return batch_class_set(held, rows, share, self.generator, -1, self.sampler)
+            return None
+        share = max(m * own.stop // C - m * own.start // C, min(m, 1))
+        return share if share < len(own) else None
+
+    def _sampler_of_block(self) -> str | FrequencySampler:
+        """What draws among the block's classes as `sampler` does among all, made when that has changed."""
+        given, own = self.sampler, self.own_classes
+        check_sampler(given, self.num_classes)
+        if given == "uniform":
+            return "uniform"
+        tables: Tensor | None = None
+        state: tuple[range, Any] = own, self.weight.device
+        if isinstance(given, FrequencySampler):
+            tables, state = given.ways, (own, given._versions())
+        if self._cut is None or self._cut.tables is not tables or self._cut.state != state:
+            made = given.of_classes(own) if isinstance(given, FrequencySampler) else self._zipf_of(own)
+            self._cut = Cut(tables, state, made)
+        return self._cut.sampler
+
+    def _zipf_of(self, own: range) -> FrequencySampler:
+        ids = torch.arange(own.start, own.stop, dtype=torch.float64, device="cpu")
+        return FrequencySampler(torch.log1p(1 / (ids + 1)), 1.0, device=self.weight.device)
 
     def _sums_of_all(self, losses: Tensor, shares: Tensor) -> Sequence[Tensor]:
         return self.ranks.total(torch.stack([losses.sum(), shares.sum()])).unbind()
@@ -349,14 +396,14 @@ class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
         """
         if self.ranks.world == 1:
             return super().topk(input, k, block_size)
-        rows, error = None, None
+        rows, settings, error = None, {}, None
         try:
             k, block_size, _ = self._check_topk(input, k, block_size)
             check_left_alone(self, self.weight, self.bias)
             rows = input.detach().reshape(input.shape[:-1].numel(), input.shape[-1])
+            settings = {"call": "topk", "input": rows.dtype, "k": k} | self._settings()
         except Exception as raised:
             error = raised
-        settings = {} if rows is None else {"call": "topk", "input": rows.dtype, "k": k} | self._settings()
         sizes, _ = self.ranks.agree(0 if rows is None else len(rows), 0, settings, error, self.weight.device)
         assert rows is not None
         best = self._best_of_block(self.ranks.gather(rows, sizes), k, block_size)
@@ -440,30 +487,6 @@ def _block(C: int, world: int, rank: int) -> range:
     """The classes of a rank: as many as others have but for the last ranks, as torch cuts a DTensor."""
     size = -(-C // world)
     return range(min(rank * size, C), min((rank + 1) * size, C))
-
-
-def _sampler_of_block(
-    own: range,
-    C: int,
-    *,
-    sampler: str | Tensor | FrequencySampler = "uniform",
-    sampler_power: float = 0.75,
-    **others: Any,
-) -> dict[str, Any]:
-    """What draws among the classes of a block as `sampler` does among all: with its share of each."""
-    if isinstance(sampler, Tensor):
-        if sampler.shape != (C,):
-            raise ValueError(
-                f"sampler: expected frequencies of {C} classes, got shape {tuple(sampler.shape)}"
-            )
-        sampler = sampler[own.start : own.stop]
-    elif isinstance(sampler, FrequencySampler):
-        check_sampler(sampler, C)
-        sampler = sampler.of_classes(own) if own else sampler
-    elif isinstance(sampler, str) and sampler == "log_uniform":
-        ids = torch.arange(own.start, own.stop, dtype=torch.float64, device="cpu")
-        sampler, sampler_power = torch.log1p(1 / (ids + 1)), 1.0
-    return {"sampler": sampler if own else "uniform", "sampler_power": sampler_power}
 
 
 def combined(losses: Tensor) -> Tensor:

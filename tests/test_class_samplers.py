@@ -267,6 +267,28 @@ def test_tables_that_were_averaged_are_not_loaded(assign):
     assert all(map(torch.equal, sampler.draw(uniform(100)), others.draw(uniform(100))))
 
 
+def test_tables_that_to_empty_left_draw_nothing_until_they_are_made_again():
+    sampler = FrequencySampler(FREQUENCIES)
+    expected = sampler.draw(uniform(100))
+    empty = sampler.to_empty(device="cpu")
+    for table in empty.buffers():
+        table.data.fill_(10**6)  # what memory held
+    for draw in (lambda: empty.draw(uniform(100)), lambda: empty.of_classes(range(3))):
+        with pytest.raises(RuntimeError, match=CHANGED):
+            draw()
+    empty.reset_parameters()
+    assert all(map(torch.equal, empty.draw(uniform(100)), expected))
+
+
+def test_some_classes_are_drawn_as_by_the_tables_that_were_loaded():
+    loaded, own = FrequencySampler(torch.ones(C)), range(7, 20)
+    loaded.load_state_dict(FrequencySampler(FREQUENCIES, 1.0).state_dict())
+    found = loaded.of_classes(own).draw(uniform(500))
+    expected = FrequencySampler(FREQUENCIES[own.start : own.stop], 1.0).draw(uniform(500))
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1])
+
+
 def test_added_classes_need_a_new_sampler():
     criterion = module("frequencies")
     criterion.weight = torch.nn.Parameter(torch.randn(C + 1, D))

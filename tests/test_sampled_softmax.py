@@ -639,6 +639,7 @@ def test_sparse_gradient_holds_the_touched_rows(class_ids, sampled_softmax_loss)
 LEFT_OUT = {
     "some of each": ([3, -100, 3, 7], [0, 5, 6, 5], [torch.inf, 0.0, torch.inf, 0.5], {3, 5, 7}, set()),
     "a target's entry": ([3, -100], [3, 5], [torch.inf, torch.inf], {3}, set()),
+    "every entry": ([7, -100], [3, 5], [torch.inf, torch.inf], {7}, set()),
     "every class": ([3, -100], None, [torch.inf] * 5 + [0.0] * 7, {3, *range(5, 12)}, set()),
     "all rows ignored": ([-100, -100], [0, 5], [torch.inf, 0.0], {5}, set()),
     "no rows": ([], [0, 5], [torch.inf, 0.0], {5}, set()),
@@ -648,8 +649,9 @@ LEFT_OUT = {
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("options", [{}, {"cosine_margin": 0.1}], ids=["", "margin"])
 @pytest.mark.parametrize("which", LEFT_OUT)
-def test_sparse_gradients_list_only_what_takes_part(which, dtype, sampled_softmax_loss):
+def test_sparse_gradients_list_only_what_takes_part(which, options, dtype, sampled_softmax_loss):
     """Not what is left out by +inf, nor a class that stands for an ignored target."""
     *lists, taking_part, drawn = LEFT_OUT[which]
     t, ids = (None if of is None else torch.tensor(of, dtype=torch.int64) for of in lists[:2])
@@ -659,7 +661,7 @@ def test_sparse_gradients_list_only_what_takes_part(which, dtype, sampled_softma
 
     def results(sparse_grad):
         counts = torch.tensor(lists[2])
-        loss = sampled_softmax_loss(x, w, t, ids, counts, bias=bias, sparse_grad=sparse_grad)
+        loss = sampled_softmax_loss(x, w, t, ids, counts, bias=bias, sparse_grad=sparse_grad, **options)
         return gradients(loss, w, bias)
 
     for sparse, dense in zip(results(True), results(False), strict=True):

@@ -6,6 +6,7 @@ import re
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -545,6 +546,8 @@ def test_a_weight_whose_maker_takes_dense_gradients_alone(make):
         RuntimeError, match=r"sparse_grad: expected False .* got one by \w+Backward\d, .* take"
     ):
         sampled_softmax_loss(x, make(w), t, sparse_grad=True)
+    with pytest.raises(RuntimeError, match="sparse_grad: expected False for a weight that is computed"):
+        sampled_softmax_loss(x, make(w), t, sparse_grad=np.True_)
     sampled_softmax_loss(x, make(w), t).backward()
     with torch.no_grad():
         sampled_softmax_loss(x, make(w), t, sparse_grad=True)

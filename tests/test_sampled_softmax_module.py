@@ -202,6 +202,41 @@ def test_a_class_that_is_none_is_not_drawn_for(target):
     draw_batch_class_set(torch.tensor([-100, 3]), C, 5, generator)
 
 
+WRONG = {
+    "columns": {"input": torch.ones(2, D + 1)},
+    "dtype": {"input": torch.ones(2, D, dtype=torch.int64)},
+    "no tensor": {"input": [[1.0]]},
+    "rows": {"input": torch.ones(3, D)},
+    "class": {"target": torch.tensor([1, C])},
+    "negative class": {"target": torch.tensor([-1, -100])},
+    "margins' shape": {"cosine_margin": torch.ones(3)},
+    "margin": {"angular_margin": torch.tensor([0.1, torch.nan])},
+    "labels' shape": {"target_labels": torch.tensor([1])},
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("with_generator", [False, True])
+def test_a_call_that_is_refused_draws_nothing(wrong, with_generator):
+    generator = torch.Generator() if with_generator else None
+    criterion = SampledSoftmaxLoss(C, D, 5, generator=generator)
+    drawn_from = generator or torch.default_generator
+    before = drawn_from.get_state()
+    with pytest.raises((TypeError, ValueError, IndexError)):
+        criterion(**{"input": torch.ones(2, D), "target": torch.tensor([1, 2])} | WRONG[wrong])
+    assert torch.equal(drawn_from.get_state(), before)
+
+
+def test_a_scale_may_lie_where_the_module_does():
+    """On meta, which stands for any other device than the CPU."""
+    scale = torch.tensor(5.0, device="meta")
+    assert SampledSoftmaxLoss(C, D, scale=scale, device="meta").scale is scale
+    with pytest.raises(ValueError, match="scale: expected a number to begin with"):
+        SampledSoftmaxLoss(C, D, scale=scale, learn_scale=True, device="meta")
+    with pytest.raises(ValueError, match="scale: expected a tensor on cpu, got one on meta"):
+        SampledSoftmaxLoss(C, D, scale=scale)
+
+
 # ---- its parameters ----------------------------------------------------------------------------------------
 
 

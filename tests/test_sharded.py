@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import fedss_kernels.reference as reference
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -319,27 +320,55 @@ def samplers_of_frequencies_agree_with_one_process(rank, world):
     for sampler in ("log_uniform", torch.arange(1, C + 1), FrequencySampler(torch.arange(1, C + 1))):
         criterion = p.criterion(7, sampler=sampler, bias=True)
         agrees_with_one_process(p, criterion)
-        assert list(criterion.state_dict()) == ["weight", "bias"], "tables are of a block"
-    if world > 1:
-        refused(
-            ValueError,
-            r"sampler: expected frequencies of 23 classes, got shape \(5,\)",
-            lambda: p.criterion(7, sampler=torch.ones(5)),
-        )
+    for sampler in (torch.ones(5), FrequencySampler(torch.ones(5))):
         refused(
             ValueError,
             "sampler: expected frequencies of 23 classes, got 5",
-            lambda: p.criterion(7, sampler=FrequencySampler(torch.ones(5))),
+            lambda: p.criterion(7, sampler=sampler),  # noqa: B023
         )
 
 
 def a_sampler_draws_in_a_block_as_its_frequencies_do(rank, world):
     p, frequencies = Problem(rank, world), torch.arange(1, C + 1)
-    given = p.criterion(7, sampler=frequencies).sampler
-    own = p.criterion(7, sampler=FrequencySampler(frequencies)).sampler
     uniform = torch.randint(2**62, (500,), generator=torch.Generator().manual_seed(0))
-    for found, expected in zip(own.draw(uniform), given.draw(uniform), strict=True):
-        torch.testing.assert_close(found, expected)
+
+    def draws_as_it_should(criterion):
+        own = criterion.own_classes
+        expected = FrequencySampler(frequencies[own.start : own.stop]).draw(uniform)
+        for a, b in zip(criterion._sampler_of_block().draw(uniform), expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+    for sampler in (frequencies, FrequencySampler(frequencies)):
+        draws_as_it_should(p.criterion(7, sampler=sampler))
+    loaded, plain = p.criterion(7, sampler=torch.ones(C)), SampledSoftmaxLoss(C, D, sampler=frequencies)
+    loaded(*p.rows())
+    loaded.load_state_dict(plain.state_dict())
+    draws_as_it_should(loaded)
+    plain.sampler = FrequencySampler(torch.ones(C))
+    whole = {n: v.full_tensor() if hasattr(v, "full_tensor") else v for n, v in loaded.state_dict().items()}
+    plain.load_state_dict(whole)
+    assert all(map(torch.equal, plain.sampler.buffers(), loaded.sampler.buffers()))
+    draws_as_it_should(copy.deepcopy(loaded))
+    loaded.sampler = FrequencySampler(frequencies)
+    draws_as_it_should(loaded)
+
+
+def tables_that_memory_left_are_refused_on_all_ranks(rank, world):
+    p, frequencies = Problem(rank, world, sizes=(3, 3, 3, 3)), torch.arange(1, C + 1)
+    criterion = p.criterion(7, sampler=frequencies)
+    state = {n: v.clone() for n, v in criterion.state_dict().items()}
+    criterion.to_empty(device="cpu")
+    for table in criterion.sampler.buffers():
+        table.data.fill_(0)
+    refused(RuntimeError, "tables: expected those of one FrequencySampler", lambda: criterion(*p.rows()))
+    criterion.load_state_dict(state)
+    agrees_with_one_process(p, criterion)
+    if rank == world - 1:
+        criterion.sampler.kept.zero_()
+    words = "tables: expected those" if rank == world - 1 else f"rank {world - 1} of {world} has raised"
+    refused(RuntimeError, words, lambda: criterion(*p.rows()))
+    criterion.sampler.reset_parameters()
+    assert criterion(*p.rows()).isfinite()
 
 
 def class_weights_come_back_and_a_short_bias_is_told(rank, world):
@@ -486,6 +515,11 @@ def another_ranks_error_is_raised_here(rank, world):
     wrong(ValueError, "input: expected shape", lambda: criterion(x[:, :4], t))
     wrong(TypeError, "input: expected a tensor", lambda: criterion(None, t))
     wrong(ValueError, "k: expected 1 to 23, got 24", lambda: criterion.topk(x, 24))
+    if world > 1:  # settings that were assigned
+        criterion.num_sampled = "7" if rank == bad else 7
+        wrong(TypeError, "num_sampled: expected an integer, got str", lambda: criterion(x, t))
+        wrong(TypeError, "num_sampled: expected an integer, got str", lambda: criterion.topk(x, 2))
+        criterion.num_sampled = 7
     agrees_with_one_process(p, criterion)  # and all go on
 
 
@@ -506,6 +540,20 @@ def other_settings_are_named(rank, world):
     with torch.set_grad_enabled(not own):
         refused(ValueError, r"torch.is_grad_enabled\(\)", lambda: criterion(x, t))
     agrees_with_one_process(p, criterion)
+
+
+def equal_numbers_of_other_types_are_the_same(rank, world):
+    p = Problem(rank, world)
+    number = [float, np.float32, int, np.float64][rank]
+    integer = [int, np.int64, np.int32, np.int64][rank]
+    criterion = p.criterion(7)
+    criterion.scale, criterion.num_sampled, criterion.ignore_index = number(5), integer(6), integer(-7)
+    criterion.sparse_grad = np.True_
+    p.target[0] = -7
+    agrees_with_one_process(p, criterion)
+    assert criterion.topk(p.rows()[0], integer(2)).indices.shape == (p.sizes[rank], 2)
+    criterion.reduction = "average"
+    refused(ValueError, 'reduction: expected "mean" or', lambda: criterion(*p.rows()))
 
 
 def a_generator_of_one_seed_gives_each_rank_its_own_rows(rank, world):
@@ -587,6 +635,7 @@ CHECKS = [
     expected_counts_are_exact,
     samplers_of_frequencies_agree_with_one_process,
     a_sampler_draws_in_a_block_as_its_frequencies_do,
+    tables_that_memory_left_are_refused_on_all_ranks,
     class_weights_come_back_and_a_short_bias_is_told,
     negatives_are_the_blocks_share,
     gradients_nobody_wants_are_not_sent,
@@ -596,6 +645,7 @@ CHECKS = [
     topk_searches_all_blocks,
     another_ranks_error_is_raised_here,
     other_settings_are_named,
+    equal_numbers_of_other_types_are_the_same,
     a_generator_of_one_seed_gives_each_rank_its_own_rows,
     state_dicts_are_of_shards,
     groups_of_some_processes,
@@ -750,6 +800,17 @@ def test_alone_it_is_the_plain_module_bit_for_bit():
         assert all(type(value) is torch.Tensor for value in criterion.state_dict().values())
     assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
     assert criterion.own_classes == range(C) and criterion.num_classes == C
+
+
+@pytest.mark.parametrize("sharded_first", [False, True])
+def test_alone_it_loads_tables_of_the_plain_module_and_the_other_way_round(sharded_first):
+    kinds = (ShardedSampledSoftmaxLoss, SampledSoftmaxLoss)[:: 1 if sharded_first else -1]
+    saved = kinds[0](C, D, 7, sampler=torch.arange(1, C + 1))
+    loaded = kinds[1](C, D, 7, sampler=torch.ones(C))
+    loaded.to_empty(device="cpu").load_state_dict(saved.state_dict())
+    assert all(map(torch.equal, loaded.sampler.buffers(), saved.sampler.buffers()))
+    uniform = torch.randint(2**62, (100,))
+    assert all(map(torch.equal, loaded.sampler.draw(uniform), saved.sampler.draw(uniform)))
 
 
 def test_the_parts_of_a_loss_are_combined_at_any_size():

@@ -7,7 +7,7 @@ import torch
 from loss_cases import BF16, F32, blocks_of_16
 from test_triton_kernels import DEVICE, counted_launches
 
-from fedss_kernels import sampled_softmax_loss, vmapped
+from fedss_kernels import SampledSoftmaxLoss, draw_batch_class_set, sampled_softmax_loss, vmapped
 from fedss_kernels.triton_kernels.configurations import forced
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")
@@ -207,6 +207,51 @@ def test_gradients_inside_by_the_reference(options):
         place = 1 * target.shape[1] + 2  # of all problems together
         with pytest.raises(IndexError, match=rf"target\[{place}\] = {bad}, expected a class in \[0, 12\)"):
             torch.vmap(torch.func.grad(loss))(x, w, target)
+
+
+def test_a_class_weight_of_one_problem_that_is_none():
+    x, w, target, *_ = problems(3)
+    weights = torch.rand(3, 12)
+    weights[2, 5] = -1.0
+    target[target == 5] = -100
+    target[2, 4] = 5
+
+    def loss(x, w, target, weights):
+        return sampled_softmax_loss(x, w, target, class_weight=weights)
+
+    with pytest.raises(ValueError, match=rf"class_weight\[target\]\[{2 * 6 + 4}\] = -1.0, expected a finite"):
+        torch.vmap(loss)(x, w, target, weights)
+    target[2, 4] = -100
+    torch.vmap(loss)(x, w, target, weights)  # of no row
+
+
+def test_a_class_that_one_problem_does_not_have_is_not_drawn_for():
+    targets, generator = torch.tensor([[1, 2], [3, 12]]), torch.Generator().manual_seed(0)
+    before = generator.get_state()
+    with pytest.raises(IndexError, match=r"target\[3\] = 12, expected a class in \[0, 12\)"):
+        torch.vmap(lambda t: draw_batch_class_set(t, 12, 3, generator), randomness="different")(targets)
+    assert torch.equal(generator.get_state(), before)
+
+
+@pytest.mark.parametrize("own_targets", [False, True])
+def test_a_generator_draws_for_each_problem_as_randomness_says(own_targets):
+    """As torch's own operations do with a generator."""
+    x, target = torch.randn(1, 2, 8).expand(4, 2, 8), torch.tensor([1, 2])
+    targets = target.expand(4, 2) if own_targets else target
+
+    def losses(randomness):
+        criterion = SampledSoftmaxLoss(1000, 8, 3, generator=torch.Generator().manual_seed(0))
+        dims = (0, 0 if own_targets else None)
+        return torch.vmap(criterion, dims, randomness=randomness)(x, targets), criterion
+
+    assert len(losses("different")[0].unique()) == 4
+    same, criterion = losses("same")
+    assert len(same.unique()) == 1
+    twin = SampledSoftmaxLoss(1000, 8, 3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(same[0], twin(x[0], target))
+    assert torch.equal(criterion.generator.get_state(), twin.generator.get_state())
+    with pytest.raises(RuntimeError, match="randomness error mode"):
+        losses("error")
 
 
 def test_no_problems():

@@ -716,9 +716,32 @@ def test_figures_outlive_their_plot(command, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(f"fedss_kernels.federated.figures.{command}._plot", broken)
     options = {"noise": [*SMALL, "--batches=1", "--draws=1", "--counts=2"], "parameters": ["--model=conv4"]}
     assert cli.main([command, *options[command], f"--out={tmp_path}"]) == 1
-    line = f"fedss {command}: the figures are in {tmp_path}, but not the plot: RuntimeError: no fonts"
-    assert capsys.readouterr().err.splitlines()[-1] == line
+    there = f"{command}.csv, {command}.md, report.html"
+    said, table = capsys.readouterr(), (tmp_path / f"{command}.md").read_text()
+    line = f"fedss {command}: written to {tmp_path}: {there}; not {command}.png: RuntimeError: no fonts"
+    assert said.err.splitlines()[-1] == line and said.out.endswith(table)
     assert len((tmp_path / f"{command}.csv").read_text().splitlines()) > 1
+    assert "<table" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("room, there", [(100, []), (2000, ["parameters.csv", "parameters.md"])])
+def test_the_table_is_told_whatever_can_be_written(room, there, tmp_path, capsys, room_for_files_of):
+    argv = ["parameters", "--model=conv4", "--dims=64", f"--out={tmp_path}"]
+    assert cli.main(argv) == 0
+    table = (tmp_path / "parameters.md").read_text()
+    for path in tmp_path.iterdir():
+        path.unlink()
+    capsys.readouterr()
+    with room_for_files_of(room):
+        assert cli.main(argv) == 1
+    files = ["parameters.csv", "parameters.md", "parameters.png", "report.html"]
+    lost = [file for file in files if file not in there]
+    said = capsys.readouterr()
+    assert said.out == table and said.err == (
+        f"fedss parameters: written to {tmp_path}: {', '.join(there) or 'nothing'}; not {', '.join(lost)}: "
+        f"File too large: {tmp_path / lost[0]}-unfinished\n"
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == there
 
 
 def test_more_rounds_of_a_finished_run_whose_table_was_edited(tmp_path, capsys):

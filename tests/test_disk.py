@@ -3,7 +3,6 @@
 import errno
 import io
 import os
-import resource
 
 import pytest
 import torch
@@ -46,16 +45,12 @@ def test_a_file_is_replaced_whole_or_stays(tmp_path, monkeypatch):
     assert path.read_text() == "after" and list(tmp_path.iterdir()) == [path]
 
 
-def test_lines_are_appended_whole_or_not(tmp_path):
+def test_lines_are_appended_whole_or_not(tmp_path, room_for_files_of):
     """Where files may have 10 bytes: of the second 8 bytes two are written, and taken back."""
-    path, limits = tmp_path / "table", resource.getrlimit(resource.RLIMIT_FSIZE)
+    path = tmp_path / "table"
     disk.append(path, b"12345678")
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
-    try:
-        with pytest.raises(OSError, match=f"File too large: '{path}'"):
-            disk.append(path, b"abcdefgh")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with room_for_files_of(10), pytest.raises(OSError, match=f"File too large: '{path}'"):
+        disk.append(path, b"abcdefgh")
     assert path.read_bytes() == b"12345678"
 
 

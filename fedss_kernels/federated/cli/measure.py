@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..algorithms import METHODS
+from ..disk import why
 from ..fedavg_round import TooFewClients
 from ..files.run_folder import check_trained_on, make_folder, read_config, read_kept, read_model
 from ..models import MODELS, family_of
+from ..reports.measured import NotWritten
 from ..reports.remarks import remarks
 from ..run_loop import run
 from ..workers import WorkerLost
@@ -42,17 +44,21 @@ if TYPE_CHECKING:
 def write_measured(
     arguments: argparse.Namespace, out: Path, write: Callable[[], str], failed: Sequence[str] = ()
 ) -> int:
-    """What was measured, as a table, a plot and a section of the report; the figures are written first.
+    """What was measured, as a table, a plot and a section of the report; the table is told in any case.
 
-    Then a line for each part of it that failed; returns the exit code.
+    Then a line for what could not be written, and each part that failed; returns the exit code.
     """
     lines = list(failed)
     try:
-        print_markdown(write())
-        print(f"the table, the plot and the report: {out / 'report.html'}")
+        text = write()
+    except NotWritten as error:
+        print_markdown(error.table)
+        lines.insert(0, str(error))
     except Exception as error:
-        why = " ".join(f"{type(error).__name__}: {error}".split())
-        lines.insert(0, f"the figures are in {out}, but not the plot: {why}")
+        lines.insert(0, f"not all that was measured could be written to {out}: {why(error)}")
+    else:
+        print_markdown(text)
+        print(f"the table, the plot and the report: {out / 'report.html'}")
     for line in lines:
         print(f"fedss {arguments.command}: {line}", file=sys.stderr)
     return 1 if lines else 0

@@ -349,7 +349,7 @@ def test_values_that_cannot_be_and_options_that_clash_are_told_together(argv, wr
 def test_options_of_other_data_than_the_runs_are_refused_together(tmp_path, capsys):
     Config().save(tmp_path / "config.json")
     line = fails(capsys, "noise", f"--run={tmp_path}", "--task=retrieval", "--data=sop")
-    why = "the model of --run is measured on its own data"
+    why = "the model of --run is measured as it was trained, on its own data"
     assert line == f"fedss noise: --data: {why}; --task: {why}"
 
 
@@ -577,7 +577,9 @@ def test_compositions_can_be_resumed(tmp_path, monkeypatch, capsys):
     assert error.endswith("--rounds: a comparison is resumed with the options it began with")
     assert "--seeds" not in fails(capsys, "compare", *SMALL, "--rates=inf", f"--out={tmp_path / 'other'}")
     error = fails(capsys, "noise", "--run=nowhere", "--glyph-classes=3")
-    assert error.endswith("--glyph-classes: the model of --run is measured on its own data")
+    assert error.endswith(
+        "--glyph-classes: the model of --run is measured as it was trained, on its own data"
+    )
 
 
 def test_a_run_that_is_ruined_says_when_and_has_no_result(tmp_path, capsys):

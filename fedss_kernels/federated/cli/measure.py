@@ -90,6 +90,7 @@ def _add_noise_arguments(parser: argparse.ArgumentParser) -> None:
 
 # Options by which the data or the net would be another than the run's.
 _OF_A_RUN = (
+    *("method", "similarity"),
     *("data", "data_seed", "task", "holdout", "image_size", "partition", "num_clients", "images_per_client"),
     *(
         "skip_damaged",
@@ -109,15 +110,25 @@ def _noise(arguments: argparse.Namespace) -> int:
     with mistakes():
         if arguments.run:
             refuse(
-                f"{flag(name)}: the model of --run is measured on its own data"
+                f"{flag(name)}: the model of --run is measured as it was trained, on its own data"
                 for name in _OF_A_RUN
                 if name in arguments
             )
-        config = config_of(arguments, read_config(arguments.run)[0].to_dict() if arguments.run else {})
-        if arguments.run:
+        there = read_config(arguments.run)[0] if arguments.run else None
+        config = config_of(arguments, there.to_dict() if there else {})
+        if there:
+            refuse(
+                f"{arguments.config}: {name} is another than that of --run"
+                for name in _OF_A_RUN
+                if getattr(config, name) != getattr(there, name)
+            )
             refuse_lost(arguments, config)
             if METHODS[config.method].personal:
                 raise Mistake(f"--run: expected a run with one model for all, got one of {config.method}")
+        if "num_negatives" in arguments:
+            print("--num-negatives has no effect: --counts are taken", flush=True)
+        if vars(arguments).get("method", "fedss") != "fedss":
+            print("--method has no effect on what is measured: that is FedSS' gradient", flush=True)
         out = arguments.out if "out" in arguments else Path("runs") / f"noise-{config.data}"
         model = read_model(arguments.run) if arguments.run else None
         config, data = read_data(config, [config], given=arguments.given)

@@ -16,7 +16,7 @@ from ..plan import FILE as COMPARISON
 from ..probes import Line, Probing
 from .command import Command
 from .measure import write_measured
-from .options import mistakes, noted, read_numbers, reader, refuse, refuse_lost
+from .options import mistakes, noted, read_numbers, reader, refuse, refuse_lost, say_idle
 from .output import read_data
 
 _COUNT = reader(int, "an integer of at least 1", low=1)
@@ -128,6 +128,7 @@ def _probe(arguments: argparse.Namespace) -> int:
         _, data = read_data(nets[0][0], [])
         for folder in runs:
             check_trained_on(folder, data)
+    _say_idle(arguments, data.task)
     torch.set_num_threads(nets[0][0].threads)
     probing = _probing(arguments)
     if len(runs) == 1:
@@ -140,6 +141,20 @@ def _probe(arguments: argparse.Namespace) -> int:
         probed += by_depth.Probed.of(config, lines)
         drawn.add(net)
     return write_measured(arguments, out, lambda: by_depth.write(out, probed))
+
+
+def _say_idle(arguments: argparse.Namespace, task: str) -> None:
+    """Of options that nothing is measured by."""
+    tuned = {"rate": _USUAL.rate, "batch_size": _USUAL.batch_size}
+    if task == "retrieval":
+        voted = {name: getattr(_USUAL, name) for name in ("labels", "neighbours", "temperature", "seed")}
+        say_idle(
+            arguments, voted | {"fine_tune": _USUAL.epochs} | tuned, "nothing is trained for a retrieval"
+        )
+    elif not arguments.fine_tune:
+        say_idle(arguments, tuned, "there is no --fine-tune")
+        if arguments.labels == 1:
+            say_idle(arguments, {"seed": _USUAL.seed}, "all labels are known, and there is no --fine-tune")
 
 
 def _probing(arguments: argparse.Namespace) -> Probing:

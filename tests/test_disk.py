@@ -88,6 +88,15 @@ def test_no_room_is_an_error(tmp_path, monkeypatch):
         disk.allocate(file.fileno(), 0, 1)
 
 
+def test_room_is_looked_for_and_given_back(tmp_path, room_for_files_of):
+    disk.check_room(tmp_path, 100)
+    with room_for_files_of(99):
+        with pytest.raises(OSError, match=f"File too large: '{tmp_path}'"):
+            disk.check_room(tmp_path, 100)
+        disk.check_room(tmp_path, 99)
+    assert not any(tmp_path.iterdir())
+
+
 def test_what_is_unfinished_is_removed_and_nothing_else(tmp_path):
     (tmp_path / "checkpoint-unfinished").mkdir()
     for name in ("checkpoint-unfinished/state", "model.pt-unfinished", "model.pt", "unfinished-thesis"):

@@ -102,6 +102,12 @@ def append(path: Path, content: bytes) -> None:
             raise
 
 
+def check_room(folder: Path, count: int) -> None:
+    """Raises OSError where a file of so many bytes has no room now."""
+    with named(folder), tempfile.TemporaryFile(dir=folder) as file:
+        allocate(file.fileno(), 0, count)
+
+
 def remove_unfinished(folder: Path) -> None:
     """What a process that was killed was writing there, where no other is."""
     for path in folder.glob("*-unfinished"):

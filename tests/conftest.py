@@ -1,7 +1,9 @@
+import contextlib
 import importlib
 import importlib.util
 import os
 import re
+import resource
 import subprocess
 import sys
 import textwrap
@@ -169,3 +171,19 @@ def transformers(request):
         request.getfixturevalue("torchvision")
     missing = "needs transformers, of the extra integrations, which is not installed"
     return pytest.importorskip("transformers", reason=missing)
+
+
+@pytest.fixture
+def room_for_files_of():
+    """room_for_files_of(count), a context in which no file can be longer than so many bytes."""
+
+    @contextlib.contextmanager
+    def room(count: int):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (count, limits[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    return room

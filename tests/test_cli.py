@@ -349,7 +349,7 @@ def test_values_that_cannot_be_and_options_that_clash_are_told_together(argv, wr
 def test_options_of_other_data_than_the_runs_are_refused_together(tmp_path, capsys):
     Config().save(tmp_path / "config.json")
     line = fails(capsys, "noise", f"--run={tmp_path}", "--task=retrieval", "--data=sop")
-    why = "the model of --run is measured on its own data"
+    why = "the model of --run is measured as it was trained, on its own data"
     assert line == f"fedss noise: --data: {why}; --task: {why}"
 
 
@@ -577,7 +577,9 @@ def test_compositions_can_be_resumed(tmp_path, monkeypatch, capsys):
     assert error.endswith("--rounds: a comparison is resumed with the options it began with")
     assert "--seeds" not in fails(capsys, "compare", *SMALL, "--rates=inf", f"--out={tmp_path / 'other'}")
     error = fails(capsys, "noise", "--run=nowhere", "--glyph-classes=3")
-    assert error.endswith("--glyph-classes: the model of --run is measured on its own data")
+    assert error.endswith(
+        "--glyph-classes: the model of --run is measured as it was trained, on its own data"
+    )
 
 
 def test_a_run_that_is_ruined_says_when_and_has_no_result(tmp_path, capsys):
@@ -716,9 +718,32 @@ def test_figures_outlive_their_plot(command, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(f"fedss_kernels.federated.figures.{command}._plot", broken)
     options = {"noise": [*SMALL, "--batches=1", "--draws=1", "--counts=2"], "parameters": ["--model=conv4"]}
     assert cli.main([command, *options[command], f"--out={tmp_path}"]) == 1
-    line = f"fedss {command}: the figures are in {tmp_path}, but not the plot: RuntimeError: no fonts"
-    assert capsys.readouterr().err.splitlines()[-1] == line
+    there = f"{command}.csv, {command}.md, report.html"
+    said, table = capsys.readouterr(), (tmp_path / f"{command}.md").read_text()
+    line = f"fedss {command}: written to {tmp_path}: {there}; not {command}.png: RuntimeError: no fonts"
+    assert said.err.splitlines()[-1] == line and said.out.endswith(table)
     assert len((tmp_path / f"{command}.csv").read_text().splitlines()) > 1
+    assert "<table" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("room, there", [(100, []), (2000, ["parameters.csv", "parameters.md"])])
+def test_the_table_is_told_whatever_can_be_written(room, there, tmp_path, capsys, room_for_files_of):
+    argv = ["parameters", "--model=conv4", "--dims=64", f"--out={tmp_path}"]
+    assert cli.main(argv) == 0
+    table = (tmp_path / "parameters.md").read_text()
+    for path in tmp_path.iterdir():
+        path.unlink()
+    capsys.readouterr()
+    with room_for_files_of(room):
+        assert cli.main(argv) == 1
+    files = ["parameters.csv", "parameters.md", "parameters.png", "report.html"]
+    lost = [file for file in files if file not in there]
+    said = capsys.readouterr()
+    assert said.out == table and said.err == (
+        f"fedss parameters: written to {tmp_path}: {', '.join(there) or 'nothing'}; not {', '.join(lost)}: "
+        f"File too large: {tmp_path / lost[0]}-unfinished\n"
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == there
 
 
 def test_more_rounds_of_a_finished_run_whose_table_was_edited(tmp_path, capsys):

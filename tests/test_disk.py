@@ -3,7 +3,6 @@
 import errno
 import io
 import os
-import resource
 
 import pytest
 import torch
@@ -46,16 +45,12 @@ def test_a_file_is_replaced_whole_or_stays(tmp_path, monkeypatch):
     assert path.read_text() == "after" and list(tmp_path.iterdir()) == [path]
 
 
-def test_lines_are_appended_whole_or_not(tmp_path):
+def test_lines_are_appended_whole_or_not(tmp_path, room_for_files_of):
     """Where files may have 10 bytes: of the second 8 bytes two are written, and taken back."""
-    path, limits = tmp_path / "table", resource.getrlimit(resource.RLIMIT_FSIZE)
+    path = tmp_path / "table"
     disk.append(path, b"12345678")
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
-    try:
-        with pytest.raises(OSError, match=f"File too large: '{path}'"):
-            disk.append(path, b"abcdefgh")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with room_for_files_of(10), pytest.raises(OSError, match=f"File too large: '{path}'"):
+        disk.append(path, b"abcdefgh")
     assert path.read_bytes() == b"12345678"
 
 
@@ -91,6 +86,15 @@ def test_no_room_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", fails(errno.ENOSPC))
     with (tmp_path / "rows").open("w+b") as file, pytest.raises(OSError, match="No space left"):
         disk.allocate(file.fileno(), 0, 1)
+
+
+def test_room_is_looked_for_and_given_back(tmp_path, room_for_files_of):
+    disk.check_room(tmp_path, 100)
+    with room_for_files_of(99):
+        with pytest.raises(OSError, match=f"File too large: '{tmp_path}'"):
+            disk.check_room(tmp_path, 100)
+        disk.check_room(tmp_path, 99)
+    assert not any(tmp_path.iterdir())
 
 
 def test_what_is_unfinished_is_removed_and_nothing_else(tmp_path):

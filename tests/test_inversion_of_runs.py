@@ -156,6 +156,61 @@ def test_a_half_is_made_attacked_and_begun_with(tmp_path, capsys):
     assert summary["traffic"]["down_gradients"] == 0
 
 
+def test_a_net_that_is_not_finite_is_told_beside_the_others(wide, tmp_path, capsys):
+    ruined = shutil.copytree(wide, tmp_path / "ruined")
+    model = torch.load(ruined / "model.pt", weights_only=True)
+    model["extractor"]["blocks.stem.1.weight"][0] = torch.nan
+    torch.save(model, ruined / "model.pt")
+    capsys.readouterr()
+    assert fedss("invert", wide, ruined, *ATTACK, f"--out={tmp_path / 'out'}") == 1
+    said = capsys.readouterr()
+    assert said.err.splitlines()[-1] == "fedss invert: ruined: what is made of its latents is not finite"
+    assert "| wide |" in said.out and "| nan |" in said.out
+
+
+@pytest.mark.parametrize("room", [1000, 10_000_000])
+def test_no_half_is_trained_for_which_there_is_no_room(
+    room, tmp_path, capsys, monkeypatch, room_for_files_of
+):
+    """And of a disk that is full only after the training it is said, too."""
+    out = tmp_path / "half"
+    if room > 1000:
+        monkeypatch.setattr(HalfFile, "write", fails_with(OSError(28, "No space left on device", "the half")))
+    load_data(Config(data="glyphs", glyph_classes=6, glyph_writers=8, cohort=1))  # drawn before
+    with room_for_files_of(room):
+        assert fedss("harden", *IN_ONE_PLACE, *NET, *ATTACK, "--batch-size=6", f"--out={out}") == 1
+    *trained, last = capsys.readouterr().err.splitlines()
+    reason = "No space left on device: the half" if trained else f"File too large: {out}"
+    assert last == f"fedss harden: {reason}; nothing of this training is saved"
+    assert bool(trained) is (room > 1000) and not any(out.iterdir())
+
+
+def fails_with(error):
+    def fail(*arguments):
+        raise error
+
+    return fail
+
+
+def test_what_the_attack_found_is_told_where_it_cannot_be_kept(tmp_path, capsys, monkeypatch):
+    out, write = tmp_path / "half", HalfFile.write
+
+    def first(half, path):
+        if "attack" in half.made:
+            raise OSError(28, "No space left on device", str(path))
+        write(half, path)
+
+    monkeypatch.setattr(HalfFile, "write", first)
+    argv = [*IN_ONE_PLACE, *NET, *ATTACK, "--batch-size=6", "--target-share=0.5", f"--out={out}"]
+    assert fedss("harden", *argv) == 1
+    said, half = capsys.readouterr(), out / "half.safetensors"
+    assert said.out.startswith("--target-share has no effect: --target is not given\n")
+    assert (out / "inversion.md").read_text() in said.out
+    why = "without what the attack found: No space left on device"
+    assert said.err.splitlines()[-1] == f"fedss harden: {half} is there, {why}: {half}"
+    assert "attack" not in HalfFile.read(half).made
+
+
 def test_a_training_that_comes_to_nothing_writes_no_half(tmp_path, capsys):
     out = tmp_path / "half"
     assert (

@@ -115,6 +115,13 @@ def test_the_command_measures_a_finished_run_too(tmp_path, capsys, monkeypatch):
     assert [line["num_negatives"] for line in tables[0]] == ["1", "4"]
     assert tables[0][0]["full_norm"] != tables[1][0]["full_norm"]
     assert cli.main(["noise", f"--run={tmp_path / 'nowhere'}"]) == 2
+    capsys.readouterr()
+    assert cli.main([*of_run, "--similarity=dot", "--method=fedaws"]) == 2
+    why = "the model of --run is measured as it was trained, on its own data"
+    assert capsys.readouterr().err == f"fedss noise: --method: {why}; --similarity: {why}\n"
+    (tmp_path / "linear.json").write_text('{"similarity": "dot"}')
+    assert cli.main([*of_run, f"--config={tmp_path / 'linear.json'}"]) == 2
+    assert capsys.readouterr().err.endswith("linear.json: similarity is another than that of --run\n")
     own = ["--method=fedper", "--partition=iid", "--num-clients=4", "--rounds=1"]
     assert cli.main(["run", *small, *own, f"--out={tmp_path / 'own'}"]) == 0
     capsys.readouterr()
@@ -149,6 +156,20 @@ def test_a_noise_that_is_no_number_is_a_failure(monkeypatch, tmp_path, capsys):
     small = ["--glyph-classes=12", "--glyph-writers=4", "--cohort=2"]
     assert cli.main(["noise", *small, f"--out={tmp_path / 'out'}"]) == 1
     assert "fedss noise: the model's gradients are not finite" in capsys.readouterr().err
+
+
+def test_what_the_noise_does_not_depend_on_is_said(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(noise, "measure", lambda *arguments, **options: [noise.Line(3, 1.0, 0.0, 1.0, 2)])
+    monkeypatch.setenv("FEDSS_CACHE", str(tmp_path / "cache"))
+    argv = ["noise", "--glyph-classes=12", "--glyph-writers=4", "--cohort=2", f"--out={tmp_path / 'out'}"]
+    lines = [
+        "--num-negatives has no effect: --counts are taken",
+        "--method has no effect on what is measured: that is FedSS' gradient",
+    ]
+    assert cli.main([*argv, "--num-negatives=3", "--method=fedaws"]) == 0
+    assert capsys.readouterr().out.splitlines()[:2] == lines
+    assert cli.main([*argv, "--method=fedss"]) == 0
+    assert "has no effect" not in capsys.readouterr().out
 
 
 def test_a_linear_heads_noise_vanishes_with_all_negatives(linear_model):

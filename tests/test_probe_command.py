@@ -1,5 +1,6 @@
 """`fedss probe`: features by depth of a finished run, beside the net's random init."""
 
+import argparse
 import csv
 import shutil
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from fedss_kernels.federated import Config, cli, run
+from fedss_kernels.federated.cli.probe import PROBE, _say_idle
 from fedss_kernels.federated.figures import by_depth as by_several
 from fedss_kernels.federated.figures import probe
 from fedss_kernels.federated.loading import load_data
@@ -100,13 +102,46 @@ def test_few_labels_and_fine_tuning(folder):
     assert "20% of the training images of each class" in words and "2 epochs" in words
 
 
-def test_a_retrieval_needs_no_labels(tmp_path):
+def test_a_retrieval_needs_no_labels(tmp_path, capsys):
     out = tmp_path / "run"
     run(Config(**SMALL | {"task": "retrieval", "glyph_classes": 30}, out=out))
-    assert cli.main(["probe", str(out), "--depths=1,3"]) == 0
+    assert cli.main(["probe", str(out), "--depths=1,3", "--labels=0.5"]) == 0
+    line = "--labels has no effect: nothing is trained for a retrieval"
+    assert capsys.readouterr().out.startswith(f"{line}\n")
     (header, rows), lines = read_markdown((out / "probe.md").read_text()), read_csv(out / "probe.csv")
     assert header[3:] == ["MAP@10 (%)", "recall@1 (%)", "recall@10 (%)"] and len(rows) == len(lines) == 4
     assert "probe" not in lines[0] and float(lines[0]["recall_at_1"]) > 0
+
+
+IDLE = {
+    "rate": "there is no --fine-tune",
+    "batch-size": "there is no --fine-tune",
+    "seed": "all labels are known, and there is no --fine-tune",
+}
+
+
+@pytest.mark.parametrize(
+    "task, given, idle",
+    [
+        ("classification", {"rate": 0.5, "batch-size": 3, "seed": 1}, IDLE),
+        ("classification", {"rate": 0.5, "seed": 1, "fine-tune": 1}, {}),
+        ("classification", {"labels": 0.5, "neighbours": 3, "temperature": 0.5, "seed": 1}, {}),
+        (
+            "retrieval",
+            {"labels": 0.5, "neighbours": 3, "temperature": 0.5, "seed": 1, "fine-tune": 2, "rate": 0.5},
+            dict.fromkeys(
+                ["labels", "neighbours", "temperature", "seed", "fine-tune", "rate"],
+                "nothing is trained for a retrieval",
+            ),
+        ),
+    ],
+)
+def test_options_that_nothing_is_measured_by_are_told(task, given, idle, capsys):
+    parser = argparse.ArgumentParser()
+    PROBE.add_arguments(parser)
+    _say_idle(parser.parse_args(["run", *(f"--{name}={value}" for name, value in given.items())]), task)
+    lines = [f"--{name} has no effect: {why}" for name, why in idle.items()]
+    assert capsys.readouterr().out.splitlines() == lines
 
 
 def test_what_was_probed_is_replaced_with_the_run(folder):

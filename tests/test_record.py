@@ -1,6 +1,7 @@
 """A run's record: what is edited beside it costs the run nothing, and what was in it is not lost."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -180,6 +181,21 @@ def test_a_run_of_an_earlier_version_is_read_from_what_it_left(tmp_path):
             read_run(tmp_path)
     (tmp_path / "metrics.csv").write_bytes(semicolons((tmp_path / "metrics.csv").read_bytes()))
     with pytest.raises(ValueError, match="metrics.csv in .* is not as a run wrote it"):
+        read_run(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "1", '{"data": "own"}', None])
+def test_a_record_that_is_damaged_is_not_an_earlier_versions(content, tmp_path):
+    run(tiny_config(out=tmp_path), data=tiny_data(), model=tiny_model())
+    facts = tmp_path / "record/facts.json"
+    facts.unlink()
+    if content is None:
+        facts.mkdir()
+        words = f"the record of the run in {tmp_path} cannot be read: Is a directory: {facts}"
+    else:
+        facts.write_text(content)
+        words = f"facts.json in {tmp_path / 'record'} is not as a run wrote it: "
+    with pytest.raises(ValueError, match=re.escape(words)):
         read_run(tmp_path)
 
 

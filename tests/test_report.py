@@ -383,6 +383,22 @@ def test_the_report_of_a_finished_run_is_made_again_from_its_record(tmp_path):
     assert {path: path.read_bytes() for path in first} == first
 
 
+@pytest.mark.parametrize("room, lost", [(1000, "accuracy_by_round.png"), (100_000, "report.html")])
+def test_a_report_without_room_is_a_line_and_the_one_before_stays(
+    room, lost, tmp_path, capsys, room_for_files_of
+):
+    run(tiny_config(rounds=4, out=tmp_path), data=tiny_data(), model=tiny_model())
+    assert cli.main(["report", str(tmp_path)]) == 0
+    names = "accuracy_by_round.png", "accuracy_by_bytes.png", "report.html"
+    first = [(tmp_path / name).read_bytes() for name in names]
+    capsys.readouterr()
+    with room_for_files_of(room):
+        assert cli.main(["report", str(tmp_path)]) == 1
+    line = f"fedss report: File too large: {tmp_path / lost}-unfinished\n"
+    assert capsys.readouterr() == ("", line)
+    assert [(tmp_path / name).read_bytes() for name in names] == first
+
+
 def test_what_there_is_no_report_of_is_one_line(tmp_path, capsys):
     def line(folder):
         assert cli.main(["report", str(folder)]) == 2

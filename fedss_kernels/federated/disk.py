@@ -35,6 +35,13 @@ def reason(error: OSError) -> str:
     return what if error.filename is None else f"{what}: {os.fsdecode(error.filename)}"
 
 
+def why(error: Exception) -> str:
+    """In a line: the system's `reason`, or an error of another kind by its kind."""
+    if isinstance(error, OSError):
+        return reason(error)
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file that is written under another name; at the end it is synced and has this one.
@@ -93,6 +100,12 @@ def append(path: Path, content: bytes) -> None:
         except OSError:
             file.truncate(before)
             raise
+
+
+def check_room(folder: Path, count: int) -> None:
+    """Raises OSError where a file of so many bytes has no room now."""
+    with named(folder), tempfile.TemporaryFile(dir=folder) as file:
+        allocate(file.fileno(), 0, count)
 
 
 def remove_unfinished(folder: Path) -> None:

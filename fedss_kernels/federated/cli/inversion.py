@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import functools
+import math
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from ..config import Config
 from ..data import DATASETS, FederatedData
+from ..disk import check_room, reason
 from ..files.run_folder import check_trained_on, make_folder, read_config, read_net
 from ..randomness import NO_CLIENT, Purpose, generator
 from .command import Command
@@ -20,6 +23,7 @@ from .options import (
     Mistake,
     add_config_file,
     add_options,
+    as_typed,
     config_of,
     mistakes,
     noted,
@@ -27,13 +31,16 @@ from .options import (
     reader,
     refuse,
     refuse_lost,
+    say_idle,
 )
 from .output import read_data, say_what_is_logged
 
 if TYPE_CHECKING:
     from ..figures.inversion import Found, Images
+    from ..files.half_file import HalfFile
 
 HALF = "half.safetensors"
+SHARE = 0.01  # of the target's images, by default
 PRESET = {"method": "mocosfl", "bottleneck": "C4S2", "batch_size": 128}  # by default, of a run's options
 
 
@@ -84,7 +91,8 @@ def _invert(arguments: argparse.Namespace) -> int:
         make_folder(arguments.out)
     torch.set_num_threads(config.threads)
     found = _attack(arguments, halves, drawn[0], arguments.seed)
-    return write_measured(arguments, arguments.out, lambda: inversion.write(arguments.out, found))
+    write = functools.partial(inversion.write, arguments.out, found)
+    return write_measured(arguments, arguments.out, write, _not_finite(found))
 
 
 def _drawn(
@@ -112,6 +120,12 @@ def _attack(
     how = {"epochs": arguments.attack_epochs, "width": arguments.attack_width}
     with mistakes():  # of latents that no decoder takes
         return inversion.measure(halves, images, seed=seed, on_line=say, **how)
+
+
+def _not_finite(found: "Found") -> list[str]:
+    """A line for each half of whose latents attackers make numbers that are not finite."""
+    halves = dict.fromkeys(line.half for line in found.lines if not math.isfinite(line.mse + line.ssim))
+    return [f"{half}: what is made of its latents is not finite" for half in halves]
 
 
 def _add_harden_arguments(parser: argparse.ArgumentParser) -> None:
@@ -142,9 +156,9 @@ def _add_harden_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--target-share",
         type=reader(float, "a number of at least 0 and less than 1", low=0, high=0.999999),
-        default=0.01,
+        default=SHARE,
         metavar="NUMBER",
-        help="of its images, that the server trains with, too (default: 0.01)",
+        help=f"of its images, that the server trains with, too (default: {SHARE})",
     )
     _add_attack_arguments(parser.add_argument_group("the attack at the end"))
     add_config_file(parser)
@@ -161,7 +175,6 @@ _NOT_OF_IT = (
 def _harden(arguments: argparse.Namespace) -> int:
     from ..figures import inversion
     from ..split_learning import hardened
-    from ..split_learning.resistance import Resistance
 
     with mistakes(images=_ATTACK):
         config = config_of(arguments, PRESET)
@@ -176,34 +189,57 @@ def _harden(arguments: argparse.Namespace) -> int:
             freeze_clients=False,
             cohort=1,  # all in one place
         )
+        if not arguments.target:
+            say_idle(arguments, {"target_dir": None, "target_share": SHARE}, "--target is not given")
         config, source = read_data(config, [config], lambda: make_folder(out), arguments.given)
         target = _target(arguments, config) if arguments.target else None
         known = source.images[:0] if target is None else _known(arguments, config, target)
         clients = source if target is None else target
-        resistance = Resistance(arguments.strength, arguments.allowed)
         _drawn(arguments, clients.images, config.seed, lambda pixels: pixels)  # are there so many?
+
+    torch.set_num_threads(config.threads)
+    say_what_is_logged(arguments.command, hardened)
+    try:
+        half = _trained(arguments, config, source, known, out)
+        half.write(out / HALF)  # before the attack, which takes its time
+    except hardened.Diverged as error:
+        print(f"fedss harden: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"fedss harden: {reason(error)}; nothing of this training is saved", file=sys.stderr)
+        return 1
+    first, prepared = inversion.clients_half(config, clients, half.net)
+    images = _drawn(arguments, clients.images, config.seed, prepared)
+    found = _attack(arguments, {out.resolve().name: first}, images, config.seed)
+    attack, failed = [dataclasses.asdict(line) for line in found.lines], _not_finite(found)
+    try:
+        dataclasses.replace(half, made={**half.made, "attack": attack}).write(out / HALF)
+    except OSError as error:
+        failed.append(f"{out / HALF} is there, without what the attack found: {reason(error)}")
+    print(f"the halves, for a run's --half-checkpoint: {out / HALF}")
+    return write_measured(arguments, out, lambda: inversion.write(out, found), failed)
+
+
+def _trained(
+    arguments: argparse.Namespace, config: Config, source: FederatedData, known: Tensor, out: Path
+) -> "HalfFile":
+    """Raises OSError before the training where the folder has no room for the halves, and Diverged."""
+    from ..split_learning.hardened import harden
+    from ..split_learning.resistance import Resistance
 
     def say(epoch: int, loss: float, seen: float) -> None:
         words = f"epoch {epoch + 1} of {config.rounds}: loss {loss:.2f}, the attacker's SSIM {seen:.3f}"
         print(f"fedss harden: {words}", file=sys.stderr, flush=True)
 
-    torch.set_num_threads(config.threads)
-    say_what_is_logged(arguments.command, hardened)
+    def reserve(drawn: "HalfFile") -> None:
+        check_room(out, len(drawn.content))
+
+    resistance = Resistance(arguments.strength, arguments.allowed)
+    how = {"width": arguments.attack_width, "on_begin": reserve, "on_epoch": say}
     try:
-        with mistakes():  # of latents that no decoder takes
-            settings = {"width": arguments.attack_width, "on_epoch": say}
-            half = hardened.harden(config, source, known, resistance, **settings)
-    except hardened.Diverged as error:
-        print(f"fedss harden: {error}", file=sys.stderr)
-        return 1
-    half.write(out / HALF)  # before the attack, which takes its time
-    first, prepared = inversion.clients_half(config, clients, half.net)
-    images = _drawn(arguments, clients.images, config.seed, prepared)
-    found = _attack(arguments, {out.resolve().name: first}, images, config.seed)
-    attack = [dataclasses.asdict(line) for line in found.lines]
-    dataclasses.replace(half, made={**half.made, "attack": attack}).write(out / HALF)
-    print(f"the halves, for a run's --half-checkpoint: {out / HALF}")
-    return write_measured(arguments, out, lambda: inversion.write(out, found))
+        return harden(config, source, known, resistance, **how)
+    except ValueError as error:  # of latents that no decoder takes
+        raise Mistake(as_typed(error)) from None
 
 
 def _target(arguments: argparse.Namespace, config: Config) -> FederatedData:

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..algorithms import METHODS
+from ..disk import why
 from ..fedavg_round import TooFewClients
 from ..files.run_folder import check_trained_on, make_folder, read_config, read_kept, read_model
 from ..models import MODELS, family_of
+from ..reports.measured import NotWritten
 from ..reports.remarks import remarks
 from ..run_loop import run
 from ..workers import WorkerLost
@@ -42,17 +44,21 @@ if TYPE_CHECKING:
 def write_measured(
     arguments: argparse.Namespace, out: Path, write: Callable[[], str], failed: Sequence[str] = ()
 ) -> int:
-    """What was measured, as a table, a plot and a section of the report; the figures are written first.
+    """What was measured, as a table, a plot and a section of the report; the table is told in any case.
 
-    Then a line for each part of it that failed; returns the exit code.
+    Then a line for what could not be written, and each part that failed; returns the exit code.
     """
     lines = list(failed)
     try:
-        print_markdown(write())
-        print(f"the table, the plot and the report: {out / 'report.html'}")
+        text = write()
+    except NotWritten as error:
+        print_markdown(error.table)
+        lines.insert(0, str(error))
     except Exception as error:
-        why = " ".join(f"{type(error).__name__}: {error}".split())
-        lines.insert(0, f"the figures are in {out}, but not the plot: {why}")
+        lines.insert(0, f"not all that was measured could be written to {out}: {why(error)}")
+    else:
+        print_markdown(text)
+        print(f"the table, the plot and the report: {out / 'report.html'}")
     for line in lines:
         print(f"fedss {arguments.command}: {line}", file=sys.stderr)
     return 1 if lines else 0
@@ -84,6 +90,7 @@ def _add_noise_arguments(parser: argparse.ArgumentParser) -> None:
 
 # Options by which the data or the net would be another than the run's.
 _OF_A_RUN = (
+    *("method", "similarity"),
     *("data", "data_seed", "task", "holdout", "image_size", "partition", "num_clients", "images_per_client"),
     *(
         "skip_damaged",
@@ -103,15 +110,25 @@ def _noise(arguments: argparse.Namespace) -> int:
     with mistakes():
         if arguments.run:
             refuse(
-                f"{flag(name)}: the model of --run is measured on its own data"
+                f"{flag(name)}: the model of --run is measured as it was trained, on its own data"
                 for name in _OF_A_RUN
                 if name in arguments
             )
-        config = config_of(arguments, read_config(arguments.run)[0].to_dict() if arguments.run else {})
-        if arguments.run:
+        there = read_config(arguments.run)[0] if arguments.run else None
+        config = config_of(arguments, there.to_dict() if there else {})
+        if there:
+            refuse(
+                f"{arguments.config}: {name} is another than that of --run"
+                for name in _OF_A_RUN
+                if getattr(config, name) != getattr(there, name)
+            )
             refuse_lost(arguments, config)
             if METHODS[config.method].personal:
                 raise Mistake(f"--run: expected a run with one model for all, got one of {config.method}")
+        if "num_negatives" in arguments:
+            print("--num-negatives has no effect: --counts are taken", flush=True)
+        if vars(arguments).get("method", "fedss") != "fedss":
+            print("--method has no effect on what is measured: that is FedSS' gradient", flush=True)
         out = arguments.out if "out" in arguments else Path("runs") / f"noise-{config.data}"
         model = read_model(arguments.run) if arguments.run else None
         config, data = read_data(config, [config], given=arguments.given)

@@ -314,6 +314,13 @@ PLACES = {
 }
 
 
+def say_idle(arguments: argparse.Namespace, usual: Mapping[str, object], why: str) -> None:
+    """A line for each of these options of the command's own that is not as usual, as it has no effect."""
+    for name, value in usual.items():
+        if getattr(arguments, name) != value:
+            print(f"{flag(name)} has no effect: {why}", flush=True)
+
+
 def refuse_lost(
     arguments: argparse.Namespace, config: Config, again: str = "", store: Path | None = None
 ) -> None:

@@ -15,7 +15,7 @@ from ..files.run_folder import check_trained_on, make_folder, read_config, read_
 from ..probes import Line, Probing
 from .command import Command
 from .measure import write_measured
-from .options import Mistake, mistakes, noted, read_numbers, reader, refuse, refuse_lost
+from .options import Mistake, mistakes, noted, read_numbers, reader, refuse, refuse_lost, say_idle
 from .output import read_data
 from .several_runs import by_label, finished_runs, titles
 
@@ -117,6 +117,7 @@ def _probe(arguments: argparse.Namespace) -> int:
         _, data = read_data(first, [])
         for folder in nets:
             check_trained_on(folder, data)
+    _say_idle(arguments, data.task)
     torch.set_num_threads(first.threads)
     probing = _probing(arguments)
     if len(nets) + len(lost) == 1:
@@ -160,6 +161,20 @@ def _nets(
 
 def _left_out(folder: Path, words: str) -> str:
     return f"{folder} is left out: {words}"
+
+
+def _say_idle(arguments: argparse.Namespace, task: str) -> None:
+    """Of options that nothing is measured by."""
+    tuned = {"rate": _USUAL.rate, "batch_size": _USUAL.batch_size}
+    if task == "retrieval":
+        voted = {name: getattr(_USUAL, name) for name in ("labels", "neighbours", "temperature", "seed")}
+        say_idle(
+            arguments, voted | {"fine_tune": _USUAL.epochs} | tuned, "nothing is trained for a retrieval"
+        )
+    elif not arguments.fine_tune:
+        say_idle(arguments, tuned, "there is no --fine-tune")
+        if arguments.labels == 1:
+            say_idle(arguments, {"seed": _USUAL.seed}, "all labels are known, and there is no --fine-tune")
 
 
 def _probing(arguments: argparse.Namespace) -> Probing:

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..files import checkpoint
 from ..plan import FILE
 from .command import Command
-from .options import Mistake, mistakes
+from .options import Mistake, as_typed
 
 
 def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,7 @@ def _report(arguments: argparse.Namespace) -> int:
     from ..reports.reported_run import Run
 
     folder, left_out = arguments.folder, list[str]()
-    with mistakes():
+    try:
         if (folder / FILE).exists():
             left_out = report_again(folder)
         elif (folder / "config.json").exists() or checkpoint.exists(folder):
@@ -33,6 +33,8 @@ def _report(arguments: argparse.Namespace) -> int:
             write_sections(folder)
         else:
             raise Mistake(f"no run, comparison or measurement in {folder}: no config.json, no {FILE}")
+    except ValueError as error:  # of what is there; an OSError is of what is written
+        raise Mistake(as_typed(error)) from None
     for line in left_out:
         print(f"fedss report: {line}", file=sys.stderr)
     print(f"the report: {folder / 'report.html'}")

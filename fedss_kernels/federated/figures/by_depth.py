@@ -5,14 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...plotting import plotting
 from ..config import Config
 from ..measures import MEASURES, Measure
 from ..probes import Line
 from ..reports.mean_sd import mean_sd
-from ..reports.page import write_section
+from ..reports.measured import write_figures
 from ..reports.styles import styles
-from ..reports.tables import write_csv
 from .probe import RANDOM, TRAINED
 
 if TYPE_CHECKING:
@@ -53,17 +51,15 @@ def write(out: Path, probed: Sequence[Probed]) -> str:
     names = list(probed[0].lines[0].measured)
     measure = MEASURES[names[0]]
     cells = [[p.label, p.seed, x.depth, *x.measured.values()] for p in probed for x in p.lines]
-    write_csv(out / "by_depth.csv", [["net", "seed", "depth", *names], *cells])
     depths = list(dict.fromkeys(line.depth for p in probed for line in p.lines))
     header = [f"{measure.column} after block", *map(str, depths), "seeds"]
     rows = list[list[str]]()
     for label in _labels(probed):
         own = [p for p in probed if p.label == label]
         rows.append([label, *(_mean(own, depth, measure) for depth in depths), str(len(own))])
-    with plotting():
-        plot(probed).savefig(out / "by_depth.png", dpi=150)
-    meaning = f"{measure.label}: {measure.meaning}."
-    return write_section(out, "by_depth", TITLE, WORDS + meaning, header, rows)
+    figures: list[Sequence[object]] = [["net", "seed", "depth", *names], *cells]
+    words = f"{WORDS}{measure.label}: {measure.meaning}."
+    return write_figures(out, "by_depth", figures, lambda: plot(probed), TITLE, words, header, rows)
 
 
 def _labels(probed: Sequence[Probed]) -> dict[str, str]:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ...plotting import plotting
 from ..algorithms import METHODS
 from ..algorithms.given import weight_and_bias
 from ..clients.player import Player
@@ -21,8 +20,7 @@ from ..config import Config
 from ..data import FederatedData
 from ..fine_tuning import Own
 from ..metrics import NOTHING, directions, nearest
-from ..reports.page import write_section
-from ..reports.tables import write_csv
+from ..reports.measured import write_figures
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -88,22 +86,20 @@ def write(out: Path, found: Sequence[Confusion], client: int) -> str:
 
     Returns a table's text.
     """
-    shares = [
+    shares: list[list[object]] = [
         [f"{number}: {each.name}", each.classes[i].item(), each.classes[j].item(), share]
         for number, each in enumerate(found)
         for i, row in enumerate(each.shares.tolist())
         for j, share in enumerate(row)
     ]
-    write_csv(out / "confusion.csv", [["run", "class", "taken_for", "share"], *shares])
+    shares.insert(0, ["run", "class", "taken_for", "share"])
     header = ["run", "right", "mean cosine of its class rows"]
     rows = [[each.name, f"{100 * each.right:.1f}%", f"{each.cosine:.2f}"] for each in found]
     if any(each.not_finite for each in found):
         header.append("images not finite")
         rows = [[*row, f"{each.not_finite:,}"] for row, each in zip(rows, found, strict=True)]
-    with plotting():
-        _plot(found, client).savefig(out / "confusion.png", dpi=150)
     title = f"What client {client}'s images are taken for"
-    return write_section(out, "confusion", title, WORDS, header, rows)
+    return write_figures(out, "confusion", shares, lambda: _plot(found, client), title, WORDS, header, rows)
 
 
 def _plot(found: Sequence[Confusion], client: int) -> "Figure":

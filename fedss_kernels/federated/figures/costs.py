@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from ...plotting import plotting
 from ..algorithms import METHODS
 from ..algorithms.parts import Parts
 from ..config import Config
@@ -24,9 +23,8 @@ from ..probes.stage_costs import (
     measure,
     parts_of_stages,
 )
-from ..reports.page import write_section
+from ..reports.measured import write_figures
 from ..reports.styles import COLOURS
-from ..reports.tables import write_csv
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -99,17 +97,15 @@ def write(
         for name, of_stages in every.items()
         for x, y in zip(of_stages, alone.get(name, [("", "")]), strict=True)
     ]
-    write_csv(out / "costs.csv", [columns, *lines])
     counted = ["multiply-adds (G)", "mean", "blocks alone", "traffic (MB)", "mean", "blocks alone"]
     header = ["training", "memory (MB)", "times less", "saved (MB)", *counted]
     rows = [
         [name, *_figures(of_stages, whole[WHOLE], blocks.get(name, ()), blocks[WHOLE][0])]
         for name, of_stages in every.items()
     ]
-    with plotting():
-        plot(cases, whole).savefig(out / "costs.png", dpi=150)
-    words = WORDS.format(images=images, whole=WHOLE)
-    return write_section(out, "costs", f"What a step of {model} costs a client", words, header, rows)
+    title, words = f"What a step of {model} costs a client", WORDS.format(images=images, whole=WHOLE)
+    lines.insert(0, columns)
+    return write_figures(out, "costs", lines, lambda: plot(cases, whole), title, words, header, rows)
 
 
 def _figures(

@@ -13,14 +13,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ...plotting import plotting
 from ..algorithms import METHODS
 from ..clients.player import Player
 from ..config import Config, ConfigError
 from ..data import FederatedData
 from ..randomness import NO_CLIENT, Purpose, generator
-from ..reports.page import write_section
-from ..reports.tables import write_csv
+from ..reports.measured import write_figures
 from ..split_learning.half import cut
 from ..split_learning.inversion import (
     Nearness,
@@ -155,7 +153,7 @@ def _latents(half: nn.Module, images: Tensor) -> Tensor:
 
 def write(out: Path, found: Found) -> str:
     """inversion.csv, inversion.md, inversion.png and a section of report.html; returns the table's text."""
-    write_csv(out / "inversion.csv", [[field.name for field in fields(Line)], *map(astuple, found.lines)])
+    every = [[field.name for field in fields(Line)], *map(astuple, found.lines)]
     header = ["half", "numbers sent of an image", "attacker", "MSE", "SSIM", "PSNR"]
     rows = [
         [
@@ -168,9 +166,8 @@ def write(out: Path, found: Found) -> str:
         ]
         for line in found.lines
     ]
-    with plotting():
-        plot(found).savefig(out / "inversion.png", dpi=150)
-    return write_section(out, "inversion", "What latents show of images", WORDS, header, rows)
+    title = "What latents show of images"
+    return write_figures(out, "inversion", every, lambda: plot(found), title, WORDS, header, rows)
 
 
 def plot(found: Found) -> "Figure":

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from ...class_sets import draw_negatives
-from ...plotting import plotting
 from ..algorithms import METHODS
 from ..clients.extractor import as_embeddings
 from ..clients.objectives import ClassRows
@@ -34,8 +33,7 @@ from ..data import FederatedData
 from ..loading import fitted
 from ..randomness import NO_CLIENT, Purpose, generator
 from ..reports.mean_sd import mean_sd
-from ..reports.page import write_section
-from ..reports.tables import write_csv
+from ..reports.measured import write_figures
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -180,7 +178,7 @@ class _Batch:
 
 def write(out: Path, lines: Sequence[Line], num_classes: int) -> str:
     """noise.csv, noise.md, noise.png and a section of report.html; returns the table's text."""
-    write_csv(out / "noise.csv", [[field.name for field in fields(Line)], *map(astuple, lines)])
+    every = [[field.name for field in fields(Line)], *map(astuple, lines)]
     header = ["|N_k|", "of C", "noise", "sd", "of the full gradient's norm", "bias"]
     rows = []
     for line in lines:
@@ -189,9 +187,8 @@ def write(out: Path, lines: Sequence[Line], num_classes: int) -> str:
         bias = "–" if line.bias is None else f"{line.bias:.2g}"
         counts = f"{line.num_negatives:,}", share
         rows.append([*counts, f"{line.noise:.3g}", f"{line.noise_sd:.2g}", ratio, bias])
-    with plotting():
-        _plot(lines).savefig(out / "noise.png", dpi=150)
-    return write_section(out, "noise", "Gradient noise by number of negatives", WORDS, header, rows)
+    title = "Gradient noise by number of negatives"
+    return write_figures(out, "noise", every, lambda: _plot(lines), title, WORDS, header, rows)
 
 
 def _percent(share: float) -> str:

@@ -10,10 +10,8 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...plotting import plotting
 from ..models import build_model
-from ..reports.page import write_section
-from ..reports.tables import write_csv
+from ..reports.measured import write_figures
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,7 +66,7 @@ def num_parameters(model: str, embedding_dim: int) -> int:
 
 def write(out: Path, model: str, lines: Sequence[Line]) -> str:
     """parameters.csv, parameters.md, parameters.png, a section of report.html; returns the table's text."""
-    write_csv(out / "parameters.csv", [[field.name for field in fields(Line)], *map(astuple, lines)])
+    every = [[field.name for field in fields(Line)], *map(astuple, lines)]
     header = ["data", "C", "D", "extractor", "class matrix", "share", "|S_k|", "saved", "the paper's"]
     rows = []
     for line in lines:
@@ -76,10 +74,9 @@ def write(out: Path, model: str, lines: Sequence[Line]) -> str:
         counts = [f"{n:,}" for n in (line.num_classes, line.embedding_dim, line.extractor, line.class_matrix)]
         shares = _percent(line.share), f"{line.class_set:,}", _percent(line.saved), of_paper
         rows.append([line.data, *counts, *shares])
-    with plotting():
-        _plot(model, sorted({line.embedding_dim for line in lines})).savefig(out / "parameters.png", dpi=150)
+    dims = sorted({line.embedding_dim for line in lines})
     title = f"The class matrix' share of {model}"
-    return write_section(out, "parameters", title, WORDS, header, rows)
+    return write_figures(out, "parameters", every, lambda: _plot(model, dims), title, WORDS, header, rows)
 
 
 def _percent(share: float) -> str:

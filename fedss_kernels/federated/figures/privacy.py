@@ -27,15 +27,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ...plotting import plotting
 from ..algorithms import METHODS
 from ..algorithms.parts import Part
 from ..clients.player import Player
 from ..cohort import draw_cohort
 from ..config import PIR, SHARED, STICKY, Config, ConfigError
 from ..data import FederatedData
-from ..reports.page import write_section
-from ..reports.tables import write_csv
+from ..reports.measured import write_figures
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -171,7 +169,7 @@ def _bytes(player: Player, round: int, client: int) -> float:
 
 def write(out: Path, lines: Sequence[Line]) -> str:
     """privacy.csv, privacy.md, privacy.png and a section of report.html; returns the table's text."""
-    write_csv(out / "privacy.csv", [[field.name for field in fields(Line)], *map(astuple, lines)])
+    every = [[field.name for field in fields(Line)], *map(astuple, lines)]
     header = ["negatives", "requests", "named", "precision", "recall", "posterior", "KB", "top-1", "MAP@10"]
     rows = []
     for line in lines:
@@ -179,9 +177,8 @@ def write(out: Path, lines: Sequence[Line]) -> str:
         accuracy = map(_percent, (line.top1, line.map_at_10))
         counts = f"{line.requests}", f"{line.named:.1f}"
         rows.append([line.negatives, *counts, *shares, f"{line.bytes / 1000:.1f}", *accuracy])
-    with plotting():
-        _plot(lines).savefig(out / "privacy.png", dpi=150)
-    return write_section(out, "privacy", "What requests tell the server", WORDS, header, rows)
+    title = "What requests tell the server"
+    return write_figures(out, "privacy", every, lambda: _plot(lines), title, WORDS, header, rows)
 
 
 def _percent(share: float | None) -> str:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ...plotting import plotting
 from ..algorithms import METHODS
 from ..clients.augment import Augmentation
 from ..clients.player import Player, training_device
@@ -16,9 +15,8 @@ from ..config import Config
 from ..data import FederatedData
 from ..measures import MEASURES
 from ..probes import Line, Probing, by_depth
-from ..reports.page import write_section
+from ..reports.measured import write_figures
 from ..reports.styles import COLOURS
-from ..reports.tables import write_csv
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -84,22 +82,17 @@ def write(out: Path, lines: Sequence[Line], probing: Probing, config: Config, da
     names = list(lines[0].measured)
     settings = {name: value for name, value in asdict(probing).items() if name != "depths"}
     run = {"method": config.method, "data": data.name, "rounds": config.rounds} | settings
-    write_csv(
-        out / "probe.csv",
-        [
-            ["net", "depth", "features", *names, *run],
-            *([x.weights, x.depth, x.features, *x.measured.values(), *run.values()] for x in lines),
-        ],
-    )
+    figures: list[Sequence[object]] = [
+        ["net", "depth", "features", *names, *run],
+        *([x.weights, x.depth, x.features, *x.measured.values(), *run.values()] for x in lines),
+    ]
     header = ["net", "after block", "features", *(MEASURES[name].column for name in names)]
     rows = [
         [x.weights, f"{x.depth}", f"{x.features:,}", *(MEASURES[n].figure(v) for n, v in x.measured.items())]
         for x in lines
     ]
-    with plotting():
-        plot(lines).savefig(out / "probe.png", dpi=150)
-    title = "What the features of the net are worth, block by block"
-    return write_section(out, "probe", title, _words(lines, probing, config), header, rows)
+    title, words = "What the features of the net are worth, block by block", _words(lines, probing, config)
+    return write_figures(out, "probe", figures, lambda: plot(lines), title, words, header, rows)
 
 
 def _words(lines: Sequence[Line], probing: Probing, config: Config) -> str:

@@ -31,12 +31,16 @@ class HalfFile:
     made: Mapping[str, Any]
 
     def write(self, path: Path) -> None:
+        with replacing(path) as file:
+            file.write(self.content)
+
+    @property
+    def content(self) -> bytes:
         tensors = {f"net.{name}": value for name, value in self.net.items()}
         tensors |= {f"head.{name}": value for name, value in self.head.items()}
         metadata = {"config": json.dumps(dict(self.config)), "made": json.dumps(dict(self.made))}
         whole = {name: value.detach().contiguous() for name, value in tensors.items()}
-        with replacing(path) as file:
-            file.write(safetensors().save(whole, metadata))
+        return safetensors().save(whole, metadata)
 
     @classmethod
     def read(cls, path: Path) -> "HalfFile":

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from ..config import Config, ConfigError, read_options
 from ..config_error import UnknownMethod
 from ..data import FederatedData
-from ..disk import remove_unfinished, replacing, systems_errors, write_whole
+from ..disk import reason, remove_unfinished, replacing, systems_errors, write_whole
 from ..ledger import Entry, is_flow
 from ..lock import Lock
 from ..measures import BY_TASK, Measures
@@ -305,16 +305,25 @@ def read_run(path: Path) -> tuple[Config, list[RoundMetrics], Summary]:
     Raises ValueError, which says why, where no round is done, or what an earlier version left is not enough.
     """
     config, _ = read_config(path)
-    try:
-        facts = Facts.read(read_facts(path))
-    except (OSError, ValueError, TypeError, KeyError):  # an earlier version left its figures at the end only
-        facts = None
+    facts = _read_facts(path)
     history = read_metrics(path, facts.measures if facts else BY_TASK[config.task])
     if not history:
         raise ValueError(f"no round of the run in {path} is done")
     if facts is None:
         return config, history, _read_summary(path / "summary.json")
     return config, history, Summary.of(config, facts, history)
+
+
+def _read_facts(path: Path) -> Facts | None:
+    """None of a run of an earlier version, which left its figures at the end only."""
+    try:
+        return Facts.read(read_facts(path))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ValueError(f"the record of the run in {path} cannot be read: {reason(error)}") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"facts.json in {path / 'record'} is not as a run wrote it: {error}") from None
 
 
 def _read_summary(file: Path) -> Summary:

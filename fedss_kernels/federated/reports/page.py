@@ -18,9 +18,24 @@ def write_section(
     """
     text = markdown(header, rows)
     write_whole(folder / f"{name}.md", text)
-    image = f'<img alt="{escape(title)}" src="{data_uri((folder / f"{name}.png").read_bytes())}">'
+    add_section(folder, name, title, words, header, rows, (folder / f"{name}.png").read_bytes())
+    return text
+
+
+def add_section(
+    folder: Path,
+    name: str,
+    title: str,
+    words: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    png: bytes | None = None,
+) -> None:
+    """To report.html, which is made where there is none."""
     parts = [f"<h2>{escape(title)}</h2>", f"<p>{escape(words)}</p>", html_table(header, rows)]
-    parts.append(f'<figure class="plain">{image}</figure>')
+    if png:
+        image = f'<img alt="{escape(title)}" src="{data_uri(png)}">'
+        parts.append(f'<figure class="plain">{image}</figure>')
     write_whole(folder / f"section-{name}.html", "\n".join(parts) + "\n")
     report = folder / "report.html"
     page = report.read_text(encoding="utf-8") if report.exists() else html_page(_MEASURED, [], folder)
@@ -30,7 +45,6 @@ def write_section(
         before, end, after = page.rpartition("</main>")
         before, after = before or after, end and end + after
     write_whole(report, before + _besides(folder) + after)
-    return text
 
 
 def write_sections(folder: Path) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from ...plotting import plotting
 from ..algorithms import METHODS
+from ..disk import replacing
 from ..files.round_metrics import RoundMetrics
 from ..measures import MEASURES, Measure
 from ..plan import Case
@@ -280,7 +281,8 @@ def save_plots(folder: Path, runs: Sequence[Run]) -> list[str]:
     for plot, alt in plots:
         with plotting():
             light, dark = _png(plot(runs, LIGHT)), _png(plot(runs, DARK))
-        (folder / f"{plot.__name__}.png").write_bytes(light)
+        with replacing(folder / f"{plot.__name__}.png") as file:
+            file.write(light)
         pictures.append(
             f'<picture><source media="(prefers-color-scheme: dark)" srcset="{data_uri(dark)}">'
             f'<img alt="{escape(alt)}" src="{data_uri(light)}"></picture>'

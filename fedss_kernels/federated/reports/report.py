@@ -11,7 +11,7 @@ from ..algorithms import METHODS, Method, readers
 from ..algorithms.own_numbers import in_words
 from ..algorithms.parts import Part
 from ..config import Config
-from ..disk import write_whole
+from ..disk import why, write_whole
 from ..measures import percent
 from .glossary import glossary
 from .page import cards, html_page, html_table
@@ -46,9 +46,8 @@ def attempt(folder: Path, write: Callable[..., object], *arguments: object) -> l
     try:
         write(*arguments)
     except Exception as error:
-        why = " ".join(f"{type(error).__name__}: {error}".split())
         return [
-            f"the results are in {folder}, but their report could not be made ({why}); "
+            f"the results are in {folder}, but their report could not be made ({why(error)}); "
             f"to try again: fedss report {folder}"
         ]
     return []

@@ -39,6 +39,7 @@ def harden(
     *,
     model: nn.Module | None = None,
     width: int = 64,  # of the attacker
+    on_begin: Callable[[HalfFile], None] = lambda half: None,  # with the halves as they are drawn
     on_epoch: Callable[[int, float, float], None] = lambda epoch, loss, seen: None,
 ) -> HalfFile:
     """A batch has `batch_size` images of the source, and as many of the target where there are any.
@@ -54,6 +55,7 @@ def harden(
     steps = config.round_steps or max(1, len(source.images) // config.batch_size)
     attacker = _attacker(config, joint, views, source.images[:1], width)
     hardening = Hardening(joint, attacker, resistance, config.rounds * steps)
+    on_begin(HalfFile(*_states(player, joint), config.to_dict(), {}))
     for epoch in range(config.rounds):
         rng = generator(config.seed, epoch, 0, NO_CLIENT, Purpose.AUGMENTATION)
         torch.manual_seed(_seed(config, epoch, Purpose.MODEL))

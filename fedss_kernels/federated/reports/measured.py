@@ -1,0 +1,68 @@
+"""What a command measured, as files: every figure, a table, a plot and a section of the report."""
+
+import io
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...plotting import plotting
+from ..disk import replacing, why, write_whole
+from .page import add_section
+from .tables import markdown, write_csv
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class NotWritten(Exception):
+    """Says what is in the folder and what is not, and why. `table` is the text of what was measured."""
+
+    def __init__(self, words: str, table: str):
+        super().__init__(words)
+        self.table = table
+
+
+def write_figures(
+    folder: Path,
+    name: str,
+    lines: Iterable[Sequence[object]],
+    plot: Callable[[], "Figure"],
+    title: str,
+    words: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+) -> str:
+    """NAME.csv of `lines`, NAME.md, NAME.png, a section of report.html; returns the table as text.
+
+    What cannot be written keeps none of the others from it. Raises NotWritten after the last.
+    """
+    text, pictures, lost = markdown(header, rows), list[bytes](), dict[str, str]()
+
+    def draw() -> None:
+        pictures.append(_png(plot))
+        with replacing(folder / f"{name}.png") as file:
+            file.write(pictures[0])
+
+    files = {
+        f"{name}.csv": lambda: write_csv(folder / f"{name}.csv", lines),
+        f"{name}.md": lambda: write_whole(folder / f"{name}.md", text),
+        f"{name}.png": draw,
+        "report.html": lambda: add_section(folder, name, title, words, header, rows, *pictures),
+    }
+    for file, write in files.items():
+        try:
+            write()
+        except Exception as error:
+            lost[file] = why(error)
+    if lost:
+        there = ", ".join(file for file in files if file not in lost) or "nothing"
+        reason = next(iter(lost.values()))
+        raise NotWritten(f"written to {folder}: {there}; not {', '.join(lost)}: {reason}", text)
+    return text
+
+
+def _png(plot: Callable[[], "Figure"]) -> bytes:
+    buffer = io.BytesIO()
+    with plotting():
+        plot().savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()

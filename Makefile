@@ -26,14 +26,14 @@ demo: $(READY)
 	$(BIN)/fedss compare --data glyphs --methods fedss,full_softmax,pos_only,neg_only --seeds 0 --eval-every 25 \
 		--out $(DEMO_OUT) --overwrite
 
-# as many tests at a time as there are cores
+# as many tests at a time as there are cores; the slowest are named, as all of them are to stay under five minutes
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal --durations 15
 
 # for every target: each configuration of the GPU kernels, compiled, and the C++ kernels' own test, for NEON under an
 # emulator, and whatever else takes long: minutes, and no GPU
 test-targets: $(READY)
-	$(BIN)/python -m pytest -m exhaustive --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest -m exhaustive --numprocesses auto --dist loadfile --durations 30
 
 # In the libraries that the loss is built into, and in an environment of its own: no torchvision, which Lightning imports
 # where there is one, and which may not fit torch.

@@ -68,7 +68,7 @@ def test_the_rows_start_as_theirs():
     assert (doubled.criterion.weight == 2.0).all() and doubled.W.shape == (D, C)
 
 
-@pytest.mark.parametrize("options", [{}, {"weight_init_func": torch.nn.init.ones_}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"weight_init_func": torch.nn.init.ones_}], ids=["usual", "ones"])
 def test_made_on_meta_the_rows_start_as_those_made_at_once(options):
     torch.manual_seed(0)
     right = SampledSoftmax(C, D, **options).W

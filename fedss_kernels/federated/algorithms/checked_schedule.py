@@ -26,14 +26,14 @@ def always(method: str, found: object, num_blocks: int) -> Always:
 class CheckedSchedule:
     """What `by_round` returned, each of whose answers is looked at; those for whole rounds before a run."""
 
-    def __init__(self, method: str, found: object, usual: Parts, num_blocks: int, rounds: int):
-        """usual: what `parts` says. Raises ConfigError, of the method, for what cannot be."""
+    def __init__(self, method: str, found: Any, usual: Parts, num_blocks: int, rounds: int):
+        """found: whatever that is; usual: what `parts` says. Raises ConfigError for what cannot be."""
         self._who = f"the by_round of {method}"
         missing = [name for name in ("stage", "whole", "parts") if not callable(getattr(found, name, None))]
         if missing:
             is_no = f"a Schedule, with the functions stage, whole and parts, got {type(found).__name__}"
             raise _wrong(self._who, f"expected {is_no}, without {', '.join(missing)}")
-        self._found: Schedule = found  # type: ignore[assignment]
+        self._found: Schedule = found
         self._usual, self._num_blocks = usual, num_blocks
         first = dict[int, tuple[int, list[Part]]]()  # of each stage its first round, and where blocks stand
         for round in range(rounds):

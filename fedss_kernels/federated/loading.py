@@ -1,7 +1,7 @@
 """The data that a configuration names, what is chosen to fit them, and whether the two fit."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from . import private_retrieval
@@ -22,6 +22,12 @@ COHORT = 32  # clients, or all there are where they are fewer
 NEGATIVES = PRESETS["sop"]["num_negatives"]  # or a quarter of the classes where that is fewer
 WALKED = ("image_folder", "imagenet21k")  # whose classes are the folders that there are
 NET = "mobilenet_v3_large"  # the paper's; where it cannot be made one of our own
+
+
+def options_of_data() -> list[str]:
+    """Names of those that say which data, and which client holds what of them."""
+    names = [field.name for field in fields(Config)]
+    return names[names.index("data") : names.index("method")]
 
 
 def load_data(

@@ -1,7 +1,6 @@
 """`fedss personalise`: what runs' models are worth to their clients, fine-tuned and as they are."""
 
 import argparse
-import dataclasses
 import functools
 import sys
 import time
@@ -14,10 +13,10 @@ import torch
 from ..config import Config
 from ..data import FederatedData
 from ..files.run_folder import check_trained_on, make_folder, read_config, read_kept, read_model
+from ..loading import options_of_data
 from .command import Command
 from .measure import write_measured
 from .options import (
-    GROUPS,
     mistakes,
     noted,
     one_of,
@@ -179,9 +178,7 @@ def _measured(
 
 def _on_other_data(configs: dict[Path, Config]) -> Iterator[str]:
     """A line for each run on other data, or on the same among other clients, than the first."""
-    fields = [field.name for field in dataclasses.fields(Config)]
-    begin, end = (fields.index(GROUPS[title]) for title in ("the data", "the method"))
-    names = [name for name in fields[begin:end] if name != "cache_dir"]
+    names = [name for name in options_of_data() if name != "cache_dir"]
     first, expected = next(iter(configs.items()), (None, None))
     for folder, config in configs.items():
         pairs = [(name, getattr(config, name), getattr(expected, name)) for name in names]

@@ -1,6 +1,5 @@
 """A comparison goes on with runs that stand; they have to be of the data and the methods of those to come."""
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ from ..config import Config
 from ..files import checkpoint
 from ..files.checkpoint import CheckpointError
 from ..files.method_numbers import method_numbers
-from ..loading import load_data
+from ..loading import load_data, options_of_data
 from .jobs import folder_of
 
 
@@ -37,7 +36,5 @@ def check_standing(configs: Sequence[Config]) -> None:
 
 def _options_of_data(config: Config) -> Iterator[Any]:
     """What `load_data` depends on."""
-    names = [field.name for field in dataclasses.fields(Config)]
-    of_data = names[names.index("data") : names.index("method")]
-    yield from (getattr(config, name) for name in of_data)
+    yield from (getattr(config, name) for name in options_of_data())
     yield METHODS[config.method].alone

@@ -1,13 +1,12 @@
 """What a command measured, as files: every figure, a table, a plot and a section of the report."""
 
-import io
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...plotting import plotting
 from ..disk import replacing, why, write_whole
-from .page import add_section
+from .page import add_section, png_of
 from .tables import markdown, write_csv
 
 if TYPE_CHECKING:
@@ -39,7 +38,8 @@ def write_figures(
     text, pictures, lost = markdown(header, rows), list[bytes](), dict[str, str]()
 
     def draw() -> None:
-        pictures.append(_png(plot))
+        with plotting():
+            pictures.append(png_of(plot(), dpi=150))
         with replacing(folder / f"{name}.png") as file:
             file.write(pictures[0])
 
@@ -59,10 +59,3 @@ def write_figures(
         reason = next(iter(lost.values()))
         raise NotWritten(f"written to {folder}: {there}; not {', '.join(lost)}: {reason}", text)
     return text
-
-
-def _png(plot: Callable[[], "Figure"]) -> bytes:
-    buffer = io.BytesIO()
-    with plotting():
-        plot().savefig(buffer, format="png", dpi=150)
-    return buffer.getvalue()

@@ -1,12 +1,17 @@
 """An HTML page that needs no other file, and its sections on what else was measured in its folder."""
 
 import base64
+import io
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..disk import write_whole
 from .tables import markdown
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def write_section(
@@ -50,6 +55,13 @@ def add_section(
 def write_sections(folder: Path) -> None:
     """report.html of what was measured in this folder, where there is no run."""
     write_whole(folder / "report.html", html_page(_MEASURED, [], folder))
+
+
+def png_of(figure: "Figure", **options: Any) -> bytes:
+    """options: savefig's"""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", **options)
+    return buffer.getvalue()
 
 
 def data_uri(png: bytes) -> str:

@@ -1,7 +1,6 @@
 """The plots of a report, for light paper and dark, and what is said below them."""
 
 import dataclasses
-import io
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
@@ -15,7 +14,7 @@ from ..disk import replacing
 from ..files.round_metrics import RoundMetrics
 from ..measures import MEASURES, Measure
 from ..plan import Case
-from .page import data_uri
+from .page import data_uri, png_of
 from .reported_run import MEGABYTE, Run, beside, by_case, course, several_seeds
 from .styles import styles
 
@@ -291,9 +290,7 @@ def save_plots(folder: Path, runs: Sequence[Run]) -> list[str]:
 
 
 def _png(figure: "Figure") -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=140, metadata={"Software": None})
-    return buffer.getvalue()
+    return png_of(figure, dpi=140, metadata={"Software": None})
 
 
 def _subject(measure: Measure) -> str:

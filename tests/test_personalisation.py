@@ -12,11 +12,11 @@ from PIL import Image
 
 from fedss_kernels.federated import Config, cli, run
 from fedss_kernels.federated.algorithms import METHODS
-from fedss_kernels.federated.comparisons import personalisation
 from fedss_kernels.federated.comparisons.paired_differences import Measured, differences
 from fedss_kernels.federated.comparisons.personalisation import write
 from fedss_kernels.federated.fine_tuning import Personal, Tuning
 from fedss_kernels.federated.plan import Plan
+from fedss_kernels.federated.reports.measured import NotWritten
 from fedss_kernels.federated.reports.styles import style
 from fedss_kernels.federated.reports.tables import read_markdown
 
@@ -113,7 +113,6 @@ def test_the_table_of_differences(tmp_path):
 def test_methods_look_as_in_every_other_plot_whatever_is_beside_them(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *a, **k: figures.append(figure))
-    monkeypatch.setattr(personalisation, "write_section", lambda *a: "")
     runs = [replace(measured(name, 0, 0.5, 0.6), name=name) for name in ("fedper", "fedavg", "fedbabu")]
     write(tmp_path, [*runs, replace(measured("fedbabu, flip", 0, 0.5, 0.6), name="fedbabu")])
     epochs, apart = (figure.axes[0] for figure in figures)
@@ -160,6 +159,10 @@ def test_the_files_and_what_an_earlier_look_left(tmp_path):
         }
         == lines[1]
     )
+    with (tmp_path / "personalise_differences.csv").open(newline="") as file:
+        (apart,) = csv.DictReader(file)
+    assert (apart["first"], apart["second"]) == ("A", "B")
+    assert float(apart["after_1"]) == float(apart["after_1_standard_error"]) == pytest.approx(0.05)
     report = (tmp_path / "report.html").read_text()
     assert report.index("own images") < report.index("client by client")
     for name in ("personalise", "personalise_differences"):
@@ -167,6 +170,18 @@ def test_the_files_and_what_an_earlier_look_left(tmp_path):
     write(tmp_path, [measured("A", 0, 0.5, 0.6)])
     assert not list(tmp_path.glob("*differences*"))
     assert "client by client" not in (tmp_path / "report.html").read_text()
+
+
+def test_what_cannot_be_written_keeps_nothing_else_from_it(tmp_path):
+    (tmp_path / "personalise.png").mkdir()
+    with pytest.raises(
+        NotWritten, match=r"personalise.csv, personalise.md, .*; not personalise.png: "
+    ) as lost:
+        write(tmp_path, [measured("A", 0, 0.5, 0.6), measured("B", 0, 0.5, 0.5)])
+    accuracies, apart = tables(lost.value.table)
+    assert accuracies["A: mean"]["initial"] == "45.0" and apart["A − B: mean"]["initial"] == "5.0"
+    assert (tmp_path / "personalise_differences.png").is_file()
+    assert "client by client" in (tmp_path / "report.html").read_text()
 
 
 # ---- the command

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from layered_net import layered_net
+from matplotlib.figure import Figure
 from rich.console import Console
 from tiny_federation import tiny_config, tiny_data, tiny_model
 
@@ -22,7 +23,7 @@ from fedss_kernels.federated.data.holdout import held_out
 from fedss_kernels.federated.files.round_metrics import RoundMetrics
 from fedss_kernels.federated.measures import percent
 from fedss_kernels.federated.reports import progress, report
-from fedss_kernels.federated.reports.page import write_section
+from fedss_kernels.federated.reports.measured import write_figures
 from fedss_kernels.federated.reports.parts_in_words import place
 from fedss_kernels.federated.reports.plots import (
     DARK,
@@ -263,8 +264,8 @@ def test_what_else_is_measured_stands_in_the_report_once(tmp_path, runs):
     """After a run's own page, which may be written anew; and in a page of its own where there is no run."""
 
     def measured(folder, name, cell):
-        (folder / f"{name}.png").write_bytes(b"\x89PNG")
-        text = write_section(folder, name, f"The {name}", "Of <one>.", ["x", "y|z"], [["a", cell]])
+        words = f"The {name}", "Of <one>."
+        text = write_figures(folder, name, [["a"]], Figure, *words, ["x", "y|z"], [["a", cell]])
         assert text == f"| x | y\\|z |\n| --- | ---: |\n| a | {cell} |\n"
         assert (folder / f"{name}.md").read_text() == text
 
@@ -419,8 +420,7 @@ def test_what_there_is_no_report_of_is_one_line(tmp_path, capsys):
 
 
 def test_measurements_without_a_run_are_put_together_again(tmp_path):
-    (tmp_path / "noise.png").write_bytes(b"\x89PNG")
-    write_section(tmp_path, "noise", "The noise", "Of one.", ["x"], [["a"]])
+    write_figures(tmp_path, "noise", [["a"]], Figure, "The noise", "Of one.", ["x"], [["a"]])
     first = (tmp_path / "report.html").read_text(encoding="utf-8")
     (tmp_path / "report.html").unlink()
     assert cli.main(["report", str(tmp_path)]) == 0

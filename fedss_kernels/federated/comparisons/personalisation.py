@@ -2,17 +2,17 @@
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...plotting import plotting
 from ..reports.mean_sd import mean_sd
-from ..reports.page import write_section
+from ..reports.measured import all_written, write_figures
+from ..reports.page import remove_section
 from ..reports.parts_in_words import PERSONALISED
 from ..reports.styles import styles
-from ..reports.tables import write_csv
 from .paired_differences import INTERVAL, Difference, Measured, by_method, differences
 
 if TYPE_CHECKING:
@@ -43,36 +43,28 @@ ROWS_WORDS = {"all": "all classes", "own": "its own classes"}
 
 
 def write(out: Path, found: Sequence[Measured]) -> str:
-    """personalise.csv, a line for each run and client, and two tables with their plots in the report.
+    """personalise.csv, a line for each run and client, a table with its plot, and a section of the report.
 
-    The second is personalise_differences, where there are two methods; returns the tables' text.
+    The same as personalise_differences where there are two methods, a line for each two. Returns both tables'
+    text; raises NotWritten, as write_figures does.
     """
-    _write_csv(out, found)
-    names = list(found[0].people[0].accuracies)
-    header = ["", *(name.replace("_", " ") for name in names)]
-    with plotting():
-        looks = _looks(found)
-        _plot(found, looks).savefig(out / "personalise.png", dpi=150)
+    return all_written(lambda: _write_accuracies(out, found), lambda: _write_differences(out, found))
+
+
+def _write_accuracies(out: Path, found: Sequence[Measured]) -> str:
+    names = _names(found)
     tuning = found[0].tuning
     rates = " or ".join(dict.fromkeys(f"{each.tuning.rate:g}" for each in found))
     words = WORDS.format(part=PERSONALISED[tuning.part], rows=ROWS_WORDS[tuning.rows], rate=rates)
-    for file in ("personalise_differences.md", "personalise_differences.png"):
-        (out / file).unlink(missing_ok=True)
-    (out / "section-personalise_differences.html").unlink(missing_ok=True)
     title = "What the model is worth to a client, before and after it trains on its own images"
-    text = write_section(out, "personalise", title, words, header, _lines(found, names))
-    apart = differences(found)
-    if not apart:
-        return text
-    with plotting():
-        _plot_differences(apart, tuning.epochs, looks).savefig(out / "personalise_differences.png", dpi=150)
-    title, words = "Methods apart, client by client", OF_DIFFERENCES.format(interval=INTERVAL)
-    return f"{text}\n" + write_section(
-        out, "personalise_differences", title, words, header, _lines_apart(apart, names)
+    header = ["", *(name.replace("_", " ") for name in names)]
+    every = _every_accuracy(found)
+    return write_figures(
+        out, "personalise", every, lambda: _plot(found), title, words, header, _lines(found, names)
     )
 
 
-def _write_csv(out: Path, found: Sequence[Measured]) -> None:
+def _every_accuracy(found: Sequence[Measured]) -> list[list[Any]]:
     of_run = ["run", "method", "seed", "part", "rate", "rows"]
     of_client = ["client", "images", "classes", "tested"]
     lines = [
@@ -82,7 +74,29 @@ def _write_csv(out: Path, found: Sequence[Measured]) -> None:
         for run in found
         for each in run.people
     ]
-    write_csv(out / "personalise.csv", [[*of_run, *of_client, *found[0].people[0].accuracies], *lines])
+    return [[*of_run, *of_client, *_names(found)], *lines]
+
+
+def _write_differences(out: Path, found: Sequence[Measured]) -> str:
+    apart, name = differences(found), "personalise_differences"
+    if not apart:
+        for kind in ("csv", "md", "png"):
+            (out / f"{name}.{kind}").unlink(missing_ok=True)
+        remove_section(out, name)
+        return ""
+    names = _names(found)
+    every: list[list[Any]] = [
+        ["first", "second", *(f"{name}{of}" for name in names for of in ("", "_standard_error"))]
+    ]
+    every += [[pair.first, pair.second, *(n for name in names for n in pair.of[name])] for pair in apart]
+    title, words = "Methods apart, client by client", OF_DIFFERENCES.format(interval=INTERVAL)
+    header = ["", *(name.replace("_", " ") for name in names)]
+    plot = partial(_plot_differences, apart, found)
+    return write_figures(out, name, every, plot, title, words, header, _lines_apart(apart, names))
+
+
+def _names(found: Sequence[Measured]) -> list[str]:
+    return [*found[0].people[0].accuracies]
 
 
 # ---- tables
@@ -139,19 +153,16 @@ def _lines_apart(apart: Sequence[Difference], names: Sequence[str]) -> list[list
 # ---- plots
 
 
-Looks = Mapping[str, dict[str, str]]
-
-
-def _looks(found: Sequence[Measured]) -> Looks:
+def _looks(found: Sequence[Measured]) -> Mapping[str, dict[str, str]]:
     """How each of the groups is drawn."""
     groups = by_method(found)
     return dict(zip(groups, styles([runs[0].name for runs in groups.values()]), strict=True))
 
 
-def _plot(found: Sequence[Measured], looks: Looks) -> "Figure":
+def _plot(found: Sequence[Measured]) -> "Figure":
     """Accuracy over epochs, a line for each method, the mean over clients and seeds; marks: untrained."""
     figure, axes = _figure("accuracy on its own test images (%, mean over clients)")
-    epochs = found[0].tuning.epochs
+    epochs, looks = found[0].tuning.epochs, _looks(found)
     for title, runs in by_method(found).items():
         look = looks[title]
 
@@ -174,9 +185,10 @@ _UNTRAINED: dict[str, dict[str, Any]] = {
 }
 
 
-def _plot_differences(apart: Sequence[Difference], epochs: Sequence[int], looks: Looks) -> "Figure":
+def _plot_differences(apart: Sequence[Difference], found: Sequence[Measured]) -> "Figure":
     """Differences from the first method over epochs, with their intervals."""
     figure, axes = _figure("difference (points of %, mean over clients, 95%)")
+    epochs, looks = found[0].tuning.epochs, _looks(found)
     shown = [pair for pair in apart if pair.first == apart[0].first]
     for pair in shown:
         means, errors = zip(*(pair.of[f"after_{done}"] for done in epochs), strict=True)

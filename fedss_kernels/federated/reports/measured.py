@@ -59,3 +59,20 @@ def write_figures(
         reason = next(iter(lost.values()))
         raise NotWritten(f"written to {folder}: {there}; not {', '.join(lost)}: {reason}", text)
     return text
+
+
+def all_written(*writes: Callable[[], str]) -> str:
+    """What each returns, one below the other. Raises NotWritten after the last, as write_figures does."""
+    texts, lost = [], []
+    for write in writes:
+        try:
+            texts.append(write())
+        except NotWritten as error:
+            texts.append(error.table)
+            lost.append(str(error))
+        except OSError as error:
+            lost.append(why(error))
+    text = "\n".join(filter(None, texts))
+    if lost:
+        raise NotWritten("; ".join(lost), text)
+    return text

@@ -8,23 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..disk import write_whole
-from .tables import markdown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-def write_section(
-    folder: Path, name: str, title: str, words: str, header: Sequence[str], rows: Sequence[Sequence[str]]
-) -> str:
-    """NAME.md, and with NAME.png, which is there, a section of report.html; returns the table as text.
-
-    Where the folder has a report already, of a run or of other sections, the section is added to it.
-    """
-    text = markdown(header, rows)
-    write_whole(folder / f"{name}.md", text)
-    add_section(folder, name, title, words, header, rows, (folder / f"{name}.png").read_bytes())
-    return text
 
 
 def add_section(
@@ -36,12 +22,25 @@ def add_section(
     rows: Sequence[Sequence[str]],
     png: bytes | None = None,
 ) -> None:
-    """To report.html, which is made where there is none."""
+    """To report.html, of a run or of other sections; it is made where there is none."""
     parts = [f"<h2>{escape(title)}</h2>", f"<p>{escape(words)}</p>", html_table(header, rows)]
     if png:
         image = f'<img alt="{escape(title)}" src="{data_uri(png)}">'
         parts.append(f'<figure class="plain">{image}</figure>')
     write_whole(folder / f"section-{name}.html", "\n".join(parts) + "\n")
+    _put_in(folder)
+
+
+def remove_section(folder: Path, name: str) -> None:
+    """From report.html, if it is there."""
+    section = folder / f"section-{name}.html"
+    if section.exists():
+        section.unlink()
+        _put_in(folder)
+
+
+def _put_in(folder: Path) -> None:
+    """The sections that are in the folder, into report.html."""
     report = folder / "report.html"
     page = report.read_text(encoding="utf-8") if report.exists() else html_page(_MEASURED, [], folder)
     before, begun, rest = page.partition(_BESIDES)

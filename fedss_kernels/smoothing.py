@@ -71,4 +71,15 @@ def _sums_before(values: Tensor) -> Tensor:
     All less a row's own would have no digits left where that is the largest, as that of a rare class is.
     """
     shifted = torch.cat([torch.zeros_like(values[:1]), values[:-1]])
+    if values.is_cuda and torch.are_deterministic_algorithms_enabled():  # torch refuses to cumulate floats
+        return _sums_up_to(shifted)
     return shifted.T.contiguous().cumsum(1).T  # along memory, as fast on a GPU
+
+
+def _sums_up_to(values: Tensor) -> Tensor:
+    """(n, D), in one order always: log2(n) passes, after each of which a row has the sum of twice as many."""
+    reach = 1
+    while reach < values.shape[0]:
+        values = torch.cat([values[:reach], values[reach:] + values[:-reach]])
+        reach *= 2
+    return values

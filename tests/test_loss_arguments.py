@@ -12,7 +12,7 @@ from loss_cases import BF16, F16, F32, F64, Case, cpp_only, gpu_only
 from pytorch_metric_learning.losses import ArcFaceLoss, CosFaceLoss
 from tolerance import eager_loss, excess, with_features_reversed, with_rows_longer
 
-from fedss_kernels import SampledSoftmaxLoss, ShardedSampledSoftmaxLoss, draw_batch_class_set
+from fedss_kernels import SampledSoftmaxLoss, ShardedSampledSoftmaxLoss, draw_batch_class_set, smoothing
 from fedss_kernels import sampled_softmax_loss as loss_function
 
 EPS = 0.1
@@ -249,6 +249,27 @@ def test_the_smoothed_mean_is_unbiased(sampled_softmax_loss):
     draws = torch.stack([mean(torch.randperm(C, generator=g)[:S], log_count) for _ in range(4000)])
     error = draws.std(0) / len(draws) ** 0.5
     assert ((draws.mean(0) - mean(None, None)).abs() < 4 * error).all()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 13])
+def test_the_sums_of_others_in_one_order(n):
+    """On GPUs under deterministic algorithms torch cumulates no floats: as it does elsewhere, and gradients."""
+    values = torch.randn(n, 5, dtype=F64, requires_grad=True)
+    torch.testing.assert_close(smoothing._sums_up_to(values), values.cumsum(0), rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(smoothing._sums_up_to, values)
+
+
+@pytest.mark.gpu
+def test_smoothing_under_deterministic_algorithms(gpu_loss):
+    x, w, t = problem(B=5, C=40)
+    plain = gpu_loss(x, w, t, label_smoothing=EPS)
+    torch.use_deterministic_algorithms(True)
+    try:
+        same = gpu_loss(x, w, t, label_smoothing=EPS)
+        assert all(g.isfinite().all() for g in torch.autograd.grad(same, (x, w)))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(same, plain)
 
 
 @pytest.mark.parametrize("dtype, within", [(F32, 1e-6), (F64, 1e-12)])

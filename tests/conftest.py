@@ -13,41 +13,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from faster_interpreter import interpret_faster
 from loss_cases import GPU_IMPLEMENTATIONS, blocks_of_16
 
 import fedss_kernels
 from fedss_kernels.triton_kernels.configurations import forced
-
-
-def _interpret_faster() -> None:
-    """Lets Triton's interpreter patch its language once for each launch and module of functions.
-
-    By itself it goes through all of the language again in every call inside a kernel, half of its time, and
-    finds all of it patched.
-    """
-    interpreter = importlib.import_module("triton.runtime.interpreter")
-    patch, execute = interpreter._patch_lang, interpreter.GridExecutor.__call__
-    patched: set[int] = set()
-
-    def patch_once(function):
-        module = id(function.__globals__)
-        if module not in patched:
-            patched.add(module)
-            return patch(function)
-
-    def execute_anew(self, *arguments, **named):
-        patched.clear()
-        return execute(self, *arguments, **named)
-
-    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, execute_anew
-
 
 # Where there is no GPU its kernels run on CPU tensors, interpreted. Read when triton is first imported, which
 # nothing above does.
 TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if TRITON_DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
-    _interpret_faster()
+    interpret_faster()
 
 # Tests of bits over several threads ask for them; the others are too small to gain from any.
 torch.set_num_threads(1)

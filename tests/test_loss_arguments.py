@@ -253,7 +253,7 @@ def test_the_smoothed_mean_is_unbiased(sampled_softmax_loss):
 
 @pytest.mark.parametrize("n", [1, 2, 3, 8, 13])
 def test_the_sums_of_others_in_one_order(n):
-    """On GPUs under deterministic algorithms torch cumulates no floats: as it does elsewhere, and gradients."""
+    """On GPUs under deterministic algorithms torch cumulates no floats."""
     values = torch.randn(n, 5, dtype=F64, requires_grad=True)
     torch.testing.assert_close(smoothing._sums_up_to(values), values.cumsum(0), rtol=1e-12, atol=1e-12)
     assert torch.autograd.gradcheck(smoothing._sums_up_to, values)

@@ -33,7 +33,7 @@ test: $(READY)
 # for every target: each configuration of the GPU kernels, compiled, and the C++ kernels' own test, for NEON under an
 # emulator, and whatever else takes long: minutes, and no GPU
 test-targets: $(READY)
-	$(BIN)/python -m pytest -m exhaustive --numprocesses auto --dist loadfile --durations 30
+	$(BIN)/python -m pytest -m exhaustive --numprocesses auto --dist loadgroup --durations 30
 
 # In the libraries that the loss is built into, and in an environment of its own: no torchvision, which Lightning imports
 # where there is one, and which may not fit torch.

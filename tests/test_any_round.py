@@ -156,6 +156,7 @@ def test_its_report_and_its_bar_say_its_headline(tmp_path, capsys):
     assert "round 4/4, loss 0.250, attack MSE 0.4500," in capsys.readouterr().out
 
 
+@pytest.mark.exhaustive
 def test_a_comparison_chooses_rates_by_the_headline_and_has_all_columns(tmp_path, monkeypatch):
     """Beside a method with others; the least error is the best."""
 

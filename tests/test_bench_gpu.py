@@ -78,6 +78,7 @@ def test_a_wrong_kernel_stops_it_before_anything_is_timed(tmp_path, monkeypatch,
     assert "timing" not in err.replace("nothing is timed", "") and not list(tmp_path.iterdir())
 
 
+@pytest.mark.exhaustive
 def test_what_would_begin_after_the_minutes_given_is_left_out(tmp_path):
     assert gpu.main(["--minutes=0.01", f"--out={tmp_path}"]) == 0
     with (tmp_path / "cpu-interpreted.csv").open(newline="", encoding="utf-8") as file:
@@ -108,6 +109,7 @@ def a_test(tmp_path, body: str):
     return folder
 
 
+@pytest.mark.exhaustive
 def test_tests_that_need_a_gpu_run_first_and_the_table_says_how_they_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "INTERPRETED_CASES", [])
     monkeypatch.setattr(gpu, "cases_of", lambda plan: [IN_BATCH_CASE])
@@ -119,6 +121,7 @@ def test_tests_that_need_a_gpu_run_first_and_the_table_says_how_they_ended(tmp_p
     assert "- pytest -m gpu: 1 failed, 1 deselected" in text and "| 4, 4, 16 |" in text
 
 
+@pytest.mark.exhaustive
 def test_tests_that_take_too_long_are_stopped(tmp_path, monkeypatch):
     passed = gpu.run_tests(a_test(tmp_path, "pass"), tmp_path / "tests.txt")
     assert passed[0] and passed[1].startswith("1 passed")

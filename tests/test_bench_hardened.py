@@ -63,6 +63,7 @@ def test_cases_differ_in_the_bottleneck_and_the_penalty_alone():
     assert [case.strength for case in CASES.values()] == [0, 0, 2]
 
 
+@pytest.mark.exhaustive
 def test_every_half_is_attacked_and_those_with_a_bottleneck_probed(data, small, tmp_path, monkeypatch):
     monkeypatch.setattr(hardened, "load_data", lambda config: data)
     train = iter(range(2))

@@ -6,6 +6,7 @@ import pytest
 from fedss_kernels.bench import sharded
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(
     not sharded.WRITTEN.exists(),
     reason="what a process wrote is read from Linux' /proc/self/io, which is not there",

@@ -358,6 +358,7 @@ def test_rows_of_two_dtypes(dtype, weight_dtype):
 # ---- in torch ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("reduction, wanted", [("mean", True), ("mean", False), ("none", False)])
 def test_opcheck(reduction, wanted):
     arguments = arguments_of(reduction, wanted)

@@ -378,6 +378,7 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr() == ("", "fedss run: stopped\n")
 
 
+@pytest.mark.exhaustive
 def test_ctrl_c_finishes_the_round_and_the_run_can_be_resumed(tmp_path, monkeypatch, capsys):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert cli.main(["run", *SMALL, "--rounds=4", f"--out={whole}"]) == 0
@@ -444,6 +445,7 @@ def test_a_missing_extra_is_named(command, extra, missing, words, monkeypatch, c
     )
 
 
+@pytest.mark.exhaustive
 def test_the_command_line_starts_without_the_extras():
     """As python -m, in a process where nothing of the extra can be imported."""
     code = (
@@ -658,6 +660,7 @@ def test_a_run_outlives_its_report(tmp_path, monkeypatch, capsys):
     assert cli.main(["report", str(out)]) == 0 and (out / "report.html").stat().st_size > 0
 
 
+@pytest.mark.exhaustive
 def test_so_does_a_comparison_and_its_report_is_made_again(tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
 
@@ -746,6 +749,7 @@ def test_the_table_is_told_whatever_can_be_written(room, there, tmp_path, capsys
     assert sorted(path.name for path in tmp_path.iterdir()) == there
 
 
+@pytest.mark.exhaustive
 def test_more_rounds_of_a_finished_run_whose_table_was_edited(tmp_path, capsys):
     out = tmp_path / "out"
     assert cli.main(["run", *SMALL, "--lr-decay=constant", "--rounds=2", f"--out={out}"]) == 0
@@ -792,6 +796,7 @@ def test_what_is_wrong_with_a_config_file_is_said_of_the_file(tmp_path, capsys):
 # ---- while data are read
 
 
+@pytest.mark.exhaustive
 def test_what_goes_on_elsewhere_asks_for_the_data_again(tmp_path, capsys, monkeypatch):
     """A run that began with a relative --data-dir, then whatever reads its config.json in another folder."""
     for i in range(12):

@@ -154,6 +154,7 @@ def test_a_run_that_fails_leaves_the_others(tmp_path):
     assert comparison.runs[0].summary == replace(alone.summary, seconds=comparison.runs[0].summary.seconds)
 
 
+@pytest.mark.exhaustive
 def test_a_run_that_is_killed_is_told(tmp_path):
     def kill(job, metrics):
         if metrics:
@@ -354,6 +355,7 @@ def test_a_report_that_is_made_again_says_why_a_run_failed(tmp_path, in_this_pro
         report_again(out)
 
 
+@pytest.mark.exhaustive
 def test_the_table_has_the_plans_order_whichever_run_failed(tmp_path, in_this_process, monkeypatch):
     """FedSS' first seed is lost: no reason to go to the table's end."""
     here = jobs.run_all
@@ -423,6 +425,7 @@ def test_a_run_whose_model_is_not_finite_is_in_no_mean(tmp_path, in_this_process
     assert failure.startswith(f"FedSS, seed {ruined} failed: after round {since} the model has numbers that")
 
 
+@pytest.mark.exhaustive
 def test_answers_that_are_left_out_of_a_comparison_are_said(tmp_path, in_this_process):
     """With a bound on norms that some are over; not where rubbish is asked for."""
     config = Config(**(SMALL | {"cohort": 3, "rounds": 8}), warmup_rounds=0, cache_dir=tmp_path / "cache")

@@ -105,6 +105,7 @@ def test_a_client_with_rows_or_a_net_of_its_own_is_shown_by_these(linear_model):
         assert not torch.equal(found.shares, confusion.measure(config, data, (net, first), 1).shares)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("method", ["fedper", "local_only"])
 def test_what_clients_keep_is_looked_at_and_where_it_is_in_a_store_nothing_is(
     method, tmp_path, capsys, monkeypatch

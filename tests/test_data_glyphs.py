@@ -121,6 +121,7 @@ def test_softening():
     assert (down, right) == (pytest.approx(21.5), pytest.approx(31.5)), "the middle stays"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04nonsense", None])
 def test_a_corrupt_cache_is_made_again(tmp_path, damage):
     first = digest(small(tmp_path))

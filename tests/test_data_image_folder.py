@@ -271,6 +271,7 @@ def test_progress_is_told_from_the_start(folder):
     assert {(what, total) for what, _, total in said} == {("image_folder: decoding images", 30)}
 
 
+@pytest.mark.exhaustive
 def test_two_workers_map_the_same_images(folder):
     alone, together = (run(config(folder, workers=workers, rounds=1)) for workers in (1, 2))
     assert torch.equal(alone.weight, together.weight)

@@ -238,6 +238,7 @@ def test_a_reader_who_was_stopped_goes_on_from_there(files, tmp_path, monkeypatc
     assert said == [("tiny: decoding images", 3, 4), ("tiny: decoding images", 4, 4)]
 
 
+@pytest.mark.exhaustive
 def test_a_killed_process_loses_no_more_than_a_moment(files, tmp_path):
     """Killed after three images, when what was decoded is kept after each.
 

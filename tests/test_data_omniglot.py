@@ -221,6 +221,7 @@ def test_progress_is_told(folder):
     assert said[0] == ("omniglot: decoding images", 1, 0) and said[-1][1] == 160
 
 
+@pytest.mark.exhaustive
 def test_damage_anywhere_is_told_in_words(folder):
     """A byte changed in each of many places: read as before, or a ValueError that names the file."""
     path = write_zip(folder, authors_files())

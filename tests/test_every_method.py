@@ -25,7 +25,14 @@ from fedss_kernels.federated.testing import bits, history
 FEDERATED = [name for name, method in METHODS.items() if not (method.pooled or method.split)]
 # One for each place where class rows and the net can stand between two rounds; the others take minutes.
 KINDS = ["fedss", "fedbabu_ss", "fedrep", "local_only", "simclr"]
-SOME = [pytest.param(name, marks=[] if name in KINDS else pytest.mark.exhaustive) for name in FEDERATED]
+
+
+def quickly(names):
+    """Every method, those not among `names` in the exhaustive tests."""
+    return [pytest.param(name, marks=[] if name in names else pytest.mark.exhaustive) for name in FEDERATED]
+
+
+SOME, ONE = quickly(KINDS), quickly(KINDS[:1])
 
 
 def train(method: str, **options) -> Result:
@@ -67,7 +74,7 @@ def test_a_run_that_was_stopped_and_one_that_crashed_go_on_bit_for_bit(method, t
         assert bits(result) == bits(whole) and files(tmp_path / name) == files(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("method", SOME)
+@pytest.mark.parametrize("method", ONE)
 def test_two_workers_play_the_same_bits(method):
     options = {"rounds": 3, "eval_every": 1, "wire_dtype": "bfloat16", "dropout_rate": 0.3, "cohort": 4}
     alone, together = train(method, **options), train(method, workers=2, **options)

@@ -19,7 +19,7 @@ from fedss_kernels.federated.cli import main
 from fedss_kernels.federated.files import checkpoint
 
 pytest.importorskip("flwr", reason="flwr is not installed: pip install 'fedss-kernels[flower]'")
-pytestmark = pytest.mark.exhaustive
+pytestmark = [pytest.mark.exhaustive, pytest.mark.xdist_group("flower")]  # one network at a time
 
 NODES = 4
 PATIENCE = 900  # seconds for anything, on a machine with other work

@@ -15,7 +15,7 @@ from test_flower_processes import (
     wait_until,
 )
 
-pytestmark = pytest.mark.exhaustive
+pytestmark = [pytest.mark.exhaustive, pytest.mark.xdist_group("flower")]  # one network at a time
 
 LATE = 300  # seconds that the server waits for the node that is killed
 # A node's data are asked for once as it says who it is, and then for its classes and for its changes.

@@ -105,6 +105,7 @@ def test_the_command_line_says_so_before_the_training(tmp_path, capsys):
     assert short_warmup(Config(rounds=300)) == short_warmup(Config(data="sop", rounds=10)) == []
 
 
+@pytest.mark.exhaustive
 def test_a_short_warm_up_that_was_asked_for_is_not_worth_a_word(tmp_path, capsys):
     """On the command line, or in a file."""
     argv = ["run", *SMALL, "--rounds=5"]

@@ -32,6 +32,7 @@ def test_old_torch_is_named_with_what_to_do():
     )
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("number", ["2.11.0", "2.13.0+cpu", "2.14.0a0+gitabc", "3.0"])
 def test_new_torch_is_welcome(number):
     assert python(f"import torch; torch.__version__ = {number!r}; import fedss_kernels").returncode == 0
@@ -110,6 +111,7 @@ def test_a_wheel_is_made_and_installs_where_there_is_no_compiler(tmp_path):
     assert there.stdout == python(ask).stdout, there.stderr
 
 
+@pytest.mark.exhaustive
 def test_the_loss_needs_no_extra():
     """The operators import torch and numpy, and nothing of the simulator."""
     code = (

@@ -96,6 +96,7 @@ def test_environment_chooses():
     assert in_new_process(code, None).stdout.strip() == SETS[-1]
 
 
+@pytest.mark.exhaustive
 def test_unknown_name_is_refused():
     code = """
 import torch, fedss_kernels
@@ -144,6 +145,7 @@ def test_kernels_in_cpp_on_neon(tmp_path):
     run([EMULATOR, str(build(CROSS, tmp_path, NEON, "-static")), "30"])
 
 
+@pytest.mark.exhaustive
 def test_no_code_of_one_instruction_set_can_serve_another(tmp_path):
     """What the linker may merge with other files' code lies in the namespace of its instruction set."""
     for name, flags in NATIVE.items():

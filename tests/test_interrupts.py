@@ -83,6 +83,7 @@ def replaced(monkeypatch, main) -> None:
     monkeypatch.setitem(cli.COMMANDS, "run", dataclasses.replace(cli.COMMANDS["run"], main=main))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143)])
 def test_a_signal_while_the_report_is_made_says_that_the_run_is_finished(
     name, code, run_with, tmp_path, monkeypatch, capsys
@@ -184,6 +185,7 @@ def rounds_in(folder: Path) -> int:
     return table.read_bytes().count(b"\n") - 1 if table.exists() else 0
 
 
+@pytest.mark.exhaustive
 def test_workers_stay_until_the_round_is_done_where_all_get_the_signal(tmp_path):
     """As in a Slurm step. Nothing is left of them, nor of their files."""
     out = tmp_path / "run"
@@ -231,6 +233,7 @@ def test_a_process_that_is_started_deaf_hears_nothing_and_its_parent_all_of_it()
         signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.exhaustive
 def test_a_terminal_that_is_closed_is_a_signal_and_words_that_nobody_reads(tmp_path):
     options = [*SMALL, "--rounds=100000", "--eval-every=100000", "--checkpoint-every=0"]
     command = [sys.executable, "-m", "fedss_kernels", "run", *options, f"--out={tmp_path}"]

@@ -66,6 +66,7 @@ def test_the_attacker_has_a_share_and_is_tried_on_others_by_the_seed():
             drawn(**options)
 
 
+@pytest.mark.exhaustive
 def test_a_half_that_shows_more_is_inverted_better_and_all_meet_the_same_attackers():
     x = torch.nn.functional.interpolate(pixels(90)[:, :, ::4, ::4], scale_factor=4, mode="bilinear")
     images, lines = inversion.Images(x[:60], x[60:]), []
@@ -131,6 +132,7 @@ def test_what_cannot_be_attacked_is_told_in_a_line(wide, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.exhaustive
 def test_a_half_is_made_attacked_and_begun_with(tmp_path, capsys):
     out, half = tmp_path / "half", tmp_path / "half" / "half.safetensors"
     arguments = [*IN_ONE_PLACE, *NET, *ATTACK, "--batch-size=6", f"--out={out}"]

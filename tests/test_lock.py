@@ -69,6 +69,7 @@ def test_it_is_held_by_one_process_until_that_ends(path):
     assert Lock(path).held
 
 
+@pytest.mark.exhaustive
 def test_on_the_command_line_it_is_one_line_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
     flock_fails(monkeypatch, errno.ENOLCK)
     small = [

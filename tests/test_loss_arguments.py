@@ -233,6 +233,7 @@ def test_nothing_that_counts_costs_nothing(weights, sampled_softmax_loss):
     assert not any(g.any() for g in torch.autograd.grad(loss, (x, w)))
 
 
+@pytest.mark.exhaustive
 @cpp_only
 def test_the_smoothed_mean_is_unbiased(sampled_softmax_loss):
     """Over draws the smoothed part differs from that of all classes by no more than its standard error."""

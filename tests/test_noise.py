@@ -86,6 +86,7 @@ def test_shared_negatives_are_one_draw_for_a_cohort_with_the_classes_of_others(l
     assert line.noise < 1e-12 * line.full_norm and line.bias < 1e-12 * line.full_norm
 
 
+@pytest.mark.exhaustive
 def test_it_falls_with_more_negatives_to_nothing_with_all(linear_model):
     lines = noise.measure(config(), tiny_data(), [1, 2, 3, 4, 6, 7], batches=40, draws=6)
     means = [line.noise for line in lines]
@@ -98,6 +99,7 @@ def test_five_doublings_and_all():
     assert noise.default_counts(7) == [1, 3, 7]
 
 
+@pytest.mark.exhaustive
 def test_the_command_measures_a_finished_run_too(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("FEDSS_CACHE", str(tmp_path / "cache"))
     small = ["--glyph-classes=12", "--glyph-writers=4", "--cohort=2", "--embedding-dim=8"]

@@ -38,6 +38,7 @@ SPOKEN_OF = [
 ]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if EXAMPLES[page] and page not in IN_OTHER_LIBRARIES]
 )

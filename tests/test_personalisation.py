@@ -236,6 +236,7 @@ def test_the_command_on_runs_of_methods_and_seeds(folder, capsys):
     assert "own images" in (folder / "fedss-1/report.html").read_text()
 
 
+@pytest.mark.exhaustive
 def test_a_comparison_is_all_its_runs_and_one_that_is_not_finished_is_left_out(folder, capsys):
     out, comparison = folder / "out", folder / "all"
     plan = Plan(Config(**SMALL), ["fedss", "pos_only"], [0, 1])
@@ -281,6 +282,7 @@ def test_heads_that_clients_keep_are_what_they_are_measured_by(folder):
     assert same[0] and same[2] and not (same[1] and same[3])
 
 
+@pytest.mark.exhaustive
 def test_a_model_is_not_measured_on_data_that_changed_since(folder, capsys):
     """As where somebody renamed the folders of two classes."""
     images = folder / "images"

@@ -58,6 +58,7 @@ def test_sticky_negatives_are_the_same_in_every_round_and_mixed_ones_half(glyphs
         )
 
 
+@pytest.mark.exhaustive
 def test_the_attack_finds_what_the_formula_says(glyphs):
     config, data = glyphs
     lines = privacy.measure(config, data, clients=40, requests=(1, 2, 3, 20))

@@ -75,6 +75,7 @@ def test_a_run_is_probed_by_depth_beside_its_random_init(folder, capsys):
     )
 
 
+@pytest.mark.exhaustive
 def test_the_random_init_is_the_runs_own_and_the_other_net_is_what_it_trained(folder):
     data = load_data(Config.load(folder / "config.json"))
     assert cli.main(["probe", str(folder), "--depths=3"]) == 0
@@ -88,6 +89,7 @@ def test_the_random_init_is_the_runs_own_and_the_other_net_is_what_it_trained(fo
     assert lines[0]["knn"] != lines[1]["knn"]
 
 
+@pytest.mark.exhaustive
 def test_few_labels_and_fine_tuning(folder):
     out, options = folder.parent / "out", ["--depths=1", "--fine-tune=2", "--batch-size=8"]
     found = []

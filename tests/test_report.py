@@ -100,6 +100,7 @@ def test_the_report_of_a_run_is_whole_and_has_its_figures(tmp_path, runs):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.exhaustive
 def test_a_cohort_of_all_clients_is_not_drawn(tmp_path):
     for cohort, words in ((3, "3 clients, drawn at random, download"), (5, "rounds all clients download")):
         write_run_report(tmp_path, play("fedss", cohort=cohort))
@@ -301,6 +302,7 @@ def test_what_else_is_measured_stands_in_the_report_once(tmp_path, runs):
 # ---- whatever is set, and whatever is in the folder --------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_no_backend_and_no_style_of_the_users_has_a_say(tmp_path, runs):
     """In a process that inherits a notebook's backend, which is not installed, and a matplotlibrc."""
     write_run_report(tmp_path, runs[0])
@@ -384,6 +386,7 @@ def test_the_report_of_a_finished_run_is_made_again_from_its_record(tmp_path):
     assert {path: path.read_bytes() for path in first} == first
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("room, lost", [(1000, "accuracy_by_round.png"), (100_000, "report.html")])
 def test_a_report_without_room_is_a_line_and_the_one_before_stays(
     room, lost, tmp_path, capsys, room_for_files_of

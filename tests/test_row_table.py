@@ -60,6 +60,7 @@ def test_lazy_rows_equal_dense_ones_for_any_touches_and_gaps(touches, momentum, 
         np.testing.assert_allclose(lazy[:].numpy(), dense.weight, rtol=0, atol=1e-6 * reach)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("momentum", [0.9, 0.999])
 def test_a_gap_of_ten_thousand_steps(momentum):
     lazy, dense = table(optimizer=SGD(1.0, momentum)), Dense(5, 1.0, momentum)
@@ -109,6 +110,7 @@ def test_files_hold_no_zeros(tmp_path):
     assert file.stat().st_blocks * 512 < 2**20
 
 
+@pytest.mark.exhaustive
 def test_memory_is_taken_as_rows_are_stepped(peak_memory):
     setup = """
         import torch

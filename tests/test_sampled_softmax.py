@@ -727,6 +727,7 @@ def test_small_float16_gradient_survives_a_grad_scaler(sampled_softmax_loss):
     torch.testing.assert_close(x.grad.double(), expected, rtol=2e-3, atol=2.0**-24)
 
 
+@pytest.mark.exhaustive
 def test_memory_stays_far_below_the_logits(peak_memory):
     """Allowed: gradients (5 MiB, twice), a block of logits (8 MiB), O(B D + S). B x S would be 128 MiB."""
     setup = """
@@ -755,6 +756,7 @@ def test_memory_stays_near_the_gradients_for_few_rows_and_many_classes(peak_memo
     assert peak_memory(setup, "sampled_softmax_loss(x, weight, target).backward()") < 36 * 2**20
 
 
+@pytest.mark.exhaustive
 def test_memory_stays_bounded_for_many_rows_and_few_classes(peak_memory):
     """A block of logits is 8 MiB whatever its shape; the gradient of x is 4 MiB, a row 64 bytes."""
     setup = """

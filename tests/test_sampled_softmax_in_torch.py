@@ -239,6 +239,7 @@ def test_the_loss_is_exported_for_any_batch(training):
         assert torch.equal(found, criterion(x, t))
 
 
+@pytest.mark.exhaustive
 def test_compiled_under_autocast_equals_eager():
     x, w, t, ids, counts = problem()
     compiled = torch.compile(lambda x: sampled_softmax_loss(x, w, t, ids, counts), fullgraph=True)

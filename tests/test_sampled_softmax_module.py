@@ -579,6 +579,7 @@ def test_batch_class_set_holds_positives_once_and_negatives_outside(m):
         assert sorted(negatives.tolist()) == [j for j in range(C) if j not in (3, 7, 49)]
 
 
+@pytest.mark.exhaustive
 def test_every_other_class_is_expected_equally_often():
     """m / (C - |P|) draws of each: 20,000 sets of 9 among 47 give 3,830 a class, sd at most sqrt(that)."""
     g = torch.Generator().manual_seed(0)

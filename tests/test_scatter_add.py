@@ -185,6 +185,7 @@ def test_overlap_is_refused_and_neighbours_are_not(impl):
     assert (buffer == 1).all()
 
 
+@pytest.mark.exhaustive
 def test_triton_is_imported_when_asked_for_and_runs_on_the_cpu_only_interpreted():
     code = """
 import sys, torch

@@ -27,6 +27,7 @@ except ConfigError as error:
 """
 
 
+@pytest.mark.exhaustive
 def test_a_net_of_a_notebook_is_refused_with_the_reason_and_the_way(tmp_path):
     """A notebook's __main__, as a prompt's, is no file that another process could read."""
     code = NOTEBOOK.format(tests=str(Path(__file__).parent), out=str(tmp_path / "out"))

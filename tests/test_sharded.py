@@ -711,6 +711,7 @@ def failures(request, tmp_path_factory):
     return _failures(request.param, tmp_path_factory)
 
 
+@pytest.mark.xdist_group("sharded")
 @pytest.mark.parametrize("check", [check.__name__ for check in CHECKS])
 def test_in_several_processes(failures, check):
     names = [check.__name__ for check in CHECKS]

@@ -116,6 +116,7 @@ def test_what_is_no_checkpoint_is_named_as_what_it_is_in_a_line(tmp_path):
             load_checkpoint(model, tmp_path / name)
 
 
+@pytest.mark.exhaustive
 def test_without_torchvision_the_message_says_what_to_install():
     code = """
         import sys

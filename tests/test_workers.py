@@ -103,12 +103,14 @@ class Fragile(torch.nn.Module):
         return self.net(x)
 
 
+@pytest.mark.exhaustive
 def test_a_worker_that_fails_is_told_as_it_failed():
     with pytest.raises(WorkerLost, match="lost: rank 1 failed: RuntimeError: no such image") as lost:
         run(tiny_config(workers=2), data=tiny_data(), model=Fragile())
     assert "in forward" in str(lost.value.__cause__)  # where, there
 
 
+@pytest.mark.exhaustive
 def test_on_the_command_line_a_lost_worker_is_one_line(tmp_path, monkeypatch, capsys):
     real, out = cli.train.run, tmp_path / "run"
 
@@ -139,6 +141,7 @@ def _fails(*given):
     raise SystemExit(3)
 
 
+@pytest.mark.exhaustive
 def test_an_error_in_the_middle_of_a_call_is_an_error_and_not_a_wait(monkeypatch):
     """Rank 0 fails where the other waits for class rows."""
 

@@ -144,6 +144,11 @@ def _sparse(ids: Tensor, values: Tensor, shape: torch.Size, coalesced: bool) -> 
     return torch.sparse_coo_tensor(ids, values, shape, check_invariants=False, is_coalesced=coalesced)
 
 
+def first_place(there: Tensor) -> Tensor:
+    """(1,) the first place of a bool that is true, or 0."""
+    return there.to(torch.uint8).argmax(0, keepdim=True)
+
+
 def added(n: int, places: Tensor, values: Tensor) -> Tensor:
     """(n, ...) sums of the values for each place, in their order."""
     sums = values.new_zeros((n, *values.shape[1:]))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .class_table import class_tables
+from .class_table import class_tables, first_place
 from .given_target import row_losses
 from .loss_extras import Extras
 from .smoothing import mean_logits
@@ -50,9 +50,10 @@ def composed_loss(
         given = target_logits(*rows, extras.margins, rounding)
         given = given if known is None else given.where(known, torch.nan)
     changed = given if extras.has_margins else None
-    if sparse_grad and impl == "triton" and extras.has_margins and len(target):
+    if sparse_grad and impl == "triton" and extras.of_targets and len(target):
         if class_ids is not None and counts is not None:
-            # The kernels list no targets: entries that are all left out stand for one, which takes part.
+            # Beside margins the kernels list no targets, and smoothing lists entries alone: where all are
+            # left out they stand for one, which takes part.
             class_ids = class_ids.where((counts != torch.inf).any(), classes[:1])
             corrections = (class_ids, counts, target_counts)
     losses = row_losses(
@@ -107,16 +108,11 @@ def _classes(
     """
     if C == 0 or target.shape[0] == 0:
         return torch.zeros_like(target), None
-    some = target.gather(0, _first_place(counted))
+    some = target.gather(0, first_place(counted))
     if class_ids is None or class_ids.shape[0] > 0:
-        entry = torch.zeros_like(some) if counts is None else _first_place(counts < torch.inf)
+        entry = torch.zeros_like(some) if counts is None else first_place(counts < torch.inf)
         some = some.where(counted.any(), entry if class_ids is None else class_ids.gather(0, entry))
     classes = target.where(counted, some.clamp(0, C - 1))
     if target.is_cpu:
         return classes, None
     return classes.clamp(0, C - 1), (target >= 0) & (target < C) | ~counted
-
-
-def _first_place(there: Tensor) -> Tensor:
-    """(1,) the first place of a bool that is true, or 0."""
-    return there.to(torch.uint8).argmax(0, keepdim=True)

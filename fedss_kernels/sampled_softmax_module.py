@@ -316,11 +316,18 @@ class SampledSoftmaxLoss(nn.Module):
         angular_margin: float | Tensor | None,
         cosine_margin: float | Tensor | None,
     ) -> None:
-        """Raises for a call's arguments as the loss does, so that the generator stays as it was."""
+        """Raises for a call's arguments as the loss does, so that the generator stays as it was.
+
+        And where the weight has grown and the bias, or the class weights, have not.
+        """
         fits = isinstance(input, Tensor) and input.dtype in FLOATING and input.device == weight.device
-        if not fits or input.shape != (*target.shape, weight.shape[1]):
+        fits = fits and input.shape == (*target.shape, weight.shape[1])
+        bias, of_classes = self.bias, self._buffers.get("class_weight")
+        if not fits or (bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype)):
             none = (None, None, None)
-            check_arguments(input, weight, target, *none, self.bias, as_float(self.scale))
+            check_arguments(input, weight, target, *none, bias, as_float(self.scale))
+        if of_classes is not None and of_classes.shape != weight.shape[:1]:
+            check_class_weights(of_classes, weight.shape[0])
         if angular_margin is not None or cosine_margin is not None:
             angular, cosine = (0.0 if m is None else m for m in (angular_margin, cosine_margin))
             extras = checked_extras(weight, target, self.similarity, angular, cosine, 0.0, None, False)

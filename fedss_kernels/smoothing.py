@@ -8,7 +8,7 @@ The sum is linear in the classes' unit rows: one vector for each label among the
 import torch
 from torch import Tensor
 
-from .class_table import ClassTable, added
+from .class_table import ClassTable, added, first_place
 from .target_logits import in_range, inverse_lengths, rounded
 
 
@@ -31,9 +31,12 @@ def mean_logits(
     C = weight.values.shape[0]
     ids = torch.arange(C, device=input.device) if class_ids is None else class_ids
     share, listed = torch.ones((), dtype=dtype, device=input.device).expand(ids.shape[0]), None
+    read = ids
     if log_expected_count is not None:
         share, listed = (-log_expected_count.to(dtype)).exp(), log_expected_count < torch.inf
-    rows = rounded(weight.rows(ids, dtype, listed), rounding, weight.values.dtype)
+        if ids.shape[0] > 0:  # of what is left out that of one that is not: sparse gradients list no other
+            read = ids.where(listed, ids.gather(0, first_place(listed)))
+    rows = rounded(weight.rows(read, dtype, listed), rounding, weight.values.dtype)
     x = rounded(input, rounding).to(dtype).where(counted[:, None], 0.0)
     if listed is not None:
         rows = rows.where(listed[:, None], 0.0)
@@ -44,7 +47,7 @@ def mean_logits(
         x, factor = x * inverse_lengths(x)[:, None], share * inverse_lengths(rows)
     terms, x = rows * factor[:, None], x * scale
     if bias is not None:
-        of_entries = bias.rows(ids, dtype, listed)
+        of_entries = bias.rows(read, dtype, listed)
         of_entries = of_entries if listed is None else of_entries.where(listed, 0.0)
         terms = torch.cat([terms, (share * of_entries)[:, None]], 1)
         x = torch.cat([x, x.new_ones(x.shape[0], 1)], 1)
@@ -57,6 +60,7 @@ def _sums_of_others(terms: Tensor, entry_labels: Tensor, target_labels: Tensor) 
     B = target_labels.shape[0]
     if not B:
         return terms[:0]
+    target_labels = target_labels.contiguous()  # searchsorted warns else
     labels = target_labels.sort().values
     entry_labels = entry_labels + 0 * labels[0]  # under vmap of each problem's own: searchsorted warns else
     nearest = torch.searchsorted(labels, entry_labels).clamp(max=B - 1)

@@ -165,6 +165,15 @@ def test_what_does_not_go_is_said(options, words):
         SampledSoftmax(C, D, **options)
 
 
+def test_labels_are_any_integers():
+    loss_func, (embeddings, labels) = SampledSoftmax(C, D), batch()
+    for dtype in (torch.int32, torch.uint8):
+        assert torch.equal(loss_func(embeddings, labels.to(dtype)), loss_func(embeddings, labels))
+    for wrong, found in ((labels.float(), "torch.float32"), (labels > 0, "torch.bool")):
+        with pytest.raises(TypeError, match=f"labels: expected integers, got {found}"):
+            loss_func(embeddings, wrong)
+
+
 def test_another_distance_is_refused_as_there():
     for distance in (distances.LpDistance(), distances.CosineSimilarity(power=2)):
         with pytest.raises(AssertionError, match="SampledSoftmax requires"):

@@ -2,6 +2,7 @@
 
 import copy
 import doctest
+import json
 import re
 import subprocess
 import sys
@@ -138,6 +139,11 @@ def test_labels_may_be_any_integers(library, plug, dtype):
             ValueError, match=r"labels: expected shape \(4,\) = one for each text, got \(3,\)"
         ):
             loss(columns, labels[:3])
+
+
+def test_the_model_card_has_a_scale_that_was_a_tensor(plug, model):
+    config = plug.InBatchSoftmaxLoss(model, scale=torch.tensor(20.0)).get_config_dict()
+    assert json.loads(json.dumps(config))["scale"] == 20.0
 
 
 def test_texts_of_the_same_words_in_another_order_are_two_items(plug, model):

@@ -14,6 +14,7 @@ from tolerance import eager_loss, excess, with_features_reversed, with_rows_long
 
 from fedss_kernels import SampledSoftmaxLoss, ShardedSampledSoftmaxLoss, draw_batch_class_set, smoothing
 from fedss_kernels import sampled_softmax_loss as loss_function
+from fedss_kernels.class_table import ClassTable
 
 EPS = 0.1
 
@@ -250,6 +251,45 @@ def test_the_smoothed_mean_is_unbiased(sampled_softmax_loss):
     draws = torch.stack([mean(torch.randperm(C, generator=g)[:S], log_count) for _ in range(4000)])
     error = draws.std(0) / len(draws) ** 0.5
     assert ((draws.mean(0) - mean(None, None)).abs() < 4 * error).all()
+
+
+@pytest.mark.parametrize("where", ["some", "all"])
+def test_smoothing_reads_no_row_that_is_left_out(where, monkeypatch):
+    """A sparse gradient would list it on a GPU, where what takes part is not cut out."""
+    read, rows = [], ClassTable.rows
+
+    def recorded(table, classes, *arguments):
+        read.extend(classes.tolist())
+        return rows(table, classes, *arguments)
+
+    monkeypatch.setattr(ClassTable, "rows", recorded)
+    x, w, _ = problem(B=3, C=40)
+    bias, t = torch.zeros(40, requires_grad=True), torch.tensor([7, 7, -100])
+    ids, counts = torch.tensor([0, 7, 9, 0]), torch.tensor([torch.inf, 0.0, 0.5, torch.inf])
+    counts = counts if where == "some" else torch.full((4,), torch.inf)
+    options = {"bias": bias, "label_smoothing": EPS, "sparse_grad": True, "impl": "triton"}
+    loss_function(x, w, t, ids, counts, **options).backward()
+    assert set(read) <= {7, 9}
+
+
+def test_smoothing_takes_a_column_of_targets(gpu_loss):
+    """torch warns of what its search makes a copy of; here a warning is an error."""
+    x, w, t = problem(B=3, C=40)
+    column = torch.stack([t, t], 1)[:, 0]
+    for loss in (loss_function, gpu_loss):
+        assert torch.equal(loss(x, w, column, label_smoothing=EPS), loss(x, w, t, label_smoothing=EPS))
+
+
+@gpu_only
+def test_negative_counts_of_16_bits_take_part(sampled_softmax_loss):
+    """As in float32, in what a sparse gradient lists too."""
+    x, w, _ = problem(B=2, C=5)
+    t, ids, counts = torch.tensor([0, 1]), torch.tensor([1, 1, 0]), torch.tensor([-1.0, 0.5, -1.5])
+    found = []
+    for given in (counts, counts.bfloat16()):
+        loss = sampled_softmax_loss(x, w, t, ids, given, sparse_grad=True)
+        found.append(torch.autograd.grad(loss, w)[0].to_dense())
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 8, 13])

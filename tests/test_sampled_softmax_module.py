@@ -227,6 +227,20 @@ def test_a_call_that_is_refused_draws_nothing(wrong, with_generator):
     assert torch.equal(drawn_from.get_state(), before)
 
 
+@pytest.mark.parametrize("left", ["bias", "class_weight"])
+def test_nor_does_one_whose_weight_alone_has_grown(left):
+    generator = torch.Generator().manual_seed(0)
+    criterion = SampledSoftmaxLoss(C, D, 5, generator=generator, bias=True, class_weight=torch.ones(C))
+    for name in {"weight", "bias", "class_weight"} - {left}:
+        held = getattr(criterion, name).detach()
+        grown = torch.cat([held, held[:3]])
+        setattr(criterion, name, grown if name == "class_weight" else torch.nn.Parameter(grown))
+    before = generator.get_state()
+    with pytest.raises(ValueError, match=f"^{left}: expected shape"):
+        criterion(*batch())
+    assert torch.equal(generator.get_state(), before)
+
+
 def test_a_scale_may_lie_where_the_module_does():
     """On meta, which stands for any other device than the CPU."""
     scale = torch.tensor(5.0, device="meta")

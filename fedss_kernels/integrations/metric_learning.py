@@ -140,7 +140,7 @@ class SampledSoftmax(WeightRegularizerMixin, BaseMetricLossFunction):
     def compute_loss(
         self,
         embeddings: Tensor,  # (B, D)
-        labels: Tensor | None,  # (B,) int64
+        labels: Tensor | None,  # (B,) integers
         indices_tuple: tuple[Tensor, ...] | None,  # a miner's
         ref_emb: Tensor | None,
         ref_labels: Tensor | None,
@@ -148,8 +148,11 @@ class SampledSoftmax(WeightRegularizerMixin, BaseMetricLossFunction):
         """The library's dictionary: a loss for each row, weighed by how often the miner took it."""
         common_functions.labels_required(labels)
         common_functions.ref_not_supported(embeddings, labels, ref_emb, ref_labels)
+        if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
+            found = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+            raise TypeError(f"labels: expected integers, got {found}")
         self.criterion.to(embeddings.device)
-        losses = self.criterion(embeddings, labels)
+        losses = self.criterion(embeddings, labels.long())
         weights = loss_and_miner_utils.convert_to_weights(indices_tuple, labels, dtype=losses.dtype)
         indices = common_functions.torch_arange_from_size(embeddings)
         result = {"loss": {"losses": losses * weights, "indices": indices, "reduction_type": "element"}}

@@ -64,11 +64,11 @@ class SampledSoftmaxCE(nn.Module):
         self._logits_callback: LogitsCallback | None = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SampledSoftmaxCE":
-        """As any module's, but that the correction, which no state dict has, stays in to_empty."""
+        """As any module's, but that the correction, which no state dict has, stays as it is on any device."""
         counts = self.log_expected_count
         super()._apply(fn, recurse)
         made = self.log_expected_count
-        self.log_expected_count = counts if made.is_meta else counts.to(made.device, made.dtype)
+        self.log_expected_count = counts if made.is_meta else counts.to(made.device)
         return self
 
     @property

@@ -196,7 +196,7 @@ class InBatchSoftmaxLoss(nn.Module):
     def get_config_dict(self) -> dict[str, Any]:
         """For the model card."""
         return {
-            "scale": self.scale,
+            "scale": float(self.scale),
             "similarity": self.similarity,
             "same_item": self.same_item,
             "gather_across_devices": self.gather_across_devices,

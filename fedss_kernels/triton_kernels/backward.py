@@ -335,7 +335,7 @@ def entry_ids(vectors, sizes, entries):
     takes_part = ids >= 0
     if vectors.counts is not None:
         corrections = tl.load(vectors.counts + entries, mask=entries < sizes.S, other=0.0)
-        takes_part &= (entries >= sizes.S) | (corrections < float("inf"))
+        takes_part &= (entries >= sizes.S) | (corrections.to(tl.float32) < float("inf"))
     return ids, takes_part
 
 

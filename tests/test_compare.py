@@ -300,7 +300,7 @@ def test_a_comparison_goes_on_with_the_data_and_the_methods_of_its_runs(
     }.items():
         with monkeypatch.context() as patch:
             change(patch)
-            found = f"the run in .*pos_only-.* is of other data or another method .*: {words}"
+            found = f"the run in .*pos_only-.* is of other data, another method or another net .*: {words}"
             with pytest.raises(CheckpointError, match=found):
                 compare(plan, out, resume=True)
             capsys.readouterr()
@@ -308,6 +308,20 @@ def test_a_comparison_goes_on_with_the_data_and_the_methods_of_its_runs(
             (line,) = capsys.readouterr().err.splitlines()
             assert re.match(f"fedss compare: {found}", line)
     assert not compare(plan, out, resume=True).failed
+
+
+def test_a_comparison_goes_on_with_the_net_that_its_runs_began_with(tmp_path, in_this_process):
+    """Whose file has the same name, and another net by now."""
+    file = tmp_path / "net.pt"
+    first, other = (run(Config(**SMALL | {"seed": seed})).extractor for seed in (0, 1))
+    torch.save(first.state_dict(), file)
+    config = Config(**SMALL, cache_dir=tmp_path / "cache", init_checkpoint=file)
+    plan, out = Plan(config, ["pos_only"], [0]), tmp_path / "out"
+    compare(plan, out)
+    assert not compare(plan, out, resume=True).failed
+    torch.save(other.state_dict(), file)
+    with pytest.raises(CheckpointError, match="another net .*: the net's trained parameters"):
+        compare(plan, out, resume=True)
 
 
 @pytest.mark.exhaustive

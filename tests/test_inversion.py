@@ -154,3 +154,13 @@ def test_an_attacker_of_one_image_is_refused():
 def test_latents_that_are_no_pixels_are_refused():
     with pytest.raises(ValueError, match=r"latent: expected \(channels, height, width\), got \(65, 192\)"):
         PlainDecoder((65, 192), (3, 32, 32))
+
+
+def test_an_attacker_that_never_trained_shows_no_picture():
+    """One latent that is not finite makes the decoder so; as it was drawn it is no attack."""
+    own = images(16)
+    latents = own.clone()
+    latents[:, :, 0, 0] = torch.nan
+    decoder = PlainDecoder((1, 8, 8), (1, 8, 8), width=4)
+    train_attacker(decoder, latents, own, np.random.default_rng(0), epochs=2)
+    assert attacked(decoder, own).isnan().all()

@@ -11,12 +11,14 @@ import pytest
 import torch
 from test_cli import SMALL
 from tiny_federation import tiny_config, tiny_data, tiny_model
+from torch.nn.functional import cross_entropy
 
 from fedss_kernels.federated import Config, ConfigError, Stopped, cli, plugins, register, run, testing
 from fedss_kernels.federated.algorithms import METHODS, Method, Request
 from fedss_kernels.federated.algorithms.parts import Part, Parts, Pass
 from fedss_kernels.federated.clients.player import Player
 from fedss_kernels.federated.comparisons.compare import Comparison
+from fedss_kernels.federated.files.method_numbers import method_numbers
 from fedss_kernels.federated.idle_settings import idle
 from fedss_kernels.federated.plan import Plan
 from fedss_kernels.federated.reports import report
@@ -818,3 +820,17 @@ def test_a_file_that_cannot_be_imported_is_said_with_its_cause(text, words, tmp_
     line = fails(capsys, "run", *SMALL, f"--plugin={path}")
     assert line.startswith(f"fedss run: --plugin: {path}: ") and words in line
     assert before == METHODS and not plugins.os.environ[plugins.FILES]
+
+
+def test_a_loss_that_can_be_asked_of_its_own_classes_alone_has_numbers_too():
+    """So that a resume is refused where it is another by then."""
+
+    def method(weights):
+        def loss(embeddings, rows, target, given):
+            logits = embeddings @ rows[:, : embeddings.shape[1]].T
+            return cross_entropy(logits, target, weight=weights[given.request.class_ids])
+
+        return replace(METHODS["full_softmax"], loss=loss)
+
+    first, second = (method_numbers(method(w), Config(), 20) for w in (torch.ones(20), torch.arange(1.0, 21)))
+    assert len(first) == len(second) and first != second

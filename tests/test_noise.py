@@ -178,3 +178,9 @@ def test_a_linear_heads_noise_vanishes_with_all_negatives(linear_model):
     settings = config(method="fedss", similarity="dot", scale=None, weight_init_scale=None)
     few, all_of_them = noise.measure(settings, tiny_data(), [1, NUM_CLASSES], batches=2, draws=2)
     assert few.noise > 1e-3 * few.full_norm and all_of_them.noise < 1e-12 * all_of_them.full_norm
+
+
+def test_of_one_draw_there_is_no_sd(linear_model, tmp_path):
+    (line,) = noise.measure(config(), tiny_data(), [1], batches=1, draws=1)
+    assert line.noise_sd is None
+    assert "| – |" in noise.write(tmp_path, [line], NUM_CLASSES)

@@ -3,12 +3,14 @@
 import argparse
 import csv
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 from fedss_kernels.federated import Config, cli, run
 from fedss_kernels.federated.cli.probe import PROBE, _say_idle
+from fedss_kernels.federated.cli.several_runs import titles
 from fedss_kernels.federated.figures import by_depth as by_several
 from fedss_kernels.federated.figures import probe
 from fedss_kernels.federated.loading import load_data
@@ -308,3 +310,12 @@ def test_the_plot_has_a_line_for_each_net_and_measure():
         *("linear probe, trained", "linear probe, random init", "kNN, trained", "kNN, random init"),
     ]
     assert drawn["linear probe, trained"] == [[1, pytest.approx(60)], [3, pytest.approx(80)]]
+
+
+def test_runs_that_began_with_other_nets_are_no_seeds_of_one():
+    configs = {
+        Path("a"): Config(seed=0),
+        Path("b"): Config(seed=1, init_checkpoint=Path("net.pt")),
+    }
+    found, twice = titles(configs, dict.fromkeys(configs, "FedSS"))
+    assert len({*found.values()}) == 2 and not twice and "net.pt" in found[Path("b")]

@@ -315,3 +315,24 @@ def test_blocks_that_a_run_froze_are_tuned_too_and_the_net_stays_frozen():
 def test_a_net_that_fine_tuning_breaks_is_right_in_nothing():
     train, labels = stripes(40)
     assert fine_tuned(Small(), 2, train, labels, train, labels, epochs=3, rate=3e38) == 0.0
+
+
+def test_an_image_whose_features_are_not_finite_is_not_tuned_on():
+    (train, labels), (test, truth) = stripes(40), stripes(60, seed=1)
+    train[0] = 7  # blank, which the net answers with NaN
+    net = Small()
+    net.blocks.stem.register_forward_pre_hook(
+        lambda stem, x: x[0].where(
+            (x[0] != x[0].flatten(1)[:, :1, None, None]).any((1, 2, 3), True), torch.nan
+        )
+    )
+    assert fine_tuned(net, 2, train, labels, test, truth, epochs=12, rate=0.03, batch_size=10) > 0.9
+
+
+@pytest.mark.parametrize("factor", [1e19, 1e25])
+def test_neighbours_are_near_by_direction_however_long_rows_are(factor):
+    g = torch.Generator().manual_seed(0)
+    labels = torch.arange(40) % 4
+    rows = torch.eye(8)[labels] + 0.3 * torch.randn(40, 8, generator=g)
+    plain = knn(rows, labels, rows.roll(1, 0), labels.roll(1), k=5)
+    assert knn(rows * factor, labels, rows.roll(1, 0) * factor, labels.roll(1), k=5) == plain > 0.9

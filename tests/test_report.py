@@ -629,3 +629,10 @@ def test_who_is_tested_where_clients_are_held_out(method, epochs, words, tmp_pat
     found = run(replace(config, holdout=0.0), data=data, model=tiny_model())
     write_run_report(tmp_path, Run(config, found.history, found.summary))
     assert words in page_of(tmp_path)
+
+
+def test_names_of_one_method_are_lines_of_their_own_over_class_sets(runs):
+    few = replace(runs[0], config=replace(runs[0].config, label="FedSS, few"))
+    (axes,) = accuracy_by_class_set([runs[0], few], LIGHT).axes
+    labels = [line.get_label() for line in axes.containers]
+    assert len(labels) == 2 and "FedSS, few" in labels

@@ -10,8 +10,9 @@ from ..files.checkpoint import MAY_DIFFER
 from ..plan import FILE, Plan
 from .options import Mistake, noted
 
-# Of one method and setting are runs that differ in these alone.
+# Of one method and setting are runs that differ in these alone; one that began with another net is not.
 _OF_NO_METHOD = {*MAY_DIFFER, "seed", "threads", "device", "eval_every", "label"}
+_OF_NO_METHOD -= {"init_checkpoint", "half_checkpoint"}
 
 
 def finished_runs(command: str, folders: Sequence[Path], wrong: list[str]) -> list[Path]:

@@ -296,7 +296,7 @@ class Player:
     @property
     def fingerprint(self) -> Fingerprint:
         """Of the data, the net as it begins and the method, which a resumed run must share."""
-        numbers = method_numbers(self.method, self.config)
+        numbers = method_numbers(self.method, self.config, self.data.num_classes)
         return Fingerprint.of(self.data, self.extractor.module, self.extractor.embed, numbers)
 
     def embed(self, phi: Tensor, round: int, part: int = 0, parts: int = 1) -> list[Tensor]:

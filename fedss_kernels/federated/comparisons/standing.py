@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..algorithms import METHODS
+from ..clients.player import Player
 from ..config import Config
 from ..files import checkpoint
 from ..files.checkpoint import CheckpointError
@@ -13,7 +14,7 @@ from .jobs import folder_of
 
 
 def check_standing(configs: Sequence[Config]) -> None:
-    """Raises CheckpointError where one that is done or begun is of other data, or of another method by now.
+    """Raises CheckpointError where one that is done or begun is of other data, another method or net by now.
 
     Where it kept no checkpoint, as with checkpoint_every 0, it is not known.
     """
@@ -26,11 +27,14 @@ def check_standing(configs: Sequence[Config]) -> None:
         if data is None or of != [*_options_of_data(config)]:  # the same for most
             of, data = [*_options_of_data(config)], load_data(config)
         method = METHODS[config.method].configured(config.settings)
-        different = found.other_data(data) + found.other_method(method_numbers(method, config))
+        numbers = method_numbers(method, config, data.num_classes)
+        different = found.other_data(data) + found.other_method(numbers)
+        if not different and (config.init_checkpoint or config.half_checkpoint):  # whose files may be others
+            different = found.differences(Player(config, data).fingerprint)
         if different:
             raise CheckpointError(
-                f"the run in {folder_of(config)} is of other data or another method than is here now: not as "
-                f"it was: {', '.join(different)}"
+                f"the run in {folder_of(config)} is of other data, another method or another net than is "
+                f"here now: not as it was: {', '.join(different)}"
             )
 
 

@@ -51,7 +51,7 @@ WORDS = (
 class Line:
     num_negatives: int  # asked for; a client with fewer other classes takes those
     noise: float  # mean over batches and draws
-    noise_sd: float
+    noise_sd: float | None  # None: of one draw
     full_norm: float  # mean norm of FullSoftmax' gradient
     instances: int
     bias: float | None = None  # of one draw there is no estimate
@@ -88,7 +88,7 @@ def measure(
         squares = [square for _, square in found if square is not None]
         bias = math.sqrt(max(statistics.fmean(squares), 0.0)) if squares else None
         full = statistics.fmean(batch.full_norm for batch in instances)
-        lines.append(Line(count, mean, sd or 0.0, full, len(instances) * draws, bias))
+        lines.append(Line(count, mean, sd, full, len(instances) * draws, bias))
         on_line(lines[-1])
     return lines
 
@@ -186,7 +186,8 @@ def write(out: Path, lines: Sequence[Line], num_classes: int) -> str:
         ratio = _percent(line.noise / line.full_norm) if line.full_norm else "–"
         bias = "–" if line.bias is None else f"{line.bias:.2g}"
         counts = f"{line.num_negatives:,}", share
-        rows.append([*counts, f"{line.noise:.3g}", f"{line.noise_sd:.2g}", ratio, bias])
+        sd = "–" if line.noise_sd is None else f"{line.noise_sd:.2g}"
+        rows.append([*counts, f"{line.noise:.3g}", sd, ratio, bias])
     title = "Gradient noise by number of negatives"
     return write_figures(out, "noise", every, lambda: _plot(lines), title, WORDS, header, rows)
 
@@ -204,7 +205,7 @@ def _plot(lines: Sequence[Line]) -> "Figure":
     axes.errorbar(
         [line.num_negatives for line in lines],
         [line.noise for line in lines],
-        [line.noise_sd for line in lines],
+        [line.noise_sd or 0.0 for line in lines],
         marker="o",
         capsize=3,
     )

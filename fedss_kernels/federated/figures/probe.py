@@ -63,7 +63,8 @@ def measure(
     """
     check(config)
     check_finite(state)
-    player = Player(replace(config, init_checkpoint=None), data, device=training_device(config))
+    drawn = replace(config, init_checkpoint=None, half_checkpoint=None, freeze_clients=False)
+    player = Player(drawn, data, device=training_device(config))
     begun = player.extractor.module
     trained = copy.deepcopy(begun)
     trained.load_state_dict(state)

@@ -23,13 +23,16 @@ _PARTS = list(Part)
 Ask = Callable[[Method, Config, int], Iterator[Tensor]]  # (a method, a run's settings, a size)
 
 
-def method_numbers(method: Method, config: Config) -> list[float]:
-    """Of its functions and fields. What cannot be asked about made-up inputs has none here."""
+def method_numbers(method: Method, config: Config, num_classes: int) -> list[float]:
+    """Of its functions and fields. What cannot be asked about made-up inputs has none here.
+
+    num_classes: the run's own, for a function that can be asked about no others.
+    """
     found = [float(getattr(method, name)) for name in _FLAGS]
     asked: list[tuple[Ask, Sequence[int]]] = [(_of_parts, [blocks]) for blocks in _BLOCKS]
     asked.append((_of_passes, _BLOCKS))
     if not method.contrastive:  # else nobody reads class rows
-        asked += [(ask, _CLASSES) for ask in (_of_request, _of_loss, _of_penalty)]
+        asked += [(ask, [*_CLASSES, num_classes]) for ask in (_of_request, _of_loss, _of_penalty)]
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.default_generator.manual_seed(0)
         for ask, sizes in asked:

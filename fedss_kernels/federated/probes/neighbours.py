@@ -8,9 +8,8 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from ..metrics import BLOCK
+from ..metrics import BLOCK, directions
 from .rows import blocks, check_rows, finite, share
 
 NEIGHBOURS = 50
@@ -49,7 +48,7 @@ def knn(
     if centred:
         mean = bank.mean(dim=0)
         bank, queries = bank - mean, queries - mean
-    bank, queries = normalize(bank), normalize(queries)
+    (bank, _), (queries, _) = directions(bank), directions(queries)
     classes, voters = bank_labels.unique(return_inverse=True)
     found = torch.empty_like(query_labels)
     for rows in blocks(len(queries), max(len(bank), len(classes)), block):

@@ -46,12 +46,16 @@ def fine_tuned(
     A copy of them is trained on all the images, with SGD of momentum 0.9 whose rate falls to 0 as a cosine
     over the steps; what counts is how it is after the last epoch. The layer begins at 0, on features that are
     standardised as they are before the training. That makes gradients large where features hardly differ, so
-    a step's gradient is of length 1 at most. All is a function of the arguments. Raises ValueError for a
-    depth that the net has not.
+    a step's gradient is of length 1 at most. Images whose features are not finite are not trained on. All is
+    a function of the arguments. Raises ValueError for a depth that the net has not.
     """
     rng = generator(seed, 0, 0, NO_CLIENT, Purpose.PROBE)
     body = copy.deepcopy(prefix(net, depth)).requires_grad_(True)
-    standard = Standard(outputs(body, prepared, images))
+    features = outputs(body, prepared, images)
+    kept = finite(features)
+    if not kept.any():
+        return 0.0
+    images, labels, standard = images[kept], labels[kept], Standard(features[kept])
     classes, targets = labels.unique(return_inverse=True)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int(rng.integers(2**63)))  # for a net that draws

@@ -100,18 +100,20 @@ def _any_rows(runs: Sequence[Run]) -> bool:
 def accuracy_by_class_set(runs: Sequence[Run], theme: dict[str, str]) -> "Figure":
     """Accuracy at the end over |S_k|: a line for each method with negatives, a point for each without."""
     figure, (axes,) = _figure(runs, theme, panels=1)
-    cases = by_case(runs)
-    methods = list(dict.fromkeys(case.method for case in cases))
-    for method, look in zip(methods, styles(methods), strict=True):
+    lines: dict[tuple[str, str | None], list[list[Run]]] = {}
+    for case, group in by_case(runs).items():
+        lines.setdefault((case.method, case.called), []).append(group)
+    looks = styles([method for method, _ in lines])
+    for ((method, called), groups), look in zip(lines.items(), looks, strict=True):
         points = []
-        for group in (runs for case, runs in cases.items() if case.method == method):
+        for group in groups:
             scale = group[0].summary.headline.scale
             values = [scale * run.summary.accuracy for run in group if run.summary.accuracy is not None]
             sd = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
             sizes = [run.summary.mean_class_set for run in group]
             points.append((float(np.mean(sizes)), float(np.mean(values)), sd))
         x, mean, error = zip(*sorted(points), strict=True)
-        axes.errorbar(x, mean, error, label=METHODS[method].label, capsize=3, **look)
+        axes.errorbar(x, mean, error, label=called or METHODS[method].label, capsize=3, **look)
     axes.set_xlabel("class rows on a client, |S_k| (mean, log scale)")
     _log_axis(axes)
     return _finish(figure, axes, runs, theme, runs[0].summary.headline)

@@ -159,7 +159,8 @@ def train_attacker(
 ) -> nn.Module:
     """Trains `decoder` in place and returns it, in eval mode and as it was after its best epoch.
 
-    The best is that of the least mean loss on a tenth of the images, which is not trained on. Raises
+    The best is that of the least mean loss on a tenth of the images, which is not trained on. Where that is
+    finite after no epoch all of its numbers are NaN, and so is what it makes of latents. Raises
     ValueError for fewer than two images, or latents of others.
     """
     if learns not in LEARNS:
@@ -186,6 +187,8 @@ def train_attacker(
         on_epoch(epoch, loss)
         if loss < best:
             best, kept = loss, _copy(decoder)
+    if best == math.inf and epochs:  # no attack: what it makes of latents is to be no picture
+        kept = {n: t.fill_(torch.nan) if t.is_floating_point() else t for n, t in kept.items()}
     decoder.load_state_dict(kept)
     return decoder.eval()
 

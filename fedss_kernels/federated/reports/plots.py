@@ -100,20 +100,17 @@ def _any_rows(runs: Sequence[Run]) -> bool:
 def accuracy_by_class_set(runs: Sequence[Run], theme: dict[str, str]) -> "Figure":
     """Accuracy at the end over |S_k|: a line for each method with negatives, a point for each without."""
     figure, (axes,) = _figure(runs, theme, panels=1)
-    lines: dict[tuple[str, str | None], list[list[Run]]] = {}
-    for case, group in by_case(runs).items():
-        lines.setdefault((case.method, case.called), []).append(group)
-    looks = styles([method for method, _ in lines])
-    for ((method, called), groups), look in zip(lines.items(), looks, strict=True):
+    for look, cases in _cases_by_name(runs):
         points = []
-        for group in groups:
+        for _, group in cases:
             scale = group[0].summary.headline.scale
             values = [scale * run.summary.accuracy for run in group if run.summary.accuracy is not None]
             sd = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
             sizes = [run.summary.mean_class_set for run in group]
             points.append((float(np.mean(sizes)), float(np.mean(values)), sd))
         x, mean, error = zip(*sorted(points), strict=True)
-        axes.errorbar(x, mean, error, label=called or METHODS[method].label, capsize=3, **look)
+        case, _ = cases[0]
+        axes.errorbar(x, mean, error, label=case.called or METHODS[case.method].label, capsize=3, **look)
     axes.set_xlabel("class rows on a client, |S_k| (mean, log scale)")
     _log_axis(axes)
     return _finish(figure, axes, runs, theme, runs[0].summary.headline)
@@ -213,13 +210,18 @@ def _lines(runs: Sequence[Run]) -> list[Line]:
     return [*_with_others(*found[0])] if len(by_case(runs)) == 1 else found
 
 
-def _looks(runs: Sequence[Run]) -> list[tuple[dict[str, str], list[Run]]]:
-    """Of one case of each method: of several numbers of negatives the one in the middle."""
+def _cases_by_name(runs: Sequence[Run]) -> list[tuple[dict[str, str], list[tuple[Case, list[Run]]]]]:
+    """How each name of a method looks, and its cases: they differ in their number of negatives."""
     lines: dict[tuple[str, str | None], list[tuple[Case, list[Run]]]] = {}
     for case, group in by_case(runs).items():
         lines.setdefault((case.method, case.called), []).append((case, group))
+    return list(zip(styles([method for method, _ in lines]), lines.values(), strict=True))
+
+
+def _looks(runs: Sequence[Run]) -> list[tuple[dict[str, str], list[Run]]]:
+    """Of one case of each method: of several numbers of negatives the one in the middle."""
     found = []
-    for cases, look in zip(lines.values(), styles([method for method, _ in lines]), strict=True):
+    for look, cases in _cases_by_name(runs):
         case, group = sorted(cases, key=lambda each: each[0].num_negatives or 0)[len(cases) // 2]
         found.append((look | {"label": case.label}, group))
     return found

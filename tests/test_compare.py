@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from test_data_image_folder import write_tree
 from tiny_federation import tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import CheckpointError, Config, ConfigError, cli, run
@@ -365,8 +367,43 @@ def test_a_report_that_is_made_again_says_why_a_run_failed(tmp_path, in_this_pro
     config = replace(config, out=out / "fedss-seed0", client_lr=0.1, overwrite=True)
     with pytest.raises(Stopped):
         run(config, stop=lambda: True)
+    replace(plan, config=replace(plan.config, client_lr=0.1)).save(out)
     with pytest.raises(ValueError, match="seed 0 is left out: 1 round is done, of a comparison of 2"):
         report_again(out)
+
+
+def test_a_run_that_was_made_anew_with_other_options_is_in_no_mean(tmp_path, in_this_process):
+    """In a comparison's folder, whether it goes on or its report is made again; a trial likewise."""
+    config, out = Config(**SMALL, cache_dir=tmp_path / "cache"), tmp_path / "out"
+    plan = Plan(config, ["pos_only"], [0, 1], rates=[0.1])
+    compare(plan, out)
+    folder = out / "pos_only-seed1"
+    run(replace(plan.runs(out, {})[1], client_lr=0.1, batch_size=3, overwrite=True))
+    words = f"{folder} holds a run that is not of this comparison (batch_size: 3 there, 10 here): remove it"
+    comparison = compare(plan, out, resume=True)
+    assert [line.seeds for line in comparison.table] == [1]
+    assert comparison.failed == [f"PosOnly, seed 1 failed: {words}, and go on with --resume"]
+    assert report_again(out) == [f"PosOnly, seed 1 is left out: {words}, and go on with --resume"]
+    shutil.rmtree(folder)
+    assert [line.seeds for line in compare(plan, out, resume=True).table] == [2]
+
+    run(replace(plan.trials(out / "rates")[0], batch_size=3, overwrite=True))
+    (failure,) = compare(plan, out, resume=True).failed
+    assert "pos_only-lr0.1 holds a run that is not of this comparison (batch_size: 3 there" in failure
+
+
+def test_the_numbers_that_are_chosen_for_the_data_are_those_of_every_run(tmp_path, in_this_process):
+    """Of photos in folders: a run that was made anew with a cohort of its own is not of the comparison."""
+    photos = write_tree(tmp_path / "photos", {"ant": 10, "bee": 10})
+    config = Config(data="image_folder", data_dir=photos, cache_dir=tmp_path / "cache", model="conv4_rgb")
+    config = replace(config, rounds=1, image_size=36, crop_size=32, embedding_dim=8)
+    plan, out = Plan(config, ["pos_only"], [0]), tmp_path / "out"
+    (made,) = compare(plan, out).runs
+    assert plan.config.cohort is None and made.config.cohort > 1
+    assert not compare(plan, out, resume=True).failed
+    run(replace(made.config, cohort=1, min_clients=1, out=out / "pos_only-seed0", overwrite=True))
+    (failure,) = compare(plan, out, resume=True).failed
+    assert f"cohort: 1 there, {made.config.cohort} here" in failure
 
 
 @pytest.mark.exhaustive

@@ -93,6 +93,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "cifar100": _CIFAR | {"num_negatives": 20},
 }
 PRESETS[OWN] = PRESETS["glyphs"]
+FITTED_OPTIONS = {name for of in PRESETS.values() for name, value in of.items() if value is FITTED}
 
 
 def preset(data: str, method: str) -> dict[str, Any]:

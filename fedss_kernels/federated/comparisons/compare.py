@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..algorithms import METHODS
 from ..config import Config, ConfigError
-from ..data import FederatedData
+from ..data import FederatedData, Found
 from ..data.holdout import held_out
 from ..evaluation import check_measured
 from ..files.round_metrics import RoundMetrics
@@ -78,7 +78,7 @@ def compare(
     for settings that cannot be, FileExistsError for a folder in use, CheckpointError where there is no such
     comparison to go on with.
     """
-    plan = _checked(plan, jobs)
+    plan, data = _checked(plan, jobs)
     if resume:
         plan.check_same(out)
         check_standing([*(plan.trials(out / "rates") if plan.rates else ()), *plan.runs(out, {})])
@@ -89,7 +89,7 @@ def compare(
     rates, notes, failed = best_rates(plan, out, jobs, _heard(on_trial or _ignore, tuned), resume, stop)
     planned, hear = plan.runs(out, rates), _heard(on_round or _ignore, tuned, runs_from)
     kept = [i for i, c in enumerate(planned) if not plan.rates or case_of(c, plan.several) in rates]
-    configs = [planned[i] for i in kept]
+    configs = [fitted(planned[i], data) for i in kept]
     if not configs:
         return Comparison([], [], failed, out, notes)
     found, failures = play_all(configs, jobs, lambda job, what: hear(kept[job], what), resume, stop)
@@ -110,13 +110,14 @@ def _in_order(plan: Plan, runs: Iterable[Run]) -> list[Run]:
     return sorted(runs, key=lambda run: cases.index(case_of(run.config, plan.several)))
 
 
-def _checked(plan: Plan, jobs: int) -> Plan:
-    """With a net. Once, before anything starts: mistakes surface here, and caches fill."""
+def _checked(plan: Plan, jobs: int) -> tuple[Plan, Found]:
+    """With a net, and what the data hold. Once, before anything starts: mistakes surface, and caches fill."""
     if jobs < 1:
         raise ConfigError("jobs", f"expected an integer of at least 1, got {jobs}")
     plan = dataclasses.replace(plan, config=with_a_net(plan.config))  # the same when it is resumed elsewhere
-    _check(plan, load_data(plan.config))
-    return plan
+    data = load_data(plan.config)
+    _check(plan, data)
+    return plan, data.found
 
 
 def _check(plan: Plan, data: FederatedData) -> None:
@@ -142,7 +143,7 @@ def report_again(out: Path) -> list[str]:
     plan = Plan.read(out)
     trials, configs = plan.trials(out / "rates"), plan.runs(out, {})
     _, lost = played(trials)
-    found, failures = played(configs)
+    found, failures = played(configs, unknown=["client_lr"] if plan.rates else [])
     left_out = [f"{trial_name(plan, trials[job])} has no result: {of.words}" for job, of in lost.items()]
     left_out += [f"{job_name(plan, configs[job])} is left out: {of.words}" for job, of in failures.items()]
     runs = _in_order(plan, found.values())

@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -15,9 +15,11 @@ from typing import Any, cast
 
 from .. import files
 from ..config import Config, ConfigError
+from ..defaults import FITTED, FITTED_OPTIONS
 from ..disk import reason, write_whole
 from ..fedavg_round import TooFewClients
 from ..files import checkpoint
+from ..files.checkpoint import differences
 from ..files.round_metrics import RoundMetrics
 from ..files.run_folder import read_run
 from ..given_back import give_back
@@ -74,8 +76,14 @@ def play_all(
     return runs, dict(sorted((others | failures).items()))
 
 
-def played(configs: Sequence[Config]) -> tuple[dict[int, Run], dict[int, Failure]]:
-    """What is in the folders of these runs: each that is done, or why it does not count."""
+def played(
+    configs: Sequence[Config], unknown: Collection[str] = ()
+) -> tuple[dict[int, Run], dict[int, Failure]]:
+    """What is in the folders of these runs: each that is done, or why it does not count.
+
+    One that was made anew in its folder with other options does not. The `unknown` options may be any, and
+    those that a configuration leaves to be chosen for the data.
+    """
     runs, failures = dict[int, Run](), dict[int, Failure]()
     for job, config in enumerate(configs):
         folder = folder_of(config)
@@ -88,7 +96,10 @@ def played(configs: Sequence[Config]) -> tuple[dict[int, Run], dict[int, Failure
             failures[job] = Failure(_last_error(folder) or str(error))
             continue
         done = len(found.history)
-        if found.summary.not_finite_since is not None:
+        if different := _differences(found.config, config, unknown):
+            words = f"{folder} holds a run that is not of this comparison ({'; '.join(different)}): remove it"
+            failures[job] = Failure(f"{words}, and go on with --resume", lasting=True)
+        elif found.summary.not_finite_since is not None:
             failures[job] = Failure("; ".join(remarks(found.summary)), lasting=True)
         elif done < config.rounds and (words := _last_error(folder)):
             failures[job] = Failure(words)
@@ -98,6 +109,13 @@ def played(configs: Sequence[Config]) -> tuple[dict[int, Run], dict[int, Failure
         else:
             runs[job] = found
     return runs, failures
+
+
+def _differences(there: Config, here: Config, unknown: Collection[str]) -> list[str]:
+    """As those of checkpoints, but for the rounds: there may be others in the folder as yet."""
+    left = {name for name in FITTED_OPTIONS if getattr(here, name) is FITTED}
+    either = ({**each.to_dict(), **dict.fromkeys({"rounds", *left, *unknown})} for each in (there, here))
+    return differences(*either)
 
 
 def _last_error(folder: Path) -> str:

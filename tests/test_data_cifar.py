@@ -313,6 +313,24 @@ def test_damaged_jpeg_files_are_all_listed_and_left_out(tmp_path, place, caplog)
     assert said == [("cifar10: decoding images", i + 1, total) for i in range(total)]
 
 
+@pytest.mark.parametrize("place", ["archive", "folder"])
+def test_files_that_are_no_jpeg_images_are_counted(tmp_path, place):
+    """Not those that are hidden, as a Mac leaves them."""
+    others = {"train/cat/note.txt": b"?", "test/cat/0.lnk": b"?", "train/cat/._0000.jpg": b"?"}
+    if place == "archive":
+        others["val/cat/0000.jpg"] = encoded(0)
+        write_tar(tmp_path / "cifar10_jpeg.tar.xz", jpegs() | others)
+    else:
+        write(tmp_path, jpegs() | others)
+    for _ in range(2):  # the second time from the cache
+        data = read("cifar10", tmp_path)
+        (note,) = data.notes
+        assert note.startswith(f"left out: {len(others) - 1} files (")
+        assert ".txt 1" in note and ".lnk 1" in note
+        assert ("neither in train nor in test 1" in note) == (place == "archive")
+        assert len(data.images) == 30 and len(data.test_images) == 20
+
+
 def test_other_classes_of_jpeg_files(tmp_path):
     write(tmp_path, {"train/cat/0.jpg": encoded(0), "test/cat/0.jpg": encoded(0)})
     with pytest.raises(ValueError, match=r"of 10 classes in .*, got cat"):

@@ -2,6 +2,7 @@ import errno
 import hashlib
 import io
 import os
+import re
 import zipfile
 from pathlib import Path
 
@@ -260,10 +261,42 @@ def test_a_drawer_twice(folder):
             read(folder, skip_damaged=skip)
 
 
-def test_empty_part(folder):
-    write_zip(folder, {})
-    with pytest.raises(ValueError, match=r"no <alphabet>/character<NN>"):
+@pytest.mark.parametrize(
+    "lost", ["empty folder", "empty zip", "a folder in the folder", "no folder in the zip"]
+)
+def test_a_part_without_a_drawing_is_not_passed_over(folder, lost):
+    """As of an archive that was packed or unpacked another way, while the other part is whole."""
+    write_zip(folder, authors_files("images_background"), "images_background")
+    files = authors_files()
+    if lost == "empty folder":  # beside the archive that it should hold
+        write_zip(folder, files)
+        (folder / "images_evaluation").mkdir()
+    elif lost == "empty zip":
+        write_zip(folder, {})
+    elif lost == "a folder in the folder":
+        write_folder(folder, {f"images_evaluation/{name}": content for name, content in files.items()})
+    else:
+        write_zip(folder, {name.partition("/")[2]: content for name, content in files.items()})
+    with pytest.raises(
+        ValueError, match=r"no images_evaluation/<alphabet>/character<NN>.*_evaluation"
+    ) as said:
         read(folder)
+    counted = "left out: 160 files (not where a drawing is 160)" in str(said.value)
+    assert counted == (not lost.startswith("empty"))
+
+
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_files_that_are_no_drawings_are_counted(folder, unpacked):
+    """Not those that are hidden, as a Mac leaves them."""
+    files = authors_files()
+    strange = ("Greek/0001_01.png", "Greek/character01/0001_1.png", "Greek/note.txt", "README", ".DS_Store")
+    files |= {f"images_evaluation/{name}": b"?" for name in strange}
+    (write_folder if unpacked else write_zip)(folder, files)
+    note = "left out: 4 files (not where a drawing is 2, .txt 1, no ending 1)"
+    for _ in range(2):  # the second time from the cache
+        data = read(folder)
+        assert sorted(re.split(r"[(,)] ?", data.notes[0])) == sorted(re.split(r"[(,)] ?", note))
+        assert data.num_classes == 8 and len(data.notes) == 1
 
 
 def test_wrong_size_and_mode():

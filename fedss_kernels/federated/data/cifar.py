@@ -20,6 +20,7 @@ import lzma
 import pickle
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -113,7 +114,9 @@ def load_cifar(
     if task != "classification":
         raise ValueError(f"task: expected classification for {form.name}, got {task!r}")
     arrays = _read(form, data_dir, partial(_from_jpegs, cache_dir, skip_damaged, on_progress))
-    notes = say_left_out(form.name, arrays.get("left_out", np.array([], str)).tolist())
+    walk = ClassFolders(form.name)
+    walk.left_out.update(arrays.get("other_files", np.array([], str)).tolist())
+    notes = (*walk.notes, *say_left_out(form.name, arrays.get("left_out", np.array([], str)).tolist()))
     for part in ("labels", "test_labels"):
         strange = arrays[part][(arrays[part] < 0) | (arrays[part] >= form.num_classes)]
         if len(strange):
@@ -339,32 +342,47 @@ def _from_jpegs(
     walk = ClassFolders("cifar10")
     files = [place] if place.is_file() else [*walk.images(place / "train"), *walk.images(place / "test")]
     stats = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    key = {"version": VERSION, "pillow": PIL.__version__, "files": stats}
+    key: dict[str, Any] = {"version": VERSION, "pillow": PIL.__version__, "files": stats}
+    key["other_files"] = sorted(walk.left_out.items())
     if skip_damaged:
         key["skip_damaged"] = True
 
     def make() -> Arrays:
-        found = _jpegs(place, files)
+        found = _jpegs(place, files, others := walk.left_out.copy())
         with unlimited:
             arrays, failures = _decoded(place, found, on_progress or (lambda what, done, total: None))
         if failures and not (skip_damaged and len(arrays["images"]) and len(arrays["test_images"])):
             raise DamagedImages.inside("cifar10", str(place), failures, len(found), cache_dir, SOURCE)
         if failures:
             arrays["left_out"] = np.array([name.split("/")[1] for name in failures])
+        arrays["other_files"] = np.array(list(others.elements()), str)
         return arrays
 
     return cached_arrays("cifar10", key, make, cache_dir)
 
 
-def _jpegs(place: Path, files: list[Path]) -> Sequence[tuple[str, bytes | Path]]:
-    """(name, its content or what has it) of every file in an archive or a folder, in order of their names."""
+def _jpegs(place: Path, files: list[Path], others: Counter[str]) -> Sequence[tuple[str, bytes | Path]]:
+    """(name, its content or what has it) of every image in an archive or a folder, in order of their names.
+
+    Counts in `others` what else is in an archive; what is hidden is not looked at, as in a folder.
+    """
     found: Sequence[tuple[str, bytes | Path]]
     if place.is_file():
         found = _members("cifar10", place)
     else:
         found = [(file.relative_to(place).as_posix(), file) for file in files]
-    endings = tuple(image_endings())
-    images = [(name, content) for name, content in found if name.lower().endswith(endings)]
+    endings, images = image_endings(), []
+    for name, content in found:
+        ending = Path(name).suffix.lower()
+        pieces = name.split("/")
+        if any(piece.startswith((".", "__MACOSX")) for piece in pieces):
+            continue
+        if ending not in endings:
+            others[ending or "no ending"] += 1
+        elif len(pieces) > 2 and pieces[0] not in ("train", "test"):
+            others["neither in train nor in test"] += 1
+        else:
+            images.append((name, content))
     loose = next((name for name, _ in images if name.count("/") < 2), None)
     if loose is not None:
         raise ValueError(f"cifar10: expected train/<class>/*.jpg and test/<class>/*.jpg, got {loose}")

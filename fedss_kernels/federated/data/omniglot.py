@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +33,7 @@ from .images import OnProgress
 from .partition import Partition
 from .pixels import Failure, failure, read_file
 
-VERSION = 1  # raise it whenever the same files would give other arrays
+VERSION = 2  # raise it whenever the same files would give other arrays
 PARTS = ("images_background", "images_evaluation")
 SOURCE = "https://github.com/brendenlake/omniglot/tree/master/python"
 DRAWERS = 20
@@ -44,6 +45,7 @@ SIZE = 28
 OVERLAP = (np.arange(4 * ORIGINAL_SIZE) // 15 == np.arange(SIZE)[:, None]).astype(np.float32)
 OVERLAP = OVERLAP.reshape(SIZE, ORIGINAL_SIZE, 4).sum(2)
 FILE_NAME = re.compile(r"([^/]+)/(character\d+)/\d+_(\d\d)\.png")
+MISPLACED = "not where a drawing is"
 
 
 def load_omniglot(
@@ -60,17 +62,24 @@ def load_omniglot(
     """Reads images_background, images_evaluation or both from `data_dir`, each zipped or unpacked.
 
     Images are averaged down to 28x28, ink is high. `seed` chooses the alphabets that a retrieval holds out,
-    a share `holdout` of them. Raises FileNotFoundError where neither part is there, ValueError where a file
-    isn't what it should be; with `skip_damaged` the data set goes on without images that can't be read.
+    a share `holdout` of them. Files that are no drawings are counted in its notes. Raises FileNotFoundError
+    where neither part is there, ValueError where a file isn't what it should be or one of the parts has no
+    drawing; with `skip_damaged` the data set goes on without images that can't be read.
     """
     parts = find_parts(data_dir)
-    key = {"version": VERSION, "files": [file for part in parts for file in _fingerprint(part)]}
+    walk = _walk()
+    key: dict[str, Any] = {
+        "version": VERSION,
+        "files": [file for part in parts for file in _fingerprint(part, walk)],
+        "other_files": sorted(walk.left_out.items()),
+    }
     if skip_damaged:
         key["skip_damaged"] = True
     arrays = cached_arrays(
         "omniglot", key, lambda: read(parts, skip_damaged, cache_dir, on_progress), cache_dir
     )
-    notes = say_left_out("omniglot", arrays.get("left_out", np.array([], str)).tolist())
+    walk.left_out = Counter(arrays["other_files"].tolist())
+    notes = (*walk.notes, *say_left_out("omniglot", arrays.get("left_out", np.array([], str)).tolist()))
     data = partition("omniglot", _table(arrays), task, seed, holdout, how)
     return replace(data, notes=notes) if notes else data
 
@@ -93,15 +102,15 @@ def find_parts(data_dir: Path | None) -> list[Path]:
     return found
 
 
-def _fingerprint(part: Path) -> list[tuple[str, int, int]]:
+def _fingerprint(part: Path, walk: ClassFolders) -> list[tuple[str, int, int]]:
     """(name, size, time of change) of a zip file, or of all files in a folder."""
-    files = [part] if part.is_file() else _pngs(part)
+    files = [part] if part.is_file() else walk.images(part)
     stats = ((str(file.absolute()), file.stat()) for file in files)
     return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
 
-def _pngs(folder: Path) -> list[Path]:
-    return ClassFolders("omniglot", frozenset({".png"})).images(folder)
+def _walk() -> ClassFolders:
+    return ClassFolders("omniglot", frozenset({".png"}))
 
 
 def read(
@@ -112,9 +121,11 @@ def read(
 ) -> Arrays:
     """Every image of `parts`, in the order of alphabet, character, drawer."""
     found, failures, lost = list[Drawing](), dict[str, Failure](), list[Drawing]()
+    walk = _walk()
     for part in parts:
+        before = len(found) + len(lost)
         for alphabet, character, drawer, name, content in (
-            _from_zip(part) if part.is_file() else _from_folder(part)
+            _from_zip(part, walk.left_out) if part.is_file() else _from_folder(part, walk)
         ):
             try:
                 found.append((alphabet, character, drawer, decode(content(), name)))
@@ -124,13 +135,17 @@ def read(
                 lost.append((alphabet, character, drawer, b""))
             if on_progress:
                 on_progress("omniglot: decoding images", len(found) + len(lost), 0)
+        if len(found) + len(lost) == before:
+            left_out = "".join(f" ({note})" for note in walk.notes)
+            raise ValueError(
+                f"omniglot: no {part.stem}/<alphabet>/character<NN>/<id>_<drawer>.png in {part}{left_out}; "
+                f"get it again from {SOURCE}, or remove it"
+            )
     drawings = sorted(found)
     where = " or ".join(map(str, parts))
     if failures and not (skip_damaged and drawings):
         total = len(found) + len(lost)
         raise DamagedImages.inside("omniglot", where, failures, total, cache_dir, SOURCE)
-    if not drawings:
-        raise ValueError(f"omniglot: no <alphabet>/character<NN>/<id>_<drawer>.png in {where}")
     lost += _missing(drawings + lost, skip_damaged)
     characters = sorted({(alphabet, character) for alphabet, character, _, _ in drawings})
     alphabets = sorted({alphabet for alphabet, _ in characters})
@@ -143,6 +158,7 @@ def read(
         "character_names": np.array([f"{a}/{c}" for a, c in characters]),
         "alphabet": np.array([alphabets.index(a) for a, _ in characters], dtype=np.int64),
         "alphabet_names": np.array(alphabets),
+        "other_files": np.array(list(walk.left_out.elements()), str),
         **({"left_out": np.array([f"{a}/{c}" for a, c, *_ in lost])} if lost else {}),
     }
 
@@ -167,12 +183,19 @@ File = tuple[str, str, int, str, Callable[[], bytes]]  # the same, but a name fo
 DAMAGES = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError, UnicodeError)
 
 
-def _from_zip(path: Path) -> Iterator[File]:
+def _from_zip(path: Path, left_out: Counter[str]) -> Iterator[File]:
+    """What isn't hidden, as in a folder; counts the others in `left_out`."""
     try:
         with named(path), zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                match = FILE_NAME.fullmatch(name.partition("/")[2])
-                if match and name.startswith(f"{path.stem}/"):
+            names = [name for name in archive.namelist() if not name.endswith("/")]
+            for name in names:
+                top, _, below = name.partition("/")
+                match = FILE_NAME.fullmatch(below) if top == path.stem else None
+                if match is None:
+                    if not any(piece.startswith((".", "__MACOSX")) for piece in name.split("/")):
+                        ending = Path(name).suffix.lower()
+                        left_out[MISPLACED if ending == ".png" else ending or "no ending"] += 1
+                else:
                     yield match[1], match[2], int(match[3]), name, partial(archive.read, name)
     except DAMAGES as error:
         if of_the_system(error):
@@ -180,10 +203,12 @@ def _from_zip(path: Path) -> Iterator[File]:
         raise ValueError(f"omniglot: {path} is damaged ({error}); get it again from {SOURCE}") from error
 
 
-def _from_folder(path: Path) -> Iterator[File]:
-    for file in _pngs(path):
+def _from_folder(path: Path, walk: ClassFolders) -> Iterator[File]:
+    for file in walk.images(path):
         match = FILE_NAME.fullmatch(file.relative_to(path).as_posix())
-        if match:
+        if match is None:
+            walk.left_out[MISPLACED] += 1
+        else:
             yield match[1], match[2], int(match[3]), str(file), partial(read_file, file)
 
 

@@ -3,12 +3,14 @@
 import argparse
 import csv
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from fedss_kernels.federated import Config, cli, run
+from fedss_kernels.federated.cli import probe as probe_command
 from fedss_kernels.federated.cli.probe import PROBE, _say_idle
 from fedss_kernels.federated.cli.several_runs import titles
 from fedss_kernels.federated.figures import by_depth as by_several
@@ -259,6 +261,44 @@ def test_runs_of_other_settings_are_no_seeds_of_one_and_none_counts_twice(folder
     assert fails(capsys, str(folder), str(copied)) == words
 
 
+def test_nets_of_other_sizes_have_each_their_own_at_random(folder, tmp_path):
+    wide, out = tmp_path / "wide", tmp_path / "out"
+    run(Config(**SMALL | {"model": "isotropic:depth=1", "embedding_dim": 32}, out=wide))
+    assert cli.main(["probe", str(folder), str(wide), "--depths=1", f"--out={out}"]) == 0
+    _, rows = read_markdown((out / "by_depth.md").read_text())
+    models = ("conv4, embedding_dim 8", "isotropic:depth=1, embedding_dim 32")
+    assert [row[0] for row in rows] == [f"{n}, model {m}" for n in ("FedSS", "random init") for m in models]
+    assert [row[2] for row in rows] == ["1"] * 4, "each the mean of one"
+
+
+def test_features_that_are_not_finite_are_counted_and_said(folder, tmp_path, capsys, monkeypatch):
+    """As of a net that divides by the spread of a blank image: of 3 in training and 2 in the test."""
+    data = load_data(Config(**SMALL))
+    for part, count in ((data.images, 3), (data.test_images, 2)):
+        part[:count] = 0
+    by_depth_module = sys.modules[by_depth.__module__]  # which has its function's name
+    features = by_depth_module.features
+
+    def divided(net, images, depth, **options):
+        spread = images.flatten(1).float().std(dim=1, keepdim=True)
+        return features(net, images, depth, **options) + 0 / spread
+
+    monkeypatch.setattr(by_depth_module, "features", divided)
+    monkeypatch.setattr(probe_command, "read_data", lambda config, told: (config, data))
+    monkeypatch.setattr(probe_command, "check_trained_on", lambda folder, data: None)
+    words = "The features of 5 images are not finite after block 1, trained: of training they are left out, "
+    words += "of the test they are misses"
+    assert cli.main(["probe", str(folder), "--depths=1"]) == 0
+    assert f"fedss probe: {folder}: {words}\n" in capsys.readouterr().err
+    assert [row["not_finite"] for row in read_csv(folder / "probe.csv")] == ["5", "5"]
+    assert words in (folder / "report.html").read_text()
+    other, out = tmp_path / "other", tmp_path / "out"
+    run(Config(**SMALL | {"seed": 4}, out=other))
+    assert cli.main(["probe", str(folder), str(other), "--depths=1", f"--out={out}"]) == 0
+    assert [row["not_finite"] for row in read_csv(out / "by_depth.csv")] == ["5"] * 4
+    assert words in (out / "section-by_depth.html").read_text()
+
+
 def test_a_run_that_cannot_be_measured_leaves_the_others(folder, tmp_path, capsys):
     """One net is not finite; of the other two one has fewer blocks than are looked at."""
     spoilt, small, out = tmp_path / "spoilt", tmp_path / "small", tmp_path / "out"
@@ -273,7 +313,8 @@ def test_a_run_that_cannot_be_measured_leaves_the_others(folder, tmp_path, capsy
     assert f"fedss probe: {spoilt} is left out: the net has numbers that are not finite\n" in err
     assert f"fedss probe: {small} is left out: --depths: expected one in [0, 1], got 3\n" in err
     nets = {row["net"] for row in read_csv(out / "by_depth.csv")}
-    assert nets == {"FedSS, model conv4, embedding_dim 8", "random init"}
+    varied = "model conv4, embedding_dim 8"
+    assert nets == {f"FedSS, {varied}", f"random init, {varied}"}
 
 
 def test_runs_of_other_data_are_not_put_together(folder, tmp_path, capsys):

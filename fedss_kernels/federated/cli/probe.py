@@ -3,7 +3,7 @@
 import argparse
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -22,8 +22,8 @@ from .several_runs import by_label, finished_runs, titles
 _COUNT = reader(int, "an integer of at least 1", low=1)
 _POSITIVE = reader(float, "a number greater than 0", low=1e-300)
 _USUAL = Probing()
-# what the net at random depends on: it is measured once where runs have it in common
-OF_THE_NET = ("model", "embedding_dim", "bottleneck", "cut", "crop_size", "seed")
+# what the net at random depends on, and the seed: it is measured once where runs have it in common
+OF_THE_NET = ("model", "embedding_dim", "bottleneck", "cut", "crop_size")
 
 
 def _add_probe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -126,10 +126,10 @@ def _probe(arguments: argparse.Namespace) -> int:
         return write_measured(arguments, out, lambda: probe.write(out, lines, probing, net[0], data))
     probed, drawn = list[by_depth.Probed](), set[tuple[object, ...]]()
     for folder, (config, state) in nets.items():
-        net_at_random = tuple(getattr(config, name) for name in OF_THE_NET)
+        net_at_random = (*(getattr(config, name) for name in OF_THE_NET), config.seed)
         with noted(failed := list[str]()):
             lines = _measured(folder, config, state, data, probing, at_random=net_at_random not in drawn)
-            probed += by_depth.Probed.of(config, called[folder], lines)
+            probed += by_depth.Probed.of(config, called[folder], lines, _at_random(config, configs.values()))
             drawn.add(net_at_random)
         lost += [_left_out(folder, words) for words in failed]
     if not probed:
@@ -157,6 +157,14 @@ def _nets(
                 found[folder] = config, state
             lost += [_left_out(folder, words) for words in failed]
     return found
+
+
+def _at_random(config: Config, others: Iterable[Config]) -> str:
+    """What its net at random is called, with the options in which those of others differ."""
+    from ..figures.probe import RANDOM
+
+    varied = [name for name in OF_THE_NET if len({getattr(each, name) for each in others}) > 1]
+    return ", ".join([RANDOM, *(f"{name} {getattr(config, name)}" for name in varied)])
 
 
 def _left_out(folder: Path, words: str) -> str:
@@ -212,6 +220,8 @@ def _measured(
 
         lines = probe.measure(config, data, state, probing, say, at_random=at_random)
     print(f"{name}: {len(lines)} measured in {time.perf_counter() - begun:.0f} s", file=sys.stderr)
+    if words := probe.lost(lines):
+        print(f"{name}: {words}", file=sys.stderr)
     return lines
 
 

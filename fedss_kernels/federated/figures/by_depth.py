@@ -11,7 +11,7 @@ from ..probes import Line
 from ..reports.mean_sd import mean_sd
 from ..reports.measured import write_figures
 from ..reports.styles import styles
-from .probe import RANDOM, TRAINED
+from .probe import RANDOM, TRAINED, lost
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,9 +33,9 @@ class Probed:
     lines: Sequence[Line]  # one for each depth
 
     @classmethod
-    def of(cls, config: Config, label: str, lines: Sequence[Line]) -> list["Probed"]:
-        """A run's net, and if it was measured the one at random."""
-        named = {TRAINED: (label, config.method), RANDOM: (RANDOM, "")}
+    def of(cls, config: Config, label: str, lines: Sequence[Line], random: str = RANDOM) -> list["Probed"]:
+        """A run's net, and if it was measured the one at random, which is called `random`."""
+        named = {TRAINED: (label, config.method), RANDOM: (random, "")}
         there = dict.fromkeys(line.weights for line in lines)
         return [
             cls(*named[weights], config.seed, [line for line in lines if line.weights == weights])
@@ -50,15 +50,17 @@ def write(out: Path, probed: Sequence[Probed]) -> str:
     """
     names = list(probed[0].lines[0].measured)
     measure = MEASURES[names[0]]
-    cells = [[p.label, p.seed, x.depth, *x.measured.values()] for p in probed for x in p.lines]
+    cells = [[p.label, p.seed, x.depth, *x.measured.values(), x.not_finite] for p in probed for x in p.lines]
     depths = list(dict.fromkeys(line.depth for p in probed for line in p.lines))
     header = [f"{measure.column} after block", *map(str, depths), "seeds"]
     rows = list[list[str]]()
     for label in _labels(probed):
         own = [p for p in probed if p.label == label]
         rows.append([label, *(_mean(own, depth, measure) for depth in depths), str(len(own))])
-    figures: list[Sequence[object]] = [["net", "seed", "depth", *names], *cells]
+    figures: list[Sequence[object]] = [["net", "seed", "depth", *names, "not_finite"], *cells]
     words = f"{WORDS}{measure.label}: {measure.meaning}."
+    if words_on_lost := lost([line for p in probed for line in p.lines]):
+        words += f" {words_on_lost}."
     return write_figures(out, "by_depth", figures, lambda: plot(probed), TITLE, words, header, rows)
 
 

@@ -84,8 +84,8 @@ def write(out: Path, lines: Sequence[Line], probing: Probing, config: Config, da
     settings = {name: value for name, value in asdict(probing).items() if name != "depths"}
     run = {"method": config.method, "data": data.name, "rounds": config.rounds} | settings
     figures: list[Sequence[object]] = [
-        ["net", "depth", "features", *names, *run],
-        *([x.weights, x.depth, x.features, *x.measured.values(), *run.values()] for x in lines),
+        ["net", "depth", "features", *names, "not_finite", *run],
+        *([x.weights, x.depth, x.features, *x.measured.values(), x.not_finite, *run.values()] for x in lines),
     ]
     header = ["net", "after block", "features", *(MEASURES[name].column for name in names)]
     rows = [
@@ -93,7 +93,21 @@ def write(out: Path, lines: Sequence[Line], probing: Probing, config: Config, da
         for x in lines
     ]
     title, words = "What the features of the net are worth, block by block", _words(lines, probing, config)
+    if words_on_lost := lost(lines):
+        words += f" {words_on_lost}."
     return write_figures(out, "probe", figures, lambda: plot(lines), title, words, header, rows)
+
+
+def lost(lines: Sequence[Line]) -> str:
+    """A sentence on the images whose features were not finite; "" where all were."""
+    most = max(lines, key=lambda line: line.not_finite)
+    if not most.not_finite:
+        return ""
+    images = "1 image" if most.not_finite == 1 else f"{most.not_finite:,} images"
+    return (
+        f"The features of {images} are not finite after block {most.depth}, {most.weights}: of training "
+        "they are left out, of the test they are misses"
+    )
 
 
 def _words(lines: Sequence[Line], probing: Probing, config: Config) -> str:

@@ -18,6 +18,7 @@ from .features import Prepared, depths, features, prefix
 from .labelled import labelled
 from .linear import linear_probe
 from .neighbours import NEIGHBOURS, TEMPERATURE, knn
+from .rows import finite
 from .tuned import Changed, fine_tuned
 
 declare(
@@ -60,6 +61,7 @@ class Line:
     depth: int
     features: int  # F
     measured: dict[str, float]  # shares in [0, 1]
+    not_finite: int = 0  # images whose features are not: of training left out, of the test misses
 
 
 def by_depth(
@@ -104,7 +106,8 @@ def _line(
 ) -> Line:
     test = features(net, data.test_images, depth, prepared=prepared)
     if data.task == "retrieval":
-        return Line(weights, depth, test.shape[1], retrieval(test, data.test_labels).measured)
+        found = retrieval(test, data.test_labels)
+        return Line(weights, depth, test.shape[1], found.measured, found.not_finite)
     (images, labels), tested = train, data.test_labels
     bank = features(net, images, depth, prepared=prepared)
     k, temperature = probing.neighbours, probing.temperature
@@ -122,4 +125,5 @@ def _line(
             prepared=prepared,
             changed=changed,
         )
-    return Line(weights, depth, test.shape[1], measured)
+    lost = sum(int((~finite(rows)).sum()) for rows in (bank, test))
+    return Line(weights, depth, test.shape[1], measured, lost)

@@ -834,3 +834,16 @@ def test_a_loss_that_can_be_asked_of_its_own_classes_alone_has_numbers_too():
 
     first, second = (method_numbers(method(w), Config(), 20) for w in (torch.ones(20), torch.arange(1.0, 21)))
     assert len(first) == len(second) and first != second
+
+
+def test_a_request_that_is_another_for_many_classes_alone_has_other_numbers():
+    """As of one that asks for a few of those that a client holds."""
+
+    def method(most):
+        def request(num_classes, held, others, correction):
+            return METHODS["fedss"].request(num_classes, held[:most], others, correction)
+
+        return replace(METHODS["fedss"], request=request)
+
+    few, more = (method_numbers(method(most), Config(), 100) for most in (3, 8))
+    assert few != more and more != method_numbers(METHODS["fedss"], Config(), 100)

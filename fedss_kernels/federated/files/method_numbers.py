@@ -17,6 +17,7 @@ from ..messages import Request
 _CLASSES = 7, 64, 4096  # the first of them that a function can be asked about
 _BLOCKS = 1, 4, 7  # each
 _HELD, _OTHERS, _WIDTH = (1, 3), (0, 5), 3
+_MANY_HELD, _MANY_OTHERS = tuple(range(0, 40, 2)), tuple(range(1, 60, 2))
 _ROUNDS = 64  # that are looked at, at most
 _FLAGS = "by_block", "samples", "common", "own_push", "spreads", "queued"
 _PARTS = list(Part)
@@ -33,6 +34,7 @@ def method_numbers(method: Method, config: Config, num_classes: int) -> list[flo
     asked.append((_of_passes, _BLOCKS))
     if not method.contrastive:  # else nobody reads class rows
         asked += [(ask, [*_CLASSES, num_classes]) for ask in (_of_request, _of_loss, _of_penalty)]
+        asked.append((_of_a_request_of_many, [*_CLASSES[1:], num_classes]))
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.default_generator.manual_seed(0)
         for ask, sizes in asked:
@@ -68,13 +70,27 @@ def _of_passes(method: Method, config: Config, epochs: int) -> Iterator[Tensor]:
         yield torch.tensor([(moves.blocks, moves.rows) for moves in passes])
 
 
-def _request(method: Method, config: Config, num_classes: int) -> Request:
-    others = torch.tensor(_OTHERS) if method.samples else torch.tensor([], dtype=torch.int64)
-    return method.request(num_classes, torch.tensor(_HELD), others, config.correction)
+def _request(
+    method: Method,
+    config: Config,
+    num_classes: int,
+    held: Sequence[int] = _HELD,
+    others: Sequence[int] = _OTHERS,
+) -> Request:
+    drawn = torch.tensor(others if method.samples else [], dtype=torch.int64)
+    return method.request(num_classes, torch.tensor(held), drawn, config.correction)
 
 
 def _of_request(method: Method, config: Config, num_classes: int) -> Iterator[Tensor]:
-    asked = _request(method, config, num_classes)
+    yield from _told(_request(method, config, num_classes))
+
+
+def _of_a_request_of_many(method: Method, config: Config, num_classes: int) -> Iterator[Tensor]:
+    """A method may do to many what it does not to two."""
+    yield from _told(_request(method, config, num_classes, _MANY_HELD, _MANY_OTHERS))
+
+
+def _told(asked: Request) -> Iterator[Tensor]:
     yield from (asked.class_ids, asked.log_expected_count)
     if asked.denominator is not None:
         yield asked.denominator

@@ -36,6 +36,7 @@ from fedss_kernels.federated.reports.plots import (
 from fedss_kernels.federated.reports.report import attempt, write_comparison_report, write_run_report
 from fedss_kernels.federated.reports.reported_run import Run, course
 from fedss_kernels.federated.reports.styles import style, styles
+from fedss_kernels.federated.reports.what_was_run import what_was_run
 
 VOID = {"meta", "img", "source", "link", "br", "hr", "input"}
 
@@ -118,6 +119,23 @@ def test_the_report_of_a_comparison_has_the_table_and_what_failed(tmp_path, runs
         assert cell in page.text, cell
     assert "failed: <out of memory>" in page.text and "<out of memory>" not in html  # escaped
     assert "run 2 times" in page.text
+
+
+def test_what_was_run_is_of_all_the_runs(runs):
+    """Methods that have rounds and cohorts of their own, one with a seed that failed."""
+    first = next(run for run in runs if run.summary.method == "fedss")
+    said = dict(rounds=first.summary.rounds, cohort=first.summary.cohort)
+    other = replace(
+        first,
+        config=replace(first.config, method="full_softmax"),
+        summary=replace(first.summary, method="full_softmax", rounds=1_500, cohort=4),
+    )
+    text = what_was_run([first, replace(first, summary=replace(first.summary, seed=9)), other])
+    assert f"In each of {said['rounds']} to 1,500 rounds {said['cohort']} to 4 clients, drawn" in text
+    assert "Every method was run 1 to 2 times, with different random numbers" in text
+    all_of_them = replace(other, summary=replace(other.summary, cohort=other.summary.num_clients))
+    assert "clients, drawn at random, or all of them, download" in what_was_run([first, all_of_them])
+    assert "times" not in what_was_run([first, other])
 
 
 def test_a_retrieval_reports_map(tmp_path):

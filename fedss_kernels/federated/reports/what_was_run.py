@@ -1,22 +1,21 @@
 """What was run, on which data, and tested how: a paragraph for readers who know nothing of the code."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 
 from ..algorithms import METHODS
 from ..algorithms.parts import Part
 from .parts_in_words import PERSONALISED, in_a_round
-from .reported_run import Run, method_names
+from .reported_run import Run, by_case, method_names
 
 
 def what_was_run(runs: Sequence[Run]) -> str:
     s, names = runs[0].summary, method_names(runs)
-    seeds = len({run.summary.seed for run in runs})
-    everyone = s.cohort >= s.num_clients
-    cohort = "all clients" if everyone else f"{s.cohort} clients, drawn at random,"
+    times = _from_to(len(same) for same in by_case(runs).values())
     rows = _rows(names, runs[0])
-    repeated = f" Every method was run {seeds} times, with different random numbers." if seeds > 1 else ""
-    round = in_a_round(names).format(rounds=f"{s.rounds:,}", cohort=cohort, size=s.cohort)
+    repeated = f" Every method was run {times} times, with different random numbers." if times != "1" else ""
+    rounds, size = (_from_to(getattr(run.summary, name) for run in runs) for name in ("rounds", "cohort"))
+    round = in_a_round(names).format(rounds=rounds, cohort=_cohort(runs, size), size=size)
     who = f"{s.num_clients:,} clients, such as phones, each hold a few images of a few classes. "
     if all(METHODS[name].pooled for name in names):
         who, round = "", f"{round} {_of_a_step(runs[0])}"
@@ -26,6 +25,19 @@ def what_was_run(runs: Sequence[Run]) -> str:
         f"{rows}. {round} There are {s.num_train_images:,} training images; "
         f"{_tested(runs)}.{_rows_cost(names)}{repeated}</p>{notes}"
     )
+
+
+def _from_to(numbers: Iterable[int]) -> str:
+    """One number, where all are it, or the least and the largest."""
+    found = sorted(set(numbers))
+    return " to ".join(f"{number:,}" for number in (found if len(found) < 2 else (found[0], found[-1])))
+
+
+def _cohort(runs: Sequence[Run], size: str) -> str:
+    everyone = [run.summary.cohort >= run.summary.num_clients for run in runs]
+    if all(everyone):
+        return "all clients"
+    return f"{size} clients, drawn at random{', or all of them' if any(everyone) else ''},"
 
 
 def _of_a_step(run: Run) -> str:

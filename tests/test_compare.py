@@ -24,6 +24,7 @@ from fedss_kernels.federated.comparisons import jobs, standing
 from fedss_kernels.federated.comparisons.compare import compare, report_again
 from fedss_kernels.federated.comparisons.table import cells, header, tabulate, write_tables
 from fedss_kernels.federated.data.holdout import held_out
+from fedss_kernels.federated.files import checkpoint
 from fedss_kernels.federated.loading import load_data
 from fedss_kernels.federated.plan import LISTS, PRESETS, Case, Plan, read_preset, with_defaults
 from fedss_kernels.federated.reports import plots
@@ -310,6 +311,20 @@ def test_a_comparison_goes_on_with_the_data_and_the_methods_of_its_runs(
             (line,) = capsys.readouterr().err.splitlines()
             assert re.match(f"fedss compare: {found}", line)
     assert not compare(plan, out, resume=True).failed
+
+
+def test_a_comparison_says_where_runs_that_stand_were_made_with_other_versions(
+    tmp_path, in_this_process, monkeypatch, capsys
+):
+    config, out = Config(**SMALL, cache_dir=tmp_path / "cache"), tmp_path / "out"
+    compare(Plan(config, ["pos_only"], [0]), out)
+    assert cli.main(["compare", f"--resume={out}"]) == 0
+    assert "made with" not in capsys.readouterr().err
+    versions = checkpoint.versions()
+    monkeypatch.setattr(checkpoint, "versions", lambda: versions | {"torch": "9.9", "another": "1"})
+    assert cli.main(["compare", f"--resume={out}"]) == 0
+    words = f"of the runs that stand some were made with torch {versions['torch']}: bits of the others"
+    assert f"fedss compare: {words} may differ\n" in capsys.readouterr().err
 
 
 def test_a_comparison_goes_on_with_the_net_that_its_runs_began_with(tmp_path, in_this_process):

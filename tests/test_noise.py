@@ -153,7 +153,7 @@ def test_a_share_is_said_in_percent_without_exponents(share, text, tmp_path):
 
 def test_a_noise_that_is_no_number_is_a_failure(monkeypatch, tmp_path, capsys):
     line = noise.Line(3, math.nan, math.nan, 1.0, 2)
-    monkeypatch.setattr(noise, "measure", lambda *arguments, **options: [line])
+    monkeypatch.setattr(noise, "measure", lambda *arguments, on_line, **options: on_line(line))
     monkeypatch.setenv("FEDSS_CACHE", str(tmp_path / "cache"))
     small = ["--glyph-classes=12", "--glyph-writers=4", "--cohort=2"]
     assert cli.main(["noise", *small, f"--out={tmp_path / 'out'}"]) == 1
@@ -161,7 +161,8 @@ def test_a_noise_that_is_no_number_is_a_failure(monkeypatch, tmp_path, capsys):
 
 
 def test_what_the_noise_does_not_depend_on_is_said(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(noise, "measure", lambda *arguments, **options: [noise.Line(3, 1.0, 0.0, 1.0, 2)])
+    line = noise.Line(3, 1.0, 0.0, 1.0, 2)
+    monkeypatch.setattr(noise, "measure", lambda *arguments, on_line, **options: on_line(line))
     monkeypatch.setenv("FEDSS_CACHE", str(tmp_path / "cache"))
     argv = ["noise", "--glyph-classes=12", "--glyph-writers=4", "--cohort=2", f"--out={tmp_path / 'out'}"]
     lines = [
@@ -184,3 +185,27 @@ def test_of_one_draw_there_is_no_sd(linear_model, tmp_path):
     (line,) = noise.measure(config(), tiny_data(), [1], batches=1, draws=1)
     assert line.noise_sd is None
     assert "| – |" in noise.write(tmp_path, [line], NUM_CLASSES)
+
+
+def test_more_negatives_than_classes_are_refused(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("FEDSS_CACHE", str(tmp_path / "cache"))
+    small = ["--glyph-classes=12", "--glyph-writers=4", "--cohort=2", f"--out={tmp_path / 'out'}"]
+    assert cli.main(["noise", *small, "--counts=3,20"]) == 2
+    words = "fedss noise: --counts: expected at most 12, all the classes, got 20\n"
+    assert capsys.readouterr().err == words and not (tmp_path / "out").exists()
+
+
+def test_lines_that_are_done_when_a_signal_comes_are_written(monkeypatch, tmp_path, capsys):
+    def measure(*arguments, on_line, **options):
+        on_line(noise.Line(3, 0.5, 0.0, 1.0, 2))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(noise, "measure", measure)
+    monkeypatch.setenv("FEDSS_CACHE", str(tmp_path / "cache"))
+    small = ["--glyph-classes=12", "--glyph-writers=4", "--cohort=2", f"--out={tmp_path / 'out'}"]
+    assert cli.main(["noise", *small, "--counts=3,6"]) == 130
+    left_out, stopped = capsys.readouterr().err.splitlines()[-2:]
+    assert left_out == "fedss noise: stopped: what is not there was not measured"
+    assert stopped == "fedss noise: stopped"
+    with (tmp_path / "out" / "noise.csv").open(newline="") as file:
+        assert [line["num_negatives"] for line in csv.DictReader(file)] == ["3"]

@@ -12,6 +12,7 @@ from PIL import Image
 
 from fedss_kernels.federated import Config, cli, run
 from fedss_kernels.federated.algorithms import METHODS
+from fedss_kernels.federated.cli import personalise as personalise_command
 from fedss_kernels.federated.comparisons.paired_differences import Measured, differences
 from fedss_kernels.federated.comparisons.personalisation import write
 from fedss_kernels.federated.fine_tuning import Personal, Tuning
@@ -265,6 +266,21 @@ def test_a_model_that_is_not_finite_leaves_the_others(folder, capsys):
     words = "is left out, rate 0.01: its model: it has numbers that are not finite"
     assert f"fedss personalise: {runs[1]} {words}\n" in capsys.readouterr().err
     assert {line["run"] for line in read_csv(out)} == {str(runs[0])}
+
+
+def test_runs_that_are_done_when_a_signal_comes_are_written(folder, capsys, monkeypatch):
+    runs, once = [train(folder, "a"), train(folder, "b", seed=1)], personalise_command._measured
+
+    def measured(arguments, which, *given):
+        if str(which) == runs[1]:
+            raise KeyboardInterrupt
+        return once(arguments, which, *given)
+
+    monkeypatch.setattr(personalise_command, "_measured", measured)
+    argv = ["personalise", *runs, "--epochs=1", "--clients=2", f"--out={folder / 'tuned'}"]
+    assert cli.main(argv) == 130
+    assert "fedss personalise: stopped: what is not there was not measured\n" in capsys.readouterr().err
+    assert {line["run"] for line in read_csv(folder / "tuned")} == {runs[0]}
 
 
 def test_heads_that_clients_keep_are_what_they_are_measured_by(folder):

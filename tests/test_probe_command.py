@@ -3,6 +3,7 @@
 import argparse
 import csv
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from fedss_kernels.federated.cli.probe import PROBE, _say_idle
 from fedss_kernels.federated.cli.several_runs import titles
 from fedss_kernels.federated.figures import by_depth as by_several
 from fedss_kernels.federated.figures import probe
+from fedss_kernels.federated.interrupts import Interrupted
 from fedss_kernels.federated.loading import load_data
 from fedss_kernels.federated.models import build_model
 from fedss_kernels.federated.plan import Plan
@@ -315,6 +317,21 @@ def test_a_run_that_cannot_be_measured_leaves_the_others(folder, tmp_path, capsy
     nets = {row["net"] for row in read_csv(out / "by_depth.csv")}
     varied = "model conv4, embedding_dim 8"
     assert nets == {f"FedSS, {varied}", f"random init, {varied}"}
+
+
+def test_nets_that_are_done_when_a_signal_comes_are_written(folder, tmp_path, capsys, monkeypatch):
+    other, out, once = tmp_path / "other", tmp_path / "out", probe_command._measured
+    run(Config(**SMALL | {"seed": 4}, out=other))
+
+    def measured(which, *given, **options):
+        if which == other:
+            raise Interrupted(signal.SIGTERM)
+        return once(which, *given, **options)
+
+    monkeypatch.setattr(probe_command, "_measured", measured)
+    assert cli.main(["probe", str(folder), str(other), "--depths=1", f"--out={out}"]) == 143
+    assert "fedss probe: stopped: what is not there was not measured\n" in capsys.readouterr().err
+    assert {row["seed"] for row in read_csv(out / "by_depth.csv")} == {"3"}
 
 
 def test_runs_of_other_data_are_not_put_together(folder, tmp_path, capsys):

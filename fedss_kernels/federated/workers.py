@@ -499,7 +499,8 @@ def _work(folder: Path, rank: int, size: int, parent: int, failure: Connection) 
         work(config, data, model, rank, size)
     except Exception as error:
         line = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        failure.send((time.monotonic(), line, traceback.format_exc()))
+        with contextlib.suppress(OSError):  # rank 0 is gone: nobody asks for the cause
+            failure.send((time.monotonic(), line, traceback.format_exc()))
         raise SystemExit(1) from None
 
 

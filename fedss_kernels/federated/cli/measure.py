@@ -1,11 +1,12 @@
 """The commands that measure without comparing runs: `noise`, `confusion`, `privacy`, `parameters`."""
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,6 +63,18 @@ def write_measured(
     for line in lines:
         print(f"fedss {arguments.command}: {line}", file=sys.stderr)
     return 1 if lines else 0
+
+
+@contextlib.contextmanager
+def kept(found: Sized, left_out: list[str], write: Callable[[], int]) -> Iterator[None]:
+    """What was measured in here is written even where a signal ends it; of the others there is a line."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if found:
+            left_out.append("stopped: what is not there was not measured")
+            write()
+        raise
 
 
 def _add_noise_arguments(parser: argparse.ArgumentParser) -> None:
@@ -135,21 +148,27 @@ def _noise(arguments: argparse.Namespace) -> int:
         if arguments.run:
             check_trained_on(arguments.run, data)
         counts = arguments.counts or noise.default_counts(data.num_classes)
+        if max(counts) > data.num_classes:
+            raise Mistake(
+                f"--counts: expected at most {data.num_classes}, all the classes, got {max(counts)}"
+            )
         make_folder(out)
     torch.set_num_threads(config.threads)
-    lines = noise.measure(
-        config,
-        data,
-        counts,
-        batches=arguments.batches,
-        draws=arguments.draws,
-        model=model,
-        on_line=lambda line: print(f"fedss noise: {line.num_negatives} negatives", file=sys.stderr),
-    )
-    failed = []
-    if not all(math.isfinite(line.noise) for line in lines):
-        failed.append("the model's gradients are not finite, so their noise is not")
-    return write_measured(arguments, out, lambda: noise.write(out, lines, data.num_classes), failed)
+    lines, failed = list[noise.Line](), list[str]()
+
+    def on_line(line: noise.Line) -> None:
+        lines.append(line)
+        print(f"fedss noise: {line.num_negatives} negatives", file=sys.stderr)
+
+    def write() -> int:
+        if not all(math.isfinite(line.noise) for line in lines):
+            failed.append("the model's gradients are not finite, so their noise is not")
+        return write_measured(arguments, out, lambda: noise.write(out, lines, data.num_classes), failed)
+
+    number = {"batches": arguments.batches, "draws": arguments.draws}
+    with kept(lines, failed, write):
+        noise.measure(config, data, counts, model=model, on_line=on_line, **number)
+    return write()
 
 
 def _add_confusion_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,7 +15,7 @@ from ..data import FederatedData
 from ..files.run_folder import check_trained_on, make_folder, read_config, read_kept, read_model
 from ..loading import options_of_data
 from .command import Command
-from .measure import write_measured
+from .measure import kept, write_measured
 from .options import (
     mistakes,
     noted,
@@ -78,6 +78,7 @@ def _add_personalise_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _personalise(arguments: argparse.Namespace) -> int:
     from ..comparisons import personalisation
+    from ..comparisons.paired_differences import Measured
     from ..fine_tuning import EPOCHS, RATE, Tuning
 
     epochs, tunings = tuple(EPOCHS if arguments.epochs is None else arguments.epochs), list[Tuning]()
@@ -93,23 +94,33 @@ def _personalise(arguments: argparse.Namespace) -> int:
     data = _data_of(configs)
     with mistakes():
         make_folder(arguments.out)
-    found, left_out = [], list[str]()
-    for folder, config in configs.items():
-        for tuning in tunings:
-            with noted(failed := list[str]()):
-                found.append(_measured(arguments, folder, config, data, tuning, called[folder]))
-            left_out += [f"{folder} is left out, rate {tuning.rate:g}: {words}" for words in failed]
+    found, left_out = list[Measured](), list[str]()
+
+    def write() -> int:
+        return write_measured(
+            arguments, arguments.out, lambda: personalisation.write(arguments.out, found), left_out
+        )
+
+    with kept(found, left_out, write):
+        for folder, config in configs.items():
+            for tuning in tunings:
+                with noted(failed := list[str]()):
+                    found.append(_measured(arguments, folder, config, data, tuning, called[folder]))
+                    left_out += _not_finite(found[-1])
+                left_out += [f"{folder} is left out, rate {tuning.rate:g}: {words}" for words in failed]
     if not found:
         refuse(left_out)
-    left_out += [
-        f"{each.run}, rate {each.tuning.rate:g}: fine-tuning left numbers that are not finite for {lost:,} "
-        f"of {len(each.people):,} clients, for whom nothing is right then: is --rate too high?"
-        for each in found
-        if (lost := sum(person.not_finite for person in each.people))
-    ]
-    return write_measured(
-        arguments, arguments.out, lambda: personalisation.write(arguments.out, found), left_out
+    return write()
+
+
+def _not_finite(found: "Measured") -> list[str]:
+    """A line where fine-tuning left numbers that are not finite."""
+    lost = sum(person.not_finite for person in found.people)
+    words = (
+        f"{found.run}, rate {found.tuning.rate:g}: fine-tuning left numbers that are not finite for {lost:,} "
+        f"of {len(found.people):,} clients, for whom nothing is right then: is --rate too high?"
     )
+    return [words] if lost else []
 
 
 def _read(arguments: argparse.Namespace, wrong: list[str]) -> tuple[dict[Path, Config], dict[Path, str]]:

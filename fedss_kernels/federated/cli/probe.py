@@ -14,7 +14,7 @@ from ..data import FederatedData
 from ..files.run_folder import check_trained_on, make_folder, read_config, read_net
 from ..probes import Line, Probing
 from .command import Command
-from .measure import write_measured
+from .measure import kept, write_measured
 from .options import Mistake, mistakes, noted, read_numbers, reader, refuse, refuse_lost, say_idle
 from .output import read_data
 from .several_runs import by_label, finished_runs, titles
@@ -125,16 +125,22 @@ def _probe(arguments: argparse.Namespace) -> int:
         lines = _measured(folder, *net, data, probing)
         return write_measured(arguments, out, lambda: probe.write(out, lines, probing, net[0], data))
     probed, drawn = list[by_depth.Probed](), set[tuple[object, ...]]()
-    for folder, (config, state) in nets.items():
-        net_at_random = (*(getattr(config, name) for name in OF_THE_NET), config.seed)
-        with noted(failed := list[str]()):
-            lines = _measured(folder, config, state, data, probing, at_random=net_at_random not in drawn)
-            probed += by_depth.Probed.of(config, called[folder], lines, _at_random(config, configs.values()))
-            drawn.add(net_at_random)
-        lost += [_left_out(folder, words) for words in failed]
+
+    def write() -> int:
+        return write_measured(arguments, out, lambda: by_depth.write(out, probed), lost)
+
+    with kept(probed, lost, write):
+        for folder, (config, state) in nets.items():
+            net_at_random = (*(getattr(config, name) for name in OF_THE_NET), config.seed)
+            with noted(failed := list[str]()):
+                lines = _measured(folder, config, state, data, probing, at_random=net_at_random not in drawn)
+                at_random = _at_random(config, configs.values())
+                probed += by_depth.Probed.of(config, called[folder], lines, at_random)
+                drawn.add(net_at_random)
+            lost += [_left_out(folder, words) for words in failed]
     if not probed:
         refuse(lost)
-    return write_measured(arguments, out, lambda: by_depth.write(out, probed), lost)
+    return write()
 
 
 def _nets(

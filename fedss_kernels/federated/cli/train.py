@@ -310,7 +310,7 @@ def _planned(arguments: argparse.Namespace) -> Plan:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from ..comparisons import jobs
+    from ..comparisons import jobs, standing
     from ..comparisons.compare import COMPARISON_FILES, compare, job_name
     from ..comparisons.jobs import JobsStopped
     from ..comparisons.rates import trial_name
@@ -338,7 +338,7 @@ def _compare(arguments: argparse.Namespace) -> int:
         read_data(dataclasses.replace(plan.config, out=out), [] if resume else runs, ready, given)
     command = f"fedss {arguments.command}"
     go_on = _go_on(arguments, out)
-    say_what_is_logged(arguments.command, jobs)
+    say_what_is_logged(arguments.command, jobs, standing)
     finishing = f"{command}: finishing the rounds of the runs"
     try:
         with RunProgress(names, rounds) as progress, noticed(finishing) as stop:

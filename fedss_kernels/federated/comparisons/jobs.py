@@ -242,7 +242,8 @@ def _child(sender: Connection, config: Config, resume: bool) -> None:
     except Exception as error:
         lasting = isinstance(error, (TooFewClients, ConfigError))
         line = reason(error) if isinstance(error, OSError) else str(error)
-        sender.send(Failure(f"{type(error).__name__}: {line}", lasting))  # first: the disk may be full
+        with contextlib.suppress(BrokenPipeError):  # the parent is gone
+            sender.send(Failure(f"{type(error).__name__}: {line}", lasting))  # first: the disk may be full
         with contextlib.suppress(OSError):  # no folder, no room in it
             write_whole(folder_of(config) / "error.txt", traceback.format_exc())
 

@@ -1,5 +1,6 @@
 """A comparison goes on with runs that stand; they have to be of the data and the methods of those to come."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,16 +13,20 @@ from ..files.method_numbers import method_numbers
 from ..loading import load_data, options_of_data
 from .jobs import folder_of
 
+log = logging.getLogger(__name__)
+
 
 def check_standing(configs: Sequence[Config]) -> None:
     """Raises CheckpointError where one that is done or begun is of other data, another method or net by now.
 
-    Where it kept no checkpoint, as with checkpoint_every 0, it is not known.
+    Where it kept no checkpoint, as with checkpoint_every 0, it is not known. Says where they were made with
+    other versions.
     """
-    of, data = None, None
+    of, data, others = None, None, set[str]()
     for config in configs:
         try:
             found = checkpoint.read_fingerprint(folder_of(config))
+            others |= {checkpoint.read_versions(folder_of(config))} - {""}
         except CheckpointError:
             continue
         if data is None or of != [*_options_of_data(config)]:  # the same for most
@@ -36,6 +41,8 @@ def check_standing(configs: Sequence[Config]) -> None:
                 f"the run in {folder_of(config)} is of other data, another method or another net than is "
                 f"here now: not as it was: {', '.join(different)}"
             )
+    for versions in sorted(others):
+        log.warning("of the runs that stand some were made with %s: bits of the others may differ", versions)
 
 
 def _options_of_data(config: Config) -> Iterator[Any]:

@@ -24,6 +24,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -114,13 +115,8 @@ def read(folder: Path, config: Config) -> Checkpoint:
     if different := differences(there, config.to_dict()):
         raise CheckpointError(f"{path} is of another configuration: {'; '.join(different)}")
     _check_rounds(replace(config, rounds=rest["config"]["rounds"]), config, rest["round"])
-    others = [
-        f"{name} {rest['versions'].get(name)}"
-        for name, now in versions().items()
-        if now != rest["versions"].get(name)
-    ]
-    if others:
-        log.warning("%s was written with %s: from here on bits may be others", path, " and ".join(others))
+    if others := _other_versions(rest):
+        log.warning("%s was written with %s: from here on bits may be others", path, others)
     lengths, digests, store = (rest[name] for name in ("table_bytes", "table_sha256", "store"))
     tensors = safetensors().load(state)
     return Checkpoint(rest["round"], tensors, lengths, digests, Fingerprint(**rest["fingerprint"]), store)
@@ -135,6 +131,17 @@ def read_config(folder: Path) -> Config:
 def read_fingerprint(folder: Path) -> Fingerprint:
     """That of the last one in a run's folder. Raises CheckpointError where it cannot be read."""
     return Fingerprint(**_sealed(folder)[1]["fingerprint"])
+
+
+def read_versions(folder: Path) -> str:
+    """What the last one in a run's folder was written with that is another here. Raises as `_sealed`."""
+    return _other_versions(_sealed(folder)[1])
+
+
+def _other_versions(rest: Mapping[str, Any]) -> str:
+    there = rest["versions"]  # an earlier version's has fewer
+    others = [f"{name} {there[name]}" for name, now in versions().items() if there.get(name, now) != now]
+    return " and ".join(others)
 
 
 def _sealed(folder: Path) -> tuple[Path, dict[str, Any]]:
@@ -200,6 +207,7 @@ def versions() -> dict[str, str]:
     return {
         "fedss-kernels": _own_version(),
         "torch": torch.__version__,
+        "numpy": np.__version__,
         "instruction set": _C.instruction_set(),
     }
 

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_federation import tiny_config, tiny_data, tiny_model
 
-from fedss_kernels.federated import Config, ConfigError, WorkerLost, cli, run
+from fedss_kernels.federated import Config, ConfigError, WorkerLost, cli, run, workers
 from fedss_kernels.federated.clients.player import EVALUATION_BATCH
 from fedss_kernels.federated.files.round_metrics import RoundMetrics
 from fedss_kernels.federated.workers import Team, divided
@@ -139,6 +139,15 @@ def test_a_worker_that_cannot_start_is_an_error_and_not_a_wait(monkeypatch):
 
 def _fails(*given):
     raise SystemExit(3)
+
+
+def test_a_worker_whose_server_is_gone_ends_without_a_traceback(tmp_path, monkeypatch):
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    receiver.close()
+    for name in ("ignore", "give_back", "_end_with"):
+        monkeypatch.setattr(workers, name, lambda *given: None)
+    with pytest.raises(SystemExit):
+        workers._work(tmp_path / "gone", 1, 2, 0, sender)
 
 
 @pytest.mark.exhaustive

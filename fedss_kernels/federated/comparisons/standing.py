@@ -31,11 +31,12 @@ def check_standing(configs: Sequence[Config]) -> None:
             continue
         if data is None or of != [*_options_of_data(config)]:  # the same for most
             of, data = [*_options_of_data(config)], load_data(config)
-        method = METHODS[config.method].configured(config.settings)
-        numbers = method_numbers(method, config, data.num_classes)
-        different = found.other_data(data) + found.other_method(numbers)
-        if not different and (config.init_checkpoint or config.half_checkpoint):  # whose files may be others
+        if config.init_checkpoint or config.half_checkpoint:  # whose files may be others
             different = found.differences(Player(config, data).fingerprint)
+        else:
+            method = METHODS[config.method].configured(config.settings)
+            numbers = method_numbers(method, config, data.num_classes)
+            different = found.other_data(data) + found.other_method(numbers)
         if different:
             raise CheckpointError(
                 f"the run in {folder_of(config)} is of other data, another method or another net than is "

@@ -5,7 +5,8 @@ whether it is an nn.Embedding. `SparseRows` is one. Where sparse gradients canno
 said in the forward pass; the backward pass would end in an error of torch's that names no cause and no way.
 """
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -55,9 +56,10 @@ def check_whole(weight: Tensor) -> None:
 
 
 def _gathered_by_fully_shard(parameter: Tensor) -> bool:
-    from torch.distributed._composable_state import _module_state_mapping
-
-    states = [reference() for reference in list(_module_state_mapping.values())]
+    composable = sys.modules.get("torch.distributed._composable_state")
+    if composable is None:  # nobody has called fully_shard
+        return False
+    states = [reference() for reference in list(composable._module_state_mapping.values())]
     groups = [group for state in states for group in getattr(state, "_fsdp_param_groups", ())]
     return any(
         getattr(p, "_unsharded_param", None) is parameter for group in groups for p in group.fsdp_params
@@ -92,33 +94,50 @@ _INSTEAD = (
 _OF_DENSE = ("fp16_compress", "quantization", "powerSGD", "batched_powerSGD")
 
 
-def check_sparse_communication(criterion: nn.Module, *parameters: Tensor | None) -> None:
-    """Raises RuntimeError where a criterion's sparse gradients, of `parameters`, would have to be dense ones.
+def check_sparse_communication(*parameters: Tensor | None) -> None:
+    """Raises RuntimeError where sparse gradients, of `parameters`, would have to be dense ones.
 
-    That is so for FSDP, for replicate, and for DistributedDataParallel over NCCL or with a hook that
-    compresses.
+    That is so for FSDP, for replicate, and for DistributedDataParallel over NCCL, with a hook that
+    compresses, or where the module that it asks about a parameter has no sparse gradients.
     """
     if not torch.is_grad_enabled():
         return
     for parameter in parameters:
-        if parameter is not None and parameter.requires_grad:
-            _check_sparse_communication(criterion, parameter)
+        if isinstance(parameter, Tensor) and parameter.requires_grad:
+            _check_sparse_communication(parameter)
 
 
-def _check_sparse_communication(criterion: nn.Module, parameter: Tensor) -> None:
+def _check_sparse_communication(parameter: Tensor) -> None:
     if parameter.grad_fn is not None and parameter._is_view():
         raise RuntimeError(
             "sparse_grad: expected False for a weight that is a view of another tensor, as under FSDP: "
             f"autograd has no views of sparse gradients; {_INSTEAD}"
         )
-    # FSDP2 marks the module even if it is to ignore the parameters.
-    if vars(criterion).get("_is_fsdp_managed_module") and _gathered_by_fully_shard(parameter):
+    if _gathered_by_fully_shard(parameter):
         raise RuntimeError(
             f"sparse_grad: expected False under fully_shard, which adds up dense gradients only; {_INSTEAD}"
         )
     ddp = DistributedDataParallel._active_ddp_module
-    if ddp is not None and (why := _why_dense(ddp, parameter)) and _manages(ddp, parameter):
-        raise RuntimeError(f"sparse_grad: expected False under {why}, {_INSTEAD}")
+    if ddp is None:
+        return
+    for leaf in _leaves(parameter):
+        if _manages(ddp, leaf) and (why := _why_dense(ddp, leaf)):
+            raise RuntimeError(f"sparse_grad: expected False under {why}, {_INSTEAD}")
+
+
+def _leaves(tensor: Tensor) -> Iterator[Tensor]:
+    """What it is computed of; itself where it is not computed."""
+    if tensor.grad_fn is None:
+        yield tensor
+    seen, waiting = set[Any](), [tensor.grad_fn]
+    while waiting:
+        node: Any = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        waiting += [following for following, _ in node.next_functions]
 
 
 def _why_dense(ddp: DistributedDataParallel, parameter: Tensor) -> str:
@@ -137,7 +156,22 @@ def _why_dense(ddp: DistributedDataParallel, parameter: Tensor) -> str:
     name = next((name for name in names if name.startswith(_OF_DENSE)), "")
     if name and dist.get_world_size(ddp.process_group) > 1:
         return f"DistributedDataParallel with {name}, which compresses dense gradients only; leave it out"
+    asked = _asked_by(ddp, parameter)
+    if asked is not None and not getattr(asked, "sparse", False):
+        return (
+            "DistributedDataParallel, which takes this gradient for dense, as the first module that has the "
+            f"parameter is {type(asked).__name__}; give the parameter itself to a SampledSoftmaxLoss, which "
+            "is there before others that share it"
+        )
     return ""
+
+
+def _asked_by(ddp: DistributedDataParallel, parameter: Tensor) -> nn.Module | None:
+    """The module by which DDP knows whether a parameter's gradient is sparse: the first that has it."""
+    for module in ddp.module.modules():
+        if any(own is parameter for own in module._parameters.values()):
+            return module
+    return None
 
 
 def _backend(group: Any, device: torch.device) -> str | None:

@@ -37,6 +37,7 @@ from .checks import (
     unwrapped,
 )
 from .composed_loss import composed_loss
+from .data_parallel import check_sparse_communication
 from .direct_route import NO_LABELS, direct_loss, eager
 from .implementations import triton_kernels
 from .loss_extras import NONE, Extras, check_values, checked_extras
@@ -144,8 +145,9 @@ def sampled_softmax_loss(
         ignore_index = as_integer(ignore_index)
     if type(sparse_grad) is not bool:
         sparse_grad = check_flag("sparse_grad", sparse_grad)
-    if sparse_grad and isinstance(weight, Tensor) and weight.grad_fn is not None:
-        check_takes_sparse(weight)
+    if sparse_grad:
+        check_takes_sparse(weight=weight, bias=bias)
+        check_sparse_communication(weight, bias)
     plain = (
         type(angular_margin) is type(cosine_margin) is type(label_smoothing) is float
         and angular_margin == cosine_margin == label_smoothing == 0.0

@@ -217,7 +217,7 @@ class SampledSoftmaxLoss(nn.Module):
         check_tensor("target", target, (torch.int64,))
         weight = self._whole_weight()
         if self.sparse_grad:
-            check_sparse_communication(self, weight, self.bias)
+            check_sparse_communication(weight, self.bias)
         class_ids = log_expected_count = None
         m, C = self._negatives() if self.training else None, weight.shape[0]
         if entry_labels is not None or target_labels is not None:

@@ -246,7 +246,7 @@ class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
         check_shape("weight", self.weight, (len(self.own_classes), input.shape[-1]), "(own rows, D)")
         check_labels(input, target, (len(self.own_classes), "(own classes,)"), *labels)
         if check_flag("sparse_grad", self.sparse_grad):
-            check_takes_sparse(self.weight)
+            check_takes_sparse(weight=self.weight, bias=self.bias)
         if chosen_backend(self.impl, input.device) == "reference":
             raise ValueError('impl: expected "auto", "cpp" or "triton" for sharded classes, got "reference"')
         every_class = self.weight.new_empty((self.num_classes, 0))

@@ -1,5 +1,6 @@
 """The rows that a sparse gradient lists, those of one class summed; on a GPU without a wait for it."""
 
+import re
 from typing import Any, NamedTuple
 
 import torch
@@ -77,32 +78,54 @@ def summed_values(grad: Tensor) -> Tensor:
     return runs_of_entries(grad).sums(values)
 
 
-# Operations of torch's that make a class matrix of others (parts, joins, shapes, products, casts, norms,
-# masks), and whose backward passes take dense gradients alone.
-_DENSE_ALONE = tuple(
-    f"{name}Backward"
-    for name in (
-        *("Slice", "Select", "Split", "SplitWithSizes", "Unbind", "Index", "IndexSelect", "Embedding"),
-        *("Cat", "Stack", "View", "UnsafeView", "Squeeze", "Unsqueeze", "T", "Transpose", "Permute"),
-        *("Mm", "Addmm", "ToCopy", "WeightNormInterface", "Where", "MaskedFill", "ConstantPadNd"),
-        *("Clamp", "Relu", "Sigmoid", "Tanh"),
-    )
+# Operations of torch's whose backward passes take sparse gradients and pass them on; those of a quotient do
+# if it is by one number.
+_TAKE_SPARSE = (
+    *("Add", "Sub", "Rsub", "Mul", "Neg", "Clone", "Lerp", "Addcmul", "Addcdiv", "Pow", "Abs", "Sign"),
+    *("Exp", "Exp2", "Expm1", "Log1P", "Reciprocal", "Rsqrt", "Cos", "Sin", "Sinh", "Cosh", "Erf", "Silu"),
+    *("Mish", "Round", "Floor", "Ceil", "Trunc", "NanToNum", "Expand"),
 )
+_OF_TORCH = re.compile(r"(\w+)Backward\d+")
 
 
-def check_takes_sparse(weight: Tensor) -> None:
-    """Raises RuntimeError for a weight made by an operation of torch's that takes dense gradients alone.
+def check_takes_sparse(**parameters: Tensor | None) -> None:
+    """Raises RuntimeError for what is made by an operation of torch's that takes dense gradients alone.
 
-    The backward pass would end in an error that names neither the cause nor a way.
+    The backward pass would end in an error that names neither the cause nor a way. Looks at all operations on
+    the way to what a parameter is made of, up to one that is not torch's.
     """
-    maker: Any = weight.grad_fn
-    if maker is None:
-        return
+    for name, parameter in parameters.items():
+        if isinstance(parameter, Tensor) and parameter.grad_fn is not None:
+            _check_takes_sparse(name, parameter)
+
+
+def _check_takes_sparse(name: str, parameter: Tensor) -> None:
+    seen, waiting = set[Any](), [parameter.grad_fn]
+    while waiting:
+        maker: Any = waiting.pop()
+        if maker is None or maker in seen:
+            continue
+        seen.add(maker)
+        if _takes_dense_alone(maker):
+            raise RuntimeError(
+                f"sparse_grad: expected False for a {name} that is computed, as by weight_norm, a slice or "
+                f"FullyShardedDataParallel, got one by {maker.name()}, whose backward pass in torch takes "
+                f"dense gradients only; take sparse_grad=False, or make the {name} itself the parameter"
+            )
+        if _OF_TORCH.fullmatch(maker.name()):
+            # where classes were summed over, the gradient is dense by now
+            waiting += [
+                node
+                for node, which in maker.next_functions
+                if node is not None and list(node._input_metadata[which].shape[:1]) == [len(parameter)]
+            ]
+
+
+def _takes_dense_alone(maker: Any) -> bool:
     name = maker.name()
-    by_matrix = name == "DivBackward0" and maker._saved_other is not None and maker._saved_other.dim() > 0
-    if by_matrix or name.startswith(_DENSE_ALONE):
-        raise RuntimeError(
-            "sparse_grad: expected False for a weight that is computed, as by weight_norm or a slice, "
-            f"got one by {name}, whose backward pass in torch takes dense gradients only; take "
-            "sparse_grad=False, or make the weight itself the parameter"
-        )
+    if name == "DivBackward0":
+        return maker._saved_other is not None and maker._saved_other.dim() > 0
+    if name == "PowBackward1":  # to the power of a tensor
+        return True
+    found = _OF_TORCH.fullmatch(name)
+    return found[1] not in _TAKE_SPARSE if found else name.startswith("torch::autograd::Copy")

@@ -15,6 +15,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard, register_fsdp_forward_method
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import prune
 
 from fedss_kernels import RowSGD, SampledSoftmaxLoss, clip_grad_norm_, sampled_softmax_loss
 
@@ -233,6 +234,62 @@ def hooks_that_compress_are_refused_with_sparse_gradients_only(rank):
     assert model.module.criterion.weight.grad.is_sparse
 
 
+class ByFunction(nn.Module):
+    """The loss of a weight that is a parameter of any module."""
+
+    def __init__(self, rank):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(C, D))
+
+    def forward(self, input, target):
+        return sampled_softmax_loss(input, self.weight, target, sparse_grad=True)
+
+
+def _tied(rank):
+    """A head for inference that was there first."""
+    net = nn.Module()
+    net.head = nn.Linear(D, C, bias=False)
+    net.criterion = SampledSoftmaxLoss(C, D, 5, sparse_grad=True)
+    net.criterion.weight = net.head.weight
+    net.forward = net.criterion.forward
+    return net
+
+
+def _pruned(rank):
+    net = Classifier(rank, sparse_grad=True)
+    prune.random_unstructured(net.criterion, "weight", 0.3)
+    return net
+
+
+def gradients_that_ddp_takes_for_dense_are_refused_in_words(rank):
+    asked = {ByFunction: "ByFunction", _tied: "Linear", _pruned: "SampledSoftmaxLoss"}
+    for make, name in asked.items():
+        model = DistributedDataParallel(make(rank))
+        words = f"sparse_grad: expected False .* the first module that has the parameter is {name}; give the"
+        refused(words, lambda model=model: model(*batch(4, 0)))
+        with torch.no_grad():
+            model(*batch(4, 0))
+    net = _tied(rank)
+    net.criterion.sparse_grad = False
+    DistributedDataParallel(net)(*batch(4, rank)).backward()
+    head_last = nn.ModuleDict({"criterion": net.criterion, "head": net.head})
+    net.criterion.sparse_grad, head_last.forward = True, net.criterion.forward
+    head_last.zero_grad()
+    DistributedDataParallel(head_last)(*batch(4, rank)).backward()
+    assert net.head.weight.grad.is_sparse
+
+
+def the_loss_of_a_sharded_parameter_is_refused_in_words(rank):
+    """Of any module: fully_shard's gathered one, and the view that FullyShardedDataParallel makes."""
+    net = ByFunction(rank)
+    fully_shard(net)
+    refused("sparse_grad: expected False under fully_shard", lambda: net(*batch(4, 0)))
+    flat = FullyShardedDataParallel(ByFunction(rank), device_id=torch.device("cpu"))
+    refused("sparse_grad: expected False .* or FullyShardedDataParallel, got", lambda: flat(*batch(4, 0)))
+    model = replicate(ByFunction(rank))
+    refused("sparse_grad: expected False under replicate", lambda: model(*batch(4, 0)))
+
+
 # ---- the processes -----------------------------------------------------------------------------------------
 
 CHECKS = [
@@ -244,6 +301,8 @@ CHECKS = [
     nccl_is_refused_with_sparse_gradients_only,
     replicate_is_refused_with_sparse_gradients_only,
     hooks_that_compress_are_refused_with_sparse_gradients_only,
+    gradients_that_ddp_takes_for_dense_are_refused_in_words,
+    the_loss_of_a_sharded_parameter_is_refused_in_words,
     fully_shard_trains_as_one_process_does,
     fully_shard_refuses_sparse_gradients,
     topk_of_shards_says_how_to_see_all_of_it,

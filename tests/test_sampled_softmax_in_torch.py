@@ -538,6 +538,16 @@ def test_function_transforms_of_the_module(num_sampled):
         lambda w: w.tanh(),
         lambda w: w.clamp(-1, 1),
         lambda w: torch.unbind(w.expand(2, C, D))[0],
+        lambda w: w + torch.ones(C, 2) @ w[:2],  # as of LoRA
+        lambda w: 2 * torch.nn.functional.gelu(w),
+        lambda w: torch.nn.functional.softplus(w),
+        lambda w: torch.nn.functional.layer_norm(w, (D,)),
+        lambda w: torch.nn.functional.rms_norm(w, (D,)),
+        lambda w: w.flip(0),
+        lambda w: w[: C // 2].repeat(2, 1),
+        lambda w: w.abs().sqrt(),
+        lambda w: w.abs() ** w,
+        lambda w: torch.empty(C, D, dtype=torch.float64).copy_(w).float(),
     ],
 )
 def test_a_weight_whose_maker_takes_dense_gradients_alone(make):
@@ -555,7 +565,12 @@ def test_a_weight_whose_maker_takes_dense_gradients_alone(make):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda w: w * 2, lambda w: w + 1, lambda w: w / 2, lambda w: -w, torch.clone, torch.exp]
+    "make",
+    [
+        *(lambda w: w * 2, lambda w: w + 1, lambda w: w / 2, lambda w: -w, torch.clone, torch.exp),
+        lambda w: w * torch.linspace(0, 1, C)[:, None] - w.square(),
+        lambda w: w + w.mean(0, keepdim=True).tanh().expand(C, D),  # whose gradient is summed over classes
+    ],
 )
 def test_a_weight_whose_maker_takes_sparse_gradients(make):
     w = torch.randn(C, D, requires_grad=True)

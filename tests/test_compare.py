@@ -313,6 +313,7 @@ def test_a_comparison_goes_on_with_the_data_and_the_methods_of_its_runs(
     assert not compare(plan, out, resume=True).failed
 
 
+@pytest.mark.exhaustive
 def test_a_comparison_says_where_runs_that_stand_were_made_with_other_versions(
     tmp_path, in_this_process, monkeypatch, capsys
 ):
@@ -387,6 +388,7 @@ def test_a_report_that_is_made_again_says_why_a_run_failed(tmp_path, in_this_pro
         report_again(out)
 
 
+@pytest.mark.exhaustive
 def test_a_run_that_was_made_anew_with_other_options_is_in_no_mean(tmp_path, in_this_process):
     """In a comparison's folder, whether it goes on or its report is made again; a trial likewise."""
     config, out = Config(**SMALL, cache_dir=tmp_path / "cache"), tmp_path / "out"
@@ -407,6 +409,7 @@ def test_a_run_that_was_made_anew_with_other_options_is_in_no_mean(tmp_path, in_
     assert "pos_only-lr0.1 holds a run that is not of this comparison (batch_size: 3 there" in failure
 
 
+@pytest.mark.exhaustive
 def test_the_numbers_that_are_chosen_for_the_data_are_those_of_every_run(tmp_path, in_this_process):
     """Of photos in folders: a run that was made anew with a cohort of its own is not of the comparison."""
     photos = write_tree(tmp_path / "photos", {"ant": 10, "bee": 10})

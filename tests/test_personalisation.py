@@ -268,6 +268,7 @@ def test_a_model_that_is_not_finite_leaves_the_others(folder, capsys):
     assert {line["run"] for line in read_csv(out)} == {str(runs[0])}
 
 
+@pytest.mark.exhaustive
 def test_runs_that_are_done_when_a_signal_comes_are_written(folder, capsys, monkeypatch):
     runs, once = [train(folder, "a"), train(folder, "b", seed=1)], personalise_command._measured
 

@@ -263,6 +263,7 @@ def test_runs_of_other_settings_are_no_seeds_of_one_and_none_counts_twice(folder
     assert fails(capsys, str(folder), str(copied)) == words
 
 
+@pytest.mark.exhaustive
 def test_nets_of_other_sizes_have_each_their_own_at_random(folder, tmp_path):
     wide, out = tmp_path / "wide", tmp_path / "out"
     run(Config(**SMALL | {"model": "isotropic:depth=1", "embedding_dim": 32}, out=wide))
@@ -319,6 +320,7 @@ def test_a_run_that_cannot_be_measured_leaves_the_others(folder, tmp_path, capsy
     assert nets == {f"FedSS, {varied}", f"random init, {varied}"}
 
 
+@pytest.mark.exhaustive
 def test_nets_that_are_done_when_a_signal_comes_are_written(folder, tmp_path, capsys, monkeypatch):
     other, out, once = tmp_path / "other", tmp_path / "out", probe_command._measured
     run(Config(**SMALL | {"seed": 4}, out=other))

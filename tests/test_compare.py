@@ -20,7 +20,7 @@ from tiny_federation import tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import CheckpointError, Config, ConfigError, cli, run
 from fedss_kernels.federated.algorithms import METHODS
-from fedss_kernels.federated.comparisons import jobs, standing
+from fedss_kernels.federated.comparisons import jobs, rates, standing
 from fedss_kernels.federated.comparisons.compare import compare, report_again
 from fedss_kernels.federated.comparisons.table import cells, header, tabulate, write_tables
 from fedss_kernels.federated.data.holdout import held_out
@@ -285,6 +285,26 @@ def in_this_process(monkeypatch):
     monkeypatch.setattr(jobs, "_end_with_parent", lambda: None)
     monkeypatch.setattr(jobs, "ignore", lambda: None)  # of signals
     monkeypatch.setattr(jobs, "write_run_report", lambda folder, run: (folder / "report.html").touch())
+
+
+def test_a_rate_that_is_no_clear_choice_is_said(tmp_path, in_this_process, monkeypatch):
+    config = Config(**SMALL, cache_dir=tmp_path / "cache")
+    plan = Plan(config, ["pos_only"], [0], rates=[0.2, 0.05, 0.1])
+    merits = {0.05: 0.5, 0.1: 0.5, 0.2: 0.2}
+    monkeypatch.setattr(rates, "_merit", lambda run: merits[run.config.client_lr])
+    comparison = compare(plan, tmp_path / "out")
+    (note,) = comparison.notes
+    assert re.fullmatch(
+        r"PosOnly: rates 0.05 and 0.1 came out equal, top-1 \(%\) [\d.]+ on \d+ images of clients who do not "
+        "train: the smallest is taken",
+        note,
+    )
+    assert [line.client_lr for line in comparison.table] == [0.05]
+    for best, words in ((0.2, "largest"), (0.05, "smallest"), (0.1, None)):
+        merits.update(dict.fromkeys(merits, 0.1) | {best: 0.6})
+        _, notes, _ = rates.best_rates(plan, tmp_path / "out", 1, lambda *told: None, True, lambda: False)
+        said = f"PosOnly: the best rate, {best:g}, is the {words} that was tried"
+        assert notes == ([said] if words else [])
 
 
 def test_a_comparison_goes_on_with_the_data_and_the_methods_of_its_runs(

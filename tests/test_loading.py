@@ -90,12 +90,12 @@ def test_a_retrieval_of_one_class_is_said_before_training(tmp_path, capsys, capl
 
 
 def test_classes_of_one_test_image_are_counted(caplog):
-    """A retrieval can find nothing for them; a classification doesn't care."""
+    """A retrieval can find nothing for them."""
     data = tiny_data("retrieval")
     labels = torch.zeros_like(data.test_labels)
     labels[-2:] = torch.tensor([5, 7])
     words = "test classes of one image, for which nothing right can be found: 2 of 3; MAP@10 and recall@1 "
-    for each, said in ((replace(data, test_labels=labels), [words]), (data, []), (tiny_data(), [])):
+    for each, said in ((replace(data, test_labels=labels), [words]), (data, [])):
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             run(tiny_config(rounds=1, eval_every=1, task=each.task), data=each, model=tiny_model())
@@ -310,6 +310,59 @@ def test_a_holdout_is_counted_before_images_are_read(tmp_path):
     with pytest.raises(ConfigError, match="cohort: expected at most 3, the clients there are, got 4"):
         load_data(config(folder, cohort=4, holdout=0.25))
     assert len(load_data(config(folder, holdout=0.25)).clients) == 3
+
+
+@pytest.mark.parametrize(
+    "method, words",
+    [
+        ("fedss", "of the 96 images those of the clients held out are the test, not the 72"),
+        (
+            "local_only",
+            "of the 96 images those of the clients held out are there alone, some of each in the test",
+        ),
+    ],
+)
+def test_the_line_says_what_a_holdout_does(method, words, tmp_path):
+    config = Config(glyph_classes=12, glyph_writers=4, cohort=2, holdout=0.5, method=method)
+    (said,) = [line for line in choices(config, Found("glyphs", 12, 96, 72, 2)) if "holdout" in line]
+    assert said == f"--holdout 0.5: {words}"
+    data = load_data(replace(config, cache_dir=tmp_path))
+    held = sum(map(len, data.clients))
+    assert f"{held} training and {len(data.test_images)} test images, 2 clients" in repr(data) and held < 96
+
+
+def test_images_that_are_no_clients_are_counted(caplog):
+    """Of the tiny data nobody has an image of the last class."""
+    data = tiny_data()
+    few = replace(data, clients=tuple(rows[data.labels[rows] != 2] for rows in data.clients))
+    lost, images = int((data.labels == 2).sum()), len(data.images)
+    assert lost > 0 and f"{images - lost} training and" in repr(few)
+    unheld = f"training images that are no client's, and are not there: {lost} of {images}"
+    untrained = "test images of classes of which no client has an image: {} of 21"
+    tested = replace(data, test_labels=data.test_labels.clamp(max=5))
+    for each, said in (
+        (few, [unheld, untrained.format(6)]),
+        (data, [untrained.format(3)]),
+        (tested, []),
+        (replace(few, task="retrieval"), [unheld]),
+    ):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            run(tiny_config(rounds=1, task=each.task), data=each, model=tiny_model())
+        assert caplog.messages == said
+
+
+def test_more_rounds_with_another_default_warmup_are_told(tmp_path, caplog):
+    begun = tiny_config(rounds=9, lr_decay="constant", out=tmp_path)
+    begun = replace(begun, **dict.fromkeys(["warmup_rounds"]))
+    data = tiny_data()
+    words = "the run goes on with the warm-up it began with, of 0 rounds; by default one of 10 rounds has 1"
+    assert run(begun, data=data, model=tiny_model()).config.warmup_rounds == 0
+    for rounds, said in ((10, True), (11, False)):
+        caplog.clear()
+        more = replace(begun, rounds=rounds, warmup_rounds=0)
+        run(more, data=data, model=tiny_model(), resume=True)
+        assert (words in caplog.messages) == said
 
 
 def test_a_holdout_of_everybody_is_named_as_what_it_is(tmp_path):

@@ -5,6 +5,7 @@ import csv
 import shutil
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from fedss_kernels.federated import Config, cli, run
 from fedss_kernels.federated.cli import probe as probe_command
 from fedss_kernels.federated.cli.probe import PROBE, _say_idle
-from fedss_kernels.federated.cli.several_runs import titles
+from fedss_kernels.federated.cli.several_runs import say_differences, titles
 from fedss_kernels.federated.figures import by_depth as by_several
 from fedss_kernels.federated.figures import probe
 from fedss_kernels.federated.interrupts import Interrupted
@@ -300,6 +301,16 @@ def test_features_that_are_not_finite_are_counted_and_said(folder, tmp_path, cap
     assert cli.main(["probe", str(folder), str(other), "--depths=1", f"--out={out}"]) == 0
     assert [row["not_finite"] for row in read_csv(out / "by_depth.csv")] == ["5"] * 4
     assert words in (out / "section-by_depth.html").read_text()
+
+
+def test_runs_that_differ_in_more_than_their_methods_are_told(capsys):
+    one, other = Config(**SMALL), Config(**SMALL | {"method": "fedaws", "rounds": 12, "cohort": 4})
+    say_differences("probe", {Path("a"): one, Path("b"): other, Path("c"): one})
+    words = "the runs differ in more than their methods: rounds 12 and 2, cohort 2 and 4"
+    assert capsys.readouterr().err == f"fedss probe: {words}\n"
+    say_differences("probe", {Path("a"): one, Path("b"): replace(one, method="fedaws", client_lr=0.3)})
+    say_differences("probe", {Path("a"): one, Path("b"): replace(one, rounds=9)})  # in their titles
+    assert capsys.readouterr().err == ""
 
 
 def test_a_run_that_cannot_be_measured_leaves_the_others(folder, tmp_path, capsys):

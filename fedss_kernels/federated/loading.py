@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from typing import Any
 
+import torch
+
 from . import private_retrieval
 from .algorithms import METHODS, readers
 from .clients.player import check_model, num_negatives
@@ -148,6 +150,25 @@ def _pace(config: Config) -> dict[str, Any]:
     return {name: value for name, value in pace.items() if getattr(config, name) is None}
 
 
+def other_warmup(before: int, config: Config) -> list[str]:
+    """A line where a run of `before` rounds has its default warm-up, and one of config's has another."""
+    usual = {rounds: _usual_warmup(replace(config, rounds=rounds)) for rounds in (before, config.rounds)}
+    if config.warmup_rounds != usual[before] or usual[before] == usual[config.rounds]:
+        return []
+    return [
+        f"the run goes on with the warm-up it began with, of {usual[before]} rounds; by default one of "
+        f"{config.rounds:,} rounds has {usual[config.rounds]}"
+    ]
+
+
+def _usual_warmup(config: Config) -> int:
+    unsaid: dict[str, Any] = {"warmup_rounds": None}
+    usual = replace(config, **unsaid)  # that of the data set, or None
+    found = _pace(usual)["warmup_rounds"] if usual.warmup_rounds is None else usual.warmup_rounds
+    assert isinstance(found, int)
+    return found
+
+
 def with_a_net(config: Config) -> Config:
     """With a net, and images of a size for it: of 8 pixels in training it sees 7, as 224 of 256."""
     model, size, crop = config.model, config.image_size, config.crop_size
@@ -187,8 +208,18 @@ def choices(config: Config, found: Found) -> list[str]:
         whole = f": all {images:,}, so without chance" if taken >= images else ""
         of = f"as many images as {after.cohort} clients would, {after.batch_size} each"
         notes.append(f"no federation: a step takes {of}{whole}")
+    if config.holdout:
+        notes.append(_of_holdout(config, found))
     missing = config.model is None and unavailable(NET)
     return [*notes, f"{NET} needs torchvision (fedss doctor)"] if missing else notes
+
+
+def _of_holdout(config: Config, found: Found) -> str:
+    """`found`, of all the images, has the clients who train."""
+    share = f"--holdout {config.holdout:g}: of the {found.training:,} images"
+    if METHODS[config.method].alone:
+        return f"{share} those of the clients held out are there alone, some of each in the test"
+    return f"{share} those of the clients held out are the test, not the {found.test:,}"
 
 
 # ---- whether they fit
@@ -200,10 +231,28 @@ def check_data(config: Config, data: FederatedData) -> None:
     raise_together([*errors, *_misfits_of_net(config, tuple(data.images.shape[1:]))])
 
 
-def trivial(data: FederatedData) -> list[str]:
-    """A line where images of a retrieval's test measure nothing: all are of one class, or alone in theirs."""
-    if data.task != "retrieval":
-        return []
+def trivial(config: Config, data: FederatedData) -> list[str]:
+    """A line each on images that train or measure nothing."""
+    lines = [] if config.holdout or not data.clients else _unheld(data)
+    return [*lines, *(_unrelated(data) if data.task == "retrieval" else [])]
+
+
+def _unheld(data: FederatedData) -> list[str]:
+    """Where images are no client's, or test images of classes of which no client has one."""
+    held, lines = torch.zeros(len(data.images), dtype=torch.bool), list[str]()
+    held[torch.cat(data.clients)] = True
+    if lost := int((~held).sum()):
+        lines.append(f"training images that are no client's, and are not there: {lost:,} of {len(held):,}")
+    learned = torch.zeros(data.num_classes, dtype=torch.bool)
+    learned[data.labels[held]] = True
+    if data.task == "classification" and (lost := int((~learned[data.test_labels]).sum())):
+        of = f"{lost:,} of {len(data.test_labels):,}"
+        lines.append(f"test images of classes of which no client has an image: {of}")
+    return lines
+
+
+def _unrelated(data: FederatedData) -> list[str]:
+    """Where all images of a retrieval's test are of one class, or some alone in theirs."""
     counts = data.test_labels.unique(return_counts=True)[1]
     if len(counts) == 1:
         words = "all test images are of one class, so every retrieval is right"

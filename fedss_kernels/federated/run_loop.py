@@ -22,6 +22,7 @@ from .data import FederatedData
 from .defaults import OWN
 from .evaluation import check_measured
 from .fedavg_round import Simulation
+from .files import run_folder
 from .files.checkpoint import Checkpoint, CheckpointError
 from .files.facts import Facts
 from .files.round_metrics import RoundMetrics
@@ -29,7 +30,7 @@ from .files.run_folder import RunFolder
 from .files.summary import Summary
 from .learning_rate import learning_rate
 from .ledger import OUTCOMES, Traffic
-from .loading import check_data, dearer, fitted, load_data, trivial
+from .loading import check_data, dearer, fitted, load_data, other_warmup, trivial
 from .probes.client_work import in_a_round
 from .sending import check_sendable
 from .server.class_store import ClassStore, check_free
@@ -200,7 +201,7 @@ def _settled(
     check_measured(config, data)
     if model is not None and config.workers > 1:
         check_sendable(model)
-    for line in (*idle_settings.idle([config]), *trivial(data), *dearer(config, data)):
+    for line in (*idle_settings.idle([config]), *trivial(config, data), *dearer(config, data)):
         idle_settings.log.warning(line)
     return config, data
 
@@ -225,6 +226,8 @@ def _open_folder(
     if not resume:
         return RunFolder.new(*known), None, []
     folder, checkpoint, history = RunFolder.resumed(*known)
+    for line in other_warmup(run_folder.read_config(config.out)[0].rounds, config):
+        run_folder.log.warning(line)
     if (checkpoint.store is None) != (config.class_store is None):
         where = "in memory" if checkpoint.store is None else "in a class store"
         folder.close()

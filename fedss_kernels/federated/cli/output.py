@@ -56,7 +56,7 @@ def read_data(
     if runs and data.notes != said[0].notes:
         left = _unsaid(data.found, said[0].notes)
         print(f"{config.data}: without what cannot be read: {left.line}", flush=True)
-    remarks = (*trivial(data), *(line for run in runs for line in dearer(run, data))) if runs else ()
+    remarks = (*trivial(config, data), *(line for run in runs for line in dearer(run, data))) if runs else ()
     for line in dict.fromkeys(remarks):
         print(f"{config.data}: {line}", flush=True)
     config = fitted(config, data.found)

@@ -27,7 +27,7 @@ from .options import (
     refuse_lost,
 )
 from .output import read_data
-from .several_runs import by_method, finished_runs, titles
+from .several_runs import by_method, finished_runs, say_differences, titles
 
 if TYPE_CHECKING:
     from ..comparisons.paired_differences import Measured
@@ -91,6 +91,7 @@ def _personalise(arguments: argparse.Namespace) -> int:
         with noted(wrong):
             make_folder(arguments.out)
     refuse(wrong)
+    say_differences("personalise", configs)
     data = _data_of(configs)
     with mistakes():
         make_folder(arguments.out)

@@ -17,7 +17,7 @@ from .command import Command
 from .measure import kept, write_measured
 from .options import Mistake, mistakes, noted, read_numbers, reader, refuse, refuse_lost, say_idle
 from .output import read_data
-from .several_runs import by_label, finished_runs, titles
+from .several_runs import by_label, finished_runs, say_differences, titles
 
 _COUNT = reader(int, "an integer of at least 1", low=1)
 _POSITIVE = reader(float, "a number greater than 0", low=1e-300)
@@ -118,6 +118,7 @@ def _probe(arguments: argparse.Namespace) -> int:
         for folder in nets:
             check_trained_on(folder, data)
     _say_idle(arguments, data.task)
+    say_differences("probe", configs)
     torch.set_num_threads(first.threads)
     probing = _probing(arguments)
     if len(nets) + len(lost) == 1:

@@ -13,6 +13,11 @@ from .options import Mistake, noted
 # Of one method and setting are runs that differ in these alone; one that began with another net is not.
 _OF_NO_METHOD = {*MAY_DIFFER, "seed", "threads", "device", "eval_every", "label"}
 _OF_NO_METHOD -= {"init_checkpoint", "half_checkpoint"}
+# What a fair comparison has in common, but for the rate, which may be found for each.
+_OF_THE_TRAINING = (
+    *("rounds", "cohort", "batch_size", "local_epochs"),
+    *("model", "embedding_dim", "init_checkpoint"),
+)
 
 
 def finished_runs(command: str, folders: Sequence[Path], wrong: list[str]) -> list[Path]:
@@ -53,6 +58,22 @@ def titles(configs: Mapping[Path, Config], called: Mapping[Path, str]) -> tuple[
             twice.append(f"{folder} and {other} are of one method, settings and seed: expected each once")
         found[folder] = title
     return found, twice
+
+
+def say_differences(command: str, configs: Mapping[Path, Config]) -> None:
+    """A line on the options in which runs of different methods differ besides these."""
+    if len({config.method for config in configs.values()}) < 2:
+        return
+    words = [
+        f"{name} {' and '.join(sorted(map(str, values)))}"
+        for name in _OF_THE_TRAINING
+        if len(values := {getattr(config, name) for config in configs.values()}) > 1
+    ]
+    if words:
+        print(
+            f"fedss {command}: the runs differ in more than their methods: {', '.join(words)}",
+            file=sys.stderr,
+        )
 
 
 def by_method(configs: Mapping[Path, Config]) -> dict[Path, str]:

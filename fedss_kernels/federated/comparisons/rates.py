@@ -38,8 +38,26 @@ def best_rates(
             failed.append(f"{case.label} failed, as it trains at none of the rates {rates}: {words}")
         else:
             best[case] = max(sorted(tried), key=lambda rate: tried[rate])  # of equals the smallest
+            a_run = next(runs[job] for job in mine if trials[job].client_lr == best[case])
+            notes += _of_the_choice(case, tried, best[case], a_run)
             notes += [f"{trial_name(plan, trials[j])} is the worst: {of.words}" for j, of in lost.items()]
     return best, notes, failed
+
+
+def _of_the_choice(case: Case, tried: Mapping[float, float], best: float, run: Run) -> list[str]:
+    """A line where the best rate, that of `run`, is one of equals, or another might be better."""
+    equal = [f"{rate:g}" for rate in sorted(tried) if tried[rate] == tried[best]]
+    if len(equal) > 1:
+        headline, accuracy = run.summary.headline, run.summary.accuracy
+        found = "nothing" if accuracy is None else f"{headline.column} {headline.figure(accuracy)}"
+        words = (
+            f"rates {' and '.join(equal)} came out equal, {found} on {run.summary.num_test_images:,} images"
+        )
+        return [f"{case.label}: {words} of clients who do not train: the smallest is taken"]
+    if len(tried) > 2 and best in (min(tried), max(tried)):
+        which = "smallest" if best == min(tried) else "largest"
+        return [f"{case.label}: the best rate, {best:g}, is the {which} that was tried"]
+    return []
 
 
 def _merit(run: Run) -> float:

@@ -91,7 +91,8 @@ class FederatedData:
 
     @property
     def found(self) -> Found:
-        counts = self.num_classes, len(self.images), len(self.test_images), len(self.clients)
+        held = sum(map(len, self.clients)) if self.clients else len(self.images)
+        counts = self.num_classes, held, len(self.test_images), len(self.clients)
         return Found(self.name, *counts, self.how, self.notes)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -10,7 +10,15 @@ from html import escape
 
 import pytest
 import torch
-from tiny_federation import CLASSES_HELD, IMAGES_OF_EACH, NUM_CLASSES, tiny_config, tiny_data, tiny_model
+from tiny_federation import (
+    CLASSES_HELD,
+    IMAGES_OF_EACH,
+    NUM_CLASSES,
+    UNTRAINED,
+    tiny_config,
+    tiny_data,
+    tiny_model,
+)
 from torch import nn
 from torch.nn.functional import normalize
 
@@ -554,7 +562,7 @@ def test_a_blank_test_image_is_a_miss_that_is_counted_and_said(tmp_path, caplog)
     for measure in ("top1", "map_at_10", "recall_at_1", "recall_at_10"):
         assert getattr(of["blank"], measure) == pytest.approx(getattr(of["others"], measure) * 20 / 21)
     assert of["others"].top1 > 0.3 and torch.equal(found["blank"].weight, found["others"].weight)
-    assert set(caplog.messages) == {"1 of 21 embeddings are not finite: misses"}
+    assert set(caplog.messages) == {UNTRAINED, "1 of 21 embeddings are not finite: misses"}
     _, history, summary = read_run(tmp_path / "blank")
     assert [metrics.not_finite for metrics in history] == [None, 1, 1] and summary.not_finite == 1
     (line,) = remarks(summary)

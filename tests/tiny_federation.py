@@ -8,6 +8,7 @@ from fedss_kernels.federated.data import FederatedData
 
 CLASSES_HELD = ((0, 1), (1, 2, 3), (0, 3), (2, 4), (1, 4, 5))  # class 6 is held by nobody
 IMAGES_OF_EACH = (3, 2, 4, 1, 2)  # of each of its classes, by client
+UNTRAINED = "test images of classes of which no client has an image: 3 of 21"  # as a run says
 NUM_CLASSES, DIM, PIXELS = 7, 4, 36
 NUM_PARAMETERS = PIXELS * DIM + DIM  # of the linear model
 

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from .sparse_rows import makers
+
 
 class SparseRows(nn.Embedding):
     """Parameters with sparse gradients, in a module that torch takes for a sparse embedding.
@@ -129,15 +131,9 @@ def _leaves(tensor: Tensor) -> Iterator[Tensor]:
     """What it is computed of; itself where it is not computed."""
     if tensor.grad_fn is None:
         yield tensor
-    seen, waiting = set[Any](), [tensor.grad_fn]
-    while waiting:
-        node: Any = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            yield node.variable
-        waiting += [following for following, _ in node.next_functions]
+    for maker in makers(tensor, lambda maker: [before for before, _ in maker.next_functions]):
+        if hasattr(maker, "variable"):
+            yield maker.variable
 
 
 def _why_dense(ddp: DistributedDataParallel, parameter: Tensor) -> str:

@@ -1,6 +1,7 @@
 """The rows that a sparse gradient lists, those of one class summed; on a GPU without a wait for it."""
 
 import re
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -100,25 +101,33 @@ def check_takes_sparse(**parameters: Tensor | None) -> None:
 
 
 def _check_takes_sparse(name: str, parameter: Tensor) -> None:
-    seen, waiting = set[Any](), [parameter.grad_fn]
-    while waiting:
-        maker: Any = waiting.pop()
-        if maker is None or maker in seen:
-            continue
-        seen.add(maker)
+    def goes_on(maker: Any) -> list[Any]:
+        """Where classes were summed over the gradient is dense by then."""
+        found = maker.next_functions if _OF_TORCH.fullmatch(maker.name()) else ()
+        return [
+            node
+            for node, which in found
+            if node is not None and list(node._input_metadata[which].shape[:1]) == [len(parameter)]
+        ]
+
+    for maker in makers(parameter, goes_on):
         if _takes_dense_alone(maker):
             raise RuntimeError(
                 f"sparse_grad: expected False for a {name} that is computed, as by weight_norm, a slice or "
                 f"FullyShardedDataParallel, got one by {maker.name()}, whose backward pass in torch takes "
                 f"dense gradients only; take sparse_grad=False, or make the {name} itself the parameter"
             )
-        if _OF_TORCH.fullmatch(maker.name()):
-            # where classes were summed over, the gradient is dense by now
-            waiting += [
-                node
-                for node, which in maker.next_functions
-                if node is not None and list(node._input_metadata[which].shape[:1]) == [len(parameter)]
-            ]
+
+
+def makers(tensor: Tensor, goes_on: Callable[[Any], Iterable[Any]]) -> Iterator[Any]:
+    """The operations, each once, that a tensor is made by; from each it `goes_on` to some of those before."""
+    seen, waiting = set[Any](), [tensor.grad_fn]
+    while waiting:
+        maker: Any = waiting.pop()
+        if maker is not None and maker not in seen:
+            seen.add(maker)
+            yield maker
+            waiting += goes_on(maker)
 
 
 def _takes_dense_alone(maker: Any) -> bool:

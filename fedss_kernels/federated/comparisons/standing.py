@@ -25,10 +25,10 @@ def check_standing(configs: Sequence[Config]) -> None:
     of, data, others = None, None, set[str]()
     for config in configs:
         try:
-            found = checkpoint.read_fingerprint(folder_of(config))
-            others |= {checkpoint.read_versions(folder_of(config))} - {""}
+            found, versions = checkpoint.read_fingerprint(folder_of(config))
         except CheckpointError:
             continue
+        others |= {versions} - {""}
         if data is None or of != [*_options_of_data(config)]:  # the same for most
             of, data = [*_options_of_data(config)], load_data(config)
         if config.init_checkpoint or config.half_checkpoint:  # whose files may be others

@@ -32,7 +32,7 @@ import torch
 
 from ..disk import named
 from .cache import Arrays, cached_arrays
-from .class_folders import ClassFolders, image_endings
+from .class_folders import ClassFolders, image_endings, is_hidden, kind_of
 from .damage import DamagedImages, of_the_system, say_left_out
 from .federated_data import FederatedData
 from .images import VERSION, OnProgress, decode
@@ -373,12 +373,11 @@ def _jpegs(place: Path, files: list[Path], others: Counter[str]) -> Sequence[tup
         found = [(file.relative_to(place).as_posix(), file) for file in files]
     endings, images = image_endings(), []
     for name, content in found:
-        ending = Path(name).suffix.lower()
         pieces = name.split("/")
-        if any(piece.startswith((".", "__MACOSX")) for piece in pieces):
+        if is_hidden(name):
             continue
-        if ending not in endings:
-            others[ending or "no ending"] += 1
+        if kind_of(name) not in endings:
+            others[kind_of(name)] += 1
         elif len(pieces) > 2 and pieces[0] not in ("train", "test"):
             others["neither in train nor in test"] += 1
         else:

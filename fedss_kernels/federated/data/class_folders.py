@@ -51,6 +51,16 @@ def image_endings() -> frozenset[str]:
     return frozenset(found)
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file in an archive, by its path there, is hidden, or what a Mac puts beside the files."""
+    return any(piece.startswith((".", "__MACOSX")) for piece in name.split("/"))
+
+
+def kind_of(name: str | Path) -> str:
+    """By which files that are left out are counted: ".txt", in small letters, or "no ending"."""
+    return os.path.splitext(name)[1].lower() or "no ending"
+
+
 class DanglingLink(FileNotFoundError):
     """A link to what is not there, or to itself; to a folder, perhaps of many images."""
 
@@ -102,13 +112,13 @@ class ClassFolders:
         return sorted(found)
 
     def _images_at(self, entry: os.DirEntry[str]) -> list[Path]:
-        ending = os.path.splitext(entry.name)[1].lower()
+        ending = kind_of(entry.name)
         if ending in self.endings and _leads_nowhere(entry):  # whoever reads it says that it is missing
             return [Path(entry.path)]
         if self._is_folder(entry):
             return self.images(Path(entry.path))
         if ending not in self.endings:
-            self.left_out[ending or "no ending"] += 1
+            self.left_out[ending] += 1
             return []
         return [Path(entry.path)]  # a FIFO too: whoever reads it says that it is none
 

@@ -25,7 +25,7 @@ import numpy as np
 
 from ..disk import named
 from .cache import Arrays, cached_arrays
-from .class_folders import ClassFolders
+from .class_folders import ClassFolders, is_hidden, kind_of
 from .damage import OR_SKIP, DamagedImages, of_the_system, say_left_out
 from .drawings import Drawings, partition
 from .federated_data import FederatedData
@@ -187,14 +187,15 @@ def _from_zip(path: Path, left_out: Counter[str]) -> Iterator[File]:
     """What isn't hidden, as in a folder; counts the others in `left_out`."""
     try:
         with named(path), zipfile.ZipFile(path) as archive:
-            names = [name for name in archive.namelist() if not name.endswith("/")]
-            for name in names:
+            for name in archive.namelist():
+                if name.endswith("/"):  # a folder
+                    continue
                 top, _, below = name.partition("/")
                 match = FILE_NAME.fullmatch(below) if top == path.stem else None
                 if match is None:
-                    if not any(piece.startswith((".", "__MACOSX")) for piece in name.split("/")):
-                        ending = Path(name).suffix.lower()
-                        left_out[MISPLACED if ending == ".png" else ending or "no ending"] += 1
+                    if not is_hidden(name):
+                        kind = kind_of(name)
+                        left_out[MISPLACED if kind == ".png" else kind] += 1
                 else:
                     yield match[1], match[2], int(match[3]), name, partial(archive.read, name)
     except DAMAGES as error:

@@ -128,14 +128,13 @@ def read_config(folder: Path) -> Config:
     return Config.from_dict(rest["config"], path / _REST)
 
 
-def read_fingerprint(folder: Path) -> Fingerprint:
-    """That of the last one in a run's folder. Raises CheckpointError where it cannot be read."""
-    return Fingerprint(**_sealed(folder)[1]["fingerprint"])
+def read_fingerprint(folder: Path) -> tuple[Fingerprint, str]:
+    """(that of the last one in a run's folder, what it was written with that is another here).
 
-
-def read_versions(folder: Path) -> str:
-    """What the last one in a run's folder was written with that is another here. Raises as `_sealed`."""
-    return _other_versions(_sealed(folder)[1])
+    Raises CheckpointError where it cannot be read.
+    """
+    _, rest = _sealed(folder)
+    return Fingerprint(**rest["fingerprint"]), _other_versions(rest)
 
 
 def _other_versions(rest: Mapping[str, Any]) -> str:

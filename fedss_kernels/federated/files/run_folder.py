@@ -368,7 +368,7 @@ def check_trained_on(path: Path, data: FederatedData) -> None:
     Where there is none that can be read, as with checkpoint_every 0, it is not known.
     """
     try:
-        found = checkpoint.read_fingerprint(path)
+        found, _ = checkpoint.read_fingerprint(path)
     except CheckpointError:
         return
     if different := found.other_data(data):

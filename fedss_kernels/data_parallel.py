@@ -112,7 +112,7 @@ def check_sparse_communication(*parameters: Tensor | None) -> None:
 def _check_sparse_communication(parameter: Tensor) -> None:
     if parameter.grad_fn is not None and parameter._is_view():
         raise RuntimeError(
-            "sparse_grad: expected False for a weight that is a view of another tensor, as under FSDP: "
+            "sparse_grad: expected False for a weight or bias that is a view of a tensor, as under FSDP: "
             f"autograd has no views of sparse gradients; {_INSTEAD}"
         )
     if _gathered_by_fully_shard(parameter):

@@ -94,8 +94,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         """Adds parameters with options of their own; raises as the constructor does."""
         if isinstance(param_group, dict):
             _check_group(param_group)
-            held = [self._checked(group).max_norm for group in self.param_groups]
-            _check_norms([*held, self._checked(self.defaults | param_group).max_norm])
+            self._checked_groups([*self.param_groups, self.defaults | param_group])
             param_group = {name: v if name == "params" else _as_pythons(v) for name, v in param_group.items()}
         super().add_param_group(param_group)
 

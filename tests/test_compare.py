@@ -408,6 +408,16 @@ def test_a_report_that_is_made_again_says_why_a_run_failed(tmp_path, in_this_pro
         report_again(out)
 
 
+def test_runs_that_stay_of_a_comparison_that_is_replaced_are_told(tmp_path, in_this_process, caplog):
+    config = Config(**SMALL | {"rounds": 1}, cache_dir=tmp_path / "cache", overwrite=True)
+    out = tmp_path / "out"
+    compare(Plan(config, ["pos_only"], [0, 1]), out)
+    compare(Plan(config, ["pos_only"], [0]), out)
+    words = f"runs of the comparison that was there stay, and count in no table: {out / 'pos_only-seed1'}"
+    assert [record.getMessage() for record in caplog.records if record.name == standing.__name__] == [words]
+    assert (out / "pos_only-seed1" / "summary.json").exists()
+
+
 @pytest.mark.exhaustive
 def test_a_run_that_was_made_anew_with_other_options_is_in_no_mean(tmp_path, in_this_process):
     """In a comparison's folder, whether it goes on or its report is made again; a trial likewise."""

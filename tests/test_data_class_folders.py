@@ -81,6 +81,17 @@ def test_a_class_too_small_for_a_test_image_is_said(tmp_path):
         read(folder, how=TWO)
 
 
+def test_files_of_several_pictures_are_told_of_which_the_first_is_read(tmp_path):
+    folder = write_tree(tmp_path / "data", {"ant": 10, "bee": 10})
+    pages = [Image.new("RGB", (4, 4), (0, 0, blue)) for blue in (255, 0)]
+    for ending in ("tif", "gif"):
+        pages[0].save(folder / "ant" / f"first.{ending}", save_all=True, append_images=pages[1:])
+    data = read(folder, how=TWO)
+    assert data.notes == ("of files with several pictures the first is read (.gif 1, .tif 1)",)
+    every = torch.cat([data.images, data.test_images])
+    assert len(every) == 22 and (every[:, 2].flatten(1) > 250).all(1).sum() == 2
+
+
 def test_a_pillow_without_avif_is_said(tmp_path, monkeypatch):
     known = Image.registered_extensions()
     lacking = {ending: name for ending, name in known.items() if name != "AVIF"}

@@ -72,7 +72,12 @@ def test_a_half_that_shows_more_is_inverted_better_and_all_meet_the_same_attacke
     images, lines = inversion.Images(x[:60], x[60:]), []
     shows, hides = nn.AvgPool2d(2), nn.Sequential(nn.AvgPool2d(8), nn.Upsample(scale_factor=4))
     found = inversion.measure(
-        {"shows": shows, "hides": hides}, images, seed=0, epochs=8, width=8, on_line=lines.append
+        {"shows": shows, "hides": hides},
+        images,
+        seed=0,
+        epochs=8,
+        width=8,
+        on_line=lambda found: lines.append(found.lines[-1]),
     )
     assert found.lines == lines
     assert [(line.half, line.attacker) for line in lines] == [("none", "the mean image")] + [
@@ -168,6 +173,30 @@ def test_a_net_that_is_not_finite_is_told_beside_the_others(wide, tmp_path, caps
     said = capsys.readouterr()
     assert said.err.splitlines()[-1] == "fedss invert: ruined: what is made of its latents is not finite"
     assert "| wide |" in said.out and "| nan |" in said.out
+
+
+@pytest.mark.parametrize("command", ["invert", "harden"])
+def test_attacks_that_are_done_when_a_signal_comes_are_written(command, wide, tmp_path, capsys, monkeypatch):
+    real, done = inversion.train_attacker, []
+
+    def train_attacker(*arguments, **options):
+        if done:
+            raise KeyboardInterrupt
+        done.append(real(*arguments, **options))
+
+    monkeypatch.setattr(inversion, "train_attacker", train_attacker)
+    argv = [wide] if command == "invert" else [*IN_ONE_PLACE, *NET, "--batch-size=6"]
+    capsys.readouterr()
+    assert fedss(command, *argv, *ATTACK, f"--out={tmp_path / 'out'}") == 130
+    assert [line["attacker"] for line in table(tmp_path / "out" / "inversion.csv")] == [
+        "the mean image",
+        ALL[0],
+    ]
+    left_out, stopped = capsys.readouterr().err.splitlines()[-2:]
+    assert left_out == f"fedss {command}: stopped: what is not there was not measured"
+    assert stopped == f"fedss {command}: stopped"
+    if command == "harden":
+        assert len(HalfFile.read(tmp_path / "out" / "half.safetensors").made["attack"]) == 2
 
 
 @pytest.mark.parametrize("room", [1000, 10_000_000])

@@ -13,7 +13,7 @@ from PIL import Image
 from fedss_kernels.federated import Config, cli, run
 from fedss_kernels.federated.algorithms import METHODS
 from fedss_kernels.federated.cli import personalise as personalise_command
-from fedss_kernels.federated.comparisons.paired_differences import Measured, differences
+from fedss_kernels.federated.comparisons.paired_differences import Measured, differences, unpaired
 from fedss_kernels.federated.comparisons.personalisation import write
 from fedss_kernels.federated.fine_tuning import Personal, Tuning
 from fedss_kernels.federated.plan import Plan
@@ -89,8 +89,10 @@ def test_a_client_that_one_run_lacks_is_in_no_difference():
 
 
 def test_methods_without_a_common_seed_are_not_paired_nor_other_rates():
-    assert differences([measured("A", 0, 0.5), measured("B", 1, 0.5)]) == []
+    apart = [measured("A", 0, 0.5), measured("B", 1, 0.5)]
+    assert differences(apart) == [] and unpaired(apart) == [("A", "B")]
     fast = replace(FEW, rate=0.1)
+    assert unpaired([measured("A", 0, 0.5), measured("B", 1, 0.5, tuning=fast)]) == []
     runs = [measured(m, 0, 0.5, tuning=t) for m, t in product("AB", (FEW, fast))]
     assert [(found.first, found.second) for found in differences(runs)] == [
         ("A, rate 0.01", "B, rate 0.01"),
@@ -252,6 +254,14 @@ def test_a_comparison_is_all_its_runs_and_one_that_is_not_finished_is_left_out(f
     assert cli.main(["personalise", str(comparison), "--epochs=0", f"--out={out}"]) == 0
     assert len({line["run"] for line in read_csv(out)}) == 3
     assert "pos_only-seed1 is left out: it is not finished" in capsys.readouterr().err
+
+
+def test_methods_between_which_there_is_no_difference_are_told(folder, capsys):
+    runs = [train(folder, name, method=name, seed=seed) for seed, name in enumerate(("fedss", "pos_only"))]
+    capsys.readouterr()
+    assert cli.main(["personalise", *runs, "--epochs=0", f"--out={folder / 'out'}"]) == 0
+    words = "FedSS and PosOnly have no seed in common: there is no difference of the two"
+    assert capsys.readouterr().err.splitlines()[-1] == f"fedss personalise: {words}"
 
 
 def test_a_model_that_is_not_finite_leaves_the_others(folder, capsys):

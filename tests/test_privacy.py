@@ -167,6 +167,26 @@ def test_a_training_that_fails_leaves_the_others_and_what_is_seen_in_requests(tm
     assert len(lines) == 6 * len(privacy.REQUESTS)
 
 
+def test_what_is_trained_when_a_signal_comes_is_written(tmp_path, capsys, monkeypatch):
+    real = cli.measure.run
+
+    def run(config, **options):
+        if config.negatives == "sticky":
+            raise KeyboardInterrupt
+        return real(config, **options)
+
+    monkeypatch.setattr(cli.measure, "run", run)
+    monkeypatch.setenv("FEDSS_CACHE", str(tmp_path / "cache"))
+    small = ["--glyph-classes=12", "--glyph-writers=4", "--cohort=2", "--embedding-dim=8"]
+    out = tmp_path / "out"
+    assert cli.main(["privacy", *small, "--rounds=2", "--clients=3", "--train", f"--out={out}"]) == 130
+    assert "fedss privacy: stopped: what is not there was not measured\n" in capsys.readouterr().err
+    with (out / "privacy.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert {line["negatives"] for line in lines if line["top1"]} == {"fresh"}
+    assert len(lines) == 6 * len(privacy.REQUESTS)
+
+
 @pytest.mark.parametrize(
     "method, options, named, precision",
     [

@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import pickle
+import re
 from fractions import Fraction
 
 import numpy as np
@@ -640,6 +641,18 @@ def test_groups_without_parameters_are_refused_in_words(kind, params, message):
             kind([{"params": [weight]}, *params], lr=0.1)
     assert [group["params"] for group in optimizer.param_groups] == [[weight]]
     assert kind(nn.ParameterList([weight]), lr=0.1).param_groups[0]["params"] == [weight]
+
+
+@pytest.mark.parametrize("kind", [RowSGD, RowAdam])
+def test_a_group_whose_option_is_wrong_is_named(kind):
+    weights = [nn.Parameter(torch.ones(2)) for _ in range(3)]
+    words = re.escape("param_groups[1]: lr: expected a finite number of at least 0, got -1.0")
+    with pytest.raises(ValueError, match=words):
+        kind([{"params": weights[:1]}, {"params": weights[1:2], "lr": -1.0}], lr=0.1)
+    optimizer = kind(weights[:1], lr=0.1)
+    with pytest.raises(ValueError, match=words):
+        optimizer.add_param_group({"params": weights[1:2], "lr": -1.0})
+    assert len(optimizer.param_groups) == 1
 
 
 def test_groups_of_other_norms_are_refused():

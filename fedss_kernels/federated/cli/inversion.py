@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import functools
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -18,7 +17,7 @@ from ..disk import check_room, reason
 from ..files.run_folder import check_trained_on, make_folder, read_config, read_net
 from ..randomness import NO_CLIENT, Purpose, generator
 from .command import Command
-from .measure import places, write_measured
+from .measure import kept, places, write_measured
 from .options import (
     Mistake,
     add_config_file,
@@ -90,9 +89,7 @@ def _invert(arguments: argparse.Namespace) -> int:
     with mistakes():
         make_folder(arguments.out)
     torch.set_num_threads(config.threads)
-    found = _attack(arguments, halves, drawn[0], arguments.seed)
-    write = functools.partial(inversion.write, arguments.out, found)
-    return write_measured(arguments, arguments.out, write, _not_finite(found))
+    return _attack(arguments, arguments.out, halves, drawn[0], arguments.seed)
 
 
 def _drawn(
@@ -109,17 +106,33 @@ def _same(images: "Images", others: "Images") -> bool:
 
 
 def _attack(
-    arguments: argparse.Namespace, halves: Mapping[str, nn.Module], images: "Images", seed: int
-) -> "Found":
+    arguments: argparse.Namespace,
+    out: Path,
+    halves: Mapping[str, nn.Module],
+    images: "Images",
+    seed: int,
+    note: Callable[["Found"], list[str]] = lambda found: [],  # keeps it elsewhere too; returns what failed
+) -> int:
+    """Measures, and writes what was found even where a signal ends it; returns the exit code."""
     from ..figures import inversion
 
-    def say(line: inversion.Line) -> None:
+    so_far, failed = list[inversion.Found](), list[str]()
+
+    def say(found: inversion.Found) -> None:
+        so_far[:] = [found]
+        line = found.lines[-1]
         words = f"{line.half}, {line.attacker}: MSE {line.mse:.4f}, SSIM {line.ssim:.3f}"
         print(f"fedss {arguments.command}: {words}", file=sys.stderr, flush=True)
 
+    def write() -> int:
+        (found,) = so_far
+        lines = [*_not_finite(found), *note(found), *failed]
+        return write_measured(arguments, out, lambda: inversion.write(out, found), lines)
+
     how = {"epochs": arguments.attack_epochs, "width": arguments.attack_width}
-    with mistakes():  # of latents that no decoder takes
-        return inversion.measure(halves, images, seed=seed, on_line=say, **how)
+    with kept(so_far, failed, write), mistakes():  # of latents that no decoder takes
+        inversion.measure(halves, images, seed=seed, on_line=say, **how)
+    return write()
 
 
 def _not_finite(found: "Found") -> list[str]:
@@ -210,14 +223,17 @@ def _harden(arguments: argparse.Namespace) -> int:
         return 1
     first, prepared = inversion.clients_half(config, clients, half.net)
     images = _drawn(arguments, clients.images, config.seed, prepared)
-    found = _attack(arguments, {out.resolve().name: first}, images, config.seed)
-    attack, failed = [dataclasses.asdict(line) for line in found.lines], _not_finite(found)
-    try:
-        dataclasses.replace(half, made={**half.made, "attack": attack}).write(out / HALF)
-    except OSError as error:
-        failed.append(f"{out / HALF} is there, without what the attack found: {reason(error)}")
-    print(f"the halves, for a run's --half-checkpoint: {out / HALF}")
-    return write_measured(arguments, out, lambda: inversion.write(out, found), failed)
+
+    def note(found: inversion.Found) -> list[str]:
+        print(f"the halves, for a run's --half-checkpoint: {out / HALF}")
+        attack = [dataclasses.asdict(line) for line in found.lines]
+        try:
+            dataclasses.replace(half, made={**half.made, "attack": attack}).write(out / HALF)
+        except OSError as error:
+            return [f"{out / HALF} is there, without what the attack found: {reason(error)}"]
+        return []
+
+    return _attack(arguments, out, {out.resolve().name: first}, images, config.seed, note)
 
 
 def _trained(

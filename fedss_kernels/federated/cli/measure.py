@@ -257,10 +257,14 @@ def _privacy(arguments: argparse.Namespace) -> int:
         config = dataclasses.replace(config, out=None)
         privacy.check(config)
         config, data = read_data(config, [config], lambda: make_folder(out), arguments.given)
-    accuracy, failed = {}, []
+    lines, failed = privacy.measure(config, data, clients=arguments.clients), list[str]()
+
+    def write() -> int:
+        return write_measured(arguments, out, lambda: privacy.write(out, lines), failed)
+
     if arguments.train:
         ways = privacy.ways(config)
-        with RunProgress(list(ways), config.rounds) as progress:
+        with kept(lines, failed, write), RunProgress(list(ways), config.rounds) as progress:
             for job, (name, way) in enumerate(ways.items()):
                 progress.start(job)
                 words = name if name in privacy.UNLIKE else f"{name} negatives"
@@ -276,11 +280,13 @@ def _privacy(arguments: argparse.Namespace) -> int:
                 except (TooFewClients, WorkerLost) as error:  # the others' are measured all the same
                     failed.append(f"training with {words} failed: {error}")
                     continue
-                accuracy[name] = result.summary.top1, result.summary.map_at_10
+                top1, map_at_10 = result.summary.top1, result.summary.map_at_10
+                for place, line in enumerate(lines):
+                    if line.negatives == name:
+                        lines[place] = dataclasses.replace(line, top1=top1, map_at_10=map_at_10)
                 if result.summary.not_finite_since is not None:
                     failed += [f"{words}: {line}" for line in remarks(result.summary)]
-    lines = privacy.measure(config, data, clients=arguments.clients, accuracy=accuracy)
-    return write_measured(arguments, out, lambda: privacy.write(out, lines), failed)
+    return write()
 
 
 def _add_parameters_arguments(parser: argparse.ArgumentParser) -> None:

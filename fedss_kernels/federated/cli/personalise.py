@@ -78,7 +78,7 @@ def _add_personalise_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _personalise(arguments: argparse.Namespace) -> int:
     from ..comparisons import personalisation
-    from ..comparisons.paired_differences import Measured
+    from ..comparisons.paired_differences import Measured, unpaired
     from ..fine_tuning import EPOCHS, RATE, Tuning
 
     epochs, tunings = tuple(EPOCHS if arguments.epochs is None else arguments.epochs), list[Tuning]()
@@ -111,6 +111,9 @@ def _personalise(arguments: argparse.Namespace) -> int:
                 left_out += [f"{folder} is left out, rate {tuning.rate:g}: {words}" for words in failed]
     if not found:
         refuse(left_out)
+    for pair in unpaired(found):
+        words = f"{' and '.join(pair)} have no seed in common: there is no difference of the two"
+        print(f"fedss personalise: {words}", file=sys.stderr)
     return write()
 
 

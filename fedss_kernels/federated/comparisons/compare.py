@@ -20,7 +20,7 @@ from ..reports.reported_run import Run
 from ..server.inspection import explained
 from .jobs import OnHeard, OnRound, Tuned, folder_of, play_all, played
 from .rates import best_rates, trial_name
-from .standing import check_standing
+from .standing import check_standing, say_left_over
 from .table import Line, cells, header, tabulate, write_tables
 
 COMPARISON_FILES = (
@@ -83,6 +83,7 @@ def compare(
         plan.check_same(out)
         check_standing([*(plan.trials(out / "rates") if plan.rates else ()), *plan.runs(out, {})])
     else:
+        say_left_over(out, plan)
         prepare(out, COMPARISON_FILES, overwrite=plan.config.overwrite)
         plan.save(out)
     tuned, runs_from = on_tuned or _ignore, len(plan.trials(out))

@@ -2,7 +2,7 @@
 
 import itertools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..fine_tuning import Personal, Tuning
@@ -48,13 +48,20 @@ def by_method(found: Sequence[Measured]) -> dict[str, list[Measured]]:
 
 def differences(found: Sequence[Measured]) -> list[Difference]:
     """Of every two methods, at one rate, that have a seed in common."""
-    apart = []
+    return [_difference(first, second, pairs) for first, second, pairs in _paired(found) if pairs]
+
+
+def unpaired(found: Sequence[Measured]) -> list[tuple[str, str]]:
+    """Every two methods, at one rate, that have no seed in common, so no difference."""
+    return [(first, second) for first, second, pairs in _paired(found) if not pairs]
+
+
+def _paired(found: Sequence[Measured]) -> Iterator[tuple[str, str, list[tuple[Measured, Measured]]]]:
+    """Every two methods, at one rate, and their runs of one seed."""
     for (first, some), (second, others) in itertools.combinations(by_method(found).items(), 2):
-        by_seed = {each.seed: each for each in others}
-        pairs = [(each, by_seed[each.seed]) for each in some if each.seed in by_seed]
-        if pairs and some[0].tuning.rate == others[0].tuning.rate:
-            apart.append(_difference(first, second, pairs))
-    return apart
+        if some[0].tuning.rate == others[0].tuning.rate:
+            by_seed = {each.seed: each for each in others}
+            yield first, second, [(each, by_seed[each.seed]) for each in some if each.seed in by_seed]
 
 
 def _difference(first: str, second: str, pairs: Sequence[tuple[Measured, Measured]]) -> Difference:

@@ -2,15 +2,18 @@
 
 import logging
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..algorithms import METHODS
 from ..clients.player import Player
-from ..config import Config
+from ..config import Config, ConfigError
+from ..data.damage import some
 from ..files import checkpoint
 from ..files.checkpoint import CheckpointError
 from ..files.method_numbers import method_numbers
 from ..loading import load_data, options_of_data
+from ..plan import Plan
 from .jobs import folder_of
 
 log = logging.getLogger(__name__)
@@ -44,6 +47,22 @@ def check_standing(configs: Sequence[Config]) -> None:
             )
     for versions in sorted(others):
         log.warning("of the runs that stand some were made with %s: bits of the others may differ", versions)
+
+
+def say_left_over(out: Path, plan: Plan) -> None:
+    """Of a comparison that another one replaces: which of its runs' folders stay, as this has no such run."""
+    try:
+        before = Plan.read(out)
+    except (OSError, CheckpointError, ConfigError):  # none, or one of another version
+        return
+    new = {*_folders(plan, out)}
+    if left := [str(f) for f in _folders(before, out) if f.exists() and f not in new]:
+        log.warning("runs of the comparison that was there stay, and count in no table: %s", some(left))
+
+
+def _folders(plan: Plan, out: Path) -> list[Path]:
+    trials = plan.trials(out / "rates") if plan.rates else []
+    return [folder_of(config) for config in (*trials, *plan.runs(out, {}))]
 
 
 def _options_of_data(config: Config) -> Iterator[Any]:

@@ -22,6 +22,8 @@ ByClass = dict[str, list[Path]]  # the files of each class, sorted
 NO_PICTURES = ("EPS", "MPEG")
 # Endings of pictures that Pillow reads only where it was built so, or never.
 OF_PICTURES = (".avif", ".avifs", ".heic", ".heif", ".j2k", ".jp2", ".jxl", ".svg", ".webp")
+# Endings of files that often have several pictures: pages, frames.
+OF_SEVERAL = (".apng", ".avifs", ".dcx", ".flc", ".fli", ".gif", ".tif", ".tiff")
 NAMED = 5  # things of a kind that a note names
 _OF_A_SPLIT = "(?:[ _-]?(?:set|data|images))?"
 TRAIN = re.compile(f"(?:train|training){_OF_A_SPLIT}", re.IGNORECASE)
@@ -80,6 +82,7 @@ class ClassFolders:
         self.name, self.skip_damaged = name, skip_damaged
         self.endings = image_endings() if endings is None else endings
         self.left_out = Counter[str]()  # files, by ending or reason
+        self.of_several = Counter[str]()  # files that may have more than one picture, by ending
         self.unread: list[str] = []  # what can't be read, and why
         self.unused: list[str] = []  # folders without an image, or beside those that are used
         self.levels: list[str] = []  # what may be the classes instead
@@ -120,6 +123,8 @@ class ClassFolders:
         if ending not in self.endings:
             self.left_out[ending] += 1
             return []
+        if ending in OF_SEVERAL:
+            self.of_several[ending] += 1
         return [Path(entry.path)]  # a FIFO too: whoever reads it says that it is none
 
     @contextmanager
@@ -172,6 +177,9 @@ class ClassFolders:
             missing = [ending for ending in OF_PICTURES if ending in self.left_out]
             if missing:
                 notes.append(f"the Pillow installed here reads no {', '.join(missing)}")
+        if self.of_several:
+            kinds = [f"{kind} {count:,}" for kind, count in self.of_several.most_common()]
+            notes.append(f"of files with several pictures the first is read ({_some(kinds)})")
         if self.unread:
             notes.append(f"left out what cannot be read: {_some(self.unread)}")
         if self.unused:

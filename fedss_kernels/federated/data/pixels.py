@@ -6,6 +6,7 @@
 | an EXIF orientation | turned upright |
 | grey of 16 or 32 bits, whole numbers; colours of 16 | white: 255, 4095 or 65535, the least none exceeds |
 | grey as floats, below 0 or above 65535 | refused: nobody knows what is white |
+| several pictures: pages, frames | the first |
 | any number of pixels, any length of text or colour profile | read |
 | a JPEG without its end marker, every pixel of which is there | read; with pixels missing, refused |
 

@@ -119,17 +119,18 @@ def measure(
     seed: int,
     epochs: int = 50,
     width: int = 64,
-    on_line: Callable[[Line], None] = lambda line: None,
+    on_line: Callable[[Found], None] = lambda found: None,  # after each line, what is found so far
 ) -> Found:
     """A line for the mean image, and one for each half and each of ATTACKERS.
 
     Raises ValueError where latents are not channels of pixels, which doublings make as large as the images.
     """
     lines, pictures = list[Line](), dict[str, Tensor]()
+    found = Found(lines, images.others[:SHOWN], pictures)
 
-    def note(half: str, latents: int, attacker: str, found: Nearness) -> None:
-        lines.append(Line(half, latents, attacker, found.mse, found.ssim, found.psnr))
-        on_line(lines[-1])
+    def note(half: str, latents: int, attacker: str, near: Nearness) -> None:
+        lines.append(Line(half, latents, attacker, near.mse, near.ssim, near.psnr))
+        on_line(found)
 
     note("none", 0, NO_LATENTS, of_the_mean_image(images.own, images.others))
     for name, half in halves.items():
@@ -141,9 +142,9 @@ def measure(
                 made = decoder(own.shape[1:], images.own.shape[1:], width)
             train_attacker(made, own, images.own, rng, learns=learns, epochs=epochs)
             reconstructed = attacked(made, sent)
-            note(name, sent[0].numel(), attacker, nearness(reconstructed, images.others))
             pictures[f"{name}: {attacker}"] = reconstructed[:SHOWN]
-    return Found(lines, images.others[:SHOWN], pictures)
+            note(name, sent[0].numel(), attacker, nearness(reconstructed, images.others))
+    return found
 
 
 @torch.no_grad()

@@ -65,8 +65,8 @@ class Line:
     recall: float  # share of what it holds that is named
     posterior: float | None  # by the formula; shared, PIR: there is none
     bytes: float  # that a client moves in a round for its classes
-    top1: float | None  # of a run with such negatives
-    map_at_10: float | None
+    top1: float | None = None  # of a run with such negatives
+    map_at_10: float | None = None
 
 
 def posterior(num_classes: int, positives: int, sticky: int, fresh: int, requests: int) -> float:
@@ -93,7 +93,6 @@ def measure(
     *,
     clients: int,
     requests: Sequence[int] = REQUESTS,
-    accuracy: dict[str, tuple[float | None, float | None]] | None = None,  # by negatives: top-1, MAP@10
 ) -> list[Line]:
     """A line for each of `ways` and number of requests, of the first `clients`. Raises as `check`."""
     check(config)
@@ -106,8 +105,7 @@ def measure(
                 statistics.fmean(values) for values in zip(*(of[place] for of in found), strict=True)
             )
             bound = None if way.sums else expected
-            costs = (accuracy or {}).get(name, (None, None))
-            lines.append(Line(name, count, named, precision, recall, bound, bytes, *costs))
+            lines.append(Line(name, count, named, precision, recall, bound, bytes))
     return lines
 
 

@@ -184,7 +184,7 @@ def flat_shards_are_refused_in_words(rank):
     for original in (False, True):
         options = {"device_id": torch.device("cpu"), "use_orig_params": original}
         net = FullyShardedDataParallel(SampledSoftmaxLoss(C, D, 5, sparse_grad=True), **options)
-        refused("sparse_grad: expected False for a weight that is a view", lambda net=net: net(x, t))
+        refused("sparse_grad: expected False for a weight or bias that is a view", lambda net=net: net(x, t))
         criterion = SampledSoftmaxLoss(C, D, 5)
         net = FullyShardedDataParallel(criterion, **options)
         net(x, t).backward()

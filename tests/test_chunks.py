@@ -234,7 +234,7 @@ def test_vectors_at_another_address_have_a_plan_of_their_own(which, plans):
 
 
 @pytest.mark.parametrize("S", [None, 40])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("reduction", ["mean", "none", pytest.param("sum", marks=pytest.mark.exhaustive)])
 def test_the_same_numbers_however_it_is_cut(reduction, S):
     case = Case(
         3, B=50, S=S, C=60, D=33, bias=True, distinct=30, ignored=0.1, left_out=0.1, reduction=reduction

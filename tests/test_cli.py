@@ -824,6 +824,7 @@ def test_what_goes_on_elsewhere_asks_for_the_data_again(tmp_path, capsys, monkey
     assert cli.main(["run", "--resume=../out", "--rounds=2", "--data-dir=../photos"]) == 0
 
 
+@pytest.mark.exhaustive
 def test_so_it_does_for_a_net_and_a_class_store(tmp_path, capsys, monkeypatch):
     """Which were given relative to another folder; then it goes on from them as if there were no move."""
     torch.save(build_model("conv4", 8, seed=5).state_dict(), tmp_path / "net.pt")

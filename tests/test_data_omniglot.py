@@ -315,6 +315,7 @@ def test_wrong_size_and_mode():
     not (DATA / "images_evaluation.zip").is_file(),
     reason=f"Omniglot's images_evaluation.zip is not in {DATA}; FEDSS_TEST_DATA names the folder above it",
 )
+@pytest.mark.exhaustive
 def test_the_real_file(tmp_path):
     data = load("omniglot", data_dir=DATA, seed=0, cache_dir=tmp_path)
     names = {name.split("/")[0] for name in data.client_names}

@@ -165,7 +165,8 @@ def test_the_operator_gives_the_bits_of_the_direct_route(impl):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("all_classes", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("all_classes", [False, True])
 def test_opcheck(all_classes, impl):
     (x, w, bias, given), scale, labels, ids, counts = problem(F32)
     ids, counts = (None, None) if all_classes else (ids, counts)

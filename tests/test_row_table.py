@@ -46,6 +46,7 @@ GAPS = st.one_of(st.integers(0, 5), st.sampled_from([37, 200]))
 TOUCHES = st.lists(st.tuples(st.sets(st.integers(0, 4)), GAPS), min_size=1, max_size=12)
 
 
+@pytest.mark.exhaustive
 @settings(deadline=None, max_examples=60)
 @given(TOUCHES, st.sampled_from([0.0, 0.5, 0.9, 0.99]), st.sampled_from([1.0, 0.3]))
 def test_lazy_rows_equal_dense_ones_for_any_touches_and_gaps(touches, momentum, lr):

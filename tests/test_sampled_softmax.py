@@ -177,6 +177,7 @@ def test_gradcheck_in_float64(reduction, sampled_softmax_loss):
     assert torch.autograd.gradcheck(loss, (x, w, bias, scale), fast_mode=fast)
 
 
+@pytest.mark.exhaustive
 def test_a_class_that_starts_late_in_a_long_set(sampled_softmax_loss):
     """Its rows are added up from wherever they are: past those that a GPU program looks through at a time."""
     x, w, t = problem(B=6, C=40, D=8)
@@ -372,7 +373,7 @@ def test_pulls_of_nearly_parallel_class_rows_keep_their_differences(B, dtype, sa
     assert (found.double() - truth).abs().max() <= allowed * truth.abs().max()
 
 
-@pytest.mark.parametrize("B", [6, 140])
+@pytest.mark.parametrize("B", [6, pytest.param(140, marks=pytest.mark.exhaustive)])
 def test_corrections_past_float32_beside_float64_rows(B, sampled_softmax_loss):
     g = torch.Generator().manual_seed(0)
     x = torch.randn(B, 8, generator=g, dtype=F64, requires_grad=True)

@@ -190,6 +190,7 @@ def test_compiled_with_a_dynamic_batch_whose_first_has_two_rows(training, with_g
         assert torch.equal(gradients(traced, x)[0], gradients(eager, x)[0])
 
 
+@pytest.mark.exhaustive
 def test_no_batch_is_too_large_for_what_is_compiled_or_exported_for_any():
     """Where batch and negatives are more than the classes too."""
     criterion = SampledSoftmaxLoss(C, D, 3)

@@ -140,6 +140,7 @@ def test_reference(similarity, ids):
             assert_no_false_number(found, plain, name)
 
 
+@pytest.mark.exhaustive
 def test_gpu_kernels_in_float64(gpu_loss):
     """As small problems are."""
     for name, p, target in poisoned("dot", few=True):

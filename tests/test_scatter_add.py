@@ -84,6 +84,7 @@ def test_large_sizes_have_the_bits_of_the_definition(sizes, rows_dtype, set_thre
     assert torch.equal(scatter_add_(out, ids, rows, scale), expected)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, of NaN, in Triton's interpreter
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_16_bit_number_is_read_as_it_is(impl, dtype):
@@ -255,6 +256,7 @@ def test_forward_mode_is_refused_not_zero():
         torch.func.jvp(lambda r: scatter_add_(torch.zeros(2, 3), torch.arange(2), r), (rows,), (rows,))
 
 
+@pytest.mark.exhaustive
 def test_out_of_memory_changes_nothing():
     """All memory is taken before the first row is written, whatever the threads: an error, no crash, no change."""
     code = """

@@ -264,6 +264,7 @@ def test_all_but_the_first_call_are_launched_without_triton(monkeypatch):
     "table, B, D", [(NVIDIA, 5, 33), (NVIDIA, 100, 33), (AMD, 5, 144), (AMD, 100, 48), (NVIDIA, 140, 33)]
 )
 @pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.exhaustive
 def test_shipped_configurations_are_right_too(table, B, D, dtype, monkeypatch):
     """D = 144: two groups of columns in the backward pass."""
     monkeypatch.setattr(configurations, "TABLE", table)
@@ -313,7 +314,9 @@ def arguments_of(reduction, wanted):
     return *tensors, "cosine", -100, reduction, False, "triton", [wanted] * 4, None
 
 
-@pytest.mark.parametrize("reduction, wanted", [("mean", True), ("none", False)])
+@pytest.mark.parametrize(
+    "reduction, wanted", [("mean", True), pytest.param("none", False, marks=pytest.mark.exhaustive)]
+)
 def test_opcheck(reduction, wanted):
     arguments = arguments_of(reduction, wanted)
     torch.library.opcheck(OPS.sampled_softmax_loss.default, arguments)

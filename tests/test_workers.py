@@ -40,7 +40,7 @@ def history(result) -> list[RoundMetrics]:
 @pytest.mark.parametrize(
     "options",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.exhaustive),
         {
             "method": "neg_only",
             "wire_dtype": "bfloat16",
@@ -72,7 +72,9 @@ def test_a_worker_that_dies_is_an_error_and_not_a_wait():
     torch.distributed.destroy_process_group()  # nothing of it was left
 
 
-@pytest.mark.parametrize("when", ["between rounds", "before an evaluation"])
+@pytest.mark.parametrize(
+    "when", ["between rounds", pytest.param("before an evaluation", marks=pytest.mark.exhaustive)]
+)
 def test_a_run_that_lost_a_worker_is_saved_and_goes_on_bit_for_bit(when, tmp_path, monkeypatch):
     """Three rounds are done, the last with its evaluation, for which there was only rank 0."""
     options = {"rounds": 5, "eval_every": 3, "checkpoint_every": 0, "out": tmp_path}
@@ -177,6 +179,7 @@ def test_a_script_that_cannot_be_spawned_from_is_told_why(tmp_path):
     assert done.returncode == 1 and 'needs if __name__ == "__main__":' in done.stderr
 
 
+@pytest.mark.exhaustive
 def test_workers_end_with_the_process_that_started_them(tmp_path):
     """Killed as soon as there is one, long before they have met."""
     command = [

@@ -100,7 +100,7 @@ def check_sparse_communication(*parameters: Tensor | None) -> None:
     """Raises RuntimeError where sparse gradients, of `parameters`, would have to be dense ones.
 
     That is so for FSDP, for replicate, and for DistributedDataParallel over NCCL, with a hook that
-    compresses, or where the module that it asks about a parameter has no sparse gradients.
+    compresses, in join(), or where the module that it asks about a parameter has no sparse gradients.
     """
     if not torch.is_grad_enabled():
         return
@@ -152,6 +152,11 @@ def _why_dense(ddp: DistributedDataParallel, parameter: Tensor) -> str:
     name = next((name for name in names if name.startswith(_OF_DENSE)), "")
     if name and dist.get_world_size(ddp.process_group) > 1:
         return f"DistributedDataParallel with {name}, which compresses dense gradients only; leave it out"
+    if ddp._join_config.enable and not ddp._join_config.throw_on_early_termination:
+        return (
+            "DistributedDataParallel's join(), where a process without batches left sends dense gradients; "
+            "leave join() out and give that process empty batches"
+        )
     asked = _asked_by(ddp, parameter)
     if asked is not None and not getattr(asked, "sparse", False):
         return (

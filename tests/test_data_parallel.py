@@ -120,6 +120,24 @@ def zero_redundancy_optimizer_clips_by_the_norm_of_the_model(rank):
         torch.testing.assert_close(a, b)
 
 
+def join_is_refused_where_it_would_send_dense_gradients(rank):
+    model = DistributedDataParallel(Classifier(rank, sparse_grad=True))
+    with model.join():
+        refused(
+            r"sparse_grad: expected False under DistributedDataParallel's join\(\), .* empty batches",
+            lambda: model(*batch(4, 0)),
+        )
+    uneven = DistributedDataParallel(Classifier(rank, sparse_grad=True))
+    with pytest.raises(RuntimeError, match="exhausted"):
+        with uneven.join(throw_on_early_termination=True):  # which ends where it would send dense ones
+            for step in range(1 + rank):
+                uneven(*batch(4, step)).backward()
+    plain = DistributedDataParallel(Classifier(rank))
+    with plain.join():
+        for step in range(1 + rank):
+            plain(*batch(4, step)).backward()
+
+
 def nccl_is_refused_with_sparse_gradients_only(rank):
     found, dist.get_backend_config = dist.get_backend_config, lambda group: "cpu:nccl,cuda:nccl"
     try:
@@ -299,6 +317,7 @@ CHECKS = [
     zero_redundancy_optimizer_equals_the_optimizer,
     zero_redundancy_optimizer_clips_by_the_norm_of_the_model,
     nccl_is_refused_with_sparse_gradients_only,
+    join_is_refused_where_it_would_send_dense_gradients,
     replicate_is_refused_with_sparse_gradients_only,
     hooks_that_compress_are_refused_with_sparse_gradients_only,
     gradients_that_ddp_takes_for_dense_are_refused_in_words,

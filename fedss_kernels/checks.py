@@ -18,8 +18,9 @@ def check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> N
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     check_dtype(name, value.dtype, dtypes)
-    if value.layout != torch.strided:
-        raise TypeError(f"{name}: expected a dense tensor, got layout {value.layout}")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "a nested one" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(f"{name}: expected a dense tensor, got {kind}")
     if type(value).__name__ == "DTensor":
         raise TypeError(
             f"{name}: expected a plain tensor, got a DTensor; pass its full_tensor() or to_local()"

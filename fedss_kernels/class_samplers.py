@@ -177,21 +177,27 @@ def _why_no_tables(kept: Tensor, alias: Tensor, ways: Tensor) -> str | None:
     )
 
 
-def _shares(frequencies: object, power: float) -> np.ndarray:  # (C,) float64 of mean 1
-    check_tensor("frequencies", frequencies, _NUMBERS)
+def check_frequencies(name: str, frequencies: object) -> np.ndarray:
+    """(C,) float64; raises TypeError or ValueError unless they are finite positive numbers."""
+    check_tensor(name, frequencies, _NUMBERS)
     assert isinstance(frequencies, Tensor)
-    check_constant("frequencies", frequencies)
+    check_constant(name, frequencies)
     if frequencies.dim() != 1 or not len(frequencies):
-        raise ValueError(f"frequencies: expected shape (C,), C >= 1, got {tuple(frequencies.shape)}")
+        raise ValueError(f"{name}: expected shape (C,), C >= 1, got {tuple(frequencies.shape)}")
     if frequencies.device.type == "meta":
-        refuse_meta("frequencies")
+        refuse_meta(name)
     given = frequencies.to("cpu", torch.float64).numpy()
     bad = np.flatnonzero(~(np.isfinite(given) & (given > 0)))
     if len(bad):
         raise ValueError(
-            "frequencies: expected finite positive numbers (a class of frequency 0 would never be a "
-            f"negative; frequencies.clamp(min=1) lets it be one), got {given[bad[0]]} at position {bad[0]}"
+            f"{name}: expected finite positive numbers (a class of frequency 0 would never be a "
+            f"negative; {name}.clamp(min=1) lets it be one), got {given[bad[0]]} at position {bad[0]}"
         )
+    return given
+
+
+def _shares(frequencies: object, power: float) -> np.ndarray:  # (C,) float64 of mean 1
+    given = check_frequencies("frequencies", frequencies)
     shares = (given / given.max()) ** power
     return shares / shares.mean()
 

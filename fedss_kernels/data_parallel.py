@@ -1,8 +1,9 @@
 """What torch.distributed does to a class matrix: its sparse gradients under DDP, its shards under FSDP.
 
 DistributedDataParallel asks a parameter's module, not its gradient, whether the gradient is sparse: by
-whether it is an nn.Embedding. `SparseRows` is one. Where sparse gradients cannot be added up at all, that is
-said in the forward pass; the backward pass would end in an error of torch's that names no cause and no way.
+whether it is an nn.Embedding. `SparseRows` is one, for it alone. Where sparse gradients cannot be added up at
+all, that is said in the forward pass; the backward pass would end in an error of torch's that names no cause
+and no way.
 """
 
 import sys
@@ -35,6 +36,17 @@ class SparseRows(nn.Embedding):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: {tuple(p.shape)}" for name, p in self.named_parameters())
+
+
+def asked_by_ddp() -> bool:
+    """Whether DistributedDataParallel goes over the modules, or somebody in its forward pass.
+
+    Others, as who sorts the parameters of all modules into an optimiser's groups, would meet these twice.
+    """
+    frame = None if torch.compiler.is_compiling() else sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__") != DistributedDataParallel.__module__:
+        frame = frame.f_back
+    return frame is not None
 
 
 # ---- FSDP --------------------------------------------------------------------------------------------------
@@ -157,6 +169,8 @@ def _why_dense(ddp: DistributedDataParallel, parameter: Tensor) -> str:
             "DistributedDataParallel's join(), where a process without batches left sends dense gradients; "
             "leave join() out and give that process empty batches"
         )
+    if parameter.dtype == torch.float16 and dist.get_world_size(ddp.process_group) > 1:
+        return "DistributedDataParallel in float16, in which torch adds up dense gradients only"
     asked = _asked_by(ddp, parameter)
     if asked is not None and not getattr(asked, "sparse", False):
         return (

@@ -121,6 +121,7 @@ def ordinary(tensor: Tensor) -> bool:
     return (
         (type(tensor) is Tensor or type(tensor) is Parameter)
         and tensor.layout is strided
+        and not tensor.is_nested
         and not tensor.is_neg()
     )
 

@@ -1,7 +1,7 @@
 """AdamW for models whose class matrix has sparse gradients: steps cost O(touched rows)."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -93,7 +93,7 @@ def step_(
 def _numbers(where: str, lr: Any, betas: Any, eps: Any, weight_decay: Any) -> tuple[float, ...]:
     """(lr, beta1, beta2, eps, weight_decay)"""
     pair = betas.tolist() if isinstance(betas, (Tensor, np.ndarray)) else betas
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+    if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
         raise TypeError(f"{where}betas: expected two numbers, got {betas!r}")
     beta1, beta2 = (as_number(f"{where}betas[{i}]", beta, least=0, below=1) for i, beta in enumerate(pair))
     lr, eps, weight_decay = (

@@ -5,7 +5,7 @@ import math
 import numbers
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, ClassVar, NamedTuple
@@ -58,6 +58,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         self._checked(defaults)
         _check_params(params)
         super().__init__(params, _as_pythons(defaults))
+        _keep_from_compilers()
 
     @abstractmethod
     def _checked_rule(self, options: dict[str, Any], where: str) -> Rule:
@@ -124,6 +125,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         if loads:
             self._refuse_groups_of_others(state["param_groups"], defaults)
         super().__setstate__({**state, "defaults": defaults, "param_groups": groups})
+        _keep_from_compilers()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As any optimiser's; raises TypeError or ValueError, before anything changes, for what is not ours.
@@ -191,8 +193,8 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
                     (listed if by_rows else dense).append(parameter)
             if dense:
                 self._step_dense_parameters(dense, group, options.rule, factor, rounding)
-            for parameter in listed:
-                self._step_listed_rows(parameter, options.rule, factor, rounding)
+            if listed:
+                _step_by_rows(self, listed, options.rule, factor, rounding)
             group["rounding_step"] += 1
         if not changed or all(map(_stays, held)):
             self._seen = self._options(), checked
@@ -303,6 +305,31 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
             whole[class_ids] = rounding(stepped, whole.dtype)[first]
 
 
+def _all_by_rows(
+    optimizer: RowOptimizer,
+    parameters: list[Tensor],
+    rule: Rule,
+    factor: Tensor | None,
+    rounding: StochasticRounding,
+) -> None:
+    for parameter in parameters:
+        optimizer._step_listed_rows(parameter, rule, factor, rounding)
+
+
+_step_by_rows = _all_by_rows
+
+
+def _keep_from_compilers() -> None:
+    """torch.compile would give the rows of one parameter the state of another, without a word.
+
+    So they are stepped as they are, in a compiled `step` too. From the first optimiser on: torch._dynamo,
+    which takes as long to import as torch, is imported by torch's optimisers, not by torch.
+    """
+    global _step_by_rows
+    if _step_by_rows is _all_by_rows:
+        _step_by_rows = torch.compiler.disable(_all_by_rows)
+
+
 _NO_OPTIONS = ("params", "param_names")
 
 
@@ -350,8 +377,8 @@ def _as_pythons(value: Any) -> Any:
     """
     if isinstance(value, dict):
         return {name: _as_pythons(option) for name, option in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(map(_as_pythons, value))
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return (list if type(value) is list else tuple)(map(_as_pythons, value))
     if isinstance(value, np.ndarray):
         value = single_item(value) if value.size == 1 else value.tolist()
     if isinstance(value, np.bool_):

@@ -18,9 +18,9 @@ from .checks import (
     check_shape,
     check_tensor,
 )
-from .class_samplers import FrequencySampler
+from .class_samplers import FrequencySampler, check_frequencies
 from .class_sets import GeneratorHandle, check_generator, check_sampler, draw_batch_class_set
-from .data_parallel import SparseRows, check_sparse_communication, check_whole
+from .data_parallel import SparseRows, asked_by_ddp, check_sparse_communication, check_whole
 from .direct_route import eager
 from .loss_extras import check_class_weights, check_margin, check_smoothing, check_values, checked_extras
 from .loss_operator import without_autocast
@@ -65,8 +65,6 @@ class SampledSoftmaxLoss(nn.Module):
             (`weight.grad.coalesce()` has `.indices()` and `.values()`; see `sampled_softmax_loss`).
             Under DistributedDataParallel it needs gloo, and none of torch's hooks that compress: NCCL adds
             up dense gradients only, as FSDP and replicate do.
-            For it `modules()` gives an nn.Embedding that holds both before this module: a loop that
-            initialises embeddings meets the class matrix too; `reset_parameters()` after it draws it anew.
         generator: source of the initial weight and the negatives; None: torch's default one. Its state is
             not in state_dict, as each process has its own: save `criterion.generator.get_state()` beside
             it, and give that to `criterion.generator.set_state` to go on with the same negatives (for None:
@@ -178,7 +176,7 @@ class SampledSoftmaxLoss(nn.Module):
                 self.bias.zero_()
             if isinstance(self.scale, Tensor) and self.initial_scale is not None:
                 self.scale.fill_(self.initial_scale)
-            held, initial = self._buffers.get("class_weight"), self.initial_class_weight
+            held, initial = self._class_weight(), self.initial_class_weight
             if held is not None and initial is not None and held.shape == initial.shape:
                 held.copy_(initial)
         sampler = getattr(self, "sampler", "uniform")
@@ -190,6 +188,11 @@ class SampledSoftmaxLoss(nn.Module):
         check_class_weights(class_weight, C)
         self.initial_class_weight = class_weight.to(device="cpu", copy=True)
         self.class_weight = class_weight.to(device=self.weight.device, copy=True)
+
+    def _class_weight(self) -> Tensor | None:
+        """Also one that was assigned as a parameter, which is no buffer then."""
+        held = self._buffers.get("class_weight")
+        return self._parameters.get("class_weight") if held is None else held
 
     def _generator_of_rows(self) -> torch.Generator | None:
         """That of the initial weight."""
@@ -246,7 +249,7 @@ class SampledSoftmaxLoss(nn.Module):
             angular_margin=self.angular_margin if angular_margin is None else angular_margin,
             cosine_margin=self.cosine_margin if cosine_margin is None else cosine_margin,
             label_smoothing=self.label_smoothing,
-            class_weight=self._buffers.get("class_weight"),
+            class_weight=self._class_weight(),
             return_lse=self.return_lse,
             entry_labels=entry_labels,
             target_labels=target_labels,
@@ -322,7 +325,7 @@ class SampledSoftmaxLoss(nn.Module):
         """
         fits = isinstance(input, Tensor) and input.dtype in FLOATING and input.device == weight.device
         fits = fits and input.shape == (*target.shape, weight.shape[1])
-        bias, of_classes = self.bias, self._buffers.get("class_weight")
+        bias, of_classes = self.bias, self._class_weight()
         if not fits or (bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype)):
             none = (None, None, None)
             check_arguments(input, weight, target, *none, bias, as_float(self.scale))
@@ -347,13 +350,13 @@ class SampledSoftmaxLoss(nn.Module):
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
-        """As any module's; with sparse gradients also `SparseRows`, before the module and under its name.
+        """As any module's; with sparse gradients DistributedDataParallel gets `SparseRows` before the module.
 
-        So DistributedDataParallel, which takes a parameter where it first meets it, expects a sparse one.
+        Under its name: it takes a parameter where it first meets it, and so expects a sparse gradient.
         """
         if memo is None:
             memo = set()
-        if self.sparse_grad and remove_duplicate and self not in memo:
+        if self.sparse_grad and remove_duplicate and self not in memo and asked_by_ddp():
             own = {name: self._parameters.get(name) for name in ("weight", "bias")}
             yield prefix, SparseRows({n: p for n, p in own.items() if p is not None}, self.training)
         yield from super().named_modules(memo, prefix, remove_duplicate)
@@ -391,7 +394,7 @@ class SampledSoftmaxLoss(nn.Module):
             for name, value in others.items()
             if not isinstance(value, nn.Module) and value != _UNSHOWN[name]
         }
-        if self._buffers.get("class_weight") is not None:
+        if self._class_weight() is not None:
             others["class_weight"] = True
         return shown + "".join(f", {name}={value!r}" for name, value in others.items())
 
@@ -413,6 +416,8 @@ def as_sampler(
     sampler: str | Tensor, power: float, num_classes: int, device: torch.device | str | None
 ) -> str | FrequencySampler:
     power = as_number("sampler_power", power, 0.0)
+    if isinstance(sampler, Tensor):
+        check_frequencies("sampler", sampler)
     made = FrequencySampler(sampler, power, device=device) if isinstance(sampler, Tensor) else sampler
     check_sampler(made, num_classes)
     return made

@@ -186,7 +186,7 @@ class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
             self.angular_margin if angular_margin is None else angular_margin,
             self.cosine_margin if cosine_margin is None else cosine_margin,
         )
-        extras = (*margins, self.label_smoothing, self._buffers.get("class_weight"), self.return_lse)
+        extras = (*margins, self.label_smoothing, self._class_weight(), self.return_lse)
         step = self._step(input, target, extras, labels)
         with without_autocast(step.rows.device.type):
             return self._loss(step, target)

@@ -311,11 +311,11 @@ def test_added_classes_need_a_new_sampler():
             r"got \[(1\.0, ){6}\.\.\.\]; frequencies are given as FrequencySampler\(",
         ),
         (torch.ones(C - 1), ValueError, "sampler: expected frequencies of 50 classes, got 49"),
-        (torch.ones(C, 1), ValueError, r"frequencies: expected shape \(C,\), C >= 1, got \(50, 1\)"),
-        (torch.arange(C), ValueError, r"frequencies: expected finite positive .* got 0.0 at position 0"),
+        (torch.ones(C, 1), ValueError, r"sampler: expected shape \(C,\), C >= 1, got \(50, 1\)"),
+        (torch.arange(C), ValueError, r"sampler: expected finite positive .* got 0.0 at position 0"),
         (torch.ones(C).index_fill(0, torch.tensor(3), math.nan), ValueError, "got nan at position 3"),
-        (torch.ones(C, dtype=torch.bool), TypeError, "frequencies: expected float16 or .* got bool"),
-        (torch.ones(C, device="meta"), ValueError, "frequencies: expected a tensor that holds numbers"),
+        (torch.ones(C, dtype=torch.bool), TypeError, "sampler: expected float16 or .* got bool"),
+        (torch.ones(C, device="meta"), ValueError, "sampler: expected a tensor that holds numbers"),
     ],
 )
 def test_bad_samplers(sampler, error, message):

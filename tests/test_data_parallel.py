@@ -156,6 +156,16 @@ def nccl_is_refused_with_sparse_gradients_only(rank):
         dist.get_backend_config = found
 
 
+def float16_is_refused_with_sparse_gradients_only(rank):
+    half = {"dtype": torch.float16, "num_sampled": 5}
+    x, t = batch(4, rank)
+    model = DistributedDataParallel(SampledSoftmaxLoss(C, D, sparse_grad=True, **half))
+    refused(
+        "sparse_grad: expected False under DistributedDataParallel in float16", lambda: model(x.half(), t)
+    )
+    DistributedDataParallel(SampledSoftmaxLoss(C, D, **half))(x.half(), t).backward()
+
+
 def fully_shard_trains_as_one_process_does(rank):
     alone = Classifier(rank, learn_scale=True)
     model = copy.deepcopy(alone)
@@ -320,6 +330,7 @@ CHECKS = [
     join_is_refused_where_it_would_send_dense_gradients,
     replicate_is_refused_with_sparse_gradients_only,
     hooks_that_compress_are_refused_with_sparse_gradients_only,
+    float16_is_refused_with_sparse_gradients_only,
     gradients_that_ddp_takes_for_dense_are_refused_in_words,
     the_loss_of_a_sharded_parameter_is_refused_in_words,
     fully_shard_trains_as_one_process_does,

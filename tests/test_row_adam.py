@@ -5,6 +5,7 @@ import doctest
 import io
 import math
 import pickle
+from collections.abc import Sequence
 from fractions import Fraction
 from unittest import mock
 
@@ -559,7 +560,20 @@ def test_bad_options(options, error, message):
     assert not weight.any() and not optimizer.state
 
 
-@pytest.mark.parametrize("make", [torch.tensor, np.array], ids=["tensor", "array"])
+class Listed(Sequence):
+    """As settings files are read: two numbers that are in no list."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __getitem__(self, i):
+        return self.values[i]
+
+    def __len__(self):
+        return len(self.values)
+
+
+@pytest.mark.parametrize("make", [torch.tensor, np.array, Listed], ids=["tensor", "array", "sequence"])
 def test_two_numbers_may_lie_in_a_tensor_or_an_array(make):
     weights = [nn.Parameter(torch.ones(3, 2)) for _ in range(2)]
     ours = RowAdam(weights[:1], lr=0.1, betas=make([0.5, 0.75]))
@@ -568,7 +582,7 @@ def test_two_numbers_may_lie_in_a_tensor_or_an_array(make):
         for weight, optimizer in zip(weights, (ours, theirs), strict=True):
             weight.grad = torch.ones(3, 2)
             optimizer.step()
-    assert torch.equal(*weights)
+    assert torch.equal(*weights) and not isinstance(ours.param_groups[0]["betas"], Listed)
 
 
 @pytest.mark.gpu

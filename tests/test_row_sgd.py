@@ -6,6 +6,7 @@ import math
 import pickle
 import re
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
@@ -653,6 +654,33 @@ def test_a_group_whose_option_is_wrong_is_named(kind):
     with pytest.raises(ValueError, match=words):
         optimizer.add_param_group({"params": weights[1:2], "lr": -1.0})
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("kind, options", [(RowSGD, {}), (RowSGD, {"momentum": 0.9}), (RowAdam, {})])
+def test_a_compiled_step_gives_each_parameter_its_own_state(kind, options):
+    """Rows of several, and a net's dense ones beside them."""
+
+    def trained(wrap):
+        weights = [nn.Parameter(torch.ones(4, 2)) for _ in range(3)]
+        optimizer = kind(weights, lr=0.1, **options)
+        step = wrap(optimizer.step)
+        for nth in range(3):
+            for weight in weights[:2]:
+                weight.grad = torch.sparse_coo_tensor([[nth, 1]], torch.ones(2, 2), weight.shape)
+            weights[2].grad = torch.ones(4, 2)
+            step()
+        return weights, [optimizer.state[weight] for weight in weights[:2]]
+
+    torch.compiler.reset()
+    (weights, states), (plain, expected) = (
+        trained(partial(torch.compile, backend="eager")),
+        trained(lambda f: f),
+    )
+    assert all(map(torch.equal, weights[:2], plain[:2]))
+    torch.testing.assert_close(weights[2], plain[2])  # by torch, where a compiled AdamW has other bits
+    for state, others in zip(states, expected, strict=True):
+        for name, value in others.items():
+            assert torch.equal(torch.as_tensor(state[name]), torch.as_tensor(value)), name
 
 
 def test_groups_of_other_norms_are_refused():

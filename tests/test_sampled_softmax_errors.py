@@ -3,6 +3,7 @@
 import copy
 import functools
 import re
+import warnings
 from fractions import Fraction
 
 import numpy as np
@@ -30,10 +31,19 @@ def arguments(**changed):
     return good | changed
 
 
+def nested(*tensors):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, that the layout is a prototype
+        return torch.nested.nested_tensor(list(tensors), layout=torch.strided)
+
+
 BAD = [
     ({"input": [[1.0]]}, TypeError, "input: expected a tensor, got list"),
     ({"input": torch.ones(B, D, dtype=torch.int64)}, TypeError, "input: expected float16 or .* got int64"),
     ({"input": torch.ones(B, D).to_sparse()}, TypeError, "input: expected a dense tensor, got layout"),
+    ({"input": nested(torch.ones(2, D), torch.ones(1, D))}, TypeError, "input: expected a dense tensor, got a nested one"),
+    ({"weight": nested(torch.ones(2, D), torch.ones(1, D))}, TypeError, "weight: expected a dense tensor, got a nested one"),
+    ({"target": nested(torch.zeros(2, dtype=torch.int64))}, TypeError, "target: expected a dense tensor, got a nested one"),
     ({"input": torch.tensor(1.0)}, ValueError, r"input: expected shape \(..., D\), got \(\)"),
     ({"input": torch.ones(B, D, device="meta")}, ValueError, "input: expected a tensor on cpu as weight is, got one on meta"),
     ({"target": torch.zeros(B, dtype=torch.int64, device="meta")}, ValueError, "target: expected a tensor on cpu as weight is"),

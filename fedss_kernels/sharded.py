@@ -34,6 +34,7 @@ from .loss_operator import autocast_dtype, without_autocast
 from .ranks import Ranks
 from .sampled_softmax import as_float, check_arguments, check_labels, chosen_backend
 from .sampled_softmax_module import SampledSoftmaxLoss, TopK, as_sampler
+from .shard_state import follow_shards
 from .smoothing import mean_logits
 from .sparse_rows import check_takes_sparse
 from .target_logits import target_logits, widened_rows
@@ -97,9 +98,10 @@ class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
     group's timeout.
 
     state_dict() holds `weight` and `bias` as DTensors, which torch.distributed.checkpoint saves and loads
-    into any number of processes, and into `SampledSoftmaxLoss`; `as_shard` makes one of an optimiser's state
-    of them. `state_dict()["weight"].full_tensor()` is the whole matrix, and `load_state_dict` cuts one. Class
-    weights and the tables of a sampler's frequencies, 24 bytes a class, are all classes' on every rank.
+    into any number of processes, and into `SampledSoftmaxLoss`. So it does an optimiser's state of them after
+    `shard_state_of(optimizer)`; else it takes one rank's for all. `state_dict()["weight"].full_tensor()` is
+    the whole matrix, and `load_state_dict` cuts one. Class weights and the tables of a sampler's frequencies,
+    24 bytes a class, are all classes' on every rank.
 
     Args:
         num_classes: C, of all ranks together.
@@ -451,6 +453,21 @@ class ShardedSampledSoftmaxLoss(SampledSoftmaxLoss):
         return DTensor.from_local(
             own, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride()
         )
+
+    def shard_state_of(self, optimizer: torch.optim.Optimizer) -> None:
+        """From here on the optimiser's state of `weight` and `bias` is saved and loaded as these are.
+
+        Of any torch.optim.Optimizer, before its state is saved or loaded: what there is of each row, averages
+        and counts, is a DTensor in its state_dict(); load_state_dict takes such and tensors of all classes.
+        """
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+
+        def own_part(of_all: Tensor) -> Tensor:
+            return self._own_part("state", of_all) if len(of_all) == self.num_classes else of_all
+
+        if self.ranks.world > 1:
+            follow_shards(optimizer, lambda: (self.weight, self.bias), self.as_shard, own_part)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

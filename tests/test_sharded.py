@@ -7,6 +7,7 @@ tests. What is compared is float64 unless it says so.
 import copy
 import datetime
 import math
+import tempfile
 import time
 import traceback
 from functools import partial
@@ -21,10 +22,17 @@ import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from tolerance import eager_loss, excess
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from fedss_kernels import FrequencySampler, RowSGD, SampledSoftmaxLoss, ShardedSampledSoftmaxLoss
+from fedss_kernels import FrequencySampler, RowAdam, RowSGD, SampledSoftmaxLoss, ShardedSampledSoftmaxLoss
 from fedss_kernels.sharded import combined
 
 C, D = 23, 6
@@ -590,6 +598,60 @@ def state_dicts_are_of_shards(rank, world):
     assert "rows of rank" in repr(other) or world == 1
 
 
+def optimizers_states_are_of_shards(rank, world):
+    """As torch.distributed.checkpoint's own functions save and load them, a net's state beside."""
+    for kind, options in ((RowAdam, {}), (RowSGD, {"momentum": 0.9}), (torch.optim.AdamW, {})):
+        p = Problem(rank, world, sizes=(4, 4, 4, 4))
+
+        def made(kind=kind, options=options, p=p):
+            torch.manual_seed(0)
+            net = DistributedDataParallel(nn.Linear(D, D, dtype=torch.float64))
+            model = nn.ModuleDict({"net": net, "criterion": p.criterion(bias=True)})
+            optimizer = kind(model.parameters(), lr=0.1, **options)
+            model["criterion"].shard_state_of(optimizer)
+            return model, optimizer
+
+        model, optimizer = made()
+        for _ in range(2):
+            model["criterion"](model["net"](p.rows()[0]), p.rows()[1]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        saved = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+        other, second = made()
+        loaded = dict(zip(("model", "optimizer"), get_state_dict(other, second), strict=True))
+        with tempfile.TemporaryDirectory() as folder:
+            folders = [folder]
+            dist.broadcast_object_list(folders)
+            dcp.save(saved, checkpoint_id=folders[0])
+            dcp.load(loaded, checkpoint_id=folders[0])
+            dist.barrier()
+        set_state_dict(other, second, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+        _assert_same_state(model, optimizer, other, second)
+
+        whole = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))
+        for name, value in whole["state"]["criterion.weight"].items():
+            own = optimizer.state[model["criterion"].weight][name]
+            assert value.dim() == 0 or value.shape == (C, *own.shape[1:]), (kind, name)
+        other, third = made()
+        set_optimizer_state_dict(other, third, whole, options=StateDictOptions(full_state_dict=True))
+        _assert_same_state(model, optimizer, other, third)
+        third.load_state_dict(optimizer.state_dict())
+        _assert_same_state(model, optimizer, other, third)
+    refused(
+        TypeError,
+        "optimizer: expected a torch.optim.Optimizer, got ModuleDict",
+        lambda: model["criterion"].shard_state_of(model),
+    )
+
+
+def _assert_same_state(model, optimizer, other, second):
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        state, found = optimizer.state[mine], second.state[theirs]
+        assert state.keys() == found.keys()
+        for name, value in state.items():
+            assert not hasattr(found[name], "to_local") and torch.equal(found[name], value), name
+
+
 def groups_of_some_processes(rank, world):
     if world < 3:
         return
@@ -648,6 +710,7 @@ CHECKS = [
     equal_numbers_of_other_types_are_the_same,
     a_generator_of_one_seed_gives_each_rank_its_own_rows,
     state_dicts_are_of_shards,
+    optimizers_states_are_of_shards,
     groups_of_some_processes,
     double_backward_is_refused,
 ]
@@ -736,8 +799,9 @@ def _trained(world):
 
 
 def _for_checkpoint(criterion, optimizer):
-    velocity = optimizer.state[criterion.weight]["momentum_buffer"]
-    return {"criterion": criterion.state_dict(), "velocity": criterion.as_shard(velocity)}
+    criterion.shard_state_of(optimizer)
+    state = optimizer.state_dict()["state"][0]
+    return {"criterion": criterion.state_dict(), "velocity": state["momentum_buffer"]}
 
 
 def _save(rank, world, folder):

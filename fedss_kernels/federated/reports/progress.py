@@ -10,9 +10,7 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.progress import (
-    BarColumn,
     MofNCompleteColumn,
-    Progress,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
@@ -20,6 +18,7 @@ from rich.progress import (
 )
 
 from ..files.round_metrics import RoundMetrics
+from .bars import Bars
 from .remarks import remarks
 
 QUIET_SECONDS = 20.0  # between two plain lines of one job
@@ -37,13 +36,15 @@ class RunProgress:
         self.accuracy = ["–"] * len(names)
         self.said: dict[int, float] = {}  # job -> when its last plain line was
         self.remarked: set[tuple[int, bool]] = set()  # (job, whether it was of its model)
-        self.bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
+        loss, accuracy = TextColumn("loss {task.fields[loss]}"), TextColumn("{task.fields[accuracy]}")
+        spent, left = TimeElapsedColumn(), TimeRemainingColumn()
+        self.bars = Bars(
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}  {task.fields[accuracy]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            loss,
+            accuracy,
+            spent,
+            left,
+            least=(spent, left, loss),
             console=self.console,
             disable=not self.console.is_terminal,
         )
@@ -111,12 +112,11 @@ class ReadingProgress:
     def __init__(self, console: Console | None = None):
         self.console = console or Console()
         self.said: dict[str, float] = {}  # what is going on -> when its last plain line was
-        self.bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
+        times = TimeElapsedColumn(), TimeRemainingColumn()
+        self.bars = Bars(
             MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            *times,
+            least=times,
             console=self.console,
             disable=not self.console.is_terminal,
             transient=True,

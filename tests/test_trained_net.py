@@ -12,6 +12,7 @@ from PIL import Image
 from tiny_federation import tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import Config, load_net, run
+from fedss_kernels.federated.config import ConfigError
 from fedss_kernels.federated.idle_settings import idle
 from fedss_kernels.federated.loading import load_data
 from fedss_kernels.federated.metrics import retrieval
@@ -102,6 +103,20 @@ def test_what_cannot_be_is_said(tmp_path):
     )
     with pytest.raises(ValueError, match="one net for all, got one of local_only"):
         load_net(tmp_path / "run", model=tiny_model())
+
+
+def test_a_run_begins_with_the_net_of_another_where_that_has_one_for_all(tmp_path):
+    """That of local training has been trained by nobody: each client has its own."""
+    options = {"glyph_classes": 6, "glyph_writers": 2, "cohort": 2, "embedding_dim": 8, "server_lr": 1.0}
+    for method in ("fedper", "local_only"):
+        trained(tmp_path / method, method=method, partition="iid", num_clients=2, **options)
+    begun = tmp_path / "fedper" / "model.pt"
+    config, _ = trained(tmp_path / "run", init_checkpoint=begun, **options)
+    assert config.init_checkpoint == begun
+    words = "local_only/model.pt: expected a run with one net for all, got one whose clients have their own$"
+    with pytest.raises(ConfigError, match=f"^init_checkpoint: .*{words}"):
+        trained(tmp_path / "none", init_checkpoint=tmp_path / "local_only" / "model.pt", **options)
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_bottleneck_needs_the_net_as_its_run_made_it(tmp_path):

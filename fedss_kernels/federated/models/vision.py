@@ -82,10 +82,13 @@ def load_checkpoint(model: nn.Module, path: Any) -> nn.Module:
     Names may begin as a wrapper's do ("module.", "_orig_mod."), and the state dict may lie under "state_dict"
     or "model". Where the file has none, or one of another shape, as of the head of another D, the model's own
     stay, and a warning names them. Raises ValueError for a file that holds none of the model's parameters,
-    some that are no floating-point numbers or not finite, or anything but tensors.
+    some that are no floating-point numbers or not finite, or anything but tensors; and for a run's whose
+    clients have nets of their own, in which the extractor is the one that all of them began with.
     """
-    own = model.state_dict()
-    state = _named_alike(_state_dict(_loaded(path)), own)
+    own, found = model.state_dict(), _loaded(path)
+    if isinstance(found, dict) and {"extractor", "bodies"} <= found.keys():
+        raise ValueError(f"{path}: expected a run with one net for all, got one whose clients have their own")
+    state = _named_alike(_state_dict(found), own)
     fitting = {name: value for name, value in state.items() if value.shape == own[name].shape}
     if not fitting:
         raise ValueError(f"{path} holds no parameter of this model")

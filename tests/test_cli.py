@@ -820,8 +820,42 @@ def test_what_goes_on_elsewhere_asks_for_the_data_again(tmp_path, capsys, monkey
     for command in ("run --resume ../out --rounds 2", "compare --resume ../compared", "noise --run ../out"):
         line = fails(capsys, *command.split())
         assert line == f"fedss {command.split()[0]}: {lost}give --data-dir again"
-    assert fails(capsys, "confusion", "../out") == f"fedss confusion: {lost}start this there"
+    moved = "if the folder was moved, put a link to it in its place"
+    for command in ("confusion", "probe", "personalise"):
+        line = fails(capsys, command, "../out")
+        assert line == f"fedss {command}: {lost}start this there, or, {moved}"
     assert cli.main(["run", "--resume=../out", "--rounds=2", "--data-dir=../photos"]) == 0
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_link_in_the_place_of_data_that_were_moved_will_do(absolute, tmp_path, capsys, monkeypatch):
+    """For what has no --data-dir; what has one takes it, or the link."""
+    for i in range(12):
+        write_image(tmp_path / "photos" / f"class{i % 3}" / f"{i}.png", i)
+    monkeypatch.chdir(tmp_path)
+    place = tmp_path / "photos" if absolute else "photos"
+    argv = ["--data=image_folder", f"--data-dir={place}", "--cache-dir=cache", "--image-size=32"]
+    argv += ["--crop-size=0", "--model=conv4_rgb", "--num-clients=2", "--cohort=2", "--classes-per-client=3"]
+    argv += ["--num-negatives=1", "--lr-decay=constant", "--rounds=1"]
+    assert cli.main(["run", *argv, "--out=out"]) == 0
+    (tmp_path / "photos").rename(tmp_path / "moved")
+    capsys.readouterr()
+    lost = f"--data-dir: no such folder: {place}" + ", relative to where the run began" * (not absolute)
+    link = (
+        "start this there, or, " * (not absolute) + "if the folder was moved, put a link to it in its place"
+    )
+    measured = ("confusion", "probe", "personalise")
+    for command in measured:
+        assert fails(capsys, command, "out") == f"fedss {command}: {lost}; {link}"
+    for command in ("run --resume out --rounds 2", "noise --run out"):
+        assert fails(capsys, *command.split()) == f"fedss {command.split()[0]}: {lost}; give --data-dir again"
+    (tmp_path / "photos").symlink_to("moved")
+    for command in measured:
+        assert cli.main([command, "out", f"--out={command}"]) == 0
+    (tmp_path / "photos").unlink()
+    assert cli.main(["noise", "--run=out", "--data-dir=moved", "--batches=1", "--out=noise"]) == 0
+    assert cli.main(["run", "--resume=out", "--rounds=2", "--data-dir=moved"]) == 0
 
 
 @pytest.mark.exhaustive

@@ -436,5 +436,8 @@ def test_places_that_are_lost_are_told_of_each_run(folder, capsys, monkeypatch):
         runs.append(train(folder, name, seed=seed, init_checkpoint=f"{name}.pt"))
     (folder / "elsewhere").mkdir()
     monkeypatch.chdir(folder / "elsewhere")
-    lost = "--init-checkpoint: no such file: {}.pt, relative to where the run began; start this there"
+    lost = (
+        "--init-checkpoint: no such file: {}.pt, relative to where the run began; start this there, or, if "
+        "the file was moved, put a link to it in its place"
+    )
     assert "; ".join(mistakes_of(capsys, *runs)) == "; ".join(lost.format(name) for name in ("one", "two"))

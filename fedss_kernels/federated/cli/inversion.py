@@ -77,7 +77,7 @@ def _invert(arguments: argparse.Namespace) -> int:
         with noted(wrong, images=_ATTACK):
             config = dataclasses.replace(read_config(folder)[0], half_checkpoint=None, init_checkpoint=None)
             inversion.check(config)
-            refuse_lost(arguments, config, "start this there")
+            refuse_lost(arguments, config, again=False)
             state = read_net(folder)
             config, data = read_data(config, [])
             check_trained_on(folder, data)

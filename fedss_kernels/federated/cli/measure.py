@@ -187,7 +187,7 @@ def _confusion(arguments: argparse.Namespace) -> int:
     for folder in arguments.runs:
         with noted(wrong, client="--client"):
             config, _ = read_config(folder)
-            refuse_lost(arguments, config, "start this there")
+            refuse_lost(arguments, config, again=False)
             model, own = read_model(folder), read_kept(folder)
             config, data = read_data(config, [])
             check_trained_on(folder, data)

@@ -322,19 +322,27 @@ def say_idle(arguments: argparse.Namespace, usual: Mapping[str, object], why: st
 
 
 def refuse_lost(
-    arguments: argparse.Namespace, config: Config, again: str = "", store: Path | None = None
+    arguments: argparse.Namespace, config: Config, *, again: bool = True, store: Path | None = None
 ) -> None:
     """Raises Mistake where a place of an earlier run, if none is given now, is not found here.
 
-    again: how to go on, if not by giving it again. store: where its class store is, if it is read.
+    again: whether the command has options for them. store: where its class store is, if it is read.
     """
     found = {name: store if name == "class_store" else getattr(config, name) for name in PLACES}
     refuse(
-        f"{flag(name)}: no such {PLACES[name]}: {place}, relative to where the run began; "
-        f"{again or f'give {flag(name)} again'}"
+        f"{flag(name)}: no such {PLACES[name]}: {place}{_way_on(name, place, again)}"
         for name, place in found.items()
-        if place and name not in arguments and not place.is_absolute() and not place.exists()
+        if place and name not in arguments and not place.exists()
     )
+
+
+def _way_on(name: str, place: Path, again: bool) -> str:
+    """Of a place that is lost: it was moved or, if it is relative, this is started elsewhere."""
+    way = f"give {flag(name)} again"
+    if not again:
+        start = "" if place.is_absolute() else "start this there, or, "
+        way = f"{start}if the {PLACES[name]} was moved, put a link to it in its place"
+    return f"; {way}" if place.is_absolute() else f", relative to where the run began; {way}"
 
 
 def not_read(arguments: argparse.Namespace, methods: Sequence[str]) -> Iterator[str]:

@@ -138,7 +138,7 @@ def _read(arguments: argparse.Namespace, wrong: list[str]) -> tuple[dict[Path, C
     wrong += [*_on_other_data(configs), *twice]
     for config in configs.values():
         with noted(wrong):
-            refuse_lost(arguments, config, "start this there")
+            refuse_lost(arguments, config, again=False)
     return configs, called
 
 

@@ -156,7 +156,7 @@ def _nets(
             config, _ = read_config(folder)
             state = read_net(folder)
             probe.check(config)
-            refuse_lost(arguments, config, "start this there")
+            refuse_lost(arguments, config, again=False)
             if folder in found:
                 raise Mistake(f"{folder}: expected it once")
             with noted(failed := list[str]()):

@@ -182,6 +182,58 @@ def test_like_folders_within_all_classes_are_worth_a_word(tmp_path):
     assert read(folder, how=TWO).notes == ("the classes are part1, part2, not ant, bee in them",)
 
 
+# ---- names that look the same
+
+ONE_PIECE, TWO_PIECES = "caf\u00e9", "cafe\u0301"
+ONE_NAME = r"('{}' and '{}' are one name, composed otherwise (Unicode's NFC and NFD))"
+KEEPS_NAMES = pytest.mark.skipif(sys.platform == "darwin", reason="two names that look the same are one")
+
+
+@pytest.mark.parametrize("train, test", [(ONE_PIECE, TWO_PIECES), (TWO_PIECES, ONE_PIECE)])
+@pytest.mark.parametrize("task", ["classification", "retrieval"])
+def test_a_class_of_the_test_composed_otherwise_than_in_training_is_told_as_such(train, test, task, tmp_path):
+    folder = tmp_path / "data"
+    write_tree(folder / "train", {"ant": 2, train: 2})
+    write_tree(folder / "test", {"a wasp": 1, test: 1} if task == "retrieval" else {"ant": 1, test: 1}, 10)
+    why = ONE_NAME.format(ascii(test)[1:-1], ascii(train)[1:-1])
+    words = {
+        "classification": f"no training image of '{test}', a class of the test {why}: rename one as the "
+        "other",
+        "retrieval": f"'{test}' is a class of training and of the test {why}, which a retrieval's must not "
+        "share; expected task 'classification'",
+    }
+    with pytest.raises(ValueError, match=f"^{re.escape(f'image_folder: {words[task]}')}$"):
+        read(folder, how=TWO, task=task)
+    (folder / "test" / test).rename(folder / "test" / train)
+    if task == "classification":
+        assert read(folder, how=TWO).class_names == tuple(sorted(["ant", train]))
+
+
+def test_a_class_that_training_lacks_is_told_after_those_composed_otherwise(tmp_path):
+    folder = tmp_path / "data"
+    write_tree(folder / "train", {"ant": 2, ONE_PIECE: 2})
+    write_tree(folder / "test", {"bee": 1, TWO_PIECES: 1}, first=10)
+    with pytest.raises(ValueError, match=f"no training image of '{TWO_PIECES}'.* composed otherwise"):
+        read(folder, how=TWO)
+    (folder / "test" / TWO_PIECES).rename(folder / "test" / ONE_PIECE)
+    with pytest.raises(ValueError, match="no training image of 'bee', a class of the test$"):
+        read(folder, how=TWO)
+
+
+@KEEPS_NAMES
+def test_two_classes_that_look_the_same_are_refused(tmp_path):
+    """Those that differ in the case of letters are two, as they always were."""
+    folder = write_tree(tmp_path / "data", {"ant": 5, "Ant": 5, ONE_PIECE: 5})
+    assert read(folder, how=TWO).num_classes == 3
+    (folder / TWO_PIECES).mkdir()
+    assert read(folder, how=TWO).num_classes == 3, "one without images is no class"
+    write_tree(folder, {TWO_PIECES: 1}, first=20)
+    why = ONE_NAME.format(r"cafe\u0301", r"caf\xe9")
+    words = f"{folder} has two folders '{TWO_PIECES}' {why}: put their images in one of them, or rename one"
+    with pytest.raises(ValueError, match=f"^image_folder: {re.escape(words)}$"):
+        read(folder, how=TWO)
+
+
 # ---- links, and what cannot be read
 
 

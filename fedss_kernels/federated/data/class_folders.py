@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+from .composition import alike, told_apart
 from .damage import NOWHERE, OR_SKIP
 
 ByClass = dict[str, list[Path]]  # the files of each class, sorted
@@ -102,6 +103,7 @@ class ClassFolders:
                     self.unused.append(entry.name)
         if not found:
             self._nothing_found(folder)
+        self._check_names(folder, found)
         self._check_level(folder, found)
         return found
 
@@ -233,6 +235,14 @@ class ClassFolders:
         raise FileNotFoundError(
             f"{self.name}: no <class>/*.jpg in {folder}{has}: expected a folder for each class{left_out}"
         )
+
+    def _check_names(self, folder: Path, classes: ByClass) -> None:
+        """Nobody could tell two that look the same apart in a table; most likely they are one class."""
+        if pair := alike(classes, classes):
+            raise ValueError(
+                f"{self.name}: {folder} has two folders {pair[0]!r} ({told_apart(*pair)}): put their images "
+                "in one of them, or rename one"
+            )
 
     def _check_only(self, folder: Path, name: str, files: list[Path]) -> None:
         parents = {file.parent for file in files}

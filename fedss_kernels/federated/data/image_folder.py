@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from .class_folders import ByClass, ClassFolders
+from .composition import alike, told_apart
 from .damage import DamagedImages, printable, say_left_out, some
 from .federated_data import FederatedData, Found
 from .images import OnProgress, cached_images
@@ -198,12 +199,15 @@ def _check_classes(
     name: str, train: Mapping[str, list[Path]], test: Mapping[str, list[Path]], task: str
 ) -> None:
     common, new = [c for c in test if c in train], [c for c in test if c not in train]
+    pair = alike(new, train) or ()
+    why = f" ({told_apart(*pair)})" if pair else ""
     if task == "classification" and new:
-        raise ValueError(f"{name}: no training image of {new[0]!r}, a class of the test")
-    if task == "retrieval" and common:
+        missing, way = (pair[0], f"{why}: rename one as the other") if pair else (new[0], "")
+        raise ValueError(f"{name}: no training image of {missing!r}, a class of the test{way}")
+    if task == "retrieval" and (shared := [*pair, *common]):
         raise ValueError(
-            f"{name}: {common[0]!r} is a class of training and of the test, which a retrieval's must not "
-            "share; expected task 'classification'"
+            f"{name}: {shared[0]!r} is a class of training and of the test{why}, which a retrieval's must "
+            "not share; expected task 'classification'"
         )
     if len(train) < 2:
         raise ValueError(f"{name}: expected at least 2 classes to train on, got 1: {next(iter(train))}")

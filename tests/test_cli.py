@@ -525,6 +525,56 @@ def test_what_is_given_wins_over_a_presets_own_and_that_over_a_methods_defaults(
         assert [run.client_lr for run in runs] == [0.05, 0.05, 0.4]
 
 
+PRIVATE = ["--noise-multiplier=1", "--clip-norm=1"]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--methods=fedbabu,full_softmax", *PRIVATE],
+        ["--methods=fedbabu,full_softmax", "--config={file}"],
+        ["--preset={preset}"],
+        ["--preset={preset}", "--methods=fedbabu,private", *PRIVATE],
+        ["--methods=layerwise", "--max-shift=500"],  # whose views are cut anew, where others shift an image
+    ],
+    ids=str,
+)
+def test_what_clashes_with_a_method_that_is_not_compared_is_no_mistake(argv, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "fedss_kernels.federated.comparisons.compare.compare",
+        lambda plan, out, **options: seen.append(plan) or Comparison([], [], [], out),
+    )
+    noise = {"noise_multiplier": 1.0}
+    (tmp_path / "config.json").write_text(json.dumps(noise | {"clip_norm": 1.0}))
+    preset = {"methods": ["private"], "own": {"private": {"method": "fedbabu", "clip_norm": 1}}}
+    (tmp_path / "preset.json").write_text(json.dumps(preset | {"config": noise}))
+    files = {"file": tmp_path / "config.json", "preset": tmp_path / "preset.json"}
+    small = [option for option in SMALL if "negatives" not in option]
+    net = ["--model=isotropic:depth=2", "--embedding-dim=32"]
+    argv = [each.format(**files) for each in argv]
+    assert cli.main(["compare", *small, *net, *argv, f"--out={tmp_path / 'out'}"]) == 0
+    assert len(seen) == 1
+
+
+def test_what_clashes_names_the_methods_that_are_compared_beside_other_mistakes(tmp_path, capsys):
+    argv = ["compare", "--methods=fedbabu,pos_only,local_only", *PRIVATE]
+    wrong = "--noise-multiplier: expected 0 with pos_only, whose .*; "
+    wrong += "--noise-multiplier: expected 0 with local_only, whose .*, got 1"
+    assert re.fullmatch(f"fedss compare: {wrong}", fails(capsys, *argv))
+    rounds = "--rounds: expected an integer of at least 1, got 0"
+    line = fails(capsys, *argv, "--rounds=0")
+    assert re.fullmatch(f"fedss compare: {rounds}; {wrong}", line)
+    seeds = "--seeds: expected integers of at least 0 with commas between, got 'x'"
+    assert re.fullmatch(f"fedss compare: {seeds}; {wrong}", fails(capsys, *argv, "--seeds=x"))
+    line = fails(capsys, "compositions", "--noise-multiplier=1", "--seeds=x")
+    assert re.fullmatch(f"fedss compositions: {seeds}; .* with fedss, .* with neg_only, .*, got 1", line)
+    line = fails(capsys, "compare", "--methods=nobody", *PRIVATE)
+    assert "--noise-multiplier" not in line and "--methods: expected some of" in line
+    line = fails(capsys, "compare", "--methods=fedbabu", "--class-store=a", "--rounds=0")
+    assert line == f"fedss compare: {rounds}"
+
+
 @pytest.mark.parametrize(
     "typed", ["simclr,layer-wise, budget 6", "simclr, layer-wise-budget-6", "simclr,layer-wise budget 6"]
 )

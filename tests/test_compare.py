@@ -20,9 +20,11 @@ from tiny_federation import tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import CheckpointError, Config, ConfigError, cli, run
 from fedss_kernels.federated.algorithms import METHODS
+from fedss_kernels.federated.comparisons import compare as of_comparison
 from fedss_kernels.federated.comparisons import jobs, rates, standing
 from fedss_kernels.federated.comparisons.compare import compare, report_again
 from fedss_kernels.federated.comparisons.table import cells, header, tabulate, write_tables
+from fedss_kernels.federated.config import SharedConfig
 from fedss_kernels.federated.data.holdout import held_out
 from fedss_kernels.federated.files import checkpoint
 from fedss_kernels.federated.loading import load_data
@@ -292,19 +294,157 @@ def test_a_rate_that_is_no_clear_choice_is_said(tmp_path, in_this_process, monke
     plan = Plan(config, ["pos_only"], [0], rates=[0.2, 0.05, 0.1])
     merits = {0.05: 0.5, 0.1: 0.5, 0.2: 0.2}
     monkeypatch.setattr(rates, "_merit", lambda run: merits[run.config.client_lr])
-    comparison = compare(plan, tmp_path / "out")
+    monkeypatch.setattr(rates, "FEW", 0)
+    out = tmp_path / "out"
+    comparison = compare(plan, out)
     (note,) = comparison.notes
     assert re.fullmatch(
         r"PosOnly: rates 0.05 and 0.1 came out equal, top-1 \(%\) [\d.]+ on \d+ images of clients who do not "
         "train: the smallest is taken",
         note,
     )
+    assert report_again(out) == [note]
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert note in page
     assert [line.client_lr for line in comparison.table] == [0.05]
+    monkeypatch.setattr(of_comparison, "_write_report", lambda *what: None)
     for best, words in ((0.2, "largest"), (0.05, "smallest"), (0.1, None)):
         merits.update(dict.fromkeys(merits, 0.1) | {best: 0.6})
-        _, notes, _ = rates.best_rates(plan, tmp_path / "out", 1, lambda *told: None, True, lambda: False)
         said = f"PosOnly: the best rate, {best:g}, is the {words} that was tried"
-        assert notes == ([said] if words else [])
+        assert report_again(out) == ([said] if words else [])
+
+
+@pytest.mark.exhaustive
+def test_a_report_of_a_comparison_whose_trials_are_not_done_says_which(tmp_path, in_this_process):
+    """And chooses no rate: of those that are there yet."""
+    config, out = Config(**SMALL, cache_dir=tmp_path / "cache"), tmp_path / "out"
+    plan = Plan(config, ["pos_only"], [0], rates=[0.05, 0.1])
+    compare(plan, out)
+    shutil.rmtree(out / "rates" / "pos_only-lr0.1")
+    lost = f"PosOnly, rate 0.1 has no result: not begun: there is no {out / 'rates' / 'pos_only-lr0.1'}"
+    assert report_again(out) == [lost]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    "method, options",
+    [("fedss", {}), ("fedss", {"personalise_epochs": 1}), ("local_only", {})],
+    ids=["top1", "personalised", "own"],
+)
+def test_a_choice_says_on_how_many_images(method, options, tmp_path, in_this_process, monkeypatch):
+    """Those that the headline is measured on: of all who are held out, or those each is tested on itself."""
+    data = {"glyph_writers": 12, "partition": "dirichlet", "num_clients": 12}
+    config = Config(**SMALL | data | options, cache_dir=tmp_path / "cache")
+    plan = Plan(config, [method], [0], rates=[0.05, 0.1])
+    (trial, _) = plan.trials(tmp_path)
+    held = load_data(trial)
+    own = [tested for _, tested in held.newcomers] or held.test_clients
+    count = sum(map(len, own)) if options or method == "local_only" else len(held.test_images)
+    assert 1 < count < rates.FEW and sum(map(len, own)) < len(held.test_images)
+    label, merits = METHODS[method].label, {0.05: 0.5, 0.1: 0.5}
+    monkeypatch.setattr(rates, "_merit", lambda run: merits[run.config.client_lr])
+    out = tmp_path / "out"
+    (note,) = compare(plan, out).notes
+    assert re.search(rf"came out equal, .* [\d.]+ on {count} images of clients who do not train: ", note)
+    merits[0.1] = 0.6
+    (note,) = report_again(out)
+    words = f"{label}: the best rate, 0.1, was found on {count} images of clients who do not train, of which"
+    assert note == f"{words} one is {100 / count:.1f}%"
+    monkeypatch.setattr(rates, "FEW", count)
+    assert report_again(out) == []
+
+
+def test_a_trial_is_cut_to_the_clients_that_it_has(tmp_path, caplog):
+    config = Config(cohort=12, min_clients=12, min_holders=11)
+    planned = Plan(config, ["fedss", "fedbabu"], [0], rates=[0.1, 0.2]).trials(tmp_path)
+    for clients, left in ((12, (12, 12, 11)), (11, (11, 11, 11)), (3, (3, 3, 3))):
+        trials = [rates.fitting(trial, clients) for trial in planned]
+        assert {(trial.cohort, trial.min_clients, trial.min_holders) for trial in trials} == {left}
+        rates.say_fitted(planned, trials)
+    have = "trials of a rate have {} clients, as a tenth is held out: cohort is {}, not 12, min_clients is {}"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{have.format(11, 11, 11)}, not 12",
+        f"{have.format(3, 3, 3)}, not 12, min_holders is 3, not 11",
+    ]
+    left = Config(data="image_folder", data_dir=tmp_path)  # is chosen when the trial's clients are known
+    assert left.cohort is None and rates.fitting(left, 3) == left
+
+
+@pytest.mark.exhaustive
+def test_trials_have_no_more_clients_in_a_round_than_are_not_held_out(
+    tmp_path, in_this_process, monkeypatch, caplog
+):
+    """Of 12 clients 11, of a method whose clients never meet the other one. The same when it is resumed."""
+    data = {"glyph_writers": 12, "partition": "dirichlet", "num_clients": 12}
+    sizes = {"cohort": 12, "min_clients": 12, "min_holders": 2}
+    config = Config(**SMALL | data | sizes, cache_dir=tmp_path / "cache")
+    plan, out = Plan(config, ["fedss", "local_only"], [0], rates=[0.1]), tmp_path / "out"
+    first = compare(plan, out)
+    assert not first.failed and len(first.table) == 2
+    assert [run.config.cohort for run in first.runs] == [12, 12]
+    trials = [Config.load(out / "rates" / f"{case.name}-lr0.1" / "config.json") for case in plan.cases]
+    found = [(trial.cohort, trial.min_clients, trial.min_holders) for trial in trials]
+    assert found == [(11, 11, 2), (1, 1, 2)]
+    words = "trials of a rate have 11 clients, as a tenth is held out: cohort is 11, not 12, "
+    words += "min_clients is 11, not 12"
+
+    def said():
+        lines = [record.getMessage() for record in caplog.records if record.name == rates.__name__]
+        caplog.clear()
+        return lines
+
+    assert said() == [words]
+    assert report_again(out) == first.notes
+    shutil.rmtree(out / "rates" / "local_only-lr0.1")
+    again = compare(plan, out, resume=True)
+    assert not again.failed and said() == [words] and len(again.table) == 2
+
+
+def test_a_trial_needs_somebody_to_be_held_out(tmp_path):
+    config = Config(**SMALL | {"glyph_writers": 1, "cohort": 1}, cache_dir=tmp_path / "cache")
+    with pytest.raises(ConfigError, match="^rates: expected at least 2 clients, one of them held out"):
+        compare(Plan(config, ["fedss"], [0], rates=[0.1]), tmp_path / "out")
+
+
+PRIVATE = {"noise_multiplier": 1.0, "clip_norm": 1.0}
+
+
+def test_options_clash_with_the_methods_that_are_compared_alone(tmp_path):
+    """Those of all are a Config's, whose method is as a rule none of them."""
+    shared = SharedConfig(**PRIVATE)
+    plan = Plan(shared, ["fedbabu", "full_softmax"], [0])
+    assert [run.noise_multiplier for run in plan.runs(tmp_path, {})] == [1.0, 1.0]
+    plan.save(tmp_path)
+    assert Plan.read(tmp_path) == plan
+    with pytest.raises(ConfigError) as wrong:
+        Plan(shared, ["fedbabu", "pos_only", "local_only"], [0])
+    words = [f"{option} {words.split(', ')[0]}" for option, words in wrong.value.mistakes]
+    assert words == [f"noise_multiplier expected 0 with {name}" for name in ("pos_only", "local_only")]
+    own = {"private": {"method": "fedbabu", "clip_norm": 1.0}}
+    assert Plan(SharedConfig(noise_multiplier=1.0), ["private"], [0], own=own)
+    with pytest.raises(ConfigError, match="^clip_norm: expected a number with noise, which .* got none$"):
+        Plan(SharedConfig(noise_multiplier=1.0), ["private", "full_softmax"], [0], own=own)
+
+
+@pytest.mark.exhaustive
+def test_a_comparison_whose_options_clash_with_another_method_is_replaced_and_resumed(
+    tmp_path, in_this_process
+):
+    config = SharedConfig(**SMALL | PRIVATE, cache_dir=tmp_path / "cache", overwrite=True)
+    plan, out = Plan(config, ["full_softmax"], [0]), tmp_path / "out"
+    for resume in (False, False, True):
+        assert not compare(plan, out, resume=resume).failed
+
+
+def test_every_case_is_looked_at_beside_the_data(tmp_path):
+    """layerwise has a stage for each block at most, and the net's blocks are counted with the data there."""
+    net = {"model": "isotropic:depth=2", "embedding_dim": 32}
+    config = Config(**SMALL | net, stages=7, cache_dir=tmp_path / "cache")
+    with pytest.raises(ConfigError, match="^stages: "):
+        compare(Plan(config, ["simclr", "layerwise"], [0]), tmp_path / "out")
+    config = Config(**SMALL | {"cohort": 3}, holdout=0.3, cache_dir=tmp_path / "cache")
+    with pytest.raises(ConfigError, match="^cohort: expected at most 1, the clients there are, got 3"):
+        compare(Plan(config, ["fedss", "local_only"], [0]), tmp_path / "out")
 
 
 def test_a_comparison_goes_on_with_the_data_and_the_methods_of_its_runs(
@@ -380,15 +520,14 @@ def test_a_rate_that_does_not_train_is_the_worst_and_the_rest_goes_on(tmp_path, 
     assert [line["failed"][:13] for line in lines] == ["", "TooFewClients"] * 2
     assert [bool(line["accuracy"]) for line in lines] == [True, False] * 2
     assert "rate 1e+06 is the worst" in (out / "report.html").read_text(encoding="utf-8")
-    again = [note.replace("is the worst", "has no result") for note in comparison.notes]
-    assert report_again(out) == again
-    assert again[0].replace(">", "&gt;") in (out / "report.html").read_text(encoding="utf-8")
+    assert report_again(out) == comparison.notes
+    assert comparison.notes[0].replace(">", "&gt;") in (out / "report.html").read_text(encoding="utf-8")
 
     nothing = compare(replace(plan, methods=["fedss"], rates=[1e6, 1e7]), tmp_path / "nothing")
     (failure,) = nothing.failed
     assert failure.startswith("FedSS failed, as it trains at none of the rates 1e+06, 1e+07: TooFewClients: ")
     assert nothing.table == nothing.runs == nothing.notes == []
-    with pytest.raises(ValueError, match=r"FedSS, rate 1e\+06 has no result: TooFewClients: .*; FedSS, seed"):
+    with pytest.raises(ValueError, match=f"no run of .* is done: {re.escape(failure)}$"):
         report_again(tmp_path / "nothing")
 
 

@@ -12,10 +12,10 @@ import math
 import reprlib
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -31,6 +31,9 @@ from .defaults import EVAL_EVERY, FITTED, LINEAR, OWN, PRESETS, preset
 from .disk import write_whole
 from .ledger import WIRE_DTYPES
 from .models import FEATURES, MODELS, family_of
+
+if TYPE_CHECKING:
+    from typing import Self  # Python 3.10 has none
 
 MAX_NORM = 1000.0
 LARGEST = 3e38  # that float32 holds, about
@@ -446,10 +449,14 @@ class Config:
                 object.__setattr__(self, field.name, self._resolved(field))
             except ConfigError as error:
                 errors[field.name] = error
-        raise_together([*errors.values(), *clashes(self, {*errors, *(by_data if "data" in errors else ())})])
+        unknown = {*errors, *(by_data if "data" in errors else ())}
+        raise_together([*errors.values(), *self._clashes(unknown)])
         usual = preset(self.data, self.method)["warmup_rounds"]
         if self.warmup_rounds is None and usual is not FITTED:
             object.__setattr__(self, "warmup_rounds", min(usual, self.rounds // 10))
+
+    def _clashes(self, wrong: Container[str]) -> Iterable[ConfigError]:
+        return clashes(self, wrong)
 
     @property
     def shares(self) -> bool:
@@ -505,7 +512,7 @@ class Config:
         values: dict[str, Any],
         source: Path | None = None,  # the file they are from, for messages
         given: Mapping[str, Any] = types.MappingProxyType({}),  # options that win over them
-    ) -> "Config":
+    ) -> "Self":
         """Raises ConfigError for all names that are not an option's and all values that one can't have.
 
         UnknownMethod where the file's method is from outside the package, and nobody has registered it.
@@ -538,8 +545,22 @@ class Config:
         write_whole(path, json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
-    def load(cls, path: Path) -> "Config":
+    def load(cls, path: Path) -> "Self":
         return cls.from_dict(read_options(path), path)
+
+
+class SharedConfig(Config):
+    """The options that several methods share; its own `method` is none of them, but has a value as all do.
+
+    Each option by itself is checked here. Which of them clash is for the Config of each method to say.
+    """
+
+    def _clashes(self, wrong: Container[str]) -> Iterable[ConfigError]:
+        return ()
+
+    @classmethod
+    def of(cls, config: Config) -> "SharedConfig":
+        return config if isinstance(config, cls) else cls(**vars(config))
 
 
 def read_options(path: Path) -> dict[str, Any]:

@@ -15,9 +15,12 @@ class InUse(ValueError):
 
 
 class Lock:
-    """Held until it is released or forgotten; `held` is false where the file's system has no such locks."""
+    """Held until it is released or forgotten; `held` is false where the file's system has no such locks.
 
-    def __init__(self, path: Path):
+    Raises InUse, in words: `who` is using the folder.
+    """
+
+    def __init__(self, path: Path, who: str = "another run"):
         self._descriptor: int | None = None
         # NFS locks for writing only what is open for it
         mode = os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY
@@ -32,11 +35,20 @@ class Lock:
         except OSError as error:
             if error.errno in _TAKEN:
                 self.release()
-                raise InUse(f"another run is using {path.parent}") from None
+                raise InUse(f"{who} is using {path.parent}") from None
             warnings.warn(
-                f"{path.parent} cannot be locked ({error.strerror}): nothing keeps another run out of it",
+                f"{path.parent} cannot be locked ({error.strerror}): nothing keeps {who} out of it",
                 stacklevel=2,
             )
+
+    def is_on(self, path: Path) -> bool:
+        """Whether it is of the file that has this name now."""
+        if self._descriptor is None:
+            return False
+        try:
+            return os.path.samestat(os.fstat(self._descriptor), path.stat())
+        except FileNotFoundError:
+            return False
 
     def release(self) -> None:
         if self._descriptor is not None:

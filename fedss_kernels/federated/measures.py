@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+ON_OWN_IMAGES = "on clients' own test images"
+
 
 @dataclass(frozen=True)
 class Measure:
@@ -161,7 +163,7 @@ for _measure in (
         "of a client's own test images, those whose class its own model names rightly",
         "The share of a client's own test images whose class the client's own model names rightly, of all "
         "classes; the mean over clients. Of a model that all share the top-1 is on all test images.",
-        of="on clients' own test images",
+        of=ON_OWN_IMAGES,
     ),
     Measure(
         "initial_top1",
@@ -169,7 +171,7 @@ for _measure in (
         "of a client's own test images, those whose class is named rightly before it fine-tunes the model",
         "The share of a client's own test images whose class the model names rightly, of all classes, before "
         "the client has fine-tuned it; the mean over clients.",
-        of="on clients' own test images",
+        of=ON_OWN_IMAGES,
     ),
     Measure(
         "restricted_top1",
@@ -177,7 +179,7 @@ for _measure in (
         "of a client's own test images, those whose class is named rightly, of the classes that it has",
         "As the initial top-1, of the client's own classes alone: what it is worth to know them, without any "
         "training. What the personalised top-1 has beyond this is what training adds.",
-        of="on clients' own test images",
+        of=ON_OWN_IMAGES,
     ),
     Measure(
         "nearest_mean_top1",
@@ -185,7 +187,7 @@ for _measure in (
         "of a client's own test images, those nearest to the mean of its training images of their class",
         "The share of a client's own test images whose embedding is nearest to the mean embedding of the "
         "client's training images of their class, of the client's own classes; the mean over clients.",
-        of="on clients' own test images",
+        of=ON_OWN_IMAGES,
     ),
     Measure(
         "personal_top1",
@@ -193,7 +195,7 @@ for _measure in (
         "of a client's own test images, those whose class is named rightly once it has fine-tuned the model",
         "The share of a client's own test images whose class the model names rightly, of all classes, once "
         "the client has fine-tuned it on its own training images; the mean over clients.",
-        of="on clients' own test images",
+        of=ON_OWN_IMAGES,
     ),
     Measure(
         "personal_not_finite",

@@ -12,7 +12,7 @@ import numpy as np
 from .algorithms import METHODS
 from .algorithms.own_numbers import check_known
 from .clashes import no_store
-from .config import Config, ConfigError, did_you_mean, read_options
+from .config import Config, ConfigError, SharedConfig, did_you_mean, read_options
 from .config_error import FROM_OUTSIDE, UnknownMethod, raise_together
 from .disk import write_whole
 from .files.checkpoint import CheckpointError, differences
@@ -56,7 +56,8 @@ class Plan:
     """Raises ConfigError for names or numbers that cannot be, or a class store that no method has.
 
     A method may be there under several names, with options of its own under each: `own` has for each name its
-    options, and for one that is no method's the "method" among them. They win over `config`.
+    options, and for one that is no method's the "method" among them. They win over `config`, whose own
+    method counts for nothing: options clash with a method that is compared, or not at all.
     """
 
     config: Config  # everything but method, seed and out; its class store is for methods that have one
@@ -70,6 +71,7 @@ class Plan:
         for option in NUMBERS:
             plain = [v.item() if isinstance(v, np.generic) else v for v in getattr(self, option)]
             object.__setattr__(self, option, plain)  # as they are saved
+        object.__setattr__(self, "config", SharedConfig.of(self.config))
         raise_together(self._misfits())
         store = self.config.class_store
         if store and len(self.storeless) == len(self.methods):
@@ -104,10 +106,9 @@ class Plan:
                     yield ConfigError("own", f"{name}: {option} is the same for all that is compared")
 
     def _misfit(self, case: Case) -> ConfigError | None:
-        """What is wrong with its options, where it has some."""
+        """What is wrong with its options."""
         try:
-            if self._own(case):
-                self.config_of(case)
+            self.config_of(case)
         except ConfigError as error:
             return error
         return None
@@ -141,7 +142,17 @@ class Plan:
         store = self.config.class_store if METHODS[case.method].stores else None
         if isinstance(numbers := own.get("settings"), Mapping):  # one by one they win
             own["settings"] = {**self.config.settings, **numbers}
-        return replace(self.config, method=case.method, label=case.called, class_store=store, **own)
+        options = {"method": case.method, "label": case.called, "class_store": store, **own}
+        return Config(**{**vars(self.config), **options})
+
+    @property
+    def to_read_by(self) -> Config:
+        """Options to read the data by, which are the same for all: of a case that has most to say of them."""
+
+        def says(case: Case) -> tuple[bool, bool]:
+            return METHODS[case.method].samples, not METHODS[case.method].pooled
+
+        return self.config_of(max(self.cases, key=says))
 
     def _own(self, case: Case) -> Mapping[str, Any]:
         return self.own.get(case.called or case.method, {})
@@ -206,11 +217,15 @@ class Plan:
             **options,
         )
 
-    def save(self, out: Path) -> None:
+    @property
+    def text(self) -> str:
+        """comparison.json."""
         lists: dict[str, Any] = {name: list(getattr(self, name)) for name in LISTS}
         own = {"own": self.own} if self.own else {}
-        text = json.dumps(lists | own | {"config": self.config.to_dict()}, indent=2)
-        write_whole(out / FILE, text + "\n")
+        return json.dumps(lists | own | {"config": self.config.to_dict()}, indent=2) + "\n"
+
+    def save(self, out: Path) -> None:
+        write_whole(out / FILE, self.text)
 
     @classmethod
     def read(cls, out: Path) -> "Plan":
@@ -222,7 +237,7 @@ class Plan:
                 raise ConfigError("config", f"{out / FILE} has no {', '.join(missing)}")
             for name in filter(lambda each: isinstance(each, str), found["methods"]):
                 check_known(found.get("own", {}).get(name, {}).get("method", name), out / FILE)
-            config = Config.from_dict(found["config"], out / FILE)
+            config = SharedConfig.from_dict(found["config"], out / FILE)
             return cls(config, **{name: found[name] for name in LISTS}, own=found.get("own", {}))
         except UnknownMethod:
             raise

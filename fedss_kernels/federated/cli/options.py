@@ -13,14 +13,16 @@ from ..algorithms.own_numbers import in_words
 from ..config import (
     Config,
     ConfigError,
+    SharedConfig,
     checked,
     expectation,
     option_type,
     read_options,
 )
+from ..config_error import raise_together
 from ..defaults import FITTED, OWN, PRESETS
 from ..disk import reason
-from ..plan import LISTS, as_called, misfits, read_preset
+from ..plan import LISTS, as_called, misfits, read_preset, with_defaults
 
 
 class Mistake(Exception):
@@ -286,23 +288,83 @@ def one_of(*choices: str, chosen: Callable[[str], str] = str) -> Callable[[str],
     return read
 
 
-def config_of(arguments: argparse.Namespace, preset: Mapping[str, Any] | None = None) -> Config:
-    """Config's defaults, a preset, the --config file, the command line: the later win.
+def config_of(
+    arguments: argparse.Namespace,
+    preset: Mapping[str, Any] | None = None,
+    kind: type[Config] = Config,
+    own: Mapping[str, Any] | None = None,
+) -> Config:
+    """Config's defaults, a preset, the --config file, the command line, a method's own: the later win.
 
-    The names of those that are not left to the defaults are `arguments.given` from then on.
+    The names of those that are not left to the defaults are `arguments.given` from then on, without `own`.
     """
     options = dict(preset or {}) | (read_options(arguments.config) if arguments.config else {})
     names = [field.name for field in dataclasses.fields(Config)]
     given = {name: value for name, value in vars(arguments).items() if name in names}
     arguments.given = {*options, *given}
+    given |= own or {}
     if "settings" in given:  # one by one they win
         given["settings"] = {**(options.get("settings") or {}), **given["settings"]}
     source = arguments.config or vars(arguments).get("preset")
-    config = Config.from_dict(options, source and Path(source), given)
+    config = kind.from_dict(options, source and Path(source), given)
     for name in ("data", "model"):
         if getattr(config, name) == OWN:
             raise ConfigError(name, f"{OWN!r} {name} is handed over in Python, as run(config, {name}=...)")
     return config
+
+
+COMPARED: dict[str, Any] = {
+    "methods": ["fedss", "full_softmax", "pos_only", "neg_only"],
+    "seeds": [0, 1, 2],
+    "counts": [],
+    "rates": [],
+}
+
+
+def lists_of(arguments: argparse.Namespace, preset: Mapping[str, Any]) -> dict[str, Any]:
+    """A comparison's: the defaults, a preset, the command line: the later win."""
+    given = {name: vars(arguments).get(name) for name in LISTS}
+    return COMPARED | {**preset} | {name: value for name, value in given.items() if value is not None}
+
+
+def shared_of(
+    arguments: argparse.Namespace, preset: Mapping[str, Any], methods: Sequence[str]
+) -> tuple[Config, dict[str, dict[str, Any]]]:
+    """(what these methods share, the options that each has of its own).
+
+    Raises ConfigError for values that cannot be, and what clashes with one of the methods beside them.
+    """
+    of_all = preset.get("config", {})
+    of_preset = {
+        name: {option: value for option, value in options.items() if option not in arguments}
+        for name, options in preset.get("own", {}).items()
+        if name in methods
+    }
+    wrong = list[ConfigError]()
+    try:
+        config = config_of(arguments, of_all, SharedConfig)
+    except ConfigError as error:
+        wrong.append(error)
+    own = with_defaults(methods, of_preset, vars(arguments).get("given", ()))
+    raise_together([*_misfits(arguments, of_all, methods, own)] or wrong)
+    return config, own
+
+
+def _misfits(
+    arguments: argparse.Namespace,
+    of_all: Mapping[str, Any],
+    methods: Sequence[str],
+    own: Mapping[str, Mapping[str, Any]],
+) -> Iterator[ConfigError]:
+    """What is wrong with the options of each method by itself."""
+    for name in methods:
+        options = {"method": name, **own.get(name, {})}
+        if method := METHODS.get(options["method"]):
+            store = {} if method.stores else {"class_store": None}
+            try:
+                config_of(arguments, of_all, own=store | options)
+            except ConfigError as error:
+                yield error
 
 
 # What a run reads from, besides its own folder, and what that is; kept as it was given, so maybe relative.
@@ -361,8 +423,12 @@ def wrong_beside(arguments: argparse.Namespace, unread: Container[str] = ()) -> 
         return []  # of a command whose options begin with others than Config's defaults
     wrong = list[str]()
     try:
-        preset = read_preset(given["preset"]) if given.get("preset") else {}
-        config_of(arguments, preset.get("config"))
+        if "preset" in given:
+            preset = read_preset(given["preset"]) if given["preset"] else {}
+            methods = lists_of(arguments, preset | given["own"])["methods"]
+            shared_of(arguments, preset, [] if methods is UNREAD else methods)
+        else:
+            config_of(arguments)
     except ConfigError as error:
         wrong = [as_typed(ConfigError(*each)) for each in error.mistakes if each[0] not in unread]
     if (method := given.get("method", Config.method)) in METHODS and "preset" not in given:

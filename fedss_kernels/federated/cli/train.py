@@ -24,7 +24,7 @@ from ..files.run_folder import RUN_FILES, check_folder, faults, read_config
 from ..interrupts import Interrupted, noticed
 from ..ledger import OUTCOMES
 from ..lock import InUse
-from ..plan import FILE, LISTS, Plan, read_preset, with_defaults
+from ..plan import FILE, LISTS, Plan, read_preset
 from ..run_loop import Result, Stopped, run
 from ..server.class_store import check_free
 from ..server.inspection import explained
@@ -39,6 +39,7 @@ from .options import (
     as_typed,
     config_of,
     flag,
+    lists_of,
     mistakes,
     not_read,
     read_numbers,
@@ -48,6 +49,7 @@ from .options import (
     reader_of_methods,
     refuse,
     refuse_lost,
+    shared_of,
     wrong_beside,
 )
 from .output import print_profile, print_table, read_data, say_what_is_logged, show_tuned
@@ -272,12 +274,6 @@ def _refuse_others(arguments: argparse.Namespace) -> None:
 
 
 _PLACES = {*PLACES, "cache_dir"}
-_COMPARED: dict[str, Any] = {
-    "methods": ["fedss", "full_softmax", "pos_only", "neg_only"],
-    "seeds": [0, 1, 2],
-    "counts": [],
-    "rates": [],
-}
 
 
 def _planned(arguments: argparse.Namespace) -> Plan:
@@ -287,15 +283,8 @@ def _planned(arguments: argparse.Namespace) -> Plan:
     if arguments.resume is None:
         preset = read_preset(arguments.preset) if arguments.preset else {}
         vars(arguments).update(arguments.own)
-        own = {name: getattr(arguments, name) for name in LISTS}
-        lists = _COMPARED | preset | {name: value for name, value in own.items() if value is not None}
-        config = config_of(arguments, preset.get("config", {}))
-        of_preset = {
-            name: {option: value for option, value in options.items() if option not in arguments}
-            for name, options in preset.get("own", {}).items()
-            if name in lists["methods"]
-        }
-        own = with_defaults(lists["methods"], of_preset, arguments.given)
+        lists = lists_of(arguments, preset)
+        config, own = shared_of(arguments, preset, lists["methods"])
         plan = Plan(config, **{name: lists[name] for name in LISTS}, own=own)
         refuse(not_read(arguments, [case.method for case in plan.cases]))
         return plan
@@ -310,7 +299,7 @@ def _planned(arguments: argparse.Namespace) -> Plan:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from ..comparisons import jobs, standing
+    from ..comparisons import jobs, rates, standing
     from ..comparisons.compare import COMPARISON_FILES, compare, job_name
     from ..comparisons.jobs import JobsStopped
     from ..comparisons.rates import trial_name
@@ -335,10 +324,10 @@ def _compare(arguments: argparse.Namespace) -> int:
                 print(f"class_store is not for {storeless(plan.storeless)}")
 
         given = () if resume else arguments.given
-        read_data(dataclasses.replace(plan.config, out=out), [] if resume else runs, ready, given)
+        read_data(dataclasses.replace(plan.to_read_by, out=out), [] if resume else runs, ready, given)
     command = f"fedss {arguments.command}"
     go_on = _go_on(arguments, out)
-    say_what_is_logged(arguments.command, jobs, standing)
+    say_what_is_logged(arguments.command, jobs, rates, standing)
     finishing = f"{command}: finishing the rounds of the runs"
     try:
         with RunProgress(names, rounds) as progress, noticed(finishing) as stop:
@@ -356,7 +345,7 @@ def _compare(arguments: argparse.Namespace) -> int:
                 resume=resume,
                 stop=stop,
             )
-    except (ConfigError, CheckpointError) as error:  # found with the data, before anything begins
+    except (ConfigError, CheckpointError, FileExistsError, InUse) as error:  # found before anything begins
         raise Mistake(as_typed(error)) from None
     except (JobsStopped, Interrupted) as stopped:
         print(f"{command}: stopped; {go_on}", file=sys.stderr)

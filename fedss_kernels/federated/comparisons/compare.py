@@ -11,16 +11,17 @@ from ..data import FederatedData, Found
 from ..data.holdout import held_out
 from ..evaluation import check_measured
 from ..files.round_metrics import RoundMetrics
-from ..files.run_folder import faults, prepare
+from ..files.run_folder import faults
 from ..loading import check_data, fitted, load_data, with_a_net
-from ..plan import FILE, HOLDOUT, Plan, case_of
+from ..plan import FILE, Plan, case_of
 from ..reports.remarks import remarks
 from ..reports.report import attempt, write_comparison_report
 from ..reports.reported_run import Run
 from ..server.inspection import explained
+from .hold import beginning, going_on
 from .jobs import OnHeard, OnRound, Tuned, folder_of, play_all, played
-from .rates import best_rates, trial_name
-from .standing import check_standing, say_left_over
+from .rates import BY_CLIENTS, best_rates, choices, fitting, of_failures, of_lost, say_fitted
+from .standing import check_standing
 from .table import Line, cells, header, tabulate, write_tables
 
 COMPARISON_FILES = (
@@ -34,6 +35,8 @@ COMPARISON_FILES = (
     "accuracy_by_class_set.png",
     "rates.csv",
 )
+# Of the data: the share of the clients who are held out, and whether they are there alone.
+Part = tuple[float, bool]
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ def compare(
     """Runs every case with every seed, `jobs` at a time, each in its own process and folder in `out`.
 
     With `plan.rates` each case has the best of them by its headline, found beforehand by runs with the first
-    seed, on images of a tenth of the training clients, who then do not train.
+    seed, on images of a tenth of the training clients, who then do not train. Where there are not as many
+    others as are in a round, all of them are.
 
     `on_trial(job, metrics)` and `on_round` are called after every round of a trial or run, and with None as
     it starts; `on_tuned(job, done, total)` while its clients fine-tune, runs counted after all trials.
@@ -75,34 +79,35 @@ def compare(
     trial failed for another reason, killed or on a full disk, its case is not played, as with it another rate
     might be the best: the comparison can be resumed.
     Processes are spawned, so a script that calls this needs `if __name__ == "__main__":`. Raises ConfigError
-    for settings that cannot be, FileExistsError for a folder in use, CheckpointError where there is no such
-    comparison to go on with.
+    for settings that cannot be, FileExistsError for a folder in use, InUse where a comparison is going on in
+    it, CheckpointError where there is no such comparison to go on with.
     """
-    plan, data = _checked(plan, jobs)
-    if resume:
-        plan.check_same(out)
-        check_standing([*(plan.trials(out / "rates") if plan.rates else ()), *plan.runs(out, {})])
-    else:
-        say_left_over(out, plan)
-        prepare(out, COMPARISON_FILES, overwrite=plan.config.overwrite)
-        plan.save(out)
-    tuned, runs_from = on_tuned or _ignore, len(plan.trials(out))
-    rates, notes, failed = best_rates(plan, out, jobs, _heard(on_trial or _ignore, tuned), resume, stop)
-    planned, hear = plan.runs(out, rates), _heard(on_round or _ignore, tuned, runs_from)
-    kept = [i for i, c in enumerate(planned) if not plan.rates or case_of(c, plan.several) in rates]
-    configs = [fitted(planned[i], data) for i in kept]
-    if not configs:
-        return Comparison([], [], failed, out, notes)
-    found, failures = play_all(configs, jobs, lambda job, what: hear(kept[job], what), resume, stop)
-    failed += [f"{job_name(plan, configs[job])} failed: {of.words}" for job, of in failures.items()]
-    runs = _in_order(plan, found.values())
-    notes += [line for run in runs for line in _notes(plan, run)]
-    table = tabulate(runs)
-    if runs:
-        write_tables(out, table)
-        failed += attempt(out, _write_report, out, runs, [*notes, *failed])
-    go_on = not all(failure.lasting for failure in failures.values())
-    return Comparison(table, runs, failed, out, notes, go_on)
+    plan, found = _checked(plan, jobs)
+    trials = [fitting(trial, found[_part(trial)].clients) for trial in plan.trials(out / "rates")]
+    with going_on(out, plan) if resume else beginning(out, plan, COMPARISON_FILES):
+        if resume:
+            check_standing([*trials, *plan.runs(out, {})])
+        say_fitted(plan.trials(out / "rates"), trials)
+        tuned = on_tuned or _ignore
+        chosen = best_rates(plan, trials, out, jobs, _heard(on_trial or _ignore, tuned), resume, stop)
+        rates = {choice.case: choice.best for choice in chosen if choice.best is not None}
+        failed = [line for choice in chosen for line in of_failures(choice, trials)]
+        notes = [line for choice in chosen for line in choice.notes]
+        planned, hear = plan.runs(out, rates), _heard(on_round or _ignore, tuned, len(trials))
+        kept = [i for i, c in enumerate(planned) if not plan.rates or case_of(c, plan.several) in rates]
+        configs = [fitted(planned[i], found[_part(planned[i])]) for i in kept]
+        if not configs:
+            return Comparison([], [], failed, out, notes)
+        done, failures = play_all(configs, jobs, lambda job, what: hear(kept[job], what), resume, stop)
+        failed += [f"{job_name(plan, configs[job])} failed: {of.words}" for job, of in failures.items()]
+        runs = _in_order(plan, done.values())
+        notes += [line for run in runs for line in _notes(plan, run)]
+        table = tabulate(runs)
+        if runs:
+            write_tables(out, table)
+            failed += attempt(out, _write_report, out, runs, [*notes, *failed])
+        go_on = not all(failure.lasting for failure in failures.values())
+        return Comparison(table, runs, failed, out, notes, go_on)
 
 
 def _in_order(plan: Plan, runs: Iterable[Run]) -> list[Run]:
@@ -111,46 +116,63 @@ def _in_order(plan: Plan, runs: Iterable[Run]) -> list[Run]:
     return sorted(runs, key=lambda run: cases.index(case_of(run.config, plan.several)))
 
 
-def _checked(plan: Plan, jobs: int) -> tuple[Plan, Found]:
-    """With a net, and what the data hold. Once, before anything starts: mistakes surface, and caches fill."""
+def _checked(plan: Plan, jobs: int) -> tuple[Plan, dict[Part, Found]]:
+    """With a net, and what its runs' data hold. Once, before anything starts: mistakes surface, caches fill.
+
+    Raises ConfigError where a case does not fit the data, or cannot be measured on them.
+    """
     if jobs < 1:
         raise ConfigError("jobs", f"expected an integer of at least 1, got {jobs}")
     plan = dataclasses.replace(plan, config=with_a_net(plan.config))  # the same when it is resumed elsewhere
-    data = load_data(plan.config)
-    _check(plan, data)
-    return plan, data.found
+    whole = load_data(dataclasses.replace(plan.to_read_by, holdout=0.0))
+    if plan.rates and len(whole.clients) < 2:
+        raise ConfigError("rates", "expected at least 2 clients, one of them held out for the trials, got 1")
+    parts = dict[Part, FederatedData]()
+
+    def of(config: Config) -> FederatedData:
+        share, alone = part = _part(config)
+        if part not in parts:
+            parts[part] = held_out(whole, share, config.data_seed, alone=alone) if share else whole
+        return parts[part]
+
+    for config in plan.runs(Path(), {})[: len(plan.cases)]:
+        _check(config, of(config))
+    for config in plan.trials(Path())[:: len(plan.rates) or 1]:
+        _check(fitting(config, len(of(config).clients)), of(config))
+    return plan, {part: data.found for part, data in parts.items()}
 
 
-def _check(plan: Plan, data: FederatedData) -> None:
-    """Raises ConfigError where a case does not fit the data, or cannot be measured on them."""
-    check_data(fitted(plan.config, data.found), data)
-    tried: dict[bool, FederatedData] = {}
-    for case in plan.cases:
-        config, alone = plan.config_of(case), METHODS[case.method].alone
-        if case.method in plan.own or case.called:
-            check_data(fitted(config, data.found), data)
-        check_measured(config, data)
-        if plan.rates:
-            if alone not in tried:
-                tried[alone] = held_out(data, HOLDOUT, config.data_seed, alone=alone)
-            check_measured(config, tried[alone])
+def _part(config: Config) -> Part:
+    return config.holdout, METHODS[config.method].alone
+
+
+def _check(config: Config, data: FederatedData) -> None:
+    check_data(fitted(config, data.found), data)
+    check_measured(config, data)
 
 
 def report_again(out: Path) -> list[str]:
-    """The tables and the report of the comparison in `out`, of its runs that are done; a line on each other.
+    """The tables and the report of the comparison in `out`, of its runs that are done.
 
+    Returns what is to be said: remarks as `compare`'s, and a line on each run or trial that is not done.
     Raises CheckpointError where there is no comparison, ValueError where no run of it is done.
     """
     plan = Plan.read(out)
     trials, configs = plan.trials(out / "rates"), plan.runs(out, {})
-    _, lost = played(trials)
+    chosen = choices(plan, trials, *played(trials, unknown=BY_CLIENTS))
     found, failures = played(configs, unknown=["client_lr"] if plan.rates else [])
-    left_out = [f"{trial_name(plan, trials[job])} has no result: {of.words}" for job, of in lost.items()]
-    left_out += [f"{job_name(plan, configs[job])} is left out: {of.words}" for job, of in failures.items()]
+    left_out = [line for choice in chosen for line in of_lost(plan, choice, trials)]
+    rateless = [choice.case for choice in chosen if choice.failed]
+    left_out += [
+        f"{job_name(plan, configs[job])} is left out: {of.words}"
+        for job, of in failures.items()
+        if case_of(configs[job], plan.several) not in rateless
+    ]
     runs = _in_order(plan, found.values())
     if not runs:
         raise ValueError(f"no run of the comparison in {out} is done: {'; '.join(left_out)}")
-    notes = [line for run in runs for line in _notes(plan, run)]
+    notes = [line for choice in chosen for line in choice.notes]
+    notes += [line for run in runs for line in _notes(plan, run)]
     write_tables(out, tabulate(runs))
     _write_report(out, runs, [*notes, *left_out])
     return [*notes, *left_out]

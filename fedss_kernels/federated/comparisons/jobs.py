@@ -30,6 +30,7 @@ from ..reports.report import attempt, write_run_report
 from ..reports.reported_run import Run
 from ..run_loop import Stopped, run
 
+LASTING = (TooFewClients, ConfigError)  # errors of options that do not train
 _LISTEN = 0.5  # seconds after which it is asked again whether to stop
 log = logging.getLogger(__name__)
 OnRound = Callable[[int, RoundMetrics | None], None]  # (job, its metrics; None as it starts)
@@ -93,7 +94,7 @@ def played(
         try:
             found = Run(*read_run(folder))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            failures[job] = Failure(_last_error(folder) or str(error))
+            failures[job] = _last_failure(folder) or Failure(str(error))
             continue
         done = len(found.history)
         if different := _differences(found.config, config, unknown):
@@ -101,8 +102,8 @@ def played(
             failures[job] = Failure(f"{words}, and go on with --resume", lasting=True)
         elif found.summary.not_finite_since is not None:
             failures[job] = Failure("; ".join(remarks(found.summary)), lasting=True)
-        elif done < config.rounds and (words := _last_error(folder)):
-            failures[job] = Failure(words)
+        elif done < config.rounds and (failure := _last_failure(folder)):
+            failures[job] = failure
         elif done != config.rounds:
             counted = "1 round is" if done == 1 else f"{done} rounds are"
             failures[job] = Failure(f"{counted} done, of a comparison of {config.rounds}")
@@ -118,14 +119,18 @@ def _differences(there: Config, here: Config, unknown: Collection[str]) -> list[
     return differences(*either)
 
 
-def _last_error(folder: Path) -> str:
-    """What a run failed of, from its error.txt; "" where there is none."""
+def _last_failure(folder: Path) -> Failure | None:
+    """What a run failed of, from its error.txt; None where there is none."""
     try:
         lines = (folder / "error.txt").read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):
-        return ""
-    name, _, words = lines[-1].partition(": ") if lines else ("", "", "")
-    return f"{name.rpartition('.')[2]}: {words}" if words else name
+        return None
+    if not lines or not lines[-1]:
+        return None
+    name, _, words = lines[-1].partition(": ")
+    kind = name.rpartition(".")[2]
+    lasting = kind in [each.__name__ for each in LASTING]
+    return Failure(f"{kind}: {words}" if words else name, lasting)
 
 
 def run_all(
@@ -240,7 +245,7 @@ def _child(sender: Connection, config: Config, resume: bool) -> None:
     except Stopped:
         sender.send(STOPPED)
     except Exception as error:
-        lasting = isinstance(error, (TooFewClients, ConfigError))
+        lasting = isinstance(error, LASTING)
         line = reason(error) if isinstance(error, OSError) else str(error)
         with contextlib.suppress(BrokenPipeError):  # the parent is gone
             sender.send(Failure(f"{type(error).__name__}: {line}", lasting))  # first: the disk may be full

@@ -24,6 +24,7 @@ class Facts:
     measures: Measures
     flows: tuple[str, ...]  # what moves in it
     notes: list[str] = field(default_factory=list)  # of the data: what was left out
+    num_own_test_images: int | None = None  # those that are a client's, or newcomer's, own; None: unknown
 
     @classmethod
     def of(
@@ -31,7 +32,9 @@ class Facts:
     ) -> "Facts":
         images = sum(len(held) for held in data.clients)
         sizes = data.num_classes, len(data.clients), images, len(data.test_images)
-        return cls(data.name, data.task, *sizes, num_parameters, measures, tuple(flows), list(data.notes))
+        own = sum(len(tested) for _, tested in data.newcomers) or sum(map(len, data.test_clients))
+        notes = list(data.notes)
+        return cls(data.name, data.task, *sizes, num_parameters, measures, tuple(flows), notes, own)
 
     @property
     def columns(self) -> tuple[str, ...]:

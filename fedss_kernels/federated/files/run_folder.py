@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import Config, ConfigError, read_options
+from ..config import Config, ConfigError, SharedConfig, read_options
 from ..config_error import UnknownMethod
 from ..data import FederatedData
 from ..disk import reason, remove_unfinished, replacing, systems_errors, write_whole
@@ -252,8 +252,9 @@ def _not_ours(marker: Path) -> str:
         return f"no {marker.name}"
     try:
         values = read_options(marker)
+        kind = SharedConfig if "config" in values else Config
         values = values.get("config", values)
-        Config.from_dict(values, marker)
+        kind.from_dict(values, marker)
     except UnknownMethod:
         return ""  # it was registered when the run was made
     except (ConfigError, TypeError) as error:
@@ -264,10 +265,14 @@ def _not_ours(marker: Path) -> str:
 def prepare(path: Path, files: tuple[str, ...], *, overwrite: bool) -> None:
     """Makes the folder, and frees it of an earlier run's `files` alone. Raises as `check_folder`.
 
-    And of what was measured of it, the sections of its report. The first of the files, by which the folder is
-    known to be one of ours, goes last.
+    The first of the files, by which the folder is known to be one of ours, goes last.
     """
     check_folder(path, files, overwrite=overwrite)
+    clear(path, files)
+
+
+def clear(path: Path, files: tuple[str, ...]) -> None:
+    """Frees a folder of these files, the last first, and of the sections of their report."""
     remove_unfinished(path)
     for section in path.glob("section-*.html"):
         section.unlink()

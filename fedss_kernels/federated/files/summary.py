@@ -9,7 +9,7 @@ import numpy as np
 from ..algorithms import METHODS
 from ..config import Config
 from ..ledger import OUTCOMES, Traffic, client_traffic
-from ..measures import BY_TASK, MEASURES, Measured, Measures
+from ..measures import BY_TASK, MEASURES, ON_OWN_IMAGES, Measured, Measures
 from ..models.projection import projection_size
 from .facts import Facts
 from .round_metrics import RoundMetrics
@@ -44,6 +44,13 @@ class Summary(Measured):
     seconds: float
     not_finite_since: int | None = None
     notes: list[str] = field(default_factory=list)  # as in Facts
+    num_own_test_images: int | None = None  # as in Facts
+
+    @property
+    def num_headline_images(self) -> int | None:
+        """How many images the headline rests on."""
+        of_own = self.headline.of == ON_OWN_IMAGES
+        return self.num_own_test_images if of_own else self.num_test_images
 
     def to_dict(self) -> dict[str, Any]:
         """The entries of summary.json."""

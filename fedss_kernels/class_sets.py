@@ -194,6 +194,11 @@ def _uniform(
     generator: "torch.Generator | GeneratorHandle | None",
 ) -> Tensor:  # (m,) int64 in [0, UNIFORM)
     if isinstance(generator, GeneratorHandle):
+        if torch.compiler.is_exporting():
+            raise RuntimeError(
+                "generator: expected None in torch.export, got a generator, which no saved program holds; "
+                "export the module in eval mode, or with criterion.generator = None"
+            )
         if not eager() or peek_interpreter_stack() is None:
             return _random_integers(generator.draws, target, num_sampled, generator.key)
         generator = generator.generator  # torch.vmap's randomness is for torch's own operators

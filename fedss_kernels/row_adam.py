@@ -13,7 +13,7 @@ from . import _C, inplace
 from .checks import as_number, check_shape, check_tensor
 from .implementations import choose_impl, triton_kernels
 from .reference import row_adam_step_ as _plain_row_adam_step_
-from .row_optimizer import RowOptimizer, Rule, State, check_dense
+from .row_optimizer import RowOptimizer, Rule, State, as_rate, check_dense
 
 
 def row_adam_step_(
@@ -90,15 +90,21 @@ def step_(
     return weight
 
 
+def _as_tensor(value: Any) -> Tensor:
+    """A tensor as it is, which torch.as_tensor moves to the default device."""
+    return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
+
+
 def _numbers(where: str, lr: Any, betas: Any, eps: Any, weight_decay: Any) -> tuple[float, ...]:
     """(lr, beta1, beta2, eps, weight_decay)"""
     pair = betas.tolist() if isinstance(betas, (Tensor, np.ndarray)) else betas
     if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
         raise TypeError(f"{where}betas: expected two numbers, got {betas!r}")
     beta1, beta2 = (as_number(f"{where}betas[{i}]", beta, least=0, below=1) for i, beta in enumerate(pair))
-    lr, eps, weight_decay = (
+    lr = as_rate(f"{where}lr", lr)
+    eps, weight_decay = (
         as_number(where + name, value, least=0)
-        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay))
+        for name, value in (("eps", eps), ("weight_decay", weight_decay))
     )
     return lr, beta1, beta2, eps, weight_decay
 
@@ -246,7 +252,7 @@ class RowAdam(RowOptimizer):
                 dtype = own.get(name, self._moments_dtype(parameter))
                 device = "cpu" if name == "step" else parameter.device
                 # a copy: torch copies what it casts, and nothing else
-                self.state[parameter][name] = torch.as_tensor(value).to(device, dtype, copy=True)
+                self.state[parameter][name] = _as_tensor(value).to(device, dtype, copy=True)
 
     def _checked_rule(self, options: dict[str, Any], where: str) -> Rule:
         lr, beta1, beta2, eps, weight_decay = _numbers(where, *(options[name] for name in self.REQUIRED))
@@ -260,7 +266,7 @@ class RowAdam(RowOptimizer):
             shapes["row_steps"] = tuple(parameter.shape[:1])
         for name, shape in shapes.items():
             held = state.get(name)
-            found = "none" if held is None else tuple(torch.as_tensor(held).shape)
+            found = "none" if held is None else tuple(_as_tensor(held).shape)
             if found != shape:
                 raise ValueError(f"state: expected {name} of shape {shape}, got {found}")
         for name in self.MOMENTS:
@@ -271,7 +277,7 @@ class RowAdam(RowOptimizer):
         super()._check_numbers(parameter, state)
         if state.get("row_steps") is None:
             return
-        held = torch.as_tensor(state["row_steps"])
+        held = _as_tensor(state["row_steps"])
         held = (held.to_local() if hasattr(held, "to_local") else held).to(torch.float64)
         for good, expected in (
             (held >= 0, "at least 0"),  # not so for NaN

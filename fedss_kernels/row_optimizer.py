@@ -434,6 +434,16 @@ def _summed(grad: Tensor) -> tuple[Tensor, Tensor, Tensor | slice]:
     return runs.ids, runs.sums(grad._values())[runs.run], runs.starts[runs.run]
 
 
+def as_rate(name: str, value: object) -> float:
+    """A learning rate >= 0; what a schedule that ends at 0 makes of it by rounding, a little below, is 0."""
+    rate = single_item(value)
+    rounded = isinstance(rate, float) and -_ROUNDING <= rate < 0
+    return 0.0 if rounded else as_number(name, value, least=0)
+
+
+_ROUNDING = 1e-12
+
+
 def check_dense(name: str, value: object) -> None:
     """Raises TypeError or ValueError unless `value`, a part of a state, can be stepped in place."""
     if not isinstance(value, Tensor) or value.layout != torch.strided:

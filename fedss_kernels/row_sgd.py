@@ -11,7 +11,7 @@ from torch.optim.sgd import sgd
 from .checks import as_number, check_flag
 from .reference import row_momentum_step_ as _plain_row_momentum_step_
 from .row_momentum import step_
-from .row_optimizer import RowOptimizer, Rule, State, check_dense
+from .row_optimizer import RowOptimizer, Rule, State, as_rate, check_dense
 
 
 class RowSGD(RowOptimizer):
@@ -98,7 +98,8 @@ class RowSGD(RowOptimizer):
         super().__init__(params, options | {"max_norm": max_norm, "seed": seed})
 
     def _checked_rule(self, options: dict[str, Any], where: str) -> Rule:
-        rule: Rule = {name: as_number(where + name, options[name], least=0) for name in self.REQUIRED}
+        rule: Rule = {name: as_number(where + name, options[name], least=0) for name in self.REQUIRED[1:]}
+        rule["lr"] = as_rate(f"{where}lr", options["lr"])
         nesterov = check_flag(f"{where}nesterov", options["nesterov"])
         if nesterov and rule["momentum"] == 0:
             raise ValueError(f"{where}nesterov: expected False without momentum, got True")

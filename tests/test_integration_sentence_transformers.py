@@ -274,6 +274,81 @@ def test_a_resumed_run_goes_on_with_the_class_matrix(library, plug, tmp_path):
 
 
 @LIBRARYS_OWN
+def test_a_resumed_run_goes_on_with_the_generator(library, plug, tmp_path):
+    def run(resume=None):
+        model, generator = static_model(library), torch.Generator().manual_seed(3)
+        loss = plug.ClassSoftmaxLoss(model, 200, num_sampled=20, generator=generator)
+        options = {"save_strategy": "steps", "save_steps": 4, "resume": resume}
+        train(library, model, loss, CLASSES, tmp_path, 8, [loss.checkpoints()], **options)
+        return loss.criterion.weight.detach()
+
+    whole = run()
+    assert torch.equal(run(str(tmp_path / "checkpoint-4")), whole)
+
+
+@LIBRARYS_OWN
+def test_the_best_model_has_the_class_matrix_that_belongs_to_it(library, plug, tmp_path):
+    """And by eval_loss, which is over all classes, the same each time."""
+    from datasets import Dataset
+
+    pytest.importorskip("accelerate")
+    model, data = static_model(library), Dataset.from_dict(CLASSES)
+    loss = plug.ClassSoftmaxLoss(model, 200, num_sampled=20)
+    arguments = library.SentenceTransformerTrainingArguments(
+        output_dir=str(tmp_path), num_train_epochs=4, learning_rate=0.5, eval_strategy="epoch",
+        save_strategy="epoch", load_best_model_at_end=True, metric_for_best_model="eval_loss",
+        greater_is_better=True,  # so that the last is not the best
+        per_device_eval_batch_size=64, report_to=[], use_cpu=True, disable_tqdm=True, logging_strategy="no",
+    )  # fmt: skip
+    trainer = library.SentenceTransformerTrainer(
+        model=model, args=arguments, train_dataset=data, eval_dataset=data, loss=loss,
+        callbacks=[loss.checkpoints()],
+    )  # fmt: skip
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.name != f"checkpoint-{trainer.state.global_step}"
+    saved = torch.load(best / "class_softmax_loss.pt", weights_only=True)
+    assert torch.equal(loss.criterion.weight, saved["weight"])
+    assert {trainer.evaluate()["eval_loss"] for _ in range(3)} == {trainer.state.best_metric}
+    assert loss.criterion.training
+
+
+def _mean_gradients(rank, meet, sparse_grad, seed):
+    import sentence_transformers as library
+    from torch.nn.parallel import DistributedDataParallel
+
+    from fedss_kernels.integrations.sentence_transformers import ClassSoftmaxLoss
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{meet}", rank=rank, world_size=2)
+    model = static_model(library)
+    torch.manual_seed(seed * rank)
+    loss = ClassSoftmaxLoss(model, 30, bias=True, learn_scale=True, sparse_grad=sparse_grad)
+    columns, labels = columns_of(model, ANCHORS[2 * rank :][:2]), torch.tensor([3, 4]) + 5 * rank
+    loss.model = DistributedDataParallel(model)
+    alone = None
+    for _ in range(2):  # added up
+        loss(columns, labels).backward()
+        if alone is None:  # with what is the first one's by now
+            alone = ClassSoftmaxLoss(copy.deepcopy(model), 30, bias=True, learn_scale=True)
+            alone.criterion.load_state_dict(loss.criterion.state_dict())
+        alone(columns, labels).backward()
+    for mine, its in zip(loss.criterion.parameters(), alone.criterion.parameters(), strict=True):
+        parts = [torch.zeros_like(mine) for _ in range(2)]
+        torch.distributed.all_gather(parts, mine.detach())
+        assert torch.equal(*parts)
+        torch.distributed.all_reduce(its.grad)
+        torch.testing.assert_close(mine.grad.to_dense() if mine.grad.is_sparse else mine.grad, its.grad / 2)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("sparse_grad", [False, True])
+def test_several_processes_train_one_class_matrix(library, sparse_grad, tmp_path):
+    arguments = tmp_path / "meet", sparse_grad, 7
+    torch.multiprocessing.spawn(_mean_gradients, arguments, nprocs=2)
+
+
+@LIBRARYS_OWN
 def test_the_trainer_trains_in_batch(library, plug, tmp_path):
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 

@@ -560,6 +560,22 @@ def test_bad_options(options, error, message):
     assert not weight.any() and not optimizer.state
 
 
+def test_a_state_loads_whatever_the_default_device_is():
+    weight = nn.Parameter(torch.ones(3, 2))
+    optimizer = RowAdam([weight])
+    weight.grad = sparse([1], torch.ones(1, 2), 3)
+    optimizer.step()
+    other = RowAdam([nn.Parameter(torch.ones(3, 2))])
+    state = copy.deepcopy(optimizer.state_dict())
+    with torch.device("meta"):
+        other.load_state_dict(state)
+        state["state"][0]["row_steps"][2] = -1
+        with pytest.raises(ValueError, match=r"row_steps\[2\]: expected at least 0, got -1"):
+            other.load_state_dict(state)
+    (found,) = other.state.values()
+    assert all(map(torch.equal, found.values(), optimizer.state[weight].values()))
+
+
 class Listed(Sequence):
     """As settings files are read: two numbers that are in no list."""
 

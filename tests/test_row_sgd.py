@@ -683,6 +683,24 @@ def test_a_compiled_step_gives_each_parameter_its_own_state(kind, options):
             assert torch.equal(torch.as_tensor(state[name]), torch.as_tensor(value)), name
 
 
+@pytest.mark.parametrize("kind", [RowSGD, RowAdam])
+def test_a_rate_that_rounding_leaves_below_0_is_0(kind):
+    """As at the end of a schedule, whose loop goes on."""
+    weight = nn.Parameter(torch.ones(3, 2))
+    optimizer = kind([weight], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, end_factor=0.0, total_iters=10)
+    for _ in range(12):
+        before = weight.detach().clone()
+        weight.grad = torch.sparse_coo_tensor([[1]], torch.ones(1, 2), weight.shape)
+        optimizer.step()
+        scheduler.step()
+    assert optimizer.param_groups[0]["lr"] < 0 and torch.equal(weight, before)
+    kind([weight], lr=0.1).load_state_dict(optimizer.state_dict())
+    optimizer.param_groups[0]["lr"] = -1e-9
+    with pytest.raises(ValueError, match="lr: expected a finite number of at least 0, got -1e-09"):
+        optimizer.step()
+
+
 def test_groups_of_other_norms_are_refused():
     groups = [{"params": [nn.Parameter(torch.ones(2))], "max_norm": norm} for norm in (1.0, 2.0)]
     with pytest.raises(

@@ -460,6 +460,17 @@ def test_a_generator_handled_in_inference_mode_can_be_drawn_from_outside():
     assert torch.equal(first, draw_batch_class_set(batch()[1], C, 5, criterion.generator)[0])
 
 
+def test_a_generator_is_in_no_exported_program():
+    """Which would draw from whatever generator has its number where it is loaded."""
+    x, t = torch.randn(6, D), torch.randint(C, (6,))
+    criterion = SampledSoftmaxLoss(C, D, 5, generator=torch.Generator().manual_seed(1))
+    with pytest.raises(Exception, match="generator: expected None in torch.export"):
+        torch.export.export(criterion, (x, t))
+    torch.export.export(criterion.eval(), (x, t))
+    criterion.train().generator = None
+    torch.export.export(criterion, (x, t))
+
+
 def test_a_generator_may_be_given_later():
     criterion, twin = (SampledSoftmaxLoss(C, D, 5) for _ in range(2))
     for module in (criterion, twin):

@@ -1,10 +1,12 @@
 """Losses for sentence-transformers: over very many classes, and over a batch whose items may repeat."""
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 try:
@@ -30,11 +32,14 @@ class ClassSoftmaxLoss(nn.Module):
 
         loss_i = SampledSoftmaxLoss(embedding of sentence i, label i)
 
-    `criterion`, a `SampledSoftmaxLoss`, owns the class matrix; the trainer optimises it with the model. In
-    eval mode the loss is over all classes, and `criterion.topk(embeddings, k)` gives the best of them.
+    `criterion`, a `SampledSoftmaxLoss`, owns the class matrix; the trainer optimises it with the model. While
+    the model is in eval mode the loss is over all classes; `criterion.topk(embeddings, k)` gives the best.
 
     The trainer's checkpoints hold the model alone: with `callbacks=[loss.checkpoints()]` they hold the class
-    matrix too, and a run that is resumed goes on with it.
+    matrix too, and a run that is resumed, or ends with its best model, has the one that belongs to it.
+
+    In several processes, where the trainer puts the model, and it alone, under DistributedDataParallel, all
+    have the first one's class matrix from the first batch on, and its gradient is the mean of theirs.
 
     Args:
         model: the SentenceTransformer.
@@ -70,6 +75,7 @@ class ClassSoftmaxLoss(nn.Module):
         if embedding_dim is None:
             embedding_dim = _embedding_dim(model)
         self.criterion = SampledSoftmaxLoss(num_classes, embedding_dim, num_sampled, **options)
+        self._is_shared = False
 
     def forward(
         self,
@@ -81,19 +87,41 @@ class ClassSoftmaxLoss(nn.Module):
             raise ValueError(
                 f"sentence_features: expected one column of texts beside the labels, got {len(columns)}"
             )
+        if not self._is_shared:
+            self._share()
         embeddings = self.model(columns[0])["sentence_embedding"]
-        return self.criterion(embeddings, _as_classes(labels, len(embeddings)))
+        labels, training = _as_classes(labels, len(embeddings)), self.criterion.training
+        self.criterion.train(training and self.model.training)  # the trainer evaluates the model alone
+        try:
+            return self.criterion(embeddings, labels)
+        finally:
+            self.criterion.train(training)
+
+    def _share(self) -> None:
+        """Where the model is wrapped for several processes, the criterion too is one for all of them."""
+        if isinstance(self.model, SentenceTransformer) or not dist.is_initialized():
+            return
+        group = getattr(self.model, "process_group", None)
+        self._is_shared = True
+        if dist.get_world_size(group) == 1:
+            return
+        first = dist.get_global_rank(group, 0) if group else 0
+        for tensor in (*self.criterion.parameters(), *self.criterion.buffers()):
+            dist.broadcast(tensor.detach(), first, group)
+        for parameter in self.criterion.parameters():
+            parameter.register_post_accumulate_grad_hook(partial(_average, group))
 
     def checkpoints(
         self, resumed_from: str | Path | None = None, name: str = "class_softmax_loss"
     ) -> TrainerCallback:
         """A callback by which the trainer's checkpoints save and restore the class matrix.
 
-        Where a run is resumed from another folder than `output_dir`, `resumed_from` is that checkpoint.
-        Several losses of one trainer need a `name` each. Raises FileNotFoundError as a run is resumed from a
-        checkpoint without the class matrix.
+        With `load_best_model_at_end` it is in the end that of the best model. The state of a `generator` is
+        saved and restored too, each process' own. Where a run is resumed from another folder than
+        `output_dir`, `resumed_from` is that checkpoint. Several losses of one trainer need a `name` each.
+        Raises FileNotFoundError as a run is resumed from a checkpoint without the class matrix.
         """
-        return _SavesClasses(self.criterion, resumed_from, f"{name}.pt")
+        return _SavesClasses(self.criterion, resumed_from, name)
 
     def get_config_dict(self) -> dict[str, Any]:
         """For the model card."""
@@ -204,31 +232,54 @@ class InBatchSoftmaxLoss(nn.Module):
 
 
 class _SavesClasses(TrainerCallback):
-    def __init__(
-        self, criterion: SampledSoftmaxLoss, resumed_from: str | Path | None, file_name: str
-    ) -> None:
-        self.criterion, self.resumed_from, self.file_name = criterion, resumed_from, file_name
+    def __init__(self, criterion: SampledSoftmaxLoss, resumed_from: str | Path | None, name: str) -> None:
+        self.criterion, self.resumed_from, self.name = criterion, resumed_from, name
 
     def _folder(self, args: Any, state: Any) -> Path:
         return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder, generator = self._folder(args, state), self.criterion.generator
         if state.is_world_process_zero:
-            torch.save(self.criterion.state_dict(), self._folder(args, state) / self.file_name)
+            torch.save(self.criterion.state_dict(), folder / f"{self.name}.pt")
+        if generator is not None:
+            folder.mkdir(parents=True, exist_ok=True)  # another process may not have made it yet
+            torch.save(generator.get_state(), self._of_generator(folder, args))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:  # not resumed
             return
-        path = (
-            Path(self.resumed_from or args.resume_from_checkpoint or self._folder(args, state))
-            / self.file_name
-        )
+        folder = Path(self.resumed_from or args.resume_from_checkpoint or self._folder(args, state))
+        path, generator = folder / f"{self.name}.pt", self.criterion.generator
         if not path.exists():
             raise FileNotFoundError(
                 f"resumed_from: expected the checkpoint with the class matrix, found no {path}; give its "
                 "folder as checkpoints(resumed_from=...)"
             )
         self.criterion.load_state_dict(torch.load(path, map_location="cpu"))
+        if generator is not None and (drawn := self._of_generator(folder, args)).exists():
+            generator.set_state(torch.load(drawn))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.load_best_model_at_end and state.best_model_checkpoint:
+            path = Path(state.best_model_checkpoint) / f"{self.name}.pt"
+            self.criterion.load_state_dict(torch.load(path, map_location="cpu"))
+
+    def _of_generator(self, folder: Path, args: Any) -> Path:
+        return folder / f"{self.name}.generator-{args.process_index}.pt"
+
+
+def _average(group: Any, parameter: Tensor) -> None:
+    """In place: the mean over the processes. What was accumulated before is alike on all of them."""
+    grad = parameter.grad
+    assert grad is not None
+    if grad.is_sparse and dist.get_backend(group) == "nccl":
+        raise RuntimeError(
+            "sparse_grad: expected False in several processes over NCCL, which adds up dense gradients only"
+        )
+    grad = grad.coalesce() if grad.is_sparse else grad
+    dist.all_reduce(grad, group=group)
+    parameter.grad = grad.div_(dist.get_world_size(group))
 
 
 def _as_classes(labels: Tensor, B: int) -> Tensor:

@@ -55,7 +55,7 @@ def attach(
         num_sampled: m, uniform negatives beside the batch's own labels (`draw_batch_class_set`). None: all
             classes, the model's own loss; so too where labels and negatives are as many as the classes.
         generator: source of the negatives. None: torch's default one, which the Trainer seeds, saves and
-            restores.
+            restores; the state of another is for you to save.
         impl: as for `sampled_softmax_loss`.
 
     Raises TypeError for another kind of model or head, ValueError for a loss of the model's own that is not

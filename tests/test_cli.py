@@ -817,6 +817,22 @@ def test_more_rounds_of_a_finished_run_whose_table_was_edited(tmp_path, capsys):
     assert json.loads((out / "config.json").read_text())["rounds"] == 3
 
 
+def test_none_is_a_value_of_options_that_may_have_none(tmp_path, monkeypatch):
+    """As their help says: it takes back what a file gives, and is no folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FEDSS_CACHE", str(tmp_path / "cache"))
+    given = {"method": "fedaws", "deadline": 2.0, "class_store": "store", "rounds": 1}
+    (tmp_path / "given.json").write_text(json.dumps(given))
+    small = ["--glyph-classes=12", "--glyph-writers=4", "--cohort=2", "--embedding-dim=8"]
+    none = ["--spreadout-rows=none", "--spreadout-neighbours=none", "--deadline=none", "--class-store=none"]
+    assert cli.main(["run", "--config=given.json", *small, *none, "--out=out"]) == 0
+    config = Config.load(tmp_path / "out" / "config.json")
+    assert (
+        config.spreadout_rows is config.spreadout_neighbours is config.deadline is config.class_store is None
+    )
+    assert not (tmp_path / "none").exists() and not (tmp_path / "store").exists()
+
+
 def test_what_is_wrong_with_a_config_file_is_said_of_the_file(tmp_path, capsys):
     file, later = tmp_path / "config.json", ", in this version: did a later one write the file?"
     for text, words in {

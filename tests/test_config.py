@@ -218,6 +218,7 @@ def test_all_that_is_wrong_in_a_file_is_said_at_once(tmp_path):
     [
         ({"rounds": 0, "cohort": 4, "min_clients": 9}, ["rounds", "min_clients"]),
         ({"cohort": 0, "min_clients": 9}, ["cohort"]),
+        ({"cohort": 4, "min_clients": 3, "negatives": "shared", "min_holders": 5}, ["min_holders"]),
         (
             {"method": "nope", "cohort": 4, "min_clients": 9, "noise_multiplier": 1.0},
             ["method", "min_clients"],

@@ -42,6 +42,9 @@ def _in_cohort(config: Any) -> Iterator[ConfigError]:
         yield ConfigError(
             "min_clients", f"expected at most {config.cohort}, the cohort, got {config.min_clients}"
         )
+    if config.cohort is not None and config.shares and config.min_holders > config.cohort:
+        expected = f"expected at most {config.cohort}, the cohort, of which so many must hold a class"
+        yield ConfigError("min_holders", f"{expected}, got {config.min_holders}")
 
 
 def _of_method(config: Any) -> Iterator[ConfigError]:

@@ -147,7 +147,7 @@ for _measure in (
     Measure(
         "map_at_10",
         "MAP@10",
-        "how right the ten nearest images are, for classes nobody trained on",
+        "how right the ten nearest images are",
         "Every test image looks for its ten nearest among the others; 100% if all ten are of its class, and "
         "the more, the earlier the right ones come.",
     ),

@@ -197,9 +197,12 @@ def reader(
 
 def _reader_of(field: dataclasses.Field) -> Callable[[str], Any]:
     """Text -> a value that the option can have, for argparse, which then tells of all that can't be."""
-    read = reader(option_type(field.name)[0], expectation(field))
+    kind, may_be_none = option_type(field.name)
+    read = reader(kind, expectation(field))
 
     def read_and_check(text: str) -> Any:
+        if may_be_none and text == "none":
+            return None
         try:
             return checked(field, read(text))
         except ConfigError as error:

@@ -155,6 +155,7 @@ def test_the_command_writes_table_and_plot(tmp_path, capsys):
     table = (out / "costs.md").read_text()
     assert table in capsys.readouterr().out and "| layer-wise, budget 2 |" in table
     assert "50.0%" in table and "62.5%" in table  # (4 + 2) / 12 and (4 + 1) / 8
+    assert "| 0.00 |" not in table  # so small a net has figures too
     assert (out / "costs.png").read_bytes().startswith(b"\x89PNG")
     assert "a model of one client" in (out / "report.html").read_text()
 

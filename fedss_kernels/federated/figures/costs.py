@@ -117,13 +117,18 @@ def _figures(
         f"{memory / MB:.1f}",
         f"{of_all.memory / memory:.1f}",
         f"{max(line.costs.saved for line in lines) / MB:.1f}",
-        f"{max(computed) / 1e9:.2f}",
+        _number(max(computed) / 1e9),
         f"{100 * statistics.fmean(computed) / of_all.costs.multiply_adds:.1f}%",
         _worst([line.multiply_adds / all_blocks.multiply_adds for line in blocks]),
-        f"{max(moved) / MB:.2f}",
+        _number(max(moved) / MB),
         f"{100 * statistics.fmean(moved) / of_all.traffic:.1f}%",
         _worst([line.traffic / all_blocks.traffic for line in blocks]),
     ]
+
+
+def _number(value: float) -> str:
+    """To hundredths; what is less than a tenth to two digits, as of small nets."""
+    return f"{value:.2f}" if value >= 0.1 or value == 0 else f"{value:.2g}"
 
 
 def _worst(shares: Sequence[float]) -> str:

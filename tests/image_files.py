@@ -1,6 +1,8 @@
 """Image files for the tests of data sets: plain colours, so that what comes of one is known."""
 
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,52 @@ def encoded(i: int, size: tuple[int, int] = (32, 32)) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", size, colour(i)).save(file, "JPEG")
     return file.getvalue()
+
+
+def tiff(
+    numbers: np.ndarray,  # (H, W, channels), of one byte or two
+    *,
+    order: str = "<",
+    planes: bool = False,
+    compressed: bool = False,
+    strip: int = 0,  # rows in each; 0: all
+    tile: tuple[int, int] | None = None,  # rows and columns, instead of strips
+    **more: int | tuple[int, ...],  # t262=0: another tag; (): without it
+) -> bytes:
+    """A TIFF file's content, in forms that Pillow writes none of."""
+    height, width, channels = numbers.shape
+    size = numbers.dtype.itemsize
+    across, down = (tile[1], tile[0]) if tile else (width, strip or height)
+    parts = []
+    for layer in np.split(numbers, channels, axis=2) if planes else [numbers]:
+        for y in range(0, height, down):
+            for x in range(0, width, across):
+                part = layer[y : y + down, x : x + across]
+                if tile:
+                    part = np.pad(
+                        part, [(0, n - m) for n, m in zip(tile, part.shape, strict=False)] + [(0, 0)]
+                    )
+                data = part.astype(f"{order}{numbers.dtype.kind}{size}").tobytes()
+                parts.append(zlib.compress(data) if compressed else data)
+    places = [8 + sum(map(len, parts[:i])) for i in range(len(parts))]
+    tags: dict[int, int | tuple[int, ...]] = {256: width, 257: height, 258: (8 * size,) * channels}
+    tags |= {259: 8 if compressed else 1, 262: 2 if channels > 2 else 1, 277: channels, 284: 1 + planes}
+    tags |= {322: across, 323: down} if tile else {278: down}
+    tags |= {324 if tile else 273: tuple(places), 325 if tile else 279: tuple(map(len, parts))}
+    tags |= {338: 2} if channels == 4 else {}
+    tags |= {int(name[1:]): value for name, value in more.items()}
+    tags = {tag: value for tag, value in tags.items() if value != ()}
+    at = places[-1] + len(parts[-1])
+    directory, beyond = struct.pack(f"{order}H", len(tags)), b""
+    for tag, value in sorted(tags.items()):
+        values = value if isinstance(value, tuple) else (value,)
+        packed = struct.pack(f"{order}{len(values)}I", *values)
+        if len(values) > 1:
+            place = at + 6 + 12 * len(tags) + len(beyond)
+            packed, beyond = struct.pack(f"{order}I", place), beyond + packed
+        directory += struct.pack(f"{order}HHI", tag, 4, len(values)) + packed
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", at)
+    return head + b"".join(parts) + directory + bytes(4) + beyond
 
 
 def photograph(width: int, height: int) -> Image.Image:

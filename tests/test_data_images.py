@@ -1,6 +1,7 @@
 """The cache of decoded images: what they become, when they are decoded again, and what is wrong with them."""
 
 import errno
+import io
 import os
 import pickle
 import signal
@@ -13,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from image_files import colour, shown, write_image
+from image_files import colour, shown, tiff, write_image
 from PIL import Image
 from tiny_federation import tiny_data
 
@@ -22,7 +23,7 @@ from fedss_kernels.federated.data.array_file import ArrayFile, map_images, mappe
 from fedss_kernels.federated.data.cache import cached_arrays
 from fedss_kernels.federated.data.damage import DamagedImages, MissingImages
 from fedss_kernels.federated.data.images import cached_images, decode
-from fedss_kernels.federated.data.pixels import read_file
+from fedss_kernels.federated.data.pixels import failure, read_file
 
 
 def read(files, folder, size=8):
@@ -67,6 +68,100 @@ def test_16_bits_are_scaled_and_not_clipped(tmp_path):
     Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(floats)
     with pytest.raises(ValueError, match="expected 8 or 16 bits a channel, got float32, 0.5 to 0.5"):
         read([floats], tmp_path)
+
+
+# ---- TIFF files of 16 bits
+
+LAYOUTS = [{"strip": 40}, {"strip": 7}, {"tile": (16, 32)}]
+
+
+def ramps(channels: int, high: int) -> np.ndarray:
+    """(40, 40, channels) of 16 bits, up to `high`, another in each channel; an alpha is opaque."""
+    ramp = np.linspace(0, high, 1600).round().astype(np.uint16).reshape(40, 40)
+    numbers = np.stack([ramp, ramp[::-1], ramp.T, ramp][:channels], axis=2)
+    if channels == 4:
+        numbers[..., 3] = 0xFFFF
+    return numbers
+
+
+def away(content: bytes, numbers: np.ndarray, white: int) -> float:
+    """The most by which a pixel is not its numbers, scaled."""
+    found = np.frombuffer(decode(content, 40), np.uint8).reshape(3, 40, 40)
+    return abs(found - numbers[..., :3].transpose(2, 0, 1) * (255 / white)).max()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("channels", [3, 4])
+def test_colours_of_12_bits_in_16_in_any_layout(layout, compressed, order, channels):
+    for high in (0xFF, 0xFFF, 0xFFFF):
+        numbers = ramps(channels, high)
+        content = tiff(numbers, order=order, compressed=compressed, **layout)
+        assert away(content, numbers, high) <= 1
+
+
+def test_colours_of_12_bits_by_lzw():
+    """The strip of a grey picture that Pillow wrote, three times as wide."""
+    numbers, file = ramps(3, 0xFFF), io.BytesIO()
+    Image.fromarray(numbers.reshape(40, 120)).save(file, "TIFF", compression="tiff_lzw")
+    tags = Image.open(file).tag_v2
+    strip = file.getvalue()[tags[273][0] :][: tags[279][0]]
+    after = len(tiff(numbers))
+    assert away(tiff(numbers, t259=5, t273=after, t279=len(strip)) + strip, numbers, 0xFFF) <= 1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("channels", [3, 4])
+def test_colours_of_16_bits_in_planes(layout, compressed, order, channels):
+    for high in (0xFFF, 0xFFFF):
+        numbers = ramps(channels, high)
+        content = tiff(numbers, planes=True, order=order, compressed=compressed, **layout)
+        assert away(content, numbers, high) <= 1
+
+
+def test_planes_keep_what_the_file_says_of_them():
+    """Its white, its orientation; a fourth that is no alpha; that it is cut short."""
+    numbers = ramps(3, 0xFFF)
+    content = tiff(numbers, planes=True, t281=(0xFFFF,) * 3)
+    assert away(content, numbers, 0xFFFF) <= 1
+    assert away(tiff(numbers, planes=True, t274=3), numbers[::-1, ::-1], 0xFFF) <= 1
+    four = np.concatenate([numbers, numbers[..., :1] + 5000], axis=2)
+    assert away(tiff(four, planes=True, t338=0), numbers, 0xFFF) <= 1
+    at = len(content) + 5
+    with pytest.raises(OSError, match="truncated"):
+        decode(tiff(numbers, planes=True, t273=(8, 3208, at)), 40)
+
+
+@pytest.mark.parametrize(
+    "more, kind", [({"t338": 1}, "premultiplied alpha"), ({"t262": 5, "t338": ()}, "CMYK")]
+)
+def test_other_planes_of_16_bits_are_refused(more, kind):
+    with pytest.raises(ValueError, match=rf"got {kind} of 16 bits in planes \(PlanarConfiguration 2\)"):
+        decode(tiff(ramps(4, 0xFFF), planes=True, **more), 40)
+
+
+@pytest.mark.parametrize("high", [0xFFF, 0xFFFF])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_grey_of_16_bits_whose_0_is_white(high, compressed):
+    grey = ramps(1, high)
+    assert away(tiff(grey, compressed=compressed, t262=0), high - grey[..., [0, 0, 0]], high) <= 1
+    eight = (ramps(1, 255)).astype(np.uint8)
+    assert away(tiff(eight, compressed=compressed, t262=0), 255 - eight[..., [0, 0, 0]], 255) == 0
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_bytes_below_0_are_refused(compressed):
+    numbers = np.full((40, 40, 1), 100, np.int8)
+    assert away(tiff(numbers, compressed=compressed, t339=2), numbers[..., [0, 0, 0]], 255) == 0
+    numbers[3, 3] = -1
+    with pytest.raises(ValueError, match="expected 8 or 16 bits a channel, got int8, -1 to 100"):
+        decode(tiff(numbers, compressed=compressed, t339=2), 40)
+
+
+# ---- the cache
 
 
 def test_the_second_time_nothing_is_decoded(files, tmp_path, monkeypatch):
@@ -213,6 +308,25 @@ def test_what_cannot_be_read_is_not_called_damaged_and_is_tried_again(files, tmp
         read([*files, pipe], tmp_path)
     assert seen == [files[1].read_bytes()], "it may be read now; what is damaged is not tried again"
     assert shown(read([files[0], files[1]], tmp_path)) == [0, 1]
+
+
+def test_a_fault_of_code_is_not_the_files(files, tmp_path, monkeypatch):
+    """It is said, and the file is tried again."""
+    assert not failure(TypeError("expected str")).damaged and failure(KeyError("tile")).damaged
+
+    def decode_or_not(content, size):
+        if content == files[1].read_bytes():
+            raise AttributeError("'tuple' object has no attribute 'offset'")
+        return decode(content, size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "decode", decode_or_not)
+        for _ in range(2):
+            with pytest.raises(
+                DamagedImages, match="1 of 4 images cannot be read: .*AttributeError: 'tuple'"
+            ):
+                read(files, tmp_path)
+    assert shown(read(files, tmp_path)) == [0, 1, 2, 3]
 
 
 # ---- stopped

@@ -6,6 +6,8 @@
 | an EXIF orientation | turned upright |
 | grey of 16 or 32 bits, whole numbers; colours of 16 | white: 255, 4095 or 65535, the least none exceeds |
 | grey as floats, below 0 or above 65535 | refused: nobody knows what is white |
+| grey whose 0 is white (TIFF's PhotometricInterpretation 0) | what it looks like: 0 is white |
+| colours of 16 bits in planes (TIFF's PlanarConfiguration 2) | RGB and RGBA as others, more refused |
 | several pictures: pages, frames | the first |
 | any number of pixels, any length of text or colour profile | read |
 | a JPEG without its end marker, every pixel of which is there | read; with pixels missing, refused |
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
 WHITES = (0xFF, 0xFFF, 0xFFFF)
 LENGTH = struct.Struct("<cQ")  # before an answer of `serve`: its kind, its bytes
 PIXELS, DAMAGED, UNREAD = b"=", b"d", b"u"
+# What code that is wrong raises, here or in Pillow: another version may read the same file.
+OF_CODE = (AttributeError, TypeError, NameError, ImportError, AssertionError)
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,8 @@ def failure(error: Exception) -> Failure:
     known = isinstance(
         error, OSError | ValueError | SyntaxError
     )  # with words for a reader; others have a number or a name
-    return Failure(text if known and text else f"{type(error).__name__}: {text}", damaged=True)
+    reason = text if known and text else f"{type(error).__name__}: {text}"
+    return Failure(reason, damaged=not isinstance(error, OF_CODE))
 
 
 # ---- decoding
@@ -102,6 +107,9 @@ def _loaded(content: bytes) -> PillowImage:
     from PIL import Image
 
     image = Image.open(io.BytesIO(content))
+    if _has_planes_of_16_bits(image):
+        content = _interleaved(image, content)
+        image = Image.open(io.BytesIO(content))
     layout = _layout_of_16_bits(image)
     try:
         image.load()
@@ -119,6 +127,8 @@ def _coloured(image: PillowImage) -> PillowImage:
     """In RGB, on white."""
     from PIL import Image
 
+    if image.mode == "L" and _tag(image, SAMPLE_FORMAT) == 2:
+        _check_grey(np.asarray(image).view(np.int8))  # Pillow reads -1 as 255
     if image.mode[0] in "IF":
         return Image.fromarray(_of_8_bits(np.asarray(image), image)).convert("RGB")
     if not image.has_transparency_data:
@@ -129,14 +139,20 @@ def _coloured(image: PillowImage) -> PillowImage:
 
 def _of_8_bits(grey: np.ndarray, image: PillowImage) -> np.ndarray:
     """A grey image of more bits, which `convert` would clip. Raises ValueError where white is unknown."""
-    low, high = grey.min(), grey.max()
-    if grey.dtype.kind == "f" or low < 0 or high > WHITES[-1]:
-        raise ValueError(f"expected 8 or 16 bits a channel, got {grey.dtype}, {low} to {high}")
-    eight = _scaled(grey, _white(image, high))
+    _check_grey(grey)
+    eight = _scaled(grey, _white(image, grey.max()))
+    if image.format == "TIFF" and not _tag(image, PHOTOMETRIC):
+        eight = 255 - eight  # 0 is white; of 8 bits and fewer Pillow knows. Without the tag too, as there
     clear = image.info.get("transparency")
     if isinstance(clear, int):
         eight[grey == clear] = 255
     return eight
+
+
+def _check_grey(grey: np.ndarray) -> None:
+    low, high = grey.min(), grey.max()
+    if grey.dtype.kind == "f" or low < 0 or high > WHITES[-1]:
+        raise ValueError(f"expected 8 or 16 bits a channel, got {grey.dtype}, {low} to {high}")
 
 
 def _scaled(numbers: np.ndarray, white: int) -> np.ndarray:
@@ -155,10 +171,115 @@ def _stated_white(image: PillowImage) -> int:
     """What the file itself says is white; 0 where it says nothing."""
     if image.format == "PPM":
         return WHITES[-1]  # Pillow has scaled it by the file's maxval
-    tags = getattr(image, "tag_v2", None) or {}
-    stated = tags.get(281, 0)  # MaxSampleValue, one for each channel
-    stated = stated[0] if isinstance(stated, tuple) and stated else stated
-    return stated if isinstance(stated, int) else 0
+    return _tag(image, MAX_SAMPLE)
+
+
+# ---- a TIFF file's tags
+
+WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, FILL_ORDER = 256, 257, 258, 259, 262, 266
+STRIPS, TURN, CHANNELS, STRIP_ROWS, STRIP_SIZES, MAX_SAMPLE, PLANAR = 273, 274, 277, 278, 279, 281, 284
+PREDICTOR, TILE_WIDTH, TILE_HEIGHT, TILES, TILE_SIZES = 317, 322, 323, 324, 325
+EXTRA_CHANNELS, SAMPLE_FORMAT = 338, 339
+
+
+def _tag(image: PillowImage, tag: int) -> int:
+    """A tag's number, the first where each channel has one; 0 where there is none."""
+    numbers = _tags(image, tag)
+    return numbers[0] if numbers else 0
+
+
+def _tags(image: PillowImage, tag: int) -> tuple[int, ...]:
+    """A tag's whole numbers; () where there are none."""
+    value = (getattr(image, "tag_v2", None) or {}).get(tag, ())
+    numbers = value if isinstance(value, tuple) else (value,)
+    return numbers if all(isinstance(number, int) for number in numbers) else ()
+
+
+def _tiff(head: bytes, tags: dict[int, tuple[int, ...]], data: bytes) -> bytes:
+    """A TIFF file's content, in the byte order and format of another's head; places in `tags` are in `data`.
+
+    The directory is before the data, so that data cut short are not found to go on in it.
+    """
+    order = "<" if head.startswith(b"II") else ">"
+    big = 43 in head[2:4]  # BigTIFF, whose numbers are twice as long
+    kind, number, count, start = (16, "Q", "Q", 16) if big else (4, "I", "H", 8)
+    width = struct.calcsize(number)
+    after = start + struct.calcsize(order + count) + len(tags) * (4 + 2 * width) + width
+    before = after + sum(width * len(value) for value in tags.values() if len(value) > 1)
+    entries, beyond = b"", b""
+    for tag, numbers in sorted(tags.items()):
+        if tag in (STRIPS, TILES):
+            numbers = tuple(before + place for place in numbers)
+        value = struct.pack(f"{order}{len(numbers)}{number}", *numbers)
+        entries += struct.pack(order + "HH" + number, tag, kind, len(numbers))
+        if len(numbers) > 1:
+            entries += struct.pack(order + number, after + len(beyond))
+            beyond += value
+        else:
+            entries += value
+    first = struct.pack(order + number, start)
+    directory = struct.pack(order + count, len(tags)) + entries + bytes(width)
+    return head[: start - width] + first + directory + beyond + data
+
+
+# ---- colours of 16 bits in planes, which Pillow takes for planes of 8, or of which it gives the upper 8
+
+
+def _has_planes_of_16_bits(image: PillowImage) -> bool:
+    return (
+        image.format == "TIFF"
+        and _tag(image, PLANAR) == 2
+        and 16 in _tags(image, BITS)
+        and _channels(image) > 1
+    )
+
+
+def _channels(image: PillowImage) -> int:
+    return max(_tag(image, CHANNELS), len(_tags(image, BITS)))
+
+
+def _interleaved(image: PillowImage, content: bytes) -> bytes:
+    """The same picture as an uncompressed TIFF file, whose numbers lie pixel by pixel."""
+    extra = _tags(image, EXTRA_CHANNELS)
+    kept = _channels(image) if image.mode == "RGBA" else 3
+    if image.mode not in ("RGB", "RGBA") or 1 in extra or kept > 4:
+        got = "premultiplied alpha" if 1 in extra else image.mode
+        raise ValueError(f"expected RGB or RGBA, got {got} of 16 bits in planes (PlanarConfiguration 2)")
+    numbers = np.stack([_plane(image, content, i) for i in range(kept)], axis=-1)
+    height, width = numbers.shape[:2]
+    data = numbers.astype("<u2").tobytes()
+    tags = {
+        WIDTH: (width,),
+        HEIGHT: (height,),
+        BITS: (16,) * kept,
+        COMPRESSION: (1,),
+        PHOTOMETRIC: (2,),
+        STRIPS: (0,),
+        CHANNELS: (kept,),
+        STRIP_ROWS: (height,),
+        STRIP_SIZES: (len(data),),
+    }
+    tags |= {tag: _tags(image, tag) for tag in (TURN, MAX_SAMPLE) if _tags(image, tag)}
+    if kept == 4:
+        tags[EXTRA_CHANNELS] = (2,)  # alpha, by which the colours are not multiplied
+    return _tiff(b"II*\0", tags, data)
+
+
+def _plane(image: PillowImage, content: bytes, i: int) -> np.ndarray:
+    """(H, W): one channel's numbers, read as a grey picture."""
+    from PIL import Image
+
+    same = (WIDTH, HEIGHT, COMPRESSION, FILL_ORDER, STRIP_ROWS, PREDICTOR, TILE_WIDTH, TILE_HEIGHT)
+    tags = {tag: _tags(image, tag) for tag in same if _tags(image, tag)}
+    for tag in (STRIPS, STRIP_SIZES, TILES, TILE_SIZES):
+        every = _tags(image, tag)
+        count = len(every) // _channels(image)
+        if count:
+            tags[tag] = every[i * count : (i + 1) * count]
+    grey = tags | {BITS: (16,), PHOTOMETRIC: (1,), CHANNELS: (1,)}
+    plane = Image.open(io.BytesIO(_tiff(content[:16], grey, content)))
+    plane.load()
+    return np.asarray(plane)
 
 
 # ---- colours of 16 bits, of which Pillow reads the upper 8
@@ -207,13 +328,18 @@ def _lower_bytes(content: bytes, layout: str) -> np.ndarray:
     grey = layout.startswith("LA")
     other = "RGBA" if grey else layout[:-1] + _OTHER_BYTE[layout[-1]]  # "RGBA": a pixel's bytes as they are
     image.tile = [
-        (*tile[:3], other if isinstance(tile[3], str) else (other, *tile[3][1:])) for tile in image.tile
+        _with_arguments(tile, other if isinstance(tile[3], str) else (other, *tile[3][1:]))
+        for tile in image.tile
     ]
     image.load()
     return np.asarray(image)[..., [1, 1, 1, 3]] if grey else np.asarray(image)
 
 
-TURN = 0x0112  # the tag of an orientation
+def _with_arguments(tile: Any, arguments: str | tuple[Any, ...]) -> Any:
+    """A tile with others for its decoder: a tuple with names, or in earlier versions of Pillow without."""
+    return tile._replace(args=arguments) if hasattr(tile, "_replace") else (*tile[:3], arguments)
+
+
 _WITH_TURN = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")  # of what Pillow finds in a file
 
 

@@ -1,9 +1,11 @@
 """CIFAR-10 and CIFAR-100 in each form that they are distributed in, and what can be wrong with one."""
 
+import codecs
 import errno
 import io
 import os
 import pickle
+import re
 import struct
 import tarfile
 from pathlib import Path
@@ -195,6 +197,39 @@ def test_a_part_that_is_missing_is_named(tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"looked for data_batch_3\.bin in .*cifar-10-batches-bin, where"
     ):
+        read("cifar10", tmp_path)
+
+
+@pytest.mark.parametrize(("name", "form"), INSIDE)
+def test_whichever_part_is_missing_in_the_folder_of_the_batches(name, form, tmp_path):
+    files = INSIDE[name, form][2](form)
+    for lost in files:
+        there = {n: content for n, content in files.items() if n != lost}
+        folder = write(tmp_path / f"without {lost}", there)
+        with pytest.raises(FileNotFoundError, match=f"looked for {re.escape(lost)} in .*, where of its"):
+            read(name, folder)
+
+
+def test_a_file_of_a_common_name_beside_an_archive_is_no_part(tmp_path):
+    inside, archive, files_of = INSIDE["cifar100", "python"]
+    write_tar(tmp_path / archive, {f"{inside}/{n}": content for n, content in files_of("python").items()})
+    assert read("cifar100", write(tmp_path, {"test": b"mine"})).num_classes == 100
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):
+    files = files10("binary")
+    files["batches.meta.txt"] = codecs.BOM_UTF8 + files["batches.meta.txt"]
+    assert read("cifar10", write(tmp_path, files)).class_names == tuple(NAMES10)
+
+
+@pytest.mark.parametrize("empty", ["train", "test"])
+def test_half_a_split_of_jpeg_files(empty, tmp_path):
+    files = {n: content for n, content in jpegs().items() if not n.startswith(empty)}
+    (write(tmp_path / "folder", files) / empty).mkdir()
+    with pytest.raises(ValueError, match=f"^cifar10: no images in .*folder/{empty}$"):
+        read("cifar10", tmp_path / "folder")
+    write_tar(tmp_path / "cifar10_jpeg.tar.xz", files)
+    with pytest.raises(ValueError, match=rf"^cifar10: no images in .*\.tar\.xz/{empty}$"):
         read("cifar10", tmp_path)
 
 

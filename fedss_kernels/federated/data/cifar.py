@@ -174,10 +174,14 @@ def _read(form: Format, data_dir: Path | None, from_jpegs: Callable[[Path], Arra
 def _find(
     form: Format, data_dir: Path, inside: str, archive: str, names: list[str]
 ) -> Mapping[str, bytes] | None:
-    """The content of the files `names`, from a folder or from an archive; None where neither is there."""
+    """The content of the files `names`, from a folder or from an archive; None where neither is there.
+
+    The last two of them are the test's batch and the classes' names.
+    """
     for folder in (data_dir / inside, data_dir):
         there = [name for name in names if (folder / name).is_file()]
-        if there and (folder != data_dir or names[0] in there):
+        # A file named test or meta says little beside others; a training batch does, or two of the files.
+        if there and (folder != data_dir or there[0] in names[:-2] or len(there) > 1):
             _check_whole(form, there, names, folder)
             return {name: (folder / name).read_bytes() for name in names}
     path = data_dir / archive
@@ -217,7 +221,7 @@ def _joined(form: Format, batches: list[Batch], names: bytes, suffix: str) -> Ar
     sizes = [len(labels) for _, labels in batches]
     if len(set(sizes)) > 1 and form is CIFAR10:  # all have 10,000; train and test of CIFAR-100 differ
         raise ValueError(f"{form.name}: expected batches of equal size, got {sizes}; get it from {SOURCE}")
-    listed = names.decode().split() if suffix else _names_in_pickle(form, names)
+    listed = names.decode("utf-8-sig").split() if suffix else _names_in_pickle(form, names)
     if len(listed) != form.num_classes:
         raise ValueError(
             f"{form.name}: expected {form.num_classes} names of classes in "
@@ -385,6 +389,9 @@ def _jpegs(place: Path, files: list[Path], others: Counter[str]) -> Sequence[tup
     loose = next((name for name, _ in images if name.count("/") < 2), None)
     if loose is not None:
         raise ValueError(f"cifar10: expected train/<class>/*.jpg and test/<class>/*.jpg, got {loose}")
+    for split in ("train", "test"):
+        if images and not any(name.startswith(f"{split}/") for name, _ in images):
+            raise ValueError(f"cifar10: no images in {place / split}")
     return sorted(images, key=lambda image: image[0])
 
 

@@ -200,6 +200,11 @@ def test_a_bad_file_is_refused(text, message, tmp_path):
         Config.load(tmp_path / "c.json")
 
 
+def test_a_file_that_an_editor_saved_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "c.json").write_text('{"rounds": 3}', encoding="utf-8-sig")
+    assert Config.load(tmp_path / "c.json").rounds == 3
+
+
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="cannot read .*c.json: No such file"):
         read_options(tmp_path / "c.json")

@@ -142,6 +142,15 @@ def test_a_list_that_is_not_the_authors(folder, name, content, message):
         read(folder)
 
 
+def test_lists_that_a_spreadsheet_saved(folder):
+    """With a byte order mark first, which is no part of a column's name."""
+    before = read(folder)
+    for path in folder.glob("*.csv"):
+        path.write_text(path.read_text(), encoding="utf-8-sig")
+    data = read(folder)
+    assert data.client_names == before.client_names and torch.equal(data.images, before.images)
+
+
 def test_no_retrieval(folder):
     with pytest.raises(ValueError, match="task: expected classification for landmarks"):
         read(folder, task="retrieval")

@@ -106,6 +106,13 @@ def test_a_path_that_is_not_utf_8(folder):
     assert len(read(folder).images) + len(read(folder).test_images) == 38
 
 
+def test_lists_that_an_editor_saved(folder):
+    """With a byte order mark first."""
+    for part in folder.glob("Ebay_*.txt"):
+        part.write_text(part.read_text(), encoding="utf-8-sig")
+    assert read(folder).class_names == tuple(map(str, TRAIN))
+
+
 def test_missing_parts_are_named(folder):
     (folder / "bicycle_final" / "1004_1.JPG").unlink()
     with pytest.raises(

@@ -1,5 +1,6 @@
 """A run's record: what is edited beside it costs the run nothing, and what was in it is not lost."""
 
+import codecs
 import json
 import re
 
@@ -74,6 +75,16 @@ def test_a_table_that_a_spreadsheet_saved_is_written_anew(edit, name, stopped, c
         f"{stopped / name} was changed by another program: that is now {aside.name}, and the table is as the "
         "run wrote it"
     ]
+
+
+def test_a_byte_order_mark_is_no_part_of_what_is_read(tmp_path):
+    run = tmp_path / "run"
+    expected = [metrics.top1 for metrics in train(run).history]
+    for name in ("metrics.csv", "summary.json"):  # which are read where there is no record
+        (run / "record" / name.replace("summary", "facts")).unlink()
+        (run / name).write_bytes(codecs.BOM_UTF8 + (run / name).read_bytes())
+    _, history, _ = read_run(run)
+    assert [metrics.top1 for metrics in history] == expected
 
 
 def test_one_that_is_gone_or_was_cut_is_written_anew_without_a_word(stopped, caplog):

@@ -80,7 +80,7 @@ def find_folder(data_dir: Path | None) -> Path:
 
 def read_list(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
     """The rows of one. Raises ValueError, with the line, for any that's odd."""
-    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
         reader = csv.DictReader(file)
         if not set(columns) <= set(reader.fieldnames or ()):
             raise ValueError(

@@ -76,7 +76,7 @@ def find_folder(data_dir: Path | None) -> Path:
 
 def read_list(path: Path) -> ByClass:
     """The images of each class, by class_id, ascending. Raises ValueError, with the line, for an odd one."""
-    lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
     if not lines or lines[0].split() != HEADER:
         raise ValueError(
             f"sop: {path}, line 1: expected {' '.join(HEADER)!r}, got {''.join(lines[:1])[:80]!r}; get it "

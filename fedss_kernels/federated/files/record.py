@@ -102,7 +102,7 @@ def read_table(run: Path, name: str) -> list[dict[str, str]]:
     """The lines of a run's table, by column, but for one that is half written."""
     own = folder_of(run) / name
     content = (own if own.exists() else run / name).read_bytes()
-    whole = content[: content.rfind(b"\n") + 1].decode("utf-8")
+    whole = content[: content.rfind(b"\n") + 1].decode("utf-8-sig")  # as a spreadsheet saves it
     return list(csv.DictReader(io.StringIO(whole, newline="")))
 
 

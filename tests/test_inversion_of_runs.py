@@ -1,5 +1,6 @@
 """`fedss invert` and `harden`: whose images, which attackers, what is written, and what is refused."""
 
+import argparse
 import csv
 import dataclasses
 import json
@@ -7,9 +8,12 @@ import shutil
 
 import pytest
 import torch
+from image_files import write_image
 from torch import nn
 
 from fedss_kernels.federated import ConfigError, cli
+from fedss_kernels.federated.cli import inversion as commands
+from fedss_kernels.federated.cli.options import Mistake
 from fedss_kernels.federated.config import Config
 from fedss_kernels.federated.figures import inversion
 from fedss_kernels.federated.files.half_file import HalfFile
@@ -135,6 +139,28 @@ def test_what_cannot_be_attacked_is_told_in_a_line(wide, tmp_path, capsys):
     assert "images: expected 2 or more for the attacker" in words(wide, "--attack-images=100000")
     assert "no run in" in words(tmp_path / "none")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_target_has_its_own_defaults(tmp_path):
+    """And the size of the source's images: they go through one net."""
+    folder = tmp_path / "images"
+    for i in range(12):
+        write_image(folder / f"class{i % 2}" / f"{i}.png", i)
+    own = {"cache_dir": tmp_path / "cache", "model": "conv4_rgb", "cohort": 1}
+    source = load_data(Config(data="image_folder", data_dir=folder, image_size=32, **own))
+    drawn = Config(data="glyphs", **own)  # natural, of images that keep their size
+
+    def target(*given):
+        arguments = argparse.Namespace(target="image_folder", target_dir=folder, given=given)
+        return commands._target(arguments, drawn, source)
+
+    assert target("data").images.shape[1:] == (3, 32, 32)
+    words = "^of --target image_folder: --partition: these images have no authors"
+    with pytest.raises(Mistake, match=words):
+        target("data", "partition")
+    folder = tmp_path / "none"
+    with pytest.raises(Mistake, match="^of --target image_folder: --target-dir: no such folder: .*none$"):
+        target("data")
 
 
 @pytest.mark.exhaustive

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Config
-from ..data import DATASETS, FederatedData
+from ..data import DATASETS, RESIZED, FederatedData
+from ..defaults import PRESETS
 from ..disk import check_room, reason
 from ..files.run_folder import check_trained_on, make_folder, read_config, read_net
+from ..loading import options_of_data
 from ..randomness import NO_CLIENT, Purpose, generator
 from .command import Command
 from .measure import kept, places, write_measured
@@ -205,7 +207,7 @@ def _harden(arguments: argparse.Namespace) -> int:
         if not arguments.target:
             say_idle(arguments, {"target_dir": None, "target_share": SHARE}, "--target is not given")
         config, source = read_data(config, [config], lambda: make_folder(out), arguments.given)
-        target = _target(arguments, config) if arguments.target else None
+        target = _target(arguments, config, source) if arguments.target else None
         known = source.images[:0] if target is None else _known(arguments, config, target)
         clients = source if target is None else target
         _drawn(arguments, clients.images, config.seed, lambda pixels: pixels)  # are there so many?
@@ -258,10 +260,17 @@ def _trained(
         raise Mistake(as_typed(error)) from None
 
 
-def _target(arguments: argparse.Namespace, config: Config) -> FederatedData:
-    """The clients' data set, shared among them as the source is."""
-    there = dataclasses.replace(config, data=arguments.target, data_dir=arguments.target_dir)
-    return read_data(there, [])[1]
+def _target(arguments: argparse.Namespace, config: Config, source: FederatedData) -> FederatedData:
+    """The clients' data set, of images as large as the source's; options not given are its defaults."""
+    unsaid = ({*options_of_data()} & {*PRESETS[arguments.target]}) - {*arguments.given}
+    options: dict[str, Any] = dict.fromkeys(unsaid)
+    options["image_size"] = source.images.shape[-1] if arguments.target in RESIZED else 0
+    options |= {"data": arguments.target, "data_dir": arguments.target_dir}
+    try:
+        return read_data(dataclasses.replace(config, **options), [])[1]
+    except (ValueError, OSError) as error:  # the same options may fit the source
+        words = as_typed(error, **{"--data-dir": "--target-dir"})
+        raise Mistake(f"of --target {arguments.target}: {words}") from None
 
 
 def _known(arguments: argparse.Namespace, config: Config, target: FederatedData) -> Tensor:

@@ -28,7 +28,8 @@ class Bottleneck:
         """
         found = re.fullmatch("C([1-9][0-9]{0,3})S([1-9])", text)
         if not found:
-            raise ValueError(f"bottleneck: expected C, channels, S and a stride, as C4S2, got {text!r}")
+            expected = "expected C, 1 to 9999 channels, S and a stride of 1 to 9, as C4S2"
+            raise ValueError(f"bottleneck: {expected}, got {text!r}")
         return cls(int(found[1]), int(found[2]))
 
 

@@ -330,3 +330,13 @@ def test_the_real_file(tmp_path):
     assert len({hashlib.sha256(image.numpy().tobytes()).digest() for image in data.images}) > 0.99 * len(
         data.images
     )
+
+
+def test_folders_without_a_drawing_are_told(folder):
+    lost = "images_evaluation/Latin/character02"
+    write_folder(folder, {n: content for n, content in authors_files().items() if not n.startswith(lost)})
+    for name in (lost, "images_evaluation/Norse/character01", "images_evaluation/.hidden"):
+        (folder / name).mkdir(parents=True)
+    for _ in range(2):  # the second time from the cache
+        data = read(folder)
+        assert data.num_classes == 7 and data.notes == ("unused folders: Latin/character02, Norse",)

@@ -116,6 +116,20 @@ class ClassFolders:
                 found += self._images_at(entry)
         return sorted(found)
 
+    def note_empty(self, folder: Path, images: list[Path]) -> None:
+        """Keeps folders below `folder` that have none of its `images` as unused; of nested ones the outer."""
+        held = {parent for image in images for parent in image.parents}
+        inner = [folder]
+        while inner:
+            for entry in self._entries(inner.pop()):
+                if not self._is_folder(entry):
+                    continue
+                path = Path(entry.path)
+                if path in held:
+                    inner.append(path)
+                else:
+                    self.unused.append(path.relative_to(folder).as_posix())
+
     def _images_at(self, entry: os.DirEntry[str]) -> list[Path]:
         ending = kind_of(entry.name)
         if ending in self.endings and _leads_nowhere(entry):  # whoever reads it says that it is missing

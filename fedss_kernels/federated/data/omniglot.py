@@ -105,6 +105,8 @@ def find_parts(data_dir: Path | None) -> list[Path]:
 def _fingerprint(part: Path, walk: ClassFolders) -> list[tuple[str, int, int]]:
     """(name, size, time of change) of a zip file, or of all files in a folder."""
     files = [part] if part.is_file() else walk.images(part)
+    if not part.is_file():
+        walk.note_empty(part, files)  # a character whose drawings are gone
     stats = ((str(file.absolute()), file.stat()) for file in files)
     return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 

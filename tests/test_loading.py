@@ -297,6 +297,23 @@ def test_all_mistakes_come_in_one_answer_and_before_images_are_read(tmp_path, ca
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("numbers", "wrong"),
+    [
+        ({"num_clients": 99, "classes_per_client": 20}, ["num_clients", "classes_per_client", "cohort"]),
+        ({"num_clients": 2, "classes_per_client": 20}, ["classes_per_client", "cohort"]),
+        ({"num_clients": 99, "partition": "iid"}, ["num_clients", "cohort"]),
+    ],
+)
+def test_numbers_for_more_images_than_there_are_come_at_once(numbers, wrong, tmp_path):
+    """As the defaults of a data set are for a sample of it."""
+    folder = write_noise(tmp_path / "data", 3, 10)
+    options = {"data": "image_folder", "data_dir": folder, "model": "conv4_rgb", "cohort": 32} | numbers
+    with pytest.raises(ConfigError) as caught:
+        load_data(Config(cache_dir=tmp_path / "cache", **options))
+    assert [option for option, _ in caught.value.mistakes] == wrong
+
+
 def test_all_that_does_not_fit_data_of_ones_own_comes_at_once():
     from tiny_federation import tiny_config, tiny_data
 

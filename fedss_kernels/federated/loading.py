@@ -15,6 +15,7 @@ from .data import RESIZED, FederatedData, Found, Partition, load
 from .data.class_folders import ClassFolders
 from .data.holdout import held_out, number_held_out
 from .data.images import OnProgress
+from .data.partition import Undivided
 from .defaults import OWN, PRESETS
 from .ledger import WIRE_DTYPES
 from .models import SIDES, TAKES, family_of
@@ -67,7 +68,8 @@ def load_data(
     try:
         data = _loaded(config, found, on_progress)
     except ConfigError as error:
-        raise_together([error, *errors])
+        too_many = _too_many(config, error.clients) if isinstance(error, Undivided) else []
+        raise_together([error, *too_many, *errors])
         raise
     if not config.holdout:
         return data
@@ -282,13 +284,17 @@ def dearer(config: Config, data: FederatedData) -> list[str]:
 
 
 def _misfits(config: Config, found: Found) -> list[ConfigError]:
-    errors = []
-    if config.cohort > found.clients:
-        expected = f"expected at most {found.clients}, the clients there are"
-        errors.append(ConfigError("cohort", f"{expected}, got {config.cohort}"))
+    errors = _too_many(config, found.clients)
     if found.test < 2:
         errors.append(ConfigError("data", f"expected at least 2 test images, got {found.test}"))
     return errors
+
+
+def _too_many(config: Config, clients: int) -> list[ConfigError]:
+    """Of a cohort, where that is no number chosen to fit."""
+    if config.cohort is None or config.cohort <= clients:
+        return []
+    return [ConfigError("cohort", f"expected at most {clients}, the clients there are, got {config.cohort}")]
 
 
 def _lonely(config: Config, data: FederatedData) -> Iterator[ConfigError]:

@@ -7,7 +7,7 @@ made: so many classes to a client, Dirichlet, IID.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,6 +18,14 @@ from ..config_error import ConfigError
 from .apportion import apportion
 
 PARTITIONS = ("natural", "classes", "dirichlet", "iid")
+
+
+class Undivided(ConfigError):
+    """Images that cannot be divided so, nor among more than `clients`."""
+
+    def __init__(self, option: str, message: str, *more: tuple[str, str], clients: int = 0):
+        super().__init__(option, message, *more)
+        self.clients = clients
 
 
 def draw_share(
@@ -71,7 +79,11 @@ class Partition:
         if self.kind != "classes":
             return replace(found, classes_per_client=self.classes_per_client or 20)
         shares = _Shares(sizes)
-        count = found.clients_of(shares.images)
+        try:
+            count = found.clients_of(shares.images)
+        except Undivided as error:
+            too_many = shares.too_many(self.classes_per_client)
+            raise Undivided(*error.mistakes[0], *too_many, clients=error.clients) from None
         if not self.num_clients and self.images_per_client is None:
             count = shares.nearest_count(count, self.classes_per_client)
             found = replace(found, images_per_client=-(-shares.images // count))
@@ -86,9 +98,8 @@ class Partition:
         assert self.images_per_client is not None
         count = self.num_clients or -(-num_images // self.images_per_client)
         if count > num_images:
-            raise ConfigError(
-                "num_clients", f"expected at most {num_images}, the images there are, got {count}"
-            )
+            expected = f"expected at most {num_images}, the images there are, got {count}"
+            raise Undivided("num_clients", expected, clients=num_images)
         return count
 
 
@@ -112,6 +123,12 @@ class _Shares:
     def bounds(self, num_clients: int) -> tuple[int, int]:
         """(least, most) classes of each client; the least is the greater where there is no such number."""
         return -(-self.classes // num_clients), self.most(num_clients) // num_clients
+
+    def too_many(self, classes_per_client: int | None) -> Iterator[tuple[str, str]]:
+        """What is wrong with so many classes of each client, however many clients there are."""
+        if classes_per_client and classes_per_client > self.classes:
+            expected = f"expected at most {self.classes}, the classes there are"
+            yield "classes_per_client", f"{expected}, got {classes_per_client}"
 
     def nearest_count(self, wanted: int, classes_per_client: int | None) -> int:
         """The number of clients that can be which is nearest to `wanted`; `wanted` where none can."""
@@ -242,10 +259,11 @@ def _shards(sizes: np.ndarray, num_clients: int, wanted: int) -> np.ndarray:
     most = np.minimum(sizes, num_clients)
     if not shards.sum() <= wanted <= most.sum():
         low, high = _Shares(sizes).bounds(num_clients)
-        raise ConfigError(
+        raise Undivided(
             "classes_per_client",
             f"{int(sizes.sum())} images of {int(shards.sum())} classes among {num_clients} clients: expected "
             f"a number from {low} to {high}, got {wanted // num_clients}",
+            clients=num_clients,
         )
     heap = [(-size, c) for c, size in enumerate(sizes.tolist()) if size]
     heapq.heapify(heap)

@@ -223,6 +223,7 @@ def allocate_16_mebibytes():
     return warm_up, call
 
 
+@pytest.mark.exhaustive
 def test_peak_memory_is_that_of_the_call_alone():
     """Not its inputs', nor less because of what was freed before."""
     peak = peak_bytes(allocate_16_mebibytes)

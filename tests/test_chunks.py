@@ -213,6 +213,7 @@ def test_launches_fit_in_a_grid(B, S, D, ids, reduction):
 
 
 @pytest.mark.parametrize("which", ["target", "class_ids", "log_expected_count"])
+@pytest.mark.exhaustive
 def test_vectors_at_another_address_have_a_plan_of_their_own(which, plans):
     """Launches are compiled for addresses that are multiples of 16, or for others."""
     x, w, t, ids, counts = problem(B=40, C=60, D=33, S=20)
@@ -234,7 +235,9 @@ def test_vectors_at_another_address_have_a_plan_of_their_own(which, plans):
 
 
 @pytest.mark.parametrize("S", [None, 40])
-@pytest.mark.parametrize("reduction", ["mean", "none", pytest.param("sum", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "reduction", ["mean", *(pytest.param(r, marks=pytest.mark.exhaustive) for r in ("sum", "none"))]
+)
 def test_the_same_numbers_however_it_is_cut(reduction, S):
     case = Case(
         3, B=50, S=S, C=60, D=33, bias=True, distinct=30, ignored=0.1, left_out=0.1, reduction=reduction

@@ -747,6 +747,7 @@ def test_so_does_a_comparison_and_its_report_is_made_again(tmp_path, monkeypatch
     )
 
 
+@pytest.mark.exhaustive
 def test_a_comparison_stopped_at_its_beginning_says_of_each_run_how_far_it_came(tmp_path, capsys):
     out = tmp_path / "out"
     config = Config(glyph_classes=12, glyph_writers=4, cohort=2, num_negatives=3, embedding_dim=8, rounds=2)
@@ -970,6 +971,7 @@ def test_how_far_the_reading_is(terminal, monkeypatch):
             assert out.getvalue() == "".join(lines)
 
 
+@pytest.mark.exhaustive
 def test_a_run_on_image_files_some_damaged(tmp_path, capsys, monkeypatch):
     """One line that says how to go on; then progress, and what was left out."""
     monkeypatch.setattr(progress, "QUICK_SECONDS", 0)

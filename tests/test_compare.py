@@ -488,6 +488,7 @@ def test_a_comparison_says_where_runs_that_stand_were_made_with_other_versions(
     assert f"fedss compare: {words} may differ\n" in capsys.readouterr().err
 
 
+@pytest.mark.exhaustive
 def test_a_comparison_goes_on_with_the_net_that_its_runs_began_with(tmp_path, in_this_process):
     """Whose file has the same name, and another net by now."""
     file = tmp_path / "net.pt"
@@ -630,6 +631,7 @@ def test_what_is_to_be_said_of_a_folder_is_said_by_the_parent(tmp_path, in_this_
     assert "run/metrics.csv was changed by another program" in said
 
 
+@pytest.mark.exhaustive
 def test_a_method_whose_trial_was_killed_waits_and_the_others_go_on(tmp_path, in_this_process, monkeypatch):
     here, played = jobs.run_all, []
 
@@ -649,6 +651,7 @@ def test_a_method_whose_trial_was_killed_waits_and_the_others_go_on(tmp_path, in
     assert played == [["fedss-lr0.1", "pos_only-lr0.1"], ["pos_only-seed0"]]
 
 
+@pytest.mark.exhaustive
 def test_a_run_whose_model_is_not_finite_is_in_no_mean(tmp_path, in_this_process):
     """Of two seeds: in one an answer with a NaN counts; in the other all the rubbish has finite numbers."""
     config = Config(**SMALL, trust_updates=True, poison_rate=0.2, cache_dir=tmp_path / "cache")

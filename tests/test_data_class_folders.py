@@ -36,6 +36,7 @@ def test_no_program_film_or_measurement_is_an_image():
     assert image_endings() >= {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".tif", ".tiff"}
 
 
+@pytest.mark.exhaustive
 def test_photographs_are_tried_before_rare_formats():
     """In a new process: which endings there are must not make each JPEG be taken for 30 others first."""
     code = (

@@ -75,6 +75,7 @@ def test_a_run_that_was_stopped_and_one_that_crashed_go_on_bit_for_bit(method, t
 
 
 @pytest.mark.parametrize("method", ONE)
+@pytest.mark.exhaustive
 def test_two_workers_play_the_same_bits(method):
     options = {"rounds": 3, "eval_every": 1, "wire_dtype": "bfloat16", "dropout_rate": 0.3, "cohort": 4}
     alone, together = train(method, **options), train(method, workers=2, **options)

@@ -36,6 +36,7 @@ def assert_same_bits(a: Result, b: Result) -> None:
 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("method", FROZEN)
+@pytest.mark.exhaustive
 def test_the_head_is_what_the_seed_gives_in_every_process(method, workers):
     result = train(method, rounds=5, workers=workers, seed=3)
     code = (

@@ -23,6 +23,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.exhaustive
 def test_old_torch_is_named_with_what_to_do():
     result = python("import torch; torch.__version__ = '2.9.1+cpu'; import fedss_kernels")
     assert result.returncode == 1
@@ -38,6 +39,7 @@ def test_new_torch_is_welcome(number):
     assert python(f"import torch; torch.__version__ = {number!r}; import fedss_kernels").returncode == 0
 
 
+@pytest.mark.exhaustive
 def test_kernels_that_are_not_built_are_named_with_what_to_do():
     result = python("import sys; sys.modules['fedss_kernels._C'] = None; import fedss_kernels")
     assert result.returncode == 1 and "pip install -e ." in result.stderr.splitlines()[-1]

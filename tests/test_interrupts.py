@@ -69,6 +69,7 @@ def test_a_second_signal_stops_at_once_and_what_is_saved_is_said(run_with, tmp_p
     ]
 
 
+@pytest.mark.exhaustive
 def test_a_hang_up_that_is_ignored_stays_ignored(run_with, capsys):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
     try:

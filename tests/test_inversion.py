@@ -87,6 +87,7 @@ def test_a_latent_of_a_size_that_no_doubling_makes_is_refused():
 
 
 @pytest.mark.parametrize("learns", ["mse", "ssim"])
+@pytest.mark.exhaustive
 def test_an_attack_sees_what_latents_show_and_nothing_where_they_show_nothing(learns):
     own, clients = images(128), images(32, seed=1)
     means = of_the_mean_image(own, clients)

@@ -98,6 +98,7 @@ def test_a_half_that_shows_more_is_inverted_better_and_all_meet_the_same_attacke
     assert again.lines[1:] == found.lines[4:]  # whatever else is measured
 
 
+@pytest.mark.exhaustive
 def test_runs_are_attacked_side_by_side(wide, tmp_path, capsys):
     runs = [wide, train(tmp_path / "narrow", "--bottleneck=C2S2")]
     out = tmp_path / "out"

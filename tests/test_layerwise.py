@@ -186,10 +186,12 @@ def test_a_client_sends_back_what_is_trained_and_nothing_else(options):
 # ---- limits --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_one_stage_of_all_blocks_is_simclr():
     assert bits(train(stages=1)) == bits(train(method="simclr"))
 
 
+@pytest.mark.exhaustive
 def test_a_budget_of_all_blocks_drops_none():
     assert bits(train(depth_budget=LAYERS)) == bits(train()) != bits(train(depth_budget=2))
 

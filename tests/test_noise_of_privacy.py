@@ -99,6 +99,7 @@ def test_with_everybody_in_each_round_epsilon_is_that_of_gaussians(multiplier, r
     assert privacy_budget.epsilon(config, 5, rounds) == pytest.approx(expected, rel=0.02)
 
 
+@pytest.mark.exhaustive
 def test_epsilon_grows_with_rounds_and_cohort_and_falls_with_noise():
     def epsilon(rounds=100, cohort=10, **options) -> float:
         return privacy_budget.epsilon(private(rounds=rounds, cohort=cohort, **options), 1000, rounds)

@@ -214,6 +214,7 @@ def read_csv(folder) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.exhaustive
 def test_the_command_on_runs_of_methods_and_seeds(folder, capsys):
     runs = [
         train(folder, f"{method}-{seed}", method=method, seed=seed)

@@ -208,6 +208,7 @@ def test_a_run_without_class_rows_is_probed_too(folder):
     assert cli.main(["probe", str(folder), "--depths=1"]) == 0
 
 
+@pytest.mark.exhaustive
 def test_of_several_runs_there_are_means_over_seeds(folder, tmp_path, capsys):
     """Two methods, two seeds; the nets at random, which methods have in common, are measured once."""
     other = {"full_softmax-seed3": {"method": "full_softmax"}, "fedss-seed4": {"seed": 4}}

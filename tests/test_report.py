@@ -448,6 +448,7 @@ def test_measurements_without_a_run_are_put_together_again(tmp_path):
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == first
 
 
+@pytest.mark.exhaustive
 def test_a_report_that_cannot_be_made_is_a_line(tmp_path, runs, monkeypatch):
     assert attempt(tmp_path, write_run_report, tmp_path, runs[0]) == []
 

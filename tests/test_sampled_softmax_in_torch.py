@@ -171,6 +171,7 @@ def test_compiled_equals_eager(reduction, scale, dynamic, backend):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("with_generator", [True, False])
+@pytest.mark.exhaustive
 def test_compiled_with_a_dynamic_batch_whose_first_has_two_rows(training, with_generator):
     generator = torch.Generator().manual_seed(0) if with_generator else None
     criterion = SampledSoftmaxLoss(C, D, 3, bias=True, learn_scale=True, generator=generator).train(training)

@@ -49,6 +49,7 @@ def test_generator_makes_it_repeatable():
     assert run() == first
 
 
+@pytest.mark.exhaustive
 def test_compiles_fullgraph_and_equals_eager():
     criterion = SampledSoftmaxLoss(C, D, 7, learn_scale=True)
     x, t = batch()

@@ -272,6 +272,7 @@ def test_shipped_configurations_are_right_too(table, B, D, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("S", [None, 40])
+@pytest.mark.exhaustive
 def test_the_same_bits_every_time(S):
     case = Case(3, B=40, S=S, C=60, D=33, bias=True, distinct=20)
     expected = case.results(loss_by_triton)
@@ -317,6 +318,7 @@ def arguments_of(reduction, wanted):
 @pytest.mark.parametrize(
     "reduction, wanted", [("mean", True), pytest.param("none", False, marks=pytest.mark.exhaustive)]
 )
+@pytest.mark.exhaustive
 def test_opcheck(reduction, wanted):
     arguments = arguments_of(reduction, wanted)
     torch.library.opcheck(OPS.sampled_softmax_loss.default, arguments)
@@ -357,6 +359,7 @@ def test_both_routes_give_the_same_bits(autocast, scale, reduction, sparse_grad)
         assert torch.equal(a, b)
 
 
+@pytest.mark.exhaustive
 def test_compiled_equals_eager():
     x, w, t, ids, counts = problem()
 
@@ -422,6 +425,7 @@ def test_a_scale_keeps_its_digits(dtype):
 
 
 @pytest.mark.parametrize("dtype", [F16, F32, F64])
+@pytest.mark.exhaustive
 def test_a_scale_that_stays_on_the_device_is_read_there(dtype, monkeypatch):
     """As on a GPU, where a tensor is not brought to the host."""
     x, w, t, ids, counts = problem(dtype=dtype)

@@ -37,6 +37,7 @@ def test_a_federation_trains_one(torchvision):
     assert torch.equal(first.weight, second.weight) and first.summary.num_parameters == 929_316
 
 
+@pytest.mark.exhaustive
 def test_parameters_come_from_a_checkpoint_but_for_a_head_of_another_size(torchvision, tmp_path):
     """Of this model, of a run's model.pt, and of torchvision's names."""
     theirs = build_model("resnet18", 32, seed=1)

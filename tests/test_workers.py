@@ -133,6 +133,7 @@ def test_on_the_command_line_a_lost_worker_is_one_line(tmp_path, monkeypatch, ca
     assert line.endswith(f"; saved up to round 2; go on with: fedss run --resume {out}")
 
 
+@pytest.mark.exhaustive
 def test_a_worker_that_cannot_start_is_an_error_and_not_a_wait(monkeypatch):
     monkeypatch.setattr("fedss_kernels.federated.workers._work", _fails)
     with pytest.raises(WorkerLost, match="a worker ended before the run began"):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -18,7 +19,7 @@ import torch
 from test_data_image_folder import write_tree
 from tiny_federation import tiny_config, tiny_data, tiny_model
 
-from fedss_kernels.federated import CheckpointError, Config, ConfigError, cli, run
+from fedss_kernels.federated import CheckpointError, Config, ConfigError, cli, files, run
 from fedss_kernels.federated.algorithms import METHODS
 from fedss_kernels.federated.comparisons import compare as of_comparison
 from fedss_kernels.federated.comparisons import jobs, rates, standing
@@ -283,6 +284,7 @@ def in_this_process(monkeypatch):
                     errors[job] = sent[-1]
         return errors
 
+    monkeypatch.setattr(logging.getLogger(files.__name__), "handlers", [])  # it gets others there
     monkeypatch.setattr(jobs, "run_all", run_here)
     monkeypatch.setattr(jobs, "_end_with_parent", lambda: None)
     monkeypatch.setattr(jobs, "ignore", lambda: None)  # of signals

@@ -39,6 +39,7 @@ SPOKEN_OF = [
 
 
 @pytest.mark.exhaustive
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # saving from one process
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if EXAMPLES[page] and page not in IN_OTHER_LIBRARIES]
 )

@@ -150,9 +150,8 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
 
     def _pairs(self, state_dict: dict[str, Any]) -> Iterator[tuple[Tensor, State]]:
         """Each parameter, and what a state dict of as many has of it; torch refuses one of other numbers."""
-        for group, loaded in zip(self.param_groups, state_dict["param_groups"], strict=False):
-            for parameter, key in zip(group["params"], loaded["params"], strict=False):
-                yield parameter, state_dict["state"].get(key, {})
+        for parameter, key in with_keys(self, state_dict):
+            yield parameter, state_dict["state"].get(key, {})
 
     def _check_numbers(self, parameter: Tensor, state: State) -> None:
         """Raises TypeError or ValueError unless what is loaded, as it is given, are numbers to go on with."""
@@ -328,6 +327,12 @@ def _keep_from_compilers() -> None:
     global _step_by_rows
     if _step_by_rows is _all_by_rows:
         _step_by_rows = torch.compiler.disable(_all_by_rows)
+
+
+def with_keys(optimizer: torch.optim.Optimizer, state_dict: State) -> Iterator[tuple[Tensor, Any]]:
+    """Each parameter of an optimiser, and its key in the state of a state_dict of as many."""
+    for group, given in zip(optimizer.param_groups, state_dict["param_groups"], strict=False):
+        yield from zip(group["params"], given["params"], strict=False)
 
 
 _NO_OPTIONS = ("params", "param_names")

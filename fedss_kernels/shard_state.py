@@ -1,12 +1,12 @@
 """An optimiser's state of class rows of which a process holds a block: saved and loaded as all classes'."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-State = dict[str, Any]  # an optimiser's state_dict
+from .row_optimizer import State, with_keys
 
 
 def follow_shards(
@@ -29,7 +29,7 @@ def follow_shards(
     def _changed(state_dict: State, change: Callable[[Tensor, Tensor], Tensor]) -> State:
         """In new dicts: those of the state are the optimiser's own."""
         state = dict(state_dict["state"])
-        for parameter, key in _pairs(optimizer, state_dict):
+        for parameter, key in with_keys(optimizer, state_dict):
             if key in state and any(parameter is block for block in blocks()):
                 state[key] = {
                     name: change(value, parameter) if isinstance(value, Tensor) and value.dim() else value
@@ -39,12 +39,6 @@ def follow_shards(
 
     optimizer.register_state_dict_post_hook(saved)
     optimizer.register_load_state_dict_pre_hook(loaded)
-
-
-def _pairs(optimizer: torch.optim.Optimizer, state_dict: State) -> Iterator[tuple[Tensor, Any]]:
-    """Each parameter, and its key in the state."""
-    for group, given in zip(optimizer.param_groups, state_dict["param_groups"], strict=False):
-        yield from zip(group["params"], given["params"], strict=False)
 
 
 def _is_of(block: Tensor, value: Tensor) -> bool:

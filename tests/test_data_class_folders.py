@@ -187,7 +187,6 @@ def test_like_folders_within_all_classes_are_worth_a_word(tmp_path):
 
 ONE_PIECE, TWO_PIECES = "caf\u00e9", "cafe\u0301"
 ONE_NAME = r"('{}' and '{}' are one name, composed otherwise (Unicode's NFC and NFD))"
-KEEPS_NAMES = pytest.mark.skipif(sys.platform == "darwin", reason="two names that look the same are one")
 
 
 @pytest.mark.parametrize("train, test", [(ONE_PIECE, TWO_PIECES), (TWO_PIECES, ONE_PIECE)])
@@ -221,7 +220,6 @@ def test_a_class_that_training_lacks_is_told_after_those_composed_otherwise(tmp_
         read(folder, how=TWO)
 
 
-@KEEPS_NAMES
 def test_two_classes_that_look_the_same_are_refused(tmp_path):
     """Those that differ in the case of letters are two, as they always were."""
     folder = write_tree(tmp_path / "data", {"ant": 5, "Ant": 5, ONE_PIECE: 5})

@@ -128,13 +128,19 @@ def test_the_limits_of_the_methods_hold_for_sticky_negatives_too():
     assert torch.equal(weight("fedss", 0), weight("pos_only", 3))
 
 
-def test_the_command_writes_table_and_plot_and_trains_if_asked(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("FEDSS_CACHE", str(tmp_path / "cache"))
+def trained(out, monkeypatch):
+    """(exit code, lines of privacy.csv) of the command, which trains too."""
+    monkeypatch.setenv("FEDSS_CACHE", str(out.parent / "cache"))
     small = ["--glyph-classes=12", "--glyph-writers=4", "--cohort=2", "--embedding-dim=8"]
-    out = tmp_path / "out"
-    assert cli.main(["privacy", *small, "--rounds=2", "--clients=3", "--train", f"--out={out}"]) == 0
+    code = cli.main(["privacy", *small, "--rounds=2", "--clients=3", "--train", f"--out={out}"])
     with (out / "privacy.csv").open(newline="") as file:
-        lines = list(csv.DictReader(file))
+        return code, list(csv.DictReader(file))
+
+
+def test_the_command_writes_table_and_plot_and_trains_if_asked(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    code, lines = trained(out, monkeypatch)
+    assert code == 0
     assert len(lines) == 6 * len(privacy.REQUESTS) and all(float(line["top1"]) >= 0 for line in lines)
     assert (out / "privacy.md").read_text() in capsys.readouterr().out
     assert (out / "privacy.png").read_bytes().startswith(b"\x89PNG")
@@ -149,14 +155,10 @@ def test_a_training_that_fails_leaves_the_others_and_what_is_seen_in_requests(tm
         return real(config, **options)
 
     monkeypatch.setattr(cli.measure, "run", run)
-    monkeypatch.setenv("FEDSS_CACHE", str(tmp_path / "cache"))
-    small = ["--glyph-classes=12", "--glyph-writers=4", "--cohort=2", "--embedding-dim=8"]
-    out = tmp_path / "out"
-    assert cli.main(["privacy", *small, "--rounds=2", "--clients=3", "--train", f"--out={out}"]) == 1
+    code, lines = trained(tmp_path / "out", monkeypatch)
+    assert code == 1
     error = capsys.readouterr().err
     assert error == "fedss privacy: training with sticky negatives failed: round 1: nobody\n"
-    with (out / "privacy.csv").open(newline="") as file:
-        lines = list(csv.DictReader(file))
     assert {line["negatives"] for line in lines if line["top1"]} == {
         "fresh",
         "mixed",
@@ -176,13 +178,9 @@ def test_what_is_trained_when_a_signal_comes_is_written(tmp_path, capsys, monkey
         return real(config, **options)
 
     monkeypatch.setattr(cli.measure, "run", run)
-    monkeypatch.setenv("FEDSS_CACHE", str(tmp_path / "cache"))
-    small = ["--glyph-classes=12", "--glyph-writers=4", "--cohort=2", "--embedding-dim=8"]
-    out = tmp_path / "out"
-    assert cli.main(["privacy", *small, "--rounds=2", "--clients=3", "--train", f"--out={out}"]) == 130
+    code, lines = trained(tmp_path / "out", monkeypatch)
+    assert code == 130
     assert "fedss privacy: stopped: what is not there was not measured\n" in capsys.readouterr().err
-    with (out / "privacy.csv").open(newline="") as file:
-        lines = list(csv.DictReader(file))
     assert {line["negatives"] for line in lines if line["top1"]} == {"fresh"}
     assert len(lines) == 6 * len(privacy.REQUESTS)
 

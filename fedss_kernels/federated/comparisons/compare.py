@@ -83,11 +83,12 @@ def compare(
     it, CheckpointError where there is no such comparison to go on with.
     """
     plan, found = _checked(plan, jobs)
-    trials = [fitting(trial, found[_part(trial)].clients) for trial in plan.trials(out / "rates")]
+    asked = plan.trials(out / "rates")
+    trials = [fitting(trial, found[_part(trial)].clients) for trial in asked]
     with going_on(out, plan) if resume else beginning(out, plan, COMPARISON_FILES):
         if resume:
             check_standing([*trials, *plan.runs(out, {})])
-        say_fitted(plan.trials(out / "rates"), trials)
+        say_fitted(asked, trials)
         tuned = on_tuned or _ignore
         chosen = best_rates(plan, trials, out, jobs, _heard(on_trial or _ignore, tuned), resume, stop)
         rates = {choice.case: choice.best for choice in chosen if choice.best is not None}

@@ -69,6 +69,11 @@ def check_whole(weight: Tensor) -> None:
         )
 
 
+def is_held_by_fsdp(parameter: Tensor) -> bool:
+    """Whether FSDP adds up its gradients: in shards, gathered, or a view of a flat parameter."""
+    return hasattr(parameter, "full_tensor") or not parameter.is_leaf or _gathered_by_fully_shard(parameter)
+
+
 def _gathered_by_fully_shard(parameter: Tensor) -> bool:
     composable = sys.modules.get("torch.distributed._composable_state")
     if composable is None:  # nobody has called fully_shard

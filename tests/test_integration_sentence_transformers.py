@@ -313,32 +313,60 @@ def test_the_best_model_has_the_class_matrix_that_belongs_to_it(library, plug, t
     assert loss.criterion.training
 
 
+def _wraps():
+    """As who trains without the trainer does it too: each makes of a loss' model one of all processes."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    def ddp(loss):
+        loss.model = DistributedDataParallel(loss.model)
+
+    def shards(loss):
+        fully_shard(loss.model)
+
+    def shards_left_whole(loss):
+        fully_shard(loss.model)
+        loss.model(columns_of(loss.model, ANCHORS)[0])
+
+    def flat_shards(loss):
+        loss.model = FullyShardedDataParallel(loss.model, device_id=torch.device("cpu"))
+
+    def flat_shards_of_one_process(loss):
+        groups = torch.distributed.new_subgroups(1)[0], torch.distributed.group.WORLD
+        loss.model = FullyShardedDataParallel(
+            loss.model, groups, device_id=torch.device("cpu"), sharding_strategy=HYBRID_SHARD
+        )
+
+    HYBRID_SHARD = torch.distributed.fsdp.ShardingStrategy.HYBRID_SHARD
+    return ddp, shards, shards_left_whole, flat_shards, flat_shards_of_one_process
+
+
 def _mean_gradients(rank, meet, sparse_grad, seed):
     import sentence_transformers as library
-    from torch.nn.parallel import DistributedDataParallel
 
     from fedss_kernels.integrations.sentence_transformers import ClassSoftmaxLoss
 
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{meet}", rank=rank, world_size=2)
-    model = static_model(library)
-    torch.manual_seed(seed * rank)
-    loss = ClassSoftmaxLoss(model, 30, bias=True, learn_scale=True, sparse_grad=sparse_grad)
-    columns, labels = columns_of(model, ANCHORS[2 * rank :][:2]), torch.tensor([3, 4]) + 5 * rank
-    loss.model = DistributedDataParallel(model)
-    alone = None
-    for _ in range(2):  # added up
-        loss(columns, labels).backward()
-        if alone is None:  # with what is the first one's by now
-            alone = ClassSoftmaxLoss(copy.deepcopy(model), 30, bias=True, learn_scale=True)
-            alone.criterion.load_state_dict(loss.criterion.state_dict())
-        alone(columns, labels).backward()
-    for mine, its in zip(loss.criterion.parameters(), alone.criterion.parameters(), strict=True):
-        parts = [torch.zeros_like(mine) for _ in range(2)]
-        torch.distributed.all_gather(parts, mine.detach())
-        assert torch.equal(*parts)
-        torch.distributed.all_reduce(its.grad)
-        torch.testing.assert_close(mine.grad.to_dense() if mine.grad.is_sparse else mine.grad, its.grad / 2)
+    for wrap in _wraps():
+        model = static_model(library)
+        torch.manual_seed(seed * rank)
+        loss = ClassSoftmaxLoss(model, 30, bias=True, learn_scale=True, sparse_grad=sparse_grad)
+        columns, labels = columns_of(model, ANCHORS[2 * rank :][:2]), torch.tensor([3, 4]) + 5 * rank
+        alone = ClassSoftmaxLoss(copy.deepcopy(model), 30, bias=True, learn_scale=True)
+        wrap(loss)
+        for time in range(2):  # added up
+            loss(columns, labels).backward()
+            if time == 0:  # with what is the first one's by now
+                alone.criterion.load_state_dict(loss.criterion.state_dict())
+            alone(columns, labels).backward()
+        for mine, its in zip(loss.criterion.parameters(), alone.criterion.parameters(), strict=True):
+            parts = [torch.zeros_like(mine) for _ in range(2)]
+            torch.distributed.all_gather(parts, mine.detach())
+            assert torch.equal(*parts), wrap.__name__
+            torch.distributed.all_reduce(its.grad)
+            grad = mine.grad.to_dense() if mine.grad.is_sparse else mine.grad
+            torch.testing.assert_close(grad, its.grad / 2, msg=wrap.__name__)
     torch.distributed.destroy_process_group()
 
 
@@ -346,6 +374,34 @@ def _mean_gradients(rank, meet, sparse_grad, seed):
 def test_several_processes_train_one_class_matrix(library, sparse_grad, tmp_path):
     arguments = tmp_path / "meet", sparse_grad, 7
     torch.multiprocessing.spawn(_mean_gradients, arguments, nprocs=2)
+
+
+def _fsdp_keeps_the_class_matrix(rank, meet):
+    """Where it holds the criterion too: once by itself, and in the loss."""
+    import sentence_transformers as library
+    from torch.distributed.fsdp import fully_shard
+
+    from fedss_kernels.integrations.sentence_transformers import ClassSoftmaxLoss
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{meet}", rank=rank, world_size=2)
+    for outer in (lambda loss: loss.criterion, lambda loss: loss):
+        loss = ClassSoftmaxLoss(static_model(library), 30, bias=True, learn_scale=True)
+        alone = copy.deepcopy(loss)
+        columns, labels = columns_of(loss.model, ANCHORS), torch.tensor([3, 4, 5, 3])
+        fully_shard(loss.model)
+        fully_shard(outer(loss))
+        loss(columns, labels).backward()
+        alone(columns, labels).backward()
+        for mine, its in zip(loss.criterion.parameters(), alone.criterion.parameters(), strict=True):
+            assert not mine._post_accumulate_grad_hooks
+            torch.testing.assert_close(mine.grad.full_tensor(), its.grad)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.exhaustive
+def test_fully_shard_adds_up_a_class_matrix_that_it_holds(library, tmp_path):
+    torch.multiprocessing.spawn(_fsdp_keeps_the_class_matrix, (tmp_path / "meet",), nprocs=2)
 
 
 @LIBRARYS_OWN

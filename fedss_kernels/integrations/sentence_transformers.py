@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 try:
     from sentence_transformers import SentenceTransformer
@@ -20,6 +21,7 @@ except ImportError as error:
     ) from error
 
 from ..checks import check_choice, check_flag, check_shape, check_tensor
+from ..data_parallel import is_held_by_fsdp
 from ..sampled_softmax import as_float, check_scale, sampled_softmax_loss
 from ..sampled_softmax_module import SampledSoftmaxLoss
 
@@ -38,8 +40,10 @@ class ClassSoftmaxLoss(nn.Module):
     The trainer's checkpoints hold the model alone: with `callbacks=[loss.checkpoints()]` they hold the class
     matrix too, and a run that is resumed, or ends with its best model, has the one that belongs to it.
 
-    In several processes, where the trainer puts the model, and it alone, under DistributedDataParallel, all
-    have the first one's class matrix from the first batch on, and its gradient is the mean of theirs.
+    In several processes, where the model alone is under DistributedDataParallel, as the trainer puts it, or
+    FSDP, all have the first one's class matrix from the first batch on, and its gradient is the mean of
+    theirs. The trainer's own FSDP2 takes no loss that has parameters: accelerate's KeyError says that one
+    "couldn't be switched to its sharded version".
 
     Args:
         model: the SentenceTransformer.
@@ -99,17 +103,16 @@ class ClassSoftmaxLoss(nn.Module):
 
     def _share(self) -> None:
         """Where the model is wrapped for several processes, the criterion too is one for all of them."""
-        if isinstance(self.model, SentenceTransformer) or not dist.is_initialized():
-            return
-        group = getattr(self.model, "process_group", None)
-        self._is_shared = True
-        if dist.get_world_size(group) == 1:
-            return
-        first = dist.get_global_rank(group, 0) if group else 0
-        for tensor in (*self.criterion.parameters(), *self.criterion.buffers()):
-            dist.broadcast(tensor.detach(), first, group)
-        for parameter in self.criterion.parameters():
-            parameter.register_post_accumulate_grad_hook(partial(_average, group))
+        groups = _groups(self.model) if dist.is_initialized() else []
+        groups = [group for group in groups if dist.get_world_size(group) > 1]
+        self._is_shared = bool(groups)
+        parameters = [each for each in self.criterion.parameters() if not is_held_by_fsdp(each)]
+        for group in groups:
+            first = dist.get_global_rank(group, 0) if group else 0
+            for tensor in (*parameters, *self.criterion.buffers()):
+                dist.broadcast(tensor.detach(), first, group)
+            for parameter in parameters:
+                parameter.register_post_accumulate_grad_hook(partial(_average, group))
 
     def checkpoints(
         self, resumed_from: str | Path | None = None, name: str = "class_softmax_loss"
@@ -267,6 +270,18 @@ class _SavesClasses(TrainerCallback):
 
     def _of_generator(self, folder: Path, args: Any) -> Path:
         return folder / f"{self.name}.generator-{args.process_index}.pt"
+
+
+def _groups(model: nn.Module) -> list[Any]:
+    """Over whose processes its gradients are averaged, by one after the other; none if it is not wrapped."""
+    if isinstance(model, FSDPModule):  # and a SentenceTransformer still
+        model.reshard()  # a forward pass may have left it whole
+        (mesh, *_) = (each.device_mesh for each in model.parameters() if hasattr(each, "device_mesh"))
+        return mesh.get_all_groups()
+    if isinstance(model, SentenceTransformer):
+        return []
+    across = getattr(model, "_inter_node_pg", None)  # of FullyShardedDataParallel's HYBRID_SHARD
+    return [getattr(model, "process_group", None), *([across] if across else [])]
 
 
 def _average(group: Any, parameter: Tensor) -> None:

@@ -79,9 +79,13 @@ def unwrapped(values: Tensor) -> Tensor:
 
 
 def single_item(value: Any) -> Any:
-    """What a tensor or an array of one element holds; else `value`."""
+    """What a tensor or an array of one element holds; else `value`, as one on meta is."""
     held = isinstance(value, (Tensor, np.ndarray)) and math.prod(value.shape) == 1
-    return value.item() if held else value
+    return value.item() if held and not _is_on_meta(value) else value
+
+
+def _is_on_meta(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.device.type == "meta"
 
 
 def as_integer(value: Any) -> Any:
@@ -148,6 +152,7 @@ def as_number(
     real = isinstance(number, (int, float)) or isinstance(number, numbers.Real)
     if isinstance(number, bool) or not real:
         shape = f" of shape {tuple(value.shape)}" if isinstance(value, (Tensor, np.ndarray)) else ""
+        shape += " on meta" if _is_on_meta(value) else ""
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}{shape}")
     if infinite and number == math.inf:
         return math.inf

@@ -107,7 +107,8 @@ def total_norm(
     On a CPU in float64 where powers of finite numbers overflow; to look at a GPU's would be to wait.
     wide: of a dense gradient of 16 bits in float32, which holds any; torch's is of 16 bits.
     """
-    order = math.inf if norm_type in ("inf", math.inf) else as_number("norm_type", norm_type)
+    is_word = isinstance(norm_type, str) and norm_type == "inf"
+    order = math.inf if is_word else as_number("norm_type", norm_type, infinite=True)
     if order <= 0:
         raise ValueError(f"norm_type: expected a number above 0, got {norm_type}")
     summed = [summed_values(grad) if grad.is_sparse else grad for grad in gradients]

@@ -97,7 +97,7 @@ def _as_tensor(value: Any) -> Tensor:
 
 def _numbers(where: str, lr: Any, betas: Any, eps: Any, weight_decay: Any) -> tuple[float, ...]:
     """(lr, beta1, beta2, eps, weight_decay)"""
-    pair = betas.tolist() if isinstance(betas, (Tensor, np.ndarray)) else betas
+    pair = tuple(betas) if isinstance(betas, (Tensor, np.ndarray)) and betas.ndim else betas
     if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
         raise TypeError(f"{where}betas: expected two numbers, got {betas!r}")
     beta1, beta2 = (as_number(f"{where}betas[{i}]", beta, least=0, below=1) for i, beta in enumerate(pair))

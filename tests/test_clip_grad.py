@@ -61,7 +61,10 @@ def as_on_a_gpu(request):
         yield
 
 
-@pytest.mark.parametrize("norm_type", [2.0, 1, np.float32(3), math.inf, "inf"], ids=str)
+ORDERS = [2.0, 1, np.float32(3), np.array(2), math.inf, "inf", torch.tensor(2), torch.tensor(math.inf)]
+
+
+@pytest.mark.parametrize("norm_type", ORDERS, ids=repr)
 @pytest.mark.parametrize("max_norm", [1.5, 1e3, math.inf, torch.tensor(1.5), np.int64(2)], ids=repr)
 def test_norm_is_that_of_the_dense_gradients(norm_type, max_norm):
     ours, theirs = with_gradients(*gradients()), with_gradients(*(g.to_dense() for g in gradients()))
@@ -199,6 +202,19 @@ BAD = [
     (clip_grad_norm_, ("1",), TypeError, "max_norm: expected a number, got str"),
     (clip_grad_norm_, (1.0, 0), ValueError, "norm_type: expected a number above 0, got 0"),
     (clip_grad_norm_, (1.0, None), TypeError, "norm_type: expected a number, got NoneType"),
+    (
+        clip_grad_norm_,
+        (1.0, torch.ones(2)),
+        TypeError,
+        r"norm_type: expected a number, got Tensor of shape \(2,\)",
+    ),
+    (clip_grad_norm_, (1.0, np.ones(2)), TypeError, "norm_type: expected a number, got ndarray of shape"),
+    (
+        clip_grad_norm_,
+        (torch.ones((), device="meta"),),
+        TypeError,
+        r"max_norm: expected a number, got Tensor of shape \(\) on meta",
+    ),
     (
         clip_grad_value_,
         (math.nan,),

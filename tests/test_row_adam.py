@@ -537,6 +537,12 @@ def test_counts_are_read_as_they_were_saved():
 BAD_OPTIONS = [
     ({"lr": -0.1}, ValueError, "lr: .* at least 0, got -0.1"),
     ({"betas": torch.tensor([0.9, 0.99, 0.999])}, TypeError, r"betas: expected two numbers, got tensor"),
+    (
+        {"betas": torch.ones(2, device="meta")},
+        TypeError,
+        r"betas\[0\]: expected a number, got Tensor of shape \(\) on meta",
+    ),
+    ({"betas": torch.ones(2, 2)}, TypeError, r"betas\[0\]: expected a number, got Tensor of shape \(2,\)"),
     ({"betas": np.array(0.9)}, TypeError, r"betas: expected two numbers, got array\(0.9\)"),
     ({"betas": (0.9,)}, TypeError, r"betas: expected two numbers, got \(0.9,\)"),
     ({"betas": (0.9, 1 - Fraction(1, 10**30))}, ValueError, r"betas\[1\]: .* below 1, got 9+/10+"),
@@ -589,7 +595,11 @@ class Listed(Sequence):
         return len(self.values)
 
 
-@pytest.mark.parametrize("make", [torch.tensor, np.array, Listed], ids=["tensor", "array", "sequence"])
+def in_a_sparse_tensor(values):
+    return torch.tensor(values).to_sparse()
+
+
+@pytest.mark.parametrize("make", [torch.tensor, in_a_sparse_tensor, np.array, Listed])
 def test_two_numbers_may_lie_in_a_tensor_or_an_array(make):
     weights = [nn.Parameter(torch.ones(3, 2)) for _ in range(2)]
     ours = RowAdam(weights[:1], lr=0.1, betas=make([0.5, 0.75]))

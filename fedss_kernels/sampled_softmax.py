@@ -93,6 +93,8 @@ def sampled_softmax_loss(
         sparse_grad: the gradients of weight and bias as sparse COO tensors over the classes that take part:
             on the CPU unique and ascending, on CUDA those of `class_ids` and then of `target`, uncoalesced
             (entries that are left out and ignored targets repeat a class that takes part, with zeros).
+            A class of the set takes part though labels leave it out of every row, or all rows are ignored:
+            it is listed with zeros, and weight decay and momentum move its row, as in a dense step.
             torch forgets that one is coalesced as it puts it into `.grad`: `weight.grad.coalesce()` first to
             call `.indices()` and `.values()`. On CPUs torch adds up no two that are float16, those of several
             calls or backward passes say; bfloat16 and float32 ones it does.

@@ -676,6 +676,18 @@ def test_sparse_gradients_list_only_what_takes_part(which, options, dtype, sampl
         torch.testing.assert_close(sparse.to_dense(), dense, **rounding)
 
 
+@pytest.mark.parametrize("options", [{}, {"cosine_margin": 0.1}], ids=["", "margin"])
+def test_a_class_that_labels_leave_out_of_every_row_takes_part(options, sampled_softmax_loss):
+    """It is listed with zeros: which rows leave it out only the logits' size of work would tell."""
+    x, w, _ = problem(B=2)
+    options = options | {"entry_labels": torch.tensor([0, 9, 6]), "target_labels": torch.tensor([9, 9])}
+    ids = torch.tensor([0, 5, 6])
+    loss = sampled_softmax_loss(x, w, torch.tensor([3, 7]), ids, sparse_grad=True, **options)
+    (grad,) = gradients(loss, w)
+    assert set(grad._indices()[0].tolist()) == {0, 3, 5, 6, 7}
+    assert grad.to_dense().any(1).nonzero()[:, 0].tolist() == [0, 3, 6, 7]
+
+
 def test_sparse_gradients_of_no_classes_list_nothing(sampled_softmax_loss):
     x, w, b = torch.randn(3, 4), torch.randn(0, 4, requires_grad=True), torch.randn(0, requires_grad=True)
     target, class_ids = torch.full((3,), -100), torch.empty(0, dtype=torch.int64)

@@ -1,5 +1,5 @@
 """What compiles in tests: torch's tracing alone; or all of torch.compile, which takes seconds a graph."""
 
-import pytest
+from later import later
 
-COMPILERS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.exhaustive)]
+COMPILERS = ["aot_eager", *later("inductor")]

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from later import later
 from tiny_federation import DIM, NUM_CLASSES, tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import Config, ConfigError, Result, run
@@ -34,7 +35,7 @@ def assert_same_bits(a: Result, b: Result) -> None:
         assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("workers", [1, *later(2)])
 @pytest.mark.parametrize("method", FROZEN)
 @pytest.mark.exhaustive
 def test_the_head_is_what_the_seed_gives_in_every_process(method, workers):

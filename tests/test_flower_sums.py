@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from later import later
 from tiny_federation import CLASSES_HELD, NUM_CLASSES
 
 from fedss_kernels.federated import ConfigError, TooFewClients
@@ -45,9 +46,9 @@ ALL = SHARED | {"cohort": NODES, "rounds": 1}
     [
         {"rounds": 1},
         {"dropout_rate": 0.3, "min_holders": 2, "clip_norm": 0.05},
-        pytest.param({"cohort": 5, "dropout_rate": 0.3, "rounds": 6}, marks=pytest.mark.exhaustive),
-        pytest.param({"min_holders": 3, "server_optimizer": "adagrad"}, marks=pytest.mark.exhaustive),
-        pytest.param({"cohort": 2, "min_clients": 2, "client_momentum": 0.5}, marks=pytest.mark.exhaustive),
+        *later({"cohort": 5, "dropout_rate": 0.3, "rounds": 6}),
+        *later({"min_holders": 3, "server_optimizer": "adagrad"}),
+        *later({"cohort": 2, "min_clients": 2, "client_momentum": 0.5}),
     ],
     ids=str,
 )
@@ -96,7 +97,7 @@ def test_a_node_says_nothing_of_its_classes_and_changes_but_behind_masks(tmp_pat
         assert len(numbers.unique()) == len(numbers) and numbers.double().std() > 2**29
 
 
-@pytest.mark.parametrize("min_holders", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("min_holders", [1, *later(2)])
 def test_the_first_sum_counts_holders_only_where_that_is_asked_for(min_holders, tmp_path, monkeypatch):
     counts = [sum(j in held for held in CLASSES_HELD) for j in range(NUM_CLASSES)]
     real, found = SummingNodes._common, []
@@ -160,11 +161,13 @@ GONE = {
     "kind, how",
     [
         ("query.union", "an error"),
-        *(
-            pytest.param(kind, how, marks=pytest.mark.exhaustive)
-            for kind in ("query.keys", "query.shares", "query.union")
-            for how in GONE
-            if (kind, how) != ("query.union", "an error")
+        *later(
+            *(
+                (kind, how)
+                for kind in ("query.keys", "query.shares", "query.union")
+                for how in GONE
+                if (kind, how) != ("query.union", "an error")
+            )
         ),
     ],
 )
@@ -182,7 +185,7 @@ def test_a_node_that_is_gone_before_the_class_set_is_there_is_as_if_it_had_not_b
 
 @pytest.mark.parametrize(
     "how",
-    ["an error", *(pytest.param(how, marks=pytest.mark.exhaustive) for how in ("nothing", "a refusal"))],
+    ["an error", *later("nothing", "a refusal")],
 )
 def test_a_node_that_never_sends_its_changes_costs_these_alone(how, tmp_path):
     change, outcome = GONE[how]
@@ -270,7 +273,7 @@ SPOILT = {
     "name",
     [
         "a loss that is NaN",
-        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in SPOILT if name[:6] != "a loss"),
+        *later(*(name for name in SPOILT if name[:6] != "a loss")),
     ],
 )
 def test_what_a_node_says_wrong_is_left_out_by_name_and_taken_out_of_the_sum(name, tmp_path):

@@ -26,6 +26,7 @@ def own_cache(tmp_path_factory, monkeypatch):
 @pytest.fixture
 def run_with(tmp_path, monkeypatch):
     """`fedss run` of four rounds, which gets these signals in its second; the exit code."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
 
     def run_with(*signals: signal.Signals, every: int = 0) -> int:
         real = cli.train.run
@@ -44,7 +45,8 @@ def run_with(tmp_path, monkeypatch):
             options = ["--rounds=4", f"--checkpoint-every={every}", f"--out={tmp_path}"]
             return cli.main(["run", *SMALL, *options])
 
-    return run_with
+    yield run_with
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGHUP", 129)])

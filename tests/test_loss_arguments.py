@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fedss_kernels.reference import sampled_softmax_loss as reference_loss
+from later import later
 from loss_cases import BF16, F16, F32, F64, Case, cpp_only, gpu_only
 from pytorch_metric_learning.losses import ArcFaceLoss, CosFaceLoss
 from tolerance import eager_loss, excess, with_features_reversed, with_rows_longer
@@ -88,25 +89,23 @@ def by_reference(*arguments, **options):
     return loss_function(*arguments, impl="reference", **options)
 
 
-FEW, MANY = range(25), pytest.param(range(25, 300), marks=pytest.mark.exhaustive)
+FEW, MANY = range(25), range(25, 300)
 
 
-@pytest.mark.parametrize("seeds", [FEW, MANY])
+@pytest.mark.parametrize("seeds", [FEW, *later(MANY)])
 def test_within_tolerance_in_random_mixes(seeds):
     for seed in seeds:
         check_mix(seed, loss_function)
 
 
-@pytest.mark.parametrize(
-    "seeds", [range(245, 270), pytest.param(range(163, 500), marks=pytest.mark.exhaustive)]
-)
+@pytest.mark.parametrize("seeds", [range(245, 270), *later(range(163, 500))])
 def test_a_gradient_of_16_bits_is_rounded_once(seeds):
     """Of several parts, in the random mixes; in number 162 a gradient is 0, of two terms that cancel."""
     for seed in seeds:
         check_mix(seed, loss_function, dtype=F32, weight_dtype=(F16, BF16)[seed % 2])
 
 
-@pytest.mark.parametrize("seeds", [FEW, MANY])
+@pytest.mark.parametrize("seeds", [FEW, *later(MANY)])
 def test_the_reference_in_random_mixes(seeds):
     """In float64, as in fewer digits it is one draw of plain PyTorch's own error."""
     for seed in seeds:
@@ -114,7 +113,7 @@ def test_the_reference_in_random_mixes(seeds):
 
 
 @gpu_only
-@pytest.mark.parametrize("seeds", [range(4), pytest.param(range(4, 150), marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("seeds", [range(4), *later(range(4, 150))])
 def test_gpu_kernels_within_tolerance_in_random_mixes(seeds, sampled_softmax_loss):
     for seed in seeds:
         check_mix(seed, sampled_softmax_loss)
@@ -410,7 +409,7 @@ def total_of(loss, lse):
 
 
 @cpp_only
-@pytest.mark.parametrize("rounding", [None, BF16])
+@pytest.mark.parametrize("rounding", [None, *later(BF16)])
 def test_compiled_equals_eager(rounding, sampled_softmax_loss):
     x, w, t = problem()
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from later import later
 from test_cli import SMALL
 from tiny_federation import tiny_config, tiny_data, tiny_model
 from torch.nn.functional import cross_entropy
@@ -764,7 +765,7 @@ def test_how_a_stopped_run_or_comparison_goes_on_is_said_with_its_files(tmp_path
         assert capsys.readouterr().err.splitlines()[-1].endswith(way)
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("workers", [1, *later(2)])
 def test_a_plugin_finds_modules_beside_it(workers, file, tmp_path):
     name = f"beside_{workers}"
     (tmp_path / f"{name}.py").write_text("def pull(now, received, mu):\n    return mu * (now - received)\n")

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
+from later import later
 from tolerance import eager_loss, excess
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -769,7 +770,7 @@ def _failures(world, tmp_path_factory):
     return []
 
 
-@pytest.fixture(scope="module", params=[2, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (3, 4))])
+@pytest.fixture(scope="module", params=[2, *later(3, 4)])
 def failures(request, tmp_path_factory):
     return _failures(request.param, tmp_path_factory)
 

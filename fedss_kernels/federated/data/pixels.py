@@ -5,9 +5,11 @@
 | transparency: alpha, a palette's, a colour's | what it looks like on white |
 | an EXIF orientation | turned upright |
 | grey of 16 or 32 bits, whole numbers; colours of 16 | white: 255, 4095 or 65535, the least none exceeds |
+| inks of 16 bits (CMYK) | so is all of an ink |
 | grey as floats, below 0 or above 65535 | refused: nobody knows what is white |
 | grey whose 0 is white (TIFF's PhotometricInterpretation 0) | what it looks like: 0 is white |
-| colours of 16 bits in planes (TIFF's PlanarConfiguration 2) | RGB and RGBA as others, more refused |
+| colours of 16 bits in planes (TIFF's PlanarConfiguration 2) | as others |
+| another kind of TIFF, which Pillow does not open | refused |
 | several pictures: pages, frames | the first |
 | any number of pixels, any length of text or colour profile | read |
 | a JPEG without its end marker, every pixel of which is there | read; with pixels missing, refused |
@@ -47,6 +49,10 @@ PIXELS, DAMAGED, UNREAD = b"=", b"d", b"u"
 OF_CODE = (AttributeError, TypeError, NameError, ImportError, AssertionError)
 
 
+class NotRead(ValueError):
+    """An image of a kind that is not read; nothing says that it is damaged."""
+
+
 @dataclass(frozen=True)
 class Failure:
     """Why there are no pixels: the content is `damaged`, or something else was in the way."""
@@ -79,7 +85,7 @@ def failure(error: Exception) -> Failure:
         error, OSError | ValueError | SyntaxError
     )  # with words for a reader; others have a number or a name
     reason = text if known and text else f"{type(error).__name__}: {text}"
-    return Failure(reason, damaged=not isinstance(error, OF_CODE))
+    return Failure(reason, damaged=not isinstance(error, (NotRead, *OF_CODE)))
 
 
 # ---- decoding
@@ -89,7 +95,7 @@ def decode(content: bytes, size: int) -> bytes:
     """An image file's content as the 3 * size * size bytes of its channels, red first.
 
     The whole image is resized, whatever its proportions, each pixel an average of those that it covers.
-    Raises whatever Pillow does where it cannot be read.
+    Raises NotRead, or whatever Pillow does, where it cannot be read.
     """
     from PIL import Image
 
@@ -104,13 +110,19 @@ def decode(content: bytes, size: int) -> bytes:
 
 
 def _loaded(content: bytes) -> PillowImage:
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
-    image = Image.open(io.BytesIO(content))
+    try:
+        image = Image.open(io.BytesIO(content))
+    except UnidentifiedImageError:
+        _check_kind(content)
+        raise
     if _has_planes_of_16_bits(image):
         content = _interleaved(image, content)
         image = Image.open(io.BytesIO(content))
     layout = _layout_of_16_bits(image)
+    if layout.startswith("RGBa"):
+        _lay_out(image, layout.replace("a", "A"))  # its numbers as they are
     try:
         image.load()
     except OSError:
@@ -152,7 +164,7 @@ def _of_8_bits(grey: np.ndarray, image: PillowImage) -> np.ndarray:
 def _check_grey(grey: np.ndarray) -> None:
     low, high = grey.min(), grey.max()
     if grey.dtype.kind == "f" or low < 0 or high > WHITES[-1]:
-        raise ValueError(f"expected 8 or 16 bits a channel, got {grey.dtype}, {low} to {high}")
+        raise NotRead(f"expected 8 or 16 bits a channel, got {grey.dtype}, {low} to {high}")
 
 
 def _scaled(numbers: np.ndarray, white: int) -> np.ndarray:
@@ -190,9 +202,32 @@ def _tag(image: PillowImage, tag: int) -> int:
 
 def _tags(image: PillowImage, tag: int) -> tuple[int, ...]:
     """A tag's whole numbers; () where there are none."""
-    value = (getattr(image, "tag_v2", None) or {}).get(tag, ())
+    return _whole_numbers((getattr(image, "tag_v2", None) or {}).get(tag, ()))
+
+
+def _whole_numbers(value: Any) -> tuple[int, ...]:
     numbers = value if isinstance(value, tuple) else (value,)
     return numbers if all(isinstance(number, int) for number in numbers) else ()
+
+
+def _check_kind(content: bytes) -> None:
+    """Raises NotRead for a TIFF file that Pillow does not open though its tags are there."""
+    from PIL.TiffImagePlugin import ImageFileDirectory_v2
+
+    kind, needed = "", {WIDTH, HEIGHT, BITS, PHOTOMETRIC}
+    if content.startswith(b"MM\0+"):
+        kind = "big-endian BigTIFF"
+    elif content.startswith((b"II*\0", b"MM\0*", b"II+\0")):
+        with contextlib.suppress(Exception):  # a damaged one may raise anything
+            tags, file = ImageFileDirectory_v2(content[: 16 if content[2] == 43 else 8]), io.BytesIO(content)
+            file.seek(tags.next)
+            tags.load(file)
+            if needed <= set(tags) and (STRIP_SIZES in tags or TILE_SIZES in tags):
+                order = "big" if content.startswith(b"MM") else "little"
+                bits = " ".join(map(str, _whole_numbers(tags[BITS])))
+                kind = f"{order}-endian, BitsPerSample {bits}, PhotometricInterpretation {tags[PHOTOMETRIC]}"
+    if kind:
+        raise NotRead(f"a kind of TIFF that Pillow does not open: {kind}; save it as another")
 
 
 def _tiff(head: bytes, tags: dict[int, tuple[int, ...]], data: bytes) -> bytes:
@@ -240,11 +275,7 @@ def _channels(image: PillowImage) -> int:
 
 def _interleaved(image: PillowImage, content: bytes) -> bytes:
     """The same picture as an uncompressed TIFF file, whose numbers lie pixel by pixel."""
-    extra = _tags(image, EXTRA_CHANNELS)
-    kept = _channels(image) if image.mode == "RGBA" else 3
-    if image.mode not in ("RGB", "RGBA") or 1 in extra or kept > 4:
-        got = "premultiplied alpha" if 1 in extra else image.mode
-        raise ValueError(f"expected RGB or RGBA, got {got} of 16 bits in planes (PlanarConfiguration 2)")
+    kept = len(image.getbands())
     numbers = np.stack([_plane(image, content, i) for i in range(kept)], axis=-1)
     height, width = numbers.shape[:2]
     data = numbers.astype("<u2").tobytes()
@@ -253,15 +284,15 @@ def _interleaved(image: PillowImage, content: bytes) -> bytes:
         HEIGHT: (height,),
         BITS: (16,) * kept,
         COMPRESSION: (1,),
-        PHOTOMETRIC: (2,),
+        PHOTOMETRIC: _tags(image, PHOTOMETRIC),
         STRIPS: (0,),
         CHANNELS: (kept,),
         STRIP_ROWS: (height,),
         STRIP_SIZES: (len(data),),
     }
     tags |= {tag: _tags(image, tag) for tag in (TURN, MAX_SAMPLE) if _tags(image, tag)}
-    if kept == 4:
-        tags[EXTRA_CHANNELS] = (2,)  # alpha, by which the colours are not multiplied
+    if image.mode == "RGBA":
+        tags[EXTRA_CHANNELS] = _tags(image, EXTRA_CHANNELS) or (2,)  # alpha: the colours times it, or not
     return _tiff(b"II*\0", tags, data)
 
 
@@ -284,7 +315,7 @@ def _plane(image: PillowImage, content: bytes, i: int) -> np.ndarray:
 
 # ---- colours of 16 bits, of which Pillow reads the upper 8
 
-_OF_16_BITS = re.compile("(LA|RGB[AX]?);16[BLN]")
+_OF_16_BITS = re.compile("(LA|RGB[AaX]?|CMYK);16[BLN]")
 _OTHER_BYTE = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
 
 
@@ -300,39 +331,50 @@ def _layout_of_16_bits(image: Any) -> str:
 def _scale_colours(image: PillowImage, layout: str, content: bytes) -> None:
     """In place, where white is not 65535. Alpha that exceeds the colours' white has 65535 for opaque.
 
-    And the colour that is transparent, of 16 bits too, becomes white.
+    And the colour that is transparent, of 16 bits too, becomes white. Colours times alpha are put on white.
     """
     from PIL import Image
 
     upper = np.asarray(image)
-    alpha = layout.partition(";")[0].endswith("A")
+    last = layout[layout.index(";") - 1]
+    alpha, multiplied = last in "Aa", last == "a"
     colours = upper.shape[2] - alpha
     clear = image.info.pop("transparency", None)
-    if clear is None and _white(image, 256 * int(upper[..., :colours].max()) + 255) == WHITES[-1]:
+    most = 256 * int(upper[..., :colours].max()) + 255
+    if clear is None and not multiplied and _white(image, most) == WHITES[-1]:
         return
     numbers = 256 * upper.astype(np.int32) + _lower_bytes(content, layout)
     white = _white(image, numbers[..., :colours].max())
-    eight = upper.copy() if white == WHITES[-1] else _scaled(np.minimum(numbers, white), white)
+    as_they_are = white == WHITES[-1] and not multiplied
+    eight = upper.copy() if as_they_are else _scaled(np.minimum(numbers, white), white)
     if alpha and numbers[..., -1].max() > white:
-        eight[..., -1] = upper[..., -1]
+        eight[..., -1] = _scaled(numbers[..., -1], WHITES[-1])
     if clear is not None:
         eight[(numbers == clear).all(axis=-1)] = 255
-    image.paste(Image.fromarray(eight))
+    if multiplied:
+        eight[..., :3] = np.minimum(eight[..., :3] + (255 - eight[..., 3:].astype(int)), 255)
+        eight[..., 3] = 255
+    image.paste(Image.frombytes(image.mode, image.size, eight.tobytes()))
 
 
 def _lower_bytes(content: bytes, layout: str) -> np.ndarray:
     """Of each number the byte that Pillow leaves out, (H, W, channels); grey is in three channels."""
     from PIL import Image
 
-    image: Any = Image.open(io.BytesIO(content))
+    image = Image.open(io.BytesIO(content))
     grey = layout.startswith("LA")
-    other = "RGBA" if grey else layout[:-1] + _OTHER_BYTE[layout[-1]]  # "RGBA": a pixel's bytes as they are
-    image.tile = [
-        _with_arguments(tile, other if isinstance(tile[3], str) else (other, *tile[3][1:]))
-        for tile in image.tile
-    ]
+    # "RGBA": a pixel's bytes as they are
+    _lay_out(image, "RGBA" if grey else layout[:-1].replace("a", "A") + _OTHER_BYTE[layout[-1]])
     image.load()
     return np.asarray(image)[..., [1, 1, 1, 3]] if grey else np.asarray(image)
+
+
+def _lay_out(image: Any, layout: str) -> None:
+    """Has the file read as if its numbers lay so."""
+    image.tile = [
+        _with_arguments(tile, layout if isinstance(tile[3], str) else (layout, *tile[3][1:]))
+        for tile in image.tile
+    ]
 
 
 def _with_arguments(tile: Any, arguments: str | tuple[Any, ...]) -> Any:

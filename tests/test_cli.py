@@ -645,14 +645,15 @@ def test_a_run_that_is_ruined_says_when_and_has_no_result(tmp_path, capsys):
     assert "top-1 –, MAP@10 –, recall@1 –, " in out and "round 4/4, loss nan, –, " in out
 
 
-def test_a_run_that_does_not_train_says_why_in_one_line(tmp_path, capsys):
+@pytest.mark.parametrize("large", ["--client-lr=1e6", "--scale=1e6"])
+def test_a_run_that_does_not_train_says_why_in_one_line(large, tmp_path, capsys):
     out = tmp_path / "run"
-    assert cli.main(["run", *SMALL, "--client-lr=1e6", "--warmup-rounds=0", f"--out={out}"]) == 1
+    assert cli.main(["run", *SMALL, large, "--warmup-rounds=0", f"--out={out}"]) == 1
     printed, err = capsys.readouterr()
     assert printed.startswith("glyphs: 12 classes, ") and printed.count("\n") == 1  # what the data are
     assert err == (
         "fedss run: round 1: of 24 cohorts of 2 none had 1 answer that counted: 48 left out: norm over "
-        f"--max-norm: is --client-lr too high?; what was done is in {out}\n"
+        f"--max-norm: is --client-lr or --scale too high?; what was done is in {out}\n"
     )
     assert len((out / "ledger.csv").read_text().splitlines()) == 1 + 48
 

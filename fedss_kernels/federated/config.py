@@ -566,7 +566,7 @@ class SharedConfig(Config):
 def read_options(path: Path) -> dict[str, Any]:
     """The options in a JSON file. Raises ConfigError if it is not one."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))  # as editors save it
+        values = json.loads(path.read_bytes())  # in UTF-8 or UTF-16, as editors save it
     except OSError as error:
         raise ConfigError("config", f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

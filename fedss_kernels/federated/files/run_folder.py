@@ -333,7 +333,7 @@ def _read_facts(path: Path) -> Facts | None:
 
 def _read_summary(file: Path) -> Summary:
     try:
-        return Summary.from_dict(json.loads(file.read_text(encoding="utf-8-sig")))
+        return Summary.from_dict(json.loads(file.read_bytes()))
     except OSError as error:
         raise ValueError(f"no finished run in {file.parent}: summary.json: {error.strerror}") from None
     except (ValueError, TypeError, KeyError) as error:

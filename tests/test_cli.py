@@ -924,6 +924,22 @@ def test_a_link_in_the_place_of_data_that_were_moved_will_do(absolute, tmp_path,
     (tmp_path / "photos").unlink()
     assert cli.main(["noise", "--run=out", "--data-dir=moved", "--batches=1", "--out=noise"]) == 0
     assert cli.main(["run", "--resume=out", "--rounds=2", "--data-dir=moved"]) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for command in measured:
+        assert cli.main([command, "../out", f"--out={command}"]) == 0
+
+
+@pytest.mark.exhaustive
+def test_what_measures_a_finished_run_does_without_the_net_that_it_began_with(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(build_model("conv4", 8, seed=5).state_dict(), "net.pt")
+    options = ["--init-checkpoint=net.pt", "--holdout=0.5", "--rounds=1"]
+    assert cli.main(["run", *SMALL, *options, "--out=out"]) == 0
+    (tmp_path / "net.pt").unlink()
+    for command in ("confusion", "probe", "personalise"):
+        assert cli.main([command, "out", f"--out={command}"]) == 0
+    assert cli.main(["noise", "--run=out", "--batches=1", "--out=noise"]) == 0
 
 
 @pytest.mark.exhaustive

@@ -12,7 +12,7 @@ import torch
 
 from ..config import Config
 from ..data import FederatedData
-from ..files.run_folder import check_trained_on, make_folder, read_config, read_kept, read_model
+from ..files.run_folder import as_trained, check_trained_on, make_folder, read_config, read_kept, read_model
 from ..loading import options_of_data
 from .command import Command
 from .measure import kept, write_measured
@@ -138,7 +138,7 @@ def _read(arguments: argparse.Namespace, wrong: list[str]) -> tuple[dict[Path, C
     wrong += [*_on_other_data(configs), *twice]
     for config in configs.values():
         with noted(wrong):
-            refuse_lost(arguments, config, again=False)
+            refuse_lost(arguments, as_trained(config), again=False)
     return configs, called
 
 
@@ -148,7 +148,7 @@ def _data_of(configs: dict[Path, Config]) -> FederatedData:
 
     wrong = list[str]()
     with mistakes():
-        _, data = read_data(next(iter(configs.values())), [])
+        _, data = read_data(as_trained(next(iter(configs.values()))), [])
     with noted(wrong):
         check_measurable(data)
     wrong = [line.removeprefix("personalise: ") for line in wrong]  # the command says its name itself
@@ -179,7 +179,7 @@ def _measured(
         what = f"{name}: fine-tuning clients"
         progress.said[what] = time.monotonic()  # as of rounds the first line comes after a while
         people = personalise(
-            config,
+            as_trained(config),
             data,
             read_model(folder),
             tuning,

@@ -275,11 +275,8 @@ def _add_comparison_arguments(parser: argparse.ArgumentParser, without: Sequence
 def _refuse_others(arguments: argparse.Namespace) -> None:
     """A comparison is resumed as it was; only the number of jobs may be another, and where its data are."""
     given = vars(arguments)
-    options = [
-        field.name
-        for field in dataclasses.fields(Config)
-        if field.name in given.keys() - {*checkpoint.PLACES}
-    ]
+    others = given.keys() - {*checkpoint.PLACES}
+    options = [field.name for field in dataclasses.fields(Config) if field.name in others]
     options += [name for name in ("preset", "config", *LISTS) if given.get(name) is not None]
     refuse(f"{flag(option)}: a comparison is resumed with the options it began with" for option in options)
 

@@ -12,6 +12,7 @@ import torch
 
 from ..config import Config
 from ..data import FederatedData
+from ..files import checkpoint
 from ..files.run_folder import as_trained, check_trained_on, make_folder, read_config, read_kept, read_model
 from ..loading import options_of_data
 from .command import Command
@@ -196,7 +197,9 @@ def _on_other_data(configs: dict[Path, Config]) -> Iterator[str]:
     names = [name for name in options_of_data() if name != "cache_dir"]
     first, expected = next(iter(configs.items()), (None, None))
     for folder, config in configs.items():
-        pairs = [(name, getattr(config, name), getattr(expected, name)) for name in names]
+        # whether those in another folder are others a checkpoint knows
+        told = [name for name in names if name != "data_dir" or not checkpoint.exists(folder)]
+        pairs = [(name, getattr(config, name), getattr(expected, name)) for name in told]
         words = ", ".join(f"{name} {value} and {there}" for name, value, there in pairs if value != there)
         if words:
             yield (

@@ -645,14 +645,15 @@ def test_a_run_that_is_ruined_says_when_and_has_no_result(tmp_path, capsys):
     assert "top-1 –, MAP@10 –, recall@1 –, " in out and "round 4/4, loss nan, –, " in out
 
 
-def test_a_run_that_does_not_train_says_why_in_one_line(tmp_path, capsys):
+@pytest.mark.parametrize("large", ["--client-lr=1e6", "--scale=1e6"])
+def test_a_run_that_does_not_train_says_why_in_one_line(large, tmp_path, capsys):
     out = tmp_path / "run"
-    assert cli.main(["run", *SMALL, "--client-lr=1e6", "--warmup-rounds=0", f"--out={out}"]) == 1
+    assert cli.main(["run", *SMALL, large, "--warmup-rounds=0", f"--out={out}"]) == 1
     printed, err = capsys.readouterr()
     assert printed.startswith("glyphs: 12 classes, ") and printed.count("\n") == 1  # what the data are
     assert err == (
         "fedss run: round 1: of 24 cohorts of 2 none had 1 answer that counted: 48 left out: norm over "
-        f"--max-norm: is --client-lr too high?; what was done is in {out}\n"
+        f"--max-norm: is --client-lr or --scale too high?; what was done is in {out}\n"
     )
     assert len((out / "ledger.csv").read_text().splitlines()) == 1 + 48
 
@@ -923,6 +924,22 @@ def test_a_link_in_the_place_of_data_that_were_moved_will_do(absolute, tmp_path,
     (tmp_path / "photos").unlink()
     assert cli.main(["noise", "--run=out", "--data-dir=moved", "--batches=1", "--out=noise"]) == 0
     assert cli.main(["run", "--resume=out", "--rounds=2", "--data-dir=moved"]) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for command in measured:
+        assert cli.main([command, "../out", f"--out={command}"]) == 0
+
+
+@pytest.mark.exhaustive
+def test_what_measures_a_finished_run_does_without_the_net_that_it_began_with(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(build_model("conv4", 8, seed=5).state_dict(), "net.pt")
+    options = ["--init-checkpoint=net.pt", "--holdout=0.5", "--rounds=1"]
+    assert cli.main(["run", *SMALL, *options, "--out=out"]) == 0
+    (tmp_path / "net.pt").unlink()
+    for command in ("confusion", "probe", "personalise"):
+        assert cli.main([command, "out", f"--out={command}"]) == 0
+    assert cli.main(["noise", "--run=out", "--batches=1", "--out=noise"]) == 0
 
 
 @pytest.mark.exhaustive

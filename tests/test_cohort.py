@@ -143,7 +143,7 @@ def test_a_round_in_which_all_answers_are_left_out_is_soon_given_up_with_the_rea
     rates = {0: 0.1, 1: 1e6}
     monkeypatch.setattr("fedss_kernels.federated.clients.player.learning_rate", lambda _, round: rates[round])
     words = f"round 2: of {FEW} cohorts of 4 none had 1 answer that counted: {4 * FEW} left out: norm over "
-    with pytest.raises(TooFewClients, match=f"^{words}--max-norm: is --client-lr too high.$"):
+    with pytest.raises(TooFewClients, match=f"^{words}--max-norm: is --client-lr or --scale too high.$"):
         train(out=tmp_path)
     left = [(tmp_path / name).read_text() for name in ("metrics.csv", "ledger.csv")]
     lines = list(csv.DictReader(left[1].splitlines()))
@@ -213,6 +213,6 @@ def test_all_reasons_are_said_the_most_frequent_first(monkeypatch):
         train(rounds=1, cohort=5, min_clients=5)
     assert str(caught.value).endswith(
         ": 200 nothing wrong with, but too few in their cohorts; 200 left out: norm over --max-norm or "
-        "--max-norm-ratio: is --client-lr too high? if not, give larger bounds; 100 dropped out"
+        "--max-norm-ratio: is --client-lr or --scale too high? if not, give larger bounds; 100 dropped out"
     )
     assert len(caught.value.entries) == 500

@@ -517,7 +517,7 @@ def test_a_rate_that_does_not_train_is_the_worst_and_the_rest_goes_on(tmp_path, 
         assert chosen == [("fedss", 0.1), ("pos_only", 0.1)]
         for label, note in zip(("FedSS", "PosOnly"), comparison.notes, strict=True):
             assert note.startswith(f"{label}, rate 1e+06 is the worst: TooFewClients: round 1: of ")
-            assert note.endswith("left out: norm over --max-norm: is --client-lr too high?")
+            assert note.endswith("left out: norm over --max-norm: is --client-lr or --scale too high?")
     with (out / "rates.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert [line["failed"][:13] for line in lines] == ["", "TooFewClients"] * 2
@@ -677,7 +677,7 @@ def test_answers_that_are_left_out_of_a_comparison_are_said(tmp_path, in_this_pr
     rejected = comparison.runs[0].summary.rejected
     assert rejected > 0 and comparison.failed == []
     words = f"{rejected} of 24 clients' answers were left out: {rejected} norm over --max-norm or "
-    words += "--max-norm-ratio: is --client-lr too high? if not, give larger bounds"
+    words += "--max-norm-ratio: is --client-lr or --scale too high? if not, give larger bounds"
     assert comparison.notes == [f"FedSS, seed 0: {words}"]
     ledger = tmp_path / "out" / "fedss-seed0" / "ledger.csv"
     ledger.write_text(ledger.read_text().replace(",", ";"))  # as a spreadsheet may save it

@@ -200,8 +200,9 @@ def test_a_bad_file_is_refused(text, message, tmp_path):
         Config.load(tmp_path / "c.json")
 
 
-def test_a_file_that_an_editor_saved_with_a_byte_order_mark(tmp_path):
-    (tmp_path / "c.json").write_text('{"rounds": 3}', encoding="utf-8-sig")
+@pytest.mark.parametrize("coding", ["utf-8-sig", "utf-16", "utf-16-be"])
+def test_a_file_that_an_editor_saved(coding, tmp_path):
+    (tmp_path / "c.json").write_text('{"rounds": 3}', encoding=coding)
     assert Config.load(tmp_path / "c.json").rounds == 3
 
 

@@ -1,6 +1,5 @@
 """CIFAR-10 and CIFAR-100 in each form that they are distributed in, and what can be wrong with one."""
 
-import codecs
 import errno
 import io
 import os
@@ -216,9 +215,10 @@ def test_a_file_of_a_common_name_beside_an_archive_is_no_part(tmp_path):
     assert read("cifar100", write(tmp_path, {"test": b"mine"})).num_classes == 100
 
 
-def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):
+@pytest.mark.parametrize("coding", ["utf-8-sig", "utf-16"])
+def test_names_that_an_editor_saved(coding, tmp_path):
     files = files10("binary")
-    files["batches.meta.txt"] = codecs.BOM_UTF8 + files["batches.meta.txt"]
+    files["batches.meta.txt"] = files["batches.meta.txt"].decode().encode(coding)
     assert read("cifar10", write(tmp_path, files)).class_names == tuple(NAMES10)
 
 
@@ -230,6 +230,13 @@ def test_half_a_split_of_jpeg_files(empty, tmp_path):
         read("cifar10", tmp_path / "folder")
     write_tar(tmp_path / "cifar10_jpeg.tar.xz", files)
     with pytest.raises(ValueError, match=rf"^cifar10: no images in .*\.tar\.xz/{empty}$"):
+        read("cifar10", tmp_path)
+
+
+@pytest.mark.parametrize("there, absent", [("train", "test"), ("test", "train")])
+def test_a_folder_of_jpeg_files_without_a_half(there, absent, tmp_path):
+    write(tmp_path, {name: content for name, content in jpegs().items() if name.startswith(there)})
+    with pytest.raises(FileNotFoundError, match=f"has {there} alone: expected {absent} too, as train/"):
         read("cifar10", tmp_path)
 
 

@@ -86,10 +86,10 @@ def test_a_decoder_that_dies(files, monkeypatch, number, times, found):
 
 
 def test_a_decoder_that_cannot_start(files, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(decoding.pixels, "__file__", str(tmp_path / "nothing.py"))
+    monkeypatch.setattr(decoding.pixels, "__file__", str(tmp_path / "nothing" / "__init__.py"))
     with pytest.raises(OSError, match=r"0-\\xff.jpg: its decoder ended with exit code 2; see what it said"):
         list(decoded(files, 8, processes=1))
-    assert "nothing.py" in capfd.readouterr().err
+    assert "nothing" in capfd.readouterr().err
 
 
 def test_who_stops_reading_leaves_no_process(files, monkeypatch):

@@ -86,7 +86,9 @@ def test_a_split_that_is_given(tmp_path, test):
     write_tree(folder / test, {"bee": 2, "cat": 1}, first=100)
     (folder / test).rename(tmp_path / "aside")
     with pytest.raises(
-        FileNotFoundError, match="train alone: expected test, val, valid, validation, eval too"
+        FileNotFoundError,
+        match="train alone: expected one of test, val, valid, validation, eval too; or give .*/data/train, "
+        "of which a share is the test",
     ):
         read(folder)
     (tmp_path / "aside").rename(folder / test)

@@ -135,12 +135,49 @@ def test_planes_keep_what_the_file_says_of_them():
         decode(tiff(numbers, planes=True, t273=(8, 3208, at)), 40)
 
 
-@pytest.mark.parametrize(
-    "more, kind", [({"t338": 1}, "premultiplied alpha"), ({"t262": 5, "t338": ()}, "CMYK")]
-)
-def test_other_planes_of_16_bits_are_refused(more, kind):
-    with pytest.raises(ValueError, match=rf"got {kind} of 16 bits in planes \(PlanarConfiguration 2\)"):
-        decode(tiff(ramps(4, 0xFFF), planes=True, **more), 40)
+INKS = {"t262": 5, "t338": ()}  # CMYK: 0 is none of an ink
+
+
+@pytest.mark.parametrize("high", [0xFFF, 0xFFFF])
+@pytest.mark.parametrize("layout", [{}, {"compressed": True}, {"planes": True}, {"tile": (16, 32)}])
+@pytest.mark.parametrize("order", "<>")
+def test_inks_of_16_bits(high, layout, order):
+    """Cyan alone, of which the red is the rest."""
+    numbers = ramps(4, high)
+    numbers[..., 1:] = 0
+    seen = np.full_like(numbers[..., :3], high)
+    seen[..., 0] = high - numbers[..., 0]
+    assert away(tiff(numbers, order=order, **INKS, **layout), seen, high) <= 1
+
+
+@pytest.mark.parametrize("high, opaque", [(0xFFF, 0xFFF), (0xFFF, 0xFFFF), (0xFFFF, 0xFFFF)])
+@pytest.mark.parametrize("layout", [{}, {"compressed": True}, {"planes": True}, {"tile": (16, 32)}])
+@pytest.mark.parametrize("order", "<>")
+def test_colours_of_16_bits_that_alpha_has_multiplied(high, opaque, layout, order):
+    """On white each is what it was times alpha, and white for the rest."""
+    numbers = ramps(4, high)
+    alpha = np.linspace(0, 1, 40)[:, None, None]
+    numbers[..., :3] = (numbers[..., :3] * alpha).round()
+    numbers[..., 3:] = (opaque * alpha).round()
+    seen = numbers[..., :3] + high * (1 - alpha)
+    assert away(tiff(numbers, order=order, t338=1, **layout), seen, high) <= 1
+
+
+def test_a_kind_of_tiff_that_pillow_does_not_open_is_not_called_damaged(tmp_path):
+    """Cut short within what says the kind it is."""
+    white_0, big = tmp_path / "white_0.tif", tmp_path / "big.tif"
+    content = tiff(ramps(1, 0xFFFF), order=">", t262=0)
+    white_0.write_bytes(content)
+    big.write_bytes(b"MM\0+\0\x08\0\0" + bytes(8))
+    with pytest.raises(DamagedImages, match="2 of 2 images cannot be read") as caught:
+        read([white_0, big], tmp_path)
+    kinds = ("big-endian, BitsPerSample 16, PhotometricInterpretation 0", "big-endian BigTIFF")
+    assert [*caught.value.files.values()] == [
+        f"a kind of TIFF that Pillow does not open: {kind}; save it as another" for kind in kinds
+    ]
+    white_0.write_bytes(content[:-60])
+    with pytest.raises(DamagedImages, match="1 of 1 images are damaged.*cut short"):
+        read([white_0], tmp_path)
 
 
 @pytest.mark.parametrize("high", [0xFFF, 0xFFFF])

@@ -142,11 +142,12 @@ def test_a_list_that_is_not_the_authors(folder, name, content, message):
         read(folder)
 
 
-def test_lists_that_a_spreadsheet_saved(folder):
+@pytest.mark.parametrize("coding", ["utf-8-sig", "utf-16"])
+def test_lists_that_a_spreadsheet_saved(folder, coding):
     """With a byte order mark first, which is no part of a column's name."""
     before = read(folder)
     for path in folder.glob("*.csv"):
-        path.write_text(path.read_text(), encoding="utf-8-sig")
+        path.write_text(path.read_text(), encoding=coding)
     data = read(folder)
     assert data.client_names == before.client_names and torch.equal(data.images, before.images)
 

@@ -340,3 +340,16 @@ def test_folders_without_a_drawing_are_told(folder):
     for _ in range(2):  # the second time from the cache
         data = read(folder)
         assert data.num_classes == 7 and data.notes == ("unused folders: Latin/character02, Norse",)
+
+
+def test_so_are_those_of_a_zip(folder):
+    lost = "images_evaluation/Latin/character02"
+    files = {n: content for n, content in authors_files().items() if not n.startswith(lost)}
+    names = (lost, "images_evaluation/Norse/character01", "images_evaluation/.hidden", "__MACOSX/a")
+    write_zip(folder, files | {f"{name}/": b"" for name in names})
+    for _ in range(2):  # the second time from the cache
+        data = read(folder)
+        assert data.num_classes == 7 and data.notes == ("unused folders: Latin/character02, Norse",)
+    write_zip(folder, {f"{name}/": b"" for name in names})
+    with pytest.raises(ValueError, match=r"no images_evaluation/.* \(unused folders: Latin, Norse\); get it"):
+        read(folder)

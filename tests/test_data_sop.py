@@ -106,10 +106,11 @@ def test_a_path_that_is_not_utf_8(folder):
     assert len(read(folder).images) + len(read(folder).test_images) == 38
 
 
-def test_lists_that_an_editor_saved(folder):
+@pytest.mark.parametrize("coding", ["utf-8-sig", "utf-16"])
+def test_lists_that_an_editor_saved(folder, coding):
     """With a byte order mark first."""
     for part in folder.glob("Ebay_*.txt"):
-        part.write_text(part.read_text(), encoding="utf-8-sig")
+        part.write_text(part.read_text(), encoding=coding)
     assert read(folder).class_names == tuple(map(str, TRAIN))
 
 

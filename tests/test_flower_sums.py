@@ -288,7 +288,7 @@ def test_what_a_node_says_wrong_is_left_out_by_name_and_taken_out_of_the_sum(nam
 @pytest.mark.exhaustive
 def test_changes_that_do_not_fit_are_left_out_by_the_node_itself(tmp_path):
     for made in (federated, simulated):
-        with pytest.raises(TooFewClients, match="no secure sum takes: is --client-lr too high"):
+        with pytest.raises(TooFewClients, match="no secure sum takes: is --client-lr or --scale too high"):
             made(tmp_path, **SHARED | {"client_lr": 1e4})
 
 

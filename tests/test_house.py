@@ -12,6 +12,7 @@ HOUSE = Path(fedss_kernels.federated.__file__).parent
 FLOORS = (
     (
         "config_error",
+        "config_option",
         "disk",
         "given_back",
         "interrupts",

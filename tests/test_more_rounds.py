@@ -8,7 +8,7 @@ import torch
 from tiny_federation import tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import CheckpointError, Stopped, run
-from fedss_kernels.federated.files.run_folder import read_run
+from fedss_kernels.federated.files.run_folder import read_config, read_run
 
 
 def train(folder, rounds, *, store=False, resume=False, stop_after=None, **options):
@@ -134,3 +134,12 @@ def test_a_run_that_was_killed_after_its_last_checkpoint_is_finished_by_resuming
         torch.equal(found["weight"], whole.weight)
         and len(model) == (tmp_path / "run/model.pt").stat().st_size
     )
+
+
+def test_where_it_was_resumed_from_other_places_is_kept(tmp_path):
+    """For what measures the run later; to as many rounds as before, or to more."""
+    with pytest.raises(Stopped):
+        train(tmp_path, 5, stop_after=3, data_dir=tmp_path / "old")
+    for rounds, place in ((5, "new"), (6, "newer")):
+        train(tmp_path, rounds, resume=True, data_dir=tmp_path / place)
+        assert read_config(tmp_path / "run")[0].data_dir == tmp_path / place

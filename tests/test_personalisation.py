@@ -429,16 +429,33 @@ def test_numbers_that_cannot_be_are_told_at_once(capsys):
 
 
 def test_places_that_are_lost_are_told_of_each_run(folder, capsys, monkeypatch):
+    """But not the nets that they began with, which nobody needs."""
     net = run(Config(**SMALL)).extractor
     monkeypatch.chdir(folder)
     runs = []
     for seed, name in enumerate(("one", "two")):
         torch.save(net.state_dict(), f"{name}.pt")
-        runs.append(train(folder, name, seed=seed, init_checkpoint=f"{name}.pt"))
+        (folder / f"data-{name}").mkdir()
+        options = {"init_checkpoint": f"{name}.pt", "data_dir": f"data-{name}"}
+        runs.append(train(folder, name, seed=seed, **options))
     (folder / "elsewhere").mkdir()
     monkeypatch.chdir(folder / "elsewhere")
     lost = (
-        "--init-checkpoint: no such file: {}.pt, relative to where the run began; start this there, or, if "
-        "the file was moved, put a link to it in its place"
+        "--data-dir: no such folder: data-{}, relative to where the run began; start this there, or, if "
+        "the folder was moved, put a link to it in its place"
     )
     assert "; ".join(mistakes_of(capsys, *runs)) == "; ".join(lost.format(name) for name in ("one", "two"))
+
+
+def test_runs_on_the_same_data_may_have_read_them_in_two_places(folder, capsys):
+    """What a checkpoint knows of them decides; without one the places do."""
+    runs = []
+    for seed, place in enumerate(("old", "new")):
+        (folder / place).mkdir()
+        runs.append(train(folder, f"run-{place}", seed=seed, data_dir=folder / place))
+    first, other = runs
+    out = f"--out={folder / 'out'}"
+    assert cli.main(["personalise", *runs, "--epochs=0", "--clients=1", out]) == 0
+    shutil.rmtree(next((folder / "run-new").glob("checkpoint-*")))
+    (said,) = mistakes_of(capsys, *runs, out)
+    assert said.startswith(f"{other} is on other data than {first}: data_dir {folder / 'new'} and ")

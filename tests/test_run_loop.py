@@ -568,7 +568,10 @@ def test_a_blank_test_image_is_a_miss_that_is_counted_and_said(tmp_path, caplog)
     _, history, summary = read_run(tmp_path / "blank")
     assert [metrics.not_finite for metrics in history] == [None, 1, 1] and summary.not_finite == 1
     (line,) = remarks(summary)
-    assert line.startswith("test images whose embedding is not finite: 1; they are misses")
+    assert line == (
+        "test images whose embedding is not finite: 1; they are misses (if they are most, is --client-lr, "
+        "--server-lr or --scale too high? if few, does the net divide by 0, as for an image of one colour?)"
+    )
     assert escape(line) in report_of(tmp_path / "blank") and remarks(of["others"]) == []
 
 

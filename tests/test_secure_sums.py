@@ -246,7 +246,7 @@ def test_a_change_that_does_not_fit_is_left_out_by_name(caplog):
         getattr(update, name).view(-1)[1] = 8.5
         assert inspection.look(update, update.class_ids).fault == "range"
         getattr(update, name).zero_()
-    with pytest.raises(TooFewClients, match="no secure sum takes: is --client-lr too high"):
+    with pytest.raises(TooFewClients, match="no secure sum takes: is --client-lr or --scale too high"):
         train(client_lr=1e4, trust_updates=True)
 
 

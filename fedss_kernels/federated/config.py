@@ -6,25 +6,20 @@ from that.
 """
 
 import dataclasses
-import functools
 import json
-import math
-import reprlib
 import types
-import typing
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from .algorithms import METHODS
 from .algorithms.method import PIR, SHARED, STICKY
 from .algorithms.mocosfl import CLIENT_GRADIENTS, MOMENTUM_COPIES, SYMMETRIC, VELOCITIES
 from .algorithms.own_numbers import check_known, own_numbers
 from .clashes import clashes
-from .config_error import FROM_OUTSIDE, ConfigError, did_you_mean, raise_together
+from .config_error import ConfigError, did_you_mean, raise_together
+from .config_option import checked, option
 from .data import DATASETS, PARTITIONS, TASKS
 from .data.image_folder import TEST_SHARE
 from .defaults import EVAL_EVERY, FITTED, LINEAR, OWN, PRESETS, preset
@@ -36,27 +31,7 @@ if TYPE_CHECKING:
     from typing import Self  # Python 3.10 has none
 
 MAX_NORM = 1000.0
-LARGEST = 3e38  # that float32 holds, about
-
 PRESET = None  # the default of an option that defaults.py decides
-
-
-def option(
-    default: Any,
-    help: str,
-    *,
-    low: float | None = None,  # the least value allowed
-    above: float | None = None,  # the value must be greater than this
-    below: float | None = None,  # the value must be less than this
-    choices: Callable[[], Sequence[str]] | None = None,
-    chosen: Callable[[str], str] = str,  # what of a value is one of them
-    saved: bool = True,
-    hashed: bool = True,
-) -> Any:
-    """A field of Config: its default, its help, and what it may be."""
-    bounds = {"low": low, "above": above, "below": below, "choices": choices, "chosen": chosen}
-    metadata = {"help": help, "saved": saved, **bounds}
-    return dataclasses.field(default=default, hash=None if hashed else False, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -566,7 +541,7 @@ class SharedConfig(Config):
 def read_options(path: Path) -> dict[str, Any]:
     """The options in a JSON file. Raises ConfigError if it is not one."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))  # as editors save it
+        values = json.loads(path.read_bytes())  # in UTF-8 or UTF-16, as editors save it
     except OSError as error:
         raise ConfigError("config", f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -574,69 +549,3 @@ def read_options(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError("config", f"expected an object of options in {path}, got {type(values).__name__}")
     return values
-
-
-@functools.cache
-def _hints() -> dict[str, Any]:
-    return typing.get_type_hints(Config)
-
-
-def option_type(name: str) -> tuple[type, bool]:
-    """(type, whether None is allowed) of an option of Config, from its annotation."""
-    hint = _hints()[name]
-    if not isinstance(hint, types.UnionType):
-        return hint, False
-    return typing.get_args(hint)[0], True
-
-
-def checked(field: dataclasses.Field, value: Any) -> Any:
-    """`value` as the field's type. Raises ConfigError for one of another type, or out of range."""
-    kind, optional = option_type(field.name)
-    if value is None and optional:
-        return None
-    if isinstance(value, np.generic):
-        value = value.item()
-    if kind is Path and isinstance(value, str | Path):
-        return Path(value)
-    if kind is float and type(value) is int and abs(value) < 2**63:
-        value = float(value)
-    if type(value) is not kind:
-        kind_of_it = "" if value is None else f" of type {type(value).__name__}"
-        got = f"{reprlib.repr(value)}{kind_of_it}"
-        raise ConfigError(field.name, f"expected {expectation(field)}, got {got}")
-    finite = not isinstance(value, float) or abs(value) < LARGEST
-    if not finite or not _in_bounds(field, value):
-        held = "; float32 holds 3e38" if isinstance(value, float) and LARGEST <= abs(value) < math.inf else ""
-        nearest = _nearest(field, value)
-        raise ConfigError(field.name, f"expected {expectation(field)}, got {value!r}{nearest}{held}")
-    return value
-
-
-def _in_bounds(field: dataclasses.Field, value: Any) -> bool:
-    low, above, below, choices = (field.metadata[name] for name in ("low", "above", "below", "choices"))
-    return (
-        (low is None or value >= low)
-        and (above is None or value > above)
-        and (below is None or value < below)
-        and (choices is None or field.metadata["chosen"](value) in choices())
-    )
-
-
-def expectation(field: dataclasses.Field) -> str:
-    """What a field may be, in words: "an integer of at least 1"."""
-    kind, _ = option_type(field.name)
-    low, above, below, choices = (field.metadata[name] for name in ("low", "above", "below", "choices"))
-    if choices is not None:
-        return f"one of {', '.join(choices())}"
-    words = {int: "an integer", float: "a finite number", bool: "true or false", Path: "a path"}.get(
-        kind, "text"
-    )
-    bounds = [("of at least", low), ("greater than", above), ("less than", below)]
-    limits = " and ".join(f"{text} {bound}" for text, bound in bounds if bound is not None)
-    return f"{words} {limits}".rstrip()
-
-
-def _nearest(field: dataclasses.Field, value: Any) -> str:
-    choices = field.metadata["choices"]
-    near = did_you_mean(value, choices()) if choices is not None and isinstance(value, str) else ""
-    return near + FROM_OUTSIDE * (field.name == "method")

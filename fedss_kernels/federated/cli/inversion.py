@@ -15,7 +15,7 @@ from ..config import Config
 from ..data import DATASETS, RESIZED, FederatedData
 from ..defaults import PRESETS
 from ..disk import check_room, reason
-from ..files.run_folder import check_trained_on, make_folder, read_config, read_net
+from ..files.run_folder import as_trained, check_trained_on, make_folder, read_config, read_net
 from ..loading import options_of_data
 from ..randomness import NO_CLIENT, Purpose, generator
 from .command import Command
@@ -77,7 +77,7 @@ def _invert(arguments: argparse.Namespace) -> int:
     halves, drawn, wrong = {}, list[inversion.Images](), list[str]()
     for folder, name in zip(arguments.runs, places(arguments.runs), strict=True):
         with noted(wrong, images=_ATTACK):
-            config = dataclasses.replace(read_config(folder)[0], half_checkpoint=None, init_checkpoint=None)
+            config = as_trained(read_config(folder)[0])
             inversion.check(config)
             refuse_lost(arguments, config, again=False)
             state = read_net(folder)

@@ -15,7 +15,7 @@ import torch
 from ..algorithms import METHODS
 from ..disk import why
 from ..fedavg_round import TooFewClients
-from ..files.run_folder import check_trained_on, make_folder, read_config, read_kept, read_model
+from ..files.run_folder import as_trained, check_trained_on, make_folder, read_config, read_kept, read_model
 from ..models import MODELS, family_of
 from ..reports.measured import NotWritten
 from ..reports.remarks import remarks
@@ -113,6 +113,7 @@ _OF_A_RUN = (
         "glyph_writers",
         "model",
         "embedding_dim",
+        "init_checkpoint",
     ),
 )
 
@@ -127,7 +128,7 @@ def _noise(arguments: argparse.Namespace) -> int:
                 for name in _OF_A_RUN
                 if name in arguments
             )
-        there = read_config(arguments.run)[0] if arguments.run else None
+        there = as_trained(read_config(arguments.run)[0]) if arguments.run else None
         config = config_of(arguments, there.to_dict() if there else {})
         if there:
             refuse(
@@ -186,7 +187,7 @@ def _confusion(arguments: argparse.Namespace) -> int:
     found, wrong = [], list[str]()
     for folder in arguments.runs:
         with noted(wrong, client="--client"):
-            config, _ = read_config(folder)
+            config = as_trained(read_config(folder)[0])
             refuse_lost(arguments, config, again=False)
             model, own = read_model(folder), read_kept(folder)
             config, data = read_data(config, [])

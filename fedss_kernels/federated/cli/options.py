@@ -10,16 +10,9 @@ from typing import Any, NoReturn
 
 from ..algorithms import METHODS, readers, readers_in_words, settings_of_all
 from ..algorithms.own_numbers import in_words
-from ..config import (
-    Config,
-    ConfigError,
-    SharedConfig,
-    checked,
-    expectation,
-    option_type,
-    read_options,
-)
+from ..config import Config, ConfigError, SharedConfig, read_options
 from ..config_error import raise_together
+from ..config_option import checked, expectation, option_type
 from ..defaults import FITTED, OWN, PRESETS
 from ..disk import reason
 from ..plan import LISTS, as_called, misfits, read_preset, with_defaults
@@ -101,7 +94,7 @@ def add_options(parser: argparse.ArgumentParser, without: Sequence[str] = ()) ->
             group = parser.add_argument_group(titles[field.name])
         if field.name in without:
             continue
-        kind, _ = option_type(field.name)
+        kind, _ = option_type(field)
         settings: dict[str, Any] = {
             "dest": field.name,
             "default": argparse.SUPPRESS,
@@ -197,7 +190,7 @@ def reader(
 
 def _reader_of(field: dataclasses.Field) -> Callable[[str], Any]:
     """Text -> a value that the option can have, for argparse, which then tells of all that can't be."""
-    kind, may_be_none = option_type(field.name)
+    kind, may_be_none = option_type(field)
     read = reader(kind, expectation(field))
 
     def read_and_check(text: str) -> Any:

@@ -12,7 +12,8 @@ import torch
 
 from ..config import Config
 from ..data import FederatedData
-from ..files.run_folder import check_trained_on, make_folder, read_config, read_kept, read_model
+from ..files import checkpoint
+from ..files.run_folder import as_trained, check_trained_on, make_folder, read_config, read_kept, read_model
 from ..loading import options_of_data
 from .command import Command
 from .measure import kept, write_measured
@@ -138,7 +139,7 @@ def _read(arguments: argparse.Namespace, wrong: list[str]) -> tuple[dict[Path, C
     wrong += [*_on_other_data(configs), *twice]
     for config in configs.values():
         with noted(wrong):
-            refuse_lost(arguments, config, again=False)
+            refuse_lost(arguments, as_trained(config), again=False)
     return configs, called
 
 
@@ -148,7 +149,7 @@ def _data_of(configs: dict[Path, Config]) -> FederatedData:
 
     wrong = list[str]()
     with mistakes():
-        _, data = read_data(next(iter(configs.values())), [])
+        _, data = read_data(as_trained(next(iter(configs.values()))), [])
     with noted(wrong):
         check_measurable(data)
     wrong = [line.removeprefix("personalise: ") for line in wrong]  # the command says its name itself
@@ -179,7 +180,7 @@ def _measured(
         what = f"{name}: fine-tuning clients"
         progress.said[what] = time.monotonic()  # as of rounds the first line comes after a while
         people = personalise(
-            config,
+            as_trained(config),
             data,
             read_model(folder),
             tuning,
@@ -196,7 +197,9 @@ def _on_other_data(configs: dict[Path, Config]) -> Iterator[str]:
     names = [name for name in options_of_data() if name != "cache_dir"]
     first, expected = next(iter(configs.items()), (None, None))
     for folder, config in configs.items():
-        pairs = [(name, getattr(config, name), getattr(expected, name)) for name in names]
+        # whether those in another folder are others a checkpoint knows
+        told = [name for name in names if name != "data_dir" or not checkpoint.exists(folder)]
+        pairs = [(name, getattr(config, name), getattr(expected, name)) for name in told]
         words = ", ".join(f"{name} {value} and {there}" for name, value, there in pairs if value != there)
         if words:
             yield (

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..config import Config
 from ..data import FederatedData
-from ..files.run_folder import check_trained_on, make_folder, read_config, read_net
+from ..files.run_folder import as_trained, check_trained_on, make_folder, read_config, read_net
 from ..probes import Line, Probing
 from .command import Command
 from .measure import kept, write_measured
@@ -114,7 +114,7 @@ def _probe(arguments: argparse.Namespace) -> int:
     first = next(iter(configs.values()))
     with mistakes():
         make_folder(out)
-        _, data = read_data(first, [])
+        _, data = read_data(as_trained(first), [])
         for folder in nets:
             check_trained_on(folder, data)
     _say_idle(arguments, data.task)
@@ -156,7 +156,7 @@ def _nets(
             config, _ = read_config(folder)
             state = read_net(folder)
             probe.check(config)
-            refuse_lost(arguments, config, again=False)
+            refuse_lost(arguments, as_trained(config), again=False)
             if folder in found:
                 raise Mistake(f"{folder}: expected it once")
             with noted(failed := list[str]()):

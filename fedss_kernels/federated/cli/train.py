@@ -31,7 +31,6 @@ from ..server.inspection import explained
 from ..workers import WorkerLost, help_out, launched
 from .command import Command
 from .options import (
-    PLACES,
     Mistake,
     Parser,
     add_config_file,
@@ -100,6 +99,7 @@ def _asked(arguments: argparse.Namespace) -> tuple[Config, Path]:
         if "out" in arguments:
             raise Mistake("--out: a run is resumed in its own folder, that of --resume")
         arguments.out = arguments.resume
+        _from_everywhere(arguments)
     try:
         config = config_of(arguments, _options_of(arguments.resume) if resume else {})
     except ConfigError:
@@ -110,6 +110,13 @@ def _asked(arguments: argparse.Namespace) -> tuple[Config, Path]:
     refuse(not_read(arguments, [config.method]))
     out = config.out or Path("runs") / f"{config.data}-{config.method}-seed{config.seed}"
     return dataclasses.replace(config, out=out), out
+
+
+def _from_everywhere(arguments: argparse.Namespace) -> None:
+    """Places that a run goes on from now, so that whoever measures it later finds them from any folder."""
+    for name in checkpoint.PLACES:
+        if place := vars(arguments).get(name):
+            setattr(arguments, name, place.absolute())
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -268,12 +275,10 @@ def _add_comparison_arguments(parser: argparse.ArgumentParser, without: Sequence
 def _refuse_others(arguments: argparse.Namespace) -> None:
     """A comparison is resumed as it was; only the number of jobs may be another, and where its data are."""
     given = vars(arguments)
-    options = [field.name for field in dataclasses.fields(Config) if field.name in given.keys() - _PLACES]
+    others = given.keys() - {*checkpoint.PLACES}
+    options = [field.name for field in dataclasses.fields(Config) if field.name in others]
     options += [name for name in ("preset", "config", *LISTS) if given.get(name) is not None]
     refuse(f"{flag(option)}: a comparison is resumed with the options it began with" for option in options)
-
-
-_PLACES = {*PLACES, "cache_dir"}
 
 
 def _planned(arguments: argparse.Namespace) -> Plan:
@@ -289,8 +294,9 @@ def _planned(arguments: argparse.Namespace) -> Plan:
         refuse(not_read(arguments, [case.method for case in plan.cases]))
         return plan
     _refuse_others(arguments)
+    _from_everywhere(arguments)
     there, out = Plan.read(arguments.resume), arguments.resume
-    places = {name: value for name, value in vars(arguments).items() if name in _PLACES}
+    places = {name: value for name, value in vars(arguments).items() if name in checkpoint.PLACES}
     plan = dataclasses.replace(there, config=dataclasses.replace(there.config, out=out, **places))
     begun = [*plan.trials(out / "rates"), *plan.runs(out, {})]
     any_saved = any(checkpoint.exists(folder_of(run)) for run in begun)

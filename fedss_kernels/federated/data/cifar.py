@@ -38,6 +38,7 @@ from .federated_data import FederatedData
 from .images import VERSION, OnProgress, decode
 from .partition import Partition, divide, divide_test
 from .pixels import Failure, failure, read_file, unlimited
+from .saved_text import text_of
 
 SOURCE = "https://www.cs.toronto.edu/~kriz/cifar.html"
 SIZE = 32
@@ -165,8 +166,15 @@ def _read(form: Format, data_dir: Path | None, from_jpegs: Callable[[Path], Arra
     if form is CIFAR10:
         if (folder / JPEGS).is_file():
             return from_jpegs(folder / JPEGS)
-        if (folder / "train").is_dir() and (folder / "test").is_dir():
+        halves = [half for half in ("train", "test") if (folder / half).is_dir()]
+        if len(halves) == 2:
             return from_jpegs(folder)
+        if halves:
+            absent = "test" if halves == ["train"] else "train"
+            raise FileNotFoundError(
+                f"cifar10: {folder} has {halves[0]} alone: expected {absent} too, as train/<class>/*.jpg and "
+                f"test/<class>/*.jpg; or {wanted}, from {SOURCE}"
+            )
     reason = "" if folder.is_dir() else ", which is not a folder"
     raise FileNotFoundError(f"{form.name}: looked for {wanted} in {folder}{reason}; get them from {SOURCE}")
 
@@ -221,7 +229,7 @@ def _joined(form: Format, batches: list[Batch], names: bytes, suffix: str) -> Ar
     sizes = [len(labels) for _, labels in batches]
     if len(set(sizes)) > 1 and form is CIFAR10:  # all have 10,000; train and test of CIFAR-100 differ
         raise ValueError(f"{form.name}: expected batches of equal size, got {sizes}; get it from {SOURCE}")
-    listed = names.decode("utf-8-sig").split() if suffix else _names_in_pickle(form, names)
+    listed = text_of(names).split() if suffix else _names_in_pickle(form, names)
     if len(listed) != form.num_classes:
         raise ValueError(
             f"{form.name}: expected {form.num_classes} names of classes in "

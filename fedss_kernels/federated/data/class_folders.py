@@ -176,7 +176,8 @@ class ClassFolders:
         if train is None or test is None:
             if train is not None and len(names) == 1:
                 raise FileNotFoundError(
-                    f"{self.name}: {folder} has {train} alone: expected {', '.join(TESTS)} too"
+                    f"{self.name}: {folder} has {train} alone: expected one of {', '.join(TESTS)} too; or "
+                    f"give {folder / train}, of which a share is the test"
                 )
             return None
         self.unused += [name for name in names if name not in (train, test)]

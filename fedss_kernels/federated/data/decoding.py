@@ -15,7 +15,8 @@ from queue import SimpleQueue
 
 from . import pixels
 from .damage import printable
-from .pixels import DAMAGED, LENGTH, PIXELS, Failure
+from .pixels import Failure
+from .pixels.serving import DAMAGED, LENGTH, PIXELS
 
 AHEAD = 16  # files that each process may be ahead of who takes the pixels
 # Of these signals a decoder dies by its own doing, that is by what is in the file; of others by somebody's.
@@ -56,7 +57,7 @@ def decoded(files: Sequence[Path], size: int, processes: int) -> Iterator[bytes 
 
 
 class _Decoder:
-    """A process of `pixels.serve`. Ctrl-C does not reach it: its parent hears it, and ends it."""
+    """A process of `pixels.serving`. Ctrl-C does not reach it: its parent hears it, and ends it."""
 
     def __init__(self, size: int):
         self.size, self.ended, self.lock = size, False, threading.Lock()
@@ -68,7 +69,7 @@ class _Decoder:
             if self.ended:
                 raise EOFError
             self.process = subprocess.Popen(
-                [sys.executable, pixels.__file__, str(self.size)],
+                [sys.executable, os.path.dirname(pixels.__file__), str(self.size)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 start_new_session=True,

@@ -36,7 +36,7 @@ from .cache import default_cache_dir, key_of, remove_leftovers, written_to
 from .damage import MISSING, NOWHERE, DamagedImages, MissingImages, read_list, some, write_list
 from .pixels import Failure, decode, failure, read_file, unlimited
 
-VERSION = 4  # raise it whenever the same files would give another array
+VERSION = 5  # raise it whenever the same files would give another array
 SHARE = 2 << 20  # bytes of files that are worth a process of their own
 WAIT = 0.2  # seconds between two looks at what another process makes
 OnProgress = Callable[[str, int, int], None]  # (what is going on, how much of it is done, of how much)

@@ -12,6 +12,7 @@ authors' lists, which have no images, and the images of Google Landmarks v2, who
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from .federated_data import FederatedData, Found
 from .image_folder import from_files
 from .images import OnProgress
 from .partition import Partition
+from .saved_text import text_of
 
 SOURCE = "https://storage.googleapis.com/gresearch/federated-vision-datasets/landmarks-user-160k.zip"
 IMAGES = "https://github.com/cvdfoundation/google-landmark (train)"
@@ -80,7 +82,7 @@ def find_folder(data_dir: Path | None) -> Path:
 
 def read_list(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
     """The rows of one. Raises ValueError, with the line, for any that's odd."""
-    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+    with io.StringIO(text_of(path.read_bytes(), "replace"), newline="") as file:
         reader = csv.DictReader(file)
         if not set(columns) <= set(reader.fieldnames or ()):
             raise ValueError(

@@ -33,7 +33,7 @@ from .images import OnProgress
 from .partition import Partition
 from .pixels import Failure, failure, read_file
 
-VERSION = 2  # raise it whenever the same files would give other arrays
+VERSION = 3  # raise it whenever the same files would give other arrays
 PARTS = ("images_background", "images_evaluation")
 SOURCE = "https://github.com/brendenlake/omniglot/tree/master/python"
 DRAWERS = 20
@@ -79,6 +79,7 @@ def load_omniglot(
         "omniglot", key, lambda: read(parts, skip_damaged, cache_dir, on_progress), cache_dir
     )
     walk.left_out = Counter(arrays["other_files"].tolist())
+    walk.unused += arrays["unused"].tolist()
     notes = (*walk.notes, *say_left_out("omniglot", arrays.get("left_out", np.array([], str)).tolist()))
     data = partition("omniglot", _table(arrays), task, seed, holdout, how)
     return replace(data, notes=notes) if notes else data
@@ -127,7 +128,7 @@ def read(
     for part in parts:
         before = len(found) + len(lost)
         for alphabet, character, drawer, name, content in (
-            _from_zip(part, walk.left_out) if part.is_file() else _from_folder(part, walk)
+            _from_zip(part, walk) if part.is_file() else _from_folder(part, walk)
         ):
             try:
                 found.append((alphabet, character, drawer, decode(content(), name)))
@@ -161,6 +162,7 @@ def read(
         "alphabet": np.array([alphabets.index(a) for a, _ in characters], dtype=np.int64),
         "alphabet_names": np.array(alphabets),
         "other_files": np.array(list(walk.left_out.elements()), str),
+        "unused": np.array(walk.unused, str),  # of zip files; of folders it is looked at anew
         **({"left_out": np.array([f"{a}/{c}" for a, c, *_ in lost])} if lost else {}),
     }
 
@@ -185,25 +187,33 @@ File = tuple[str, str, int, str, Callable[[], bytes]]  # the same, but a name fo
 DAMAGES = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError, UnicodeError)
 
 
-def _from_zip(path: Path, left_out: Counter[str]) -> Iterator[File]:
-    """What isn't hidden, as in a folder; counts the others in `left_out`."""
+def _from_zip(path: Path, walk: ClassFolders) -> Iterator[File]:
+    """What isn't hidden, as in a folder; `walk` keeps what is left out, and folders without a drawing."""
+    folders, held = set[str](), set[str]()
     try:
         with named(path), zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
-                if name.endswith("/"):  # a folder
-                    continue
                 top, _, below = name.partition("/")
                 match = FILE_NAME.fullmatch(below) if top == path.stem else None
                 if match is None:
-                    if not is_hidden(name):
+                    if name.endswith("/"):
+                        folders |= _folders(below) if top == path.stem and not is_hidden(name) else set()
+                    elif not is_hidden(name):
                         kind = kind_of(name)
-                        left_out[MISPLACED if kind == ".png" else kind] += 1
+                        walk.left_out[MISPLACED if kind == ".png" else kind] += 1
                 else:
+                    held |= _folders(below)
                     yield match[1], match[2], int(match[3]), name, partial(archive.read, name)
     except DAMAGES as error:
         if of_the_system(error):
             raise
         raise ValueError(f"omniglot: {path} is damaged ({error}); get it again from {SOURCE}") from error
+    walk.unused += [name for name in folders - held if name.rpartition("/")[0] in {"", *held}]  # the outer
+
+
+def _folders(name: str) -> set[str]:
+    """Those that a file is in, or a folder's name that ends with "/" says: "a/b/c" is in "a" and "a/b"."""
+    return {name[: found.start()] for found in re.finditer("/", name)}
 
 
 def _from_folder(path: Path, walk: ClassFolders) -> Iterator[File]:

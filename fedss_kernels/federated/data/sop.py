@@ -18,6 +18,7 @@ from .federated_data import FederatedData, Found
 from .image_folder import from_files
 from .images import OnProgress
 from .partition import Partition
+from .saved_text import text_of
 
 SOURCE = "https://cvgl.stanford.edu/projects/lifted_struct/ (Stanford_Online_Products.zip)"
 HEADER = ["image_id", "class_id", "super_class_id", "path"]
@@ -76,7 +77,7 @@ def find_folder(data_dir: Path | None) -> Path:
 
 def read_list(path: Path) -> ByClass:
     """The images of each class, by class_id, ascending. Raises ValueError, with the line, for an odd one."""
-    lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
+    lines = text_of(path.read_bytes(), "surrogateescape").splitlines()
     if not lines or lines[0].split() != HEADER:
         raise ValueError(
             f"sop: {path}, line 1: expected {' '.join(HEADER)!r}, got {''.join(lines[:1])[:80]!r}; get it "

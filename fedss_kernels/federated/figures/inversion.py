@@ -6,7 +6,7 @@ resistant may only have met a weak attacker: so there are three, and who looks a
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from ..algorithms import METHODS
 from ..clients.player import Player
 from ..config import Config, ConfigError
 from ..data import FederatedData
+from ..files.run_folder import as_trained
 from ..randomness import NO_CLIENT, Purpose, generator
 from ..reports.measured import write_figures
 from ..split_learning.half import cut
@@ -106,7 +107,7 @@ def clients_half(
     Raises ConfigError as `check`, and where the configuration is of another net.
     """
     check(config)
-    extractor = Player(replace(config, half_checkpoint=None, init_checkpoint=None), data).extractor
+    extractor = Player(as_trained(config), data).extractor
     extractor.module.load_state_dict(state)
     half, _ = cut(extractor.module.cpu(), config.cut)
     return half.eval(), extractor.as_input

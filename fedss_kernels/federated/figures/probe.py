@@ -13,6 +13,7 @@ from ..clients.augment import Augmentation
 from ..clients.player import Player, training_device
 from ..config import Config
 from ..data import FederatedData
+from ..files.run_folder import as_trained
 from ..measures import MEASURES
 from ..probes import Line, Probing, by_depth
 from ..reports.measured import write_figures
@@ -63,7 +64,7 @@ def measure(
     """
     check(config)
     check_finite(state)
-    drawn = replace(config, init_checkpoint=None, half_checkpoint=None, freeze_clients=False)
+    drawn = replace(as_trained(config), freeze_clients=False)
     player = Player(drawn, data, device=training_device(config))
     begun = player.extractor.module
     trained = copy.deepcopy(begun)

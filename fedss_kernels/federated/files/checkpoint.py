@@ -36,12 +36,9 @@ from ..learning_rate import learning_rate
 from .fingerprint import Fingerprint
 
 FORMAT = 4
-# Options that no bit of a result depends on. What is in the files of init_checkpoint and half_checkpoint the
-# fingerprint knows.
-MAY_DIFFER = (
-    *("out", "data_dir", "cache_dir", "class_store", "init_checkpoint", "half_checkpoint"),
-    *("checkpoint_every", "workers"),
-)
+# What a run reads from, besides its own folder. What is in the files of the last two the fingerprint knows.
+PLACES = ("data_dir", "cache_dir", "class_store", "init_checkpoint", "half_checkpoint")
+MAY_DIFFER = ("out", *PLACES, "checkpoint_every", "workers")  # options that no bit of a result depends on
 _STATE, _REST = "state.safetensors", "checkpoint.json"
 log = logging.getLogger(__name__)
 

@@ -146,10 +146,14 @@ class RunFolder:
         return folder, found, read_metrics(path, facts.measures)
 
     def begin(self) -> None:
-        """When nothing is in the way of the next round: a run that finished or failed is that no more."""
+        """When nothing is in the way of the next round: a run that finished or failed is that no more.
+
+        Its config.json has the places that it goes on from, for who measures it.
+        """
         there, _ = read_config(self.path)
-        if there.rounds != self.config.rounds:
-            self._save(dataclasses.replace(there, rounds=self.config.rounds))
+        now = {name: getattr(self.config, name) for name in ("rounds", *checkpoint.PLACES)}
+        if any(getattr(there, name) != value for name, value in now.items()):
+            self._save(dataclasses.replace(there, **now))
         for name in ("summary.json", "error.txt"):
             (self.path / name).unlink(missing_ok=True)
 
@@ -304,6 +308,11 @@ def read_config(path: Path) -> tuple[Config, str]:
     return settled, f"{file} was changed ({'; '.join(different)})" if different else ""
 
 
+def as_trained(config: Config) -> Config:
+    """Of a finished run, whose net is in its folder: without the files that it began with."""
+    return dataclasses.replace(config, init_checkpoint=None, half_checkpoint=None)
+
+
 def read_run(path: Path) -> tuple[Config, list[RoundMetrics], Summary]:
     """What a run left in its folder: all of a finished one, what is done of another.
 
@@ -333,7 +342,7 @@ def _read_facts(path: Path) -> Facts | None:
 
 def _read_summary(file: Path) -> Summary:
     try:
-        return Summary.from_dict(json.loads(file.read_text(encoding="utf-8-sig")))
+        return Summary.from_dict(json.loads(file.read_bytes()))
     except OSError as error:
         raise ValueError(f"no finished run in {file.parent}: summary.json: {error.strerror}") from None
     except (ValueError, TypeError, KeyError) as error:

@@ -14,8 +14,9 @@ def remarks(run: RoundMetrics | Summary) -> list[str]:
         )
     elif run.not_finite:
         found.append(
-            f"test images whose embedding is not finite: {run.not_finite:,}; they are misses (does the net "
-            "divide by 0 for some, as for an image of one colour?)"
+            f"test images whose embedding is not finite: {run.not_finite:,}; they are misses (if they are "
+            "most, is --client-lr, --server-lr or --scale too high? if few, does the net divide by 0, as for "
+            "an image of one colour?)"
         )
     if run.personal_not_finite:
         found.append(

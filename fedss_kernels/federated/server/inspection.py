@@ -20,6 +20,7 @@ from ..messages import Update, norm, numbers
 HARMLESS = 0.01
 LARGEST_LOSS = 1e30  # that sums of many are still numbers of
 _DIVERGED = "is --client-lr, --server-lr or --scale too high, or does the net or an own loss give NaN?"
+_TOO_FAR = "is --client-lr or --scale too high?"
 # Of each fault what it is, and what it comes from where all clients have it.
 REASONS = {
     "dtype": "not dense float32 numbers, or no update at all",
@@ -28,13 +29,13 @@ REASONS = {
     "examples": "a number of images that no client has",
     "loss": f"a loss not finite or over 1e30: {_DIVERGED}",
     "not finite": f"changes not finite: {_DIVERGED}",
-    "range": "a change outside [-8, 8], which no secure sum takes: is --client-lr too high?",
-    "norm": "norm over --max-norm: is --client-lr too high?",
+    "range": f"a change outside [-8, 8], which no secure sum takes: {_TOO_FAR}",
+    "norm": f"norm over --max-norm: {_TOO_FAR}",
     "shares": "keys or shares that no secure sum can be made or opened with",
 }
 # Where others' answers are sound: the bound is then the lower of two, and what is over it may be so too.
 BESIDE_OTHERS = REASONS | {
-    "norm": "norm over --max-norm or --max-norm-ratio: is --client-lr too high? if not, give larger bounds"
+    "norm": f"norm over --max-norm or --max-norm-ratio: {_TOO_FAR} if not, give larger bounds"
 }
 
 

@@ -400,10 +400,11 @@ def test_numbers_come_back_as_they_went(dtype, shape):
     assert found.dtype == dtype and torch.equal(found, numbers)
 
 
-def test_no_numbers_are_packed_whatever_their_strides():
-    """As of classes that are drawn where none are left."""
-    found = unpacked(packed(torch.empty_strided((0,), (0,), dtype=torch.int64)))
-    assert found.shape == (0,) and found.dtype == torch.int64
+def test_one_number_and_none_are_packed_whatever_their_strides():
+    """As of classes that are drawn where none are left, and of one of few clients."""
+    for numbers in (torch.empty_strided((0,), (0,), dtype=torch.int64), torch.arange(7)[3::4]):
+        found = unpacked(packed(numbers))
+        assert torch.equal(found, numbers) and found.dtype == torch.int64
 
 
 def test_what_is_packed_has_no_more_bytes_than_its_numbers():

@@ -19,6 +19,7 @@ from flower_network import LocalGrid
 from flwr.app import Array, ArrayRecord, Error
 
 from fedss_kernels.federated import flower
+from fedss_kernels.federated.algorithms import METHODS, Request
 from fedss_kernels.federated.flower import client_app
 from fedss_kernels.federated.flower.federate import Settings, federate
 from fedss_kernels.federated.flower.network import Incomplete
@@ -129,6 +130,18 @@ def test_a_node_sends_no_more_than_its_ids_its_update_and_two_numbers(tmp_path):
     words, numbers = seen["train"]
     assert set(words) == {"images", "loss"} and set(numbers) == {"rows", "net"}
     assert numbers["rows"] == ("float32", (*rows[1], 4)) and numbers["net"] == ("float32", (148,))
+
+
+def test_a_method_of_ones_own_is_asked_for_clients_that_have_classes(tmp_path, monkeypatch):
+    """So it may take the first of them."""
+
+    def request(num_classes, positives, negatives, correction):
+        ids = torch.arange(int(positives.min()), int(positives.max()) + 1)
+        return Request(ids, None, torch.zeros(len(ids)))
+
+    monkeypatch.setitem(METHODS, "span", replace(METHODS["pos_only"], name="span", request=request))
+    assert model_of(federated(tmp_path, method="span")) == model_of(simulated(tmp_path, method="span"))
+    assert ledger(tmp_path / "federated") == ledger(tmp_path / "simulated")
 
 
 def test_where_all_clients_use_the_same_rows_none_is_asked(tmp_path):

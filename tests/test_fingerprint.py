@@ -184,7 +184,9 @@ def test_one_image_counts_alike_whatever_the_strides_are():
     data = tiny_data()
     rows = torch.arange(7)[3::4]
     assert rows.stride() == (4,)
-    one, same = (dataclasses.replace(data, clients=(held, *data.clients[1:])) for held in (rows, rows.clone()))
+    one, same = (
+        dataclasses.replace(data, clients=(held, *data.clients[1:])) for held in (rows, rows.clone())
+    )
     assert fingerprint(Net(), one).differences(fingerprint(Net(), same)) == []
 
 

@@ -116,9 +116,8 @@ def run(
     channels, H, W) in [0, 1] to embeddings (B, D); a copy of it is trained, from its present parameters on.
     `on_round` is called after every round, `on_tuned(done, total)` while clients fine-tune the model at the
     end. With `config.out` the results are written to that folder, otherwise nothing is written. Equal
-    arguments give equal bits on one machine, whatever autocast, modes and defaults of torch are around it. One
-    runs at a time in a process, as torch's default generator, which nets with dropout draw from, is shared:
-    several at once go in processes of their own.
+    arguments give equal bits on one machine, whatever autocast, modes and defaults of torch are around it.
+    One run at a time in a process, as nets that draw share torch's default generator.
 
     With `resume` it goes on from the last checkpoint in `config.out`, written every
     `config.checkpoint_every` rounds, to the same bits as a run that never stopped (times excepted). A run

@@ -35,7 +35,7 @@ def while_training(
 
 
 def at_the_end(net: nn.Module, data: FederatedData, prepared: Prepared = as_input) -> dict[str, float]:
-    """Linear probes on all images of clients after the first block, a quarter, half and all of them, or a retrieval."""
+    """Linear probes on all images after the first block, a quarter, half and all of them, or a retrieval."""
     test = features(net, data.test_images, depth_of(net), prepared=prepared)
     lost = {"not_finite": int((~finite(test)).sum())}
     if data.task == "retrieval":

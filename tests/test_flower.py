@@ -180,6 +180,20 @@ def test_a_run_that_goes_on_does_so_without_a_node_that_is_gone(tmp_path):
     assert outcomes(tmp_path / "federated", 0) == [("accepted", ""), ("dropped", "")]
 
 
+@pytest.mark.parametrize("nodes", [NODES - 1, NODES + 1])
+def test_a_run_does_not_go_on_with_another_number_of_nodes(nodes, tmp_path):
+    """Nobody is asked, and with as many as before it goes on."""
+    options, out = {"checkpoint_every": 1, "rounds": 2}, tmp_path / "federated"
+    federated(tmp_path, **options | {"rounds": 1})
+    roll, grid = (out / "roll.json").read_text(), grid_of()
+    settings = run_config(out, **options) | {"resume": True, "nodes": nodes}
+    words = rf"nodes: expected {NODES}, as the run in .*federated has, got {nodes}$"
+    with pytest.raises(ConfigError, match=words):
+        federate(grid, settings, NUM_CLASSES, server_data, tiny_model)
+    assert not grid.sent and (out / "roll.json").read_text() == roll
+    federated(tmp_path, resume=True, **options)
+
+
 def test_without_a_federations_checkpoint_nothing_goes_on(tmp_path):
     with pytest.raises(
         CheckpointError, match=r"no federation's checkpoint in .*: there is no sound roll.json"

@@ -113,6 +113,11 @@ def test_a_federation_has_the_bits_of_the_simulation(options, tmp_path):
         assert ledger(tmp_path / "federated") == ledger(tmp_path / "simulated")
 
 
+def test_of_clients_images_the_server_says_nothing(tmp_path, caplog):
+    federated(tmp_path, rounds=1)
+    assert "no client" not in caplog.text
+
+
 def test_a_node_sends_no_more_than_its_ids_its_update_and_two_numbers(tmp_path):
     grid, seen = grid_of(), {}
 

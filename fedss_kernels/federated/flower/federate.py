@@ -61,6 +61,7 @@ def federate(
         model=model() if model else None,
         on_round=_say,
         resume=settings.resume,
+        afar=True,
     )
 
 

@@ -394,6 +394,10 @@ def test_a_node_without_its_number_is_told_how_to_get_one(tmp_path):
             {"method": "fedbabu", "noise-multiplier": 1.0, "clip-norm": 1.0},
             "noise_multiplier: expected 0 over a network",
         ),
+        (
+            {"method": "fedbabu", "personalise-epochs": 1},
+            "personalise_epochs: expected 0 over a network, where the server has no client's images",
+        ),
         ({"nodes": 0}, "nodes: expected an integer of at least 1, got 0"),
         ({"timeout": "soon"}, "timeout: expected seconds greater than 0, got 'soon'"),
         ({"resume": 1}, "resume: expected true or false, got 1"),

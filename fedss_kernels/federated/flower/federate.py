@@ -116,6 +116,9 @@ def _check(config: Config, nodes: int) -> None:
     if config.noise_multiplier:
         expected = f"expected 0 {over}: the noise of a simulation is drawn from a seed that all clients have"
         raise ConfigError("noise_multiplier", f"{expected}, got {config.noise_multiplier:g}")
+    if config.personalise_epochs:
+        expected = f"expected 0 {over}, where the server has no client's images to fine-tune on"
+        raise ConfigError("personalise_epochs", f"{expected}, got {config.personalise_epochs}")
     if config.out is None:
         raise ConfigError("out", "expected a folder for the results, got none")
 

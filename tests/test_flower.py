@@ -290,14 +290,44 @@ def test_a_node_that_fails_costs_its_answer_alone(kind, change, outcome, tmp_pat
     assert model_of(result) == model_of(simulated_without(2, tmp_path))
 
 
-def test_a_round_that_nobody_answers_is_given_up_with_the_reasons(tmp_path, monkeypatch):
-    monkeypatch.setattr("fedss_kernels.federated.fedavg_round.ATTEMPTS", 3)
+SILENT = {
+    "an error": (lambda reply: Error(1, "out of memory"), {}, r"9 dropped out; out of memory \(9\)"),
+    "a refusal": (with_words(refused="no disk"), {}, r"9 dropped out; it refused: no disk \(9\)"),
+    "nothing": (lambda reply: None, {}, r"9 late, after timeout; nothing in 0.2 s \(9\)"),
+    "nothing, and drawn delays": (lambda reply: None, {"deadline": 1e9}, "9 late, after timeout or --deadl"),
+}
+
+
+@pytest.mark.parametrize("change, options, words", SILENT.values(), ids=SILENT)
+def test_a_round_that_nobody_answers_is_soon_given_up_with_the_reasons(change, options, words, tmp_path):
     grid = grid_of()
-    grid.spoil = dict.fromkeys(grid.nodes, only("train", lambda reply: Error(1, "out of memory")))
+    grid.spoil = dict.fromkeys(grid.nodes, only("train", change))
+    words = f"round 1: of 3 cohorts of 3 none had 1 answer that counted: {words}"
+    with pytest.raises(TooFewClients, match=words):
+        federated(tmp_path, grid, **options)
+
+
+def test_nodes_with_another_net_are_why_a_round_is_given_up(tmp_path):
+    def another():
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 4, bias=False))
+
     with pytest.raises(
-        TooFewClients, match="round 1: of 3 cohorts of 3 none had 1 answer that counted: 9 dropped out"
+        TooFewClients, match=r"9 dropped out; it refused: model: .* of 148 numbers, got one of 144 \(9\)$"
     ):
-        federated(tmp_path, grid)
+        federated(tmp_path, grid_of(model=another))
+
+
+def test_nodes_that_refuse_a_run_that_goes_on_are_why_it_is_given_up(tmp_path):
+    federated(tmp_path, rounds=1, checkpoint_every=1)
+    grid = grid_of(lambda node: without_files({"partition-id": 0}))
+    with pytest.raises(TooFewClients, match=r"it is not there \(9\); a node cannot take part: FileNotFound"):
+        federated(tmp_path, grid, resume=True, rounds=2)
+
+
+def without_files(node):
+    if node["partition-id"] == 0:
+        raise FileNotFoundError(2, "No such file or directory", "/srv/scans")
+    return node_data(node)
 
 
 def test_a_node_that_goes_as_it_is_sent_something_is_not_waited_for(tmp_path, caplog):
@@ -337,6 +367,26 @@ def test_missing_nodes_are_named(tmp_path):
     del grid.nodes[900 - 7 * 3]
     with pytest.raises(Incomplete, match=r"of 5 nodes 4 are there: missing after 0.2 s: 3$"):
         federated(tmp_path, grid)
+
+
+def test_a_node_whose_function_fails_says_so_at_once(tmp_path, caplog):
+    grid = grid_of(without_files)
+    with pytest.raises(
+        Incomplete, match=r"FileNotFoundError: \[Errno 2\] No such file or directory: '/srv/sc"
+    ):
+        federated(tmp_path, grid)
+    assert grid.sent.count((900, "query.roll")) == 1
+    assert "in without_files" in caplog.text  # on the node, where
+
+
+def test_why_nobody_knows_who_a_node_is_is_said_once_it_is_missing(tmp_path, caplog):
+    """It is asked again, as it may be there later."""
+    grid = grid_of()
+    grid.spoil[900] = lambda kind, reply: Error(2, "no module named federation")
+    with pytest.raises(Incomplete, match=r"missing after 0.2 s: 0; no module named federation$"):
+        federated(tmp_path, grid)
+    assert grid.sent.count((900, "query.roll")) > 1
+    assert caplog.text.count("a node does not say who it is: no module named federation") == 1
 
 
 @pytest.mark.parametrize(

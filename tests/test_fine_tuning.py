@@ -72,6 +72,25 @@ def test_initial_is_over_all_classes_and_restricted_over_ones_own(similarity):
     assert len({each.initial for each in found} | {each.restricted for each in found}) > 2
 
 
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_of_training_images_that_are_not_finite_nothing_is_near(similarity):
+    """Of client 0 all are blank, and the net divides by their spread."""
+    data = data_of_clients()
+    images = data.images.clone()
+    images[data.clients[0]] = 7
+
+    class Spread(nn.Module):
+        def forward(self, x):
+            x = x.flatten(1)
+            return x / (x - x[:, :1]).norm(dim=1, keepdim=True)
+
+    net = nn.Sequential(Spread(), nn.Linear(36, DIM))
+    rows = model(DIM + (similarity == "dot"))[1]
+    found = personalise(tiny_config(similarity=similarity), replace(data, images=images), (net, rows), FEW)
+    assert found[0].client == 0 and found[0].nearest_mean == 0
+    assert any(each.nearest_mean for each in found)
+
+
 def test_initial_over_all_test_images_is_the_runs_top1():
     data = data_of_clients()
     net, rows = model()

@@ -180,6 +180,16 @@ def test_someone_who_is_tested_on_nothing_counts_whatever_the_strides_are():
     assert fingerprint(Net(), first).differences(fingerprint(Net(), second)) == []
 
 
+def test_one_image_counts_alike_whatever_the_strides_are():
+    data = tiny_data()
+    rows = torch.arange(7)[3::4]
+    assert rows.stride() == (4,)
+    one, same = (
+        dataclasses.replace(data, clients=(held, *data.clients[1:])) for held in (rows, rows.clone())
+    )
+    assert fingerprint(Net(), one).differences(fingerprint(Net(), same)) == []
+
+
 def test_of_many_images_a_sample_is_read(monkeypatch):
     monkeypatch.setattr("fedss_kernels.federated.files.fingerprint.ALL_BYTES", 0)
     monkeypatch.setattr("fedss_kernels.federated.files.fingerprint.SAMPLE", 4)

@@ -19,6 +19,7 @@ from flower_network import LocalGrid
 from flwr.app import Array, ArrayRecord, Error
 
 from fedss_kernels.federated import flower
+from fedss_kernels.federated.algorithms import METHODS, Request
 from fedss_kernels.federated.flower import client_app
 from fedss_kernels.federated.flower.federate import Settings, federate
 from fedss_kernels.federated.flower.network import Incomplete
@@ -112,6 +113,11 @@ def test_a_federation_has_the_bits_of_the_simulation(options, tmp_path):
         assert ledger(tmp_path / "federated") == ledger(tmp_path / "simulated")
 
 
+def test_of_clients_images_the_server_says_nothing(tmp_path, caplog):
+    federated(tmp_path, rounds=1)
+    assert "no client" not in caplog.text
+
+
 def test_a_node_sends_no_more_than_its_ids_its_update_and_two_numbers(tmp_path):
     grid, seen = grid_of(), {}
 
@@ -129,6 +135,18 @@ def test_a_node_sends_no_more_than_its_ids_its_update_and_two_numbers(tmp_path):
     words, numbers = seen["train"]
     assert set(words) == {"images", "loss"} and set(numbers) == {"rows", "net"}
     assert numbers["rows"] == ("float32", (*rows[1], 4)) and numbers["net"] == ("float32", (148,))
+
+
+def test_a_method_of_ones_own_is_asked_for_clients_that_have_classes(tmp_path, monkeypatch):
+    """So it may take the first of them."""
+
+    def request(num_classes, positives, negatives, correction):
+        ids = torch.arange(int(positives.min()), int(positives.max()) + 1)
+        return Request(ids, None, torch.zeros(len(ids)))
+
+    monkeypatch.setitem(METHODS, "span", replace(METHODS["pos_only"], name="span", request=request))
+    assert model_of(federated(tmp_path, method="span")) == model_of(simulated(tmp_path, method="span"))
+    assert ledger(tmp_path / "federated") == ledger(tmp_path / "simulated")
 
 
 def test_where_all_clients_use_the_same_rows_none_is_asked(tmp_path):
@@ -165,6 +183,20 @@ def test_a_run_that_goes_on_does_so_without_a_node_that_is_gone(tmp_path):
     del grid.nodes[900]  # client 0
     federated(tmp_path, grid, resume=True, rounds=2, **options)
     assert outcomes(tmp_path / "federated", 0) == [("accepted", ""), ("dropped", "")]
+
+
+@pytest.mark.parametrize("nodes", [NODES - 1, NODES + 1])
+def test_a_run_does_not_go_on_with_another_number_of_nodes(nodes, tmp_path):
+    """Nobody is asked, and with as many as before it goes on."""
+    options, out = {"checkpoint_every": 1, "rounds": 2}, tmp_path / "federated"
+    federated(tmp_path, **options | {"rounds": 1})
+    roll, grid = (out / "roll.json").read_text(), grid_of()
+    settings = run_config(out, **options) | {"resume": True, "nodes": nodes}
+    words = rf"nodes: expected {NODES}, as the run in .*federated has, got {nodes}$"
+    with pytest.raises(ConfigError, match=words):
+        federate(grid, settings, NUM_CLASSES, server_data, tiny_model)
+    assert not grid.sent and (out / "roll.json").read_text() == roll
+    federated(tmp_path, resume=True, **options)
 
 
 def test_without_a_federations_checkpoint_nothing_goes_on(tmp_path):
@@ -258,14 +290,44 @@ def test_a_node_that_fails_costs_its_answer_alone(kind, change, outcome, tmp_pat
     assert model_of(result) == model_of(simulated_without(2, tmp_path))
 
 
-def test_a_round_that_nobody_answers_is_given_up_with_the_reasons(tmp_path, monkeypatch):
-    monkeypatch.setattr("fedss_kernels.federated.fedavg_round.ATTEMPTS", 3)
+SILENT = {
+    "an error": (lambda reply: Error(1, "out of memory"), {}, r"9 dropped out; out of memory \(9\)"),
+    "a refusal": (with_words(refused="no disk"), {}, r"9 dropped out; it refused: no disk \(9\)"),
+    "nothing": (lambda reply: None, {}, r"9 late, after timeout; nothing in 0.2 s \(9\)"),
+    "nothing, and drawn delays": (lambda reply: None, {"deadline": 1e9}, "9 late, after timeout or --deadl"),
+}
+
+
+@pytest.mark.parametrize("change, options, words", SILENT.values(), ids=SILENT)
+def test_a_round_that_nobody_answers_is_soon_given_up_with_the_reasons(change, options, words, tmp_path):
     grid = grid_of()
-    grid.spoil = dict.fromkeys(grid.nodes, only("train", lambda reply: Error(1, "out of memory")))
+    grid.spoil = dict.fromkeys(grid.nodes, only("train", change))
+    words = f"round 1: of 3 cohorts of 3 none had 1 answer that counted: {words}"
+    with pytest.raises(TooFewClients, match=words):
+        federated(tmp_path, grid, **options)
+
+
+def test_nodes_with_another_net_are_why_a_round_is_given_up(tmp_path):
+    def another():
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 4, bias=False))
+
     with pytest.raises(
-        TooFewClients, match="round 1: of 3 cohorts of 3 none had 1 answer that counted: 9 dropped out"
+        TooFewClients, match=r"9 dropped out; it refused: model: .* of 148 numbers, got one of 144 \(9\)$"
     ):
-        federated(tmp_path, grid)
+        federated(tmp_path, grid_of(model=another))
+
+
+def test_nodes_that_refuse_a_run_that_goes_on_are_why_it_is_given_up(tmp_path):
+    federated(tmp_path, rounds=1, checkpoint_every=1)
+    grid = grid_of(lambda node: without_files({"partition-id": 0}))
+    with pytest.raises(TooFewClients, match=r"it is not there \(9\); a node cannot take part: FileNotFound"):
+        federated(tmp_path, grid, resume=True, rounds=2)
+
+
+def without_files(node):
+    if node["partition-id"] == 0:
+        raise FileNotFoundError(2, "No such file or directory", "/srv/scans")
+    return node_data(node)
 
 
 def test_a_node_that_goes_as_it_is_sent_something_is_not_waited_for(tmp_path, caplog):
@@ -305,6 +367,26 @@ def test_missing_nodes_are_named(tmp_path):
     del grid.nodes[900 - 7 * 3]
     with pytest.raises(Incomplete, match=r"of 5 nodes 4 are there: missing after 0.2 s: 3$"):
         federated(tmp_path, grid)
+
+
+def test_a_node_whose_function_fails_says_so_at_once(tmp_path, caplog):
+    grid = grid_of(without_files)
+    with pytest.raises(
+        Incomplete, match=r"FileNotFoundError: \[Errno 2\] No such file or directory: '/srv/sc"
+    ):
+        federated(tmp_path, grid)
+    assert grid.sent.count((900, "query.roll")) == 1
+    assert "in without_files" in caplog.text  # on the node, where
+
+
+def test_why_nobody_knows_who_a_node_is_is_said_once_it_is_missing(tmp_path, caplog):
+    """It is asked again, as it may be there later."""
+    grid = grid_of()
+    grid.spoil[900] = lambda kind, reply: Error(2, "no module named federation")
+    with pytest.raises(Incomplete, match=r"missing after 0.2 s: 0; no module named federation$"):
+        federated(tmp_path, grid)
+    assert grid.sent.count((900, "query.roll")) > 1
+    assert caplog.text.count("a node does not say who it is: no module named federation") == 1
 
 
 @pytest.mark.parametrize(
@@ -362,6 +444,10 @@ def test_a_node_without_its_number_is_told_how_to_get_one(tmp_path):
             {"method": "fedbabu", "noise-multiplier": 1.0, "clip-norm": 1.0},
             "noise_multiplier: expected 0 over a network",
         ),
+        (
+            {"method": "fedbabu", "personalise-epochs": 1},
+            "personalise_epochs: expected 0 over a network, where the server has no client's images",
+        ),
         ({"nodes": 0}, "nodes: expected an integer of at least 1, got 0"),
         ({"timeout": "soon"}, "timeout: expected seconds greater than 0, got 'soon'"),
         ({"resume": 1}, "resume: expected true or false, got 1"),
@@ -400,10 +486,11 @@ def test_numbers_come_back_as_they_went(dtype, shape):
     assert found.dtype == dtype and torch.equal(found, numbers)
 
 
-def test_no_numbers_are_packed_whatever_their_strides():
-    """As of classes that are drawn where none are left."""
-    found = unpacked(packed(torch.empty_strided((0,), (0,), dtype=torch.int64)))
-    assert found.shape == (0,) and found.dtype == torch.int64
+def test_one_number_and_none_are_packed_whatever_their_strides():
+    """As of classes that are drawn where none are left, and of one of few clients."""
+    for numbers in (torch.empty_strided((0,), (0,), dtype=torch.int64), torch.arange(7)[3::4]):
+        found = unpacked(packed(numbers))
+        assert torch.equal(found, numbers) and found.dtype == torch.int64
 
 
 def test_what_is_packed_has_no_more_bytes_than_its_numbers():

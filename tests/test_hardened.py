@@ -34,11 +34,11 @@ def config(**options):
     return tiny_config(**usual | {"key_dim": 3, "round_steps": 2, "client_lr": 0.05} | options)
 
 
-def made(target=None, epochs=None, **options):
+def made(target=None, epochs=None, source=None, **options):
     target = tiny_data().test_images[:3] if target is None else target
     epochs = [] if epochs is None else epochs
     keep = {"model": net(), "width": 4, "on_epoch": lambda *found: epochs.append(found)}
-    return harden(config(**options), tiny_data(), target, Resistance(), **keep)
+    return harden(config(**options), source or tiny_data(), target, Resistance(), **keep)
 
 
 @pytest.fixture
@@ -71,6 +71,16 @@ def test_equal_arguments_make_equal_halves_and_the_target_makes_others():
     assert any(
         not torch.equal(one.net[name], value) for name, value in net().state_dict().items() if name in one.net
     )
+
+
+def test_images_of_no_client_are_not_trained_on():
+    data, without = tiny_data(), tiny_data().images[:0]
+    few = tuple(rows - 6 for rows in data.clients[1:])
+    names = {"client_names": data.client_names[1:], "test_clients": ()}
+    more = dataclasses.replace(data, clients=data.clients[1:], **names)
+    alone = dataclasses.replace(data, images=data.images[6:], labels=data.labels[6:], clients=few, **names)
+    one, same = (made(target=without, source=source, round_steps=0) for source in (more, alone))
+    torch.testing.assert_close((one.net, one.head), (same.net, same.head), rtol=0, atol=0)
 
 
 def test_a_run_begins_with_both_halves_and_its_copies_are_they(half):

@@ -142,6 +142,18 @@ def test_what_cannot_be_attacked_is_told_in_a_line(wide, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_attacker_sees_images_of_clients_alone():
+    """Those of a holdout are the test, which nobody trains on."""
+    data = load_data(Config(data="glyphs", glyph_classes=6, glyph_writers=8, cohort=1, holdout=0.5))
+    held = torch.cat(data.clients)
+    everything = argparse.Namespace(attack_share=0.5, attack_images=len(held) // 2)
+    found = commands._drawn(everything, data, 0, lambda images: images)
+    drawn = torch.cat([found.own, found.others]).flatten(1)
+    assert sorted(drawn.tolist()) == sorted(data.images[held].flatten(1).tolist())
+    known = commands._known(argparse.Namespace(target_share=0.999999), Config(), data)
+    assert sorted(known.flatten(1).tolist()) == sorted(drawn.tolist())
+
+
 def test_the_target_has_its_own_defaults(tmp_path):
     """And the size of the source's images: they go through one net."""
     folder = tmp_path / "images"

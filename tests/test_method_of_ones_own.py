@@ -809,6 +809,8 @@ def test_a_plugin_is_there_in_the_jobs_of_a_comparison_and_in_the_next_process(f
         ("import nothing_like_it", "line 1: ModuleNotFoundError: No module named 'nothing_like_it'"),
         ("x = 1\ny = x.z", "line 2: AttributeError: 'int' object has no attribute 'z'"),
         ("x = (", "SyntaxError: '(' was never closed"),
+        ("import sys\nsys.exit()", "line 2: SystemExit"),
+        ("import sys\nsys.exit('no GPU here')", "line 2: SystemExit: no GPU here"),
         ("x = 1", "expected a call of register(method) in it, got none"),
         (FILE.replace('"prox"', '"fedss"'), "ValueError: register: name: expected one that no method has"),
         (None, "no such file"),

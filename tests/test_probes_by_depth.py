@@ -140,6 +140,19 @@ def test_a_run_is_probed_at_the_first_block_a_quarter_a_half_and_all():
     assert [found[name] for name in names] == [first, first, first, last] and first != last
 
 
+def test_images_of_no_client_are_not_learned_from():
+    """As of clients who are held out, whose images are the test."""
+    data, net = striped_data(), Small()
+    rows = torch.cat([torch.arange(17, 60), torch.arange(17)])  # not as they stand
+    images, labels = torch.cat([data.test_images, data.images]), torch.cat([data.test_labels, data.labels])
+    more = replace(data, images=images, labels=labels, clients=tuple((rows + 40).split(30)))
+    for few in (Probing(neighbours=3, epochs=1), Probing(neighbours=3, labels=0.2)):
+        assert by_depth({"": net}, more, few) == by_depth({"": net}, data, few)
+    for found in (at_the_end, before_training):
+        assert found(net, more) == found(net, data)
+    assert while_training(net, more, 1, seed=0) == while_training(net, data, 1, seed=0)
+
+
 def test_while_training_few_of_the_images_are_looked_at():
     data, net = striped_data(training=4_100, test=1_600), Small()
     seen = list[int]()

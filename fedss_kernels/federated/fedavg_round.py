@@ -133,19 +133,26 @@ class Simulation:
                 return Played.of(updates, entries + moved)
             entries += [replace(e, outcome="discarded") if e.outcome == "accepted" else e for e in moved]
             left_out = 0 if updates else left_out + sum(e.outcome == "rejected" for e in moved)
-            if attempt + 1 >= HOPELESS_ATTEMPTS and left_out >= HOPELESS_ANSWERS:
+            if attempt + 1 >= HOPELESS_ATTEMPTS and self._hopeless(left_out):
                 break
         raise self._too_few(round, attempt + 1, entries)
+
+    def _hopeless(self, left_out: int) -> bool:
+        """Whether the next attempt would go as these; left_out: answers in a row of which none counted."""
+        return left_out >= HOPELESS_ANSWERS
 
     def _too_few(self, round: int, cohorts: int, entries: Sequence[Entry]) -> TooFewClients:
         count, size = self.config.min_clients, self.config.cohort
         answers = "1 answer" if count == 1 else f"{count} answers"
         words = f"round {round + 1}: of {cohorts} cohorts of {size} none had {answers} that counted: "
-        words += reasons(entries)
+        words += self._reasons(entries)
         if self.not_finite_since is not None:
             since = f"since round {self.not_finite_since}: is --server-lr too high?"
             words += f"; the model they are sent has had numbers that are not finite {since}"
         return TooFewClients(words, entries)
+
+    def _reasons(self, entries: Sequence[Entry]) -> str:
+        return reasons(entries)
 
     def _note_finite(self, round: int) -> None:
         if self.not_finite_since is None and not self.server.finite:

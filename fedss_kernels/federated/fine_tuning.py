@@ -284,7 +284,8 @@ class FineTuner:
         counts = place[there].bincount(minlength=int(place.max()) + 1)
         sums = x.new_zeros(len(counts), x.shape[1]).index_add_(0, place[there], train[there])
         apart = torch.cdist(x, sums / counts[:, None], compute_mode="donot_use_mm_for_euclid_dist")
-        return torch.where(finite, apart.nan_to_num(torch.inf).argmin(dim=1), NOTHING)
+        near = finite & apart.isfinite().any(dim=1)
+        return torch.where(near, apart.nan_to_num(torch.inf).argmin(dim=1), NOTHING)
 
     def _points(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(where they are, zeros for what is not finite; whether each is finite)."""

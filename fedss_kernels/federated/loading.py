@@ -233,9 +233,9 @@ def check_data(config: Config, data: FederatedData) -> None:
     raise_together([*errors, *_misfits_of_net(config, tuple(data.images.shape[1:]))])
 
 
-def trivial(config: Config, data: FederatedData) -> list[str]:
-    """A line each on images that train or measure nothing."""
-    lines = [] if config.holdout or not data.clients else _unheld(data)
+def trivial(config: Config, data: FederatedData, afar: bool = False) -> list[str]:
+    """A line each on images that train or measure nothing; of clients' that are `afar` nobody knows."""
+    lines = [] if config.holdout or afar else _unheld(data)
     return [*lines, *(_unrelated(data) if data.task == "retrieval" else [])]
 
 

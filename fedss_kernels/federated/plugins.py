@@ -157,7 +157,7 @@ def _load(path: Path) -> None:
     try:
         loader.exec_module(sys.modules[name])
         why = "" if METHODS != before else "expected a call of register(method) in it, got none"
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         why = _cause(error, path)
     if why:
         del sys.modules[name]
@@ -167,7 +167,7 @@ def _load(path: Path) -> None:
         raise ConfigError("plugin", f"{path}: {why}")
 
 
-def _cause(error: Exception, path: Path) -> str:
+def _cause(error: BaseException, path: Path) -> str:
     """Where in the file it failed, and of what, in one line."""
     lines = [
         frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)

@@ -117,6 +117,7 @@ def run(
     `on_round` is called after every round, `on_tuned(done, total)` while clients fine-tune the model at the
     end. With `config.out` the results are written to that folder, otherwise nothing is written. Equal
     arguments give equal bits on one machine, whatever autocast, modes and defaults of torch are around it.
+    One run at a time in a process, as nets that draw share torch's default generator.
 
     With `resume` it goes on from the last checkpoint in `config.out`, written every
     `config.checkpoint_every` rounds, to the same bits as a run that never stopped (times excepted). A run
@@ -153,11 +154,12 @@ def run_by(
     on_tuned: OnTuned | None = None,
     resume: bool = False,
     stop: Callable[[], bool] | None = None,
+    afar: bool = False,  # whether clients' images are elsewhere: of those in `data` nothing is said
 ) -> Result:
     """As `run`, of rounds that this algorithm plays."""
     if resume and config.out is None:
         raise ConfigError("out", "expected the folder of the run to resume, got none")
-    config, data = _settled(config, data, model)
+    config, data = _settled(config, data, model, afar)
     told, stop = on_round or _ignore, stop or (lambda: False)
     with _torch_settings(config.threads):
         player = Player(config, data, model, training_device(config))
@@ -188,7 +190,7 @@ def _ignore(*told: object) -> None:
 
 
 def _settled(
-    config: Config, data: FederatedData | None, model: nn.Module | None
+    config: Config, data: FederatedData | None, model: nn.Module | None, afar: bool
 ) -> tuple[Config, FederatedData]:
     """Every option as the run has it, and its data. Raises ConfigError for what does not go together."""
     if data is not None:
@@ -201,7 +203,7 @@ def _settled(
     check_measured(config, data)
     if model is not None and config.workers > 1:
         check_sendable(model)
-    for line in (*idle_settings.idle([config]), *trivial(config, data), *dearer(config, data)):
+    for line in (*idle_settings.idle([config]), *trivial(config, data, afar), *dearer(config, data)):
         idle_settings.log.warning(line)
     return config, data
 

@@ -42,6 +42,7 @@ class Method:
         for it where `samples` is set, else none; correction is the option of this name. positives must be
         among the rows, as a client is trained on images of them. Before training it is asked for a made-up
         client, with class 0 alone of two and no negatives: to see whether what it asks for tells its classes.
+        So does the server of a federation, of all classes.
     paper: where it is from; "": from nowhere yet.
     parts: parts(num_blocks) -> Parts: where each block of the net stands, and the class rows.
     by_round: by_round(config, num_blocks) -> Schedule, where parts are others from round to round; None: as

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..config import Config
 from ..data import DATASETS, RESIZED, FederatedData
+from ..data.of_clients import of_clients, rows_held
 from ..defaults import PRESETS
 from ..disk import check_room, reason
 from ..files.run_folder import as_trained, check_trained_on, make_folder, read_config, read_net
@@ -84,7 +85,7 @@ def _invert(arguments: argparse.Namespace) -> int:
             config, data = read_data(config, [])
             check_trained_on(folder, data)
             halves[name], prepared = inversion.clients_half(config, data, state)
-            drawn.append(_drawn(arguments, data.images, arguments.seed, prepared))
+            drawn.append(_drawn(arguments, data, arguments.seed, prepared))
             if not _same(drawn[-1], drawn[0]):
                 raise Mistake(f"{folder}: expected a run on the same data as {arguments.runs[0]}")
     refuse(wrong)
@@ -95,11 +96,11 @@ def _invert(arguments: argparse.Namespace) -> int:
 
 
 def _drawn(
-    arguments: argparse.Namespace, images: Tensor, seed: int, prepared: Callable[[Tensor], Tensor]
+    arguments: argparse.Namespace, data: FederatedData, seed: int, prepared: Callable[[Tensor], Tensor]
 ) -> "Images":
     from ..figures.inversion import Images
 
-    return Images.drawn(images, arguments.attack_share, arguments.attack_images, seed, prepared)
+    return Images.drawn(of_clients(data)[0], arguments.attack_share, arguments.attack_images, seed, prepared)
 
 
 def _same(images: "Images", others: "Images") -> bool:
@@ -210,7 +211,7 @@ def _harden(arguments: argparse.Namespace) -> int:
         target = _target(arguments, config, source) if arguments.target else None
         known = source.images[:0] if target is None else _known(arguments, config, target)
         clients = source if target is None else target
-        _drawn(arguments, clients.images, config.seed, lambda pixels: pixels)  # are there so many?
+        _drawn(arguments, clients, config.seed, lambda pixels: pixels)  # are there so many?
 
     torch.set_num_threads(config.threads)
     say_what_is_logged(arguments.command, hardened)
@@ -224,7 +225,7 @@ def _harden(arguments: argparse.Namespace) -> int:
         print(f"fedss harden: {reason(error)}; nothing of this training is saved", file=sys.stderr)
         return 1
     first, prepared = inversion.clients_half(config, clients, half.net)
-    images = _drawn(arguments, clients.images, config.seed, prepared)
+    images = _drawn(arguments, clients, config.seed, prepared)
 
     def note(found: inversion.Found) -> list[str]:
         print(f"the halves, for a run's --half-checkpoint: {out / HALF}")
@@ -275,8 +276,9 @@ def _target(arguments: argparse.Namespace, config: Config, source: FederatedData
 
 def _known(arguments: argparse.Namespace, config: Config, target: FederatedData) -> Tensor:
     rng = generator(config.seed, 1, 0, NO_CLIENT, Purpose.HARDEN)
-    count = round(arguments.target_share * len(target.images))
-    return target.images[torch.from_numpy(rng.permutation(len(target.images))[:count])]
+    held = rows_held(target)
+    count = round(arguments.target_share * len(held))
+    return target.images[held[torch.from_numpy(rng.permutation(len(held))[:count])]]
 
 
 INVERT = Command(

@@ -105,16 +105,17 @@ class Player:
         """What the client asks for. Raises ConfigError, of the method, for what it cannot."""
         if self.config.shares:
             common = self.common.of(round, attempt)
-            return replace(self._asked(common.held, common.negatives), sends_ids=False)
+            return replace(self.request_of(common.held, common.negatives), sends_ids=False)
         if self.method.contrastive:  # nobody reads a label
-            return self._asked(_NO_CLASSES, _NO_CLASSES)
+            return self.request_of(_NO_CLASSES, _NO_CLASSES)
         positives = self.client.positives(client)
         samples = self.method.samples
         negatives = self._negatives(round, attempt, client, positives) if samples else _NO_CLASSES
-        request = self._asked(positives, negatives)
+        request = self.request_of(positives, negatives)
         return replace(request, sends_ids=False) if self.config.private else request
 
-    def _asked(self, positives: Tensor, negatives: Tensor) -> Request:
+    def request_of(self, positives: Tensor, negatives: Tensor) -> Request:
+        """Of a client with these classes, for which these others were drawn. Raises ConfigError."""
         num_classes = self.data.num_classes
         found = self.method.request(num_classes, positives, negatives, self.config.correction)
         return checked_request(self.method, found, num_classes, positives)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import FederatedData
+from ..memory_bytes import memory_bytes
 
 ALL_BYTES = 2**28  # of images that are read as a whole
 SAMPLE = 256  # images of more
@@ -152,10 +153,8 @@ def _digest(parts: Iterable[Any]) -> str:
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, Tensor):
-            content = part.detach().cpu().contiguous()
-            digest.update(repr((tuple(content.shape), content.dtype)).encode())
-            if content.numel():  # one without numbers may have strides that no view can be made of
-                digest.update(content.reshape(-1).view(torch.uint8).numpy().data)
+            digest.update(repr((tuple(part.shape), part.dtype)).encode())
+            digest.update(memory_bytes(part).numpy().data)
         else:
             digest.update(repr(part).encode())
     return digest.hexdigest()

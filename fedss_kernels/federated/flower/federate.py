@@ -49,7 +49,7 @@ def federate(
     about = {"nodes": settings.nodes, "classes": classes, "shape": json.dumps(list(images.shape[1:]))}
     network = Network(grid, about, settings.timeout, settings.nodes)
     if settings.resume:
-        network.images = _roll(config)
+        network.images = _roll(config, settings.nodes)
     else:
         assert config.out is not None
         check_folder(config.out, RUN_FILES, overwrite=config.overwrite)  # before anybody is waited for
@@ -61,6 +61,7 @@ def federate(
         model=model() if model else None,
         on_round=_say,
         resume=settings.resume,
+        afar=True,
     )
 
 
@@ -115,6 +116,9 @@ def _check(config: Config, nodes: int) -> None:
     if config.noise_multiplier:
         expected = f"expected 0 {over}: the noise of a simulation is drawn from a seed that all clients have"
         raise ConfigError("noise_multiplier", f"{expected}, got {config.noise_multiplier:g}")
+    if config.personalise_epochs:
+        expected = f"expected 0 {over}, where the server has no client's images to fine-tune on"
+        raise ConfigError("personalise_epochs", f"{expected}, got {config.personalise_epochs}")
     if config.out is None:
         raise ConfigError("out", "expected a folder for the results, got none")
 
@@ -137,16 +141,19 @@ def _tested(images: Any, labels: Any) -> tuple[Tensor, Tensor]:
     return images, labels
 
 
-def _roll(config: Config) -> dict[int, int]:
-    """Of a run that goes on how many images each client has."""
+def _roll(config: Config, nodes: int) -> dict[int, int]:
+    """Of a run that goes on how many images each client has. Raises ConfigError for other `nodes`."""
     assert config.out is not None
     path = Path(config.out) / ROLL
     try:
-        return {int(client): images for client, images in json.loads(path.read_text()).items()}
+        found = {int(client): images for client, images in json.loads(path.read_text()).items()}
     except (OSError, ValueError, AttributeError):
         raise CheckpointError(
             f"no federation's checkpoint in {config.out}: there is no sound {ROLL}"
         ) from None
+    if len(found) != nodes:
+        raise ConfigError("nodes", f"expected {len(found)}, as the run in {config.out} has, got {nodes}")
+    return found
 
 
 def _from_afar(

@@ -1,13 +1,16 @@
 """The simulation's rounds, played by the nodes of a network."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from ..any_round import Played
 from ..clients.player import Player
 from ..disk import write_whole
 from ..fedavg_round import Simulation
 from ..files.run_folder import RunFolder
+from ..ledger import Entry
 from ..messages import Request, Silence
+from ..server.inspection import reasons
 from ..server.tally import Tally
 from ..workers import Team
 from .network import Network
@@ -34,6 +37,18 @@ def federation(network: Network) -> type[Simulation]:
                 return {}
             rows = self._giving()(*next(iter(requests.items())))
             return self.team.sum(round, attempt, requests, self.server.extractor, rows, tally)
+
+        def play(self, round: int) -> Played:
+            network.silent.clear()
+            return super().play(round)
+
+        def _hopeless(self, left_out: int) -> bool:
+            """Why nodes are silent another attempt hardly changes, and it may take a timeout."""
+            return bool(network.silent) or super()._hopeless(left_out)
+
+        def _reasons(self, entries: Sequence[Entry]) -> str:
+            late = "timeout" if self.config.deadline is None else "timeout or --deadline"
+            return "; ".join([reasons(entries, late), *network.said()])
 
         def checkpoint(self, folder: RunFolder, rounds: int) -> None:
             write_whole(folder.path / ROLL, json.dumps(network.images))

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from .wire import message, word_of
 
 PAUSE = 1.0  # seconds between two looks for answers
 GRACE = 60.0  # seconds that Flower keeps a message longer than it is waited for
+TOLD = 3  # reasons, of many
 log = logging.getLogger(__name__)
 
 
@@ -31,6 +33,8 @@ class Network:
     nodes: int
     images: dict[int, int] = field(default_factory=dict)  # of each client that has been there, how many
     refused: list[str] = field(default_factory=list)  # by nodes that cannot take part, in their words
+    silent: Counter[str] = field(default_factory=Counter)  # why clients were so in this round, in words
+    _failing: dict[int, str] = field(default_factory=dict)  # Flower's id -> why nobody knows who it is
     _asked: set[int] = field(default_factory=set)  # Flower's ids of those who have said who they are
     _node: dict[int, int] = field(default_factory=dict)  # client -> Flower's id
 
@@ -41,7 +45,11 @@ class Network:
         for node, answer in self._exchanged("query.roll", new).items():
             if isinstance(answer, RecordDict):
                 self._asked.add(node)
+                self._failing.pop(node, None)
                 self._enter(node, answer)
+            elif self._failing.get(node) != answer:
+                self._failing[node] = answer
+                log.warning("a node does not say who it is: %s", answer)
         return {client: node for client, node in self._node.items() if node in now}
 
     def _enter(self, node: int, answer: RecordDict) -> None:
@@ -67,7 +75,8 @@ class Network:
         there = self.there()
         missing = ", ".join(str(k) for k in range(self.nodes) if k not in there)
         if missing:
-            why = self.refused or [f"missing after {self.timeout:g} s: {missing}"]
+            failing = dict.fromkeys(self._failing.values())
+            why = self.refused or [f"missing after {self.timeout:g} s: {missing}", *failing]
             raise Incomplete(f"of {self.nodes} nodes {len(there)} are there: {'; '.join(why)}")
 
     def _until(self, done: Callable[[], bool]) -> None:
@@ -91,8 +100,15 @@ class Network:
                 answers[k] = answer
                 continue
             silent[k] = Silence("late" if answer is None else "dropped")
-            log.warning("client %d does not answer: %s", k, answer or f"nothing in {self.timeout:g} s")
+            why = answer or f"nothing in {self.timeout:g} s"
+            self.silent[why] += 1
+            log.warning("client %d does not answer: %s", k, why)
         return answers, silent
+
+    def said(self) -> list[str]:
+        """Why nodes had no part in a round: the commonest reasons, and those of who never have."""
+        silent = [f"{why} ({count:,})" for why, count in self.silent.most_common(TOLD)]
+        return [*silent, *(f"a node cannot take part: {why}" for why in dict.fromkeys(self.refused))]
 
     def _exchanged(self, kind: str, contents: Mapping[int, RecordDict]) -> dict[int, RecordDict | str]:
         """By Flower's id: what came back, or in words why nothing will; those who are late are not in it."""

@@ -1,6 +1,7 @@
 """The app of a node: the simulator's client, on data that it alone has."""
 
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -29,6 +30,7 @@ from .wire import are_ids, message, number_of, update_message, word_of
 
 Data = Callable[[Mapping[str, Any]], tuple[Any, Any]]
 PARTITION = "partition-id"
+log = logging.getLogger(__name__)
 # Of the server's machine; the net as it begins is what the server sends.
 _PLACES = ("data_dir", "cache_dir", "out", "class_store", "init_checkpoint", "half_checkpoint")
 
@@ -44,7 +46,10 @@ def app(data: Data, model: Callable[[], nn.Module] | None) -> ClientApp:
         try:
             content = answer(_Node(asked.content, context, data, model))
         except ValueError as error:  # what the node's people should put right
-            content = message({"refused": " ".join(str(error).split())})
+            content = _refused(str(error))
+        except Exception as error:  # of their functions: anything
+            log.exception("this node refuses what the server asks for")
+            content = _refused(f"{type(error).__name__}: {error}")
         return Message(content, reply_to=asked)
 
     queries = _Node.roll, _Node.rows, _Node.keys, _Node.shares, _Node.union, _Node.open
@@ -52,6 +57,10 @@ def app(data: Data, model: Callable[[], nn.Module] | None) -> ClientApp:
         found.query(answer.__name__)(partial(handled, answer=answer))
     found.train()(partial(handled, answer=_Node.train))
     return found
+
+
+def _refused(words: str) -> RecordDict:
+    return message({"refused": " ".join(words.split())})
 
 
 class _Node:
@@ -101,6 +110,9 @@ class _Node:
             player.common.told(round, attempt, self._common(player))
         request = player.request(round, attempt, self.client)
         net, rows = self._numbers(player.config, "net"), self._numbers(player.config, "rows")
+        if net.shape != player.extractor.flat.shape:
+            expected = f"expected the server's net, of {net.numel():,} numbers"
+            raise ValueError(f"model: {expected}, got one of {player.extractor.flat.numel():,}")
         with torch.random.fork_rng(devices=[]):
             update = player.update(round, attempt, self.client, request, net, rows)
         player.extractor.check_buffers()

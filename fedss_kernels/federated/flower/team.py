@@ -32,10 +32,12 @@ class Nodes(Team):
         self, round: int, attempt: int, clients: Sequence[int]
     ) -> tuple[dict[int, Request], dict[int, Silence]]:
         """Nobody is asked where all clients use the same rows, or each draws its own."""
-        method, num_classes = self.player.method, self.player.data.num_classes
+        num_classes = self.player.data.num_classes
         self.network.wait_for(clients, self.player.config.min_clients)
-        common = method.request(num_classes, _NONE, _NONE, self.player.config.correction)
-        if not common.sends_ids:
+        made_up = self.player.request_of(torch.tensor([0]), _NONE)
+        if not made_up.sends_ids:
+            unsaid = Request(_NONE, None, torch.empty(0), sends_ids=False)  # of nodes that draw their own
+            common = made_up if len(made_up.class_ids) == num_classes else unsaid
             return dict.fromkeys(clients, common), {}
         asked = {k: message(self._words(round, attempt)) for k in clients}
         answers, silent = self.network.exchanged("query.rows", asked)

@@ -11,6 +11,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
 from ..ledger import WIRE_DTYPES
+from ..memory_bytes import memory_bytes
 from ..messages import Update
 
 NUMBERS, WORDS = "numbers", "words"  # the two records of a message
@@ -26,10 +27,7 @@ def message(words: dict[str, Any], numbers: dict[str, Tensor] | None = None) -> 
 
 def packed(tensor: Tensor) -> Array:
     dtype = str(tensor.dtype).removeprefix("torch.")
-    content = b""
-    if tensor.numel():  # or its strides may be any, and of no use to view
-        content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-    return Array(dtype, tuple(tensor.shape), _RAW, content)
+    return Array(dtype, tuple(tensor.shape), _RAW, memory_bytes(tensor).numpy().tobytes())
 
 
 def unpacked(array: Any) -> Tensor | None:

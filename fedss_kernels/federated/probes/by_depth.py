@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..clients.augment import as_input
 from ..data import FederatedData
+from ..data.of_clients import of_clients
 from ..measures import Measure, declare
 from ..metrics import retrieval
 from . import tuned
@@ -75,22 +76,22 @@ def by_depth(
 ) -> list[Line]:
     """A line for each depth and net. Of a classification "probe", "knn" and, where asked for, "fine_tuned".
 
-    A probe is trained on the training images and their labels, or a share of them, and measured on the test
+    A probe is trained on the clients' images and their labels, or a share of them, and measured on the test
     images. Of a retrieval, whose test classes nobody trains on, what metrics.retrieval measures on those.
     Raises ValueError for a depth that a net has not.
     """
     at = probing.depths or depths(next(iter(nets.values())))
     for net in nets.values():
         prefix(net, max(at))  # before anything is measured
-    train = data.images, data.labels
+    images, labels = of_clients(data)
     if probing.labels < 1:
-        rows = labelled(data.labels, probing.labels, probing.seed)
-        train = data.images[rows], data.labels[rows]
+        rows = labelled(labels, probing.labels, probing.seed)
+        images, labels = images[rows], labels[rows]
     found = list[Line]()
     for depth in at:
         for weights, net in nets.items():
             on_measured(len(found), len(at) * len(nets))
-            found.append(_line(weights, net, depth, train, data, probing, prepared, changed))
+            found.append(_line(weights, net, depth, (images, labels), data, probing, prepared, changed))
     return found
 
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from ..clients.augment import as_input
 from ..data import FederatedData
+from ..data.of_clients import of_clients, rows_held
 from ..metrics import retrieval
 from .features import Prepared, depth_of, depths, features, places
 from .labelled import some
@@ -23,7 +24,8 @@ def while_training(
     """At the depth that training has come to: nearest neighbours on a few images, or a retrieval on all."""
     if data.task == "retrieval":
         return retrieval(features(net, data.test_images, depth, prepared=prepared), data.test_labels).measured
-    bank, queries = some(len(data.images), BANK, seed, 0), some(len(data.test_images), QUERIES, seed, 1)
+    held, queries = rows_held(data), some(len(data.test_images), QUERIES, seed, 1)
+    bank = held[some(len(held), BANK, seed, 0)]
     made = (
         features(net, images[rows], depth, prepared=prepared)
         for images, rows in ((data.images, bank), (data.test_images, queries))
@@ -53,7 +55,6 @@ def before_training(net: nn.Module, data: FederatedData, prepared: Prepared = as
 
 
 def _probe(net: nn.Module, data: FederatedData, depth: int, prepared: Prepared) -> float:
-    train, test = (
-        features(net, images, depth, prepared=prepared) for images in (data.images, data.test_images)
-    )
-    return linear_probe(train, data.labels, test, data.test_labels)
+    images, labels = of_clients(data)
+    train, test = (features(net, each, depth, prepared=prepared) for each in (images, data.test_images))
+    return linear_probe(train, labels, test, data.test_labels)

@@ -44,12 +44,12 @@ def explained(faults: Iterable[tuple[str, int]]) -> str:
     return "; ".join(f"{count:,} {BESIDE_OTHERS.get(fault, fault)}" for fault, count in faults)
 
 
-def reasons(entries: Sequence[Entry]) -> str:
+def reasons(entries: Sequence[Entry], late: str = "--deadline") -> str:
     """Why clients' answers did not make a round, each reason with how many, the most frequent first."""
     counts = Counter(entry.fault or entry.outcome for entry in entries)
     words = {
         "dropped": "dropped out",
-        "late": "late, after --deadline",
+        "late": f"late, after {late}",
         "discarded": "nothing wrong with, but too few in their cohorts",
     }
     faults = BESIDE_OTHERS if counts["discarded"] else REASONS

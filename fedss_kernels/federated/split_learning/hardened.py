@@ -12,6 +12,7 @@ from ..clients.player import Player, training_device, views_of
 from ..clients.views import Views
 from ..config import Config
 from ..data import FederatedData
+from ..data.of_clients import of_clients
 from ..files.half_file import HalfFile
 from ..learning_rate import learning_rate
 from ..randomness import NO_CLIENT, Purpose, generator
@@ -52,8 +53,9 @@ def harden(
         raise ValueError(f"target: expected images as the source's, {shapes[0]}, got {shapes[1]}")
     player = Player(config, source, model, training_device(config))
     joint, views = joint_of(config, player), views_of(config, source)
-    steps = config.round_steps or max(1, len(source.images) // config.batch_size)
-    attacker = _attacker(config, joint, views, source.images[:1], width)
+    images, _ = of_clients(source)
+    steps = config.round_steps or max(1, len(images) // config.batch_size)
+    attacker = _attacker(config, joint, views, images[:1], width)
     hardening = Hardening(joint, attacker, resistance, config.rounds * steps)
     on_begin(HalfFile(*_states(player, joint), config.to_dict(), {}))
     for epoch in range(config.rounds):
@@ -61,7 +63,7 @@ def harden(
         torch.manual_seed(_seed(config, epoch, Purpose.MODEL))
         found, lr = np.zeros(2), learning_rate(config, epoch)
         for step in range(epoch * steps, (epoch + 1) * steps):
-            pixels = _batch(config, source.images, target, step)
+            pixels = _batch(config, images, target, step)
             found += hardening.step(views(pixels, rng), views(pixels, rng), lr)
         loss, seen = (found / steps).tolist()
         on_epoch(epoch, loss, seen)

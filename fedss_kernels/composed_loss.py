@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .class_table import class_tables, first_place
 from .given_target import row_losses
@@ -106,9 +107,12 @@ def _classes(
     An ignored row has the class of one that is not, or where all are ignored that of an entry that takes
     part: sparse gradients list no others.
     """
-    if C == 0 or target.shape[0] == 0:
+    if C == 0 or (target.shape[0] == 0 and not torch.compiler.is_compiling()):
         return torch.zeros_like(target), None
-    some = target.gather(0, first_place(counted))
+    rows = target, counted
+    if torch.compiler.is_compiling():  # for any number of rows, none of them too
+        rows = pad(target, (0, 1)), pad(counted, (0, 1))
+    some = rows[0].gather(0, first_place(rows[1]))
     if class_ids is None or class_ids.shape[0] > 0:
         entry = torch.zeros_like(some) if counts is None else first_place(counts < torch.inf)
         some = some.where(counted.any(), entry if class_ids is None else class_ids.gather(0, entry))

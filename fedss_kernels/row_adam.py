@@ -95,6 +95,14 @@ def _as_tensor(value: Any) -> Tensor:
     return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
 
 
+def _counted_on(row_steps: Tensor, step: Any) -> Tensor:
+    """Counts that torch's AdamW has carried along, as floats, plus the steps that it took: of every row.
+
+    It says `step` alone: as many as that is past the count of the row that was listed most often.
+    """
+    return row_steps + (step - row_steps.max()).clamp(min=0) if len(row_steps) else row_steps
+
+
 def _numbers(where: str, lr: Any, betas: Any, eps: Any, weight_decay: Any) -> tuple[float, ...]:
     """(lr, beta1, beta2, eps, weight_decay)"""
     pair = tuple(betas) if isinstance(betas, (Tensor, np.ndarray)) and betas.ndim else betas
@@ -189,11 +197,12 @@ class RowAdam(RowOptimizer):
     lists every row.
 
     State dicts are those of torch.optim.AdamW, both ways. `step` counts the parameter's steps, as there;
-    `row_steps` (C,) those of each row, which AdamW ignores. Where it is missing every row has taken `step`
-    steps. Options that are not here (`amsgrad`, `maximize`, an Adam's decay that is not decoupled) are
-    refused by name. torch.distributed.checkpoint loads what the optimiser that it loads into has, and for one
-    without a state its get_state_dict makes a state of dense gradients, without `row_steps`: give such an
-    optimiser one training step first, which loading then undoes.
+    `row_steps` (C,) those of each row. Where it is missing every row has taken `step` steps; where AdamW has
+    carried it along, every row has taken the steps that AdamW took besides. Options that are not here
+    (`amsgrad`, `maximize`, an Adam's decay that is not decoupled) are refused by name.
+    torch.distributed.checkpoint loads what the optimiser that it loads into has, and for one without a state
+    its get_state_dict makes a state of dense gradients, without `row_steps`: give such an optimiser one
+    training step first, which loading then undoes.
 
     Parameters may be float16, bfloat16, float32 or float64 on any device; 16-bit ones, clipping, numbers and
     waits are those of `RowSGD`. The averages of a 16-bit parameter are float32: squares of gradients leave
@@ -252,7 +261,10 @@ class RowAdam(RowOptimizer):
                 dtype = own.get(name, self._moments_dtype(parameter))
                 device = "cpu" if name == "step" else parameter.device
                 # a copy: torch copies what it casts, and nothing else
-                self.state[parameter][name] = _as_tensor(value).to(device, dtype, copy=True)
+                value = _as_tensor(value)
+                if name == "row_steps" and value.is_floating_point():
+                    value = _counted_on(value, state["step"])
+                self.state[parameter][name] = value.to(device, dtype, copy=True)
 
     def _checked_rule(self, options: dict[str, Any], where: str) -> Rule:
         lr, beta1, beta2, eps, weight_decay = _numbers(where, *(options[name] for name in self.REQUIRED))

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from . import vmapped
+from .checked_ids import checked_ids
 from .checks import (
     FLOATING,
     as_integer,
@@ -228,6 +229,8 @@ def _by_backend(
         if target.is_cpu and eager():
             check_ids("target", target, weight.shape[0], ignore_index)
             check_values(extras, target, ignore_index)
+        elif target.is_cpu:
+            target = checked_ids("target", target, weight.shape[0], ignore_index)
         rounding = autocast_dtype(input.device.type)
         with without_autocast(input.device.type):
             loss, lse = composed_loss(

@@ -11,6 +11,8 @@ from torch import Tensor
 from .class_table import ClassTable, added, first_place
 from .target_logits import in_range, inverse_lengths, rounded
 
+_LARGEST = 2**63 - 1  # that a label can be
+
 
 def mean_logits(
     input: Tensor,  # (B, D)
@@ -58,12 +60,10 @@ def mean_logits(
 def _sums_of_others(terms: Tensor, entry_labels: Tensor, target_labels: Tensor) -> Tensor:
     """(B, ...) for each row the sum of the terms (S, ...) of labels that are not its own."""
     B = target_labels.shape[0]
-    if not B:
-        return terms[:0]
     target_labels = target_labels.contiguous()  # searchsorted warns else
-    labels = target_labels.sort().values
+    labels = torch.cat([target_labels.sort().values, target_labels.new_full((1,), _LARGEST)])
     entry_labels = entry_labels + 0 * labels[0]  # under vmap of each problem's own: searchsorted warns else
-    nearest = torch.searchsorted(labels, entry_labels).clamp(max=B - 1)
+    nearest = torch.searchsorted(labels, entry_labels)
     group = nearest.where(labels[nearest] == entry_labels, B)  # B: of labels that no row has
     sums, own = added(B + 1, group, terms), torch.searchsorted(labels, target_labels)
     return (_sums_before(sums) + _sums_before(sums.flip(0)).flip(0))[own]

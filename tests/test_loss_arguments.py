@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from compilers import COMPILERS
 from fedss_kernels.reference import sampled_softmax_loss as reference_loss
 from later import later
 from loss_cases import BF16, F16, F32, F64, Case, cpp_only, gpu_only
@@ -731,3 +732,60 @@ def test_rows_without_columns_have_cosine_0(dtype):
     assert loss_function(x, w, t, label_smoothing=0.1).item() == pytest.approx(even)
     margin = math.log(4 + math.exp(-4.0)) + 4.0  # 20 * 0.2 under the others
     assert loss_function(x, w, t, cosine_margin=0.2).item() == pytest.approx(margin)
+
+
+# ---- compiled and exported ---------------------------------------------------------------------------------
+
+COMPOSED = {
+    "cosine_margin": 0.1,
+    "angular_margin": 0.1,
+    "label_smoothing": 0.1,
+    "class_weight": torch.ones(12),
+    "return_lse": True,
+}
+
+
+def of_classes(x, w, t, **options):
+    loss = loss_function(x, w, t, **options)
+    return loss[0] if isinstance(loss, tuple) else loss
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+@pytest.mark.parametrize("backend", COMPILERS)
+def test_a_compiled_loss_refuses_what_is_no_class(name, backend):
+    """A compiler's own indexing takes -1 for the last class."""
+    x, w = torch.randn(3, 5), torch.randn(12, 5, requires_grad=True)
+    torch.compiler.reset()
+    compiled = torch.compile(of_classes, fullgraph=True, backend=backend)
+    assert compiled(x, w, torch.tensor([3, -100, 11]), **{name: COMPOSED[name]}).isfinite()
+    for bad in (-1, 12, -101):
+        with pytest.raises(
+            IndexError, match=rf"target\[1\] = {bad}, expected a class in \[0, 12\) or ignore"
+        ):
+            compiled(x, w, torch.tensor([3, bad, 11]), **{name: COMPOSED[name]})
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_an_exported_loss_takes_a_batch_of_no_rows(name):
+    class Loss(torch.nn.Module):
+        def forward(self, x, w, t):
+            return of_classes(x, w, t, **{name: COMPOSED[name]})
+
+    x, w, t = torch.randn(4, 5), torch.randn(12, 5), torch.tensor([3, -100, 11, 0])
+    batch = {0: torch.export.Dim.DYNAMIC}
+    program = torch.export.export(Loss(), (x, w, t), dynamic_shapes=(batch, None, batch)).module()
+    torch.testing.assert_close(program(x, w, t), of_classes(x, w, t, **{name: COMPOSED[name]}))
+    torch.testing.assert_close(program(x[1:2], w, t[1:2]), torch.tensor(0.0))
+    torch.testing.assert_close(program(x[:0], w, t[:0]), torch.tensor(0.0))
+
+
+def test_a_stack_of_compiled_losses_checks_its_targets():
+    x, w, t = torch.randn(2, 3, 5), torch.randn(12, 5), torch.tensor([[3, -100, 11], [0, 1, 2]])
+
+    def stacked(x, t):
+        return torch.vmap(lambda x, t: of_classes(x, w, t, cosine_margin=0.1))(x, t)
+
+    compiled = torch.compile(stacked, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, t), stacked(x, t))
+    with pytest.raises(IndexError, match="= -1, expected a class in"):
+        compiled(x, t.where(t != 2, -1))

@@ -396,6 +396,22 @@ def test_rows_of_an_adamw_state_have_taken_all_its_steps():
     assert ours.state[weight]["row_steps"].tolist() == [4, 3, 3, 3, 4] and ours.param_groups[0]["lr"] == 0.1
 
 
+@pytest.mark.parametrize("times", [0, 10])
+def test_steps_that_adamw_took_in_between_are_those_of_every_row(times):
+    weight = nn.Parameter(torch.ones(5, 3))
+    ours, theirs = RowAdam([weight], lr=0.1), torch.optim.AdamW([weight])
+    for number in range(2):
+        weight.grad = torch.sparse_coo_tensor([range(1 + number)], torch.ones(1 + number, 3), (5, 3))
+        ours.step()
+    theirs.load_state_dict(ours.state_dict())
+    for number in range(times):
+        steps(theirs, [weight], number, sparsely=False)
+    again = RowAdam([weight])
+    again.load_state_dict(theirs.state_dict())
+    found = again.state[weight]["row_steps"]
+    assert found.dtype == torch.int64 and found.tolist() == [times + n for n in (2, 1, 0, 0, 0)]
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 def test_distributed_checkpoints_hold_the_counts_of_rows(tmp_path):
     """As the docstring has it: what is loaded into has taken a step."""

@@ -12,6 +12,7 @@ import math
 import reprlib
 import weakref
 from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import torch
@@ -275,6 +276,18 @@ class GeneratorHandle:
 
     def __deepcopy__(self, memo: dict) -> "GeneratorHandle":
         return GeneratorHandle(copy.deepcopy(self.generator, memo))
+
+
+def _generator(device: torch.device, state: bytes) -> torch.Generator:
+    generator = torch.Generator(device)
+    generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+    return generator
+
+
+# To another process, in a module say, torch would hand a tensor of the state by memory that is gone by then.
+ForkingPickler.register(
+    torch.Generator, lambda given: (_generator, (given.device, given.get_state().numpy().tobytes()))
+)
 
 
 def check_generator(generator: object) -> None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import refuse_forward_mode
 from .direct_route import plain_eager
 from .vmapped import each_problem
 
@@ -72,6 +73,7 @@ def class_tables(
 
 def _applied(function: type[torch.autograd.Function]) -> Callable[..., Tensor]:
     """Function.apply, without what it does for function transforms where there are none: half its time."""
+    refuse_forward_mode("sampled_softmax_loss")
     above: Any = super(torch.autograd.Function, function)
     return above.apply if plain_eager() else function.apply
 

@@ -156,6 +156,16 @@ def test_without_a_model_and_with_a_wrong_correction():
         SampledSoftmaxCE()(**batch())
     with pytest.raises(ValueError, match=r"log_expected_count: expected a number or shape \(cardinality,\)"):
         SampledSoftmaxCE(torch.zeros(2, 2))
+    for wrong, error, words in [
+        ({"log_expected_count": "a"}, TypeError, r"log_expected_count: expected a number .* got str"),
+        ({"scale": "a"}, TypeError, "scale: expected a number .* got str"),
+        ({"scale": math.nan}, ValueError, "scale: expected a finite number, got nan"),
+        ({"similarity": "foo"}, ValueError, 'similarity: expected "cosine" or "dot", got \'foo\''),
+    ]:
+        with pytest.raises(error, match=words):
+            SampledSoftmaxCE(**wrong)
+    with pytest.raises(ValueError, match=r"log_expected_count: .* each item, got 5 and item \d+$"):
+        Model(SampledSoftmaxCE(torch.zeros(5))).loss(**batch())
 
 
 # ---- in RePlay's own models --------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import copy
 import doctest
 import io
 import re
+import types
 from pathlib import Path
 
 import pytest
@@ -226,7 +227,7 @@ def test_models_that_do_not_fit_are_refused_in_words(transformers, llama, plug):
     no_linear.lm_head = torch.nn.Sequential(no_linear.lm_head)
     for model, error, words in [
         (torch.nn.Linear(2, 2), TypeError, "expected a causal language model of transformers, got Linear"),
-        (t5, TypeError, "calls self.loss_function, got T5ForConditionalGeneration"),
+        (t5, TypeError, "got T5ForConditionalGeneration, whose T5ForConditionalGeneration.forward does not"),
         (bert, ValueError, "is ForCausalLMLoss, got BertForMaskedLM with ForMaskedLMLoss"),
         (no_linear, TypeError, "head that is an nn.Linear, got a torch.nn.modules.container.Sequential"),
     ]:
@@ -246,6 +247,136 @@ def test_a_model_that_caps_its_logits_is_refused_and_left_as_it_was(transformers
     with pytest.raises(RuntimeError, match="soft caps"):
         model(input_ids=ids, labels=labels)
     assert model(input_ids=ids).logits.shape == (4, 8, C)
+
+
+@pytest.fixture
+def accelerator(transformers):
+    """In mixed precision. It is one for the process, so that it is undone afterwards."""
+    accelerate = pytest.importorskip("accelerate")
+    yield accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def set_forward(model, how, accelerator, own_forward):
+    """A forward on the model itself, as others set it."""
+    if how == "prepared":
+        return accelerator.prepare(model)
+    if how == "prepared and unwrapped":  # down to the model's own forward, past attach's
+        return accelerator.unwrap_model(accelerator.prepare(model), keep_fp32_wrapper=False)
+    if how == "hooks":
+        from accelerate.hooks import ModelHook, add_hook_to_module
+
+        return add_hook_to_module(model, ModelHook())
+    model.forward = types.MethodType(own_forward, model)
+    return model
+
+
+@pytest.mark.parametrize("how", ["prepared", "prepared and unwrapped", "hooks", "patched"])
+@pytest.mark.parametrize("first", ["attached", "set"])
+def test_a_forward_set_on_the_model_itself_is_called_with_the_rest(llama, plug, accelerator, how, first):
+    ids, labels = tokens()
+    model = llama()
+    own_forward = type(model).forward
+    expected = float(model(input_ids=ids, labels=labels).loss.detach())
+    attached = plug.attach(model) if first == "attached" else model
+    attached = plug.attach(set_forward(attached, how, accelerator, own_forward))
+    assert "forward" in vars(attached)
+    outputs = attached(input_ids=ids, labels=labels)
+    assert outputs.logits is None and abs(float(outputs.loss.detach()) - expected) < 0.02
+    assert attached(input_ids=ids).logits.shape == (4, 8, C)
+    outputs = plug.detach(attached)(input_ids=ids, labels=labels)
+    assert outputs.logits.shape == (4, 8, C) and abs(float(outputs.loss.detach()) - expected) < 0.02
+
+
+def test_a_call_past_the_model_of_a_forward_set_on_it_is_refused(llama, plug, accelerator):
+    model = plug.attach(accelerator.prepare(llama()), 10)
+    ids, labels = tokens()
+    with pytest.raises(RuntimeError, match=r"call the model, or del model.forward"):
+        model.forward(input_ids=ids, labels=labels)
+    assert model.forward(input_ids=ids).logits.shape == (4, 8, C)
+    del model.forward
+    assert model.forward(input_ids=ids, labels=labels).logits is None
+
+
+def test_a_forward_that_does_not_take_its_loss_from_the_head_is_refused(llama, plug):
+    model, (ids, labels) = llama(), tokens()
+    own_forward = type(model).forward
+
+    def forward(**inputs):
+        outputs = own_forward(model, **inputs | {"labels": None})
+        outputs.loss = torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten() % 16)
+        return outputs
+
+    plug.attach(model).forward = forward
+    with pytest.raises(RuntimeError, match=r"expected a forward that calls self.loss_function"):
+        model(input_ids=ids, labels=labels)
+    assert not model.lm_head.passes
+    del model.forward
+    model.lm_head.forward = lambda hidden: hidden @ model.lm_head.weight.t()
+    with pytest.raises(RuntimeError, match=r"expected a forward that calls its head"):
+        model(input_ids=ids, labels=labels)
+
+
+def test_a_head_with_hooks_is_refused_and_may_get_them_after(llama, plug):
+    hooks = pytest.importorskip("accelerate.hooks")
+    ids, labels = tokens()
+    model = llama()
+    hooks.add_hook_to_module(model.lm_head, hooks.ModelHook())
+    before = type(model)
+    with pytest.raises(TypeError, match=r"remove_hook_from_module\(head\)"):
+        plug.attach(model)
+    assert type(model) is before and not hasattr(model, "_fedss_settings")
+    hooks.remove_hook_from_module(model.lm_head)
+    assert plug.attach(model)(input_ids=ids, labels=labels).logits is None
+    hooks.add_hook_to_module(model.lm_head, hooks.ModelHook())
+    assert model(input_ids=ids, labels=labels).logits is None
+    assert plug.attach(model, 10)(input_ids=ids, labels=labels).logits is None
+    assert plug.detach(model)(input_ids=ids, labels=labels).logits.shape == (4, 8, C)
+
+
+def test_other_models_of_an_attached_ones_class_are_not_attached(llama, plug, tmp_path):
+    model = plug.attach(llama(), 10)
+    model.save_pretrained(tmp_path)
+    ids, labels = tokens()
+    expected = plug.detach(copy.deepcopy(model))(input_ids=ids, labels=labels)
+    again = type(model).from_pretrained(tmp_path).train()
+    for other in (again, type(model)(model.config).train()):
+        assert other(input_ids=ids, labels=labels).logits.shape == (4, 8, C)
+    assert torch.equal(again(input_ids=ids, labels=labels).loss, expected.loss)
+    assert type(plug.detach(copy.deepcopy(again))) is type(plug.detach(model))
+    assert plug.attach(again, 10)(input_ids=ids, labels=labels).logits is None
+
+
+def test_a_forward_may_call_its_bases_and_read_no_logits(transformers, llama, plug):
+    class Passes(transformers.LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    class Doubles(Passes):
+        def forward(self, labels=None, input_ids=None, **kwargs):
+            outputs = super().forward(input_ids, labels=labels, **kwargs)
+            outputs.loss *= 2
+            return outputs
+
+    class Reads(Passes):
+        def forward(self, *args, **kwargs):
+            outputs = super().forward(*args, **kwargs)
+            outputs.loss = outputs.loss + outputs.logits.square().mean()
+            return outputs
+
+    model = llama()
+    ids, labels = tokens()
+    for own in (Passes, Doubles):
+        model.__class__ = own
+        attached = plug.attach(copy.deepcopy(model))
+        assert_same_training(model, attached, input_ids=ids, labels=labels)
+        in_order = (labels, ids) if own is Doubles else (ids, None, None, None, None, labels)
+        outputs = attached(*in_order)
+        assert outputs.logits is None
+        torch.testing.assert_close(outputs.loss, model(*in_order).loss)
+    model.__class__ = Reads
+    with pytest.raises(TypeError, match=r"does not read, got Reads, whose .*Reads.forward does not"):
+        plug.attach(model)
 
 
 class Rows(torch.utils.data.Dataset):

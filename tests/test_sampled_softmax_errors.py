@@ -217,17 +217,21 @@ def test_reference_has_no_sparse_gradient():
         sampled_softmax_loss(**arguments(impl="reference", sparse_grad=True))
 
 
-def test_forward_mode_is_refused_not_zero():
-    given = arguments(scale=20.0)
-    weight = given.pop("weight")
+@pytest.mark.parametrize(
+    "more", [{}, {"cosine_margin": 0.1}, {"label_smoothing": 0.1}, {"return_lse": True}], ids=str
+)
+@pytest.mark.parametrize("wrt", ["input", "weight", "bias"])
+def test_forward_mode_is_refused_not_zero(wrt, more):
+    given = arguments(scale=20.0) | more
+    value = given.pop(wrt)
 
-    def loss(weight):
-        return sampled_softmax_loss(weight=weight, **given)
+    def loss(value):
+        return sampled_softmax_loss(**{wrt: value}, **given)
 
     with pytest.raises(RuntimeError, match="no forward-mode derivative"):
-        torch.func.jvp(loss, (weight,), (torch.ones_like(weight),))
+        torch.func.jvp(loss, (value,), (torch.ones_like(value),))
     with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(weight, torch.ones_like(weight))
+        dual = torch.autograd.forward_ad.make_dual(value, torch.ones_like(value))
         with pytest.raises(RuntimeError, match="no forward-mode derivative"):
             loss(dual)
 

@@ -461,6 +461,24 @@ def test_a_generator_handled_in_inference_mode_can_be_drawn_from_outside():
     assert torch.equal(first, draw_batch_class_set(batch()[1], C, 5, criterion.generator)[0])
 
 
+@pytest.mark.exhaustive  # a process that imports torch
+def test_a_generator_goes_to_another_process(tmp_path):
+    """In the state that it has, and as one where two criteria draw from it."""
+    generator = torch.Generator().manual_seed(1)
+    torch.rand(3, generator=generator)
+    criteria = torch.nn.ModuleList(SampledSoftmaxLoss(C, D, 5, generator=generator) for _ in range(2))
+    process = torch.multiprocessing.get_context("spawn").Process(
+        target=torch.save, args=(criteria, tmp_path / "criteria.pt")
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    found = torch.load(tmp_path / "criteria.pt", weights_only=False)
+    assert torch.equal(found[0].generator.get_state(), generator.get_state())
+    for copied, criterion in zip(found, criteria, strict=True):
+        assert torch.equal(copied(*batch()), criterion(*batch()))
+
+
 def test_a_generator_is_in_no_exported_program():
     """Which would draw from whatever generator has its number where it is loaded."""
     x, t = torch.randn(6, D), torch.randint(C, (6,))

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import FLOATING, check_tensor, refuse_meta
-from ..sampled_softmax import sampled_softmax_loss
+from ..checks import FLOATING, check_choice, check_tensor, refuse_meta
+from ..sampled_softmax import as_float, check_scale, sampled_softmax_loss
 
 # (embeddings (n, D), items (k,) or None) -> logits (n, k)
 LogitsCallback = Callable[[Tensor, Tensor | None], Tensor]
@@ -31,7 +31,8 @@ class SampledSoftmaxCE(nn.Module):
         scale, similarity: "dot" is RePlay's own; "cosine" needs a scale such as 20.
         negative_labels_ignore_index: a padding value among the negatives, left out.
 
-    Raises ValueError for negatives that are not (N,), and for several positives of one event.
+    Raises ValueError for negatives that are not (N,), for several positives of one event, and for an item
+    past a `log_expected_count` of each item's own. (That it is longer than the items are many is not seen.)
 
     For a million items, of which UniformNegativeSamplingTransform(1_000_000, 512) takes 512:
 
@@ -52,13 +53,22 @@ class SampledSoftmaxCE(nn.Module):
         if isinstance(log_expected_count, Tensor) and log_expected_count.is_meta:
             refuse_meta("log_expected_count")
         device = "cpu" if torch.get_default_device().type == "meta" else None
-        counts = torch.as_tensor(log_expected_count, dtype=torch.float32, device=device)
+        try:
+            counts = torch.as_tensor(log_expected_count, dtype=torch.float32, device=device)
+        except (TypeError, ValueError):
+            raise TypeError(
+                "log_expected_count: expected a number or a tensor (cardinality,), got "
+                f"{type(log_expected_count).__name__}"
+            ) from None
         if counts.dim() > 1:
             raise ValueError(
                 "log_expected_count: expected a number or shape (cardinality,), got shape "
                 f"{tuple(counts.shape)}"
             )
         self.register_buffer("log_expected_count", counts, persistent=False)
+        scale = as_float(scale)
+        check_scale(scale, getattr(scale, "device", counts.device))
+        check_choice("similarity", similarity, ("cosine", "dot"))
         self.scale, self.similarity = scale, similarity
         self.negative_labels_ignore_index = negative_labels_ignore_index
         self._logits_callback: LogitsCallback | None = None
@@ -98,6 +108,10 @@ class SampledSoftmaxCE(nn.Module):
         items, places = torch.cat([negatives, positives]).unique(return_inverse=True)
         class_ids, target = places[: len(negatives)], places[len(negatives) :]
         counts = self.log_expected_count
+        if counts.dim() and len(items) and items[-1] >= len(counts):
+            raise ValueError(
+                f"log_expected_count: expected a number for each item, got {len(counts)} and item {items[-1]}"
+            )
         return sampled_softmax_loss(
             model_embeddings[marked],
             self._rows(items, model_embeddings),

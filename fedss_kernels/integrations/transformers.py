@@ -7,6 +7,7 @@ was.
 
 import functools
 import inspect
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -48,10 +49,12 @@ def attach(
     they mean to the model's own loss; where every label is -100 the loss is 0 and not NaN.
 
     No parameter is added, renamed or copied: tied weights, save_pretrained, from_pretrained, checkpoints,
-    PEFT and resize_token_embeddings do not notice. To attach again changes the settings.
+    PEFT and resize_token_embeddings do not notice. To attach again changes the settings. A `forward` that is
+    set on the model, before or after, as by accelerate's mixed precision and hooks, is called with the rest.
 
     Args:
-        model: a causal language model whose head is an nn.Linear and whose forward calls `loss_function`.
+        model: a causal language model whose head is an nn.Linear and whose forward calls `loss_function`,
+            itself or by `super().forward`.
         num_sampled: m, uniform negatives beside the batch's own labels (`draw_batch_class_set`). None: all
             classes, the model's own loss; so too where labels and negatives are as many as the classes.
         generator: source of the negatives. None: torch's default one, which the Trainer seeds, saves and
@@ -60,7 +63,7 @@ def attach(
 
     Raises TypeError for another kind of model or head, ValueError for a loss of the model's own that is not
     cross-entropy of the next token. In training, RuntimeError for a model that changes its logits after the
-    head (soft caps, scaling), and for a weight in shards.
+    head (soft caps, scaling) or does not take its loss from them, and for a weight in shards.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> config = LlamaConfig(vocab_size=1000, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
@@ -80,6 +83,7 @@ def attach(
         num_sampled = check_integer("num_sampled", num_sampled, 0)
     _check_model(model)
     head = _head(model)
+    _drop_own_forward(head)
     handle = None if generator is None else GeneratorHandle(generator)
     settings: Any = _Settings(num_sampled, handle, impl)
     model._fedss_settings = settings
@@ -100,7 +104,7 @@ def detach(model: Model) -> Model:
         vars(head).pop(name, None)
     head.__class__ = nn.Linear
     model.__class__ = attached.__bases__[1]
-    del model._fedss_settings
+    vars(model).pop("_fedss_settings", None)
     return model
 
 
@@ -118,16 +122,26 @@ class _Head(nn.Linear):
     passed: Tensor | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.passes:
-            return super().forward(input)
+        if not getattr(self, "passes", False):  # detached, it may still be called by what wraps it
+            return nn.Linear.forward(self, input)
         self.passed = input
         return input
 
 
 class _WithoutLogits(nn.Module):
-    """What a model's class gains beside its `forward`; the model's own class is the base after it."""
+    """What a model's class gains beside its `forward`; the model's own class is the base after it.
+
+    One that `attach` did not give settings, as `type(model)(config)` makes it, is as those of its own class.
+    """
 
     _fedss_settings: _Settings
+    _labels_position: int | None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """A forward that was set on the model itself is called in place of the class's."""
+        if "forward" in vars(self):
+            return _past_head(self, super().__call__, args, kwargs)
+        return super().__call__(*args, **kwargs)
 
     def loss_function(
         self,
@@ -140,14 +154,25 @@ class _WithoutLogits(nn.Module):
         **kwargs: Any,
     ) -> Tensor:
         head = _head(self)
-        if not isinstance(head, _Head) or head.passed is None:
+        if not isinstance(head, _Head) or not head.passes:
+            if "forward" in vars(self) and self.training and _is_attached(self):
+                raise RuntimeError(
+                    "model: expected model(...), got a call past it of the forward that was set on it, which "
+                    "knows nothing of attach; call the model, or del model.forward"
+                )
             named: dict[str, Any] = {"num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index}
             return ForCausalLMLoss(logits, labels, vocab_size, shift_labels=shift_labels, **named, **kwargs)
+        if head.passed is None:
+            raise RuntimeError(
+                "model: expected a forward that calls its head, got one that makes logits in another way, or "
+                "a head with a forward set on it; detach(model) trains it with its own loss"
+            )
         _check_unchanged(logits, head.passed)
         if shift_labels is None:
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         target, reduction = shift_labels.to(logits.device), "mean" if num_items_in_batch is None else "sum"
         loss = _loss(head.passed, head, target, ignore_index, reduction, self._fedss_settings)
+        head.passes = False
         if num_items_in_batch is None:
             return loss
         if isinstance(num_items_in_batch, Tensor):
@@ -162,27 +187,58 @@ class _WithoutLogits(nn.Module):
 @functools.cache
 def _class_without_logits(own: Any) -> Any:
     """A class of own's name, which passes by the head in training with labels."""
-    position = list(inspect.signature(own.forward).parameters).index("labels") - 1  # without self
 
     @functools.wraps(own.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        labels = args[position] if len(args) > position else kwargs.get("labels")
-        if labels is None or not self.training:
-            return own.forward(self, *args, **kwargs)
-        head: Any = _head(self)
-        if not isinstance(head, _Head):
-            head.__class__ = _Head  # a new one, of resize_token_embeddings
-        as_dict = kwargs.pop("return_dict", None)
-        head.passes = True
-        try:
-            outputs = own.forward(self, *args, **kwargs, return_dict=True)
-        finally:
-            head.passes, head.passed = False, None
-        outputs["logits"] = None
-        return outputs if (self.config.return_dict if as_dict is None else as_dict) else outputs.to_tuple()
+        return _past_head(self, functools.partial(own.forward, self), args, kwargs)
 
     names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
-    return type(own.__name__, (_WithoutLogits, own), {**names, "forward": forward})
+    gained = {"forward": forward, "_labels_position": _labels_position(own)}
+    return type(own.__name__, (_WithoutLogits, own), {**names, **gained})
+
+
+def _forwards(own: type) -> Iterator[Any]:
+    """The functions `forward` of a class and its bases, in the order in which super() finds them."""
+    return (inspect.unwrap(vars(each)["forward"]) for each in own.__mro__ if "forward" in vars(each))
+
+
+def _labels_position(own: type) -> int | None:
+    """Where labels may stand among a forward's arguments after self; None: by name alone."""
+    for forward in _forwards(own):
+        parameters = list(inspect.signature(forward).parameters)
+        if "labels" in parameters:
+            return parameters.index("labels") - 1
+    return None
+
+
+def _is_attached(model: nn.Module) -> bool:
+    return "_fedss_settings" in vars(model)
+
+
+def _past_head(self: Any, call: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What a call of the model returns, which in training with labels has a loss and no logits."""
+    if not self.training or not _is_attached(self):
+        return call(*args, **kwargs)
+    position = self._labels_position
+    positional = position is not None and len(args) > position
+    if (args[position] if positional else kwargs.get("labels")) is None:
+        return call(*args, **kwargs)
+    head: Any = _head(self)
+    if not isinstance(head, _Head):
+        head.__class__ = _Head  # a new one, of resize_token_embeddings
+    as_dict = kwargs.pop("return_dict", None)
+    head.passes = True
+    try:
+        outputs = call(*args, **kwargs, return_dict=True)
+        if head.passes:
+            raise RuntimeError(
+                "model: expected a forward that calls self.loss_function where it is given labels, got one "
+                "that does not; detach(model) trains it with its own loss"
+            )
+    finally:
+        head.passes, head.passed = False, None
+    outputs["logits"] = None
+    return outputs if (self.config.return_dict if as_dict is None else as_dict) else outputs.to_tuple()
 
 
 def _new_without_logits(own: type) -> Any:
@@ -231,6 +287,19 @@ def _head(model: Any) -> nn.Linear:
     return head
 
 
+def _drop_own_forward(head: nn.Linear) -> None:
+    """Raises TypeError for a forward that was set on the head, and would be called in place of `_Head`'s."""
+    own = vars(head).get("forward")
+    if isinstance(head, _Head) or own is None:
+        return
+    if getattr(own, "__func__", None) not in (nn.Linear.forward, _Head.forward):
+        raise TypeError(
+            "model: expected a head whose forward is nn.Linear's, got one with a forward set on it, as by "
+            "accelerate's hooks; attach before, or after accelerate.hooks.remove_hook_from_module(head)"
+        )
+    vars(head).pop("forward")  # what remove_hook_from_module leaves
+
+
 def _check_model(model: Any) -> None:
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
@@ -244,12 +313,16 @@ def _check_model(model: Any) -> None:
             f"model: expected one whose loss_function is ForCausalLMLoss, got {type(model).__name__} with "
             f"{getattr(model.loss_function, '__name__', model.loss_function)}"
         )
-    forward = inspect.unwrap(type(model).forward)
-    if "loss_function" not in forward.__code__.co_names:
-        raise TypeError(
-            f"model: expected one whose forward calls self.loss_function, got {type(model).__name__}, which "
-            "computes its loss itself"
-        )
+    for forward in _forwards(type(model)):
+        names = forward.__code__.co_names
+        if "loss_function" in names:
+            return
+        if "super" not in names or "logits" in names:
+            break
+    raise TypeError(
+        "model: expected one whose forward calls self.loss_function, itself or by a super().forward whose "
+        f"logits it does not read, got {type(model).__name__}, whose {forward.__qualname__} does not"
+    )
 
 
 def _check_unchanged(logits: Tensor, passed: Tensor) -> None:

@@ -142,6 +142,28 @@ def test_what_cannot_be_attacked_is_told_in_a_line(wide, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_latents_that_no_decoder_takes_are_told_before_any_attack(wide, tmp_path, capsys):
+    """Of all such runs at once: nothing that was measured of others gets lost."""
+    own = ["--model=isotropic:depth=2,patch=7", "--embedding-dim=32"]
+    coarse = train(tmp_path / "coarse", *own)
+    again = shutil.copytree(coarse, tmp_path / "again")
+    capsys.readouterr()
+    assert fedss("invert", wide, coarse, again, *ATTACK, f"--out={tmp_path / 'out'}") == 2
+    words = "expected a height and width that doublings make those of images, 28 x 28, got 4 x 4"
+    assert capsys.readouterr().err == (
+        f"fedss invert: latents of {coarse}: {words}; latents of {again}: {words}\n"
+    )
+    assert not (tmp_path / "out").exists()
+    assert (
+        fedss("harden", *IN_ONE_PLACE, *NET, *ATTACK, *own, "--batch-size=6", f"--out={tmp_path / 'half'}")
+        == 2
+    )
+    assert "fedss harden: latents: expected a height" in capsys.readouterr().err
+    tokens, images = nn.Flatten(2), inversion.Images(pixels(2), pixels(1))
+    with pytest.raises(ValueError, match=r"^latent: expected \(channels, height, width\), got \(1, 64\)$"):
+        inversion.check_latents(tokens, images)
+
+
 def test_the_target_has_its_own_defaults(tmp_path):
     """And the size of the source's images: they go through one net."""
     folder = tmp_path / "images"
@@ -202,26 +224,35 @@ def test_a_net_that_is_not_finite_is_told_beside_the_others(wide, tmp_path, caps
     assert "| wide |" in said.out and "| nan |" in said.out
 
 
-@pytest.mark.parametrize("command", ["invert", "harden"])
-def test_attacks_that_are_done_when_a_signal_comes_are_written(command, wide, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "command, error, code, words",
+    [
+        ("invert", KeyboardInterrupt(), 130, "stopped"),
+        ("harden", KeyboardInterrupt(), 130, "stopped"),
+        ("invert", OSError(5, "Input/output error"), 1, "Input/output error"),
+    ],
+)
+def test_attacks_that_are_done_when_it_ends_early_are_written(
+    command, error, code, words, wide, tmp_path, capsys, monkeypatch
+):
     real, done = inversion.train_attacker, []
 
     def train_attacker(*arguments, **options):
         if done:
-            raise KeyboardInterrupt
+            raise error
         done.append(real(*arguments, **options))
 
     monkeypatch.setattr(inversion, "train_attacker", train_attacker)
     argv = [wide] if command == "invert" else [*IN_ONE_PLACE, *NET, "--batch-size=6"]
     capsys.readouterr()
-    assert fedss(command, *argv, *ATTACK, f"--out={tmp_path / 'out'}") == 130
+    assert fedss(command, *argv, *ATTACK, f"--out={tmp_path / 'out'}") == code
     assert [line["attacker"] for line in table(tmp_path / "out" / "inversion.csv")] == [
         "the mean image",
         ALL[0],
     ]
     left_out, stopped = capsys.readouterr().err.splitlines()[-2:]
     assert left_out == f"fedss {command}: stopped: what is not there was not measured"
-    assert stopped == f"fedss {command}: stopped"
+    assert stopped == f"fedss {command}: {words}"
     if command == "harden":
         assert len(HalfFile.read(tmp_path / "out" / "half.safetensors").made["attack"]) == 2
 

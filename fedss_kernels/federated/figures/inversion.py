@@ -26,6 +26,7 @@ from ..split_learning.inversion import (
     PlainDecoder,
     ResidualDecoder,
     attacked,
+    doublings_of,
     nearness,
     of_the_mean_image,
     train_attacker,
@@ -100,17 +101,23 @@ def check(config: Config) -> None:
 
 
 def clients_half(
-    config: Config, data: FederatedData, state: Mapping[str, Tensor]
+    config: Config, data: FederatedData, state: Mapping[str, Tensor] | None = None
 ) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-    """(the blocks that clients have of a net with this state, how images are its input)
+    """(the blocks that clients have of a net with this state, or as it is drawn, how images are its input)
 
     Raises ConfigError as `check`, and where the configuration is of another net.
     """
     check(config)
     extractor = Player(as_trained(config), data).extractor
-    extractor.module.load_state_dict(state)
+    if state is not None:
+        extractor.module.load_state_dict(state)
     half, _ = cut(extractor.module.cpu(), config.cut)
     return half.eval(), extractor.as_input
+
+
+def check_latents(half: nn.Module, images: Images) -> None:
+    """Raises ValueError where latents are not channels of pixels, which doublings make as large as images."""
+    doublings_of(_latents(half, images.own[:1]).shape[1:], images.own.shape[1:])
 
 
 def measure(
@@ -122,10 +129,7 @@ def measure(
     width: int = 64,
     on_line: Callable[[Found], None] = lambda found: None,  # after each line, what is found so far
 ) -> Found:
-    """A line for the mean image, and one for each half and each of ATTACKERS.
-
-    Raises ValueError where latents are not channels of pixels, which doublings make as large as the images.
-    """
+    """A line for the mean image, and one for each half and each of ATTACKERS. Raises as `check_latents`."""
     lines, pictures = list[Line](), dict[str, Tensor]()
     found = Found(lines, images.others[:SHOWN], pictures)
 

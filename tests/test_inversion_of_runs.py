@@ -70,6 +70,18 @@ def test_the_attacker_has_a_share_and_is_tried_on_others_by_the_seed():
             drawn(**options)
 
 
+def test_it_is_said_where_attackers_have_few_images(tmp_path):
+    """From them none learns, and a half that shows all seems safe."""
+    half, how = {"all": nn.Identity()}, {"seed": 0, "epochs": 1, "width": 2}
+    few = inversion.measure(half, inversion.Images(pixels(3), pixels(2)), **how)
+    assert few.remark.startswith("each attacker has 3 images, and trains on 2 of them: from so few")
+    inversion.write(tmp_path, few)
+    assert f"Here {few.remark}." in (tmp_path / "report.html").read_text()
+    assert (
+        inversion.Images(pixels(99), pixels(2)).remark and not inversion.Images(pixels(100), pixels(2)).remark
+    )
+
+
 @pytest.mark.exhaustive
 def test_a_half_that_shows_more_is_inverted_better_and_all_meet_the_same_attackers():
     x = torch.nn.functional.interpolate(pixels(90)[:, :, ::4, ::4], scale_factor=4, mode="bilinear")
@@ -220,6 +232,7 @@ def test_a_net_that_is_not_finite_is_told_beside_the_others(wide, tmp_path, caps
     capsys.readouterr()
     assert fedss("invert", wide, ruined, *ATTACK, f"--out={tmp_path / 'out'}") == 1
     said = capsys.readouterr()
+    assert said.err.startswith("fedss invert: each attacker has ")  # a few images
     assert said.err.splitlines()[-1] == "fedss invert: ruined: what is made of its latents is not finite"
     assert "| wide |" in said.out and "| nan |" in said.out
 
@@ -268,7 +281,8 @@ def test_no_half_is_trained_for_which_there_is_no_room(
     load_data(Config(data="glyphs", glyph_classes=6, glyph_writers=8, cohort=1))  # drawn before
     with room_for_files_of(room):
         assert fedss("harden", *IN_ONE_PLACE, *NET, *ATTACK, "--batch-size=6", f"--out={out}") == 1
-    *trained, last = capsys.readouterr().err.splitlines()
+    few, *trained, last = capsys.readouterr().err.splitlines()
+    assert few.startswith("fedss harden: each attacker has ")  # a few images, before the training
     reason = "No space left on device: the half" if trained else f"File too large: {out}"
     assert last == f"fedss harden: {reason}; nothing of this training is saved"
     assert bool(trained) is (room > 1000) and not any(out.iterdir())

@@ -92,6 +92,7 @@ def _invert(arguments: argparse.Namespace) -> int:
     with mistakes():
         make_folder(arguments.out)
     torch.set_num_threads(config.threads)
+    _say_few(arguments, drawn[0])
     return _attack(arguments, arguments.out, halves, drawn[0], arguments.seed)
 
 
@@ -101,6 +102,12 @@ def _drawn(
     from ..figures.inversion import Images
 
     return Images.drawn(images, arguments.attack_share, arguments.attack_images, seed, prepared)
+
+
+def _say_few(arguments: argparse.Namespace, images: "Images") -> None:
+    if images.remark:
+        words = f"{images.remark}; --attack-share gives it more"
+        print(f"fedss {arguments.command}: {words}", file=sys.stderr, flush=True)
 
 
 def _same(images: "Images", others: "Images") -> bool:
@@ -216,6 +223,7 @@ def _harden(arguments: argparse.Namespace) -> int:
         inversion.check_latents(half, images)
 
     torch.set_num_threads(config.threads)
+    _say_few(arguments, images)
     say_what_is_logged(arguments.command, hardened)
     try:
         made = _trained(arguments, config, source, known, out)

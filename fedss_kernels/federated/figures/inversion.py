@@ -27,6 +27,7 @@ from ..split_learning.inversion import (
     ResidualDecoder,
     attacked,
     doublings_of,
+    held_out_of,
     nearness,
     of_the_mean_image,
     train_attacker,
@@ -42,6 +43,7 @@ ATTACKERS: dict[str, tuple[type[ResidualDecoder] | type[PlainDecoder], str]] = {
 }
 NO_LATENTS = "the mean image"
 SHOWN = 8  # images in the picture
+FEW = 100  # images of an attacker: from fewer it hardly learns, whatever a half shows
 WORDS = (
     "In split learning clients send what the first blocks of a net make of their images. Who gets that, "
     "knows these blocks and has some images like the clients' can train a decoder back to images. Here it "
@@ -69,6 +71,7 @@ class Found:
     lines: Sequence[Line]
     images: Tensor  # (SHOWN, channels, H, W), of those that the attack was tried on
     pictures: Mapping[str, Tensor]  # what was made of their latents, by half and attacker
+    remark: str = ""  # on the attackers' images
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,13 @@ class Images:
         rng = generator(seed, 0, 0, NO_CLIENT, Purpose.INVERSION)
         order = torch.from_numpy(rng.permutation(len(images)))
         return cls(*(prepared(images[rows]).cpu() for rows in order[: known + count].split([known, count])))
+
+    @property
+    def remark(self) -> str:
+        """Where an attacker has few images."""
+        known = len(self.own)
+        words = f"each attacker has {known} images, and trains on {known - held_out_of(known)} of them"
+        return f"{words}: from so few it may learn nothing, whatever a half shows" if known < FEW else ""
 
 
 def check(config: Config) -> None:
@@ -131,7 +141,7 @@ def measure(
 ) -> Found:
     """A line for the mean image, and one for each half and each of ATTACKERS. Raises as `check_latents`."""
     lines, pictures = list[Line](), dict[str, Tensor]()
-    found = Found(lines, images.others[:SHOWN], pictures)
+    found = Found(lines, images.others[:SHOWN], pictures, images.remark)
 
     def note(half: str, latents: int, attacker: str, near: Nearness) -> None:
         lines.append(Line(half, latents, attacker, near.mse, near.ssim, near.psnr))
@@ -173,7 +183,8 @@ def write(out: Path, found: Found) -> str:
         for line in found.lines
     ]
     title = "What latents show of images"
-    return write_figures(out, "inversion", every, lambda: plot(found), title, WORDS, header, rows)
+    words = f"{WORDS} Here {found.remark}." if found.remark else WORDS
+    return write_figures(out, "inversion", every, lambda: plot(found), title, words, header, rows)
 
 
 def plot(found: Found) -> "Figure":

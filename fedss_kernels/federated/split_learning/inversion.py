@@ -170,7 +170,7 @@ def train_attacker(
             f"latents: expected one for each of two images or more, got {len(latents)} for {len(images)}"
         )
     order = torch.from_numpy(rng.permutation(len(images)))
-    count = max(1, round(VALIDATION * len(images)))
+    count = held_out_of(len(images))
     held_out, own = order[:count], order[count:]
     optimizer = torch.optim.Adam(decoder.parameters(), lr=lr)
     best, kept = math.inf, _copy(decoder)
@@ -191,6 +191,11 @@ def train_attacker(
         kept = {n: t.fill_(torch.nan) if t.is_floating_point() else t for n, t in kept.items()}
     decoder.load_state_dict(kept)
     return decoder.eval()
+
+
+def held_out_of(images: int) -> int:
+    """How many of an attacker's images are not trained on, and choose the epoch."""
+    return max(1, round(VALIDATION * images))
 
 
 def _loss(reconstructed: Tensor, images: Tensor, learns: str) -> Tensor:  # (B,)

@@ -147,7 +147,7 @@ def test_what_cannot_be_attacked_is_told_in_a_line(wide, tmp_path, capsys):
         (line,) = capsys.readouterr().err.splitlines()
         return line
 
-    assert "expected one whose clients send latents, got 'fedss'" in words(whole, *ATTACK)
+    assert f"method of {whole}: expected one whose clients send latents, got 'fedss'" in words(whole, *ATTACK)
     assert "other: expected a run on the same data as" in words(wide, other, *ATTACK)
     assert "images: expected 2 or more for the attacker" in words(wide, "--attack-images=100000")
     assert "no run in" in words(tmp_path / "none")

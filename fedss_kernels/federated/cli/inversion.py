@@ -76,7 +76,8 @@ def _invert(arguments: argparse.Namespace) -> int:
 
     halves, drawn, wrong = {}, list[inversion.Images](), list[str]()
     for folder, name in zip(arguments.runs, places(arguments.runs), strict=True):
-        with noted(wrong, images=_ATTACK, latent=f"latents of {folder}"):
+        own = {"images": _ATTACK, "latent": f"latents of {folder}", "--method": f"method of {folder}"}
+        with noted(wrong, **own):
             config = as_trained(read_config(folder)[0])
             inversion.check(config)
             refuse_lost(arguments, config, again=False)

@@ -146,6 +146,26 @@ def jpegs() -> dict[str, bytes]:
     }
 
 
+@pytest.mark.parametrize("form", ["binary", "python"])
+def test_names_of_classes_in_latin_1(form, tmp_path):
+    """A byte that is not UTF-8 is shown as it is, as in the names of files."""
+    files = files10(form)
+    names = "batches.meta.txt" if form == "binary" else "batches.meta"
+    write(tmp_path, files | {names: files[names].replace(b"airplane", b"a\xe9roplan")})
+    assert read("cifar10", tmp_path).class_names == (r"a\xe9roplan", *NAMES10[1:])
+
+
+@pytest.mark.parametrize("form", ["binary", "jpeg"])
+def test_an_archive_whose_names_begin_with_a_dot(form, tmp_path):
+    """As `tar czf` of ./cifar-10-batches-bin makes it."""
+    if form == "jpeg":
+        write_tar(tmp_path / "cifar10_jpeg.tar.xz", {f"./{n}": content for n, content in jpegs().items()})
+    else:
+        files = {f"./cifar-10-batches-bin/{n}": content for n, content in files10(form).items()}
+        write_tar(tmp_path / "cifar-10-binary.tar.gz", files)
+    assert read("cifar10", tmp_path).class_names == tuple(NAMES10)
+
+
 @pytest.mark.parametrize("place", ["folder", "archive"])
 def test_jpeg_files(place, tmp_path, monkeypatch):
     if place == "archive":
@@ -353,6 +373,38 @@ def test_damaged_jpeg_files_are_all_listed_and_left_out(tmp_path, place, caplog)
         ]
     total = 50 + (place == "folder")
     assert said == [("cifar10: decoding images", i + 1, total) for i in range(total)]
+
+
+def test_a_class_that_lost_its_training_images_is_left_out_of_the_test(tmp_path, caplog):
+    """No miss that nobody could help."""
+    write(tmp_path, jpegs() | {f"train/cat/{i:04d}.jpg": b"nonsense" for i in range(3)})
+    rest = [c for c in range(10) if NAMES10[c] != "cat"]
+    for _ in range(2):  # the second time from the cache
+        data = read("cifar10", tmp_path, skip_damaged=True)
+        assert data.notes[-1] == "classes without a training image now, left out of the test too: cat"
+        assert data.class_names == tuple(NAMES10[c] for c in rest) and data.num_classes == 9
+        assert shown(data.test_images) == [40 * c + i + 30 for c in rest for i in range(2)]
+        assert data.labels.tolist() == [c for c in range(9) for _ in range(3)]
+        assert data.test_labels.tolist() == [c for c in range(9) for _ in range(2)]
+    assert f"cifar10: {data.notes[-1]}" in caplog.text
+
+
+@pytest.mark.parametrize("lost", ["train", "test"])
+def test_a_class_in_one_half_alone(lost, tmp_path):
+    write(tmp_path, {name: of for name, of in jpegs().items() if not name.startswith(f"{lost}/cat/")})
+    if lost == "train":
+        with pytest.raises(ValueError, match="cifar10: no training image of 'cat', a class of the test"):
+            read("cifar10", tmp_path)
+    else:
+        data = read("cifar10", tmp_path)
+        assert data.num_classes == 10 and data.notes == ("classes without a test image: 1",)
+
+
+def test_what_is_left_of_the_test_has_to_be_of_a_class_that_is_left(tmp_path):
+    whole = {f"test/cat/{i:04d}.jpg" for i in range(2)} | {n for n in jpegs() if n.startswith("train/dog/")}
+    write(tmp_path, {name: of if name in whole else b"nonsense" for name, of in jpegs().items()})
+    with pytest.raises(ValueError, match="is damaged .*more of 50 images"):
+        read("cifar10", tmp_path, skip_damaged=True)
 
 
 @pytest.mark.parametrize("place", ["archive", "folder"])

@@ -51,6 +51,13 @@ def folder(tmp_path):
     return write_all(tmp_path / "data")
 
 
+def test_authors_whose_names_are_not_utf_8_stay_apart(folder):
+    path = folder / "federated_train.csv"
+    content = path.read_bytes().replace(b"\n12,", b"\nM\xfcller,").replace(b"\n7,", b"\nM\xf6ller,")
+    path.write_bytes(content)
+    assert read(folder).client_names == ("99", r"M\xf6ller", r"M\xfcller")
+
+
 @pytest.mark.parametrize("layout", ["tree", "train", "flat", "here"])
 def test_authors_are_clients(layout, tmp_path):
     data = read(write_all(tmp_path / "data", layout))

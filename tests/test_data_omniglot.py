@@ -250,6 +250,44 @@ def test_a_missing_drawer(folder, caplog):
     assert "left out 1 image that could not be read: Greek/character02 1" in caplog.text
 
 
+def test_a_character_that_lost_its_training_drawings_is_left_out_of_the_test(folder, caplog):
+    files, lost = authors_files(), "images_evaluation/Greek/character02/0002_{:02d}.png"
+    for drawer in range(1, 17):
+        del files[lost.format(drawer)]
+    write_zip(folder, files)
+    data = read(folder, skip_damaged=True)
+    note = "classes without a training image now, left out of the test too: Greek/character02"
+    assert data.notes[-1] == note and f"omniglot: {note}" in caplog.text
+    assert "Greek/character02" not in data.class_names and data.num_classes == 7
+    assert torch.bincount(data.labels).tolist() == [16] * 7
+    assert torch.bincount(data.test_labels).tolist() == [4] * 7
+    assert data.test_images.equal(read(write_zip(folder, all_but(lost[:-10])).parent).test_images)
+
+
+def all_but(prefix: str) -> dict[str, bytes]:
+    return {name: content for name, content in authors_files().items() if not name.startswith(prefix)}
+
+
+def test_characters_without_a_test_drawing_are_counted(folder):
+    files = authors_files()
+    for drawer in range(17, 21):
+        del files[f"images_evaluation/Greek/character02/0002_{drawer:02d}.png"]
+    write_zip(folder, files)
+    data = read(folder, skip_damaged=True)
+    assert data.num_classes == 8 and data.notes[-1] == "classes without a test image: 1"
+    assert "test image" not in " ".join(read(folder, "retrieval", skip_damaged=True).notes)
+
+
+@pytest.mark.parametrize("drawer", ["00", "21"])
+def test_there_are_twenty_drawers(folder, drawer):
+    files = authors_files()
+    name = "images_evaluation/Greek/character02/0002_{}.png"
+    write_zip(folder, files | {name.format(drawer): files[name.format("07")]})
+    data = read(folder)
+    assert data.notes == ("left out: 1 file (not where a drawing is 1)",)
+    assert len(data.images) == 8 * 16 and len(data.test_images) == 8 * 4
+
+
 def test_a_drawer_twice(folder):
     files = authors_files()
     files["images_evaluation/Greek/character02/9999_07.png"] = files[

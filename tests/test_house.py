@@ -19,6 +19,7 @@ FLOORS = (
         "ledger",
         "lock",
         "measures",
+        "memory_bytes",
         "private_retrieval",
         "randomness",
         "scratch",

@@ -70,6 +70,18 @@ def test_the_attacker_has_a_share_and_is_tried_on_others_by_the_seed():
             drawn(**options)
 
 
+def test_it_is_said_where_attackers_have_few_images(tmp_path):
+    """From them none learns, and a half that shows all seems safe."""
+    half, how = {"all": nn.Identity()}, {"seed": 0, "epochs": 1, "width": 2}
+    few = inversion.measure(half, inversion.Images(pixels(3), pixels(2)), **how)
+    assert few.remark.startswith("each attacker has 3 images, and trains on 2 of them: from so few")
+    inversion.write(tmp_path, few)
+    assert f"Here {few.remark}." in (tmp_path / "report.html").read_text()
+    assert (
+        inversion.Images(pixels(99), pixels(2)).remark and not inversion.Images(pixels(100), pixels(2)).remark
+    )
+
+
 @pytest.mark.exhaustive
 def test_a_half_that_shows_more_is_inverted_better_and_all_meet_the_same_attackers():
     x = torch.nn.functional.interpolate(pixels(90)[:, :, ::4, ::4], scale_factor=4, mode="bilinear")
@@ -135,7 +147,7 @@ def test_what_cannot_be_attacked_is_told_in_a_line(wide, tmp_path, capsys):
         (line,) = capsys.readouterr().err.splitlines()
         return line
 
-    assert "expected one whose clients send latents, got 'fedss'" in words(whole, *ATTACK)
+    assert f"method of {whole}: expected one whose clients send latents, got 'fedss'" in words(whole, *ATTACK)
     assert "other: expected a run on the same data as" in words(wide, other, *ATTACK)
     assert "images: expected 2 or more for the attacker" in words(wide, "--attack-images=100000")
     assert "no run in" in words(tmp_path / "none")
@@ -152,6 +164,28 @@ def test_an_attacker_sees_images_of_clients_alone():
     assert sorted(drawn.tolist()) == sorted(data.images[held].flatten(1).tolist())
     known = commands._known(argparse.Namespace(target_share=0.999999), Config(), data)
     assert sorted(known.flatten(1).tolist()) == sorted(drawn.tolist())
+
+
+def test_latents_that_no_decoder_takes_are_told_before_any_attack(wide, tmp_path, capsys):
+    """Of all such runs at once: nothing that was measured of others gets lost."""
+    own = ["--model=isotropic:depth=2,patch=7", "--embedding-dim=32"]
+    coarse = train(tmp_path / "coarse", *own)
+    again = shutil.copytree(coarse, tmp_path / "again")
+    capsys.readouterr()
+    assert fedss("invert", wide, coarse, again, *ATTACK, f"--out={tmp_path / 'out'}") == 2
+    words = "expected a height and width that doublings make those of images, 28 x 28, got 4 x 4"
+    assert capsys.readouterr().err == (
+        f"fedss invert: latents of {coarse}: {words}; latents of {again}: {words}\n"
+    )
+    assert not (tmp_path / "out").exists()
+    assert (
+        fedss("harden", *IN_ONE_PLACE, *NET, *ATTACK, *own, "--batch-size=6", f"--out={tmp_path / 'half'}")
+        == 2
+    )
+    assert "fedss harden: latents: expected a height" in capsys.readouterr().err
+    tokens, images = nn.Flatten(2), inversion.Images(pixels(2), pixels(1))
+    with pytest.raises(ValueError, match=r"^latent: expected \(channels, height, width\), got \(1, 64\)$"):
+        inversion.check_latents(tokens, images)
 
 
 def test_the_target_has_its_own_defaults(tmp_path):
@@ -210,30 +244,40 @@ def test_a_net_that_is_not_finite_is_told_beside_the_others(wide, tmp_path, caps
     capsys.readouterr()
     assert fedss("invert", wide, ruined, *ATTACK, f"--out={tmp_path / 'out'}") == 1
     said = capsys.readouterr()
+    assert said.err.startswith("fedss invert: each attacker has ")  # a few images
     assert said.err.splitlines()[-1] == "fedss invert: ruined: what is made of its latents is not finite"
     assert "| wide |" in said.out and "| nan |" in said.out
 
 
-@pytest.mark.parametrize("command", ["invert", "harden"])
-def test_attacks_that_are_done_when_a_signal_comes_are_written(command, wide, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "command, error, code, words",
+    [
+        ("invert", KeyboardInterrupt(), 130, "stopped"),
+        ("harden", KeyboardInterrupt(), 130, "stopped"),
+        ("invert", OSError(5, "Input/output error"), 1, "Input/output error"),
+    ],
+)
+def test_attacks_that_are_done_when_it_ends_early_are_written(
+    command, error, code, words, wide, tmp_path, capsys, monkeypatch
+):
     real, done = inversion.train_attacker, []
 
     def train_attacker(*arguments, **options):
         if done:
-            raise KeyboardInterrupt
+            raise error
         done.append(real(*arguments, **options))
 
     monkeypatch.setattr(inversion, "train_attacker", train_attacker)
     argv = [wide] if command == "invert" else [*IN_ONE_PLACE, *NET, "--batch-size=6"]
     capsys.readouterr()
-    assert fedss(command, *argv, *ATTACK, f"--out={tmp_path / 'out'}") == 130
+    assert fedss(command, *argv, *ATTACK, f"--out={tmp_path / 'out'}") == code
     assert [line["attacker"] for line in table(tmp_path / "out" / "inversion.csv")] == [
         "the mean image",
         ALL[0],
     ]
     left_out, stopped = capsys.readouterr().err.splitlines()[-2:]
     assert left_out == f"fedss {command}: stopped: what is not there was not measured"
-    assert stopped == f"fedss {command}: stopped"
+    assert stopped == f"fedss {command}: {words}"
     if command == "harden":
         assert len(HalfFile.read(tmp_path / "out" / "half.safetensors").made["attack"]) == 2
 
@@ -249,7 +293,8 @@ def test_no_half_is_trained_for_which_there_is_no_room(
     load_data(Config(data="glyphs", glyph_classes=6, glyph_writers=8, cohort=1))  # drawn before
     with room_for_files_of(room):
         assert fedss("harden", *IN_ONE_PLACE, *NET, *ATTACK, "--batch-size=6", f"--out={out}") == 1
-    *trained, last = capsys.readouterr().err.splitlines()
+    few, *trained, last = capsys.readouterr().err.splitlines()
+    assert few.startswith("fedss harden: each attacker has ")  # a few images, before the training
     reason = "No space left on device: the half" if trained else f"File too large: {out}"
     assert last == f"fedss harden: {reason}; nothing of this training is saved"
     assert bool(trained) is (room > 1000) and not any(out.iterdir())

@@ -146,12 +146,15 @@ def test_the_command_writes_table_and_plot_and_trains_if_asked(tmp_path, capsys,
     assert (out / "privacy.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_training_that_fails_leaves_the_others_and_what_is_seen_in_requests(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("kind", [TooFewClients, ValueError])
+def test_a_training_that_fails_leaves_the_others_and_what_is_seen_in_requests(
+    kind, tmp_path, capsys, monkeypatch
+):
     real = cli.measure.run
 
     def run(config, **options):
         if config.negatives == "sticky" and config.method == "fedss":
-            raise TooFewClients("round 1: nobody")
+            raise kind("round 1: nobody")
         return real(config, **options)
 
     monkeypatch.setattr(cli.measure, "run", run)

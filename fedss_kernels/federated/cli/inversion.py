@@ -77,7 +77,8 @@ def _invert(arguments: argparse.Namespace) -> int:
 
     halves, drawn, wrong = {}, list[inversion.Images](), list[str]()
     for folder, name in zip(arguments.runs, places(arguments.runs), strict=True):
-        with noted(wrong, images=_ATTACK):
+        own = {"images": _ATTACK, "latent": f"latents of {folder}", "--method": f"method of {folder}"}
+        with noted(wrong, **own):
             config = as_trained(read_config(folder)[0])
             inversion.check(config)
             refuse_lost(arguments, config, again=False)
@@ -88,10 +89,12 @@ def _invert(arguments: argparse.Namespace) -> int:
             drawn.append(_drawn(arguments, data, arguments.seed, prepared))
             if not _same(drawn[-1], drawn[0]):
                 raise Mistake(f"{folder}: expected a run on the same data as {arguments.runs[0]}")
+            inversion.check_latents(halves[name], drawn[-1])
     refuse(wrong)
     with mistakes():
         make_folder(arguments.out)
     torch.set_num_threads(config.threads)
+    _say_few(arguments, drawn[0])
     return _attack(arguments, arguments.out, halves, drawn[0], arguments.seed)
 
 
@@ -101,6 +104,12 @@ def _drawn(
     from ..figures.inversion import Images
 
     return Images.drawn(of_clients(data)[0], arguments.attack_share, arguments.attack_images, seed, prepared)
+
+
+def _say_few(arguments: argparse.Namespace, images: "Images") -> None:
+    if images.remark:
+        words = f"{images.remark}; --attack-share gives it more"
+        print(f"fedss {arguments.command}: {words}", file=sys.stderr, flush=True)
 
 
 def _same(images: "Images", others: "Images") -> bool:
@@ -116,7 +125,7 @@ def _attack(
     seed: int,
     note: Callable[["Found"], list[str]] = lambda found: [],  # keeps it elsewhere too; returns what failed
 ) -> int:
-    """Measures, and writes what was found even where a signal ends it; returns the exit code."""
+    """Measures, and writes what was found whatever ends it; returns the exit code."""
     from ..figures import inversion
 
     so_far, failed = list[inversion.Found](), list[str]()
@@ -133,7 +142,7 @@ def _attack(
         return write_measured(arguments, out, lambda: inversion.write(out, found), lines)
 
     how = {"epochs": arguments.attack_epochs, "width": arguments.attack_width}
-    with kept(so_far, failed, write), mistakes():  # of latents that no decoder takes
+    with kept(so_far, failed, write):
         inversion.measure(halves, images, seed=seed, on_line=say, **how)
     return write()
 
@@ -192,7 +201,7 @@ def _harden(arguments: argparse.Namespace) -> int:
     from ..figures import inversion
     from ..split_learning import hardened
 
-    with mistakes(images=_ATTACK):
+    with mistakes(images=_ATTACK, latent="latents"):
         config = config_of(arguments, PRESET)
         inversion.check(config)
         out = config.out or Path("runs") / f"harden-{config.data}"
@@ -211,32 +220,34 @@ def _harden(arguments: argparse.Namespace) -> int:
         target = _target(arguments, config, source) if arguments.target else None
         known = source.images[:0] if target is None else _known(arguments, config, target)
         clients = source if target is None else target
-        _drawn(arguments, clients, config.seed, lambda pixels: pixels)  # are there so many?
+        half, prepared = inversion.clients_half(config, clients)
+        images = _drawn(arguments, clients, config.seed, prepared)
+        inversion.check_latents(half, images)
 
     torch.set_num_threads(config.threads)
+    _say_few(arguments, images)
     say_what_is_logged(arguments.command, hardened)
     try:
-        half = _trained(arguments, config, source, known, out)
-        half.write(out / HALF)  # before the attack, which takes its time
+        made = _trained(arguments, config, source, known, out)
+        made.write(out / HALF)  # before the attack, which takes its time
     except hardened.Diverged as error:
         print(f"fedss harden: {error}", file=sys.stderr)
         return 1
     except OSError as error:
         print(f"fedss harden: {reason(error)}; nothing of this training is saved", file=sys.stderr)
         return 1
-    first, prepared = inversion.clients_half(config, clients, half.net)
-    images = _drawn(arguments, clients, config.seed, prepared)
+    half, _ = inversion.clients_half(config, clients, made.net)
 
     def note(found: inversion.Found) -> list[str]:
         print(f"the halves, for a run's --half-checkpoint: {out / HALF}")
         attack = [dataclasses.asdict(line) for line in found.lines]
         try:
-            dataclasses.replace(half, made={**half.made, "attack": attack}).write(out / HALF)
+            dataclasses.replace(made, made={**made.made, "attack": attack}).write(out / HALF)
         except OSError as error:
             return [f"{out / HALF} is there, without what the attack found: {reason(error)}"]
         return []
 
-    return _attack(arguments, out, {out.resolve().name: first}, images, config.seed, note)
+    return _attack(arguments, out, {out.resolve().name: half}, images, config.seed, note)
 
 
 def _trained(
@@ -257,7 +268,7 @@ def _trained(
     how = {"width": arguments.attack_width, "on_begin": reserve, "on_epoch": say}
     try:
         return harden(config, source, known, resistance, **how)
-    except ValueError as error:  # of latents that no decoder takes
+    except ValueError as error:  # of a target of other images
         raise Mistake(as_typed(error)) from None
 
 

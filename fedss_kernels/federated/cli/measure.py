@@ -67,10 +67,10 @@ def write_measured(
 
 @contextlib.contextmanager
 def kept(found: Sized, left_out: list[str], write: Callable[[], int]) -> Iterator[None]:
-    """What was measured in here is written even where a signal ends it; of the others there is a line."""
+    """What was measured in here is written whatever ends it, a signal or an error; of the rest is a line."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (Exception, KeyboardInterrupt):
         if found:
             left_out.append("stopped: what is not there was not measured")
             write()
@@ -278,7 +278,7 @@ def _privacy(arguments: argparse.Namespace) -> int:
                             on_round=functools.partial(progress.advance, job),
                             on_tuned=functools.partial(show_tuned, progress, job),
                         )
-                except (TooFewClients, WorkerLost) as error:  # the others' are measured all the same
+                except (Mistake, TooFewClients, WorkerLost) as error:  # the others are trained all the same
                     failed.append(f"training with {words} failed: {error}")
                     continue
                 top1, map_at_10 = result.summary.top1, result.summary.map_at_10

@@ -18,6 +18,7 @@ from __future__ import annotations
 import io
 import lzma
 import pickle
+import posixpath
 import tarfile
 import zlib
 from collections import Counter
@@ -36,6 +37,7 @@ from .class_folders import ClassFolders, image_endings, is_hidden, kind_of
 from .damage import DamagedImages, of_the_system, say_left_out
 from .federated_data import FederatedData
 from .images import VERSION, OnProgress, decode
+from .known_classes import of_known, say_unknown, untested
 from .partition import Partition, divide, divide_test
 from .pixels import Failure, failure, read_file, unlimited
 from .saved_text import text_of
@@ -118,6 +120,9 @@ def load_cifar(
     walk = ClassFolders(form.name)
     walk.left_out.update(arrays.get("other_files", np.array([], str)).tolist())
     notes = (*walk.notes, *say_left_out(form.name, arrays.get("left_out", np.array([], str)).tolist()))
+    if "other_files" in arrays:  # from files by class, of which some may be gone
+        arrays, said = _of_known_classes(arrays)
+        notes += said
     for part in ("labels", "test_labels"):
         strange = arrays[part][(arrays[part] < 0) | (arrays[part] >= form.num_classes)]
         if len(strange):
@@ -135,7 +140,7 @@ def load_cifar(
         client_names=client_names,
         test_images=torch.from_numpy(arrays["test_images"]),
         test_labels=torch.from_numpy(arrays["test_labels"]),
-        num_classes=form.num_classes,
+        num_classes=len(arrays["class_names"]),
         class_names=tuple(arrays["class_names"].tolist()),
         task=task,
         notes=notes,
@@ -213,11 +218,11 @@ def _check_whole(form: Format, there: list[str], names: list[str], place: Path) 
 
 
 def _members(name: str, path: Path) -> list[tuple[str, bytes]]:
-    """(name, content) of every file in an archive."""
+    """(name, content) of every file in an archive; "./a/b" is a/b."""
     try:
         with named(path), tarfile.open(path) as archive:
             opened = ((member.name, archive.extractfile(member)) for member in archive if member.isfile())
-            return [(member, file.read()) for member, file in opened if file is not None]
+            return [(posixpath.normpath(member), file.read()) for member, file in opened if file is not None]
     except DAMAGES as error:
         if of_the_system(error):
             raise
@@ -229,7 +234,7 @@ def _joined(form: Format, batches: list[Batch], names: bytes, suffix: str) -> Ar
     sizes = [len(labels) for _, labels in batches]
     if len(set(sizes)) > 1 and form is CIFAR10:  # all have 10,000; train and test of CIFAR-100 differ
         raise ValueError(f"{form.name}: expected batches of equal size, got {sizes}; get it from {SOURCE}")
-    listed = text_of(names).split() if suffix else _names_in_pickle(form, names)
+    listed = text_of(names, "backslashreplace").split() if suffix else _names_in_pickle(form, names)
     if len(listed) != form.num_classes:
         raise ValueError(
             f"{form.name}: expected {form.num_classes} names of classes in "
@@ -339,7 +344,7 @@ def _names_in_pickle(form: Format, content: bytes) -> list[str]:
     names = _unpickled(form, content, form.meta).get(form.names_key)
     if not isinstance(names, list) or not all(isinstance(name, bytes) for name in names):
         raise ValueError(f"{form.name}: {form.meta}: expected a list of names, {form.names_key!r}")
-    return [name.decode() for name in names]
+    return [name.decode("utf-8", "backslashreplace") for name in names]
 
 
 # ---- JPEG files
@@ -363,7 +368,8 @@ def _from_jpegs(
         found = _jpegs(place, files, others := walk.left_out.copy())
         with unlimited:
             arrays, failures = _decoded(place, found, on_progress or (lambda what, done, total: None))
-        if failures and not (skip_damaged and len(arrays["images"]) and len(arrays["test_images"])):
+        measured = of_known(arrays["labels"], arrays["test_labels"])[2]
+        if failures and not (skip_damaged and len(measured)):
             raise DamagedImages.inside("cifar10", str(place), failures, len(found), cache_dir, SOURCE)
         if failures:
             arrays["left_out"] = np.array([name.split("/")[1] for name in failures])
@@ -371,6 +377,20 @@ def _from_jpegs(
         return arrays
 
     return cached_arrays("cifar10", key, make, cache_dir)
+
+
+def _of_known_classes(arrays: Arrays) -> tuple[Arrays, tuple[str, ...]]:
+    """(the arrays without classes that have no training image, notes on what the test lacks)"""
+    names, tested = arrays["class_names"], np.unique(arrays["test_labels"])
+    classes, labels, rows, test_labels = of_known(arrays["labels"], arrays["test_labels"])
+    notes = say_unknown("cifar10", names[np.setdiff1d(tested, classes)].tolist())
+    known = {
+        "labels": labels,
+        "test_images": arrays["test_images"][rows],
+        "test_labels": test_labels,
+        "class_names": names[classes],
+    }
+    return arrays | known, (*notes, *untested(len(np.setdiff1d(classes, tested))))
 
 
 def _jpegs(place: Path, files: list[Path], others: Counter[str]) -> Sequence[tuple[str, bytes | Path]]:
@@ -413,6 +433,9 @@ def _decoded(
             f"cifar10: expected train/<class>/*.jpg and test/<class>/*.jpg of 10 classes in {place}, got "
             f"{', '.join(classes) or 'none'}"
         )
+    trained = {name.split("/")[1] for name, _ in found if name.startswith("train/")}
+    if unknown := [c for c in classes if c not in trained]:
+        raise ValueError(f"cifar10: no training image of {unknown[0]!r}, a class of the test, in {place}")
     arrays: Arrays = {"class_names": np.array(classes)}
     failures: dict[str, Failure] = {}
     done = 0

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from .federated_data import TASKS, FederatedData
+from .known_classes import of_known, say_unknown, untested
 from .partition import Partition, divide, divide_test, draw_share
 
 
@@ -36,7 +37,7 @@ def partition(
     "retrieval": whole alphabets, a share `holdout` of them drawn by `seed`, are the test set with
     everybody's drawings of them; the other alphabets, again with everybody's drawings, are the training
     set. Classes are numbered 0, 1, ... in the order of `character_names`, separately in the test set of a
-    retrieval.
+    retrieval. Characters of a classification that nobody in training draws are left out of the test.
     """
     if task not in TASKS:
         raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
@@ -45,36 +46,36 @@ def partition(
         test = drawings.in_test
     else:
         test = np.isin(of_image, draw_share(len(drawings.alphabet_names), seed, holdout))
-    if test.all() or not test.any():
-        raise ValueError(
-            f"{name}: nothing is left for {'training' if test.all() else 'the test'} in this data"
-        )
-    train = np.flatnonzero(~test)
-    classes, labels = np.unique(drawings.character[train], return_inverse=True)
-    shown = drawings.character[test]
+    train, tested = np.flatnonzero(~test), np.flatnonzero(test)
+    shown = drawings.character[tested]
+    classes, labels, known, test_labels = of_known(drawings.character[train], shown)
+    notes = tuple[str, ...]()
     if task == "classification":
-        missing = np.setdiff1d(shown, classes)
-        if len(missing):
-            raise ValueError(
-                f"{name}: nobody in training draws {drawings.character_names[missing[0]]!r} of the test"
-            )
-        test_labels = np.searchsorted(classes, shown)
+        unknown = np.setdiff1d(shown, classes)
+        notes = say_unknown(name, [drawings.character_names[c] for c in unknown])
+        notes += untested(len(np.setdiff1d(classes, shown)))
+        tested = tested[known]
     else:
         test_labels = np.unique(shown, return_inverse=True)[1]
+    if not (len(train) and len(tested)):
+        raise ValueError(
+            f"{name}: nothing is left for {'the test' if len(train) else 'training'} in this data"
+        )
     authors, owner = _authors(drawings, of_image, train)
     how = how or Partition("natural")
     rows, names = divide(labels, how, seed, authors, owner)
     return FederatedData(
         name=name,
         images=torch.from_numpy(drawings.images[train]).unsqueeze(1),
-        labels=torch.from_numpy(labels.astype(np.int64)),
+        labels=torch.from_numpy(labels),
         clients=rows,
         client_names=names,
-        test_images=torch.from_numpy(drawings.images[test]).unsqueeze(1),
+        test_images=torch.from_numpy(drawings.images[tested]).unsqueeze(1),
         test_labels=torch.from_numpy(test_labels.astype(np.int64)),
         num_classes=len(classes),
         class_names=tuple(drawings.character_names[c] for c in classes),
         task=task,
+        notes=notes,
         test_clients=divide_test(labels, rows, test_labels, how, task, seed),
     )
 

@@ -8,7 +8,6 @@ In letters of any case, training, train_set and so on too.
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Container, Mapping
 from pathlib import Path
@@ -19,14 +18,14 @@ import torch
 
 from .class_folders import ByClass, ClassFolders
 from .composition import alike, told_apart
-from .damage import DamagedImages, printable, say_left_out, some
+from .damage import DamagedImages, printable, say_left_out
 from .federated_data import FederatedData, Found
 from .images import OnProgress, cached_images
+from .known_classes import say_unknown, untested
 from .partition import Partition, divide, divide_test, draw_share
 
 SOURCE = "wherever they come from: this is a folder of your own"
 TEST_SHARE = 0.2
-log = logging.getLogger(__name__)
 
 
 def load_image_folder(
@@ -171,7 +170,7 @@ def _from_whole_files(
     labels, test_labels = _labels(train, number), _labels(test, of_test)
     made_by = how if owner else how.fitted(np.bincount(labels))
     clients, client_names = divide(labels, made_by, seed, *_authors(files, owner))
-    known = (*notes, *_lacking(len(train) - len(test), task))
+    known = (*notes, *untested(len(train) - len(test) if task == "classification" else 0))
     if on_found:
         on_found(Found(name, len(train), len(files), len(test_files), len(clients), made_by, known))
     images, test_images = cached_images(
@@ -213,11 +212,6 @@ def _check_classes(
         raise ValueError(f"{name}: expected at least 2 classes to train on, got 1: {next(iter(train))}")
 
 
-def _lacking(classes: int, task: str) -> list[str]:
-    """A line, where a classification has so many classes without a test image."""
-    return [f"classes without a test image: {classes:,}"] if classes and task == "classification" else []
-
-
 def _labels(by_class: Mapping[str, list[Path]], number: Mapping[str, int]) -> np.ndarray:
     """(N,) int64: the class of each image."""
     sizes = [len(found) for found in by_class.values()]
@@ -255,12 +249,8 @@ def _left(
     if not (left and test_left):
         return None
     lost = (c for part in (train, test) for c in part for file in part[c] if file in damaged.files)
-    notes = [*say_left_out(name, lost, f", listed in {damaged.listing}")]
-    if unknown:
-        gone = some(map(printable, sorted(unknown)))
-        notes.append(f"classes without a training image now, left out of the test too: {gone}")
-        log.warning("%s: %s", name, notes[-1])
-    return left, test_left, notes
+    said = say_left_out(name, lost, f", listed in {damaged.listing}")
+    return left, test_left, [*said, *say_unknown(name, unknown)]
 
 
 def _without(by_class: Mapping[str, list[Path]], files: Container[Path]) -> ByClass:

@@ -82,7 +82,7 @@ def find_folder(data_dir: Path | None) -> Path:
 
 def read_list(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
     """The rows of one. Raises ValueError, with the line, for any that's odd."""
-    with io.StringIO(text_of(path.read_bytes(), "replace"), newline="") as file:
+    with io.StringIO(text_of(path.read_bytes(), "backslashreplace"), newline="") as file:
         reader = csv.DictReader(file)
         if not set(columns) <= set(reader.fieldnames or ()):
             raise ValueError(

@@ -33,7 +33,7 @@ from .images import OnProgress
 from .partition import Partition
 from .pixels import Failure, failure, read_file
 
-VERSION = 3  # raise it whenever the same files would give other arrays
+VERSION = 4  # raise it whenever the same files would give other arrays
 PARTS = ("images_background", "images_evaluation")
 SOURCE = "https://github.com/brendenlake/omniglot/tree/master/python"
 DRAWERS = 20
@@ -44,7 +44,7 @@ SIZE = 28
 # counts the quarters of original pixel j in small pixel i.
 OVERLAP = (np.arange(4 * ORIGINAL_SIZE) // 15 == np.arange(SIZE)[:, None]).astype(np.float32)
 OVERLAP = OVERLAP.reshape(SIZE, ORIGINAL_SIZE, 4).sum(2)
-FILE_NAME = re.compile(r"([^/]+)/(character\d+)/\d+_(\d\d)\.png")
+FILE_NAME = re.compile(r"([^/]+)/(character\d+)/\d+_(0[1-9]|1\d|20)\.png")
 MISPLACED = "not where a drawing is"
 
 
@@ -62,9 +62,9 @@ def load_omniglot(
     """Reads images_background, images_evaluation or both from `data_dir`, each zipped or unpacked.
 
     Images are averaged down to 28x28, ink is high. `seed` chooses the alphabets that a retrieval holds out,
-    a share `holdout` of them. Files that are no drawings are counted in its notes. Raises FileNotFoundError
-    where neither part is there, ValueError where a file isn't what it should be or one of the parts has no
-    drawing; with `skip_damaged` the data set goes on without images that can't be read.
+    a share `holdout` of them. Files that are no drawings by drawers 01 to 20 are counted in its notes. Raises
+    FileNotFoundError where neither part is there, ValueError where a file isn't what it should be or one of
+    the parts has no drawing; with `skip_damaged` the data set goes on without images that can't be read.
     """
     parts = find_parts(data_dir)
     walk = _walk()
@@ -82,7 +82,7 @@ def load_omniglot(
     walk.unused += arrays["unused"].tolist()
     notes = (*walk.notes, *say_left_out("omniglot", arrays.get("left_out", np.array([], str)).tolist()))
     data = partition("omniglot", _table(arrays), task, seed, holdout, how)
-    return replace(data, notes=notes) if notes else data
+    return replace(data, notes=(*notes, *data.notes))
 
 
 def find_parts(data_dir: Path | None) -> list[Path]:

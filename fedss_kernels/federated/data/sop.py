@@ -42,6 +42,10 @@ def load_sop(
         raise ValueError(f"task: sop's test classes are none of training's: expected retrieval, got {task!r}")
     folder = find_folder(data_dir)
     train, test = (read_list(folder / name) for name in LISTS)
+    if both := [c for c in test if c in train]:
+        raise ValueError(
+            f"sop: class {both[0]} is in both {' and '.join(LISTS)} of {folder}; get them again from {SOURCE}"
+        )
     return from_files(
         "sop",
         train,

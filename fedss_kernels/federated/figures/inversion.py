@@ -26,6 +26,8 @@ from ..split_learning.inversion import (
     PlainDecoder,
     ResidualDecoder,
     attacked,
+    doublings_of,
+    held_out_of,
     nearness,
     of_the_mean_image,
     train_attacker,
@@ -41,6 +43,7 @@ ATTACKERS: dict[str, tuple[type[ResidualDecoder] | type[PlainDecoder], str]] = {
 }
 NO_LATENTS = "the mean image"
 SHOWN = 8  # images in the picture
+FEW = 100  # images of an attacker: from fewer it hardly learns, whatever a half shows
 WORDS = (
     "In split learning clients send what the first blocks of a net make of their images. Who gets that, "
     "knows these blocks and has some images like the clients' can train a decoder back to images. Here it "
@@ -68,6 +71,7 @@ class Found:
     lines: Sequence[Line]
     images: Tensor  # (SHOWN, channels, H, W), of those that the attack was tried on
     pictures: Mapping[str, Tensor]  # what was made of their latents, by half and attacker
+    remark: str = ""  # on the attackers' images
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,13 @@ class Images:
         order = torch.from_numpy(rng.permutation(len(images)))
         return cls(*(prepared(images[rows]).cpu() for rows in order[: known + count].split([known, count])))
 
+    @property
+    def remark(self) -> str:
+        """Where an attacker has few images."""
+        known = len(self.own)
+        words = f"each attacker has {known} images, and trains on {known - held_out_of(known)} of them"
+        return f"{words}: from so few it may learn nothing, whatever a half shows" if known < FEW else ""
+
 
 def check(config: Config) -> None:
     """Raises ConfigError for a method whose clients send no latents."""
@@ -100,17 +111,23 @@ def check(config: Config) -> None:
 
 
 def clients_half(
-    config: Config, data: FederatedData, state: Mapping[str, Tensor]
+    config: Config, data: FederatedData, state: Mapping[str, Tensor] | None = None
 ) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-    """(the blocks that clients have of a net with this state, how images are its input)
+    """(the blocks that clients have of a net with this state, or as it is drawn, how images are its input)
 
     Raises ConfigError as `check`, and where the configuration is of another net.
     """
     check(config)
     extractor = Player(as_trained(config), data).extractor
-    extractor.module.load_state_dict(state)
+    if state is not None:
+        extractor.module.load_state_dict(state)
     half, _ = cut(extractor.module.cpu(), config.cut)
     return half.eval(), extractor.as_input
+
+
+def check_latents(half: nn.Module, images: Images) -> None:
+    """Raises ValueError where latents are not channels of pixels, which doublings make as large as images."""
+    doublings_of(_latents(half, images.own[:1]).shape[1:], images.own.shape[1:])
 
 
 def measure(
@@ -122,12 +139,9 @@ def measure(
     width: int = 64,
     on_line: Callable[[Found], None] = lambda found: None,  # after each line, what is found so far
 ) -> Found:
-    """A line for the mean image, and one for each half and each of ATTACKERS.
-
-    Raises ValueError where latents are not channels of pixels, which doublings make as large as the images.
-    """
+    """A line for the mean image, and one for each half and each of ATTACKERS. Raises as `check_latents`."""
     lines, pictures = list[Line](), dict[str, Tensor]()
-    found = Found(lines, images.others[:SHOWN], pictures)
+    found = Found(lines, images.others[:SHOWN], pictures, images.remark)
 
     def note(half: str, latents: int, attacker: str, near: Nearness) -> None:
         lines.append(Line(half, latents, attacker, near.mse, near.ssim, near.psnr))
@@ -169,7 +183,8 @@ def write(out: Path, found: Found) -> str:
         for line in found.lines
     ]
     title = "What latents show of images"
-    return write_figures(out, "inversion", every, lambda: plot(found), title, WORDS, header, rows)
+    words = f"{WORDS} Here {found.remark}." if found.remark else WORDS
+    return write_figures(out, "inversion", every, lambda: plot(found), title, words, header, rows)
 
 
 def plot(found: Found) -> "Figure":

@@ -79,7 +79,7 @@ class ResidualDecoder(nn.Module):
         depth: int = 4,
     ):
         super().__init__()
-        doublings = _doublings(latent, image)
+        doublings = doublings_of(latent, image)
         self.layers = nn.Sequential(
             _Residual(latent[0], width),
             *(_Residual(width, width) for _ in range(depth + max(0, 2 - doublings))),
@@ -103,7 +103,7 @@ class PlainDecoder(nn.Module):
     ):
         super().__init__()
         layers, at = list[nn.Module](), latent[0]
-        for layer in range(depth + _doublings(latent, image)):
+        for layer in range(depth + doublings_of(latent, image)):
             if layer >= depth:
                 layers.append(nn.Upsample(scale_factor=2, mode="bilinear"))
             layers += [nn.Conv2d(at, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
@@ -132,8 +132,8 @@ def _doubled(width: int) -> nn.Module:
     return nn.Sequential(enlarge, nn.BatchNorm2d(width), nn.ReLU())
 
 
-def _doublings(latent: Sequence[int], image: Sequence[int]) -> int:
-    """Raises ValueError where no number of doublings makes the one of the other."""
+def doublings_of(latent: Sequence[int], image: Sequence[int]) -> int:
+    """How many make the one (c, h, w) as large as the other; raises ValueError where no number does."""
     if len(latent) != 3:
         raise ValueError(f"latent: expected (channels, height, width), got {tuple(latent)}")
     for doublings in range(16):
@@ -170,7 +170,7 @@ def train_attacker(
             f"latents: expected one for each of two images or more, got {len(latents)} for {len(images)}"
         )
     order = torch.from_numpy(rng.permutation(len(images)))
-    count = max(1, round(VALIDATION * len(images)))
+    count = held_out_of(len(images))
     held_out, own = order[:count], order[count:]
     optimizer = torch.optim.Adam(decoder.parameters(), lr=lr)
     best, kept = math.inf, _copy(decoder)
@@ -191,6 +191,11 @@ def train_attacker(
         kept = {n: t.fill_(torch.nan) if t.is_floating_point() else t for n, t in kept.items()}
     decoder.load_state_dict(kept)
     return decoder.eval()
+
+
+def held_out_of(images: int) -> int:
+    """How many of an attacker's images are not trained on, and choose the epoch."""
+    return max(1, round(VALIDATION * images))
 
 
 def _loss(reconstructed: Tensor, images: Tensor, learns: str) -> Tensor:  # (B,)

@@ -161,6 +161,7 @@ def test_a_wrong_loss_is_not_timed(broken, words, tmp_path, monkeypatch, capsys)
     assert not (tmp_path / "loss.csv").exists()
 
 
+@pytest.mark.exhaustive
 def test_a_wrong_scatter_add_is_not_timed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_scatter_add, "scatter_add_", lambda out, ids, rows, scale=None: out)
     argv = ["bench", "aggregator", "--shapes=50x8x20", f"--out={tmp_path}", *QUICKLY]

@@ -21,6 +21,7 @@ def no_worker_of_tests(monkeypatch):
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
 
 
+@pytest.mark.exhaustive
 def test_a_run_prints_and_saves_what_it_timed(tmp_path, capsys):
     pytest.importorskip("pytorch_metric_learning", reason="pytorch-metric-learning is not installed")
     options = ["--shapes=5x7x8x40,6x6x8x6", "--seconds=0.001", "--threads=1", f"--out={tmp_path}"]

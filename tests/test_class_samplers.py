@@ -174,6 +174,7 @@ def test_compiles_fullgraph_and_equals_eager(name, with_generator, backend):
     assert torch.equal(compiled(x, t), eager)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("sampler", ["uniform", "log_uniform"])
 def test_compiles_for_any_number_of_negatives_of_a_generator(sampler):
     torch.compiler.reset()

@@ -291,6 +291,7 @@ def in_this_process(monkeypatch):
     monkeypatch.setattr(jobs, "write_run_report", lambda folder, run: (folder / "report.html").touch())
 
 
+@pytest.mark.exhaustive
 def test_a_rate_that_is_no_clear_choice_is_said(tmp_path, in_this_process, monkeypatch):
     config = Config(**SMALL, cache_dir=tmp_path / "cache")
     plan = Plan(config, ["pos_only"], [0], rates=[0.2, 0.05, 0.1])
@@ -449,6 +450,7 @@ def test_every_case_is_looked_at_beside_the_data(tmp_path):
         compare(Plan(config, ["fedss", "local_only"], [0]), tmp_path / "out")
 
 
+@pytest.mark.exhaustive
 def test_a_comparison_goes_on_with_the_data_and_the_methods_of_its_runs(
     tmp_path, in_this_process, monkeypatch, capsys
 ):
@@ -550,6 +552,7 @@ def test_a_report_that_is_made_again_says_why_a_run_failed(tmp_path, in_this_pro
         report_again(out)
 
 
+@pytest.mark.exhaustive
 def test_runs_that_stay_of_a_comparison_that_is_replaced_are_told(tmp_path, in_this_process, caplog):
     config = Config(**SMALL | {"rounds": 1}, cache_dir=tmp_path / "cache", overwrite=True)
     out = tmp_path / "out"

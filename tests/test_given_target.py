@@ -151,6 +151,7 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(loss, (x, w, bias, given, scale))
 
 
+@pytest.mark.exhaustive
 def test_the_operator_gives_the_bits_of_the_direct_route(impl):
     (x, w, bias, given), scale, labels, ids, counts = problem(F32)
 

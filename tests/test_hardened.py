@@ -110,6 +110,7 @@ def test_clients_keep_it_to_the_bit_and_nothing_comes_down_but_it(half, tmp_path
     assert len(came) == len(set(came)) == len({line["client"] for line in lines})
 
 
+@pytest.mark.exhaustive
 def test_a_run_that_was_stopped_goes_on_wherever_the_file_is_now_and_not_with_another(half, tmp_path):
     def go(half, out, **how):
         return run(frozen(half, out=tmp_path / out), data=tiny_data(), model=net(), **how)

@@ -166,6 +166,7 @@ def test_an_attacker_sees_images_of_clients_alone():
     assert sorted(known.flatten(1).tolist()) == sorted(drawn.tolist())
 
 
+@pytest.mark.exhaustive
 def test_latents_that_no_decoder_takes_are_told_before_any_attack(wide, tmp_path, capsys):
     """Of all such runs at once: nothing that was measured of others gets lost."""
     own = ["--model=isotropic:depth=2,patch=7", "--embedding-dim=32"]

@@ -563,6 +563,7 @@ def test_labels_of_a_modules_classes(num_sampled, kind):
         criterion(x, t, target_labels=torch.arange(3))
 
 
+@pytest.mark.exhaustive
 def test_labels_of_a_module_compiled():
     x, _, t = problem(B=6)
     labels = {"entry_labels": torch.arange(12) % 5, "target_labels": torch.arange(6) % 5}

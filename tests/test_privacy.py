@@ -146,6 +146,7 @@ def test_the_command_writes_table_and_plot_and_trains_if_asked(tmp_path, capsys,
     assert (out / "privacy.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", [TooFewClients, ValueError])
 def test_a_training_that_fails_leaves_the_others_and_what_is_seen_in_requests(
     kind, tmp_path, capsys, monkeypatch
@@ -172,6 +173,7 @@ def test_a_training_that_fails_leaves_the_others_and_what_is_seen_in_requests(
     assert len(lines) == 6 * len(privacy.REQUESTS)
 
 
+@pytest.mark.exhaustive
 def test_what_is_trained_when_a_signal_comes_is_written(tmp_path, capsys, monkeypatch):
     real = cli.measure.run
 

@@ -238,6 +238,7 @@ def test_of_several_runs_there_are_means_over_seeds(folder, tmp_path, capsys):
     assert (tmp_path / "all" / "by_depth.png").stat().st_size > 10_000
 
 
+@pytest.mark.exhaustive
 def test_a_comparisons_runs_are_probed_by_its_folder(folder, tmp_path, capsys):
     inside = tmp_path / "compared"
     for name in ("fedss-seed3", "a-copy-of-seed3"):  # the second is no run of the plan's
@@ -276,6 +277,7 @@ def test_nets_of_other_sizes_have_each_their_own_at_random(folder, tmp_path):
     assert [row[2] for row in rows] == ["1"] * 4, "each the mean of one"
 
 
+@pytest.mark.exhaustive
 def test_features_that_are_not_finite_are_counted_and_said(folder, tmp_path, capsys, monkeypatch):
     """As of a net that divides by the spread of a blank image: of 3 in training and 2 in the test."""
     data = load_data(Config(**SMALL))

@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from later import later
 from layered_net import layered_net
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -258,6 +259,7 @@ def test_where_no_method_has_class_rows_there_is_one_panel():
     assert axes.get_xlabel() == "everything moved so far (MB)" and axes.lines
 
 
+@pytest.mark.exhaustive
 def test_several_numbers_of_negatives_have_a_plot_of_their_own_and_one_line_in_the_others(tmp_path):
     runs = [play("fedss", seed, num_negatives=m) for m in (1, 2, 4) for seed in (0, 1)]
     runs += [play("full_softmax", seed) for seed in (0, 1)]
@@ -279,6 +281,7 @@ def test_several_numbers_of_negatives_have_a_plot_of_their_own_and_one_line_in_t
     assert (tmp_path / "accuracy_by_class_set.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.exhaustive
 def test_what_else_is_measured_stands_in_the_report_once(tmp_path, runs):
     """After a run's own page, which may be written anew; and in a page of its own where there is no run."""
 
@@ -361,7 +364,7 @@ def stopped_run(out, rounds_done: int) -> None:
         )
 
 
-@pytest.mark.parametrize("rounds_done, accuracy", [(1, False), (5, True)])
+@pytest.mark.parametrize("rounds_done, accuracy", [(1, False), *later((5, True))])
 def test_a_stopped_run_is_reported_as_far_as_it_came(rounds_done, accuracy, tmp_path, capsys):
     """After one round nothing was measured yet."""
     stopped_run(tmp_path, rounds_done)

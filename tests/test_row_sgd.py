@@ -656,6 +656,7 @@ def test_a_group_whose_option_is_wrong_is_named(kind):
     assert len(optimizer.param_groups) == 1
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind, options", [(RowSGD, {}), (RowSGD, {"momentum": 0.9}), (RowAdam, {})])
 def test_a_compiled_step_gives_each_parameter_its_own_state(kind, options):
     """Rows of several, and a net's dense ones beside them."""

@@ -250,6 +250,7 @@ def test_compiled_under_autocast_equals_eager():
         assert torch.equal(compiled(x), sampled_softmax_loss(x, w, t, ids, counts))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore:Error detected")
 def test_compiled_sparse_gradient_is_refused_in_words():
     x, w, t, ids, counts = problem()

@@ -36,6 +36,7 @@ def to_nobody() -> int:
     return writer
 
 
+@pytest.mark.exhaustive
 def test_a_reader_that_goes_away_stops_nothing(stdout_to, tmp_path, capfd):
     for command in (["--help"], ["doctor"], ["run", *SMALL, "--rounds=2", f"--out={tmp_path}"]):
         stdout_to(to_nobody())
@@ -43,6 +44,7 @@ def test_a_reader_that_goes_away_stops_nothing(stdout_to, tmp_path, capfd):
     assert (tmp_path / "report.html").exists() and capfd.readouterr().err == ""
 
 
+@pytest.mark.exhaustive
 def test_output_that_is_lost_otherwise_is_told_and_stops_nothing(stdout_to, tmp_path, capfd):
     stdout_to(os.open("/dev/full", os.O_WRONLY))
     assert cli.main(["run", *SMALL, "--rounds=2", f"--out={tmp_path}"]) == 1

@@ -63,6 +63,7 @@ def test_small_problems_take_one_launch_a_kernel(K, monkeypatch):
     assert names[2:] == ["small_tiles", "small_results"]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "S, reduction",
     [(None, "none"), *later((35, "none"), (35, "sum"))],

@@ -65,6 +65,7 @@ def kill_the_others(*given) -> None:
         process.join()
 
 
+@pytest.mark.exhaustive
 def test_a_worker_that_dies_is_an_error_and_not_a_wait():
     killed = r"a worker was lost: rank 1 was ended by signal 9 \(SIGKILL: out of memory, or killed by hand\)"
     with pytest.raises(WorkerLost, match=killed):
@@ -73,6 +74,7 @@ def test_a_worker_that_dies_is_an_error_and_not_a_wait():
     torch.distributed.destroy_process_group()  # nothing of it was left
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("when", ["between rounds", *later("before an evaluation")])
 def test_a_run_that_lost_a_worker_is_saved_and_goes_on_bit_for_bit(when, tmp_path, monkeypatch):
     """Three rounds are done, the last with its evaluation, for which there was only rank 0."""

@@ -15,6 +15,8 @@ from .implementations import choose_impl, triton_kernels
 from .reference import row_adam_step_ as _plain_row_adam_step_
 from .row_optimizer import RowOptimizer, Rule, State, as_rate, check_dense
 
+_COUNTED_TO = "counted_to"  # in a state dict: the `step` at which `row_steps` hold
+
 
 def row_adam_step_(
     weight: Tensor,  # (C, D) float32 | float64
@@ -93,14 +95,6 @@ def step_(
 def _as_tensor(value: Any) -> Tensor:
     """A tensor as it is, which torch.as_tensor moves to the default device."""
     return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
-
-
-def _counted_on(row_steps: Tensor, step: Any) -> Tensor:
-    """Counts that torch's AdamW has carried along, as floats, plus the steps that it took: of every row.
-
-    It says `step` alone: as many as that is past the count of the row that was listed most often.
-    """
-    return row_steps + (step - row_steps.max()).clamp(min=0) if len(row_steps) else row_steps
 
 
 def _numbers(where: str, lr: Any, betas: Any, eps: Any, weight_decay: Any) -> tuple[float, ...]:
@@ -197,9 +191,9 @@ class RowAdam(RowOptimizer):
     lists every row.
 
     State dicts are those of torch.optim.AdamW, both ways. `step` counts the parameter's steps, as there;
-    `row_steps` (C,) those of each row. Where it is missing every row has taken `step` steps; where AdamW has
-    carried it along, every row has taken the steps that AdamW took besides. Options that are not here
-    (`amsgrad`, `maximize`, an Adam's decay that is not decoupled) are refused by name.
+    `row_steps` (C,) those of each row, up to the step `counted_to`: AdamW carries both along, and what steps
+    it takes are every row's. Where they are missing every row has taken `step` steps. Options that are not
+    here (`amsgrad`, `maximize`, an Adam's decay that is not decoupled) are refused by name.
     torch.distributed.checkpoint loads what the optimiser that it loads into has, and for one without a state
     its get_state_dict makes a state of dense gradients, without `row_steps`: give such an optimiser one
     training step first, which loading then undoes.
@@ -237,7 +231,7 @@ class RowAdam(RowOptimizer):
     TELLING = "amsgrad"  # not in a group of RAdam's or Adamax'
     FIXED = {"amsgrad": False, "maximize": False, "differentiable": False, "decoupled_weight_decay": True}
     UNUSED = {"foreach": None, "capturable": False, "fused": None}
-    STATE = ("step", "exp_avg", "exp_avg_sq", "row_steps")
+    STATE = ("step", "exp_avg", "exp_avg_sq", "row_steps", _COUNTED_TO)
     MOMENTS = {"exp_avg": -math.inf, "exp_avg_sq": 0}
 
     def __init__(
@@ -253,18 +247,29 @@ class RowAdam(RowOptimizer):
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, options | {"max_norm": max_norm, "seed": seed})
 
+    def state_dict(self) -> dict[str, Any]:
+        """As any optimiser's; of rows that are counted with the step up to which they are."""
+        saved = super().state_dict()
+        state = {
+            key: {**held, _COUNTED_TO: int(held["step"])} if "row_steps" in held else held
+            for key, held in saved["state"].items()
+        }
+        return {**saved, "state": state}
+
     def _keep_dtypes(self, state_dict: dict[str, Any]) -> None:
         """What torch gave the parameter's dtype has its own: counts, and averages of 16-bit parameters."""
         for parameter, state in self._pairs(state_dict):
             for name, value in state.items():
+                if name == _COUNTED_TO:
+                    continue
                 own = {"step": torch.float32, "row_steps": torch.int64}
                 dtype = own.get(name, self._moments_dtype(parameter))
                 device = "cpu" if name == "step" else parameter.device
                 # a copy: torch copies what it casts, and nothing else
-                value = _as_tensor(value)
-                if name == "row_steps" and value.is_floating_point():
-                    value = _counted_on(value, state["step"])
-                self.state[parameter][name] = value.to(device, dtype, copy=True)
+                self.state[parameter][name] = _as_tensor(value).to(device, dtype, copy=True)
+            if "row_steps" in state:  # what another optimiser took since, all rows took
+                since = int(state["step"]) - int(self.state[parameter].pop(_COUNTED_TO, state["step"]))
+                self.state[parameter]["row_steps"] += since
 
     def _checked_rule(self, options: dict[str, Any], where: str) -> Rule:
         lr, beta1, beta2, eps, weight_decay = _numbers(where, *(options[name] for name in self.REQUIRED))
@@ -283,7 +288,8 @@ class RowAdam(RowOptimizer):
                 raise ValueError(f"state: expected {name} of shape {shape}, got {found}")
         for name in self.MOMENTS:
             check_dense(name, state[name])
-        as_number("step", state["step"], least=0, below=2.0**53)
+        step = as_number("step", state["step"], least=0, below=2.0**53)
+        as_number(_COUNTED_TO, state.get(_COUNTED_TO, 0), least=0, most=step)
 
     def _check_numbers(self, parameter: Tensor, state: State) -> None:
         super()._check_numbers(parameter, state)

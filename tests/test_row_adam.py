@@ -396,20 +396,34 @@ def test_rows_of_an_adamw_state_have_taken_all_its_steps():
     assert ours.state[weight]["row_steps"].tolist() == [4, 3, 3, 3, 4] and ours.param_groups[0]["lr"] == 0.1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("times", [0, 10])
-def test_steps_that_adamw_took_in_between_are_those_of_every_row(times):
-    weight = nn.Parameter(torch.ones(5, 3))
+def test_steps_that_adamw_took_in_between_are_those_of_every_row(times, dtype):
+    weight = nn.Parameter(torch.ones(5, 3, dtype=dtype))
     ours, theirs = RowAdam([weight], lr=0.1), torch.optim.AdamW([weight])
-    for number in range(2):
-        weight.grad = torch.sparse_coo_tensor([range(1 + number)], torch.ones(1 + number, 3), (5, 3))
+    for row in (0, 1, 2, 0):
+        weight.grad = torch.sparse_coo_tensor([[row]], torch.ones(1, 3, dtype=dtype), (5, 3))
         ours.step()
     theirs.load_state_dict(ours.state_dict())
-    for number in range(times):
-        steps(theirs, [weight], number, sparsely=False)
+    for _ in range(times):
+        weight.grad = torch.ones_like(weight)
+        theirs.step()
     again = RowAdam([weight])
     again.load_state_dict(theirs.state_dict())
     found = again.state[weight]["row_steps"]
-    assert found.dtype == torch.int64 and found.tolist() == [times + n for n in (2, 1, 0, 0, 0)]
+    assert found.dtype == torch.int64 and found.tolist() == [times + n for n in (2, 1, 1, 0, 0)]
+    assert again.state_dict()["state"][0]["counted_to"] == times + 4
+    assert again.state[weight].keys() == ours.state[weight].keys()
+
+
+def test_counts_of_a_later_step_than_the_last_are_refused():
+    weight = nn.Parameter(torch.ones(5, 3))
+    ours = RowAdam([weight])
+    steps(ours, [weight], 0, sparsely=True)
+    state = ours.state_dict()
+    state["state"][0]["counted_to"] = 2
+    with pytest.raises(ValueError, match=r"counted_to: expected a number from 0 to 1, got 2"):
+        RowAdam([weight]).load_state_dict(state)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")

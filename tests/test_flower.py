@@ -307,6 +307,22 @@ def test_a_round_that_nobody_answers_is_soon_given_up_with_the_reasons(change, o
         federated(tmp_path, grid, **options)
 
 
+def failing_at(*attempts):
+    """An answer of a node that fails in these of its trainings."""
+    count = iter(range(100))
+    return only("train", lambda reply: Error(1, "out of memory") if next(count) in attempts else reply)
+
+
+def test_a_round_for_which_some_nodes_fail_at_times_is_tried_on(tmp_path):
+    grid, every = grid_of(), {"cohort": NODES, "min_clients": NODES, "rounds": 1}
+    grid.spoil = {900: failing_at(0, 1, 3), 900 - 7: failing_at(2)}
+    result = federated(tmp_path, grid, **every)
+    assert result.history[-1].attempts == 5
+    grid.spoil = {900: failing_at(0, 1, 2)}
+    with pytest.raises(TooFewClients, match=r"of 3 cohorts .*; 3 dropped out; out of memory \(3\)$"):
+        federated(tmp_path / "again", grid, **every)
+
+
 def test_nodes_with_another_net_are_why_a_round_is_given_up(tmp_path):
     def another():
         return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 4, bias=False))

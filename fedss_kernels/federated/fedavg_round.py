@@ -133,11 +133,11 @@ class Simulation:
                 return Played.of(updates, entries + moved)
             entries += [replace(e, outcome="discarded") if e.outcome == "accepted" else e for e in moved]
             left_out = 0 if updates else left_out + sum(e.outcome == "rejected" for e in moved)
-            if attempt + 1 >= HOPELESS_ATTEMPTS and self._hopeless(left_out):
+            if attempt + 1 >= HOPELESS_ATTEMPTS and self._hopeless(left_out, entries):
                 break
         raise self._too_few(round, attempt + 1, entries)
 
-    def _hopeless(self, left_out: int) -> bool:
+    def _hopeless(self, left_out: int, entries: Sequence[Entry]) -> bool:
         """Whether the next attempt would go as these; left_out: answers in a row of which none counted."""
         return left_out >= HOPELESS_ANSWERS
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from ..any_round import Played
 from ..clients.player import Player
 from ..disk import write_whole
-from ..fedavg_round import Simulation
+from ..fedavg_round import HOPELESS_ATTEMPTS, Simulation
 from ..files.run_folder import RunFolder
 from ..ledger import Entry
 from ..messages import Request, Silence
@@ -42,9 +42,10 @@ def federation(network: Network) -> type[Simulation]:
             network.silent.clear()
             return super().play(round)
 
-        def _hopeless(self, left_out: int) -> bool:
-            """Why nodes are silent another attempt hardly changes, and it may take a timeout."""
-            return bool(network.silent) or super()._hopeless(left_out)
+        def _hopeless(self, left_out: int, entries: Sequence[Entry]) -> bool:
+            """Where nobody answers, or a client has not for a few times, an attempt may take a timeout."""
+            silent = bool(network.silent) and _are_silent(entries)
+            return silent or super()._hopeless(left_out, entries)
 
         def _reasons(self, entries: Sequence[Entry]) -> str:
             late = "timeout" if self.config.deadline is None else "timeout or --deadline"
@@ -55,3 +56,13 @@ def federation(network: Network) -> type[Simulation]:
             super().checkpoint(folder, rounds)
 
     return Federation
+
+
+def _are_silent(entries: Sequence[Entry]) -> bool:
+    """Whether all clients have been in all attempts, or one in the last few that it was drawn for."""
+    of_client = dict[int, list[bool]]()
+    for entry in entries:
+        of_client.setdefault(entry.client, []).append(entry.outcome in ("late", "dropped"))
+    last = (times[-HOPELESS_ATTEMPTS:] for times in of_client.values())
+    one = any(len(times) == HOPELESS_ATTEMPTS and all(times) for times in last)
+    return one or all(all(times) for times in of_client.values())

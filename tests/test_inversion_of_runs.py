@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 from image_files import write_image
+from images_copied import Copied
 from torch import nn
 
 from fedss_kernels.federated import ConfigError, cli
@@ -159,7 +160,9 @@ def test_an_attacker_sees_images_of_clients_alone():
     data = load_data(Config(data="glyphs", glyph_classes=6, glyph_writers=8, cohort=1, holdout=0.5))
     held = torch.cat(data.clients)
     everything = argparse.Namespace(attack_share=0.5, attack_images=len(held) // 2)
-    found = commands._drawn(everything, data, 0, lambda images: images)
+    with Copied() as copied:
+        found = commands._drawn(everything, data, 0, lambda images: images)
+    assert copied.most == len(found.own) == len(held) // 2, "no more than are wanted"
     drawn = torch.cat([found.own, found.others]).flatten(1)
     assert sorted(drawn.tolist()) == sorted(data.images[held].flatten(1).tolist())
     known = commands._known(argparse.Namespace(target_share=0.999999), Config(), data)

@@ -88,7 +88,8 @@ def _invert(arguments: argparse.Namespace) -> int:
             halves[name], prepared = inversion.clients_half(config, data, state)
             drawn.append(_drawn(arguments, data, arguments.seed, prepared))
             if not _same(drawn[-1], drawn[0]):
-                raise Mistake(f"{folder}: expected a run on the same data as {arguments.runs[0]}")
+                first = arguments.runs[0]
+                raise Mistake(f"{folder}: expected a run whose clients hold the same images as {first}'s")
             inversion.check_latents(halves[name], drawn[-1])
     refuse(wrong)
     with mistakes():

@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 from image_files import photograph
+from PIL import Image
 
 from fedss_kernels.federated.data import decoding
 from fedss_kernels.federated.data.decoding import decoded
@@ -33,10 +34,14 @@ def test_the_same_bytes_whatever_the_number(files, tmp_path):
 
 
 def test_in_order_and_with_the_reasons(files, tmp_path):
-    os.mkfifo(tmp_path / "pipe.jpg")
-    found = list(decoded([*files, tmp_path / "pipe.jpg", tmp_path / "lost.jpg"], 8, processes=2))
+    pipe, lost, floats = (tmp_path / name for name in ("pipe.jpg", "lost.jpg", "floats.tif"))
+    os.mkfifo(pipe)
+    Image.new("F", (4, 4), 0.5).save(floats)
+    found = list(decoded([*files, floats, pipe, lost], 8, processes=2))
     assert found.pop() == Failure("No such file or directory", damaged=False)
     assert found.pop() == Failure("a FIFO, not a file", damaged=False)
+    words = "expected 8 or 16 bits a channel, got float32, 0.5 to 0.5"
+    assert found.pop() == Failure(words, damaged=False, not_read=True)
     assert found[5] == Failure("no image that Pillow can open: cut short, or of another format", damaged=True)
     for i, file in enumerate(files):
         assert i == 5 or found[i] == decode(file.read_bytes(), 8)

@@ -347,6 +347,22 @@ def test_what_cannot_be_read_is_not_called_damaged_and_is_tried_again(files, tmp
     assert shown(read([files[0], files[1]], tmp_path)) == [0, 1]
 
 
+def test_a_kind_that_is_not_read_is_not_tried_again(files, tmp_path, monkeypatch):
+    floats = tmp_path / "floats.tif"
+    Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(floats)
+    for first in (True, False):
+        seen = decoded(monkeypatch)
+        with pytest.raises(
+            DamagedImages, match="1 of 5 images cannot be read: .*floats.tif .expected 8 or 16"
+        ):
+            read([*files, floats], tmp_path)
+        assert len(seen) == (5 if first else 0)
+    monkeypatch.setattr(images, "VERSION", images.VERSION + 1)
+    with pytest.raises(DamagedImages):
+        read([*files, floats], tmp_path)
+    assert len(seen) == 5, "another version may read it"
+
+
 def test_a_fault_of_code_is_not_the_files(files, tmp_path, monkeypatch):
     """It is said, and the file is tried again."""
     assert not failure(TypeError("expected str")).damaged and failure(KeyError("tile")).damaged

@@ -17,7 +17,7 @@ from image_files import photograph
 from PIL import Image, PngImagePlugin
 
 from fedss_kernels.federated.data.images import decode
-from fedss_kernels.federated.data.pixels import _coloured, failure, read_file
+from fedss_kernels.federated.data.pixels import NotRead, _coloured, failure, read_file
 
 SIZE = 8
 
@@ -356,7 +356,9 @@ def test_what_is_in_the_way_of_a_good_content():
     denied = failure(PermissionError(errno.EACCES, os.strerror(errno.EACCES), "x.jpg"))
     assert (denied.reason, denied.damaged) == ("Permission denied", False)
     assert failure(MemoryError()).reason == "it needs more memory than there is"
-    assert not failure(MemoryError()).damaged
+    assert not failure(MemoryError()).damaged and not failure(MemoryError()).settled
+    kind = failure(NotRead("expected 8 bits"))
+    assert (kind.reason, kind.damaged, kind.settled) == ("expected 8 bits", False, True)
     assert failure(KeyError("tile")).reason == "KeyError: 'tile'" and failure(KeyError("tile")).damaged
 
 

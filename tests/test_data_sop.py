@@ -114,6 +114,14 @@ def test_lists_that_an_editor_saved(folder, coding):
     assert read(folder).class_names == tuple(map(str, TRAIN))
 
 
+def test_a_list_in_utf_16_that_ends_within_a_character(folder):
+    part = folder / "Ebay_train.txt"
+    part.write_bytes(part.read_text().encode("utf-16")[:-1])
+    words = r"sop: .*Ebay_train\.txt is damaged \(utf-16-le: truncated data\); get it again from http"
+    with pytest.raises(ValueError, match=words):
+        read(folder)
+
+
 def test_missing_parts_are_named(folder):
     (folder / "bicycle_final" / "1004_1.JPG").unlink()
     with pytest.raises(

@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from images_copied import Copied
 from tiny_federation import tiny_config, tiny_data
 from torch import nn
 
@@ -81,6 +82,9 @@ def test_images_of_no_client_are_not_trained_on():
     alone = dataclasses.replace(data, images=data.images[6:], labels=data.labels[6:], clients=few, **names)
     one, same = (made(target=without, source=source, round_steps=0) for source in (more, alone))
     torch.testing.assert_close((one.net, one.head), (same.net, same.head), rtol=0, atol=0)
+    with Copied() as copied:
+        made(target=without, source=more, rounds=1, round_steps=1)
+    assert copied.most == config().batch_size < len(alone.images), "a batch at a time"
 
 
 def test_a_run_begins_with_both_halves_and_its_copies_are_they(half):

@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 from image_files import write_image
+from images_copied import Copied
 from torch import nn
 
 from fedss_kernels.federated import ConfigError, cli
@@ -138,7 +139,6 @@ def test_what_cannot_be_attacked_is_told_in_a_line(wide, tmp_path, capsys):
     other, whole = shutil.copytree(wide, tmp_path / "other"), tmp_path / "whole"
     for file in (other / "config.json", *other.glob("checkpoint*/checkpoint.json")):
         file.unlink()
-    dataclasses.replace(Config.load(wide / "config.json"), data_seed=1).save(other / "config.json")
     assert fedss("run", *DATA, "--rounds=1", f"--out={whole}") == 0
     capsys.readouterr()
 
@@ -148,7 +148,10 @@ def test_what_cannot_be_attacked_is_told_in_a_line(wide, tmp_path, capsys):
         return line
 
     assert f"method of {whole}: expected one whose clients send latents, got 'fedss'" in words(whole, *ATTACK)
-    assert "other: expected a run on the same data as" in words(wide, other, *ATTACK)
+    for change in ({"data_seed": 1}, {"holdout": 0.25}):
+        dataclasses.replace(Config.load(wide / "config.json"), **change).save(other / "config.json")
+        same = f"other: expected a run whose clients hold the same images as {wide}'s"
+        assert same in words(wide, other, *ATTACK)
     assert "images: expected 2 or more for the attacker" in words(wide, "--attack-images=100000")
     assert "no run in" in words(tmp_path / "none")
     assert not (tmp_path / "out").exists()
@@ -159,7 +162,9 @@ def test_an_attacker_sees_images_of_clients_alone():
     data = load_data(Config(data="glyphs", glyph_classes=6, glyph_writers=8, cohort=1, holdout=0.5))
     held = torch.cat(data.clients)
     everything = argparse.Namespace(attack_share=0.5, attack_images=len(held) // 2)
-    found = commands._drawn(everything, data, 0, lambda images: images)
+    with Copied() as copied:
+        found = commands._drawn(everything, data, 0, lambda images: images)
+    assert copied.most == len(found.own) == len(held) // 2, "no more than are wanted"
     drawn = torch.cat([found.own, found.others]).flatten(1)
     assert sorted(drawn.tolist()) == sorted(data.images[held].flatten(1).tolist())
     known = commands._known(argparse.Namespace(target_share=0.999999), Config(), data)

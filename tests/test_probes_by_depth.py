@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from images_copied import Copied
 from test_probes import Small, stripes
 
+from fedss_kernels.federated.clients import extractor
 from fedss_kernels.federated.data import FederatedData
 from fedss_kernels.federated.measures import MEASURES, OF_FEATURES
 from fedss_kernels.federated.metrics import retrieval
@@ -140,17 +142,31 @@ def test_a_run_is_probed_at_the_first_block_a_quarter_a_half_and_all():
     assert [found[name] for name in names] == [first, first, first, last] and first != last
 
 
-def test_images_of_no_client_are_not_learned_from():
-    """As of clients who are held out, whose images are the test."""
-    data, net = striped_data(), Small()
+def with_others(data: FederatedData) -> FederatedData:
+    """Beside its images the test's, that no client has: as of clients who are held out."""
     rows = torch.cat([torch.arange(17, 60), torch.arange(17)])  # not as they stand
     images, labels = torch.cat([data.test_images, data.images]), torch.cat([data.test_labels, data.labels])
-    more = replace(data, images=images, labels=labels, clients=tuple((rows + 40).split(30)))
+    return replace(data, images=images, labels=labels, clients=tuple((rows + 40).split(30)))
+
+
+def test_images_of_no_client_are_not_learned_from():
+    data, net = striped_data(), Small()
+    more = with_others(data)
     for few in (Probing(neighbours=3, epochs=1), Probing(neighbours=3, labels=0.2)):
         assert by_depth({"": net}, more, few) == by_depth({"": net}, data, few)
     for found in (at_the_end, before_training):
         assert found(net, more) == found(net, data)
     assert while_training(net, more, 1, seed=0) == while_training(net, data, 1, seed=0)
+
+
+def test_images_beside_those_of_no_client_are_read_a_batch_at_a_time(monkeypatch):
+    data, net = with_others(striped_data()), Small()
+    monkeypatch.setattr(extractor, "EMBEDDED_NUMBERS", 10 * 8 * 8)
+    with Copied() as copied:
+        by_depth({"": net}, data, Probing(depths=(1,), labels=0.9, epochs=1, batch_size=10))
+        before_training(net, data)
+        while_training(net, data, 1, seed=0)
+    assert copied.most == 10
 
 
 def test_while_training_few_of_the_images_are_looked_at():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..config import Config
 from ..data import DATASETS, RESIZED, FederatedData
-from ..data.of_clients import of_clients, rows_held
+from ..data.of_clients import rows_held
 from ..defaults import PRESETS
 from ..disk import check_room, reason
 from ..files.run_folder import as_trained, check_trained_on, make_folder, read_config, read_net
@@ -88,7 +88,8 @@ def _invert(arguments: argparse.Namespace) -> int:
             halves[name], prepared = inversion.clients_half(config, data, state)
             drawn.append(_drawn(arguments, data, arguments.seed, prepared))
             if not _same(drawn[-1], drawn[0]):
-                raise Mistake(f"{folder}: expected a run on the same data as {arguments.runs[0]}")
+                first = arguments.runs[0]
+                raise Mistake(f"{folder}: expected a run whose clients hold the same images as {first}'s")
             inversion.check_latents(halves[name], drawn[-1])
     refuse(wrong)
     with mistakes():
@@ -103,7 +104,8 @@ def _drawn(
 ) -> "Images":
     from ..figures.inversion import Images
 
-    return Images.drawn(of_clients(data)[0], arguments.attack_share, arguments.attack_images, seed, prepared)
+    share, count = arguments.attack_share, arguments.attack_images
+    return Images.drawn(data.images, share, count, seed, prepared, rows_held(data))
 
 
 def _say_few(arguments: argparse.Namespace, images: "Images") -> None:

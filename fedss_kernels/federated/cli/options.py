@@ -15,6 +15,7 @@ from ..config_error import raise_together
 from ..config_option import checked, expectation, option_type
 from ..defaults import FITTED, OWN, PRESETS
 from ..disk import reason
+from ..files.checkpoint import PLACES
 from ..plan import LISTS, as_called, misfits, read_preset, with_defaults
 
 
@@ -363,12 +364,9 @@ def _misfits(
                 yield error
 
 
-# What a run reads from, besides its own folder, and what that is; kept as it was given, so maybe relative.
-PLACES = {
-    "data_dir": "folder",
-    "init_checkpoint": "file",
-    "half_checkpoint": "file",
-    "class_store": "folder",
+# What each place is that must be there; the cache is made anew. Kept as they were given, so maybe relative.
+_KINDS = {
+    name: "file" if name.endswith("_checkpoint") else "folder" for name in PLACES if name != "cache_dir"
 }
 
 
@@ -386,9 +384,9 @@ def refuse_lost(
 
     again: whether the command has options for them. store: where its class store is, if it is read.
     """
-    found = {name: store if name == "class_store" else getattr(config, name) for name in PLACES}
+    found = {name: store if name == "class_store" else getattr(config, name) for name in _KINDS}
     refuse(
-        f"{flag(name)}: no such {PLACES[name]}: {place}{_way_on(name, place, again)}"
+        f"{flag(name)}: no such {_KINDS[name]}: {place}{_way_on(name, place, again)}"
         for name, place in found.items()
         if place and name not in arguments and not place.exists()
     )
@@ -399,7 +397,7 @@ def _way_on(name: str, place: Path, again: bool) -> str:
     way = f"give {flag(name)} again"
     if not again:
         start = "" if place.is_absolute() else "start this there, or, "
-        way = f"{start}if the {PLACES[name]} was moved, put a link to it in its place"
+        way = f"{start}if the {_KINDS[name]} was moved, put a link to it in its place"
     return f"; {way}" if place.is_absolute() else f", relative to where the run began; {way}"
 
 

@@ -113,10 +113,19 @@ class Extractor:
         return in_batches(lambda batch: self._embedded(self.as_input(batch), present), images, batch_size)
 
 
-def in_batches(make: Callable[[Tensor], Tensor], images: Tensor, batch_size: int) -> Tensor:
-    """What is made of images, of so many at a time or fewer where they are large: float32, in main memory."""
+def in_batches(
+    make: Callable[[Tensor], Tensor],
+    images: Tensor,
+    batch_size: int,
+    rows: Tensor | None = None,  # (n,) of the images; None: all
+) -> Tensor:
+    """What is made of images, of so many at a time or fewer where they are large: float32, in main memory.
+
+    No more than these are read at a time, so images may be mapped from a file.
+    """
     batch_size = max(1, min(batch_size, EMBEDDED_NUMBERS // images[0].numel()))
-    made = [make(batch) for batch in images.split(batch_size)]
+    batches = images.split(batch_size) if rows is None else (images[part] for part in rows.split(batch_size))
+    made = [make(batch) for batch in batches]
     return torch.cat([part.to(CPU, torch.float32) for part in made])
 
 

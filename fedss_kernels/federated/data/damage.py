@@ -16,7 +16,8 @@ from .pixels import Failure
 NAMED = 5  # of many, that a message names
 OR_SKIP = "; or go on without them: --skip-damaged"
 ESCAPES = {b"\\": rb"\\", b"\t": rb"\t", b"\n": rb"\n", b"\r": rb"\r"}  # in a list, the backslash first
-UNREAD = "cannot be read: "  # in a list, before the reasons that may be gone the next time
+NOT_READ = "not read: "  # in a list, before the reasons of files that are of such a kind
+UNREAD = "cannot be read: "  # before those that may be gone the next time
 MISSING = "missing"  # a reason
 NOWHERE = (
     errno.ENOENT,
@@ -128,7 +129,13 @@ def say_left_out(name: str, classes: Iterable[str], where: str = "") -> tuple[st
 
 
 def write_list(path: Path, failures: Mapping[Path, Failure]) -> None:
-    _write(path, {file: f.reason if f.damaged else UNREAD + f.reason for file, f in failures.items()})
+    _write(path, {file: _before(found) + found.reason for file, found in failures.items()})
+
+
+def _before(found: Failure) -> str:
+    if found.damaged:
+        return ""
+    return NOT_READ if found.not_read else UNREAD
 
 
 def _write(path: Path, reasons: Mapping[Path, str]) -> None:
@@ -172,7 +179,10 @@ def read_list(path: Path) -> dict[Path, Failure]:
     reasons = {
         Path(os.fsdecode(_unescaped(name))): reason.decode("utf-8", "replace") for name, _, reason in lines
     }
-    return {
-        file: Failure(reason.removeprefix(UNREAD), damaged=not reason.startswith(UNREAD))
-        for file, reason in reasons.items()
-    }
+    return {file: _listed(reason) for file, reason in reasons.items()}
+
+
+def _listed(reason: str) -> Failure:
+    if reason.startswith(NOT_READ):
+        return Failure(reason.removeprefix(NOT_READ), damaged=False, not_read=True)
+    return Failure(reason.removeprefix(UNREAD), damaged=not reason.startswith(UNREAD))

@@ -16,7 +16,7 @@ from queue import SimpleQueue
 from . import pixels
 from .damage import printable
 from .pixels import Failure
-from .pixels.serving import DAMAGED, LENGTH, PIXELS
+from .pixels.serving import DAMAGED, LENGTH, NOT_READ, PIXELS
 
 AHEAD = 16  # files that each process may be ahead of who takes the pixels
 # Of these signals a decoder dies by its own doing, that is by what is in the file; of others by somebody's.
@@ -106,7 +106,9 @@ class _Decoder:
         answer = answers.read(length)
         if len(answer) < length:
             raise EOFError
-        return answer if kind == PIXELS else Failure(answer.decode(), kind == DAMAGED)
+        if kind == PIXELS:
+            return answer
+        return Failure(answer.decode(), damaged=kind == DAMAGED, not_read=kind == NOT_READ)
 
     def end(self) -> None:
         with self.lock:

@@ -160,12 +160,12 @@ def _make(files: _Files, unfinished: list[_Part], processes: int | None) -> None
 
 
 def _known(files: _Files) -> dict[Path, Failure]:
-    """The files that the list names, but for those that were not damaged, and can be read by now."""
+    """The files that the list names, but for those that can be read by now: what is settled is not tried."""
     listed = read_list(files.listing)
     found = dict[Path, Failure]()
     for file in (file for part in files.parts for file in part if file in listed):
         answer: bytes | Failure = listed[file]
-        if not listed[file].damaged:
+        if not listed[file].settled:
             (answer,) = _decoded([file], files.image_size, processes=1)
         if isinstance(answer, Failure):
             found[file] = answer

@@ -7,13 +7,5 @@ from .federated_data import FederatedData
 
 
 def rows_held(data: FederatedData) -> Tensor:  # (n,) int64
-    """Ascending, each once."""
+    """Ascending, each once. Whoever reads images by them reads few at a time: they may be mapped."""
     return torch.cat(data.clients).unique()
-
-
-def of_clients(data: FederatedData) -> tuple[Tensor, Tensor]:
-    """(images, labels) of these rows; no copies where they are all."""
-    rows = rows_held(data)
-    if len(rows) == len(data.images):
-        return data.images, data.labels
-    return data.images[rows], data.labels[rows]

@@ -81,7 +81,12 @@ def find_folder(data_dir: Path | None) -> Path:
 
 def read_list(path: Path) -> ByClass:
     """The images of each class, by class_id, ascending. Raises ValueError, with the line, for an odd one."""
-    lines = text_of(path.read_bytes(), "surrogateescape").splitlines()
+    try:
+        lines = text_of(path.read_bytes(), "surrogateescape").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"sop: {path} is damaged ({error.encoding}: {error.reason}); get it again from {SOURCE}"
+        ) from None
     if not lines or lines[0].split() != HEADER:
         raise ValueError(
             f"sop: {path}, line 1: expected {' '.join(HEADER)!r}, got {''.join(lines[:1])[:80]!r}; get it "

@@ -83,18 +83,25 @@ class Images:
 
     @classmethod
     def drawn(
-        cls, images: Tensor, share: float, count: int, seed: int, prepared: Callable[[Tensor], Tensor]
+        cls,
+        images: Tensor,  # (N, channels, H, W) uint8
+        share: float,
+        count: int,
+        seed: int,
+        prepared: Callable[[Tensor], Tensor],
+        rows: Tensor | None = None,  # (n,) of the images; None: all
     ) -> "Images":
         """A share of the images, and `count` of the rest. Raises ValueError where there are not so many."""
-        known = round(share * len(images))
-        if known < 2 or known + count > len(images):
-            got = f"{known:,} and {count:,} of {len(images):,}"
+        rows = torch.arange(len(images)) if rows is None else rows
+        known = round(share * len(rows))
+        if known < 2 or known + count > len(rows):
+            got = f"{known:,} and {count:,} of {len(rows):,}"
             raise ValueError(
                 f"images: expected 2 or more for the attacker, and others to try it on, got {got}"
             )
         rng = generator(seed, 0, 0, NO_CLIENT, Purpose.INVERSION)
-        order = torch.from_numpy(rng.permutation(len(images)))
-        return cls(*(prepared(images[rows]).cpu() for rows in order[: known + count].split([known, count])))
+        order = rows[torch.from_numpy(rng.permutation(len(rows)))]
+        return cls(*(prepared(images[part]).cpu() for part in order[: known + count].split([known, count])))
 
     @property
     def remark(self) -> str:

@@ -36,8 +36,8 @@ from ..learning_rate import learning_rate
 from .fingerprint import Fingerprint
 
 FORMAT = 4
-# What a run reads from, besides its own folder. What is in the files of the last two the fingerprint knows.
-PLACES = ("data_dir", "cache_dir", "class_store", "init_checkpoint", "half_checkpoint")
+# What a run reads from, besides its own folder. What is in the two files the fingerprint knows.
+PLACES = ("data_dir", "cache_dir", "init_checkpoint", "half_checkpoint", "class_store")
 MAY_DIFFER = ("out", *PLACES, "checkpoint_every", "workers")  # options that no bit of a result depends on
 _STATE, _REST = "state.safetensors", "checkpoint.json"
 log = logging.getLogger(__name__)

@@ -20,6 +20,7 @@ from ..clients.common_classes import CommonClasses
 from ..clients.player import Player, training_device
 from ..config import Config
 from ..data import FederatedData
+from ..files.checkpoint import PLACES
 from ..ledger import WIRE_DTYPES
 from ..messages import Update
 from ..server.inspection import Inspection
@@ -31,8 +32,7 @@ from .wire import are_ids, message, number_of, update_message, word_of
 Data = Callable[[Mapping[str, Any]], tuple[Any, Any]]
 PARTITION = "partition-id"
 log = logging.getLogger(__name__)
-# Of the server's machine; the net as it begins is what the server sends.
-_PLACES = ("data_dir", "cache_dir", "out", "class_store", "init_checkpoint", "half_checkpoint")
+_OF_THE_SERVER = ("out", *PLACES)  # its machine's; the net as it begins is what the server sends
 
 
 def app(data: Data, model: Callable[[], nn.Module] | None) -> ClientApp:
@@ -217,6 +217,6 @@ class _Node:
 
     def _player(self) -> Player:
         values = json.loads(self._word("config"))
-        config = Config.from_dict(values | dict.fromkeys(_PLACES) | {"device": self.device})
+        config = Config.from_dict(values | dict.fromkeys(_OF_THE_SERVER) | {"device": self.device})
         torch.set_num_threads(config.threads)
         return Player(config, self.data, self.model() if self.model else None, training_device(config))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..clients.augment import as_input
 from ..data import FederatedData
-from ..data.of_clients import of_clients
+from ..data.of_clients import rows_held
 from ..measures import Measure, declare
 from ..metrics import retrieval
 from . import tuned
@@ -83,15 +83,14 @@ def by_depth(
     at = probing.depths or depths(next(iter(nets.values())))
     for net in nets.values():
         prefix(net, max(at))  # before anything is measured
-    images, labels = of_clients(data)
+    rows = rows_held(data)
     if probing.labels < 1:
-        rows = labelled(labels, probing.labels, probing.seed)
-        images, labels = images[rows], labels[rows]
+        rows = rows[labelled(data.labels[rows], probing.labels, probing.seed)]
     found = list[Line]()
     for depth in at:
         for weights, net in nets.items():
             on_measured(len(found), len(at) * len(nets))
-            found.append(_line(weights, net, depth, (images, labels), data, probing, prepared, changed))
+            found.append(_line(weights, net, depth, rows, data, probing, prepared, changed))
     return found
 
 
@@ -99,7 +98,7 @@ def _line(
     weights: str,
     net: nn.Module,
     depth: int,
-    train: tuple[Tensor, Tensor],  # images, labels
+    rows: Tensor,  # (n,) of the training images
     data: FederatedData,
     probing: Probing,
     prepared: Prepared,
@@ -109,8 +108,8 @@ def _line(
     if data.task == "retrieval":
         found = retrieval(test, data.test_labels)
         return Line(weights, depth, test.shape[1], found.measured, found.not_finite)
-    (images, labels), tested = train, data.test_labels
-    bank = features(net, images, depth, prepared=prepared)
+    labels, tested = data.labels[rows], data.test_labels
+    bank = features(net, data.images, depth, rows=rows, prepared=prepared)
     k, temperature = probing.neighbours, probing.temperature
     measured = {
         "probe": linear_probe(bank, labels, test, tested),
@@ -118,7 +117,8 @@ def _line(
     }
     if probing.epochs:
         measured["fine_tuned"] = fine_tuned(
-            *(net, depth, images, labels, data.test_images, tested),
+            *(net, depth, data.images, data.labels, data.test_images, tested),
+            rows=rows,
             epochs=probing.epochs,
             rate=probing.rate,
             batch_size=probing.batch_size,
@@ -126,5 +126,5 @@ def _line(
             prepared=prepared,
             changed=changed,
         )
-    lost = sum(int((~finite(rows)).sum()) for rows in (bank, test))
+    lost = sum(int((~finite(each)).sum()) for each in (bank, test))
     return Line(weights, depth, test.shape[1], measured, lost)

@@ -58,11 +58,12 @@ def features(
     images: Tensor,  # (N, channels, H, W) uint8
     depth: int,
     *,
+    rows: Tensor | None = None,  # (n,) of the images; None: all
     prepared: Prepared = as_input,  # as an extractor's as_input, which crops, and moves to its device
     batch_size: int = 512,
-) -> Tensor:  # (N, F) float32, in main memory
+) -> Tensor:  # (n, F) float32, in main memory
     """In batches, in eval mode. Raises ValueError for a depth that the net has not."""
-    return outputs(prefix(net, depth), prepared, images, batch_size)
+    return outputs(prefix(net, depth), prepared, images, rows, batch_size)
 
 
 @torch.no_grad()
@@ -70,11 +71,12 @@ def outputs(
     module: nn.Module,
     prepared: Prepared,
     images: Tensor,  # (N, channels, H, W) uint8
+    rows: Tensor | None = None,  # (n,) of the images; None: all
     batch_size: int = 512,
-) -> Tensor:  # (N, F) float32, in main memory
+) -> Tensor:  # (n, F) float32, in main memory
     """What a module makes of images, in batches, in eval mode."""
     module.eval()
-    return in_batches(lambda batch: as_embeddings(module(prepared(batch))), images, batch_size)
+    return in_batches(lambda batch: as_embeddings(module(prepared(batch))), images, batch_size, rows)
 
 
 def pool_of(net: nn.Module) -> nn.Module:

@@ -7,7 +7,7 @@ from torch import nn
 
 from ..clients.augment import as_input
 from ..data import FederatedData
-from ..data.of_clients import of_clients, rows_held
+from ..data.of_clients import rows_held
 from ..metrics import retrieval
 from .features import Prepared, depth_of, depths, features, places
 from .labelled import some
@@ -27,7 +27,7 @@ def while_training(
     held, queries = rows_held(data), some(len(data.test_images), QUERIES, seed, 1)
     bank = held[some(len(held), BANK, seed, 0)]
     made = (
-        features(net, images[rows], depth, prepared=prepared)
+        features(net, images, depth, rows=rows, prepared=prepared)
         for images, rows in ((data.images, bank), (data.test_images, queries))
     )
     near, asked = made
@@ -55,6 +55,7 @@ def before_training(net: nn.Module, data: FederatedData, prepared: Prepared = as
 
 
 def _probe(net: nn.Module, data: FederatedData, depth: int, prepared: Prepared) -> float:
-    images, labels = of_clients(data)
-    train, test = (features(net, each, depth, prepared=prepared) for each in (images, data.test_images))
-    return linear_probe(train, labels, test, data.test_labels)
+    held = rows_held(data)
+    train = features(net, data.images, depth, rows=held, prepared=prepared)
+    test = features(net, data.test_images, depth, prepared=prepared)
+    return linear_probe(train, data.labels[held], test, data.test_labels)

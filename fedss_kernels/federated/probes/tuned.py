@@ -34,6 +34,7 @@ def fine_tuned(
     test_images: Tensor,  # (T, channels, H, W) uint8
     test_labels: Tensor,  # (T,) int64
     *,
+    rows: Tensor | None = None,  # (n,) of the images that are trained on; None: all
     epochs: int = EPOCHS,
     rate: float = RATE,
     batch_size: int = 32,
@@ -43,7 +44,7 @@ def fine_tuned(
 ) -> float:
     """The share of test images whose class the stem, the blocks down to a depth and a linear layer name.
 
-    A copy of them is trained on all the images, with SGD of momentum 0.9 whose rate falls to 0 as a cosine
+    A copy of them is trained on all these images, with SGD of momentum 0.9 whose rate falls to 0 as a cosine
     over the steps; what counts is how it is after the last epoch. The layer begins at 0, on features that are
     standardised as they are before the training. That makes gradients large where features hardly differ, so
     a step's gradient is of length 1 at most. Images whose features are not finite are not trained on. All is
@@ -51,19 +52,20 @@ def fine_tuned(
     """
     rng = generator(seed, 0, 0, NO_CLIENT, Purpose.PROBE)
     body = copy.deepcopy(prefix(net, depth)).requires_grad_(True)
-    features = outputs(body, prepared, images)
+    rows = torch.arange(len(images)) if rows is None else rows
+    features = outputs(body, prepared, images, rows)
     kept = finite(features)
     if not kept.any():
         return 0.0
-    images, labels, standard = images[kept], labels[kept], Standard(features[kept])
-    classes, targets = labels.unique(return_inverse=True)
+    rows, standard = rows[kept], Standard(features[kept])
+    classes, targets = labels[rows].unique(return_inverse=True)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int(rng.integers(2**63)))  # for a net that draws
         layer = nn.Linear(len(standard.mean), len(classes))
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
         whole = nn.Sequential(body, standard, layer)
-        _train(whole, images, targets, changed, rng, epochs=epochs, rate=rate, batch_size=batch_size)
+        _train(whole, images, rows, targets, changed, rng, epochs=epochs, rate=rate, batch_size=batch_size)
     logits = outputs(whole, prepared, test_images)
     return share(classes[logits.argmax(dim=1)], test_labels, finite(logits))
 
@@ -71,7 +73,8 @@ def fine_tuned(
 def _train(
     whole: nn.Module,
     images: Tensor,
-    targets: Tensor,  # (N,) in [0, C)
+    rows: Tensor,  # (n,) of the images
+    targets: Tensor,  # (n,) in [0, C)
     changed: Changed,
     rng: np.random.Generator,
     *,
@@ -82,13 +85,13 @@ def _train(
     device = next(whole.parameters()).device
     whole.to(device).train()
     optimizer = torch.optim.SGD(whole.parameters(), rate, momentum=MOMENTUM)
-    steps = epochs * math.ceil(len(images) / batch_size)
+    steps = epochs * math.ceil(len(rows) / batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
     for _ in range(epochs):
-        for rows in torch.from_numpy(rng.permutation(len(images))).split(batch_size):
-            x = changed(images[rows], rng).to(device)
+        for part in torch.from_numpy(rng.permutation(len(rows))).split(batch_size):
+            x = changed(images[rows[part]], rng).to(device)
             optimizer.zero_grad()
-            cross_entropy(whole(x), targets[rows].to(device)).backward()
+            cross_entropy(whole(x), targets[part].to(device)).backward()
             nn.utils.clip_grad_norm_(whole.parameters(), CLIP_NORM)
             optimizer.step()
             schedule.step()

@@ -12,7 +12,7 @@ from ..clients.player import Player, training_device, views_of
 from ..clients.views import Views
 from ..config import Config
 from ..data import FederatedData
-from ..data.of_clients import of_clients
+from ..data.of_clients import rows_held
 from ..files.half_file import HalfFile
 from ..learning_rate import learning_rate
 from ..randomness import NO_CLIENT, Purpose, generator
@@ -23,7 +23,6 @@ from .joint import Joint
 from .resistance import Hardening, Resistance
 from .split_round import ALIKE
 
-SOURCE, TARGET = 0, 1  # as clients, in the draw of their images
 log = logging.getLogger(__name__)
 HEAD = "1."  # in the names of the server's half
 
@@ -53,9 +52,10 @@ def harden(
         raise ValueError(f"target: expected images as the source's, {shapes[0]}, got {shapes[1]}")
     player = Player(config, source, model, training_device(config))
     joint, views = joint_of(config, player), views_of(config, source)
-    images, _ = of_clients(source)
-    steps = config.round_steps or max(1, len(images) // config.batch_size)
-    attacker = _attacker(config, joint, views, images[:1], width)
+    held = rows_held(source)
+    steps = config.round_steps or max(1, len(held) // config.batch_size)
+    attacker = _attacker(config, joint, views, source.images[held[:1]], width)
+    drawn_from = (source.images, held), (target, torch.arange(len(target)))
     hardening = Hardening(joint, attacker, resistance, config.rounds * steps)
     on_begin(HalfFile(*_states(player, joint), config.to_dict(), {}))
     for epoch in range(config.rounds):
@@ -63,7 +63,7 @@ def harden(
         torch.manual_seed(_seed(config, epoch, Purpose.MODEL))
         found, lr = np.zeros(2), learning_rate(config, epoch)
         for step in range(epoch * steps, (epoch + 1) * steps):
-            pixels = _batch(config, images, target, step)
+            pixels = _batch(config, drawn_from, step)
             found += hardening.step(views(pixels, rng), views(pixels, rng), lr)
         loss, seen = (found / steps).tolist()
         on_epoch(epoch, loss, seen)
@@ -78,12 +78,15 @@ def harden(
     return HalfFile(*_states(player, joint), config.to_dict(), made | {"loss": loss, "attacker_ssim": seen})
 
 
-def _batch(config: Config, source: Tensor, target: Tensor, step: int) -> Tensor:
-    parts = []
-    for who, images in ((SOURCE, source), (TARGET, target)):
-        if len(images):
-            taken, count = step * config.batch_size, config.batch_size
-            parts.append(images[next_images(torch.arange(len(images)), taken, count, config.seed, who)])
+def _batch(
+    config: Config,
+    drawn_from: tuple[tuple[Tensor, Tensor], ...],  # images and rows of them: the source's, the target's
+    step: int,
+) -> Tensor:
+    taken, count, parts = step * config.batch_size, config.batch_size, []
+    for who, (images, rows) in enumerate(drawn_from):
+        if len(rows):
+            parts.append(images[next_images(rows, taken, count, config.seed, who)])
     return torch.cat(parts)
 
 

@@ -22,6 +22,12 @@ class Failure:
 
     reason: str
     damaged: bool
+    not_read: bool = False  # of a kind that is not read
+
+    @property
+    def settled(self) -> bool:
+        """Whether the same content would give no pixels again."""
+        return self.damaged or self.not_read
 
 
 def read_file(path: str | Path) -> bytes:
@@ -48,4 +54,5 @@ def failure(error: Exception) -> Failure:
         error, OSError | ValueError | SyntaxError
     )  # with words for a reader; others have a number or a name
     reason = text if known and text else f"{type(error).__name__}: {text}"
-    return Failure(reason, damaged=not isinstance(error, (NotRead, *OF_CODE)))
+    not_read = isinstance(error, NotRead)
+    return Failure(reason, damaged=not (not_read or isinstance(error, OF_CODE)), not_read=not_read)

@@ -275,7 +275,7 @@ class _SavesClasses(TrainerCallback):
 def _groups(model: nn.Module) -> list[Any]:
     """Over whose processes its gradients are averaged, by one after the other; none if it is not wrapped."""
     if isinstance(model, SentenceTransformer):  # under fully_shard it is one still
-        shards = [each for each in model.modules() if isinstance(each, FSDPModule)]
+        shards: list[Any] = [each for each in model.modules() if isinstance(each, FSDPModule)]
         for each in shards:
             each.reshard()  # a forward pass may have left it whole
         parameters = (parameter for each in shards for parameter in each.parameters())

@@ -252,8 +252,9 @@ def test_a_model_that_caps_its_logits_is_refused_and_left_as_it_was(transformers
 
 @pytest.fixture
 def accelerator(transformers):
-    """In mixed precision. It is one for the process, so that it is undone afterwards."""
+    """In mixed precision. It is one for the process, so that a Trainer's is undone before, and it after."""
     accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     yield accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 

@@ -328,6 +328,13 @@ def _wraps():
         fully_shard(loss.model)
         loss.model(columns_of(loss.model, ANCHORS)[0])
 
+    def shards_within(loss):
+        fully_shard(loss.model[0].embedding)
+
+    def shards_within_left_whole(loss):
+        fully_shard(loss.model[0].embedding)
+        loss.model(columns_of(loss.model, ANCHORS)[0])
+
     def flat_shards(loss):
         loss.model = FullyShardedDataParallel(loss.model, device_id=torch.device("cpu"))
 
@@ -338,7 +345,8 @@ def _wraps():
         )
 
     HYBRID_SHARD = torch.distributed.fsdp.ShardingStrategy.HYBRID_SHARD
-    return ddp, shards, shards_left_whole, flat_shards, flat_shards_of_one_process
+    within = shards_within, shards_within_left_whole
+    return ddp, shards, shards_left_whole, *within, flat_shards, flat_shards_of_one_process
 
 
 def _mean_gradients(rank, meet, sparse_grad, seed):
@@ -397,6 +405,27 @@ def _fsdp_keeps_the_class_matrix(rank, meet):
             assert not mine._post_accumulate_grad_hooks
             torch.testing.assert_close(mine.grad.full_tensor(), its.grad)
     torch.distributed.destroy_process_group()
+
+
+def test_fully_shard_of_one_process_or_of_no_parameter(library, plug, tmp_path, monkeypatch):
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    calls, reshard = [], FSDPModule.reshard
+    monkeypatch.setattr(FSDPModule, "reshard", lambda self: (calls.append(self), reshard(self)))
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    try:
+        for ignores_all in (False, True):
+            loss = plug.ClassSoftmaxLoss(static_model(library), 30)
+            columns, labels = columns_of(loss.model, ANCHORS), torch.tensor([3, 4, 5, 3])
+            expected = loss(columns, labels)
+            ignored = set(loss.model.parameters()) if ignores_all else None
+            fully_shard(loss.model, ignored_params=ignored)
+            calls.clear()
+            for _ in range(3):
+                torch.testing.assert_close(loss(columns, labels), expected)
+            assert ignores_all or calls == [loss.model]  # it is asked once
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.exhaustive

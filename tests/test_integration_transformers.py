@@ -2,6 +2,7 @@
 
 import copy
 import doctest
+import functools
 import io
 import re
 import types
@@ -251,8 +252,9 @@ def test_a_model_that_caps_its_logits_is_refused_and_left_as_it_was(transformers
 
 @pytest.fixture
 def accelerator(transformers):
-    """In mixed precision. It is one for the process, so that it is undone afterwards."""
+    """In mixed precision. It is one for the process, so that a Trainer's is undone before, and it after."""
     accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     yield accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -280,39 +282,106 @@ def test_a_forward_set_on_the_model_itself_is_called_with_the_rest(llama, plug, 
     expected = float(model(input_ids=ids, labels=labels).loss.detach())
     attached = plug.attach(model) if first == "attached" else model
     attached = plug.attach(set_forward(attached, how, accelerator, own_forward))
-    assert "forward" in vars(attached)
     outputs = attached(input_ids=ids, labels=labels)
     assert outputs.logits is None and abs(float(outputs.loss.detach()) - expected) < 0.02
     assert attached(input_ids=ids).logits.shape == (4, 8, C)
-    outputs = plug.detach(attached)(input_ids=ids, labels=labels)
+    assert "forward" in vars(plug.detach(attached))
+    outputs = attached(input_ids=ids, labels=labels)
     assert outputs.logits.shape == (4, 8, C) and abs(float(outputs.loss.detach()) - expected) < 0.02
 
 
-def test_a_call_past_the_model_of_a_forward_set_on_it_is_refused(llama, plug, accelerator):
-    model = plug.attach(accelerator.prepare(llama()), 10)
+def test_what_is_set_in_mixed_precision_is_put_back_and_may_be_set_again(llama, plug, accelerator):
+    model = accelerator.prepare(llama())
+    before = {name: vars(model)[name] for name in ("forward", "_original_forward")}
+    plug.detach(plug.attach(plug.attach(model, 10)))
+    assert {name: vars(model)[name] for name in before} == before and not hasattr(model, "_fedss_passed_by")
     ids, labels = tokens()
-    with pytest.raises(RuntimeError, match=r"call the model, or del model.forward"):
-        model.forward(input_ids=ids, labels=labels)
-    assert model.forward(input_ids=ids).logits.shape == (4, 8, C)
-    del model.forward
-    assert model.forward(input_ids=ids, labels=labels).logits is None
+    again = accelerator.prepare(plug.attach(model))
+    for each in (again, copy.deepcopy(again)):
+        outputs = each.forward(input_ids=ids, labels=labels)
+        assert outputs.logits is None and outputs.loss.dtype == torch.float32
+        assert plug.detach(each)(input_ids=ids).logits.shape == (4, 8, C)
+        assert plug.attach(each)(input_ids=ids, labels=labels).logits is None
 
 
-def test_a_forward_that_does_not_take_its_loss_from_the_head_is_refused(llama, plug):
+def with_z_loss(outputs):
+    outputs.loss = outputs.loss + outputs.logits.float().logsumexp(-1).square().mean()
+    return outputs
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_forward_of_ones_own_is_set_after_and_never_meets_hidden_states(llama, plug, wrapped):
     model, (ids, labels) = llama(), tokens()
-    own_forward = type(model).forward
+    before = model.forward
 
-    def forward(**inputs):
-        outputs = own_forward(model, **inputs | {"labels": None})
-        outputs.loss = torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten() % 16)
-        return outputs
+    def z_loss(inner):
+        def forward(*args, **kwargs):
+            return with_z_loss(inner(*args, **kwargs))
 
-    plug.attach(model).forward = forward
-    with pytest.raises(RuntimeError, match=r"expected a forward that calls self.loss_function"):
-        model(input_ids=ids, labels=labels)
-    assert not model.lm_head.passes
+        return functools.wraps(inner)(forward) if wrapped else forward
+
+    model.forward = z_loss(before)
+    expected = model(input_ids=ids, labels=labels).loss
+    with pytest.raises(TypeError, match=r"expected no forward set on it but accelerate's or torch's"):
+        plug.attach(model)
+    assert torch.equal(model(input_ids=ids, labels=labels).loss, expected)
     del model.forward
-    model.lm_head.forward = lambda hidden: hidden @ model.lm_head.weight.t()
+    attached = plug.attach(model)
+    inner = attached.forward
+    attached.forward = lambda batch: inner(**batch)
+    assert plug.attach(attached)({"input_ids": ids, "labels": labels}).logits is None
+    attached.forward = z_loss(inner)
+    with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'float'"):
+        attached(input_ids=ids, labels=labels)
+    attached.forward = z_loss(before)
+    with pytest.raises(RuntimeError, match="which calls its class's past it; del model.forward"):
+        attached(input_ids=ids, labels=labels)
+    del attached.forward
+    assert attached(input_ids=ids, labels=labels).logits is None
+
+
+def test_hooks_meet_no_hidden_states(llama, plug, accelerator):
+    """torch's, beside a forward of accelerate's; one of one's own among accelerate's is refused."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, (ids, labels) = accelerator.prepare(llama()), tokens()
+    plug.attach(model).register_forward_hook(lambda module, args, outputs: with_z_loss(outputs))
+    with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'float'"):
+        model(input_ids=ids, labels=labels)
+
+    class ZLoss(hooks.ModelHook):
+        def post_forward(self, module, output):
+            return with_z_loss(output)
+
+    for hook in (ZLoss(), hooks.SequentialHook(hooks.ModelHook(), ZLoss())):
+        with pytest.raises(TypeError, match="expected no forward set on it but"):
+            plug.attach(hooks.add_hook_to_module(llama(), hook))
+    attached = hooks.add_hook_to_module(plug.attach(llama()), ZLoss())
+    with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'float'"):
+        attached(input_ids=ids, labels=labels)
+
+
+def test_a_forward_that_does_not_take_its_loss_from_the_head_is_refused(transformers, llama, plug):
+    class TakesNone(transformers.LlamaForCausalLM):
+        def forward(self, input_ids=None, labels=None, own=False, **kwargs):
+            logits = self.lm_head(self.model(input_ids).last_hidden_state)
+            loss = self.loss_function(logits, labels, self.vocab_size) if own else logits.square().mean()
+            return transformers.modeling_outputs.CausalLMOutputWithPast(loss, logits)
+
+    class TakesTwo(transformers.LlamaForCausalLM):
+        def forward(self, input_ids=None, labels=None, **kwargs):
+            logits = self.lm_head(self.model(input_ids).last_hidden_state)
+            loss = self.loss_function(logits, labels, self.vocab_size)
+            loss = loss + self.loss_function(logits[:1], labels[:1], self.vocab_size)
+            return transformers.modeling_outputs.CausalLMOutputWithPast(loss, logits)
+
+    model, (ids, labels) = llama(), tokens()
+    for own, words in [(TakesNone, "one that does not"), (TakesTwo, "one that does so again")]:
+        each = copy.deepcopy(model)
+        each.__class__ = own
+        with pytest.raises(RuntimeError, match=f"expected a forward that calls self.loss_function.* {words}"):
+            plug.attach(each)(input_ids=ids, labels=labels)
+        assert not each.lm_head.passes
+    plug.attach(model).lm_head.forward = lambda hidden: hidden @ model.lm_head.weight.t()
     with pytest.raises(RuntimeError, match=r"expected a forward that calls its head"):
         model(input_ids=ids, labels=labels)
 
@@ -347,7 +416,7 @@ def test_other_models_of_an_attached_ones_class_are_not_attached(llama, plug, tm
     assert plug.attach(again, 10)(input_ids=ids, labels=labels).logits is None
 
 
-def test_a_forward_may_call_its_bases_and_read_no_logits(transformers, llama, plug):
+def test_a_forward_may_call_its_bases(transformers, llama, plug):
     class Passes(transformers.LlamaForCausalLM):
         def forward(self, *args, **kwargs):
             return super().forward(*args, **kwargs)
@@ -356,12 +425,6 @@ def test_a_forward_may_call_its_bases_and_read_no_logits(transformers, llama, pl
         def forward(self, labels=None, input_ids=None, **kwargs):
             outputs = super().forward(input_ids, labels=labels, **kwargs)
             outputs.loss *= 2
-            return outputs
-
-    class Reads(Passes):
-        def forward(self, *args, **kwargs):
-            outputs = super().forward(*args, **kwargs)
-            outputs.loss = outputs.loss + outputs.logits.square().mean()
             return outputs
 
     model = llama()
@@ -374,9 +437,33 @@ def test_a_forward_may_call_its_bases_and_read_no_logits(transformers, llama, pl
         outputs = attached(*in_order)
         assert outputs.logits is None
         torch.testing.assert_close(outputs.loss, model(*in_order).loss)
-    model.__class__ = Reads
-    with pytest.raises(TypeError, match=r"does not read, got Reads, whose .*Reads.forward does not"):
+        assert type(plug.detach(attached)) is own
+
+
+def test_a_class_that_reads_its_bases_logits_meets_none(transformers, llama, plug):
+    class Base(transformers.LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            outputs = super().forward(*args, **kwargs)
+            if self.training:
+                outputs.loss = outputs.loss + self.of(outputs).float().square().mean()
+            return outputs
+
+    reads = [
+        lambda outputs: outputs.logits,
+        lambda outputs: outputs["logits"],
+        lambda outputs: outputs[1],
+        lambda outputs: outputs.to_tuple()[1],
+        lambda outputs: getattr(outputs, "log" + "its"),
+    ]
+    ids, labels = tokens()
+    for read in reads:
+        model = llama()
+        model.__class__ = type("Reads", (Base,), {"of": staticmethod(read)})
+        assert model(input_ids=ids, labels=labels).loss.isfinite()
         plug.attach(model)
+        with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'float'"):
+            model(input_ids=ids, labels=labels)
+        assert model.eval()(input_ids=ids, labels=labels).logits.shape == (4, 8, C)
 
 
 class Rows(torch.utils.data.Dataset):

@@ -104,8 +104,8 @@ class ClassSoftmaxLoss(nn.Module):
     def _share(self) -> None:
         """Where the model is wrapped for several processes, the criterion too is one for all of them."""
         groups = _groups(self.model) if dist.is_initialized() else []
-        groups = [group for group in groups if dist.get_world_size(group) > 1]
         self._is_shared = bool(groups)
+        groups = [group for group in groups if dist.get_world_size(group) > 1]
         parameters = [each for each in self.criterion.parameters() if not is_held_by_fsdp(each)]
         for group in groups:
             first = dist.get_global_rank(group, 0) if group else 0
@@ -274,12 +274,13 @@ class _SavesClasses(TrainerCallback):
 
 def _groups(model: nn.Module) -> list[Any]:
     """Over whose processes its gradients are averaged, by one after the other; none if it is not wrapped."""
-    if isinstance(model, FSDPModule):  # and a SentenceTransformer still
-        model.reshard()  # a forward pass may have left it whole
-        (mesh, *_) = (each.device_mesh for each in model.parameters() if hasattr(each, "device_mesh"))
-        return mesh.get_all_groups()
-    if isinstance(model, SentenceTransformer):
-        return []
+    if isinstance(model, SentenceTransformer):  # under fully_shard it is one still
+        shards: list[Any] = [each for each in model.modules() if isinstance(each, FSDPModule)]
+        for each in shards:
+            each.reshard()  # a forward pass may have left it whole
+        parameters = (parameter for each in shards for parameter in each.parameters())
+        mesh = next((each.device_mesh for each in parameters if hasattr(each, "device_mesh")), None)
+        return [] if mesh is None else mesh.get_all_groups()
     across = getattr(model, "_inter_node_pg", None)  # of FullyShardedDataParallel's HYBRID_SHARD
     return [getattr(model, "process_group", None), *([across] if across else [])]
 

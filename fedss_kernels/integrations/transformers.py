@@ -7,7 +7,7 @@ was.
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -50,7 +50,8 @@ def attach(
 
     No parameter is added, renamed or copied: tied weights, save_pretrained, from_pretrained, checkpoints,
     PEFT and resize_token_embeddings do not notice. To attach again changes the settings. A `forward` that is
-    set on the model, before or after, as by accelerate's mixed precision and hooks, is called with the rest.
+    set on the model, as by accelerate's mixed precision and hooks, is called with the rest; one of your own
+    is to be set after `attach` and made of the attached model's, so that it meets no hidden states.
 
     Args:
         model: a causal language model whose head is an nn.Linear and whose forward calls `loss_function`,
@@ -61,9 +62,9 @@ def attach(
             restores; the state of another is for you to save.
         impl: as for `sampled_softmax_loss`.
 
-    Raises TypeError for another kind of model or head, ValueError for a loss of the model's own that is not
-    cross-entropy of the next token. In training, RuntimeError for a model that changes its logits after the
-    head (soft caps, scaling) or does not take its loss from them, and for a weight in shards.
+    Raises TypeError for another kind of model, head or forward, ValueError for a loss of the model's own that
+    is not cross-entropy of the next token. In training, RuntimeError for a model that changes its logits
+    after the head (soft caps, scaling) or does not take its loss from them, and for a weight in shards.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> config = LlamaConfig(vocab_size=1000, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
@@ -83,6 +84,7 @@ def attach(
         num_sampled = check_integer("num_sampled", num_sampled, 0)
     _check_model(model)
     head = _head(model)
+    passed_by = _passed_by(model)
     _drop_own_forward(head)
     handle = None if generator is None else GeneratorHandle(generator)
     settings: Any = _Settings(num_sampled, handle, impl)
@@ -90,6 +92,10 @@ def attach(
     if not isinstance(model, _WithoutLogits):
         own: Any = type(model)
         model.__class__ = _class_without_logits(own)
+    if passed_by:
+        model._fedss_passed_by = passed_by
+        for name in passed_by:
+            del vars(model)[name]
     head.__class__ = _Head
     return model
 
@@ -103,8 +109,10 @@ def detach(model: Model) -> Model:
     for name in ("passes", "passed"):
         vars(head).pop(name, None)
     head.__class__ = nn.Linear
-    model.__class__ = attached.__bases__[1]
+    model.__class__ = attached._fedss_own
     vars(model).pop("_fedss_settings", None)
+    if "forward" not in vars(model):  # else that one calls what it was set over
+        vars(model).update(vars(model).pop("_fedss_passed_by", {}))
     return model
 
 
@@ -129,19 +137,13 @@ class _Head(nn.Linear):
 
 
 class _WithoutLogits(nn.Module):
-    """What a model's class gains beside its `forward`; the model's own class is the base after it.
+    """What a model's class gains beside its `forward`.
 
     One that `attach` did not give settings, as `type(model)(config)` makes it, is as those of its own class.
     """
 
     _fedss_settings: _Settings
-    _labels_position: int | None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """A forward that was set on the model itself is called in place of the class's."""
-        if "forward" in vars(self):
-            return _past_head(self, super().__call__, args, kwargs)
-        return super().__call__(*args, **kwargs)
+    _fedss_own: Any  # the model's own class
 
     def loss_function(
         self,
@@ -155,10 +157,16 @@ class _WithoutLogits(nn.Module):
     ) -> Tensor:
         head = _head(self)
         if not isinstance(head, _Head) or not head.passes:
+            passed = head.passed if isinstance(head, _Head) else None
+            if passed is not None and logits.shape[-1] == passed.shape[-1]:
+                raise RuntimeError(
+                    "model: expected a forward that calls self.loss_function once on what its head gives, "
+                    "got one that does so again; detach(model) trains it with its own loss"
+                )
             if "forward" in vars(self) and self.training and _is_attached(self):
                 raise RuntimeError(
-                    "model: expected model(...), got a call past it of the forward that was set on it, which "
-                    "knows nothing of attach; call the model, or del model.forward"
+                    "model: expected a forward that calls the attached model's, got one set on the model, "
+                    "which calls its class's past it; del model.forward, then set one made of model.forward"
                 )
             named: dict[str, Any] = {"num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index}
             return ForCausalLMLoss(logits, labels, vocab_size, shift_labels=shift_labels, **named, **kwargs)
@@ -181,34 +189,111 @@ class _WithoutLogits(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         """Its class is made by `attach`, so that pickle would not find it by name."""
-        return _new_without_logits, (type(self).__bases__[1],), self.__dict__
+        return _new_without_logits, (self._fedss_own,), self.__dict__
 
 
 @functools.cache
 def _class_without_logits(own: Any) -> Any:
     """A class of own's name, which passes by the head in training with labels."""
+    inner = _passing_by(_takes_loss(own))
+    bases = (own, inner) if own is not inner.__base__ else (inner,)
+    return type(own.__name__, (_WithoutLogits, *bases), {**_names(own), "_fedss_own": own})
+
+
+@functools.cache
+def _passing_by(own: Any) -> Any:
+    """own, whose forward takes the loss, with one past the head.
+
+    It stands right before own among the bases of what is attached, so that a `super().forward` of a class of
+    own's meets outputs without logits.
+    """
+    signature = inspect.signature(own.forward)
+    position: Any = _labels_position(signature)
 
     @functools.wraps(own.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _past_head(self, functools.partial(own.forward, self), args, kwargs)
+        passed_by = vars(self).get("_fedss_passed_by")
+        call = passed_by["forward"] if passed_by else functools.partial(own.forward, self)
+        positional = position is not None and len(args) > position
+        labels = args[position] if positional else kwargs.get("labels")
+        if labels is None or not self.training or not _is_attached(self):
+            return call(*args, **kwargs)
+        return _past_head(self, call, args, kwargs)
 
-    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
-    gained = {"forward": forward, "_labels_position": _labels_position(own)}
-    return type(own.__name__, (_WithoutLogits, own), {**names, **gained})
+    function: Any = forward
+    function.__signature__ = signature
+    del function.__wrapped__  # or accelerate's unwrap_model would go past it
+    return type(own.__name__, (own,), {**_names(own), "forward": forward})
 
 
-def _forwards(own: type) -> Iterator[Any]:
-    """The functions `forward` of a class and its bases, in the order in which super() finds them."""
-    return (inspect.unwrap(vars(each)["forward"]) for each in own.__mro__ if "forward" in vars(each))
+def _names(own: type) -> dict[str, Any]:
+    return {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
 
 
-def _labels_position(own: type) -> int | None:
+def _labels_position(signature: inspect.Signature) -> int | None:
     """Where labels may stand among a forward's arguments after self; None: by name alone."""
-    for forward in _forwards(own):
-        parameters = list(inspect.signature(forward).parameters)
-        if "labels" in parameters:
-            return parameters.index("labels") - 1
-    return None
+    names = list(signature.parameters)
+    return names.index("labels") - 1 if "labels" in names else None
+
+
+def _forwards(own: type) -> dict[type, Any]:
+    """The functions `forward` of a class and its bases, in the order in which super() finds them."""
+    return {each: vars(each)["forward"] for each in own.__mro__ if "forward" in vars(each)}
+
+
+def _takes_loss(own: type) -> type:
+    """The innermost class whose forward calls self.loss_function, of those that super().forward leads to."""
+    found = None
+    for each, forward in _forwards(own).items():
+        names = inspect.unwrap(forward).__code__.co_names
+        found = each if "loss_function" in names else found
+        if "super" not in names:
+            break
+    if found is None:
+        raise TypeError(
+            "model: expected one whose forward calls self.loss_function, itself or by super().forward, got "
+            f"{own.__name__}, whose {inspect.unwrap(forward).__qualname__} does not"
+        )
+    return found
+
+
+def _passed_by(model: Any) -> dict[str, Any]:
+    """The forward that was set on the model itself if it calls the class's own, past the attached one.
+
+    And what accelerate keeps of it. Raises TypeError where others' code may take hidden states for logits.
+    """
+    forward: Any = vars(model).get("forward")
+    if forward is None:
+        return {}
+    own_class: Any = model._fedss_own if isinstance(model, _WithoutLogits) else type(model)
+    forwards, inner = _forwards(_class_without_logits(own_class)), _takes_loss(own_class)
+    hook = vars(model).get("_hf_hook")
+    hooks = [] if hook is None else [hook, *getattr(hook, "hooks", ())]
+    known = all(map(_is_librarys, hooks))
+    while known and forward is not None:
+        forward = getattr(forward, "__func__", forward)
+        for each, own in forwards.items():
+            if forward in (own, inspect.unwrap(own)):
+                names = ("forward", "_original_forward") if each is inner else ()
+                return {name: vars(model)[name] for name in names if name in vars(model)}
+        known, forward = _is_librarys(forward), getattr(forward, "__wrapped__", None)
+    if _is_attached(model):  # it is seen in training whether it calls the attached one
+        return {}
+    raise TypeError(
+        "model: expected no forward set on it but accelerate's or torch's, got one that could take hidden "
+        "states for logits; del model.forward, attach, then set it again, made of the attached model's"
+    )
+
+
+def _is_librarys(code: Any) -> bool:
+    """Whether a function, a class or an object that is called is one of accelerate's, torch's, transformers'.
+
+    functools.wraps gives a function another's __module__, but not its __globals__.
+    """
+    function = getattr(code, "func", code)  # of a partial
+    of = function if isinstance(function, type) else type(function)
+    module = getattr(function, "__globals__", {}).get("__name__", of.__module__)
+    return module.partition(".")[0] in ("accelerate", "torch", "transformers")
 
 
 def _is_attached(model: nn.Module) -> bool:
@@ -216,13 +301,7 @@ def _is_attached(model: nn.Module) -> bool:
 
 
 def _past_head(self: Any, call: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-    """What a call of the model returns, which in training with labels has a loss and no logits."""
-    if not self.training or not _is_attached(self):
-        return call(*args, **kwargs)
-    position = self._labels_position
-    positional = position is not None and len(args) > position
-    if (args[position] if positional else kwargs.get("labels")) is None:
-        return call(*args, **kwargs)
+    """What a call of the model returns in training with labels: a loss and no logits."""
     head: Any = _head(self)
     if not isinstance(head, _Head):
         head.__class__ = _Head  # a new one, of resize_token_embeddings
@@ -313,16 +392,7 @@ def _check_model(model: Any) -> None:
             f"model: expected one whose loss_function is ForCausalLMLoss, got {type(model).__name__} with "
             f"{getattr(model.loss_function, '__name__', model.loss_function)}"
         )
-    for forward in _forwards(type(model)):
-        names = forward.__code__.co_names
-        if "loss_function" in names:
-            return
-        if "super" not in names or "logits" in names:
-            break
-    raise TypeError(
-        "model: expected one whose forward calls self.loss_function, itself or by a super().forward whose "
-        f"logits it does not read, got {type(model).__name__}, whose {forward.__qualname__} does not"
-    )
+    _takes_loss(type(model))
 
 
 def _check_unchanged(logits: Tensor, passed: Tensor) -> None:

@@ -107,11 +107,10 @@ def _classes(
     An ignored row has the class of one that is not, or where all are ignored that of an entry that takes
     part: sparse gradients list no others.
     """
-    if C == 0 or (target.shape[0] == 0 and not torch.compiler.is_compiling()):
+    compiling = torch.compiler.is_compiling()  # for any number of rows, none of them too
+    if C == 0 or (target.shape[0] == 0 and not compiling):
         return torch.zeros_like(target), None
-    rows = target, counted
-    if torch.compiler.is_compiling():  # for any number of rows, none of them too
-        rows = pad(target, (0, 1)), pad(counted, (0, 1))
+    rows = (pad(target, (0, 1)), pad(counted, (0, 1))) if compiling else (target, counted)
     some = rows[0].gather(0, first_place(rows[1]))
     if class_ids is None or class_ids.shape[0] > 0:
         entry = torch.zeros_like(some) if counts is None else first_place(counts < torch.inf)

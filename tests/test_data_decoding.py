@@ -11,7 +11,7 @@ from PIL import Image
 from fedss_kernels.federated.data import decoding
 from fedss_kernels.federated.data.decoding import decoded
 from fedss_kernels.federated.data.images import cached_images
-from fedss_kernels.federated.data.pixels import Failure, decode
+from fedss_kernels.federated.data.pixels import Failure, Fault, decode
 
 
 @pytest.fixture
@@ -38,11 +38,13 @@ def test_in_order_and_with_the_reasons(files, tmp_path):
     os.mkfifo(pipe)
     Image.new("F", (4, 4), 0.5).save(floats)
     found = list(decoded([*files, floats, pipe, lost], 8, processes=2))
-    assert found.pop() == Failure("No such file or directory", damaged=False)
-    assert found.pop() == Failure("a FIFO, not a file", damaged=False)
+    assert found.pop() == Failure("No such file or directory", Fault.ELSEWHERE)
+    assert found.pop() == Failure("a FIFO, not a file", Fault.ELSEWHERE)
     words = "expected 8 or 16 bits a channel, got float32, 0.5 to 0.5"
-    assert found.pop() == Failure(words, damaged=False, not_read=True)
-    assert found[5] == Failure("no image that Pillow can open: cut short, or of another format", damaged=True)
+    assert found.pop() == Failure(words, Fault.KIND)
+    assert found[5] == Failure(
+        "no image that Pillow can open: cut short, or of another format", Fault.CONTENT
+    )
     for i, file in enumerate(files):
         assert i == 5 or found[i] == decode(file.read_bytes(), 8)
 
@@ -62,12 +64,12 @@ def _started(monkeypatch) -> list[subprocess.Popen]:
 @pytest.mark.parametrize(
     "number, times, found",
     [
-        (signal.SIGSEGV, 1, Failure("its decoder crashed, by SIGSEGV", damaged=True)),
+        (signal.SIGSEGV, 1, Failure("its decoder crashed, by SIGSEGV", Fault.CONTENT)),
         (signal.SIGKILL, 1, None),
         (
             signal.SIGKILL,
             2,
-            Failure("its decoder was killed twice, by SIGKILL (out of memory?)", damaged=False),
+            Failure("its decoder was killed twice, by SIGKILL (out of memory?)", Fault.ELSEWHERE),
         ),
     ],
 )

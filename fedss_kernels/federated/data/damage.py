@@ -11,13 +11,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from .cache import default_cache_dir, key_of
-from .pixels import Failure
+from .pixels import Failure, Fault
 
 NAMED = 5  # of many, that a message names
 OR_SKIP = "; or go on without them: --skip-damaged"
 ESCAPES = {b"\\": rb"\\", b"\t": rb"\t", b"\n": rb"\n", b"\r": rb"\r"}  # in a list, the backslash first
-NOT_READ = "not read: "  # in a list, before the reasons of files that are of such a kind
-UNREAD = "cannot be read: "  # before those that may be gone the next time
+# In a list, before a reason. A reader tries them in this order: nothing is before every reason.
+BEFORE = {Fault.KIND: "not read: ", Fault.ELSEWHERE: "cannot be read: ", Fault.CONTENT: ""}
 MISSING = "missing"  # a reason
 NOWHERE = (
     errno.ENOENT,
@@ -129,13 +129,7 @@ def say_left_out(name: str, classes: Iterable[str], where: str = "") -> tuple[st
 
 
 def write_list(path: Path, failures: Mapping[Path, Failure]) -> None:
-    _write(path, {file: _before(found) + found.reason for file, found in failures.items()})
-
-
-def _before(found: Failure) -> str:
-    if found.damaged:
-        return ""
-    return NOT_READ if found.not_read else UNREAD
+    _write(path, {file: BEFORE[found.fault] + found.reason for file, found in failures.items()})
 
 
 def _write(path: Path, reasons: Mapping[Path, str]) -> None:
@@ -183,6 +177,5 @@ def read_list(path: Path) -> dict[Path, Failure]:
 
 
 def _listed(reason: str) -> Failure:
-    if reason.startswith(NOT_READ):
-        return Failure(reason.removeprefix(NOT_READ), damaged=False, not_read=True)
-    return Failure(reason.removeprefix(UNREAD), damaged=not reason.startswith(UNREAD))
+    fault = next(fault for fault, before in BEFORE.items() if reason.startswith(before))
+    return Failure(reason.removeprefix(BEFORE[fault]), fault)

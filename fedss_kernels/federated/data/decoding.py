@@ -15,8 +15,8 @@ from queue import SimpleQueue
 
 from . import pixels
 from .damage import printable
-from .pixels import Failure
-from .pixels.serving import DAMAGED, LENGTH, NOT_READ, PIXELS
+from .pixels import Failure, Fault
+from .pixels.serving import LENGTH, PIXELS
 
 AHEAD = 16  # files that each process may be ahead of who takes the pixels
 # Of these signals a decoder dies by its own doing, that is by what is in the file; of others by somebody's.
@@ -91,8 +91,8 @@ class _Decoder:
                 break
         name = signal.Signals(-code).name
         if -code in CRASHES:
-            return Failure(f"its decoder crashed, by {name}", damaged=True)
-        return Failure(f"its decoder was killed twice, by {name} (out of memory?)", damaged=False)
+            return Failure(f"its decoder crashed, by {name}", Fault.CONTENT)
+        return Failure(f"its decoder was killed twice, by {name} (out of memory?)", Fault.ELSEWHERE)
 
     def _ask(self, file: Path) -> bytes | Failure:
         questions, answers = self.process.stdin, self.process.stdout
@@ -108,7 +108,7 @@ class _Decoder:
             raise EOFError
         if kind == PIXELS:
             return answer
-        return Failure(answer.decode(), damaged=kind == DAMAGED, not_read=kind == NOT_READ)
+        return Failure(answer.decode(), Fault(kind))
 
     def end(self) -> None:
         with self.lock:

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .failures import Failure, NotRead, failure, read_file
+from .failures import Failure, Fault, NotRead, failure, read_file
 from .jpeg import JPEG_END, only_unterminated
 from .many_bits import check_grey, lay_out, layout_of_16_bits, of_8_bits, scale_colours
 from .tiff import SAMPLE_FORMAT, TURN, check_kind, has_planes_of_16_bits, interleaved, tag_of
@@ -41,7 +41,7 @@ from .tiff import SAMPLE_FORMAT, TURN, check_kind, has_planes_of_16_bits, interl
 if TYPE_CHECKING:
     from PIL.Image import Image as PillowImage
 
-__all__ = ["Failure", "NotRead", "decode", "failure", "read_file", "unlimited"]
+__all__ = ["Failure", "Fault", "NotRead", "decode", "failure", "read_file", "unlimited"]
 
 
 def decode(content: bytes, size: int) -> bytes:

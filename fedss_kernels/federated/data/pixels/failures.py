@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import errno
 import os
 import stat
@@ -16,18 +17,29 @@ class NotRead(ValueError):
     """An image of a kind that is not read; nothing says that it is damaged."""
 
 
+class Fault(enum.Enum):
+    """What is at fault; the letter tells it to another process."""
+
+    CONTENT = b"c"  # it is damaged
+    KIND = b"k"  # images of such a kind are not read
+    ELSEWHERE = b"e"  # the file system, the memory, code: the next time it may be gone
+
+
 @dataclass(frozen=True)
 class Failure:
-    """Why there are no pixels: the content is `damaged`, or something else was in the way."""
+    """Why there are no pixels of a file."""
 
     reason: str
-    damaged: bool
-    not_read: bool = False  # of a kind that is not read
+    fault: Fault
+
+    @property
+    def damaged(self) -> bool:
+        return self.fault is Fault.CONTENT
 
     @property
     def settled(self) -> bool:
         """Whether the same content would give no pixels again."""
-        return self.damaged or self.not_read
+        return self.fault is not Fault.ELSEWHERE
 
 
 def read_file(path: str | Path) -> bytes:
@@ -44,15 +56,15 @@ def failure(error: Exception) -> Failure:
     from PIL import UnidentifiedImageError
 
     if isinstance(error, UnidentifiedImageError):
-        return Failure("no image that Pillow can open: cut short, or of another format", damaged=True)
+        return Failure("no image that Pillow can open: cut short, or of another format", Fault.CONTENT)
     if isinstance(error, MemoryError):
-        return Failure("it needs more memory than there is", damaged=False)
+        return Failure("it needs more memory than there is", Fault.ELSEWHERE)
     if isinstance(error, OSError) and error.errno is not None:
-        return Failure(error.strerror or str(error), damaged=False)
+        return Failure(error.strerror or str(error), Fault.ELSEWHERE)
     text = " ".join(str(error).split())
-    known = isinstance(
-        error, OSError | ValueError | SyntaxError
-    )  # with words for a reader; others have a number or a name
+    # These have words for a reader; others have a number or a name.
+    known = isinstance(error, OSError | ValueError | SyntaxError)
     reason = text if known and text else f"{type(error).__name__}: {text}"
-    not_read = isinstance(error, NotRead)
-    return Failure(reason, damaged=not (not_read or isinstance(error, OF_CODE)), not_read=not_read)
+    if isinstance(error, NotRead):
+        return Failure(reason, Fault.KIND)
+    return Failure(reason, Fault.ELSEWHERE if isinstance(error, OF_CODE) else Fault.CONTENT)

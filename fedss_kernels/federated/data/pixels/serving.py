@@ -7,10 +7,10 @@ import struct
 from typing import BinaryIO
 
 from . import decode, unlimited
-from .failures import Failure, failure, read_file
+from .failures import failure, read_file
 
-LENGTH = struct.Struct("<cQ")  # before an answer: its kind, its bytes
-PIXELS, DAMAGED, NOT_READ, OTHER = b"=", b"d", b"n", b"o"
+LENGTH = struct.Struct("<cQ")  # before an answer: PIXELS or a Fault, its bytes
+PIXELS = b"="
 
 
 def serve(size: int, questions: BinaryIO, answers: BinaryIO) -> None:
@@ -22,12 +22,6 @@ def serve(size: int, questions: BinaryIO, answers: BinaryIO) -> None:
                 kind, answer = PIXELS, decode(read_file(path), size)
             except Exception as error:
                 found = failure(error)
-                kind, answer = _kind(found), found.reason.encode("utf-8", "replace")
+                kind, answer = found.fault.value, found.reason.encode("utf-8", "replace")
             answers.write(LENGTH.pack(kind, len(answer)) + answer)
             answers.flush()
-
-
-def _kind(found: Failure) -> bytes:
-    if found.damaged:
-        return DAMAGED
-    return NOT_READ if found.not_read else OTHER

@@ -21,7 +21,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_st
 
 from .checks import check_choice, check_ids, check_ignore_index, check_integer, check_tensor
 from .class_samplers import UNIFORM, FrequencySampler, draw_log_uniform
-from .direct_route import eager
+from .direct_route import holds_numbers, unobserved
 from .operator_names import named_by_schema
 
 
@@ -149,7 +149,7 @@ def draw_batch_class_set(
     ignore_index = check_ignore_index(ignore_index)
     ignored = num_classes  # a rank past every class, so that ignored rows sort last
     held = torch.where(target == ignore_index, ignored, target).sort().values
-    if type(target) is Tensor and target.is_cpu and eager() and not _are_classes(held, num_classes):
+    if type(target) is Tensor and target.is_cpu and holds_numbers() and not _are_classes(held, num_classes):
         check_ids("target", target, num_classes, ignore_index)  # before anything is drawn
     # No tensor of size B - 1, which for B = 2 would be 1: traced code takes that for a case of its own.
     first = held != torch.cat([held.new_full((1,), -1), held])[:-1]
@@ -200,7 +200,7 @@ def _uniform(
                 "generator: expected None in torch.export, got a generator, which no saved program holds; "
                 "export the module in eval mode, or with criterion.generator = None"
             )
-        if not eager() or peek_interpreter_stack() is None:
+        if not unobserved() or peek_interpreter_stack() is None:
             return _random_integers(generator.draws, target, num_sampled, generator.key)
         generator = generator.generator  # torch.vmap's randomness is for torch's own operators
     check_generator(generator)

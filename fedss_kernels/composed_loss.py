@@ -16,6 +16,7 @@ from .given_target import row_losses
 from .loss_extras import Extras
 from .smoothing import mean_logits
 from .target_logits import target_logits, widened_rows
+from .traced_checks import checked_numbers
 
 
 def composed_loss(
@@ -91,7 +92,8 @@ def reduced_loss(
         losses = torch.lerp(losses, smooth.to(losses.dtype), extras.label_smoothing)
     share = counted.to(losses.dtype)
     if extras.class_weight is not None and extras.class_weight.shape[0] > 0:
-        share = extras.class_weight.index_select(0, classes).to(losses.dtype).where(counted, 0.0)
+        share = extras.class_weight.index_select(0, classes).where(counted, 0.0)
+        share = checked_numbers("class_weight", share, classes).to(losses.dtype)
         losses = losses * share
     if reduction == "none":
         return losses

@@ -12,12 +12,15 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, is_grad_enabled, strided
 from torch._C import (
+    _get_dispatch_mode,
     _get_tracing_state,
     _is_any_autocast_enabled,
     _len_torch_dispatch_stack,
     _len_torch_function_stack,
+    _TorchDispatchModeKey,
 )
 from torch._C._functorch import peek_interpreter_stack
+from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
@@ -104,17 +107,30 @@ _NOTHING = [False] * 4
 
 
 def plain_eager() -> bool:
-    return eager() and peek_interpreter_stack() is None and forward_ad._current_level < 0
+    return unobserved() and peek_interpreter_stack() is None and forward_ad._current_level < 0
 
 
-def eager() -> bool:
-    """Tensors hold numbers, inside of torch.vmap and torch.func too."""
+def unobserved() -> bool:
+    """No compiler and no mode sees which operators run; inside of torch.vmap and torch.func too."""
     return (
         not is_compiling()
         and _len_torch_dispatch_stack() == 0
         and _len_torch_function_stack() == 0
         and _get_tracing_state() is None
     )
+
+
+def holds_numbers() -> bool:
+    """Tensors do: nothing traces. Other modes may be on, such as a default device's or a counter of flops."""
+    return unobserved() or not (
+        is_compiling()
+        or _get_tracing_state() is not None
+        or _len_torch_dispatch_stack_pre_dispatch() > 0
+        or any(_get_dispatch_mode(mode) is not None for mode in _TRACERS)
+    )
+
+
+_TRACERS = (_TorchDispatchModeKey.FAKE, _TorchDispatchModeKey.PROXY, _TorchDispatchModeKey.FUNCTIONAL)
 
 
 def ordinary(tensor: Tensor) -> bool:

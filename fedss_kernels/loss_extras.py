@@ -32,6 +32,11 @@ class Extras(NamedTuple):
         return self[:2]
 
     @property
+    def row_margins(self) -> dict[str, Tensor]:
+        """Those that rows have of their own, (B,)."""
+        return {n: m for n, m in zip(self._fields, self.margins, strict=False) if isinstance(m, Tensor)}
+
+    @property
     def has_margins(self) -> bool:
         return any(isinstance(margin, Tensor) or margin != 0 for margin in self.margins)
 
@@ -75,16 +80,15 @@ def check_values(
 
     Waits for the device.
     """
-    for name, margin in zip(("angular_margin", "cosine_margin"), extras.margins, strict=True):
-        if isinstance(margin, Tensor):
-            _check_numbers(name, unwrapped(margin), *_RANGES[name])
+    for name, margin in extras.row_margins.items():
+        check_numbers(name, unwrapped(margin))
     if extras.class_weight is not None and len(extras.class_weight):
         counted = target != ignore_index
         shares = extras.class_weight.index_select(0, target.where(counted, 0)).where(counted, 0.0)
         if is_functorch_wrapped_tensor(shares):
-            _check_numbers("class_weight[target]", unwrapped(shares), *_RANGES["class_weight"])
+            check_numbers("class_weight[target]", unwrapped(shares))
         else:
-            _check_numbers("class_weight", shares, *_RANGES["class_weight"], target)
+            check_numbers("class_weight", shares, target)
 
 
 def check_smoothing(label_smoothing: Any) -> float:
@@ -111,7 +115,7 @@ def check_class_weights(class_weight: Any, C: int) -> None:
             "class_weight: expected a tensor with numbers, which reset_parameters() gives back, got one on "
             'the device "meta": make it with device="cpu"'
         )
-    _check_numbers("class_weight", class_weight, *_RANGES["class_weight"])
+    check_numbers("class_weight", class_weight)
 
 
 def _check_class_weight(class_weight: Any, C: int) -> None:
@@ -144,13 +148,13 @@ _RANGES = {
 }
 
 
-def _check_numbers(
-    name: str,
+def check_numbers(
+    name: str,  # one of _RANGES, or a part of one: "class_weight[target]"
     values: Tensor,  # (n,)
-    bounds: tuple[float, float],
-    expected: str,
     places: Tensor | None = None,  # (n,) where they are in what is called `name`
 ) -> None:
+    """Raises ValueError for one that is not finite or out of range."""
+    bounds, expected = _RANGES[name.partition("[")[0]]
     good = values.isfinite() & (values >= bounds[0]) & (values <= bounds[1])
     if not good.all():
         bad = int((~good).nonzero()[0, 0])

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from . import vmapped
-from .checked_ids import checked_ids
 from .checks import (
     FLOATING,
     as_integer,
@@ -39,13 +38,14 @@ from .checks import (
 )
 from .composed_loss import composed_loss
 from .data_parallel import check_sparse_communication
-from .direct_route import NO_LABELS, direct_loss, eager
+from .direct_route import NO_LABELS, direct_loss, holds_numbers
 from .implementations import triton_kernels
 from .loss_extras import NONE, Extras, check_values, checked_extras
 from .loss_operator import autocast_dtype, call_operator, scale_tensor, without_autocast
 from .reference import sampled_softmax_loss as _reference_loss
 from .sparse_rows import check_takes_sparse
 from .target_logits import rounded
+from .traced_checks import checked_ids, checked_numbers
 
 vmapped.register()
 
@@ -226,11 +226,13 @@ def _by_backend(
         _check_values(target, weight.shape[0], corrections, ignore_index)
         check_values(extras, target, ignore_index)
     if extras is not NONE:
-        if target.is_cpu and eager():
+        if target.is_cpu and holds_numbers():
             check_ids("target", target, weight.shape[0], ignore_index)
             check_values(extras, target, ignore_index)
         elif target.is_cpu:
             target = checked_ids("target", target, weight.shape[0], ignore_index)
+            margins: Any = {name: checked_numbers(name, m) for name, m in extras.row_margins.items()}
+            extras = extras._replace(**margins)
         rounding = autocast_dtype(input.device.type)
         with without_autocast(input.device.type):
             loss, lse = composed_loss(

@@ -21,7 +21,7 @@ from .checks import (
 from .class_samplers import FrequencySampler, check_frequencies
 from .class_sets import GeneratorHandle, check_generator, check_sampler, draw_batch_class_set
 from .data_parallel import SparseRows, asked_by_ddp, check_sparse_communication, check_whole
-from .direct_route import eager
+from .direct_route import holds_numbers
 from .loss_extras import check_class_weights, check_margin, check_smoothing, check_values, checked_extras
 from .loss_operator import without_autocast
 from .sampled_softmax import IMPLS, as_float, check_arguments, check_labels, check_scale, sampled_softmax_loss
@@ -334,7 +334,7 @@ class SampledSoftmaxLoss(nn.Module):
         if angular_margin is not None or cosine_margin is not None:
             angular, cosine = (0.0 if m is None else m for m in (angular_margin, cosine_margin))
             extras = checked_extras(weight, target, self.similarity, angular, cosine, 0.0, None, False)
-            if target.is_cpu and eager():
+            if target.is_cpu and holds_numbers():
                 check_values(extras, target.reshape(-1), self.ignore_index)
 
     def _negatives(self) -> int | None:

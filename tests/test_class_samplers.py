@@ -278,6 +278,8 @@ def test_tables_that_to_empty_left_draw_nothing_until_they_are_made_again():
     for draw in (lambda: empty.draw(uniform(100)), lambda: empty.of_classes(range(3))):
         with pytest.raises(RuntimeError, match=CHANGED):
             draw()
+        with torch.device("cpu"), pytest.raises(RuntimeError, match=CHANGED):
+            draw()
     empty.reset_parameters()
     assert all(map(torch.equal, empty.draw(uniform(100)), expected))
 

@@ -13,6 +13,7 @@ from later import later
 from loss_cases import BF16, F16, F32, F64, Case, cpp_only, gpu_only
 from pytorch_metric_learning.losses import ArcFaceLoss, CosFaceLoss
 from tolerance import eager_loss, excess, with_features_reversed, with_rows_longer
+from torch.utils.flop_counter import FlopCounterMode
 
 from fedss_kernels import SampledSoftmaxLoss, ShardedSampledSoftmaxLoss, draw_batch_class_set, smoothing
 from fedss_kernels import sampled_softmax_loss as loss_function
@@ -778,6 +779,74 @@ def test_an_exported_loss_takes_a_batch_of_no_rows(name):
     torch.testing.assert_close(program(x, w, t), of_classes(x, w, t, **{name: COMPOSED[name]}))
     torch.testing.assert_close(program(x[1:2], w, t[1:2]), torch.tensor(0.0))
     torch.testing.assert_close(program(x[:0], w, t[:0]), torch.tensor(0.0))
+
+
+DEGREES, NO_NUMBER = torch.tensor([0.3, 28.5, 0.3]), torch.tensor([0.3, 0.3, torch.nan])
+WRONG = {
+    "degrees": ({"angular_margin": DEGREES}, r"angular_margin\[1\] = 28.5, expected radians"),
+    "no number": ({"cosine_margin": NO_NUMBER}, r"cosine_margin\[2\] = nan, expected a finite number"),
+    "negative": ({"class_weight": -torch.ones(12)}, r"class_weight\[3\] = -1.0, expected a finite number"),
+}
+
+
+@pytest.mark.parametrize("options, words", WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize("backend", COMPILERS)
+def test_a_compiled_loss_refuses_numbers_out_of_range(options, words, backend):
+    x, w, t = torch.randn(3, 5), torch.randn(12, 5, requires_grad=True), torch.tensor([3, 11, 3])
+    torch.compiler.reset()
+    compiled = torch.compile(of_classes, fullgraph=True, backend=backend)
+    good = {name: torch.full_like(value, 0.3) for name, value in options.items()}
+    torch.testing.assert_close(compiled(x, w, t, **good), of_classes(x, w, t, **good))
+    with pytest.raises(ValueError, match=words):
+        compiled(x, w, t, **options)
+
+
+MODES = {
+    "a default device": lambda: torch.device("cpu"),
+    "a counter of flops": lambda: FlopCounterMode(display=False),
+    "a mode that saves": lambda: torch.autograd.graph.save_on_cpu(),
+}
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_values_are_checked_in_modes_that_trace_nothing(mode):
+    x, w, t = torch.randn(3, 5), torch.randn(12, 5), torch.tensor([3, 11, 3])
+    criterion = SampledSoftmaxLoss(12, 5, 4, similarity="cosine")
+    with mode():
+        for options, words in WRONG.values():
+            with pytest.raises(ValueError, match=words):
+                of_classes(x, w, t, **options)
+            if "class_weight" not in options:
+                with pytest.raises(ValueError, match=words):
+                    criterion(x, t, **options)
+        bad, generator = torch.tensor([3, 12, -5]), torch.Generator().manual_seed(0)
+        before = generator.get_state()
+        for call in (
+            lambda: of_classes(x, w, bad),
+            lambda: of_classes(x, w, bad, impl="reference"),
+            lambda: draw_batch_class_set(bad, 12, 4, generator=generator),
+        ):
+            with pytest.raises(IndexError, match=r"target\[1\] = 12, expected a class in"):
+                call()
+        assert torch.equal(generator.get_state(), before)
+
+
+def test_a_stack_of_compiled_losses_checks_its_class_weights():
+    x, w, t = torch.randn(2, 3, 5), torch.randn(12, 5), torch.tensor([[3, -100, 11], [0, 1, 2]])
+
+    def stacked(x, t, margins, weights):
+        def loss(x, t, margin):
+            return of_classes(x, w, t, cosine_margin=margin, class_weight=weights)
+
+        return torch.vmap(loss)(x, t, margins)
+
+    good = (x, t, torch.full((2, 3), 0.1), torch.ones(12))
+    compiled = torch.compile(stacked, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*good), stacked(*good))
+    with pytest.raises(ValueError, match=r"class_weight\[target\]\[0\] = -1.0, expected a finite number"):
+        compiled(*good[:3], -torch.ones(12))
+    with pytest.raises(ValueError, match=r"cosine_margin\[0\] = nan, expected a finite number"):
+        compiled(*good[:2], good[2] * torch.nan, good[3])
 
 
 def test_a_stack_of_compiled_losses_checks_its_targets():

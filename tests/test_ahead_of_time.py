@@ -105,7 +105,13 @@ BRANCHES = [
     {"labels": True, "S": None, "C": 1000},
     {"given": F64, "reduction": "none", "counts": False, "sparse": True},
     {"given": F32, "reduction": "none", "S": None, "C": 1000, "similarity": "dot"},
-    *({"labels": True, "dtype": dtype} for dtype in (F32, F64)),
+]
+# labels fill registers: once in each dtype of products, beside corrections of each dtype
+LABELLED = [
+    {"labels": True, "dtype": F32, "S": 20, "offsets": BF16},
+    {"labels": True, "dtype": F32, "B": 128, "offsets": F16},
+    {"labels": True, "dtype": F64},
+    {"labels": True, "B": 128},
 ]
 # in chunks, for each dtype and each branch
 CHUNKED = [{"B": 256, "S": 3000, "D": 500 + 12 * (dtype == DTYPES[0])} | dtype for dtype in DTYPES]
@@ -126,16 +132,22 @@ def launched(device: str, calls) -> list[Launch]:
 
 
 def shipped_calls() -> list[dict]:
-    """Each entry of the table, for each dtype, and each branch; D = 500: rows that no vector loads fit."""
-    table = [dtype | size | {"D": D} for dtype in DTYPES for size in SIZES for D in (512, 500)]
-    branches = [size | branch for branch in BRANCHES for size in SIZES]
+    """Each entry of the table, for each dtype, and each branch; D = 500: rows that no vector loads fit.
+
+    Pairs and not all combinations, which would be twice as many: each dtype with each size and with each D
+    (and so each size with each D), each branch at one size, each dtype for 64 problems.
+    """
+    few, many = SIZES
+    table = [dtype | few | {"D": (500, 512)[nth % 2]} for nth, dtype in enumerate(DTYPES)]
+    table += [dtype | many | {"D": (512, 500)[nth % 2]} for nth, dtype in enumerate(DTYPES)]
+    branches = [SIZES[nth % 2] | branch for nth, branch in enumerate(BRANCHES)]
     huge = [{"dtype": F16, "learned": False, "scale": 1e30, "S": 20}]  # 16 bits in float64
-    offsets = [{"dtype": F32, "S": 20, "offsets": dtype} for dtype in (BF16, F16)]
-    many = [dtype | {"problems": 64} for dtype in DTYPES]
-    many += [{"B": 128, "problems": 64} | branch for branch in (*BRANCHES[:1], {"learned": False})]
+    stacks = [SIZES[nth % 2] | dtype | {"problems": 64} for nth, dtype in enumerate(DTYPES)]
+    stacks += [many | BRANCHES[0] | {"problems": 64}]
     one = {"B": 1, "S": 1, "C": 1, "D": 1}
-    fewer = [{"dtype": F64, "B": 16, "D": D} for D in (512, 500)]  # AMD's entry for few rows ends there
-    return [*table, *branches, *huge, *offsets, *many, one, *fewer, *CHUNKED]
+    # AMD's entry for few rows ends there, and its many have D = 512 alone
+    fewer = [{"dtype": F64, "B": B, "D": D} for B, D in ((16, 512), (16, 500), (128, 512))]
+    return [*table, *branches, *LABELLED, *huge, *stacks, one, *fewer, *CHUNKED]
 
 
 def shipped(device: str) -> list[Launch]:

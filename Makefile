@@ -40,7 +40,7 @@ test-targets: $(READY)
 # In the libraries that the loss is built into, and in an environment of its own: no torchvision, which Lightning imports
 # where there is one, and which may not fit torch.
 test-integrations: $(INTEGRATIONS)/.ready
-	$(INTEGRATIONS)/bin/python -m pytest -m "exhaustive or not exhaustive" --numprocesses auto --dist worksteal \
+	$(INTEGRATIONS)/bin/python -m pytest -m "exhaustive or not exhaustive" --numprocesses auto --dist loadfile \
 		--durations 15 tests/test_integration*.py
 
 # The package comes from the other environment, which has compiled it. Of these libraries' modules few are imported:

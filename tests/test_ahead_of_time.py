@@ -97,25 +97,34 @@ DTYPES = [
 ]
 SIZES = [{"B": 32}, {"B": 128}]  # for few rows, and for more
 # the branches of the kernels that neither size nor dtype takes
-BRANCHES = [
-    {"S": None, "C": 1000, "similarity": "dot", "reduction": "none", "bias": False, "counts": False},
-    {"learned": False, "sparse": True, "reduction": "sum"},
-    {"transposed": True},
-    {"labels": True},
-    {"labels": True, "S": None, "C": 1000},
-    {"given": F64, "reduction": "none", "counts": False, "sparse": True},
-    {"given": F32, "reduction": "none", "S": None, "C": 1000, "similarity": "dot"},
-]
+EVERY_CLASS = {"S": None, "C": 1000}
+DOT = {"similarity": "dot", "reduction": "none"}
+PLAIN = EVERY_CLASS | DOT | {"bias": False, "counts": False}
+FIXED_SCALE = {"learned": False, "sparse": True, "reduction": "sum"}
+LABELS = {"labels": True}
+GIVEN = {"given": F64, "reduction": "none", "counts": False, "sparse": True}
+GIVEN_DOT = EVERY_CLASS | DOT | {"given": F32}
+BRANCHES = [FIXED_SCALE, LABELS, LABELS | EVERY_CLASS, {"transposed": True}, GIVEN, GIVEN_DOT]
 # labels fill registers: once in each dtype of products, beside corrections of each dtype
 LABELLED = [
     {"labels": True, "dtype": F32, "S": 20, "offsets": BF16},
     {"labels": True, "dtype": F32, "B": 128, "offsets": F16},
     {"labels": True, "dtype": F64},
-    {"labels": True, "B": 128},
 ]
-# in chunks, for each dtype and each branch
-CHUNKED = [{"B": 256, "S": 3000, "D": 500 + 12 * (dtype == DTYPES[0])} | dtype for dtype in DTYPES]
-CHUNKED += [{"B": 256} | branch for branch in [*BRANCHES, {"S": None, "C": 1000}]]
+# in chunks: each dtype, and of odd length but one; each branch, beside one dtype
+CHUNKED = [
+    {"S": 3000},
+    {"S": 3000, "D": 500} | DTYPES[1],
+    {"S": 3000, "D": 500, "dtype": F16} | LABELS,
+    {"S": 3000, "D": 500, "dtype": F32} | GIVEN,
+    {"S": 3000, "D": 500, "dtype": F64},
+    {"dtype": F32, "precision": "high"} | LABELS | EVERY_CLASS,
+    {"dtype": F64} | GIVEN_DOT,
+    FIXED_SCALE,
+    PLAIN,
+    EVERY_CLASS,
+]
+CHUNKED = [{"B": 256} | options for options in CHUNKED]
 # the device's own, by its maker
 TABLES = {name: configurations.AMD if name.startswith("gfx") else configurations.NVIDIA for name in DEVICES}
 
@@ -143,7 +152,7 @@ def shipped_calls() -> list[dict]:
     branches = [SIZES[nth % 2] | branch for nth, branch in enumerate(BRANCHES)]
     huge = [{"dtype": F16, "learned": False, "scale": 1e30, "S": 20}]  # 16 bits in float64
     stacks = [SIZES[nth % 2] | dtype | {"problems": 64} for nth, dtype in enumerate(DTYPES)]
-    stacks += [many | BRANCHES[0] | {"problems": 64}]
+    stacks += [many | PLAIN | {"problems": 64}]
     one = {"B": 1, "S": 1, "C": 1, "D": 1}
     # AMD's entry for few rows ends there, and its many have D = 512 alone
     fewer = [{"dtype": F64, "B": B, "D": D} for B, D in ((16, 512), (16, 500), (128, 512))]

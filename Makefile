@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+INTEGRATIONS := $(VENV)/integrations
+PACKAGES := lib/python3*/site-packages
 SOURCES := $(wildcard csrc/*.cpp csrc/*.hpp) setup.py pyproject.toml constraints.txt
 DEMO_OUT ?= runs/demo
 BENCH_OUT ?= runs/bench
@@ -37,12 +39,19 @@ test-targets: $(READY)
 
 # In the libraries that the loss is built into, and in an environment of its own: no torchvision, which Lightning imports
 # where there is one, and which may not fit torch.
-test-integrations:
-	$(PYTHON) -m venv $(VENV)/integrations
-	$(VENV)/integrations/bin/pip install --quiet --constraint constraints.txt torch pybind11 "setuptools>=77"
-	$(VENV)/integrations/bin/pip install --quiet --constraint constraints.txt --no-build-isolation \
-		--editable ".[bench,integrations]" hypothesis
-	$(VENV)/integrations/bin/python -m pytest -m "exhaustive or not exhaustive" tests/test_integration*.py
+test-integrations: $(INTEGRATIONS)/.ready
+	$(INTEGRATIONS)/bin/python -m pytest -m "exhaustive or not exhaustive" --numprocesses auto --dist loadfile \
+		--durations 15 tests/test_integration*.py
+
+# The package comes from the other environment, which has compiled it. Of these libraries' modules few are imported:
+# Python compiles those.
+$(INTEGRATIONS)/.ready: $(READY)
+	$(PYTHON) -m venv $(INTEGRATIONS)
+	cp -r $(VENV)/$(PACKAGES)/__editable__*fedss_kernels* $(VENV)/$(PACKAGES)/fedss_kernels-*.dist-info \
+		$(INTEGRATIONS)/$(PACKAGES)
+	$(INTEGRATIONS)/bin/pip install --quiet --constraint constraints.txt --no-compile \
+		"fedss-kernels[bench,integrations]" "setuptools>=77" hypothesis pytest-xdist
+	touch $(INTEGRATIONS)/.ready
 
 # style, format and types
 lint: $(READY)
@@ -54,7 +63,7 @@ lint: $(READY)
 # The pages of docs/ with the API's reference, as a site in runs/docs; a broken link is an error.
 docs:
 	$(PYTHON) -m venv $(VENV)/docs
-	$(VENV)/docs/bin/pip install --quiet --constraint constraints.txt mkdocs-material "mkdocstrings[python]" ruff
+	$(VENV)/docs/bin/pip install --quiet --constraint constraints.txt --no-compile mkdocs-material "mkdocstrings[python]" ruff
 	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/mkdocs build --strict --quiet
 
 check: lint test test-targets demo

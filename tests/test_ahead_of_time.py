@@ -97,19 +97,34 @@ DTYPES = [
 ]
 SIZES = [{"B": 32}, {"B": 128}]  # for few rows, and for more
 # the branches of the kernels that neither size nor dtype takes
-BRANCHES = [
-    {"S": None, "C": 1000, "similarity": "dot", "reduction": "none", "bias": False, "counts": False},
-    {"learned": False, "sparse": True, "reduction": "sum"},
-    {"transposed": True},
-    {"labels": True},
-    {"labels": True, "S": None, "C": 1000},
-    {"given": F64, "reduction": "none", "counts": False, "sparse": True},
-    {"given": F32, "reduction": "none", "S": None, "C": 1000, "similarity": "dot"},
-    *({"labels": True, "dtype": dtype} for dtype in (F32, F64)),
+EVERY_CLASS = {"S": None, "C": 1000}
+DOT = {"similarity": "dot", "reduction": "none"}
+PLAIN = EVERY_CLASS | DOT | {"bias": False, "counts": False}
+FIXED_SCALE = {"learned": False, "sparse": True, "reduction": "sum"}
+LABELS = {"labels": True}
+GIVEN = {"given": F64, "reduction": "none", "counts": False, "sparse": True}
+GIVEN_DOT = EVERY_CLASS | DOT | {"given": F32}
+BRANCHES = [FIXED_SCALE, LABELS, LABELS | EVERY_CLASS, {"transposed": True}, GIVEN, GIVEN_DOT]
+# labels fill registers: once in each dtype of products, beside corrections of each dtype
+LABELLED = [
+    {"labels": True, "dtype": F32, "S": 20, "offsets": BF16},
+    {"labels": True, "dtype": F32, "B": 128, "offsets": F16},
+    {"labels": True, "dtype": F64},
 ]
-# in chunks, for each dtype and each branch
-CHUNKED = [{"B": 256, "S": 3000, "D": 500 + 12 * (dtype == DTYPES[0])} | dtype for dtype in DTYPES]
-CHUNKED += [{"B": 256} | branch for branch in [*BRANCHES, {"S": None, "C": 1000}]]
+# in chunks: each dtype, and of odd length but one; each branch, beside one dtype
+CHUNKED = [
+    {"S": 3000},
+    {"S": 3000, "D": 500} | DTYPES[1],
+    {"S": 3000, "D": 500, "dtype": F16} | LABELS,
+    {"S": 3000, "D": 500, "dtype": F32} | GIVEN,
+    {"S": 3000, "D": 500, "dtype": F64},
+    {"dtype": F32, "precision": "high"} | LABELS | EVERY_CLASS,
+    {"dtype": F64} | GIVEN_DOT,
+    FIXED_SCALE,
+    PLAIN,
+    EVERY_CLASS,
+]
+CHUNKED = [{"B": 256} | options for options in CHUNKED]
 # the device's own, by its maker
 TABLES = {name: configurations.AMD if name.startswith("gfx") else configurations.NVIDIA for name in DEVICES}
 
@@ -126,16 +141,22 @@ def launched(device: str, calls) -> list[Launch]:
 
 
 def shipped_calls() -> list[dict]:
-    """Each entry of the table, for each dtype, and each branch; D = 500: rows that no vector loads fit."""
-    table = [dtype | size | {"D": D} for dtype in DTYPES for size in SIZES for D in (512, 500)]
-    branches = [size | branch for branch in BRANCHES for size in SIZES]
+    """Each entry of the table, for each dtype, and each branch; D = 500: rows that no vector loads fit.
+
+    Pairs and not all combinations, which would be twice as many: each dtype with each size and with each D
+    (and so each size with each D), each branch at one size, each dtype for 64 problems.
+    """
+    few, many = SIZES
+    table = [dtype | few | {"D": (500, 512)[nth % 2]} for nth, dtype in enumerate(DTYPES)]
+    table += [dtype | many | {"D": (512, 500)[nth % 2]} for nth, dtype in enumerate(DTYPES)]
+    branches = [SIZES[nth % 2] | branch for nth, branch in enumerate(BRANCHES)]
     huge = [{"dtype": F16, "learned": False, "scale": 1e30, "S": 20}]  # 16 bits in float64
-    offsets = [{"dtype": F32, "S": 20, "offsets": dtype} for dtype in (BF16, F16)]
-    many = [dtype | {"problems": 64} for dtype in DTYPES]
-    many += [{"B": 128, "problems": 64} | branch for branch in (*BRANCHES[:1], {"learned": False})]
+    stacks = [SIZES[nth % 2] | dtype | {"problems": 64} for nth, dtype in enumerate(DTYPES)]
+    stacks += [many | PLAIN | {"problems": 64}]
     one = {"B": 1, "S": 1, "C": 1, "D": 1}
-    fewer = [{"dtype": F64, "B": 16, "D": D} for D in (512, 500)]  # AMD's entry for few rows ends there
-    return [*table, *branches, *huge, *offsets, *many, one, *fewer, *CHUNKED]
+    # AMD's entry for few rows ends there, and its many have D = 512 alone
+    fewer = [{"dtype": F64, "B": B, "D": D} for B, D in ((16, 512), (16, 500), (128, 512))]
+    return [*table, *branches, *LABELLED, *huge, *stacks, one, *fewer, *CHUNKED]
 
 
 def shipped(device: str) -> list[Launch]:

@@ -6,7 +6,7 @@ pytest.importorskip("flwr", reason="flwr is not installed: pip install 'fedss-ke
 pytest.importorskip("ray", reason="the engine is not installed: pip install 'flwr[simulation]'")
 
 from test_flower_processes import (
-    NODES,
+    NODES_OF_APP,
     PATIENCE,
     Network,
     answers,
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.exhaustive
 
 @pytest.fixture
 def network(tmp_path):
-    made = Network(tmp_path)
+    made = Network(tmp_path, NODES_OF_APP)
     assert main(["flower", "new", str(made.app)]) == 0
     flags = "--insecure", "--simulation", "--disable-runtime-dependency-installation"
     try:
@@ -40,7 +40,7 @@ def test_the_engine_comes_to_the_bits_of_a_simulation(negatives, network):
     """With secure sums too: what a node keeps from one message to the next is there."""
     out, options = network.folder / "out", {"rounds": 2, "negatives": negatives}
     given = " ".join(f"{name}={toml(value)}" for name, value in {"out": out, **options}.items())
-    nodes = f"num-supernodes={NODES} client-resources-num-cpus=1"
+    nodes = f"num-supernodes={NODES_OF_APP} client-resources-num-cpus=1"
     asked = "--stream", "--federation-config", nodes, "--run-config", given
     network.start("run", "flwr", "run", str(network.app), "here", *asked)
     done = network.processes["run"].wait(PATIENCE)

@@ -7,6 +7,7 @@ import pytest
 pytest.importorskip("flwr", reason="flwr is not installed: pip install 'fedss-kernels[flower]'")
 
 from test_flower_processes import (
+    NODES_OF_APP,
     PATIENCE,
     Network,
     assert_same_model,
@@ -40,7 +41,8 @@ def of_node(node):
 
 @pytest.fixture
 def network(tmp_path):
-    with Network.running(tmp_path, DATA.format(folder=str(tmp_path), last=LAST)) as made:
+    data = DATA.format(folder=str(tmp_path), last=LAST)
+    with Network.running(tmp_path, NODES_OF_APP, data) as made:
         yield made
 
 

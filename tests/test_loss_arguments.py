@@ -115,8 +115,9 @@ def test_the_reference_in_random_mixes(seeds):
 
 
 @gpu_only
-@pytest.mark.parametrize("seeds", [range(4), *later(range(4, 150))])
+@pytest.mark.parametrize("seeds", [range(4), *later(range(4, 80))])
 def test_gpu_kernels_within_tolerance_in_random_mixes(seeds, sampled_softmax_loss):
+    """Interpreted, and so few of them: about each pair of arguments, sizes and dtypes is among these."""
     for seed in seeds:
         check_mix(seed, sampled_softmax_loss)
 

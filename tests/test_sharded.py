@@ -1,7 +1,7 @@
 """Classes over several processes: equal to one process with the union of the class sets; no rank hangs.
 
-Each check is run in groups of processes over gloo: of two here, of one, three and four among the exhaustive
-tests. What is compared is float64 unless it says so.
+Each check is run in groups of processes over gloo: of two here, of three among the exhaustive tests, whose
+shards are not equal, and of whose ranks one has no rows. What is compared is float64 unless it says so.
 """
 
 import copy
@@ -770,7 +770,7 @@ def _failures(world, tmp_path_factory):
     return []
 
 
-@pytest.fixture(scope="module", params=[2, *later(3, 4)])
+@pytest.fixture(scope="module", params=[2, *later(3)])
 def failures(request, tmp_path_factory):
     return _failures(request.param, tmp_path_factory)
 
@@ -836,19 +836,18 @@ def _load(rank, world, folder):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize(("saved", "loaded"), [(2, 1), (3, 2), (2, 4)])
+@pytest.mark.parametrize(("saved", "loaded"), [(3, 2), (2, 4)])
 def test_checkpoints_load_into_another_number_of_processes(saved, loaded, tmp_path):
+    """And into SampledSoftmaxLoss, without torch.distributed."""
     in_processes(_save, saved, tmp_path)
-    if loaded == 1:  # as SampledSoftmaxLoss, without torch.distributed
-        whole = torch.load(tmp_path / "whole.pt")
-        criterion = SampledSoftmaxLoss(C, D, bias=True, dtype=torch.float64)
-        state = {"criterion": criterion.state_dict()}
-        with pytest.warns(UserWarning, match="load in a single process"):
-            dcp.load(state, checkpoint_id=tmp_path / "of_2", no_dist=True)
-        criterion.load_state_dict(state["criterion"])
-        assert torch.equal(criterion.weight, whole["weight"])
-    else:
-        in_processes(_load, loaded, tmp_path)
+    in_processes(_load, loaded, tmp_path)
+    whole = torch.load(tmp_path / "whole.pt")
+    criterion = SampledSoftmaxLoss(C, D, bias=True, dtype=torch.float64)
+    state = {"criterion": criterion.state_dict()}
+    with pytest.warns(UserWarning, match="load in a single process"):
+        dcp.load(state, checkpoint_id=tmp_path / f"of_{saved}", no_dist=True)
+    criterion.load_state_dict(state["criterion"])
+    assert torch.equal(criterion.weight, whole["weight"])
 
 
 # ---- alone -------------------------------------------------------------------------------------------------

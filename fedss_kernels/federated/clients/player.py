@@ -1,6 +1,5 @@
 """What every process that plays clients has: the data, one model, the method. All made once."""
 
-import copy
 import os
 from collections.abc import Container
 from dataclasses import replace
@@ -29,6 +28,7 @@ from ..messages import Request, Update, clipped, norm, numbers
 from ..models import TAKES, build_model, refuse_batch_norm
 from ..models.blocks import blocks_of
 from ..models.bottleneck import Bottleneck, narrowed
+from ..models.copies import copied
 from ..models.layered import check_layered
 from ..models.projection import projection_head
 from ..models.vision import load_checkpoint
@@ -64,7 +64,7 @@ class Player:
     ):
         self.config, self.data = config, data
         self.method = METHODS[config.method].configured(config.settings)
-        module = copy.deepcopy(model) if model is not None else _build_model(config)
+        module = copied(model) if model is not None else _build_model(config)
         module = _to_be_cut(module, config, _check_model(module, config, data.images[:2]))
         blocks = [block for _, block in blocks_of(module)] if self.method.by_block else []
         head = projection_head(config.embedding_dim, config.seed) if self.method.contrastive else None

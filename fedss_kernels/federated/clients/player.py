@@ -22,6 +22,7 @@ from ..defaults import OWN
 from ..files.fingerprint import Fingerprint
 from ..files.half_file import half_of
 from ..files.method_numbers import method_numbers
+from ..files.schedule_numbers import schedule_numbers
 from ..learning_rate import learning_rate
 from ..ledger import FLOWS, Traffic, client_traffic
 from ..messages import Request, Update, clipped, norm, numbers
@@ -297,8 +298,14 @@ class Player:
     @property
     def fingerprint(self) -> Fingerprint:
         """Of the data, the net as it begins and the method, which a resumed run must share."""
-        numbers = method_numbers(self.method, self.config, self.data.num_classes)
-        return Fingerprint.of(self.data, self.extractor.module, self.extractor.embed, numbers)
+        return Fingerprint.of(self.data, self.extractor.module, self.extractor.embed, self.method_numbers)
+
+    @property
+    def method_numbers(self) -> list[float]:
+        """Of the method in this run. Raises ConfigError for parts that cannot be."""
+        method, config, by_round = self.method, self.config, self.method.by_round is not None
+        numbers = method_numbers(method, config, self.data.num_classes)
+        return numbers + schedule_numbers(self.schedule, config, len(self.data.clients), by_round=by_round)
 
     def embed(self, phi: Tensor, round: int, part: int = 0, parts: int = 1) -> list[Tensor]:
         """The test images' embeddings by the net of a round: batches, every `parts`-th, from `part` on."""

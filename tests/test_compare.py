@@ -478,6 +478,25 @@ def test_a_comparison_goes_on_with_the_data_and_the_methods_of_its_runs(
 
 
 @pytest.mark.exhaustive
+def test_a_comparison_does_not_go_on_with_a_schedule_that_was_edited(tmp_path, in_this_process, monkeypatch):
+    net = {"model": "isotropic:depth=2", "embedding_dim": 32}
+    config, out = Config(**SMALL | net | {"rounds": 4}, cache_dir=tmp_path / "cache"), tmp_path / "out"
+    plan, layerwise = Plan(config, ["layerwise"], [0]), METHODS["layerwise"]
+    compare(plan, out)
+
+    def by_round(config, num_blocks):
+        assert num_blocks == 4  # the stem, two blocks and the head
+        stages = layerwise.by_round(config, num_blocks)
+        return SimpleNamespace(stage=lambda r: r, whole=stages.whole, parts=stages.parts)
+
+    with monkeypatch.context() as patch:
+        patch.setitem(METHODS, "layerwise", replace(layerwise, by_round=by_round))
+        with pytest.raises(CheckpointError, match="not as it was: what the method computes$"):
+            compare(plan, out, resume=True)
+    assert not compare(plan, out, resume=True).failed
+
+
+@pytest.mark.exhaustive
 def test_a_comparison_says_where_runs_that_stand_were_made_with_other_versions(
     tmp_path, in_this_process, monkeypatch, capsys
 ):

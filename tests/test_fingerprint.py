@@ -204,6 +204,17 @@ def test_of_many_images_a_sample_is_read(monkeypatch):
     assert found and set(found) == {"the training images"} and len(found) < len(data.images)
 
 
+def test_numbers_of_a_method_that_another_version_noted_are_told_as_that():
+    def differences(*numbers):
+        first, second = (dataclasses.replace(fingerprint(Net()), method=of) for of in numbers)
+        return first.differences(second)
+
+    assert differences([1.0, 2.0], [1.0, 2.0]) == differences([], [1.0]) == []
+    assert differences([1.0, 2.0], [1.0, 3.0]) == ["what the method computes"]
+    words = "what the method computes, or the version, which noted more or less of it"
+    assert differences([1.0, 2.0], [1.0]) == [words]
+
+
 def test_a_run_with_another_frozen_layer_or_buffer_is_not_resumed(tmp_path):
     def train(net, **options):
         return run(tiny_config(rounds=4, out=tmp_path), data=tiny_data(), model=net, **options)

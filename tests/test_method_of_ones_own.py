@@ -19,6 +19,7 @@ from fedss_kernels.federated.algorithms import METHODS, Method, Request
 from fedss_kernels.federated.algorithms.parts import Part, Parts, Pass
 from fedss_kernels.federated.clients.player import Player
 from fedss_kernels.federated.comparisons.compare import Comparison
+from fedss_kernels.federated.files.fingerprint import _alike
 from fedss_kernels.federated.files.method_numbers import method_numbers
 from fedss_kernels.federated.idle_settings import idle
 from fedss_kernels.federated.plan import Plan
@@ -587,6 +588,7 @@ def test_another_number_of_a_setting_is_another_run(tmp_path):
         {"penalty_gradient": lambda of: lambda now, received: of * (now - received)},
         {"parts": lambda of: lambda blocks: Parts((Part.FROZEN if of > 1 else Part.TRAINED,), Part.TRAINED)},
         {"passes": lambda of: lambda local, head: [Pass()] * round(10 * of - 9)},
+        {"passes": lambda of: lambda local, head: [Pass()] * (local if local < 2 else round(10 * of - 9))},
         {"own_push": lambda of: of == 1},
         {"request": lambda of: lambda n, p, *given: corrected(FEDSS.request(n, real(p, n), *given), of)},
     ],
@@ -598,7 +600,7 @@ def test_another_function_of_the_method_is_another_run(hook, tmp_path):
     def go_on(of, **options):
         METHODS.pop("mine", None)
         mine(**{name: function(of)})
-        config = tiny_config(**{"method": "mine", "out": tmp_path, "rounds": 2} | options)
+        config = tiny_config(**{"method": "mine", "out": tmp_path, "rounds": 2, "local_epochs": 2} | options)
         return run(config, data=tiny_data(), model=tiny_model(), resume=not options)
 
     go_on(1.0, rounds=1)
@@ -850,3 +852,20 @@ def test_a_request_that_is_another_for_many_classes_alone_has_other_numbers():
 
     few, more = (method_numbers(method(most), Config(), 100) for most in (3, 8))
     assert few != more and more != method_numbers(METHODS["fedss"], Config(), 100)
+
+
+def test_each_of_many_numbers_counts():
+    """As of a request that can be made of the run's own classes alone, which are many."""
+
+    def method(place):
+        def request(num_classes, held, others, correction):
+            more = torch.zeros(5000)
+            more[place] = 1.0
+            found = METHODS["full_softmax"].request(num_classes, held, others, correction)
+            return replace(found, log_expected_count=found.log_expected_count + more)
+
+        return replace(METHODS["full_softmax"], request=request)
+
+    usual, *others = (method_numbers(method(place), Config(), 5000) for place in (701, 702, 704, 733))
+    for other in others:
+        assert len(usual) == len(other) and not _alike(usual, other)

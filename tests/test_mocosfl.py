@@ -2,8 +2,10 @@
 
 import csv
 import dataclasses
+import itertools
 import json
 import math
+import random
 from collections import Counter
 
 import pytest
@@ -174,8 +176,9 @@ def test_what_is_of_clients_has_no_effect_in_one_place_but_the_momentum():
         {},
         {"momentum_copies": "kept", "velocities": "kept", "dropout_rate": 0.4, "private_queues": True},
         {"freeze_clients": True, "symmetric": "full", "wire_dtype": "bfloat16"},
+        {"freeze_clients": True, "in_turn": True, "dropout_rate": 0.6},
     ],
-    ids=["averaged", "kept", "frozen"],
+    ids=["averaged", "kept", "frozen", "frozen in turn"],
 )
 def test_a_run_that_was_stopped_and_one_that_crashed_go_on_bit_for_bit(options, tmp_path):
     whole = train(rounds=4, out=tmp_path / "whole", **options)
@@ -298,6 +301,64 @@ def test_a_frozen_half_comes_once_and_nothing_goes_back(tmp_path):
     assert moved["up_latents"] == 2 * 2 * STEPS * 9 * L * 4
     assert moved.total == moved["down_extractor"] + moved["up_latents"]
     assert result.summary.divergence == 0
+
+
+def test_a_frozen_half_comes_once_to_who_leaves_before_the_first_step(tmp_path):
+    options = {"rounds": 12, "cohort": 4, "min_clients": 1, "dropout_rate": 0.6, "freeze_clients": True}
+    result = train(**options, out=tmp_path / "run")
+    lines = table(tmp_path / "run" / "ledger.csv")
+    gone = [line for line in lines if int(line["down_extractor"]) and not int(line["up_latents"])]
+    came_again = {line["client"] for line in gone} & {k["client"] for k in lines if int(k["up_latents"])}
+    downloads = Counter(line["client"] for line in lines if int(line["down_extractor"]))
+    assert came_again and set(downloads.values()) == {1}
+    assert result.summary.traffic["down_extractor"] == 4 * P * len(downloads)
+    with pytest.raises(Stopped):
+        train(**options, out=tmp_path / "stopped", stop_after=5)
+    train(**options, out=tmp_path / "stopped", resume=True)
+    assert table(tmp_path / "stopped" / "ledger.csv") == lines
+
+
+OPTIONS = {
+    "symmetric": ("server", "full", "none"),
+    "client_gradient": ("sent", "own"),
+    "momentum_copies": ("averaged", "kept", "reset"),
+    "velocities": ("averaged", "kept", "zeroed"),
+    "private_queues": (False, True),
+    "in_turn": (False, True),
+    "freeze_clients": (False, True),
+    "wire_dtype": ("float32", "bfloat16"),
+    "dropout_rate": (0.0, 0.5),
+    "trust_updates": (False, True),
+    "sync_period": (2, 7),
+    "round_steps": (0, 2),
+    "bottleneck": (None, "C2S2"),
+    "client_momentum": (0.9, 0.0),
+    "batch_size": (2, 1),
+    "cohort": (3, 1),
+}
+
+
+def in_pairs(options):
+    """So few settings of these options that every value is there beside every one of every other option."""
+    names, rng = list(options), random.Random(0)
+    values = [(name, value) for name in names for value in options[name]]
+    missing = {frozenset(pair) for pair in itertools.combinations(values, 2) if pair[0][0] != pair[1][0]}
+    while missing:
+        tried = [{name: rng.choice(options[name]) for name in names} for _ in range(100)]
+        found = [
+            ({*map(frozenset, itertools.combinations(each.items(), 2))} & missing, each) for each in tried
+        ]
+        covered, best = max(found, key=lambda of: len(of[0]))
+        if covered:
+            missing -= covered
+            yield best
+
+
+@pytest.mark.exhaustive
+def test_any_two_options_go_together():
+    for settings in in_pairs(OPTIONS):
+        result = train(rounds=1, **settings)
+        assert result.summary.not_finite_since is None, settings
 
 
 def test_the_papers_numbers_by_the_papers_counting():

@@ -9,7 +9,7 @@ from layered_net import BLOCK, SIZES, STEM, layered_net
 from tiny_federation import DIM, NUM_CLASSES, tiny_config, tiny_data
 from torch import Tensor
 
-from fedss_kernels.federated import Stopped, run
+from fedss_kernels.federated import ConfigError, Stopped, run
 from fedss_kernels.federated.algorithms import METHODS
 from fedss_kernels.federated.algorithms.parts import Part, Parts
 from fedss_kernels.federated.clients.player import Player
@@ -51,12 +51,13 @@ def config(**options):
     return tiny_config(**({"method": "growing", "rounds": ROUNDS, "cohort": 5} | options))
 
 
-def train(**options):
+def train(model=None, **options):
+    model = model or layered_net()
     stop_after, seen, resume = options.pop("stop_after", None), [], options.pop("resume", False)
     return run(
         config(**options),
         data=tiny_data(),
-        model=layered_net(),
+        model=model,
         on_round=seen.append,
         resume=resume,
         stop=None if stop_after is None else lambda: seen[-1].round == stop_after,
@@ -140,3 +141,83 @@ def test_a_run_goes_on_in_the_middle_and_where_another_block_begins(stop_after, 
     with pytest.raises(Stopped):
         train(out=tmp_path, stop_after=stop_after)
     assert bits(train(out=tmp_path, resume=True)) == bits(whole)
+
+
+# ---- one that was edited between a stop and a resume -------------------------------------------------------
+
+T, F, A = Part.TRAINED, Part.FROZEN, Part.ABSENT
+
+
+@dataclasses.dataclass
+class Edited:
+    """Of a net of five blocks one is trained in each round, and some clients do without others."""
+
+    trained: object
+    without: object = lambda round, attempt, client: False
+    stages: object = lambda round: round
+
+    def stage(self, round: int) -> int:
+        return self.stages(round)
+
+    def whole(self, round: int) -> Parts:
+        return Parts([T if i == self.trained(round) else F for i in range(5)], Part.TRAINED)
+
+    def parts(self, round: int, attempt: int, client: int) -> Parts:
+        whole = self.whole(round)
+        if not self.without(round, attempt, client):
+            return whole
+        return Parts([A if part is F and i else part for i, part in enumerate(whole.blocks)], Part.TRAINED)
+
+
+def only(place, round):
+    """The last block in all rounds but this one."""
+    return lambda asked: place if asked == round else 3
+
+
+EDITS = {
+    "who does without": [{"without": lambda r, a, c: c % 2 == 1}, {"without": lambda r, a, c: c % 4 == 1}],
+    "at another attempt": [{"without": lambda r, a, c: a == 0}, {"without": lambda r, a, c: True}],
+    "who does without late": [{}, {"without": lambda r, a, c: r == 191}],
+    "an odd round of many": [{"trained": only(0, 67)}, {"trained": only(1, 67)}],
+    "a round that is no third": [{"trained": only(0, 151)}, {"trained": only(1, 151)}],
+    "of this number of blocks": [
+        {"trained": lambda round: [0, 1, 2, 3][round % 4]},
+        {"trained": lambda round: [3, 1, 2, 0][round % 4]},
+    ],
+    "the stage": [{}, {"stages": lambda round: 2 * round}],
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_one_that_was_edited_is_not_gone_on_with(edit, tmp_path, monkeypatch):
+    def go_on(schedule, **options):
+        def by_round(config, num_blocks):
+            assert num_blocks == 5  # as one that was written for this net
+            return Edited(**{"trained": lambda round: 3} | schedule)
+
+        edited = dataclasses.replace(METHODS["growing"], by_round=by_round)
+        monkeypatch.setitem(METHODS, "growing", edited)
+        return train(rounds=200, cohort=2, eval_every=200, out=tmp_path, model=layered_net(4), **options)
+
+    before, after = EDITS[edit]
+    with pytest.raises(Stopped):
+        go_on(before, stop_after=1)
+    words = "another method: not as it was: what the method computes$"
+    with pytest.raises(ValueError, match=words):
+        go_on(after, resume=True, stop_after=2)
+    with pytest.raises(Stopped):
+        go_on(before, resume=True, stop_after=2)
+
+
+def test_what_is_wrong_for_one_client_alone_is_refused_before_the_first_round(monkeypatch, tmp_path):
+    class Wrong(Growing):
+        def parts(self, round: int, attempt: int, client: int) -> Parts:
+            return Parts([T] * 4, Part.TRAINED) if (round, client) == (5, 3) else self.whole(round)
+
+    wrong = dataclasses.replace(METHODS["growing"], by_round=Wrong)
+    monkeypatch.setitem(METHODS, "growing", wrong)
+    with pytest.raises(
+        ConfigError, match=r"by_round of growing: parts\(5, 0, 3\): expected blocks as in whole"
+    ):
+        train(out=tmp_path)
+    assert not [*tmp_path.glob("*.csv")]

@@ -398,6 +398,19 @@ def test_frozen_clients_send_and_never_change(symmetric):
     assert (rules.latents, rules.gradients) == (4 if symmetric == "full" else 2, 0)
 
 
+def test_in_turn_the_server_steps_on_each_frozen_clients_latents():
+    turns, alone = (joint(Rules(frozen=True, in_turn=in_turn)) for in_turn in (True, False))
+    losses = play(turns, 4, 3)
+    for step in range(4):
+        each = [x.unflatten(0, (3, -1)) for x in views(step)]
+        found = []
+        for client in range(3):
+            alone.clients.receive([client])
+            found.append(alone.step(each[0][client, None], each[1][client, None], LR))
+        assert sum(found) / 3 == pytest.approx(losses[step], rel=1e-12)
+    same(alone.server.weights, turns.server.weights)
+
+
 def _rest():
     """A net of the block after the cut alone."""
     whole = net()

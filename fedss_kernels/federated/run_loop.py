@@ -31,6 +31,7 @@ from .files.summary import Summary
 from .learning_rate import learning_rate
 from .ledger import OUTCOMES, Traffic
 from .loading import check_data, dearer, fitted, load_data, other_warmup, trivial
+from .models.copies import check_is_net
 from .probes.client_work import in_a_round
 from .sending import check_sendable
 from .server.class_store import ClassStore, check_free
@@ -194,8 +195,11 @@ def _settled(
 ) -> tuple[Config, FederatedData]:
     """Every option as the run has it, and its data. Raises ConfigError for what does not go together."""
     if data is not None:
+        if not isinstance(data, FederatedData):
+            raise TypeError(f"data: expected a FederatedData, got a {type(data).__name__}")
         config = replace(config, data=config.data if data.name == config.data else OWN, task=data.task)
     if model is not None:
+        check_is_net(model)
         config = replace(config, model=OWN)
     data = data or load_data(config)
     config = fitted(config, data.found)

@@ -18,7 +18,7 @@ def check_sendable(model: nn.Module) -> None:
     """Raises ConfigError, before anything is started, for a net that another process could not read."""
     try:
         _Pickler(io.BytesIO()).dump(model)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
+    except (pickle.PicklingError, AttributeError, TypeError, RuntimeError) as error:  # the last of torch.jit
         raise ConfigError(
             "workers", f"the net cannot be sent to another process: {error}; {WAY_OUT}"
         ) from None

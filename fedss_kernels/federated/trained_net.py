@@ -1,6 +1,5 @@
 """The net of a finished run's folder, for whoever goes on with it."""
 
-import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from .data.pixels import decode, read_file
 from .defaults import OWN
 from .files.run_folder import read_config, read_net
 from .models import build_model
+from .models.copies import copied
 
 AsInput = Callable[[Tensor | Sequence[str | Path]], Tensor]
 
@@ -38,7 +38,7 @@ def load_net(run: str | Path, *, model: nn.Module | None = None) -> tuple[nn.Mod
     if METHODS[config.method].alone:
         words = f"with one net for all, got one of {config.method}, whose clients have their own"
         raise ValueError(f"{folder}: expected a run {words}")
-    net = _built(config) if model is None else copy.deepcopy(model)
+    net = _built(config) if model is None else copied(model)
     try:
         net.load_state_dict(state)
     except RuntimeError:

@@ -1,6 +1,5 @@
 """Clients that learn without labels: from two views of each image, which are to be alike."""
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..messages import Request
+from ..models.copies import copied
 from .client import Client
 from .extractor import Extractor
 from .objectives import Objective, Queued, TwoViews
@@ -57,8 +57,8 @@ class MomentumClient(ContrastiveClient):
 
     def __init__(self, extractor: Extractor, *arguments: Any, queue_size: int, ema: float, **options: Any):
         super().__init__(extractor, *arguments, **options)
-        module, head = copy.deepcopy((extractor.module, extractor.head))
-        self.copy = Extractor(module, extractor.crop_size, extractor.device, head=head)
+        head = None if extractor.head is None else copied(extractor.head)
+        self.copy = Extractor(copied(extractor.module), extractor.crop_size, extractor.device, head=head)
         self.queue_size, self.ema = queue_size, ema
 
     def objective(self, rows: Tensor, request: Request, held: Tensor) -> Objective:

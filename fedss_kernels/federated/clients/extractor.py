@@ -32,10 +32,10 @@ class Extractor:
         blocks: Sequence[nn.Module] = (),  # of the module, as of blocks_of; none: it is one block
         head: nn.Module | None = None,  # of embeddings, in training alone
     ):
+        _check_parameters(module)
         self.device = device
         whole = [module] if head is None else [module, head]
         trainable = [p for part in whole for p in part.to(device).parameters() if p.requires_grad]
-        _check_dtypes(module)
         self.blocks, self.head = list(blocks) or [module], head
         self.module, self.crop_size = module, crop_size
         self.flat = torch.cat([p.detach().reshape(-1) for p in trainable])
@@ -151,10 +151,14 @@ def _what(found: object) -> str:
     return kind
 
 
-def _check_dtypes(module: nn.Module) -> None:
+def _check_parameters(module: nn.Module) -> None:
     trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     if not trainable:
         raise ValueError("model: expected a module with parameters to train, got one without")
     for name, p in trainable:
+        if not p.is_leaf:
+            raise ValueError(
+                f"model: expected parameters that are leaves, got {name!r}, made by an operation"
+            )
         if p.dtype != torch.float32:
             raise ValueError(f"model: expected float32 parameters, got {p.dtype} in {name!r}")

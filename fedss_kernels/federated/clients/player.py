@@ -1,6 +1,5 @@
 """What every process that plays clients has: the data, one model, the method. All made once."""
 
-import copy
 import os
 from collections.abc import Container
 from dataclasses import replace
@@ -23,12 +22,14 @@ from ..defaults import OWN
 from ..files.fingerprint import Fingerprint
 from ..files.half_file import half_of
 from ..files.method_numbers import method_numbers
+from ..files.schedule_numbers import schedule_numbers
 from ..learning_rate import learning_rate
 from ..ledger import FLOWS, Traffic, client_traffic
 from ..messages import Request, Update, clipped, norm, numbers
 from ..models import TAKES, build_model, refuse_batch_norm
 from ..models.blocks import blocks_of
 from ..models.bottleneck import Bottleneck, narrowed
+from ..models.copies import copied
 from ..models.layered import check_layered
 from ..models.projection import projection_head
 from ..models.vision import load_checkpoint
@@ -64,7 +65,7 @@ class Player:
     ):
         self.config, self.data = config, data
         self.method = METHODS[config.method].configured(config.settings)
-        module = copy.deepcopy(model) if model is not None else _build_model(config)
+        module = copied(model) if model is not None else _build_model(config)
         module = _to_be_cut(module, config, _check_model(module, config, data.images[:2]))
         blocks = [block for _, block in blocks_of(module)] if self.method.by_block else []
         head = projection_head(config.embedding_dim, config.seed) if self.method.contrastive else None
@@ -297,8 +298,14 @@ class Player:
     @property
     def fingerprint(self) -> Fingerprint:
         """Of the data, the net as it begins and the method, which a resumed run must share."""
-        numbers = method_numbers(self.method, self.config, self.data.num_classes)
-        return Fingerprint.of(self.data, self.extractor.module, self.extractor.embed, numbers)
+        return Fingerprint.of(self.data, self.extractor.module, self.extractor.embed, self.method_numbers)
+
+    @property
+    def method_numbers(self) -> list[float]:
+        """Of the method in this run. Raises ConfigError for parts that cannot be."""
+        method, config, by_round = self.method, self.config, self.method.by_round is not None
+        numbers = method_numbers(method, config, self.data.num_classes)
+        return numbers + schedule_numbers(self.schedule, config, len(self.data.clients), by_round=by_round)
 
     def embed(self, phi: Tensor, round: int, part: int = 0, parts: int = 1) -> list[Tensor]:
         """The test images' embeddings by the net of a round: batches, every `parts`-th, from `part` on."""

@@ -11,8 +11,7 @@ from ..config import Config, ConfigError
 from ..data.damage import some
 from ..files import checkpoint
 from ..files.checkpoint import CheckpointError
-from ..files.method_numbers import method_numbers
-from ..loading import load_data, options_of_data
+from ..loading import fitted, load_data, options_of_data
 from ..plan import Plan
 from .jobs import folder_of
 
@@ -34,12 +33,11 @@ def check_standing(configs: Sequence[Config]) -> None:
         others |= {versions} - {""}
         if data is None or of != [*_options_of_data(config)]:  # the same for most
             of, data = [*_options_of_data(config)], load_data(config)
+        player = Player(fitted(config, data.found), data)
         if config.init_checkpoint or config.half_checkpoint:  # whose files may be others
-            different = found.differences(Player(config, data).fingerprint)
+            different = found.differences(player.fingerprint)
         else:
-            method = METHODS[config.method].configured(config.settings)
-            numbers = method_numbers(method, config, data.num_classes)
-            different = found.other_data(data) + found.other_method(numbers)
+            different = found.other_data(data) + found.other_method(player.method_numbers)
         if different:
             raise CheckpointError(
                 f"the run in {folder_of(config)} is of other data, another method or another net than is "

@@ -1,6 +1,5 @@
 """What a finished run's net is worth at several depths, beside the same net as it is drawn from the seed."""
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from ..config import Config
 from ..data import FederatedData
 from ..files.run_folder import as_trained
 from ..measures import MEASURES
+from ..models.copies import copied
 from ..probes import Line, Probing, by_depth
 from ..reports.measured import write_figures
 from ..reports.styles import COLOURS
@@ -67,7 +67,7 @@ def measure(
     drawn = replace(as_trained(config), freeze_clients=False)
     player = Player(drawn, data, device=training_device(config))
     begun = player.extractor.module
-    trained = copy.deepcopy(begun)
+    trained = copied(begun)
     trained.load_state_dict(state)
     return by_depth(
         {TRAINED: trained} | ({RANDOM: begun} if at_random else {}),

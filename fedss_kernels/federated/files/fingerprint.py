@@ -5,7 +5,8 @@ where they are few, a sample where they are many. Of the net as it begins: names
 what is trained, what is frozen and the buffers, saved with the net or not; its modules, with what their repr
 says and the plain attributes of classes that are not torch's. What none of these shows, such as another
 forward of the same class, shows in the embeddings of two images, which may differ by rounding alone, as on
-another machine. Of the method: numbers of its functions (method_numbers.py).
+another machine. Of the method: numbers of its functions (method_numbers.py) and of where its parts stand
+(schedule_numbers.py).
 
 Whether modules are in training mode does not count, as clients put all of them in it. What shows in gradients
 alone, or in a private attribute and in training alone, is not seen.
@@ -63,8 +64,12 @@ class Fingerprint:
 
     def other_method(self, numbers: Sequence[float]) -> list[str]:
         """What of the method is not the same, with these numbers."""
-        known = self.method and numbers
-        return ["what the method computes"] if known and not _alike(self.method, numbers) else []
+        if not (self.method and numbers) or _alike(self.method, numbers):
+            return []
+        different = "what the method computes"
+        if len(self.method) != len(numbers):
+            different += ", or the version, which noted more or less of it"
+        return [different]
 
     def other_data(self, data: FederatedData) -> list[str]:
         """Names of what of the data is not the same in these."""

@@ -10,28 +10,27 @@ from torch import Tensor
 
 from ..algorithms.given import Given
 from ..algorithms.method import Method
-from ..algorithms.parts import Part, Parts
 from ..config import Config
 from ..messages import Request
 
 _CLASSES = 7, 64, 4096  # the first of them that a function can be asked about
-_BLOCKS = 1, 4, 7  # each
 _HELD, _OTHERS, _WIDTH = (1, 3), (0, 5), 3
 _MANY_HELD, _MANY_OTHERS = tuple(range(0, 40, 2)), tuple(range(1, 60, 2))
-_ROUNDS = 64  # that are looked at, at most
 _FLAGS = "by_block", "samples", "common", "own_push", "spreads", "queued"
-_PARTS = list(Part)
 Ask = Callable[[Method, Config, int], Iterator[Tensor]]  # (a method, a run's settings, a size)
 
 
 def method_numbers(method: Method, config: Config, num_classes: int) -> list[float]:
-    """Of its functions and fields. What cannot be asked about made-up inputs has none here.
+    """Of its functions and fields, but for where its parts stand (schedule_numbers.py).
+
+    What cannot be asked about made-up inputs has none here.
 
     num_classes: the run's own, for a function that can be asked about no others.
     """
     found = [float(getattr(method, name)) for name in _FLAGS]
-    asked: list[tuple[Ask, Sequence[int]]] = [(_of_parts, [blocks]) for blocks in _BLOCKS]
-    asked.append((_of_passes, _BLOCKS))
+    for moves in method.passes(config.local_epochs, config.head_epochs):
+        found += float(moves.blocks), float(moves.rows)
+    asked = list[tuple[Ask, Sequence[int]]]()
     if not method.contrastive:  # else nobody reads class rows
         asked += [(ask, [*_CLASSES, num_classes]) for ask in (_of_request, _of_loss, _of_penalty)]
         asked.append((_of_a_request_of_many, [*_CLASSES[1:], num_classes]))
@@ -49,25 +48,15 @@ def _answer(ask: Ask, sizes: Sequence[int], method: Method, config: Config) -> l
             numbers = torch.cat([part.detach().flatten().double() for part in ask(method, config, size)])
         except Exception:  # anything: it is not ours, and what is wrong with it shows in the first round
             continue
-        return numbers[:: 1 + len(numbers) // 1024].tolist()
+        return _few(numbers)
     return []
 
 
-def _of_parts(method: Method, config: Config, num_blocks: int) -> Iterator[Tensor]:
-    schedule = method.schedule(config, num_blocks)
-    for round in range(0, config.rounds, 1 + config.rounds // _ROUNDS) if method.by_round else (0,):
-        yield _numbers(schedule.whole(round))
-        yield _numbers(schedule.parts(round, 0, 0))
-
-
-def _numbers(parts: Parts) -> Tensor:
-    return torch.tensor([_PARTS.index(part) for part in (*parts.blocks, parts.rows)])
-
-
-def _of_passes(method: Method, config: Config, epochs: int) -> Iterator[Tensor]:
-    for head_epochs in (1, 2):
-        passes = method.passes(epochs, head_epochs)
-        yield torch.tensor([(moves.blocks, moves.rows) for moves in passes])
+def _few(numbers: Tensor) -> list[float]:
+    """At most 1,024, in which each of these counts: sums of neighbours, each with a weight of its own."""
+    each = 1 + len(numbers) // 1024
+    weights = torch.linspace(1, 2, each, dtype=torch.float64)
+    return [(part * weights[: len(part)]).sum().item() for part in numbers.split(each)]
 
 
 def _request(

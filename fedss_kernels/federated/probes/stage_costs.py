@@ -5,7 +5,6 @@ optimiser's velocities are left out of all alike. Beside it of the blocks alone,
 it: each block that is trained passes a gradient on to what came before it.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..algorithms.parts import Part, Parts
 from ..algorithms.schedule import Schedule
+from ..models.copies import trainable
 from . import costs
 from .costs import Costs
 from .features import pool_of, stem_and_blocks
@@ -113,7 +113,7 @@ def _block_step(block: nn.Module, before: Tensor) -> Callable[[], None]:
 
 
 def _copied(net: nn.Module) -> tuple[list[nn.Module], nn.Module]:
-    net = copy.deepcopy(net).requires_grad_(True).train()
+    net = trainable(net).train()
     return stem_and_blocks(net), pool_of(net)
 
 

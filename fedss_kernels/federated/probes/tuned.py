@@ -1,6 +1,5 @@
 """Fine-tuning: what a net is worth to begin with, where there are labels to train all of it by."""
 
-import copy
 import math
 from collections.abc import Callable
 
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..clients.augment import as_input
+from ..models.copies import trainable
 from ..randomness import NO_CLIENT, Purpose, generator
 from .features import Prepared, outputs, prefix
 from .linear import Standard
@@ -51,7 +51,7 @@ def fine_tuned(
     a function of the arguments. Raises ValueError for a depth that the net has not.
     """
     rng = generator(seed, 0, 0, NO_CLIENT, Purpose.PROBE)
-    body = copy.deepcopy(prefix(net, depth)).requires_grad_(True)
+    body = trainable(prefix(net, depth))
     rows = torch.arange(len(images)) if rows is None else rows
     features = outputs(body, prepared, images, rows)
     kept = finite(features)

@@ -1,12 +1,11 @@
 """Half a net as a function of its parameters in one vector, and a net cut in two."""
 
-import copy
-
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from ..models.blocks import blocks_of
+from ..models.copies import copied
 
 
 class Half:
@@ -38,7 +37,7 @@ def cut(net: nn.Module, after: int, head: nn.Module | None = None) -> tuple[nn.M
 
     Raises ValueError where the net has not that many blocks and one more, and as `blocks_of`.
     """
-    net = copy.deepcopy(net)
+    net = copied(net)
     blocks = [block for _, block in blocks_of(net)]
     if not 0 <= after < len(blocks):
         there = f"as the net has {len(blocks)} block{'s' * (len(blocks) > 1)} and the server needs one"

@@ -30,6 +30,7 @@ class ServerHalf:
     def step(self, latents: Latents, clients: Sequence[int], lr: float) -> tuple[float, Tensor]:
         """(the loss before, its gradient in latents.online (V, K, b, ...)); the loss is a sum over the pairs.
 
+        Where clients are frozen nothing is for them: the gradient is of no views, (0, K, b, ...).
         All clients' latents are one batch, or with `in_turn` batches of a client each, one after the other.
         """
         if not self.rules.in_turn:
@@ -58,7 +59,7 @@ class ServerHalf:
         sgd_step(self.weights, gradient, lr, rules.momentum, self.velocity, rules.weight_decay)
         for queue, at in self._queues(clients):  # the first view's keys first
             queue.enqueue(keys[:, at].flip(0).flatten(0, 2))
-        sent = of_latents[0] if of_latents else h.new_zeros(())
+        sent = of_latents[0] if of_latents else h[:0]
         return loss.item(), sent.to(latents.online.device)
 
     def _loss(self, queries: Tensor, keys: Tensor, clients: Sequence[int]) -> Tensor:  # (V, K, b, d)

@@ -76,6 +76,7 @@ class SplitRound:
         self.costs = Costs(clients.rules, *sizes, config.wire_dtype)
         self.steps = config.round_steps or _epoch([len(held) for held in self.data.clients], config)
         self._collapsed = False
+        self._rounds, self._sent_half = 0, set[int]()  # as of _have_half
 
     @staticmethod
     def facts(config: Config, player: Player) -> Facts:
@@ -132,8 +133,9 @@ class SplitRound:
         rows = {k: self._rows(k, steps * b) for k, steps in cohort.steps.items()}
         batches = Batches(self.data.images, rows, b, self.views, key)
         clients.receive(cohort.clients)
-        for client in cohort.clients:  # a half that is not trained comes once
-            moved[client].downloads += not (config.freeze_clients and self.taken[client])
+        have = self._have_half(round)
+        for client in cohort.clients:
+            moved[client].downloads += client not in have
         total, images = 0.0, 0
         for step in range(self.steps):
             self._let_go(cohort, step)
@@ -150,6 +152,18 @@ class SplitRound:
         for client, of in moved.items():
             self.taken[client] += of.sent * b
         return total / images, images
+
+    def _have_half(self, round: int) -> set[int]:
+        """Clients that were sent a half which is not trained before this round: it comes once.
+
+        Worked out from the cohorts, and so the same in a run that is resumed; nobody stores it. Who was gone
+        before the first step has it too.
+        """
+        if self.config.freeze_clients:
+            for done in range(self._rounds, round):
+                self._sent_half |= {*self._cohort(done)[0].clients}
+            self._rounds = max(self._rounds, round)
+        return self._sent_half
 
     def _step(
         self, first: Tensor, second: Tensor, lr: float, there: Sequence[int], moved: Mapping[int, Moved]

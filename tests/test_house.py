@@ -30,6 +30,7 @@ FLOORS = (
     ("messages", "surroundings"),
     ("algorithms",),
     ("clashes", "config", "defaults", "idle_settings", "learning_rate", "plugins", "privacy_budget"),
+    ("to_paste",),
     ("cohort", "files"),
     ("plan",),
     ("clients",),

@@ -13,6 +13,7 @@ from ..algorithms.parts import Part
 from ..config import Config
 from ..disk import why, write_whole
 from ..measures import percent
+from ..to_paste import to_paste
 from .glossary import glossary
 from .page import cards, html_page, html_table
 from .parts_in_words import HEADER, place
@@ -48,7 +49,7 @@ def attempt(folder: Path, write: Callable[..., object], *arguments: object) -> l
     except Exception as error:
         return [
             f"the results are in {folder}, but their report could not be made ({why(error)}); "
-            f"to try again: fedss report {folder}"
+            f"to try again: {to_paste('report', folder)}"
         ]
     return []
 

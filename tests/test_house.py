@@ -34,7 +34,7 @@ FLOORS = (
     ("cohort", "files"),
     ("plan",),
     ("clients",),
-    ("loading", "server"),
+    ("given_data", "loading", "server"),
     ("any_round", "metrics", "sending", "workers"),
     ("fine_tuning", "probes", "reports", "trained_net"),
     ("evaluation", "fedavg_round", "split_learning"),

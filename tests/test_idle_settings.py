@@ -66,7 +66,6 @@ def test_defaults_are_not_worth_a_word(name):
             {"model": "own", "init_checkpoint": "a.pt"},
             "init_checkpoint a.pt has no effect: the net is",
         ),
-        ({"data": "own", "holdout": 0.1}, "holdout 0.1 has no effect: the data are handed over"),
         ({"rounds": 1, "lr_decay": "step"}, "lr_decay step has no effect: the only round after the warm-up"),
         ({"rounds": 3, "warmup_rounds": 2, "lr_decay": "linear"}, "lr_decay linear has no effect: the only"),
         (

@@ -150,7 +150,6 @@ RULES: tuple[Rule, ...] = (
     ),
     (("trim",), "it is for the aggregation trimmed_mean", lambda c: c.aggregation != "trimmed_mean"),
     (("server_momentum",), "it is for the server_optimizer sgd", lambda c: c.server_optimizer != "sgd"),
-    (("holdout",), "the data are handed over as they are", lambda c: c.data == OWN),
     (("init_checkpoint",), "the net is handed over as it is", lambda c: c.model == OWN),
     (("checkpoint_every",), "there is no folder out", lambda c: c.out is None),
     (("checkpoint_every",), "there are no more rounds", lambda c: c.checkpoint_every >= c.rounds),

@@ -28,6 +28,7 @@ from .files.facts import Facts
 from .files.round_metrics import RoundMetrics
 from .files.run_folder import RunFolder
 from .files.summary import Summary
+from .given_data import as_given
 from .learning_rate import learning_rate
 from .ledger import OUTCOMES, Traffic
 from .loading import check_data, dearer, fitted, load_data, other_warmup, trivial
@@ -193,8 +194,9 @@ def _settled(
     config: Config, data: FederatedData | None, model: nn.Module | None, afar: bool
 ) -> tuple[Config, FederatedData]:
     """Every option as the run has it, and its data. Raises ConfigError for what does not go together."""
+    unlike = list[str]()
     if data is not None:
-        config = replace(config, data=config.data if data.name == config.data else OWN, task=data.task)
+        config, unlike = as_given(config, data)
     if model is not None:
         config = replace(config, model=OWN)
     data = data or load_data(config)
@@ -203,7 +205,7 @@ def _settled(
     check_measured(config, data)
     if model is not None and config.workers > 1:
         check_sendable(model)
-    for line in (*idle_settings.idle([config]), *trivial(config, data, afar), *dearer(config, data)):
+    for line in (*unlike, *idle_settings.idle([config]), *trivial(config, data, afar), *dearer(config, data)):
         idle_settings.log.warning(line)
     return config, data
 

@@ -12,8 +12,9 @@ from .data import FederatedData
 from .defaults import OWN
 from .loading import fitted, options_of_data, read_by
 
-# "image_size" has an effect all the same: load_net resizes files to it.
-OPTIONS = tuple(name for name in options_of_data() if name not in ("data", "cache_dir", "image_size"))
+# But "image_size", to which load_net resizes files, and places, which no result depends on.
+_OTHERS = ("data", "data_dir", "cache_dir", "image_size")
+OPTIONS = tuple(name for name in options_of_data() if name not in _OTHERS)
 
 
 def as_given(config: Config, data: FederatedData) -> tuple[Config, list[str]]:
@@ -25,12 +26,9 @@ def as_given(config: Config, data: FederatedData) -> tuple[Config, list[str]]:
     usual = vars(Config(data=config.data, method=config.method))
     there: Mapping[str, Any] = vars(Config(data=name, method=config.method))
     now: Mapping[str, Any] = vars(config)
-    names = OPTIONS
-    if name != OWN:  # whoever measures the run later looks for them there
-        names = tuple(each for each in OPTIONS if each != "data_dir")
-        if read := read_by(data):
-            now, there = vars(fitted(config, data.found)), read
-    values = {each: there[each] for each in names} | {"task": data.task}
+    if name != OWN and (read := read_by(data)):
+        now, there = vars(fitted(config, data.found)), read
+    values = {each: there[each] for each in OPTIONS} | {"task": data.task}
     lines = [
         f"{each} {now[each]} has no effect: the data are handed over as they are"
         for each, value in values.items()

@@ -32,6 +32,7 @@ RULES: tuple[Rule, ...] = (
     (("glyph_classes", "glyph_writers"), "it is for the data glyphs", lambda c: c.data != "glyphs"),
     (("test_share",), "it is for the data image_folder", lambda c: c.data != "image_folder"),
     (("data_dir",), "glyphs are drawn", lambda c: c.data == "glyphs"),
+    (("data_dir",), "the data are handed over as they are", lambda c: c.data == OWN),
     (("images_per_client",), "num_clients is set", lambda c: c.num_clients > 0),
     (("images_per_client",), "clients are the images' authors", lambda c: c.partition == "natural"),
     (("classes_per_client",), "it is for the partition classes", lambda c: c.partition != "classes"),

@@ -503,6 +503,10 @@ def test_a_net_that_is_not_its_blocks_in_a_row_is_refused():
         run(config(), data=tiny_data(), model=nn.Sequential(nn.Flatten(), nn.Linear(36, 4)))
 
 
+def test_clients_that_stay_as_they_are_may_come_in_turn():
+    assert all(math.isfinite(m.loss) for m in train(rounds=1, freeze_clients=True, in_turn=True).history)
+
+
 def test_options_of_others_are_refused_and_those_without_effect_are_named(capsys):
     assert cli.main(["run", "--data", "glyphs", "--method", "fedss", "--queue-size", "5"]) == 2
     assert "--queue-size is for mocosfl, central_moco and fl_moco, not for fedss" in capsys.readouterr().err

@@ -58,7 +58,7 @@ class ServerHalf:
         sgd_step(self.weights, gradient, lr, rules.momentum, self.velocity, rules.weight_decay)
         for queue, at in self._queues(clients):  # the first view's keys first
             queue.enqueue(keys[:, at].flip(0).flatten(0, 2))
-        sent = of_latents[0] if of_latents else h.new_zeros(())
+        sent = of_latents[0] if of_latents else h.new_zeros(()).expand_as(h)  # none is sent
         return loss.item(), sent.to(latents.online.device)
 
     def _loss(self, queries: Tensor, keys: Tensor, clients: Sequence[int]) -> Tensor:  # (V, K, b, d)

@@ -141,6 +141,7 @@ def print_table(table: Table, machine: object) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table as Grid
+    from rich.text import Text  # what a machine or a library calls itself is no markup
 
     console = Console()
     widths = _widths(table)
@@ -151,19 +152,19 @@ def print_table(table: Table, machine: object) -> None:
         console = Console(width=sum(widths[i] for i in shown))
     grid = Grid(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     for i in shown:
-        grid.add_column(table.header[i], justify="right" if i else "left", no_wrap=True)
+        grid.add_column(Text(table.header[i]), justify="right" if i else "left", no_wrap=True)
     for group in table.groups:
-        grid.add_row(f"[bold]{group.title.replace(', ', chr(10))}")  # within the first column's width
+        grid.add_row(Text(group.title.replace(", ", "\n"), style="bold"))  # within the first column's width
         for line in group.lines:
-            grid.add_row(*(line[i] for i in shown))
+            grid.add_row(*(Text(line[i]) for i in shown))
         grid.add_section()
-    console.print(f"[bold]{table.title}[/bold] ({machine})", highlight=False)
+    console.print(Text.assemble((table.title, "bold"), f" ({machine})"))
     console.print(grid)
     left_out = [title.replace("\n", " ") for i, title in enumerate(table.header) if i not in shown]
     if left_out:
-        console.print(f"no room for: {', '.join(left_out)}", highlight=False)
+        console.print(Text(f"no room for: {', '.join(left_out)}"))
     for note in table.notes:
-        console.print(note, style="dim", highlight=False)
+        console.print(Text(note, style="dim"))
 
 
 def _widths(table: Table) -> list[int]:

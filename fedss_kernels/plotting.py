@@ -17,6 +17,15 @@ def plotting() -> Iterator[None]:
         yield
 
 
+def as_it_is(name: str) -> str:
+    """What users call something, for a text of a figure, where "$" would begin a formula.
+
+    Of labels that begin with "_" legends have none, so a space of no width stands before it.
+    """
+    name = name.replace("$", r"\$")
+    return f"\u200b{name}" if name.startswith("_") else name
+
+
 def import_matplotlib() -> ModuleType:
     """The module, also where MPLBACKEND names a backend that is not here, with which it can't be imported.
 

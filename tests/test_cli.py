@@ -727,6 +727,7 @@ def test_so_does_a_comparison_and_its_report_is_made_again(tmp_path, monkeypatch
         assert cli.main(["compare", *argv, "--lr-decay=constant"]) == 1
     said, err = capsys.readouterr()
     assert "PosOnly" in said and err.startswith(f"fedss compare: the results are in {out}, but their report")
+    assert said.splitlines()[-1] == f"the table: {out / 'table.md'}" and (out / "table.md").exists()
     assert cli.main(["report", str(out)]) == 0
     assert capsys.readouterr() == (f"the report: {out / 'report.html'}\n", "")
     assert (out / "accuracy_by_round.png").exists() and (out / "report.html").exists()

@@ -159,6 +159,13 @@ def test_lists_that_a_spreadsheet_saved(folder, coding):
     assert data.client_names == before.client_names and torch.equal(data.images, before.images)
 
 
+def test_blank_lines_at_the_end_are_an_editors(folder):
+    whole = read(folder)
+    for part in folder.glob("*.csv"):
+        part.write_text(part.read_text() + "\n  \n")
+    assert torch.equal(read(folder).labels, whole.labels)
+
+
 def test_no_retrieval(folder):
     with pytest.raises(ValueError, match="task: expected classification for landmarks"):
         read(folder, task="retrieval")

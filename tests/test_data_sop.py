@@ -114,6 +114,15 @@ def test_lists_that_an_editor_saved(folder, coding):
     assert read(folder).class_names == tuple(map(str, TRAIN))
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n\n", "  \n\t"])
+def test_blank_lines_at_the_end_are_an_editors(folder, end):
+    whole = read(folder)
+    for name in ("Ebay_train.txt", "Ebay_test.txt"):
+        part = folder / name
+        part.write_text(part.read_text() + end)
+    assert torch.equal(read(folder).labels, whole.labels)
+
+
 def test_a_list_in_utf_16_that_ends_within_a_character(folder):
     part = folder / "Ebay_train.txt"
     part.write_bytes(part.read_text().encode("utf-16")[:-1])

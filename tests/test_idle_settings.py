@@ -3,6 +3,7 @@
 import logging
 
 import pytest
+import torch
 from test_cli import SMALL
 from tiny_federation import UNTRAINED, tiny_config, tiny_data, tiny_model
 
@@ -55,13 +56,16 @@ def test_defaults_are_not_worth_a_word(name):
             {"method": "fedrep", "denominator": "holders"},
             "denominator holders has no effect: no class row travels",
         ),
+        (
+            {"method": "full_softmax", "denominator": "holders"},
+            "denominator holders has no effect: all clients have all class rows",
+        ),
         ({"personalise_rate": 0.1}, "personalise_rate 0.1 has no effect: personalise_epochs is 0"),
         ({"method": "centralized", "deadline": 2.0}, "deadline 2.0 has no effect: the method has no clients"),
         (
             {"model": "own", "init_checkpoint": "a.pt"},
             "init_checkpoint a.pt has no effect: the net is",
         ),
-        ({"data": "own", "holdout": 0.1}, "holdout 0.1 has no effect: the data are handed over"),
         ({"rounds": 1, "lr_decay": "step"}, "lr_decay step has no effect: the only round after the warm-up"),
         ({"rounds": 3, "warmup_rounds": 2, "lr_decay": "linear"}, "lr_decay linear has no effect: the only"),
         (
@@ -81,6 +85,32 @@ def test_defaults_are_not_worth_a_word(name):
 def test_a_setting_without_effect_is_named_with_the_reason(options, line):
     lines = idle([Config(**options)])
     assert len(lines) == 1 and lines[0].startswith(line)
+
+
+NOISE = {"method": "full_softmax", "clip_norm": 2000.0, "noise_multiplier": 0.1}
+SUMS = {"negatives": "shared", "clip_norm": 2000.0, "trust_updates": True}
+
+
+@pytest.mark.parametrize(
+    "options, name, other",
+    [
+        ({"aggregation": "median", "denominator": "holders"}, "denominator", "cohort"),
+        ({"aggregation": "trimmed_mean", "trim": 0.4, "denominator": "holders"}, "denominator", "cohort"),
+        ({"method": "full_softmax", "denominator": "holders"}, "denominator", "cohort"),
+        (NOISE, "clip_norm", 1000.0),
+        (SUMS, "clip_norm", 1000.0),
+        (SUMS, "trust_updates", False),
+    ],
+)
+def test_what_is_told_has_no_effect_and_what_has_one_is_not_told(options, name, other):
+    options = {"cohort": 4, "num_negatives": 1, **options}
+    told = any(line.startswith(f"{name} ") for line in idle([tiny_config(**options)]))
+
+    def weight(**changed):
+        config = tiny_config(**options | changed)
+        return run(config, data=tiny_data(), model=tiny_model()).weight[:]
+
+    assert torch.equal(weight(), weight(**{name: other})) == told
 
 
 def test_every_rule_is_of_options_that_are():

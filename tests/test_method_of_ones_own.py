@@ -14,7 +14,17 @@ from test_cli import SMALL
 from tiny_federation import tiny_config, tiny_data, tiny_model
 from torch.nn.functional import cross_entropy
 
-from fedss_kernels.federated import Config, ConfigError, Stopped, cli, plugins, register, run, testing
+from fedss_kernels.federated import (
+    CheckpointError,
+    Config,
+    ConfigError,
+    Stopped,
+    cli,
+    plugins,
+    register,
+    run,
+    testing,
+)
 from fedss_kernels.federated.algorithms import METHODS, Method, Request
 from fedss_kernels.federated.algorithms.parts import Part, Parts, Pass
 from fedss_kernels.federated.clients.player import Player
@@ -750,7 +760,7 @@ def test_of_what_is_of_a_method_that_is_not_known_the_way_to_it_is_said(file, tm
 def test_how_a_stopped_run_or_comparison_goes_on_is_said_with_its_files(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "of mine"
     folder.mkdir()
-    file, out = folder / "prox.py", tmp_path / "out"
+    file, out = folder / "prox.py", folder / "run 1"
     file.write_text(FILE)
 
     def stopped(*arguments, **options):
@@ -763,8 +773,16 @@ def test_how_a_stopped_run_or_comparison_goes_on_is_said_with_its_files(tmp_path
     monkeypatch.setattr("fedss_kernels.federated.comparisons.compare.compare", lost)
     for command in (["run", "--method=prox"], ["compare", "--methods=prox", "--seeds=0"]):
         cli.main([*command, *SMALL, f"--plugin={file}", f"--out={out}"])
-        way = f"go on with: fedss {command[0]} --resume {out} --plugin '{file}'"
+        way = f"go on with: fedss {command[0]} --resume '{out}' --plugin '{file}'"
         assert capsys.readouterr().err.splitlines()[-1].endswith(way)
+    (line,) = report.attempt(out, stopped)
+    again = f"fedss report '{out}' --plugin '{file}'"
+    assert line.endswith(f"to try again: {again}")
+    played = tiny_config(out=out, rounds=1)
+    run(played, data=tiny_data(), model=tiny_model())
+    with pytest.raises(CheckpointError) as refused:
+        run(played, data=tiny_data(), model=tiny_model(), resume=True)
+    assert str(refused.value).endswith(f"for its report: {again}")
 
 
 @pytest.mark.parametrize("workers", [1, *later(2)])

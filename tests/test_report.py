@@ -529,7 +529,7 @@ def test_a_linear_head_and_numbers_of_two_bytes_are_told_as_they_are(tmp_path, n
 def test_settings_are_those_that_a_method_of_the_page_reads(tmp_path, no_plots):
     write_run_report(tmp_path, play("fedrep", flip=True))
     text = page_of(tmp_path).split("Settings")[1]
-    assert "head_epochs 1 " in text and "flip yes " in text and "skip_damaged no " in text
+    assert "head_epochs 1 " in text and "flip yes " in text and "trust_updates no " in text
     assert "num_negatives" not in text and "spreadout" not in text
     write_run_report(tmp_path, play("fedaws"))
     text = page_of(tmp_path).split("Settings")[1]

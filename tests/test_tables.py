@@ -68,6 +68,21 @@ def test_so_do_the_tables_that_are_markdown_in_a_file(width, printed):
         assert text == markdown(HEADER, ROWS)
 
 
+@pytest.mark.parametrize("name", ["FedSS [sticky]", "FedSS [/2]", "a :smile: b", r"\[x]"])
+@pytest.mark.parametrize("width", [None, 40])
+def test_names_are_as_they_were_given(name, width, printed):
+    """None of what is markup to rich, or stands for an emoji there, is so in a name or a title."""
+    for header in (["method", "top-1"], [name, "top-1"]):
+        text = printed(width, lambda header=header: output.print_table(header, [[name, "1.0"]]))
+        assert text.count(name) == header.count(name) + 1
+    wide = [name, "1.0", "2" * 40]
+    text = printed(width, lambda: output.print_markdown(markdown(["method", "a", "b"], [wide])))
+    assert name in text
+    table = results.Table(name, [name, "ms"], [results.Group(name, [[name, "1.0"]])], [name])
+    text = printed(width, lambda: results.print_table(table, name))
+    assert text.count(name) == 6
+
+
 def test_columns_that_could_go_first_need_not_be_there(printed):
     """As in a comparison of methods without class rows."""
     text = printed(40, lambda: output.print_table(["method", "accuracy"], [["SimCLR", "1.0"]], LEAST))

@@ -34,6 +34,7 @@ from .clients.player import Player
 from .clients.sgd import sgd_step
 from .config import Config
 from .data import FederatedData
+from .loading import read_by
 from .messages import Request
 from .metrics import NOTHING, directions, nearest
 from .randomness import Purpose, generator
@@ -138,10 +139,12 @@ def check_measurable(data: FederatedData) -> None:
         raise ValueError(
             f"personalise: {name}: expected test images of some of the {len(tested)} {people}, got none"
         )
+    unknown = f"personalise: nobody knows which test images of {data.name} are whose"
+    if read_by(data) is None:
+        raise ValueError(f"{unknown}: expected some in test_clients, got none")
     raise ValueError(
-        f"personalise: nobody knows which test images of {data.name} are whose: in the natural partition "
-        "they are of other people. Expected another partition (dirichlet, classes), or with a holdout "
-        "clients who do not train, or of data of one's own some in test_clients, got none"
+        f"{unknown}: in the natural partition they are of other people. Expected another partition "
+        "(dirichlet, classes), or with a holdout clients who do not train"
     )
 
 

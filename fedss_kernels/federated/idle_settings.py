@@ -32,6 +32,7 @@ RULES: tuple[Rule, ...] = (
     (("glyph_classes", "glyph_writers"), "it is for the data glyphs", lambda c: c.data != "glyphs"),
     (("test_share",), "it is for the data image_folder", lambda c: c.data != "image_folder"),
     (("data_dir",), "glyphs are drawn", lambda c: c.data == "glyphs"),
+    (("data_dir",), "the data are handed over as they are", lambda c: c.data == OWN),
     (("images_per_client",), "num_clients is set", lambda c: c.num_clients > 0),
     (("images_per_client",), "clients are the images' authors", lambda c: c.partition == "natural"),
     (("classes_per_client",), "it is for the partition classes", lambda c: c.partition != "classes"),
@@ -70,6 +71,14 @@ RULES: tuple[Rule, ...] = (
         lambda c: METHODS[c.method].rows is not Part.TRAINED and not METHODS[c.method].alone,
     ),
     (
+        ("denominator",),
+        "all clients have all class rows",
+        lambda c: (
+            METHODS[c.method].rows is Part.TRAINED
+            and not (METHODS[c.method].tells or METHODS[c.method].pooled)
+        ),
+    ),
+    (
         ("trust_updates", "max_norm_ratio"),
         "the server sees no client's changes, but their sum",
         lambda c: c.sums,
@@ -79,7 +88,6 @@ RULES: tuple[Rule, ...] = (
         "with noise each answer is looked at by itself",
         lambda c: c.noise_multiplier > 0,
     ),
-    (("denominator",), "with noise all clients weigh the same", lambda c: c.noise_multiplier > 0),
     (("delta",), "noise_multiplier is 0", lambda c: c.noise_multiplier == 0),
     (("denominator",), "all of a cohort have the same class rows", lambda c: c.shares),
     (
@@ -133,12 +141,16 @@ RULES: tuple[Rule, ...] = (
     (
         ("clip_norm",),
         "answers of a norm over max_norm are left out before",
-        lambda c: c.clip_norm is not None and c.clip_norm >= c.max_norm and not c.trust_updates,
+        # but noise is in clip_norms
+        lambda c: (
+            c.clip_norm is not None
+            and c.clip_norm >= c.max_norm
+            and (c.sums or not c.trust_updates)
+            and not c.noise_multiplier
+        ),
     ),
     (("trim",), "it is for the aggregation trimmed_mean", lambda c: c.aggregation != "trimmed_mean"),
-    (("denominator",), "the aggregation is unweighted", lambda c: c.aggregation != "mean"),
     (("server_momentum",), "it is for the server_optimizer sgd", lambda c: c.server_optimizer != "sgd"),
-    (("holdout",), "the data are handed over as they are", lambda c: c.data == OWN),
     (("init_checkpoint",), "the net is handed over as it is", lambda c: c.model == OWN),
     (("checkpoint_every",), "there is no folder out", lambda c: c.out is None),
     (("checkpoint_every",), "there are no more rounds", lambda c: c.checkpoint_every >= c.rounds),

@@ -111,14 +111,18 @@ def _wrong_options(method: Method) -> Iterator[str]:
             yield f"settings: {name}: expected a finite number, got {value!r}"
 
 
+def noted() -> list[Path]:
+    """The files of FEDSS_PLUGINS."""
+    return [Path(name) for name in os.environ.get(FILES, "").split(os.pathsep) if name]
+
+
 def load_plugins(files: Iterable[Path] = ()) -> None:
     """Imports these files and those of FEDSS_PLUGINS, each once, and notes them there.
 
     A file finds modules beside it, as a script does: its folder is the first of sys.path from then on.
     Raises ConfigError, with its cause in a line, for one that cannot be, or that registers nothing.
     """
-    noted = [Path(name) for name in os.environ.get(FILES, "").split(os.pathsep) if name]
-    paths = dict.fromkeys(path.absolute() for path in (*noted, *files))
+    paths = dict.fromkeys(path.absolute() for path in (*noted(), *files))
     for path in paths:
         if os.pathsep in str(path):
             raise ConfigError("plugin", f"{path}: expected a path without {os.pathsep}")

@@ -28,6 +28,7 @@ from .files.facts import Facts
 from .files.round_metrics import RoundMetrics
 from .files.run_folder import RunFolder
 from .files.summary import Summary
+from .given_data import as_given
 from .learning_rate import learning_rate
 from .ledger import OUTCOMES, Traffic
 from .loading import check_data, dearer, fitted, load_data, other_warmup, trivial
@@ -113,8 +114,9 @@ def run(
 ) -> Result:
     """Trains by `config.method` for `config.rounds` rounds, evaluating every `config.eval_every` and at last.
 
-    `data` and `model` replace the ones that config names. `model` is any module from float32 images (B,
-    channels, H, W) in [0, 1] to embeddings (B, D); a copy of it is trained, from its present parameters on.
+    `data` and `model` replace the ones that config names; options of the data, such as holdout, have no
+    effect then, which is logged. `model` is any module from float32 images (B, channels, H, W) in [0, 1] to
+    embeddings (B, D); a copy of it is trained, from its present parameters on.
     `on_round` is called after every round, `on_tuned(done, total)` while clients fine-tune the model at the
     end. With `config.out` the results are written to that folder, otherwise nothing is written. Equal
     arguments give equal bits on one machine, whatever autocast, modes and defaults of torch are around it.
@@ -194,10 +196,11 @@ def _settled(
     config: Config, data: FederatedData | None, model: nn.Module | None, afar: bool
 ) -> tuple[Config, FederatedData]:
     """Every option as the run has it, and its data. Raises ConfigError for what does not go together."""
+    unlike = list[str]()
     if data is not None:
         if not isinstance(data, FederatedData):
             raise TypeError(f"data: expected a FederatedData, got a {type(data).__name__}")
-        config = replace(config, data=config.data if data.name == config.data else OWN, task=data.task)
+        config, unlike = as_given(config, data)
     if model is not None:
         check_is_net(model)
         config = replace(config, model=OWN)
@@ -207,7 +210,7 @@ def _settled(
     check_measured(config, data)
     if model is not None and config.workers > 1:
         check_sendable(model)
-    for line in (*idle_settings.idle([config]), *trivial(config, data, afar), *dearer(config, data)):
+    for line in (*unlike, *idle_settings.idle([config]), *trivial(config, data, afar), *dearer(config, data)):
         idle_settings.log.warning(line)
     return config, data
 

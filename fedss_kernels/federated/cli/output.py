@@ -91,6 +91,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], least: Seq
     """
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text  # a name is no markup
 
     console = Console()
     widths = _widths(header, rows)
@@ -98,9 +99,9 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], least: Seq
     shown = fitting(widths, room - 1, [header.index(title) for title in least if title in header])
     table = Table()
     for i in shown:
-        table.add_column(header[i], justify="right" if i else "left", min_width=widths[i] - 3)
+        table.add_column(Text(header[i]), justify="right" if i else "left", min_width=widths[i] - 3)
     for row in rows:
-        table.add_row(*(row[i] for i in shown))
+        table.add_row(*(Text(row[i]) for i in shown))
     Console(width=max(room, sum(widths[i] for i in shown) + 1)).print(table)
     if len(shown) < len(header):
         left_out = [title for i, title in enumerate(header) if i not in shown]

@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import functools
 import os
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from ..plan import FILE, LISTS, Plan, read_preset
 from ..run_loop import Result, Stopped, run
 from ..server.class_store import check_free
 from ..server.inspection import explained
+from ..to_paste import to_paste
 from ..workers import WorkerLost, help_out, launched
 from .command import Command
 from .options import (
@@ -73,23 +73,18 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
 _FINISHING = "fedss run: finishing this round"
 
 
-def _go_on(arguments: argparse.Namespace, out: Path) -> str:
-    """With the files of methods of one's own that were given."""
-    return f"go on with: fedss {arguments.command} --resume {out}{_plugins(arguments)}"
+def _go_on(command: str, out: Path) -> str:
+    return f"go on with: {to_paste(command, '--resume', out)}"
 
 
-def _plugins(arguments: argparse.Namespace) -> str:
-    return "".join(f" --plugin {shlex.quote(str(file))}" for file in arguments.plugin)
-
-
-def _saved(arguments: argparse.Namespace, out: Path) -> str:
+def _saved(out: Path) -> str:
     """What is safe of a run that ended early, and how to go on."""
     if (out / "summary.json").exists():
-        report = f"fedss report {out}{_plugins(arguments)}"
+        report = to_paste("report", out)
         return f"the run is finished, and its results are in {out}; its report: {report}"
     if not checkpoint.exists(out):
         return "no round is saved yet: start again with --overwrite"
-    return f"saved up to round {checkpoint.last_round(out)}; {_go_on(arguments, out)}"
+    return f"saved up to round {checkpoint.last_round(out)}; {_go_on('run', out)}"
 
 
 def _asked(arguments: argparse.Namespace) -> tuple[Config, Path]:
@@ -160,23 +155,23 @@ def _run(arguments: argparse.Namespace) -> int:
         print(f"fedss run: {error}; what was done is in {out}", file=sys.stderr)
         return 1
     except WorkerLost as error:
-        print(f"fedss run: {error}; {_saved(arguments, out)}", file=sys.stderr)
+        print(f"fedss run: {error}; {_saved(out)}", file=sys.stderr)
         return 1
     except OSError as error:  # of the disk, in the middle of the run
-        print(f"fedss run: {reason(error)}; {_saved(arguments, out)}", file=sys.stderr)
+        print(f"fedss run: {reason(error)}; {_saved(out)}", file=sys.stderr)
         return 1
     except Stopped as stopped:
         done = f"stopped after round {stopped.rounds} of {config.rounds}"
-        print(f"fedss run: {done}; {_go_on(arguments, out)}", file=sys.stderr)
+        print(f"fedss run: {done}; {_go_on('run', out)}", file=sys.stderr)
         return stop.exit_code
     except Interrupted as interrupted:
-        return _stopped(interrupted, _saved(arguments, out))
+        return _stopped(interrupted, _saved(out))
     if arguments.profile:
         print_profile(result.seconds, len(played))
     try:
         return _finished(result, out)
     except KeyboardInterrupt as interrupted:  # Ctrl-C's own: no round is going on that it could wait for
-        return _stopped(interrupted, _saved(arguments, out))
+        return _stopped(interrupted, _saved(out))
 
 
 def _stopped(interrupted: KeyboardInterrupt, saved: str) -> int:
@@ -332,7 +327,7 @@ def _compare(arguments: argparse.Namespace) -> int:
         given = () if resume else arguments.given
         read_data(dataclasses.replace(plan.to_read_by, out=out), [] if resume else runs, ready, given)
     command = f"fedss {arguments.command}"
-    go_on = _go_on(arguments, out)
+    go_on = _go_on(arguments.command, out)
     say_what_is_logged(arguments.command, jobs, rates, standing)
     finishing = f"{command}: finishing the rounds of the runs"
     try:
@@ -374,7 +369,9 @@ def _compared(comparison: "Comparison", command: str, go_on: str) -> int:
         print(f"{command}: once the reason is gone {go_on}", file=sys.stderr)
     if comparison.table:
         print_table(header(comparison.table), cells(comparison.table), LEAST)
-        print(f"the table, plots and report: {comparison.out / 'report.html'}")
+        out = comparison.out
+        made = f"the table, plots and report: {out / 'report.html'}"
+        print(made if comparison.reported else f"the table: {out / 'table.md'}")
     return 1 if comparison.failed else 0
 
 

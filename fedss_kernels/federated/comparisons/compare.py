@@ -47,6 +47,7 @@ class Comparison:
     out: Path
     notes: list[str] = dataclasses.field(default_factory=list)  # what else is to be said, a line each
     go_on: bool = False  # a run failed of what may be gone when it is resumed, as of a full disk
+    reported: bool = False  # the report was made
 
 
 def compare(
@@ -103,12 +104,12 @@ def compare(
         failed += [f"{job_name(plan, configs[job])} failed: {of.words}" for job, of in failures.items()]
         runs = _in_order(plan, done.values())
         notes += [line for run in runs for line in _notes(plan, run)]
-        table = tabulate(runs)
+        table, unmade = tabulate(runs), list[str]()
         if runs:
             write_tables(out, table)
-            failed += attempt(out, _write_report, out, runs, [*notes, *failed])
+            unmade = attempt(out, _write_report, out, runs, [*notes, *failed])
         go_on = not all(failure.lasting for failure in failures.values())
-        return Comparison(table, runs, failed, out, notes, go_on)
+        return Comparison(table, runs, [*failed, *unmade], out, notes, go_on, bool(runs) and not unmade)
 
 
 def _in_order(plan: Plan, runs: Iterable[Run]) -> list[Run]:

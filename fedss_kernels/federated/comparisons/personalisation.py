@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...plotting import as_it_is
 from ..reports.mean_sd import mean_sd
 from ..reports.measured import all_written, write_figures
 from ..reports.page import remove_section
@@ -169,7 +170,7 @@ def _plot(found: Sequence[Measured]) -> "Figure":
         def mean(name: str, runs: Sequence[Measured] = runs) -> float:
             return 100 * statistics.fmean(statistics.fmean(run.values(name)) for run in runs)
 
-        axes.plot(epochs, [mean(f"after_{done}") for done in epochs], label=title, **look)
+        axes.plot(epochs, [mean(f"after_{done}") for done in epochs], label=as_it_is(title), **look)
         for name, mark in _UNTRAINED.items():
             axes.plot(0, mean(name), color=look["color"], **mark)
     for name, mark in _UNTRAINED.items():
@@ -198,7 +199,7 @@ def _plot_differences(apart: Sequence[Difference], found: Sequence[Measured]) ->
             [100 * INTERVAL * (error or 0.0) for error in errors],
             **looks[pair.second],
             capsize=3,
-            label=f"{pair.first} − {pair.second}",
+            label=as_it_is(f"{pair.first} − {pair.second}"),
         )
     axes.axhline(0, color="grey", linewidth=0.8)
     return _with_legend(figure)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...plotting import as_it_is
 from ..config import Config
 from ..measures import MEASURES, Measure
 from ..probes import Line
@@ -99,7 +100,7 @@ def plot(probed: Sequence[Probed]) -> "Figure":
             {**next(colours)} if method else {"color": "gray", "linestyle": "--", "marker": "o"}
         )
         means, bars = [mean for mean, _ in found], [sd or 0.0 for _, sd in found]
-        axes.errorbar(depths, means, bars, label=label, capsize=2, markersize=5, **look)
+        axes.errorbar(depths, means, bars, label=as_it_is(label), capsize=2, markersize=5, **look)
     axes.set(xlabel="after so many blocks of the net", ylabel=measure.axis)
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

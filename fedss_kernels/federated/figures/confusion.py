@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ...plotting import as_it_is
 from ..algorithms import METHODS
 from ..algorithms.given import weight_and_bias
 from ..clients.player import Player
@@ -109,7 +110,7 @@ def _plot(found: Sequence[Confusion], client: int) -> "Figure":
     panels = figure.subplots(1, len(found), squeeze=False)[0]
     for axes, each in zip(panels, found, strict=True):
         image = axes.imshow(100 * each.shares.numpy(), vmin=0, vmax=100, cmap="viridis")
-        axes.set_title(f"{each.name}: {100 * each.right:.0f}% right", fontsize=10)
+        axes.set_title(as_it_is(f"{each.name}: {100 * each.right:.0f}% right"), fontsize=10)
         axes.set_xlabel(f"taken for, of the {len(each.classes)} classes of client {client}")
         axes.set_xticks([])
         axes.set_yticks([])

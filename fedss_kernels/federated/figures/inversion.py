@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ...plotting import as_it_is
 from ..algorithms import METHODS
 from ..clients.player import Player
 from ..config import Config, ConfigError
@@ -206,5 +207,5 @@ def plot(found: Found) -> "Figure":
         line = torch.cat(list(images.permute(0, 2, 3, 1)), dim=1)  # (H, SHOWN W, channels)
         axes.imshow(line.squeeze(2).numpy(), cmap="gray", vmin=0, vmax=1)
         axes.set(xticks=[], yticks=[])
-        axes.set_title(name, loc="left", fontsize=8)
+        axes.set_title(as_it_is(name), loc="left", fontsize=8)
     return figure

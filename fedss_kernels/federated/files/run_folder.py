@@ -41,6 +41,7 @@ from ..disk import reason, remove_unfinished, replacing, systems_errors, write_w
 from ..ledger import Entry, is_flow
 from ..lock import Lock
 from ..measures import BY_TASK, Measures
+from ..to_paste import to_paste
 from . import checkpoint
 from .checkpoint import Checkpoint, CheckpointError
 from .facts import Facts
@@ -120,7 +121,7 @@ class RunFolder:
             done = "1 round is" if found.round == 1 else f"{found.round} rounds are"
             raise CheckpointError(
                 f"the run in {path} is finished: its {done} done; for more of them give a larger number of "
-                f"rounds, for its report: fedss report {path}"
+                f"rounds, for its report: {to_paste('report', path)}"
             )
         different = found.fingerprint.differences(fingerprint)
         if different:

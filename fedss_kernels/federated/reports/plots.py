@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...plotting import plotting
+from ...plotting import as_it_is, plotting
 from ..algorithms import METHODS
 from ..disk import replacing
 from ..files.round_metrics import RoundMetrics
@@ -110,7 +110,8 @@ def accuracy_by_class_set(runs: Sequence[Run], theme: dict[str, str]) -> "Figure
             points.append((float(np.mean(sizes)), float(np.mean(values)), sd))
         x, mean, error = zip(*sorted(points), strict=True)
         case, _ = cases[0]
-        axes.errorbar(x, mean, error, label=case.called or METHODS[case.method].label, capsize=3, **look)
+        label = as_it_is(case.called or METHODS[case.method].label)
+        axes.errorbar(x, mean, error, label=label, capsize=3, **look)
     axes.set_xlabel("class rows on a client, |S_k| (mean, log scale)")
     _log_axis(axes)
     return _finish(figure, axes, runs, theme, runs[0].summary.headline)
@@ -223,7 +224,7 @@ def _looks(runs: Sequence[Run]) -> list[tuple[dict[str, str], list[Run]]]:
     found = []
     for look, cases in _cases_by_name(runs):
         case, group = sorted(cases, key=lambda each: each[0].num_negatives or 0)[len(cases) // 2]
-        found.append((look | {"label": case.label}, group))
+        found.append((look | {"label": as_it_is(case.label)}, group))
     return found
 
 

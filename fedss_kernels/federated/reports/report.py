@@ -11,8 +11,11 @@ from ..algorithms import METHODS, Method, readers
 from ..algorithms.own_numbers import in_words
 from ..algorithms.parts import Part
 from ..config import Config
+from ..defaults import OWN
 from ..disk import why, write_whole
+from ..given_data import OPTIONS
 from ..measures import percent
+from ..to_paste import to_paste
 from .glossary import glossary
 from .page import cards, html_page, html_table
 from .parts_in_words import HEADER, place
@@ -48,7 +51,7 @@ def attempt(folder: Path, write: Callable[..., object], *arguments: object) -> l
     except Exception as error:
         return [
             f"the results are in {folder}, but their report could not be made ({why(error)}); "
-            f"to try again: fedss report {folder}"
+            f"to try again: {to_paste('report', folder)}"
         ]
     return []
 
@@ -213,13 +216,17 @@ def _own_numbers(method: Method, runs: Sequence[Run]) -> str:
     return f" {'; '.join(each)}."
 
 
+OF_FILES = {*OPTIONS} - {"task"}  # say nothing of data that were handed over
+
+
 def _settings(runs: Sequence[Run]) -> str:
-    """Those that all the runs have in common, but for what is of other methods."""
+    """Those that all the runs have in common, but for what is of other methods or data."""
     rows = [
         (field.name, _value(getattr(runs[0].config, field.name)), field.metadata["help"])
         for field in dataclasses.fields(Config)
         if field.metadata["saved"]
         and not _is_of_others(field.name, method_names(runs))
+        and not (runs[0].config.data == OWN and field.name in OF_FILES)
         and len({str(getattr(run.config, field.name)) for run in runs}) == 1
     ]
     return f"<h2>Settings</h2>{html_table(('option', 'value', 'meaning'), rows, words=True)}"

@@ -3,14 +3,18 @@
 import copy
 import doctest
 import json
+import os
 import re
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+
+from fedss_kernels import RowAdam
 
 DOCS = Path(__file__).parents[1] / "docs" / "sentence_transformers.md"
 WORDS = [f"w{i}" for i in range(40)]
@@ -382,6 +386,162 @@ def _mean_gradients(rank, meet, sparse_grad, seed):
 def test_several_processes_train_one_class_matrix(library, sparse_grad, tmp_path):
     arguments = tmp_path / "meet", sparse_grad, 7
     torch.multiprocessing.spawn(_mean_gradients, arguments, nprocs=2)
+
+
+def _as_rank(rank, folder, world):
+    """A process as torchrun starts it; what waits for another for half a minute fails."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}  # asked for, not used
+    start, patience = f"file://{folder / 'meet'}", timedelta(seconds=30)
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", start, patience, rank=rank, world_size=world)
+
+
+def _end_of_rank():
+    """At once, when all are there: gloo's threads can wait for the interpreter as it waits for them."""
+    torch.distributed.barrier()
+    os._exit(0)
+
+
+TEXTS = [f"{WORDS[i % 40]} {WORDS[i * 7 % 40]}" for i in range(32)]
+DATA_SETS = {
+    "a": {"text": TEXTS, "label": [i * 3 for i in range(32)]},
+    "b": {"text": TEXTS[::-1], "label": list(range(32))},
+    "c": {"anchor": TEXTS, "positive": WORDS[:32]},
+}
+
+
+def trainer_of_data_sets(
+    library, model, losses, folder, steps, callbacks=(), optimizers=(None, None), **options
+):
+    """A loss for each data set; of two, or one, processes."""
+    from datasets import Dataset, DatasetDict
+
+    data = DatasetDict({name: Dataset.from_dict(DATA_SETS[name]) for name in losses})
+    options = {"save_strategy": "no", "lr_scheduler_type": "constant"} | options
+    arguments = library.SentenceTransformerTrainingArguments(
+        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=4, report_to=[], use_cpu=True,
+        learning_rate=1e-2, weight_decay=0.1, seed=3, disable_tqdm=True, logging_strategy="no", **options,
+    )  # fmt: skip
+    return library.SentenceTransformerTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=data,
+        eval_dataset=data,
+        loss=losses,
+        optimizers=optimizers,
+        callbacks=list(callbacks),
+    )
+
+
+def _several_losses(rank, folder, world, runs):
+    """Trains two class matrices and in-batch negatives; saves all parameters as they are in the end."""
+    import sentence_transformers as library
+
+    from fedss_kernels.integrations.sentence_transformers import ClassSoftmaxLoss, InBatchSoftmaxLoss
+
+    if world > 1:
+        _as_rank(rank, folder, world)
+    for name, (sparse_grad, accumulated, resumes) in runs.items():
+        model, own = static_model(library), folder / f"{name}{world}"
+        torch.manual_seed(7 + rank)
+        first = ClassSoftmaxLoss(model, 100, bias=True, learn_scale=True, sparse_grad=sparse_grad)
+        second = ClassSoftmaxLoss(model, 50, sparse_grad=sparse_grad)
+        parameters = [*model.parameters(), *first.criterion.parameters(), *second.criterion.parameters()]
+        trainer = trainer_of_data_sets(
+            library,
+            model,
+            {"a": first, "b": second, "c": InBatchSoftmaxLoss(model)},
+            own,
+            6 // accumulated,
+            [first.checkpoints(name="first"), second.checkpoints(name="second")],
+            optimizers=(RowAdam(parameters, lr=1e-2) if sparse_grad else None, None),
+            gradient_accumulation_steps=accumulated * 2 // world,
+            save_strategy="steps",
+            save_steps=3,
+        )
+        trainer.train()
+        if resumes:
+            with torch.no_grad():
+                first.criterion.weight.add_(1)
+            trainer.train(resume_from_checkpoint=str(own / "checkpoint-3"))
+        trainer.evaluate()
+        torch.save([parameter.detach() for parameter in parameters], own / f"of-rank-{rank}.pt")
+    if world > 1:
+        _end_of_rank()
+
+
+@pytest.mark.exhaustive
+@LIBRARYS_OWN
+def test_processes_in_different_losses_train_as_one_that_accumulates(library, tmp_path):
+    """In some steps a loss has a batch in one process, in some in none: then it is not to decay."""
+    pytest.importorskip("accelerate")
+    runs = {"plain": (False, 1, True), "accumulates": (False, 2, False), "sparse": (True, 1, False)}
+    _several_losses(0, tmp_path, 1, runs)
+    torch.multiprocessing.spawn(_several_losses, (tmp_path, 2, runs), nprocs=2)
+    for name in runs:
+        files = (f"{name}{world}/of-rank-{rank}.pt" for world, rank in ((1, 0), (2, 0), (2, 1)))
+        for expected, found, other in zip(*(torch.load(tmp_path / file) for file in files), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+            assert torch.equal(found, other)
+
+
+def _refused_of_several_losses(rank, folder):
+    import sentence_transformers as library
+
+    from fedss_kernels.integrations.sentence_transformers import ClassSoftmaxLoss, InBatchSoftmaxLoss
+
+    _as_rank(rank, folder, 2)
+
+    def trainer(make, names="ab", **options):
+        model = static_model(library)
+        losses = {name: make(model) for name in names}
+        callbacks = [each.checkpoints(name=n) for n, each in losses.items()] if options.get("fp16") else []
+        return trainer_of_data_sets(library, model, losses, folder, 2, callbacks, **options)
+
+    with pytest.raises(ValueError, match=r"callbacks: expected a loss.checkpoints\(name=...\) of each"):
+        trainer(lambda model: ClassSoftmaxLoss(model, 100)).train()
+    with pytest.raises(ValueError, match="fp16: expected False in a trainer with several losses"):
+        trainer(lambda model: ClassSoftmaxLoss(model, 100), fp16=True).train()
+    with pytest.raises(ValueError, match="gather_across_devices: expected False, as the trainer has several"):
+        DATA_SETS["d"] = DATA_SETS["c"]
+        trainer(lambda model: InBatchSoftmaxLoss(model, gather_across_devices=True), names="cd").train()
+    made: list = []  # one loss of both data sets is in all processes in every step
+
+    def the_same(model):
+        made[:] = made or [ClassSoftmaxLoss(model, 100)]
+        return made[0]
+
+    trainer(the_same).train()
+    weight = made[0].criterion.weight.detach()
+    parts = [torch.zeros_like(weight) for _ in range(2)]
+    torch.distributed.all_gather(parts, weight)
+    assert torch.equal(*parts)
+    _end_of_rank()
+
+
+@pytest.mark.exhaustive
+@LIBRARYS_OWN
+def test_what_processes_in_different_losses_cannot_share_is_refused(library, tmp_path):
+    pytest.importorskip("accelerate")
+    torch.multiprocessing.spawn(_refused_of_several_losses, (tmp_path,), nprocs=2)
+
+
+@LIBRARYS_OWN
+def test_several_losses_of_a_trainer_need_a_name_each(library, plug, tmp_path):
+    pytest.importorskip("accelerate")
+    model = static_model(library)
+    losses = {"a": plug.ClassSoftmaxLoss(model, 100), "b": plug.ClassSoftmaxLoss(model, 50)}
+    callbacks = [loss.checkpoints() for loss in losses.values()]
+    options = {"save_strategy": "steps", "save_steps": 1}
+    with pytest.raises(
+        ValueError, match=r"name: expected another .* 'class_softmax_loss' twice, of 50 and 100 classes"
+    ):
+        trainer_of_data_sets(library, model, losses, tmp_path, 2, callbacks, **options).train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+    callbacks = [loss.checkpoints(name=name) for name, loss in losses.items()]
+    trainer_of_data_sets(library, model, losses, tmp_path, 2, callbacks, **options).train()
+    assert {file.name for file in (tmp_path / "checkpoint-2").glob("[ab].pt")} == {"a.pt", "b.pt"}
 
 
 def _fsdp_keeps_the_class_matrix(rank, meet):

@@ -72,6 +72,27 @@ def test_examples_run_as_they_stand_but_for_the_number_of_rounds(page, tmp_path,
             assert re.fullmatch(rf"<Result of {method} on glyphs after round 2: top-1 \d+\.\d%>", line)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore::FutureWarning")
+def test_a_distributed_checkpoint_goes_on_with_the_counts_of_rows(tmp_path, monkeypatch):
+    """As the page has it: a model made anew has after loading, and after more steps, the one's numbers."""
+    monkeypatch.chdir(tmp_path)
+    save, load = (example for example in EXAMPLES["docs/train.md"] if "dcp." in example)
+    names: dict = {}
+    exec(save, names)
+    saved = names["model"], names["optimizer"]
+    exec(load, names)
+    loaded = names["model"], names["optimizer"]
+    assert loaded[0] is not saved[0]
+    for each in (saved, loaded):
+        torch.manual_seed(0)
+        for _ in range(3):
+            names["train"](*each, torch.randn(32, 512), torch.randint(1000, (32,)))
+    for mine, its in zip(saved[0].parameters(), loaded[0].parameters(), strict=True):
+        assert torch.equal(mine, its)
+        state, found = (optimizer.state[p] for (_, optimizer), p in ((saved, mine), (loaded, its)))
+        assert state.keys() == found.keys() and all(torch.equal(state[name], found[name]) for name in state)
+
+
 def test_the_preset_of_the_tutorial_is_one(tmp_path):
     (written,) = re.findall(r"```json\n(.*?)```", PAGES["docs/simulate.md"], re.DOTALL)
     (tmp_path / "own.json").write_text(written)

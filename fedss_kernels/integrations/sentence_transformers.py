@@ -1,8 +1,10 @@
 """Losses for sentence-transformers: over very many classes, and over a batch whose items may repeat."""
 
+import sys
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 try:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.util import all_gather, all_gather_with_grad
-    from transformers import TrainerCallback
+    from transformers import Trainer, TrainerCallback
 except ImportError as error:
     raise ImportError(
         "fedss_kernels.integrations.sentence_transformers needs sentence-transformers: "
@@ -42,7 +44,9 @@ class ClassSoftmaxLoss(nn.Module):
 
     In several processes, where the model alone is under DistributedDataParallel, as the trainer puts it, or
     FSDP, all have the first one's class matrix from the first batch on, and its gradient is the mean of
-    theirs. The trainer's own FSDP2 takes no loss that has parameters: accelerate's KeyError says that one
+    theirs. A trainer with several losses has its processes in different ones at a time: there it takes
+    `callbacks=[loss.checkpoints(name=...)]` of each, by which a process in another loss has a gradient of
+    zeros. The trainer's own FSDP2 takes no loss that has parameters: accelerate's KeyError says that one
     "couldn't be switched to its sharded version".
 
     Args:
@@ -52,7 +56,8 @@ class ClassSoftmaxLoss(nn.Module):
         embedding_dim: D; None: what the model says.
         options: as for `SampledSoftmaxLoss`: scale, learn_scale, similarity, bias, generator and others.
 
-    Raises ValueError for more than one column of texts, and as `SampledSoftmaxLoss` does.
+    Raises ValueError for more than one column of texts, for a trainer with several losses and processes
+    that has not this loss' callback, and as `SampledSoftmaxLoss` does.
 
     >>> from sentence_transformers.sentence_transformer.modules import StaticEmbedding
     >>> from tokenizers import Tokenizer, models, pre_tokenizers
@@ -80,6 +85,7 @@ class ClassSoftmaxLoss(nn.Module):
             embedding_dim = _embedding_dim(model)
         self.criterion = SampledSoftmaxLoss(num_classes, embedding_dim, num_sampled, **options)
         self._is_shared = False
+        self._averaging: list[Any] = []  # handles of hooks
 
     def forward(
         self,
@@ -102,17 +108,42 @@ class ClassSoftmaxLoss(nn.Module):
             self.criterion.train(training)
 
     def _share(self) -> None:
-        """Where the model is wrapped for several processes, the criterion too is one for all of them."""
+        """Where the model is wrapped for several processes, the criterion too is one for all of them.
+
+        Each process is in this loss in every step, so that a hook may average a gradient as it is made.
+        """
         groups = _groups(self.model) if dist.is_initialized() else []
+        several = [group for group in groups if dist.get_world_size(group) > 1]
+        if several and _has_several_losses(_trainer()):
+            if torch.is_grad_enabled():
+                raise ValueError(
+                    "callbacks: expected a loss.checkpoints(name=...) of each ClassSoftmaxLoss, as this "
+                    "trainer has several losses and processes, which are in different losses at a time, got "
+                    f"none of the one over {self.criterion.num_classes} classes"
+                )
+            return  # an evaluation, after a training that has averaged
         self._is_shared = bool(groups)
-        groups = [group for group in groups if dist.get_world_size(group) > 1]
-        parameters = [each for each in self.criterion.parameters() if not is_held_by_fsdp(each)]
+        self._send_first(several)
+        for group in several:
+            for parameter in self._own_parameters():
+                hook = parameter.register_post_accumulate_grad_hook(partial(_average, group))
+                self._averaging.append(hook)
+
+    def _share_in_steps(self, groups: list[Any]) -> None:
+        """As `_share`, where what averages before each step, in all processes, is not a hook."""
+        while self._averaging:  # of a training before
+            self._averaging.pop().remove()
+        self._is_shared = True
+        self._send_first(groups)
+
+    def _send_first(self, groups: list[Any]) -> None:
         for group in groups:
             first = dist.get_global_rank(group, 0) if group else 0
-            for tensor in (*parameters, *self.criterion.buffers()):
+            for tensor in (*self._own_parameters(), *self.criterion.buffers()):
                 dist.broadcast(tensor.detach(), first, group)
-            for parameter in parameters:
-                parameter.register_post_accumulate_grad_hook(partial(_average, group))
+
+    def _own_parameters(self) -> list[Tensor]:
+        return [each for each in self.criterion.parameters() if not is_held_by_fsdp(each)]
 
     def checkpoints(
         self, resumed_from: str | Path | None = None, name: str = "class_softmax_loss"
@@ -121,10 +152,11 @@ class ClassSoftmaxLoss(nn.Module):
 
         With `load_best_model_at_end` it is in the end that of the best model. The state of a `generator` is
         saved and restored too, each process' own. Where a run is resumed from another folder than
-        `output_dir`, `resumed_from` is that checkpoint. Several losses of one trainer need a `name` each.
-        Raises FileNotFoundError as a run is resumed from a checkpoint without the class matrix.
+        `output_dir`, `resumed_from` is that checkpoint. As training begins it raises ValueError where another
+        loss' callback has this `name`, and in float16 with several losses and processes; FileNotFoundError
+        where a run is resumed from a checkpoint without the class matrix.
         """
-        return _SavesClasses(self.criterion, resumed_from, name)
+        return _KeepsClasses(self, resumed_from, name)
 
     def get_config_dict(self) -> dict[str, Any]:
         """For the model card."""
@@ -200,8 +232,9 @@ class InBatchSoftmaxLoss(nn.Module):
         weight, items = torch.cat(documents), self._items(columns[1:], documents, labels)
         own, first = items[:B], 0
         if self.gather_across_devices:
-            if torch.distributed.is_initialized():
-                first = torch.distributed.get_rank() * weight.shape[0]
+            if dist.is_initialized():
+                self._check_gathers()
+                first = dist.get_rank() * weight.shape[0]
             weight, items = all_gather_with_grad(weight), all_gather(items)
         return sampled_softmax_loss(
             anchors,
@@ -212,6 +245,14 @@ class InBatchSoftmaxLoss(nn.Module):
             entry_labels=items,
             target_labels=own,
         )
+
+    def _check_gathers(self) -> None:
+        several = dist.get_world_size() > 1 and torch.is_grad_enabled()
+        if several and _has_several_losses(_trainer()):
+            raise ValueError(
+                "gather_across_devices: expected False, as the trainer has several losses and processes, "
+                "which are in different losses at a time, got True; or give one loss for all data sets"
+            )
 
     def _items(
         self, columns: list[dict[str, Tensor]], documents: list[Tensor], labels: Tensor | None
@@ -234,9 +275,12 @@ class InBatchSoftmaxLoss(nn.Module):
         }
 
 
-class _SavesClasses(TrainerCallback):
-    def __init__(self, criterion: SampledSoftmaxLoss, resumed_from: str | Path | None, name: str) -> None:
-        self.criterion, self.resumed_from, self.name = criterion, resumed_from, name
+class _KeepsClasses(TrainerCallback):
+    """Saves and restores a class matrix; of several losses and processes it makes each step one of all."""
+
+    def __init__(self, loss: ClassSoftmaxLoss, resumed_from: str | Path | None, name: str) -> None:
+        self.loss, self.criterion, self.resumed_from, self.name = loss, loss.criterion, resumed_from, name
+        self.groups: list[Any] = []  # over whose processes gradients are averaged before a step
 
     def _folder(self, args: Any, state: Any) -> Path:
         return Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -250,8 +294,34 @@ class _SavesClasses(TrainerCallback):
             torch.save(generator.get_state(), self._of_generator(folder, args))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 0:  # not resumed
-            return
+        trainer = _trainer()
+        self._check_name(trainer)
+        if state.global_step > 0:
+            self._resume(args, state)
+        self.groups = []
+        if dist.is_initialized() and _has_several_losses(trainer):
+            groups = _groups(trainer.model_wrapped)
+            self.groups = [group for group in groups if dist.get_world_size(group) > 1]
+        if self.groups:
+            if args.fp16:  # infinite gradients are looked for before they are averaged
+                raise ValueError(
+                    "fp16: expected False in a trainer with several losses and processes, got True; take bf16"
+                )
+            self.loss._share_in_steps(self.groups)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        _average_where_any(self.groups, self.loss._own_parameters())
+
+    def _check_name(self, trainer: Any) -> None:
+        for other in trainer.callback_handler.callbacks if trainer else ():
+            if isinstance(other, _KeepsClasses) and other.name == self.name and other.loss is not self.loss:
+                raise ValueError(
+                    f"name: expected another for each of a trainer's losses, got {self.name!r} twice, of "
+                    f"{other.criterion.num_classes} and {self.criterion.num_classes} classes: give "
+                    "loss.checkpoints(name=...)"
+                )
+
+    def _resume(self, args: Any, state: Any) -> None:
         folder = Path(self.resumed_from or args.resume_from_checkpoint or self._folder(args, state))
         path, generator = folder / f"{self.name}.pt", self.criterion.generator
         if not path.exists():
@@ -264,12 +334,30 @@ class _SavesClasses(TrainerCallback):
             generator.set_state(torch.load(drawn))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.groups:
+            self.loss._is_shared = False  # what trains it next may have hooks again
         if args.load_best_model_at_end and state.best_model_checkpoint:
             path = Path(state.best_model_checkpoint) / f"{self.name}.pt"
             self.criterion.load_state_dict(torch.load(path, map_location="cpu"))
 
     def _of_generator(self, folder: Path, args: Any) -> Path:
         return folder / f"{self.name}.generator-{args.process_index}.pt"
+
+
+def _trainer() -> Any:
+    """The trainer by which this is called, or None: it hands itself to no loss and no callback."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if isinstance(found := frame.f_locals.get("self"), Trainer):
+            return found
+        frame = frame.f_back
+    return None
+
+
+def _has_several_losses(trainer: Any) -> bool:
+    """One for each data set: a process' batch is of one, and another's may be of another."""
+    losses = getattr(trainer, "loss", None)
+    return isinstance(losses, dict) and len(set(losses.values())) > 1
 
 
 def _groups(model: nn.Module) -> list[Any]:
@@ -296,6 +384,40 @@ def _average(group: Any, parameter: Tensor) -> None:
     grad = grad.coalesce() if grad.is_sparse else grad
     dist.all_reduce(grad, group=group)
     parameter.grad = grad.div_(dist.get_world_size(group))
+
+
+_NO_GRADIENT, _DENSE, _SPARSE = range(3)
+
+
+def _average_where_any(groups: list[Any], parameters: list[Tensor]) -> None:
+    """In place: the mean over the processes, of which those without a gradient have zeros.
+
+    Where none has one there is none, as in one process that has passed a loss over.
+    """
+    if not groups:
+        return
+    grads = [parameter.grad for parameter in parameters]
+    kinds = [_NO_GRADIENT if g is None else _SPARSE if g.is_sparse else _DENSE for g in grads]
+    everywhere = torch.tensor(kinds, device=parameters[0].device)
+    for group in groups:
+        dist.all_reduce(everywhere, dist.ReduceOp.MAX, group)
+    for parameter, kind in zip(parameters, everywhere.tolist(), strict=True):
+        if kind == _NO_GRADIENT:
+            continue
+        if parameter.grad is None:
+            layout = torch.sparse_coo if kind == _SPARSE else torch.strided
+            parameter.grad = _zeros(parameter, layout)
+        for group in groups:
+            _average(group, parameter)
+
+
+def _zeros(parameter: Tensor, layout: torch.layout) -> Tensor:
+    """A gradient; a sparse one lists no row."""
+    if layout == torch.strided:
+        return torch.zeros_like(parameter)
+    ids = torch.empty(1, 0, dtype=torch.int64, device=parameter.device)
+    rows = parameter.detach()[:0]
+    return torch.sparse_coo_tensor(ids, rows, parameter.shape, is_coalesced=True, check_invariants=False)
 
 
 def _as_classes(labels: Tensor, B: int) -> Tensor:

@@ -164,8 +164,8 @@ def test_without_the_library_that_counts_a_run_says_what_to_install_before_it_tr
 def test_what_has_no_effect_beside_noise_is_said():
     found = idle([private(denominator="holders", max_norm_ratio=2.0, trust_updates=True)])
     assert found[1:] == [  # after a word on full_softmax
+        "denominator holders has no effect: all clients have all class rows",
         "trust_updates True has no effect: with noise each answer is looked at by itself",
         "max_norm_ratio 2.0 has no effect: with noise each answer is looked at by itself",
-        "denominator holders has no effect: with noise all clients weigh the same",
     ]
     assert idle([tiny_config(delta=0.1)]) == ["delta 0.1 has no effect: noise_multiplier is 0"]

@@ -47,6 +47,7 @@ test-integrations: $(INTEGRATIONS)/.ready
 # Python compiles those.
 $(INTEGRATIONS)/.ready: $(READY)
 	$(PYTHON) -m venv $(INTEGRATIONS)
+	rm -rf $(INTEGRATIONS)/$(PACKAGES)/*fedss_kernels*
 	cp -r $(VENV)/$(PACKAGES)/__editable__*fedss_kernels* $(VENV)/$(PACKAGES)/fedss_kernels-*.dist-info \
 		$(INTEGRATIONS)/$(PACKAGES)
 	$(INTEGRATIONS)/bin/pip install --quiet --constraint constraints.txt --no-compile \

@@ -1,6 +1,7 @@
 """Data that are handed over in Python are as they are: options of data that say otherwise are told."""
 
 import logging
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from test_report import page_of
 from tiny_federation import UNTRAINED, tiny_config, tiny_data, tiny_model
 
 from fedss_kernels.federated import Config, Stopped, cli, run
+from fedss_kernels.federated.files.run_folder import read_config
 from fedss_kernels.federated.loading import load_data
 from fedss_kernels.federated.reports.report import write_run_report
 from fedss_kernels.federated.reports.reported_run import Run
@@ -27,11 +29,8 @@ def told(caplog, config, data, **options) -> list[str]:
 
 
 @pytest.mark.parametrize("name, value", CHOSEN.items())
-@pytest.mark.parametrize("called", ["tiny", "cifar10"])
-def test_an_option_of_the_data_is_told(name, value, called, caplog):
-    """Also where the data are called as a data set of the package."""
-    config = tiny_config(data="cifar10", rounds=1, **{name: value})
-    data = replace(tiny_data(), name=called)
+def test_an_option_of_the_data_is_told(name, value, caplog):
+    config, data = tiny_config(data="cifar10", rounds=1, **{name: value}), tiny_data()
     assert told(caplog, config, data) == [f"{name} {value} {WHY}", UNTRAINED]
     assert told(caplog, tiny_config(data="cifar10", rounds=1), data) == [UNTRAINED]
 
@@ -40,17 +39,14 @@ def test_a_folder_of_own_data_is_told(caplog, tmp_path):
     assert told(caplog, tiny_config(data_dir=tmp_path), tiny_data())[0] == f"data_dir {tmp_path} {WHY}"
 
 
-@pytest.mark.parametrize("called", ["tiny", "glyphs"])
-def test_the_report_says_what_the_data_are(called, tmp_path):
-    config = tiny_config(data="glyphs", out=tmp_path, **CHOSEN)
-    found = run(config, data=replace(tiny_data(), name=called), model=tiny_model())
+def test_the_report_says_what_the_data_are(tmp_path):
+    found = run(tiny_config(data="glyphs", out=tmp_path, **CHOSEN), data=tiny_data(), model=tiny_model())
     write_run_report(tmp_path, Run(found.config, found.history, found.summary))
     text = page_of(tmp_path)
     assert "21 images that no client holds" in text and "images of clients who do not train" not in text
-    if called == "tiny":
-        settings = text.partition(" Settings ")[2]
-        assert "data own the data set" in settings and "task classification" in settings
-        assert not [name for name in CHOSEN if name != "task" and f" {name} " in settings]
+    settings = text.partition(" Settings ")[2]
+    assert "data own the data set" in settings and "task classification" in settings
+    assert not [name for name in CHOSEN if name != "task" and f" {name} " in settings]
 
 
 def test_such_a_run_is_resumed(tmp_path, caplog):
@@ -60,17 +56,17 @@ def test_such_a_run_is_resumed(tmp_path, caplog):
     assert told(caplog, config, data, resume=True)[-1] == UNTRAINED
 
 
-def test_data_that_the_options_name_are_not_handed_over(tmp_path, caplog):
-    """As the command line has read them; but an option that is another by then."""
-    config = Config(
-        glyph_classes=12, glyph_writers=8, holdout=0.3, rounds=1, cohort=2, cache_dir=tmp_path / "cache"
-    )
+def test_data_that_the_options_name_are_what_they_say(tmp_path, caplog):
+    """Whoever has read them, and whatever was done to them since: a copy, others' notes."""
+    config = Config(glyph_classes=12, glyph_writers=8, data_seed=1, holdout=0.3, rounds=1, cohort=2)
     data = load_data(config)
-    other = replace(config, holdout=0.0, glyph_writers=9)
-    assert not any(WHY in line for line in told(caplog, config, data, model=None))
-    assert f"glyph_writers 9 {WHY}" in told(caplog, other, data, model=None)
-    assert sum(WHY in line for line in caplog.messages) == 1
-    assert run(other, data=data).config.holdout == 0.3
+    for n, handed in enumerate((data, replace(data, notes=("mine",)), pickle.loads(pickle.dumps(data)))):
+        out = tmp_path / str(n)
+        assert not any(WHY in line for line in told(caplog, replace(config, out=out), handed, model=None))
+        kept, _ = read_config(out)
+        assert (kept.data, kept.glyph_classes, kept.data_seed, kept.holdout) == ("glyphs", 12, 1, 0.3)
+    more = replace(config, rounds=2, out=tmp_path / "0")
+    assert run(more, data=replace(data, notes=("mine",)), resume=True).summary.rounds == 2
 
 
 def test_nor_are_those_of_the_command_line(tmp_path, capsys):

@@ -111,7 +111,7 @@ def test_a_net_that_cannot_be_copied_is_refused_in_words():
 
 
 def test_a_net_that_cannot_be_sent_to_workers_is_refused_in_words():
-    with pytest.raises(ConfigError, match="workers: the net cannot be sent to another process"):
+    with pytest.raises(ConfigError, match="workers: a net of torch.jit cannot be sent.*: set workers to 1"):
         run(tiny_config(workers=2), data=tiny_data(), model=torch.jit.script(tiny_model()))
 
 
@@ -126,3 +126,18 @@ def test_a_copy_is_of_leaves_wherever_it_is_made():
         with torch.set_grad_enabled(grad):
             made = copied(torch.jit.script(tiny_model()))
             assert all(p.is_leaf and p.requires_grad for p in made.parameters())
+
+
+def test_a_net_of_lazy_layers_is_made_by_its_first_images_and_trained():
+    net = nn.Sequential(nn.Flatten(), nn.LazyLinear(4))
+    result = run(tiny_config(), data=tiny_data(), model=net)
+    assert result.extractor[1].weight.shape == (4, 36) and nn.parameter.is_lazy(net[1].weight)
+
+
+def test_a_copy_of_its_own_kind_is_refused_in_words():
+    class Odd(nn.Linear):
+        def __deepcopy__(self, memo):
+            return nn.Linear(36, 4, bias=False)
+
+    with pytest.raises(ValueError, match="model: expected a net that copy.deepcopy copies, got ValueError"):
+        run(tiny_config(), data=tiny_data(), model=nn.Sequential(nn.Flatten(), Odd(36, 4)))

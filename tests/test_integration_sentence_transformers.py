@@ -4,6 +4,7 @@ import copy
 import doctest
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -517,6 +518,13 @@ def _refused_of_several_losses(rank, folder):
     parts = [torch.zeros_like(weight) for _ in range(2)]
     torch.distributed.all_gather(parts, weight)
     assert torch.equal(*parts)
+    with pytest.raises(ValueError, match=r"callbacks: expected a loss.checkpoints\(name=...\) of each"):
+        trained = iter(made)  # which has hooks by now
+        trainer(lambda model: next(trained, None) or ClassSoftmaxLoss(model, 100)).train()
+    made[0].model = static_model(library)  # which goes everywhere, as what wraps it for several does not
+    for copied in (copy.deepcopy(made[0]), pickle.loads(pickle.dumps(made[0]))):
+        assert torch.equal(copied.criterion.weight, weight)
+        assert not copied.criterion.weight._post_accumulate_grad_hooks
     _end_of_rank()
 
 

@@ -1,9 +1,8 @@
 """The data that a configuration names, what is chosen to fit them, and whether the two fit."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 
@@ -26,14 +25,6 @@ COHORT = 32  # clients, or all there are where they are fewer
 NEGATIVES = PRESETS["sop"]["num_negatives"]  # or a quarter of the classes where that is fewer
 WALKED = ("image_folder", "imagenet21k")  # whose classes are the folders that there are
 NET = "mobilenet_v3_large"  # the paper's; where it cannot be made one of our own
-
-
-_READ = WeakKeyDictionary[FederatedData, Mapping[str, Any]]()  # data that were read here, and by what
-
-
-def read_by(data: FederatedData) -> Mapping[str, Any] | None:
-    """The options by which `load_data` has read them, as they fit; None where it has not."""
-    return _READ.get(data)
 
 
 def options_of_data() -> list[str]:
@@ -80,10 +71,9 @@ def load_data(
         too_many = _too_many(config, error.clients) if isinstance(error, Undivided) else []
         raise_together([error, *too_many, *errors])
         raise
-    if config.holdout:
-        data = held_out(data, config.holdout, config.data_seed, alone=METHODS[config.method].alone)
-    _READ[data] = vars(fitted(config, data.found))
-    return data
+    if not config.holdout:
+        return data
+    return held_out(data, config.holdout, config.data_seed, alone=METHODS[config.method].alone)
 
 
 def _loaded(config: Config, on_found: Callable[..., None], on_progress: OnProgress | None) -> FederatedData:

@@ -114,9 +114,10 @@ def run(
 ) -> Result:
     """Trains by `config.method` for `config.rounds` rounds, evaluating every `config.eval_every` and at last.
 
-    `data` and `model` replace the ones that config names; options of the data, such as holdout, have no
-    effect then, which is logged. `model` is any module from float32 images (B, channels, H, W) in [0, 1] to
-    embeddings (B, D); a copy of it is trained, from its present parameters on.
+    `data` and `model` replace the ones that config names. Data with the name of config's data set are taken
+    for what its options say; beside data of one's own these have no effect, which is logged. `model` is any
+    module from float32 images (B, channels, H, W) in [0, 1] to embeddings (B, D); a copy of it is trained,
+    from its present parameters on.
     `on_round` is called after every round, `on_tuned(done, total)` while clients fine-tune the model at the
     end. With `config.out` the results are written to that folder, otherwise nothing is written. Equal
     arguments give equal bits on one machine, whatever autocast, modes and defaults of torch are around it.

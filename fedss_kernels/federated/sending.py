@@ -7,6 +7,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch import nn
 
 from .config_error import ConfigError
@@ -16,9 +17,11 @@ WAY_OUT = "define it in a module, import it from there, or set workers to 1"
 
 def check_sendable(model: nn.Module) -> None:
     """Raises ConfigError, before anything is started, for a net that another process could not read."""
+    if any(isinstance(part, torch.jit.ScriptModule) for part in model.modules()):
+        raise ConfigError("workers", "a net of torch.jit cannot be sent to another process: set workers to 1")
     try:
         _Pickler(io.BytesIO()).dump(model)
-    except (pickle.PicklingError, AttributeError, TypeError, RuntimeError) as error:  # the last of torch.jit
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise ConfigError(
             "workers", f"the net cannot be sent to another process: {error}; {WAY_OUT}"
         ) from None

@@ -84,8 +84,7 @@ class ClassSoftmaxLoss(nn.Module):
         if embedding_dim is None:
             embedding_dim = _embedding_dim(model)
         self.criterion = SampledSoftmaxLoss(num_classes, embedding_dim, num_sampled, **options)
-        self._is_shared = False
-        self._averaging: list[Any] = []  # handles of hooks
+        self._has_hooks = self._is_averaged_in_steps = False
 
     def forward(
         self,
@@ -97,7 +96,7 @@ class ClassSoftmaxLoss(nn.Module):
             raise ValueError(
                 f"sentence_features: expected one column of texts beside the labels, got {len(columns)}"
             )
-        if not self._is_shared:
+        if dist.is_initialized():
             self._share()
         embeddings = self.model(columns[0])["sentence_embedding"]
         labels, training = _as_classes(labels, len(embeddings)), self.criterion.training
@@ -110,11 +109,17 @@ class ClassSoftmaxLoss(nn.Module):
     def _share(self) -> None:
         """Where the model is wrapped for several processes, the criterion too is one for all of them.
 
-        Each process is in this loss in every step, so that a hook may average a gradient as it is made.
+        Where each process is in this loss in every step a hook averages a gradient as it is made; else this
+        loss' callback averages before a step.
         """
-        groups = _groups(self.model) if dist.is_initialized() else []
+        trainer = _trainer()
+        self._is_averaged_in_steps = any(each.groups for each in _callbacks(trainer) if each.loss is self)
+        several_losses = _has_several_losses(trainer)
+        if self._is_averaged_in_steps or (self._has_hooks and not several_losses):
+            return
+        groups = _groups(self.model)
         several = [group for group in groups if dist.get_world_size(group) > 1]
-        if several and _has_several_losses(_trainer()):
+        if several and several_losses:
             if torch.is_grad_enabled():
                 raise ValueError(
                     "callbacks: expected a loss.checkpoints(name=...) of each ClassSoftmaxLoss, as this "
@@ -122,19 +127,18 @@ class ClassSoftmaxLoss(nn.Module):
                     f"none of the one over {self.criterion.num_classes} classes"
                 )
             return  # an evaluation, after a training that has averaged
-        self._is_shared = bool(groups)
+        self._has_hooks = bool(groups)
         self._send_first(several)
         for group in several:
             for parameter in self._own_parameters():
-                hook = parameter.register_post_accumulate_grad_hook(partial(_average, group))
-                self._averaging.append(hook)
+                parameter.register_post_accumulate_grad_hook(partial(self._average_unless_in_steps, group))
 
-    def _share_in_steps(self, groups: list[Any]) -> None:
-        """As `_share`, where what averages before each step, in all processes, is not a hook."""
-        while self._averaging:  # of a training before
-            self._averaging.pop().remove()
-        self._is_shared = True
-        self._send_first(groups)
+    def _average_unless_in_steps(self, group: Any, parameter: Tensor) -> None:
+        if not self._is_averaged_in_steps:
+            _average(group, parameter)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_has_hooks": False}  # a copy's parameters have none
 
     def _send_first(self, groups: list[Any]) -> None:
         for group in groups:
@@ -164,7 +168,7 @@ class ClassSoftmaxLoss(nn.Module):
         return {
             "num_classes": criterion.num_classes,
             "num_sampled": criterion.num_sampled,
-            "scale": float(criterion.scale),
+            "scale": torch.as_tensor(criterion.scale).item(),
             "similarity": criterion.similarity,
         }
 
@@ -307,14 +311,14 @@ class _KeepsClasses(TrainerCallback):
                 raise ValueError(
                     "fp16: expected False in a trainer with several losses and processes, got True; take bf16"
                 )
-            self.loss._share_in_steps(self.groups)
+            self.loss._send_first(self.groups)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         _average_where_any(self.groups, self.loss._own_parameters())
 
     def _check_name(self, trainer: Any) -> None:
-        for other in trainer.callback_handler.callbacks if trainer else ():
-            if isinstance(other, _KeepsClasses) and other.name == self.name and other.loss is not self.loss:
+        for other in _callbacks(trainer):
+            if other.name == self.name and other.loss is not self.loss:
                 raise ValueError(
                     f"name: expected another for each of a trainer's losses, got {self.name!r} twice, of "
                     f"{other.criterion.num_classes} and {self.criterion.num_classes} classes: give "
@@ -334,8 +338,6 @@ class _KeepsClasses(TrainerCallback):
             generator.set_state(torch.load(drawn))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.groups:
-            self.loss._is_shared = False  # what trains it next may have hooks again
         if args.load_best_model_at_end and state.best_model_checkpoint:
             path = Path(state.best_model_checkpoint) / f"{self.name}.pt"
             self.criterion.load_state_dict(torch.load(path, map_location="cpu"))
@@ -352,6 +354,12 @@ def _trainer() -> Any:
             return found
         frame = frame.f_back
     return None
+
+
+def _callbacks(trainer: Any) -> list[_KeepsClasses]:
+    """Of losses over classes."""
+    every = trainer.callback_handler.callbacks if trainer else ()
+    return [each for each in every if isinstance(each, _KeepsClasses)]
 
 
 def _has_several_losses(trainer: Any) -> bool:
@@ -394,7 +402,7 @@ def _average_where_any(groups: list[Any], parameters: list[Tensor]) -> None:
 
     Where none has one there is none, as in one process that has passed a loss over.
     """
-    if not groups:
+    if not groups or not parameters:
         return
     grads = [parameter.grad for parameter in parameters]
     kinds = [_NO_GRADIENT if g is None else _SPARSE if g.is_sparse else _DENSE for g in grads]

@@ -24,11 +24,12 @@ def copied(net: nn.Module) -> nn.Module:
     try:
         with torch.no_grad():
             made = copy.deepcopy(net)
+        for own, other in zip(made.parameters(), net.parameters(), strict=True):
+            if own.requires_grad != other.requires_grad:  # of others nothing is set: a lazy one takes nothing
+                own.requires_grad_(other.requires_grad)
     except Exception as error:  # a module of one's own may raise anything
         kind = type(error).__name__
         raise ValueError(f"model: expected a net that copy.deepcopy copies, got {kind}: {error}") from error
-    for own, other in zip(made.parameters(), net.parameters(), strict=True):
-        own.requires_grad_(other.requires_grad)
     return made
 
 

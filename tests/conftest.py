@@ -4,6 +4,7 @@ import importlib.util
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 import textwrap
@@ -25,6 +26,12 @@ TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if TRITON_DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
     interpret_faster()
+
+# Under nohup, or in the background of a script, the tests' processes would ignore what is sent to them.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Tests of bits over several threads ask for them; the others are too small to gain from any.
 torch.set_num_threads(1)

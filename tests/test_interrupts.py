@@ -26,7 +26,6 @@ def own_cache(tmp_path_factory, monkeypatch):
 @pytest.fixture
 def run_with(tmp_path, monkeypatch):
     """`fedss run` of four rounds, which gets these signals in its second; the exit code."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
 
     def run_with(*signals: signal.Signals, every: int = 0) -> int:
         real = cli.train.run
@@ -45,8 +44,7 @@ def run_with(tmp_path, monkeypatch):
             options = ["--rounds=4", f"--checkpoint-every={every}", f"--out={tmp_path}"]
             return cli.main(["run", *SMALL, *options])
 
-    yield run_with
-    signal.signal(signal.SIGHUP, before)
+    return run_with
 
 
 @pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGHUP", 129)])
@@ -250,8 +248,11 @@ def test_a_terminal_that_is_closed_is_a_signal_and_words_that_nobody_reads(tmp_p
                 os.read(ours, 2**16)  # so that it does not wait for a reader
             return rounds_in(tmp_path) > 2 or process.poll() is not None
 
-        wait_until(begun)
-        os.close(ours)
-        process.send_signal(signal.SIGHUP)
-        assert process.wait(timeout=120) == 129
+        try:
+            wait_until(begun)
+            os.close(ours)
+            process.send_signal(signal.SIGHUP)
+            assert process.wait(timeout=120) == 129
+        finally:
+            process.kill()  # else a failure would wait for the last round
     assert (tmp_path / f"checkpoint-{rounds_in(tmp_path):06}").is_dir()

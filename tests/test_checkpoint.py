@@ -256,3 +256,17 @@ def test_options_that_change_no_bit_may_differ():
     here, there = Config().to_dict(), Config(checkpoint_every=3, out=Path("elsewhere")).to_dict()
     assert differences(there, here) == [] and {"checkpoint_every", "out"} <= set(MAY_DIFFER)
     assert differences({**here, "old": 1}, here) == ["old: 1 there, 'no such option' here"]
+
+
+def test_more_rounds_with_another_default_are_told_what_to_give(tmp_path):
+    def of(rounds: int, **options) -> None:
+        config = Config(rounds=rounds, cohort=2, lr_decay="constant", out=tmp_path, max_norm=1e9, **options)
+        run(config, data=tiny_data(), model=tiny_model(), resume=rounds > 5)
+
+    options = {"embedding_dim": 4, "warmup_rounds": 0}
+    of(5, **options)
+    with pytest.raises(CheckpointError) as refused:
+        of(20, **options)
+    advice = "left out it follows the number of rounds: give eval_every 1, as the run began"
+    assert str(refused.value).endswith(f"eval_every: 1 there, 4 here; {advice}")
+    of(20, **options, eval_every=1)

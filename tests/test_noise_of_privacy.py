@@ -169,3 +169,16 @@ def test_what_has_no_effect_beside_noise_is_said():
         "max_norm_ratio 2.0 has no effect: with noise each answer is looked at by itself",
     ]
     assert idle([tiny_config(delta=0.1)]) == ["delta 0.1 has no effect: noise_multiplier is 0"]
+
+
+@pytest.mark.parametrize(
+    "multiplier, expected",
+    [
+        (1e-160, "expected 0, or at least 1e-12"),
+        (1e30, "expected a finite number of at least 0 and less than 1000000"),
+    ],
+)
+def test_noise_of_which_no_epsilon_can_be_computed_is_refused(multiplier, expected):
+    with pytest.raises(ConfigError, match=f"noise_multiplier: {expected}"):
+        private(noise_multiplier=multiplier)
+    assert math.isfinite(privacy_budget.epsilon(private(noise_multiplier=1e-12), 1000, 100_000))

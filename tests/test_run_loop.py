@@ -408,6 +408,19 @@ def test_parameters_of_another_dtype_are_refused():
         train(HalfDouble())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_net_of_another_dtype_is_refused_before_it_is_tried(dtype):
+    with pytest.raises(ValueError, match=f"^model: expected float32 parameters, got {dtype} in "):
+        run(tiny_config(), data=tiny_data(), model=tiny_model().to(dtype))
+
+
+def test_a_net_without_values_is_refused():
+    with pytest.raises(
+        ValueError, match="^model: expected parameters with values, got .* on the meta device"
+    ):
+        run(tiny_config(), data=tiny_data(), model=tiny_model().to("meta"))
+
+
 def test_a_cohort_larger_than_the_federation_is_refused():
     with pytest.raises(ConfigError, match="cohort: expected at most 5, the clients there are, got 6"):
         train(cohort=6)

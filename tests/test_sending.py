@@ -73,7 +73,7 @@ def raises(embeddings):
         (lambda e: None, "got NoneType"),
         (lambda e: e[0], r"model: expected floating embeddings of shape \(2, 4\) for 2 images .*got \(4,\)"),
         (lambda e: e.long(), r"model: expected floating embeddings .* got \(2, 4\) torch.int64"),
-        (raises, "model: own can't take images of 1x6x6 .*KeyError: 'logits'"),
+        (raises, "model: own can't take images of 1x6x6 .*KeyError: 'logits'$"),
     ],
 )
 def test_a_net_that_returns_no_embeddings_is_told_what_it_returns(wrap, message):

@@ -137,3 +137,27 @@ def test_images_are_uint8_or_files(tmp_path):
         as_input(torch.zeros(2, 1, 28, 28))
     with pytest.raises(ValueError, match="^images: expected a tensor, as image files are no data of glyphs"):
         as_input(["a.png"])
+
+
+@pytest.mark.parametrize("images", ["a.png", Path("a.png"), np.zeros((2, 1, 28, 28), np.uint8)])
+def test_what_is_no_sequence_of_files_is_refused_by_its_type(images, tmp_path):
+    trained(tmp_path / "run", glyph_classes=6, glyph_writers=2, cohort=2, embedding_dim=8)
+    _, as_input = load_net(tmp_path / "run")
+    words = f"^images: expected a tensor or a sequence of files, got {type(images).__name__}$"
+    with pytest.raises(ValueError, match=words):
+        as_input(images)
+
+
+def test_files_that_give_no_pixels_are_named_with_their_reasons(photos, tmp_path):
+    options = {"data": "image_folder", "data_dir": photos, "cache_dir": tmp_path / "cache"}
+    trained(tmp_path / "run", **options, image_size=32, model="conv4_rgb", embedding_dim=8)
+    _, as_input = load_net(tmp_path / "run")
+    assert as_input([]).shape == (0, 3, 28, 28)
+    good = sorted((photos / "class0").iterdir())
+    text, cut, gone = (tmp_path / name for name in ("text.jpg", "cut.png", "gone.png"))
+    text.write_text("hello")
+    cut.write_bytes(good[0].read_bytes()[:1000])
+    with pytest.raises(ValueError, match="^images: 3 of 9 files cannot be read: ") as refused:
+        as_input([*good, text, cut, gone])
+    for file, reason in ((text, "no image that Pillow can open"), (cut, "truncated"), (gone, "No such file")):
+        assert f"{file} (" in str(refused.value) and reason in str(refused.value)

@@ -11,6 +11,8 @@ from .config_error import ConfigError
 from .models.bottleneck import Bottleneck
 from .secure_sums import MOST_CLIENTS
 
+LEAST_NOISE = 1e-12  # in clip_norms, but for none
+
 
 def clashes(config: Any, wrong: Container[str] = ()) -> Iterator[ConfigError]:
     """Of a Config; none that an option has part in whose value cannot be, one of these."""
@@ -125,6 +127,8 @@ def _with_noise(config: Any) -> Iterator[ConfigError]:
         why = f"expected 0 with {config.method}, whose clients send no changes to be averaged"
     elif method.tells:
         why = f"expected 0 with {config.method}, whose clients tell by the rows they ask for what they hold"
+    elif config.noise_multiplier < LEAST_NOISE:
+        why = f"expected 0, or at least {LEAST_NOISE:g}, as less gives no epsilon that can be computed"
     else:
         why = ""
     if why:

@@ -323,6 +323,7 @@ class Config:
         "for differential privacy: standard deviation, in clip_norms, of the noise on the sum of the "
         "clients' changes, which then all weigh the same",
         low=0,
+        below=1e6,
     )
     delta: float | None = option(
         None,

@@ -127,7 +127,9 @@ def run(
     `config.checkpoint_every` rounds, to the same bits as a run that never stopped (times excepted). A run
     that is finished goes on to a larger `config.rounds`, to the bits of a run of so many, and one that was
     stopped to another number than it began with; not where a decay would have given the rounds that are done
-    other rates. When `stop()`, asked after every round, is true it saves a checkpoint and raises Stopped.
+    other rates, nor with another `eval_every` or `warmup_rounds`, whose defaults follow the rounds: give
+    those of the folder's config.json. When `stop()`, asked after every round, is true it saves a checkpoint
+    and raises Stopped.
 
     Raises ConfigError for settings that do not fit the data, ValueError for a model that cannot be averaged
     (BatchNorm), FileExistsError for a folder already in use, CheckpointError, a ValueError, for a checkpoint

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from .algorithms import METHODS
 from .clients.augment import as_input, centre_crop
 from .config import Config
-from .data.pixels import decode, read_file
+from .data.damage import printable, some
+from .data.pixels import decode, failure, read_file
 from .defaults import OWN
 from .files.run_folder import read_config, read_net
 from .models import build_model
@@ -28,6 +29,7 @@ def load_net(run: str | Path, *, model: nn.Module | None = None) -> tuple[nn.Mod
     The net is in eval mode on the CPU; it maps (B, channels, H, W) float32 in [0, 1] to embeddings (B, D).
     as_input makes that of (B, channels, H, W) uint8 images of the run's size, or of image files, if the run's
     data were some, which it resizes as the run did; of each image it takes the middle, where the run did.
+    It raises ValueError for other images, and for files that give no pixels, with their names.
 
     Raises ValueError where no finished run is in the folder, or one with a net for each client, or of
     another net than `model`.
@@ -61,6 +63,8 @@ def _built(config: Config) -> nn.Module:
 
 def _prepared(images: Tensor | Sequence[str | Path], config: Config) -> Tensor:
     if not isinstance(images, Tensor):
+        if not isinstance(images, Sequence) or isinstance(images, str):
+            raise ValueError(f"images: expected a tensor or a sequence of files, got {type(images).__name__}")
         if not config.image_size:
             raise ValueError(f"images: expected a tensor, as image files are no data of {config.data}")
         images = _read(images, config.image_size)
@@ -71,5 +75,14 @@ def _prepared(images: Tensor | Sequence[str | Path], config: Config) -> Tensor:
 
 
 def _read(files: Sequence[str | Path], size: int) -> Tensor:
-    pixels = [np.frombuffer(decode(read_file(file), size), np.uint8) for file in files]
-    return torch.from_numpy(np.stack(pixels).reshape(-1, 3, size, size))
+    pixels = np.empty((len(files), 3, size, size), np.uint8)
+    failures = dict[str, str]()
+    for image, file in zip(pixels, files, strict=True):
+        try:
+            image[:] = np.frombuffer(decode(read_file(file), size), np.uint8).reshape(image.shape)
+        except Exception as error:  # a damaged image may raise anything
+            failures[str(file)] = failure(error).reason
+    if failures:
+        named = some(f"{printable(file)} ({reason})" for file, reason in failures.items())
+        raise ValueError(f"images: {len(failures)} of {len(files)} files cannot be read: {named}")
+    return torch.from_numpy(pixels)

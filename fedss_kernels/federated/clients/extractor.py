@@ -32,7 +32,7 @@ class Extractor:
         blocks: Sequence[nn.Module] = (),  # of the module, as of blocks_of; none: it is one block
         head: nn.Module | None = None,  # of embeddings, in training alone
     ):
-        _check_parameters(module)
+        check_parameters(module)
         self.device = device
         whole = [module] if head is None else [module, head]
         trainable = [p for part in whole for p in part.to(device).parameters() if p.requires_grad]
@@ -151,7 +151,8 @@ def _what(found: object) -> str:
     return kind
 
 
-def _check_parameters(module: nn.Module) -> None:
+def check_parameters(module: nn.Module) -> None:
+    """Raises ValueError for parameters that cannot be trained and sent."""
     trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     if not trainable:
         raise ValueError("model: expected a module with parameters to train, got one without")
@@ -162,3 +163,5 @@ def _check_parameters(module: nn.Module) -> None:
             )
         if p.dtype != torch.float32:
             raise ValueError(f"model: expected float32 parameters, got {p.dtype} in {name!r}")
+        if p.is_meta:
+            raise ValueError(f"model: expected parameters with values, got {name!r} on the meta device")

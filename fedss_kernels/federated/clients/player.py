@@ -38,7 +38,7 @@ from .augment import Augmentation, as_input, centre_crop
 from .client import Client
 from .common_classes import CommonClassSets
 from .contrastive import ContrastiveClient, MomentumClient
-from .extractor import CPU, Extractor, as_embeddings
+from .extractor import CPU, Extractor, as_embeddings, check_parameters
 from .poison import poisoned
 from .pooled import PooledClient
 from .views import Views
@@ -388,6 +388,7 @@ def _check_model(module: nn.Module, config: Config, pixels: Tensor) -> Tensor:
     Raises ValueError unless it maps them to (B, D) and can be averaged.
     """
     refuse_batch_norm(module)
+    check_parameters(module)
     module.eval()
     images = as_input(pixels)
     if config.crop_size:
@@ -408,9 +409,10 @@ def _check_model(module: nn.Module, config: Config, pixels: Tensor) -> Tensor:
             returned = module(images)
     except Exception as error:  # a module of one's own may raise anything
         shape = "x".join(map(str, images.shape[1:]))
+        others = "" if config.model == OWN else f"; {_who_takes_what()}"
         raise ValueError(
             f"model: {config.model} can't take images of {shape} (channels, height, width): "
-            f"{type(error).__name__}: {error}; {_who_takes_what()}"
+            f"{type(error).__name__}: {error}{others}"
         ) from None
     embeddings = as_embeddings(returned)
     expected = (len(images), config.embedding_dim)

@@ -39,6 +39,7 @@ FORMAT = 4
 # What a run reads from, besides its own folder. What is in the two files the fingerprint knows.
 PLACES = ("data_dir", "cache_dir", "init_checkpoint", "half_checkpoint", "class_store")
 MAY_DIFFER = ("out", *PLACES, "checkpoint_every", "workers")  # options that no bit of a result depends on
+BY_ROUNDS = ("eval_every", "warmup_rounds")  # options whose defaults follow the number of rounds
 _STATE, _REST = "state.safetensors", "checkpoint.json"
 log = logging.getLogger(__name__)
 
@@ -110,7 +111,9 @@ def read(folder: Path, config: Config) -> Checkpoint:
         raise CheckpointError(f"{path} is damaged: its checksum is another")
     there = rest["config"] | {"rounds": config.rounds}  # of which there may be more
     if different := differences(there, config.to_dict()):
-        raise CheckpointError(f"{path} is of another configuration: {'; '.join(different)}")
+        raise CheckpointError(
+            f"{path} is of another configuration: {'; '.join(different)}{_by_default(rest['config'], config)}"
+        )
     _check_rounds(replace(config, rounds=rest["config"]["rounds"]), config, rest["round"])
     if others := _other_versions(rest):
         log.warning("%s was written with %s: from here on bits may be others", path, others)
@@ -170,6 +173,15 @@ def _bytes(path: Path, name: str) -> bytes:
         raise CheckpointError(f"{path} is damaged: it has no {name}") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {reason(error)}") from None
+
+
+def _by_default(there: Mapping[str, Any], here: Config) -> str:
+    """Of what may differ though nobody gave it, as a run of more rounds has another default."""
+    names = [name for name in BY_ROUNDS if there.get(name) != getattr(here, name)]
+    if not names or there["rounds"] == here.rounds:
+        return ""
+    given = ", ".join(f"{name} {there.get(name)}" for name in names)
+    return f"; left out it follows the number of rounds: give {given}, as the run began"
 
 
 def _check_rounds(there: Config, here: Config, done: int) -> None:

@@ -552,6 +552,14 @@ def test_several_losses_of_a_trainer_need_a_name_each(library, plug, tmp_path):
     assert {file.name for file in (tmp_path / "checkpoint-2").glob("[ab].pt")} == {"a.pt", "b.pt"}
 
 
+@LIBRARYS_OWN
+@pytest.mark.parametrize("name", ["", "sentence-transformers/all-nli", "optimizer"])
+def test_a_callbacks_name_is_one_of_a_file_that_the_trainer_has_not(name, library, plug):
+    loss = plug.ClassSoftmaxLoss(static_model(library), 10)
+    with pytest.raises(ValueError, match="^name: expected a file's name, none of .*optimizer"):
+        loss.checkpoints(name=name)
+
+
 def _fsdp_keeps_the_class_matrix(rank, meet):
     """Where it holds the criterion too: once by itself, and in the loss."""
     import sentence_transformers as library

@@ -27,6 +27,7 @@ from ..data_parallel import is_held_by_fsdp
 from ..sampled_softmax import as_float, check_scale, sampled_softmax_loss
 from ..sampled_softmax_module import SampledSoftmaxLoss
 
+_FILES_OF_TRAINER = ("optimizer", "scheduler", "scaler")  # of its checkpoints
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _NO_ITEM = torch.iinfo(torch.int64).min  # the label of what is nobody's positive
 
@@ -158,8 +159,11 @@ class ClassSoftmaxLoss(nn.Module):
         saved and restored too, each process' own. Where a run is resumed from another folder than
         `output_dir`, `resumed_from` is that checkpoint. As training begins it raises ValueError where another
         loss' callback has this `name`, and in float16 with several losses and processes; FileNotFoundError
-        where a run is resumed from a checkpoint without the class matrix.
+        where a run is resumed from a checkpoint without the class matrix. A `name` that is no file's, or the
+        trainer's own, is refused at once.
         """
+        if not name or Path(name).name != name or name in _FILES_OF_TRAINER:
+            raise ValueError(f"name: expected a file's name, none of {_FILES_OF_TRAINER}, got {name!r}")
         return _KeepsClasses(self, resumed_from, name)
 
     def get_config_dict(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 from fedss_kernels.reference import sampled_softmax_loss as reference_loss
 from later import later
 from loss_cases import BF16, F16, F32, F64, Case, assert_same, blocks_of_16, check
-from tolerance import eager_loss, excess, with_features_reversed
+from tolerance import eager_loss, excess, with_features_shuffled
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fedss_kernels
@@ -297,12 +297,17 @@ PARALLEL, PARALLEL_DOT = {"spread": 0.003}, {"spread": 0.03, "similarity": "dot"
     ],
 )
 def test_differences_of_cosines_keep_their_digits(case, chunks, gpu_loss):
-    """In float32, of logits nearly the same. Of plain PyTorch's two errors the larger counts."""
+    """In float32, of logits nearly the same.
+
+    The scale's gradient is one number; plain PyTorch's error is by luck next to nothing: on some CPUs
+    in two orders of the features too, so its largest in five counts.
+    """
     blocks = forced(partial(blocks_of_16, False)) if chunks else contextlib.nullcontext()
     with blocks:
         found = case.results(gpu_loss, sparse_grad=True)
     truth = case.results(reference_loss, in_float64=True)
-    draws = [case.results(loss) for loss in (eager_loss, with_features_reversed(eager_loss))]
+    orders = (eager_loss, *(with_features_shuffled(eager_loss, seed) for seed in range(4)))
+    draws = [case.results(loss) for loss in orders]
     for name, result in found.items():
         assert min(excess(result.to_dense(), truth[name], plain[name], F32) for plain in draws) <= 1, name
 

@@ -37,6 +37,16 @@ def with_features_reversed(loss_function: Callable[..., Tensor]) -> Callable[...
     return loss
 
 
+def with_features_shuffled(loss_function: Callable[..., Tensor], seed: int) -> Callable[..., Tensor]:
+    """Likewise, in one of many orders."""
+
+    def loss(input: Tensor, weight: Tensor, **options: object) -> Tensor:
+        order = torch.randperm(input.shape[-1], generator=torch.Generator().manual_seed(seed))
+        return loss_function(input[..., order], weight[..., order], **options)
+
+    return loss
+
+
 def with_rows_longer(loss_function: Callable[..., Tensor], factor: float) -> Callable[..., Tensor]:
     """The same loss of cosines, of rows that are rounded in another way: plain PyTorch's luck drawn again."""
 

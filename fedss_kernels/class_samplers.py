@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 
-from .checks import as_number, check_constant, check_tensor, refuse_meta
+from .checks import as_number, check_constant, check_dtype, check_tensor, refuse_meta
 from .direct_route import holds_numbers
 
 UNIFORM = 2**62  # uniform numbers are whole and below it
@@ -94,6 +94,7 @@ class FrequencySampler(nn.Module):
         uniform: Tensor,  # (m,) int64 in [0, 2**62), as of torch.randint(2**62, (m,))
     ) -> tuple[Tensor, Tensor]:
         """(classes (m,) int64, log probability of each (m,) float64), on the tables' device."""
+        check_dtype("uniform", uniform.dtype, (torch.int64,))
         plain = holds_numbers() and peek_interpreter_stack() is None
         if plain and (versions := self._versions()) != self._watch.seen:
             if self._watch.is_due() and (message := _why_no_tables(self.kept, self.alias, self.ways)):

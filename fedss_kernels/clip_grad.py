@@ -92,7 +92,8 @@ def clip_grad_value_(
             first = runs.starts[runs.run] == torch.arange(len(values), device=values.device)
             sums = runs.sums(values)[runs.run].to(values.dtype)
             values[runs.order] = sums.where(first.reshape(-1, *[1] * (values.dim() - 1)), 0)
-        values.clamp_(-clip_value, clip_value)
+        if clip_value <= torch.finfo(values.dtype).max:  # clamp_ takes no other
+            values.clamp_(-clip_value, clip_value)
 
 
 def total_norm(

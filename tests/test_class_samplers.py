@@ -333,3 +333,9 @@ def test_bad_powers(power, error):
         SampledSoftmaxLoss(C, D, 5, sampler=FREQUENCIES, sampler_power=power)
     with pytest.raises(error, match="power: expected a "):
         FrequencySampler(FREQUENCIES, power)
+
+
+@pytest.mark.parametrize("uniform", [torch.rand(4), torch.arange(4, dtype=torch.int32)])
+def test_what_draws_is_whole_numbers_of_64_bits(uniform):
+    with pytest.raises(TypeError, match=f"^uniform: expected int64, got {str(uniform.dtype)[6:]}$"):
+        FrequencySampler(torch.tensor([1, 1, 2])).draw(uniform)

@@ -284,3 +284,15 @@ def test_a_gpu_is_not_waited_for():
         expected = with_gradients(gradients()[0], torch.ones(6, 3))
         function(expected, 0.5)
         torch.testing.assert_close(parameters[0].grad.cpu().to_dense(), expected[0].grad.to_dense())
+
+
+def test_a_value_past_a_gradients_dtype_clips_nothing_there_and_the_others():
+    """65504 is float16's largest number."""
+    clipped, small = (
+        torch.nn.Parameter(torch.zeros(2, dtype=dtype)) for dtype in (torch.float32, torch.float16)
+    )
+    clipped.grad, small.grad = torch.tensor([2e5, 1.0]), torch.tensor([torch.inf, -3.0], dtype=torch.float16)
+    clip_grad_value_([clipped, small], 1e5)
+    assert clipped.grad.tolist() == [1e5, 1.0] and small.grad.tolist() == [torch.inf, -3.0]
+    clip_grad_value_(small, 65504.0)
+    assert small.grad.tolist() == [65504.0, -3.0]

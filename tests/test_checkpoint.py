@@ -152,6 +152,14 @@ def test_another_version_is_refused(stopped, monkeypatch):
         train(stopped, resume=True)
 
 
+def same_content(damaged: bytearray, whole: bytes) -> bool:
+    """1e-05 and 1E-05 are one number, and so may two last digits of seventeen be."""
+    try:
+        return json.loads(damaged) == json.loads(whole)
+    except ValueError:
+        return False
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["state.safetensors", "checkpoint.json"])
 def test_a_flipped_bit_is_an_error_wherever_it_is(name, stopped):
@@ -160,6 +168,8 @@ def test_a_flipped_bit_is_an_error_wherever_it_is(name, stopped):
     for at in range(0, len(whole), max(1, len(whole) // 150)):
         damaged = bytearray(whole)
         damaged[at] ^= 1 << at % 8
+        if name.endswith(".json") and same_content(damaged, whole):
+            continue
         path.write_bytes(damaged)
         with pytest.raises(CheckpointError, match="damaged|of format"):
             train(stopped, resume=True)
